@@ -1,0 +1,173 @@
+"""The communicator: what a training step needs from the network, and nothing else.
+
+A communicator moves *keyed* messages between the ranks of one generation.  A key says what the bytes are (kind,
+step, micro-batch, index), so a message is an idempotent value, not a position in a stream: after a failure it is
+simply sent again.  Every call that can block is woken by `abort`; after an abort every call raises `Aborted` until
+`edit` names the next generation.  Messages of older generations are dropped on arrival, those of newer ones wait.
+"""
+
+from __future__ import annotations
+
+import abc
+import enum
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from typing_extensions import Buffer
+
+
+class Kind(enum.IntEnum):
+    """What the bytes of a message are."""
+
+    ACTIVATION = 1  # index = the layer whose input it is
+    GRADIENT = 2  # index = the layer with respect to whose input it is
+    PARTIAL = 3  # partial sums of a layer's gradient; index = layer
+    VALUES = 4  # new parameter values; index = layer
+    GATHER = 5  # one leg of an all-gather; index = sequence
+    SCATTER = 6  # the other leg
+    SWITCH = 7  # tells a joining rank at which version it joined
+    USER = 8
+
+
+class Key(NamedTuple):
+    """The name of a message between two ranks; unique per (generation, source, destination)."""
+
+    kind: Kind
+    step: int
+    micro_batch: int = 0
+    index: int = 0
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Where a rank can be reached.
+
+    `incarnation` tells the replacement of a rank from its predecessor; `host_id` is equal for ranks that can share
+    memory; `local_name` is an abstract unix socket name (without the leading NUL); `address` is `host:port`.
+    """
+
+    rank: int
+    incarnation: int
+    host_id: str
+    local_name: str
+    address: str
+
+
+@dataclass(frozen=True)
+class EditReport:
+    """What an edit touched: links closed, links opened during the edit, and links left as they were."""
+
+    generation: int
+    closed: int
+    opened: int
+    kept: int
+
+
+class Aborted(Exception):
+    """The generation was declared over while (or before) a call waited. Recovery is due; nothing is wrong with the call."""
+
+    def __init__(self, generation: int) -> None:
+        super().__init__(f"generation {generation} was aborted")
+        self.generation = generation
+
+
+class Communicator(abc.ABC):
+    """Keyed messages between the ranks of one generation. Not thread-safe, except `abort`."""
+
+    rank: int
+    generation: int
+
+    def __init__(self, rank: int, on_wait: Callable[[], None] | None = None) -> None:
+        self.rank = rank
+        self.generation = 0
+        self.on_wait = on_wait or (lambda: None)  # called at least every 50 ms while a call waits
+
+    @property
+    @abc.abstractmethod
+    def members(self) -> tuple[int, ...]:
+        """The ranks of this generation, ascending, this one included."""
+
+    @abc.abstractmethod
+    def send(self, to: int, key: Key, payload: Sequence[Buffer]) -> None:
+        """Send the concatenation of `payload` to rank `to`; on return the buffers may be changed.
+
+        May wait for the receiver to drain earlier messages (and drains its own while it does). Sending to oneself is
+        allowed. A message to a peer that has died is dropped: its death is reported by the control plane, not here.
+        """
+
+    @abc.abstractmethod
+    def receive_any(self, wanted: Collection[tuple[int, Key]]) -> tuple[int, Key, memoryview]:
+        """Wait for the first of the `wanted` (source, key) messages; returns it with its bytes, owned by the caller."""
+
+    def receive(self, source: int, key: Key) -> memoryview:
+        """Wait for one message."""
+        return self.receive_any(((source, key),))[2]
+
+    @abc.abstractmethod
+    def ready(self, wanted: Collection[tuple[int, Key]]) -> tuple[int, Key] | None:
+        """One of the `wanted` messages that has arrived in full, or None; makes progress, never waits."""
+
+    @abc.abstractmethod
+    def abort(self) -> None:
+        """End the generation: blocked calls raise `Aborted` within 20 ms. Callable from any thread, idempotent."""
+
+    @abc.abstractmethod
+    def edit(self, generation: int, peers: Mapping[int, Peer]) -> EditReport:
+        """Go to `generation` with `peers` (this rank included) as members, and clear the abort.
+
+        Links to incarnations that are no longer members are closed; new ones are opened at first use; no other link
+        is touched. Raises ValueError if `generation` is not greater than the present one.
+        """
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Release every socket, thread and mapping. Idempotent."""
+
+
+def all_gather(comm: Communicator, step: int, index: int, payload: Buffer) -> dict[int, bytes]:
+    """Every member's payload, on every member: gathered by the lowest rank and scattered again. Also a barrier.
+
+    2 (n - 1) messages, two hops. Who returns knows that every member entered.
+    """
+    members = comm.members
+    root = members[0]
+    gather = Key(Kind.GATHER, step, 0, index)
+    scatter = Key(Kind.SCATTER, step, 0, index)
+    if comm.rank != root:
+        comm.send(root, gather, [payload])
+        return _unpack(comm.receive(root, scatter))
+    table = {root: bytes(payload)}
+    waiting = {(rank, gather) for rank in members[1:]}
+    while waiting:
+        source, key, data = comm.receive_any(waiting)
+        table[source] = bytes(data)
+        waiting.discard((source, key))
+    packed = _pack(table)
+    for rank in members[1:]:
+        comm.send(rank, scatter, [packed])
+    return dict(sorted(table.items()))
+
+
+def barrier(comm: Communicator, step: int, index: int) -> None:
+    """Return once every member has entered."""
+    all_gather(comm, step, index, b"")
+
+
+def _pack(table: Mapping[int, bytes]) -> bytes:
+    head = b"".join(
+        part.to_bytes(8, "little") for rank in sorted(table) for part in (rank, len(table[rank]))
+    )
+    return len(table).to_bytes(8, "little") + head + b"".join(table[rank] for rank in sorted(table))
+
+
+def _unpack(packed: memoryview) -> dict[int, bytes]:
+    count = int.from_bytes(packed[:8], "little")
+    offset = 8 + 16 * count
+    table = {}
+    for i in range(count):
+        rank = int.from_bytes(packed[8 + 16 * i : 16 + 16 * i], "little")
+        size = int.from_bytes(packed[16 + 16 * i : 24 + 16 * i], "little")
+        table[rank] = bytes(packed[offset : offset + size])
+        offset += size
+    return table
