@@ -65,7 +65,7 @@ class EditReport:
 
 
 class Aborted(Exception):
-    """The generation was declared over while (or before) a call waited. Recovery is due; nothing is wrong with the call."""
+    """The generation was declared over while (or before) a call waited: recovery is due, the call itself is sound."""
 
     def __init__(self, generation: int) -> None:
         super().__init__(f"generation {generation} was aborted")
@@ -155,9 +155,7 @@ def barrier(comm: Communicator, step: int, index: int) -> None:
 
 
 def _pack(table: Mapping[int, bytes]) -> bytes:
-    head = b"".join(
-        part.to_bytes(8, "little") for rank in sorted(table) for part in (rank, len(table[rank]))
-    )
+    head = b"".join(part.to_bytes(8, "little") for rank in sorted(table) for part in (rank, len(table[rank])))
     return len(table).to_bytes(8, "little") + head + b"".join(table[rank] for rank in sorted(table))
 
 
