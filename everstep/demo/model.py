@@ -80,7 +80,7 @@ class Head(nn.Module):
 
 
 def gpt(config: GPTConfig) -> nn.Sequential:
-    """The model as `nn.Sequential(Embedding, Block x layers, Head)`; `tied` shares the token embedding with the head."""
+    """`nn.Sequential(Embedding, Block x layers, Head)`; `tied` shares the token embedding with the head."""
     embedding, head = Embedding(config), Head(config)
     if config.tied:
         head.output.weight = embedding.token.weight

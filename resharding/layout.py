@@ -1,0 +1,143 @@
+"""A layout: which rank holds which layers, computes which micro-batches and owns which shards."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from .units import ModelSpec
+
+
+class LayoutError(ValueError):
+    """A layout that breaks one of its own rules."""
+
+
+class Block(NamedTuple):
+    """A contiguous range of micro-batches [start, stop) computed by one rank."""
+
+    rank: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A contiguous range of layers [start, stop), the ranks that hold it, and their micro-batches."""
+
+    start: int
+    stop: int
+    ranks: tuple[int, ...]
+    blocks: tuple[Block, ...] = ()
+
+    def __contains__(self, layer: int) -> bool:
+        return self.start <= layer < self.stop
+
+    def rank_of(self, micro_batch: int) -> int:
+        for block in self.blocks:
+            if block.start <= micro_batch < block.stop:
+                return block.rank
+        raise LayoutError(f"no rank of the stage of layers {self.start}-{self.stop - 1} has micro-batch {micro_batch}")
+
+
+class Segment(NamedTuple):
+    """One micro-batch's way through the layers [start, stop) on one rank: a forward and a backward."""
+
+    rank: int
+    micro_batch: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The three maps, immutable. `home` is the layout of stages the job was started with: what it returns to."""
+
+    generation: int
+    micro_batches: int
+    stages: tuple[Stage, ...]
+    owners: tuple[int, ...]  # shard index -> rank
+    home: tuple[Stage, ...]
+
+    @cached_property
+    def ranks(self) -> tuple[int, ...]:
+        return tuple(sorted(rank for stage in self.stages for rank in stage.ranks))
+
+    def stage_of(self, rank: int) -> Stage:
+        for stage in self.stages:
+            if rank in stage.ranks:
+                return stage
+        raise LayoutError(f"rank {rank} is not in the layout of generation {self.generation}")
+
+    def holders(self, layer: int) -> tuple[int, ...]:
+        for stage in self.stages:
+            if layer in stage:
+                return stage.ranks
+        raise LayoutError(f"no stage holds layer {layer}")
+
+    def readers(self, spec: ModelSpec, parameter: int) -> tuple[int, ...]:
+        """Every rank that computes with a parameter; several stages' when it is tied."""
+        return tuple(sorted({r for layer in spec.parameters[parameter].layers for r in self.holders(layer)}))
+
+    def segments(self) -> tuple[Segment, ...]:
+        """The work of an undisturbed step."""
+        return tuple(
+            Segment(block.rank, micro_batch, stage.start, stage.stop)
+            for stage in self.stages
+            for block in stage.blocks
+            for micro_batch in range(block.start, block.stop)
+        )
+
+    def validate(self, spec: ModelSpec) -> None:
+        """Raise LayoutError unless every layer, micro-batch and shard has exactly the places it should have."""
+        for problem in self._problems(spec):
+            raise LayoutError(f"layout of generation {self.generation}: {problem}")
+
+    def _problems(self, spec: ModelSpec) -> Iterator[str]:
+        bounds = [0, *(stage.stop for stage in self.stages)]
+        if [stage.start for stage in self.stages] != bounds[:-1] or bounds[-1] != spec.layers:
+            yield f"the stages {[(s.start, s.stop) for s in self.stages]} do not cover {spec.layers} layers in order"
+        if len(set(self.ranks)) != sum(len(stage.ranks) for stage in self.stages):
+            yield "a rank stands in two stages"
+        for stage in self.stages:
+            if stage.start >= stage.stop or not stage.ranks:
+                yield f"an empty stage: {stage}"
+            covered = [m for block in stage.blocks for m in range(block.start, block.stop)]
+            if covered != list(range(self.micro_batches)):
+                yield f"stage {stage.start}-{stage.stop} does not compute every micro-batch exactly once: {covered}"
+            if not {block.rank for block in stage.blocks} <= set(stage.ranks):
+                yield f"stage {stage.start}-{stage.stop} gives micro-batches to ranks it does not have"
+        if len(self.owners) != len(spec.shards):
+            yield f"{len(self.owners)} owners for {len(spec.shards)} shards"
+        for shard, owner in zip(spec.shards, self.owners, strict=False):
+            if owner not in self.holders(spec.home(shard)):
+                yield f"shard {shard.index} is owned by rank {owner}, which does not hold its layer"
+
+    def describe(self) -> str:
+        """One line for people: stages with their ranks."""
+        return " | ".join(f"layers {s.start}-{s.stop - 1}: ranks {','.join(map(str, s.ranks))}" for s in self.stages)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> Layout:
+        raw: dict[str, Any] = json.loads(text)
+        return cls(
+            raw["generation"],
+            raw["micro_batches"],
+            tuple(_stage(s) for s in raw["stages"]),
+            tuple(raw["owners"]),
+            tuple(_stage(s) for s in raw["home"]),
+        )
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+
+
+def _stage(raw: dict[str, Any]) -> Stage:
+    return Stage(raw["start"], raw["stop"], tuple(raw["ranks"]), tuple(Block(*b) for b in raw["blocks"]))

@@ -1,0 +1,226 @@
+"""A plan: how to get from what survivors report to one agreed state, computing again only what was lost."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+from .layout import Layout, Segment, Stage
+from .planners import change_layout
+from .units import ModelSpec
+
+
+class Span(NamedTuple):
+    """A micro-batch's way through the layers [start, stop), on the rank that reports it."""
+
+    micro_batch: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What one live worker has, when a generation was aborted.
+
+    Versions count committed steps: version v is the state before step v. `owned` are the shards it holds at
+    `owned_version`; `values_version` is the version at which it holds every parameter of its layers `[start, stop)`,
+    -1 if they are torn. `agreed` is the last step whose agreement it passed, -1 if none, with what was agreed.
+    `held`, `started` and `todo` are micro-batches of step `values_version`: gradient held, forward done, neither.
+    """
+
+    rank: int
+    generation: int
+    fresh: bool = False
+    owned_version: int = -1
+    owned: tuple[int, ...] = ()
+    values_version: int = -1
+    layers: tuple[int, int] = (0, 0)
+    agreed: int = -1
+    agreement: str = ""
+    held: tuple[Span, ...] = ()
+    started: tuple[Span, ...] = ()
+    todo: tuple[Span, ...] = ()
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        raw: dict[str, Any] = json.loads(text)
+        for name in ("held", "started", "todo"):
+            raw[name] = tuple(Span(*span) for span in raw[name])
+        return cls(**{**raw, "owned": tuple(raw["owned"]), "layers": tuple(raw["layers"])})
+
+
+class Gain(NamedTuple):
+    """A shard whose owner has to fetch it; `before` is the rank that owned it."""
+
+    shard: int
+    rank: int
+    before: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What all members do to enter `layout.generation`.
+
+    `version`: the state all are brought to; None when it is the version at which the members switch (a join).
+    `agreement`: what was agreed in step version - 1, for owners that have still to carry it out.
+    `gains`: shards to restore. `refresh`: ranks that need every value of their layers from the owners.
+    `work`: the segments of the interrupted step that are still to run. `kept`: those whose gradients are held.
+    """
+
+    layout: Layout
+    version: int | None
+    agreement: str = ""
+    gains: tuple[Gain, ...] = ()
+    refresh: tuple[int, ...] = ()
+    work: tuple[Segment, ...] = ()
+    kept: tuple[Segment, ...] = ()
+
+    @property
+    def generation(self) -> int:
+        return self.layout.generation
+
+    def to_json(self) -> str:
+        return json.dumps({**asdict(self), "layout": self.layout.to_json()}, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        raw: dict[str, Any] = json.loads(text)
+        return cls(
+            layout=Layout.from_json(raw["layout"]),
+            version=raw["version"],
+            agreement=raw["agreement"],
+            gains=tuple(Gain(*g) for g in raw["gains"]),
+            refresh=tuple(raw["refresh"]),
+            work=tuple(Segment(*s) for s in raw["work"]),
+            kept=tuple(Segment(*s) for s in raw["kept"]),
+        )
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+
+    def describe(self) -> str:
+        """One line for people."""
+        return (
+            f"generation {self.generation}: {self.layout.describe()}; version {self.version}, "
+            f"{len(self.gains)} shards to restore, {len(self.work)} segments to run, {len(self.kept)} kept"
+        )
+
+
+class PlanError(ValueError):
+    """The reports contradict each other: a bug of ours, never a user's mistake."""
+
+
+def plan_start(layout: Layout) -> Plan:
+    """The first plan: every rank has version 0 already, made from the seed."""
+    return Plan(layout=layout, version=0, work=layout.segments())
+
+
+def plan_join(spec: ModelSpec, old: Layout, joiners: Collection[int], generation: int) -> Plan:
+    """The plan by which `joiners` become members at a step boundary, while nobody stops."""
+    layout = change_layout(spec, old, {*old.ranks, *joiners}, generation)
+    gains = tuple(
+        Gain(s.index, layout.owners[s.index], old.owners[s.index])
+        for s in spec.shards
+        if layout.owners[s.index] != old.owners[s.index]
+    )
+    refresh = tuple(
+        rank for rank in layout.ranks if rank not in old.ranks or not _covers(old.stage_of(rank), layout.stage_of(rank))
+    )
+    return Plan(layout=layout, version=None, gains=gains, refresh=refresh, work=layout.segments())
+
+
+def plan_recovery(spec: ModelSpec, old: Layout, reports: Sequence[Report], generation: int) -> Plan:
+    """The plan after a loss, from what the live workers report.
+
+    `old` is the newest layout that any of them had entered. All are brought forward to the newest agreed version;
+    gradients of its step that survivors hold are kept, the other micro-batches go to the rank that had them, or, if
+    it is dead, to the least loaded rank of the stage.
+    """
+    by_rank = {report.rank: report for report in reports}
+    layout = change_layout(spec, old, by_rank, generation)
+    version = max(report.agreed for report in reports) + 1
+    agreement = next((r.agreement for r in reports if r.agreed == version - 1 and not r.fresh), "")
+    behind = [r.rank for r in reports if not r.fresh and r.owned_version not in (version - 1, version)]
+    if behind:
+        raise PlanError(f"ranks {behind} hold shards of other versions than {version - 1} and {version}")
+    gains = tuple(
+        Gain(s.index, layout.owners[s.index], old.owners[s.index])
+        for s in spec.shards
+        if s.index not in by_rank[layout.owners[s.index]].owned
+    )
+    refresh = tuple(
+        rank
+        for rank, report in sorted(by_rank.items())
+        if report.fresh
+        or report.values_version != version
+        or not (report.layers[0] <= layout.stage_of(rank).start and layout.stage_of(rank).stop <= report.layers[1])
+    )
+    current = [r for r in reports if not r.fresh and r.values_version == version]
+    kept = tuple(Segment(r.rank, *span) for r in current for span in r.held)
+    work = _remaining_work(layout, kept, current)
+    return Plan(layout=layout, version=version, agreement=agreement, gains=gains, refresh=refresh, work=work, kept=kept)
+
+
+def _covers(outer: Stage, inner: Stage) -> bool:
+    return outer.start <= inner.start and inner.stop <= outer.stop
+
+
+def _remaining_work(layout: Layout, kept: Sequence[Segment], current: Sequence[Report]) -> tuple[Segment, ...]:
+    claims = {span: r.rank for r in current for span in (*r.todo, *r.started)}
+    if not kept and not claims:
+        return layout.segments()
+    load = dict.fromkeys(layout.ranks, 0.0)
+    work: list[Segment] = []
+    orphans: list[tuple[Span, Stage]] = []
+    for stage in layout.stages:
+        for micro_batch in range(layout.micro_batches):
+            for start, stop in _gaps(stage, micro_batch, kept):
+                span = Span(micro_batch, start, stop)
+                rank = claims.get(span)
+                if rank in stage.ranks:
+                    work.append(Segment(rank, *span))
+                    load[rank] += stop - start
+                else:
+                    orphans.append((span, stage))
+    for span, stage in orphans:
+        rank = min(stage.ranks, key=lambda r: (load[r], r))
+        work.append(Segment(rank, *span))
+        load[rank] += span.stop - span.start
+    return tuple(sorted(work, key=lambda s: (s.micro_batch, s.start)))
+
+
+def _gaps(stage: Stage, micro_batch: int, kept: Iterable[Segment]) -> list[tuple[int, int]]:
+    """The maximal ranges of the stage's layers in which no gradient of the micro-batch is held."""
+    spans = sorted((s.start, s.stop) for s in kept if s.micro_batch == micro_batch)
+    for (_, left), (right, _) in itertools.pairwise(spans):
+        if right < left:
+            raise PlanError(f"the gradient of micro-batch {micro_batch} at layer {right} is held twice")
+    gaps, at = [], stage.start
+    for start, stop in spans:
+        if stop <= stage.start or start >= stage.stop:
+            continue
+        if start > at:
+            gaps.append((at, start))
+        at = max(at, stop)
+    if at < stage.stop:
+        gaps.append((at, stage.stop))
+    return gaps
+
+
+def input_sources(plan_segments: Iterable[Segment]) -> tuple[dict[tuple[int, int], int], dict[tuple[int, int], int]]:
+    """Where each (boundary layer, micro-batch) comes from: activations by the segment that ends there, gradients by
+    the one that starts there. `plan_segments` are work and kept ones together."""
+    activations: dict[tuple[int, int], int] = {}
+    gradients: dict[tuple[int, int], int] = {}
+    for segment in plan_segments:
+        activations[(segment.stop, segment.micro_batch)] = segment.rank
+        gradients[(segment.start, segment.micro_batch)] = segment.rank
+    return activations, gradients

@@ -1,0 +1,171 @@
+"""Planners: pure functions from a model, live ranks and an old layout to a new layout that moves the minimum."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import accumulate
+
+from .layout import Block, Layout, LayoutError, Stage
+from .units import ModelSpec, Shard
+
+
+def partition(costs: Sequence[float], weights: Sequence[float]) -> list[int]:
+    """Cut layers into contiguous stages so that the slowest stage is as fast as can be.
+
+    `costs`: cost per layer; `weights`: capacity per stage (its number of ranks, or speed). Returns the bounds
+    [0, ..., layers]. Every stage gets at least one layer. Dynamic programming, O(stages * layers^2). Raises
+    LayoutError when there are more stages than layers.
+    """
+    layers, stages = len(costs), len(weights)
+    if stages > layers:
+        raise LayoutError(f"{stages} stages need at least as many layers; the model has {layers}")
+    prefix = [0.0, *accumulate(costs)]
+    best = [prefix[i] / weights[0] if i else 0.0 for i in range(layers + 1)]
+    choice: list[list[int]] = []
+    for stage in range(1, stages):
+        row, cut = [float("inf")] * (layers + 1), [0] * (layers + 1)
+        for stop in range(stage + 1, layers + 1):
+            for start in range(stage, stop):
+                slowest = max(best[start], (prefix[stop] - prefix[start]) / weights[stage])
+                if slowest < row[stop]:
+                    row[stop], cut[stop] = slowest, start
+        best = row
+        choice.append(cut)
+    bounds = [layers]
+    for cut in reversed(choice):
+        bounds.append(cut[bounds[-1]])
+    return [0, *reversed(bounds)]
+
+
+def deal_micro_batches(micro_batches: int, ranks: Sequence[int]) -> tuple[Block, ...]:
+    """Contiguous, aligned where possible, sizes within one: the undisturbed step's share of each rank."""
+    count = len(ranks)
+    bounds = [micro_batches * i // count for i in range(count + 1)]
+    return tuple(
+        Block(rank, start, stop)
+        for rank, start, stop in zip(ranks, bounds[:-1], bounds[1:], strict=True)
+        if stop > start
+    )
+
+
+def initial_layout(spec: ModelSpec, ranks: Sequence[int], stages: int, micro_batches: int) -> Layout:
+    """The layout a job starts with: ranks in order over stages, layers by cost, shards dealt per layer."""
+    if stages > len(ranks):
+        raise LayoutError(f"{stages} stages need at least as many workers; there are {len(ranks)}")
+    sizes = [len(ranks) * (i + 1) // stages - len(ranks) * i // stages for i in range(stages)]
+    sizes.sort(reverse=True)
+    bounds = partition(spec.costs, sizes)
+    home, first = [], 0
+    for start, stop, size in zip(bounds[:-1], bounds[1:], sizes, strict=True):
+        home.append(Stage(start, stop, tuple(ranks[first : first + size])))
+        first += size
+    return _layout(spec, 1, micro_batches, tuple(home), frozenset(ranks), ())
+
+
+def change_layout(spec: ModelSpec, old: Layout, live: Collection[int], generation: int) -> Layout:
+    """The layout for the `live` ranks, nearest to `old`.
+
+    Ranks live at their home stage. A stage without live ranks gives its layers to its neighbours and takes them back
+    when one returns; a rank without a home joins the stage with the most work per rank. Shards stay with their owner
+    where they can; loads per layer differ by at most one shard.
+    """
+    if not live:
+        raise LayoutError("no live rank is left")
+    home = list(old.home)
+    homeless = sorted(set(live) - {rank for stage in home for rank in stage.ranks})
+    for rank in homeless:
+        index = max(range(len(home)), key=lambda i: (_load(spec, home[i]), -i))
+        home[index] = replace(home[index], ranks=(*home[index].ranks, rank))
+    return _layout(spec, generation, old.micro_batches, tuple(home), frozenset(live), old.owners)
+
+
+def _load(spec: ModelSpec, stage: Stage) -> float:
+    return sum(spec.costs[stage.start : stage.stop]) / len(stage.ranks)
+
+
+def _layout(
+    spec: ModelSpec,
+    generation: int,
+    micro_batches: int,
+    home: tuple[Stage, ...],
+    live: frozenset[int],
+    owners: Sequence[int],
+) -> Layout:
+    stages = tuple(
+        replace(stage, blocks=deal_micro_batches(micro_batches, stage.ranks))
+        for stage in _live_stages(spec, home, live)
+    )
+    dealt = deal_shards(spec, {layer: s.ranks for s in stages for layer in range(s.start, s.stop)}, owners)
+    layout = Layout(generation, micro_batches, stages, dealt, home)
+    layout.validate(spec)
+    return layout
+
+
+def _live_stages(spec: ModelSpec, home: Sequence[Stage], live: frozenset[int]) -> list[Stage]:
+    """Home stages with their live ranks; the layers of dead stages go to the live neighbours on either side."""
+    alive: list[Stage] = []
+    for stage in home:
+        ranks = tuple(rank for rank in stage.ranks if rank in live)
+        if ranks:
+            alive.append(Stage(stage.start, stage.stop, ranks))
+    if not alive:
+        raise LayoutError("no live rank is left")
+    alive[0] = replace(alive[0], start=0)
+    alive[-1] = replace(alive[-1], stop=spec.layers)
+    for i in range(len(alive) - 1):
+        left, right = alive[i], alive[i + 1]
+        cut = min(
+            range(left.stop, right.start + 1),
+            key=lambda c: max(
+                _load(spec, replace(left, stop=c)),
+                _load(spec, replace(right, start=c)),
+            ),
+        )
+        alive[i], alive[i + 1] = replace(left, stop=cut), replace(right, start=cut)
+    return alive
+
+
+def deal_shards(spec: ModelSpec, holders: Mapping[int, Sequence[int]], owners: Sequence[int] = ()) -> tuple[int, ...]:
+    """An owner for every shard, among the ranks that hold its layer, moving as little as balance allows.
+
+    Per layer the loads (in elements) differ by at most the layer's largest shard. Without `owners` all are dealt
+    anew. Shards whose owner still holds the layer move only to fill a rank that has too few.
+    """
+    dealt = list(owners) if owners else [-1] * len(spec.shards)
+    total: dict[int, int] = {rank: 0 for ranks in holders.values() for rank in ranks}
+    by_home: dict[int, list[Shard]] = {}
+    for shard in spec.shards:
+        by_home.setdefault(spec.home(shard), []).append(shard)
+    for layer, shards in sorted(by_home.items()):
+        ranks = holders[layer]
+        load = dict.fromkeys(ranks, 0)
+        for shard in shards:
+            if dealt[shard.index] in load:
+                load[dealt[shard.index]] += shard.elements
+        lost = [s for s in shards if dealt[s.index] not in load]
+        for shard in sorted(lost, key=lambda s: (-s.elements, s.index)):
+            owner = min(ranks, key=lambda r: (load[r], total[r], r))
+            dealt[shard.index] = owner
+            load[owner] += shard.elements
+        _even_out(shards, dealt, load)
+        for rank, elements in load.items():
+            total[rank] += elements
+    return tuple(dealt)
+
+
+def _even_out(shards: Iterable[Shard], dealt: list[int], load: dict[int, int]) -> None:
+    """Move shards from the fullest to the emptiest rank until they differ by at most one (the largest) shard."""
+    shards = list(shards)
+    largest = max(shard.elements for shard in shards)
+    while True:
+        full = max(load, key=lambda r: (load[r], -r))
+        empty = min(load, key=lambda r: (load[r], r))
+        gap = load[full] - load[empty]
+        if gap <= largest:
+            return
+        movable = [s for s in shards if dealt[s.index] == full and 0 < s.elements < gap]
+        shard = min(movable, key=lambda s: (abs(gap - 2 * s.elements), s.index))
+        dealt[shard.index] = empty
+        load[full] -= shard.elements
+        load[empty] += shard.elements
