@@ -1,0 +1,245 @@
+"""What happens to a job (events, past tense) and what its coordinator wants done (effects, imperative)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from ...resharding.plan import Plan, Report
+from ...resharding.units import ModelSpec
+
+
+class WorkerId(NamedTuple):
+    """A worker process: its rank, and how many processes had that rank before it."""
+
+    rank: int
+    incarnation: int
+
+    def __str__(self) -> str:
+        return f"{self.rank}.{self.incarnation}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What every worker of an elastic job says of it when it is ready; equal on all, or the job does not start."""
+
+    steps: int
+    stages: int
+    micro_batches: int
+    global_batch_size: int
+    model: ModelSpec
+
+
+# ---------------------------------------------------------------- events
+
+
+@dataclass(frozen=True)
+class NodeJoined:
+    """A node agent registered. `keeper` is the address of the node's snapshot keeper."""
+
+    node: str
+    host: str
+    slots: int
+    keeper: str
+    order: int = -1  # the user's --node-rank, -1 if not given
+
+
+@dataclass(frozen=True)
+class NodeLost:
+    """A node's agent went away: its stream broke, or its heartbeats stopped."""
+
+    node: str
+    why: str
+
+
+@dataclass(frozen=True)
+class HeartbeatReceived:
+    node: str
+
+
+@dataclass(frozen=True)
+class WorkerDeclaredElastic:
+    """A worker reached the elastic decorator: losses are to be recovered inside the step from now on."""
+
+    worker: WorkerId
+
+
+@dataclass(frozen=True)
+class WorkerReady:
+    """A worker built its model and waits for a plan. `peer` is its data-plane address, opaque here."""
+
+    worker: WorkerId
+    peer: Mapping[str, Any]
+    job: Job
+
+
+@dataclass(frozen=True)
+class WorkerDied:
+    """A worker process ended, or was fenced because it hung. `clean` means exit status 0."""
+
+    worker: WorkerId
+    cause: str
+    clean: bool = False
+    step: int = -1
+    phase: str = ""
+    finished_micro_batches: int = 0  # of the interrupted step, lost with it
+    detected_at_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class WorkerReported:
+    """A survivor stopped for `generation` and says what it has. `busy_s`: how long compute kept it from doing so."""
+
+    worker: WorkerId
+    generation: int
+    report: Report
+    busy_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class WorkerResumed:
+    """A member carried out the plan of `generation`."""
+
+    worker: WorkerId
+    generation: int
+    edit_s: float
+    restore_s: float
+
+
+@dataclass(frozen=True)
+class WorkerSwitched:
+    """A member entered a join plan's generation at a step boundary."""
+
+    worker: WorkerId
+    generation: int
+
+
+@dataclass(frozen=True)
+class WorkerIdled:
+    """A member is past the last step, so a join plan will not be reached by stepping."""
+
+    worker: WorkerId
+    generation: int
+
+
+@dataclass(frozen=True)
+class WorkerCommitted:
+    """A member holds version `step` + 1. `agreement` is what was agreed in the step, opaque here."""
+
+    worker: WorkerId
+    step: int
+    agreement: str
+    loss: float | None = None
+    digest: str = ""
+
+
+@dataclass(frozen=True)
+class WorkerFinished:
+    """The user's function returned."""
+
+    worker: WorkerId
+
+
+@dataclass(frozen=True)
+class WorkerRaised:
+    """The user's function raised: the user's error, not a failure of the machine."""
+
+    worker: WorkerId
+    message: str
+    traceback: str
+
+
+@dataclass(frozen=True)
+class StopRequested:
+    why: str
+
+
+@dataclass(frozen=True)
+class Ticked:
+    """Time passed."""
+
+
+Event = (
+    NodeJoined
+    | NodeLost
+    | HeartbeatReceived
+    | WorkerDeclaredElastic
+    | WorkerReady
+    | WorkerDied
+    | WorkerReported
+    | WorkerResumed
+    | WorkerSwitched
+    | WorkerIdled
+    | WorkerCommitted
+    | WorkerFinished
+    | WorkerRaised
+    | StopRequested
+    | Ticked
+)
+
+
+# ---------------------------------------------------------------- effects
+
+
+@dataclass(frozen=True)
+class StartWorkers:
+    """Fork these workers on `node`."""
+
+    node: str
+    workers: tuple[WorkerId, ...]
+    world_size: int
+    restart_count: int
+
+
+@dataclass(frozen=True)
+class KillWorkers:
+    """Kill these workers on `node` and report nothing of it."""
+
+    node: str
+    workers: tuple[WorkerId, ...]
+
+
+@dataclass(frozen=True)
+class AbortGeneration:
+    """Tell a worker that its generation is over; it stops and reports for the new one."""
+
+    worker: WorkerId
+    generation: int
+
+
+@dataclass(frozen=True)
+class CarryOut:
+    """Give a worker a plan. `peers` are its fellow members' addresses, `keepers` the snapshot keepers'."""
+
+    worker: WorkerId
+    plan: Plan
+    peers: Mapping[int, Mapping[str, Any]]
+    keepers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class RefuseNode:
+    node: str
+    why: str
+
+
+@dataclass(frozen=True)
+class EndJob:
+    """The job is over. `why` is empty when it succeeded; `detail` is the user's traceback, when there is one."""
+
+    succeeded: bool
+    why: str = ""
+    detail: str = ""
+    rank: int = -1
+
+
+@dataclass(frozen=True)
+class Record:
+    """A line for the event log."""
+
+    event: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+
+Effect = StartWorkers | KillWorkers | AbortGeneration | CarryOut | RefuseNode | EndJob | Record
