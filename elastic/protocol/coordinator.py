@@ -6,11 +6,11 @@ does not fit (an older incarnation, another generation, a repeated message) chan
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from ...resharding.layout import Layout, LayoutError
+from ...resharding.layout import LayoutError
 from ...resharding.plan import Plan, Report, plan_join, plan_recovery, plan_start
 from ...resharding.planners import initial_layout
 from . import events as e
@@ -96,8 +96,8 @@ def _ticked(state: State, event: e.Ticked, now: float) -> Outcome:
         if now - state.formed_s >= config.join_timeout_s:
             return _fail(
                 state,
-                f"only {len(state.nodes)} of at least {config.min_nodes} nodes joined within {config.join_timeout_s:g} s: "
-                "start the others, or lower --nnodes",
+                f"only {len(state.nodes)} of at least {config.min_nodes} nodes joined within {config.join_timeout_s:g} s:"
+                " start the others, or lower --nnodes",
             )
     for node in state.nodes.values():
         if now - node.heard_s > config.heartbeat_timeout_s:
@@ -203,7 +203,6 @@ def _enter(state: State, plan: Plan, event: str, fields: dict[str, Any]) -> Outc
         phase=Phase.RUNNING,
         generation=plan.generation,
         layout=plan.layout,
-        former=None,
         join=None,
     )
     record = e.Record(event, {"generation": plan.generation, "plan": plan.digest, **fields})
@@ -281,7 +280,8 @@ def _begin_recovery(state: State, cause: e.WorkerDied | None, now: float) -> Out
         started_s=earlier.started_s if earlier else now,
         awaited=frozenset(w.id for w in asked),
     )
-    former = state.layout if state.join is not None else state.former
+    # A join plan that some may have switched to is as good a starting point as the old layout: who holds what is
+    # taken from the reports.
     layout = state.join.layout if state.join is not None else state.layout
     state = replace(
         state,
@@ -289,7 +289,6 @@ def _begin_recovery(state: State, cause: e.WorkerDied | None, now: float) -> Out
         generation=generation,
         recovery=recovery,
         layout=layout,
-        former=former,
         join=None,
     )
     aborts: Effects = [e.AbortGeneration(w.id, generation) for w in asked]
@@ -328,17 +327,10 @@ def _plan_if_complete(state: State, now: float) -> Outcome:
             return state, []
         plan = _plan_from_keepers(state, job, reports)
     else:
-        plan = plan_recovery(job.model, _base_layout(state, reports), reports, recovery.generation)
+        assert state.layout is not None
+        plan = plan_recovery(job.model, state.layout, reports, recovery.generation)
     recovery = replace(recovery, planned_s=now)
     return _enter(replace(state, recovery=recovery), plan, "planned", {"summary": plan.describe()})
-
-
-def _base_layout(state: State, reports: Iterable[Report]) -> Layout:
-    newest = max(report.generation for report in reports if not report.fresh)
-    assert state.layout is not None
-    if state.former is not None and newest < state.layout.generation:
-        return state.former
-    return state.layout
 
 
 def _plan_from_keepers(state: State, job: e.Job, reports: list[Report]) -> Plan:
@@ -386,7 +378,7 @@ def _switched(state: State, event: e.WorkerSwitched, now: float) -> Outcome:
         for w in state.workers.values()
         if w.status is Status.READY and w.id.rank in plan.layout.ranks
     ]
-    state = replace(_with(state, *joined), layout=plan.layout, former=state.layout, join=None)
+    state = replace(_with(state, *joined), layout=plan.layout, join=None)
     fields = {
         "generation": plan.generation,
         "ranks": [w.id.rank for w in joined],

@@ -97,7 +97,6 @@ class State:
     job: Job | None = None
     generation: int = 0
     layout: Layout | None = None
-    former: Layout | None = None  # the layout before a join that some may not have reached
     join: Plan | None = None  # prepared, not yet switched to
     recovery: Recovery | None = None
     committed: int = -1  # the last committed step
