@@ -8,6 +8,7 @@ long as the worker or the keeper holds it.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import struct
@@ -135,10 +136,8 @@ class Segment:
 
     def close(self) -> None:
         """Unmap and close. Tensors that still view the memory keep it mapped until they go."""
-        try:
+        with contextlib.suppress(BufferError):  # a view is alive: the mapping goes with it
             self.memory.close()
-        except BufferError:
-            pass  # a view is alive; the mapping goes with it
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1

@@ -1,0 +1,122 @@
+"""The canonical sum: one binary tree over the micro-batches of a step, whatever ranks computed them.
+
+Floating-point addition is not associative, so the order of a sum over micro-batches 0..M-1 is fixed once: node
+(level, index) covers the micro-batches [index << level, (index + 1) << level) and is left child + right child; a right
+child that lies wholly beyond M - 1 does not exist, and its parent is its left child. A rank keeps the roots of the
+subtrees it has completed; owners combine the roots of all ranks by the same rule, so the bits of the result do not
+depend on who computed what. See docs/design.md, "The same numbers".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Node(NamedTuple):
+    """A node of the tree: the sum of the micro-batches [index << level, (index + 1) << level) below M."""
+
+    level: int
+    index: int
+
+    @property
+    def start(self) -> int:
+        return self.index << self.level
+
+    def stop(self, leaves: int) -> int:
+        return min((self.index + 1) << self.level, leaves)
+
+
+def root(leaves: int) -> Node:
+    """The node that covers every leaf."""
+    return Node((leaves - 1).bit_length(), 0)
+
+
+def promote(node: Node, leaves: int) -> Node:
+    """The highest node with the same leaves: a left child without a right sibling is its parent."""
+    while node != root(leaves) and node.index % 2 == 0 and (node.index + 1) << node.level >= leaves:
+        node = Node(node.level + 1, node.index // 2)
+    return node
+
+
+def covering(micro_batches: Iterable[int], leaves: int) -> set[Node]:
+    """The roots of the maximal complete subtrees over a set of micro-batches."""
+    nodes: set[Node] = set()
+    for micro_batch in micro_batches:
+        node = promote(Node(0, micro_batch), leaves)
+        while (sibling := Node(node.level, node.index ^ 1)) in nodes:
+            nodes.discard(sibling)
+            node = promote(Node(node.level + 1, node.index // 2), leaves)
+        nodes.add(node)
+    return nodes
+
+
+class TreeSum:
+    """The partial sums that a rank holds of one layer's gradient: per node, one tensor per parameter.
+
+    Leaves may come in any order. A leaf's tensors are taken over, and changed in place; about log2 of the leaves are
+    alive at a time when they come in order.
+    """
+
+    def __init__(self, leaves: int) -> None:
+        self.leaves = leaves
+        self.nodes: dict[Node, list[Tensor]] = {}
+
+    def add(self, micro_batch: int, gradients: list[Tensor]) -> None:
+        """Add the leaf of a micro-batch. Adding one twice raises ValueError."""
+        if any(node.start <= micro_batch < node.stop(self.leaves) for node in self.nodes):
+            raise ValueError(f"micro-batch {micro_batch} is in the sum already")
+        node, value = promote(Node(0, micro_batch), self.leaves), gradients
+        while (sibling := Node(node.level, node.index ^ 1)) in self.nodes:
+            other = self.nodes.pop(sibling)
+            if node.index % 2:
+                value, other = other, value
+            torch._foreach_add_(value, other)  # left += right
+            node = promote(Node(node.level + 1, node.index // 2), self.leaves)
+        self.nodes[node] = value
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.nodes.clear()
+
+
+def combine(parts: Mapping[Node, Tensor], leaves: int, out: Tensor) -> None:
+    """Write the canonical sum of the subtree roots `parts` into `out`; the parts are not changed.
+
+    All tensors have one shape and dtype. Raises ValueError unless the parts cover every leaf exactly once.
+    """
+    _check_cover(parts, leaves)
+    _fold(root(leaves), parts, leaves, out)
+
+
+def _fold(node: Node, parts: Mapping[Node, Tensor], leaves: int, out: Tensor | None) -> Tensor:
+    if node in parts:
+        return parts[node] if out is None else out.copy_(parts[node])
+    left = Node(node.level - 1, 2 * node.index)
+    right = Node(node.level - 1, 2 * node.index + 1)
+    if right.start >= leaves:
+        return _fold(left, parts, leaves, out)
+    first = _fold(left, parts, leaves, None)
+    second = _fold(right, parts, leaves, None)
+    return torch.add(first, second) if out is None else torch.add(first, second, out=out)
+
+
+def _check_cover(parts: Iterable[Node], leaves: int) -> None:
+    at = 0
+    for node in sorted(parts, key=lambda n: n.start):
+        if node.start != at:
+            raise ValueError(f"micro-batches {sorted((at, node.start))} of the sum are missing or come twice")
+        at = node.stop(leaves)
+    if at != leaves:
+        raise ValueError(f"the sum has micro-batches up to {at} of {leaves}")
+
+
+def sum_scalars(values: Sequence[float]) -> float:
+    """The canonical sum of Python floats, in double precision."""
+    level = list(values)
+    while len(level) > 1:
+        level = [level[i] + level[i + 1] if i + 1 < len(level) else level[i] for i in range(0, len(level), 2)]
+    return level[0] if level else 0.0
