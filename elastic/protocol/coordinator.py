@@ -96,7 +96,7 @@ def _ticked(state: State, event: e.Ticked, now: float) -> Outcome:
         if now - state.formed_s >= config.join_timeout_s:
             return _fail(
                 state,
-                f"only {len(state.nodes)} of at least {config.min_nodes} nodes joined within {config.join_timeout_s:g} s:"
+                f"only {len(state.nodes)} of at least {config.min_nodes} nodes joined in {config.join_timeout_s:g} s:"
                 " start the others, or lower --nnodes",
             )
     for node in state.nodes.values():

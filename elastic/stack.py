@@ -1,0 +1,194 @@
+"""The user's model as a stack of layers: what each holds, and which of them this worker holds now."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..resharding.units import ModelSpec, ParameterSpec, Shard
+from .errors import UsageError
+
+
+@dataclass
+class Held:
+    """One parameter as one layer holds it. A tied parameter has one per layer, sharing memory where both are held.
+
+    `averaged` marks a batch-norm statistic: its value after a step is the mean over the step's micro-batches.
+    """
+
+    index: int
+    tensor: Tensor
+    shape: torch.Size
+    averaged: bool = False
+
+
+@dataclass
+class Layer:
+    """A layer: the module, and its trainable parameters in canonical order."""
+
+    module: nn.Module
+    parameters: list[Held] = field(default_factory=list)
+    other_buffers: list[tuple[str, Tensor]] = field(default_factory=list)
+
+
+class LayerStack:
+    """The layers of a model, cut for pipeline stages where the model allows it.
+
+    An `nn.Sequential`, or a module with a method `pipeline_layers()` that returns its layers in order (such that
+    applying them one after the other is the model), has a layer per element; any other module is one layer.
+    """
+
+    def __init__(self, model: nn.Module, *, cut: bool, whole: bool = False) -> None:
+        self.model = model
+        self.layers: list[Layer] = []
+        self._names = {id(p): name for name, p in reversed(list(model.named_parameters(remove_duplicate=False)))}
+        self._averaged = _statistics(model)
+        self._index: dict[int, int] = {}
+        self._specs: list[tuple[str, Tensor, list[int], bool]] = []
+        for module in _distinct(_modules(model, cut)):
+            self._add_layer(module)
+        missing = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in self._index]
+        if missing:
+            raise UsageError(f"parameter {missing[0]!r} is in none of the layers that pipeline_layers() returns")
+        if not self._specs:
+            raise UsageError("the model has no trainable parameter")
+        self.parameter_of = {index: spec[1] for index, spec in enumerate(self._specs)}
+        self.spec = ModelSpec(tuple(self._cost(layer) for layer in self.layers), self._parameter_specs(), whole)
+        self.held = range(len(self.layers))
+        self._tie()
+
+    def _add_layer(self, module: nn.Module) -> None:
+        layer, number = Layer(module), len(self.layers)
+        seen: set[int] = set()
+        for owner in module.modules():
+            for local, parameter in owner._parameters.items():
+                if parameter is None or not parameter.requires_grad or id(parameter) in seen:
+                    continue
+                seen.add(id(parameter))
+                index = self._register(self._names.get(id(parameter), local), parameter, number, averaged=False)
+                tensor: Tensor = parameter
+                if self._specs[index][2][0] != number:  # tied to an earlier layer: a leaf of its own, so that each
+                    tensor = nn.Parameter(parameter.data)  # layer's gradient is summed by itself
+                    _replace(module, parameter, tensor)
+                layer.parameters.append(Held(index, tensor, parameter.shape))
+            for local, buffer in owner._buffers.items():
+                name = self._averaged.get(id(buffer))
+                if buffer is None:
+                    continue
+                if name is None:
+                    layer.other_buffers.append((local, buffer))
+                elif id(buffer) not in seen:
+                    seen.add(id(buffer))
+                    index = self._register(name, buffer, number, averaged=True)
+                    layer.parameters.append(Held(index, buffer, buffer.shape, averaged=True))
+        self.layers.append(layer)
+
+    def _register(self, name: str, tensor: Tensor, layer: int, *, averaged: bool) -> int:
+        index = self._index.get(id(tensor))
+        if index is None:
+            index = self._index[id(tensor)] = len(self._specs)
+            self._specs.append((name, tensor, [], averaged))
+        if layer not in self._specs[index][2]:
+            self._specs[index][2].append(layer)
+        return index
+
+    def _parameter_specs(self) -> tuple[ParameterSpec, ...]:
+        return tuple(
+            ParameterSpec(name, tuple(t.shape), str(t.dtype).removeprefix("torch."), t.element_size(), tuple(layers))
+            for name, t, layers, _ in self._specs
+        )
+
+    @staticmethod
+    def _cost(layer: Layer) -> float:
+        """Multiply-adds per sample grow with the parameters; a look-up table costs next to nothing."""
+        tables = {id(m.weight) for m in layer.module.modules() if isinstance(m, nn.Embedding)}
+        return 1.0 + sum(p.tensor.numel() for p in layer.parameters if id(p.tensor) not in tables)
+
+    def _tie(self) -> None:
+        """Let the layers held here that share a parameter share its memory."""
+        first: dict[int, Tensor] = {}
+        for number in self.held:
+            for held in self.layers[number].parameters:
+                other = first.setdefault(held.index, held.tensor)
+                if other is not held.tensor:
+                    held.tensor.data = other.data
+        self._live = first
+
+    def hold(self, start: int, stop: int) -> None:
+        """Hold the layers [start, stop) and no others: allocate what is new, free what is left."""
+        for number, layer in enumerate(self.layers):
+            for held in layer.parameters:
+                if start <= number < stop:
+                    if held.tensor.shape != held.shape:
+                        held.tensor.data = torch.empty(held.shape, dtype=held.tensor.dtype, device=held.tensor.device)
+                else:
+                    held.tensor.data = held.tensor.data.new_empty(0)
+        self.held = range(start, stop)
+        self._tie()
+
+    def holds_values(self, parameter: int) -> bool:
+        """Whether the memory of a parameter is allocated here, in a held layer or not yet freed."""
+        return any(
+            held.index == parameter and held.tensor.shape == held.shape
+            for layer in self.layers
+            for held in layer.parameters
+        )
+
+    def flat(self, parameter: int) -> Tensor:
+        """A parameter held here as one dimension, sharing its memory."""
+        return self._live[parameter].data.view(-1)
+
+    def view(self, shard: Shard) -> Tensor:
+        """A shard's elements, sharing the parameter's memory."""
+        return self.flat(shard.parameter)[shard.start : shard.stop]
+
+    def averaged(self, parameter: int) -> bool:
+        return self._specs[parameter][3]
+
+    @property
+    def device(self) -> torch.device:
+        return self._specs[0][1].device
+
+
+def _modules(model: nn.Module, cut: bool) -> Sequence[nn.Module]:
+    declared: Callable[[], Sequence[nn.Module]] | None = getattr(model, "pipeline_layers", None)
+    if not cut:
+        return [model]
+    if declared is not None:
+        return list(declared())
+    return list(model) if isinstance(model, nn.Sequential) and len(model) else [model]
+
+
+def _distinct(modules: Sequence[nn.Module]) -> list[nn.Module]:
+    """A module that stands in the sequence twice gets a second body over the same parameters."""
+    seen: set[int] = set()
+    result = []
+    for module in modules:
+        if id(module) in seen:
+            shared: dict[int, Any] = {id(p): p for p in module.parameters()}
+            module = copy.deepcopy(module, shared)
+        seen.add(id(module))
+        result.append(module)
+    return result
+
+
+def _statistics(model: nn.Module) -> dict[int, str]:
+    """The running statistics of batch norms: buffers that a forward changes in a way that can be averaged."""
+    found: dict[int, str] = {}
+    for prefix, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
+            for local, buffer in module.named_buffers(recurse=False):
+                found[id(buffer)] = f"{prefix}.{local}" if prefix else local
+    return found
+
+
+def _replace(module: nn.Module, old: Tensor, new: Tensor) -> None:
+    for owner in module.modules():
+        for local, parameter in owner._parameters.items():
+            if parameter is old:
+                owner._parameters[local] = new  # type: ignore[assignment]
