@@ -1,0 +1,157 @@
+"""How each system under measurement is started, kept going and stopped."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from processes import PEERS, start, stop, wait_until_file
+from workload import Job
+
+
+@dataclass(kw_only=True)
+class System:
+    """A job that runs. `tick` is called every few milliseconds while it does."""
+
+    job: Job
+    patience_s: float = 0.0  # what `stop` grants between SIGTERM and SIGKILL
+
+    def __post_init__(self) -> None:
+        self.folder = Path(self.job.folder)
+        self.log = self.folder / "log"
+        self.children: list[subprocess.Popen[bytes]] = []
+        self.path = self.job.write()
+
+    def start(self) -> None:
+        raise NotImplementedError
+
+    def tick(self) -> None:
+        """Raises RuntimeError when the job as a whole has ended too early."""
+        for child in self.children:
+            if child.poll() not in (None, 0):
+                raise RuntimeError(f"ended with {child.returncode}: {self.tail()}")
+
+    def finished(self) -> bool:
+        return all(child.poll() == 0 for child in self.children)
+
+    def stop(self) -> None:
+        for child in self.children:
+            stop(child, patience_s=self.patience_s)
+
+    def tail(self, size_bytes: int = 1500) -> str:
+        return self.log.read_bytes()[-size_bytes:].decode(errors="replace") if self.log.exists() else ""
+
+    @classmethod
+    def unavailable(cls) -> str | None:
+        """Why this system cannot be measured here, if it cannot."""
+        return None
+
+    def events(self) -> list[dict[str, Any]]:
+        """The system's own account of what happened, if it gives one."""
+        return []
+
+
+class Torchrun(System):
+    """One script under `torch.distributed.run`, which starts all workers again when one dies."""
+
+    script = "ddp_worker.py"
+
+    def start(self) -> None:
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nnodes=1", f"--nproc-per-node={self.job.workers}"]
+        command = [*launch, "--max-restarts=100000", str(PEERS / self.script), str(self.path)]
+        # As shipped in torch 2.13, a restarted worker can meet keys of the dead one in the shared rendezvous store.
+        self.children = [start(command, self.log, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")]
+
+
+class Pipelining(Torchrun):
+    """`torch.distributed.pipelining`, under torchrun."""
+
+    script = "pipelining_worker.py"
+
+
+class Torchft(System):
+    """A lighthouse and one replica group per worker; a dead replica is started again at once."""
+
+    @classmethod
+    def unavailable(cls) -> str | None:
+        if importlib.util.find_spec("torchft") is None:
+            return "torchft is not installed (pip install torchft==0.2.0)"
+        return None
+
+    def start(self) -> None:
+        script = str(PEERS / "torchft_worker.py")
+        self.script = script
+        self.lighthouse = start([script, str(self.path)], self.folder / "lighthouse.log")
+        self.children.append(self.lighthouse)
+        wait_until_file(self.folder / "lighthouse", timeout_s=60)
+        self.replicas = [self._replica(rank) for rank in range(self.job.workers)]
+        self.deaths = 0
+
+    def _replica(self, rank: int) -> subprocess.Popen[bytes]:
+        child = start([self.script, str(self.path)], self.log, REPLICA=str(rank))
+        self.children.append(child)
+        return child
+
+    def tick(self) -> None:
+        self._open_gate()
+        for rank, child in enumerate(self.replicas):
+            if child.poll() not in (None, 0):
+                self.deaths += 1
+                self.replicas[rank] = self._replica(rank)
+        if self.lighthouse.poll() is not None:
+            raise RuntimeError("the lighthouse has ended")
+
+    def _open_gate(self) -> None:
+        """The first replicas start together, so that the first step has them all."""
+        gate = self.folder / "go"
+        if not gate.exists() and len(list(self.folder.glob("stamps-*"))) >= self.job.workers:
+            time.sleep(1.0)
+            gate.touch()
+
+    def finished(self) -> bool:
+        return all(child.poll() == 0 for child in self.replicas)
+
+
+class Everstep(System):
+    """`everstep run`."""
+
+    @classmethod
+    def unavailable(cls) -> str | None:
+        if importlib.util.find_spec("everstep.cli") is None:
+            return "this checkout has no everstep.cli"
+        return None
+
+    @property
+    def events_path(self) -> Path:
+        return self.folder / "events.jsonl"
+
+    def start(self) -> None:
+        self.patience_s = 10.0
+        flags = ["--standalone", f"--nproc-per-node={self.job.workers}", "--es-events", str(self.events_path)]
+        command = ["-m", "everstep", "run", *flags, str(PEERS / "everstep_worker.py"), str(self.path)]
+        self.children = [start(command, self.log)]
+
+    def events(self) -> list[dict[str, Any]]:
+        if not self.events_path.exists():
+            return []
+        return [json.loads(line) for line in self.events_path.read_text().splitlines()]
+
+
+def versions() -> dict[str, str | int | None]:
+    """What was measured, on what."""
+
+    def version(name: str) -> str | None:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    found = {name: version(name) for name in ("everstep", "torch", "torchft")}
+    return {**found, "cpus": os.cpu_count(), "load_average_1min": round(os.getloadavg()[0], 2)}
