@@ -119,14 +119,14 @@ class LayerStack:
                     held.tensor.data = other.data
         self._live = first
 
-    def hold(self, start: int, stop: int) -> None:
-        """Hold the layers [start, stop) and no others: allocate what is new, free what is left."""
+    def hold(self, start: int, stop: int, *, free: bool = True) -> None:
+        """Hold the layers [start, stop): allocate what is new and, with `free`, give back the memory of the others."""
         for number, layer in enumerate(self.layers):
             for held in layer.parameters:
                 if start <= number < stop:
                     if held.tensor.shape != held.shape:
                         held.tensor.data = torch.empty(held.shape, dtype=held.tensor.dtype, device=held.tensor.device)
-                else:
+                elif free:
                     held.tensor.data = held.tensor.data.new_empty(0)
         self.held = range(start, stop)
         self._tie()

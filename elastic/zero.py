@@ -63,7 +63,7 @@ class ShardedOptimizer:
         self._parameters: dict[int, nn.Parameter] = {}
         self._shards: dict[int, Shard] = {}
         self._inner = self._clone()
-        self._template: dict[str, Any] | None = None
+        self._templates: dict[int, dict[str, Any]] = {}
 
     def _clone(self) -> Optimizer:
         """The same optimizer with no parameters and no state."""
@@ -153,13 +153,14 @@ class ShardedOptimizer:
         if self.stack.spec.whole:
             state = self._probe(torch.zeros(value.shape, dtype=value.dtype), shard)
         else:
-            if self._template is None:
-                self._template = self._probe(torch.zeros(_PROBE, dtype=torch.float32), shard)
+            group = self._group[shard.parameter] or 0
+            if group not in self._templates:
+                self._templates[group] = self._probe(torch.zeros(_PROBE, dtype=torch.float32), shard)
             state = {
                 name: torch.empty(value.shape, dtype=value.dtype, device="meta")
                 if isinstance(item, Tensor) and item.numel() == _PROBE
                 else item
-                for name, item in self._template.items()
+                for name, item in self._templates[group].items()
             }
         return record_bytes({"value": value, **state}) + 256
 

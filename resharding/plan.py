@@ -71,7 +71,9 @@ class Plan:
     `version`: the state all are brought to; None when it is the version at which the members switch (a join).
     `agreement`: what was agreed in step version - 1, for owners that have still to carry it out.
     `gains`: shards to restore. `refresh`: ranks that need every value of their layers from the owners.
-    `work`: the segments of the interrupted step that are still to run. `kept`: those whose gradients are held.
+    `fresh`: ranks that have nothing yet; the lowest other rank tells them where the job is.
+    `work`: the segments of the interrupted step that are still to run; `started`: those of them whose forward is done.
+    `kept`: the segments whose gradients are held.
     """
 
     layout: Layout
@@ -79,7 +81,9 @@ class Plan:
     agreement: str = ""
     gains: tuple[Gain, ...] = ()
     refresh: tuple[int, ...] = ()
+    fresh: tuple[int, ...] = ()
     work: tuple[Segment, ...] = ()
+    started: tuple[Segment, ...] = ()
     kept: tuple[Segment, ...] = ()
 
     @property
@@ -98,9 +102,16 @@ class Plan:
             agreement=raw["agreement"],
             gains=tuple(Gain(*g) for g in raw["gains"]),
             refresh=tuple(raw["refresh"]),
+            fresh=tuple(raw["fresh"]),
             work=tuple(Segment(*s) for s in raw["work"]),
+            started=tuple(Segment(*s) for s in raw["started"]),
             kept=tuple(Segment(*s) for s in raw["kept"]),
         )
+
+    @property
+    def guide(self) -> int | None:
+        """The rank that tells the fresh ones where the job is; None when all are fresh."""
+        return next((rank for rank in self.layout.ranks if rank not in self.fresh), None)
 
     @property
     def digest(self) -> str:
@@ -134,7 +145,9 @@ def plan_join(spec: ModelSpec, old: Layout, joiners: Collection[int], generation
     refresh = tuple(
         rank for rank in layout.ranks if rank not in old.ranks or not _covers(old.stage_of(rank), layout.stage_of(rank))
     )
-    return Plan(layout=layout, version=None, gains=gains, refresh=refresh, work=layout.segments())
+    return Plan(
+        layout=layout, version=None, gains=gains, refresh=refresh, fresh=tuple(sorted(joiners)), work=layout.segments()
+    )
 
 
 def plan_recovery(spec: ModelSpec, old: Layout, reports: Sequence[Report], generation: int) -> Plan:
@@ -213,14 +226,3 @@ def _gaps(stage: Stage, micro_batch: int, kept: Iterable[Segment]) -> list[tuple
     if at < stage.stop:
         gaps.append((at, stage.stop))
     return gaps
-
-
-def input_sources(plan_segments: Iterable[Segment]) -> tuple[dict[tuple[int, int], int], dict[tuple[int, int], int]]:
-    """Where each (boundary layer, micro-batch) comes from: activations by the segment that ends there, gradients by
-    the one that starts there. `plan_segments` are work and kept ones together."""
-    activations: dict[tuple[int, int], int] = {}
-    gradients: dict[tuple[int, int], int] = {}
-    for segment in plan_segments:
-        activations[(segment.stop, segment.micro_batch)] = segment.rank
-        gradients[(segment.start, segment.micro_batch)] = segment.rank
-    return activations, gradients

@@ -1,0 +1,130 @@
+"""A worker's progress page: a few words of memory shared with its node agent, and the place where faults are injected.
+
+The counter rises with everything the worker does, and while it waits; a counter that stands still is a hung worker.
+What stands in the page outlives a killed worker: the agent reads there what it was doing.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import mmap
+import os
+import signal
+import struct
+import time
+from dataclasses import dataclass
+
+_PAGE = struct.Struct(
+    "<QqqqqQ"
+)  # counter, step, phase, finished micro-batches, training, time of an injected fault (ns)
+
+
+class Phase(enum.IntEnum):
+    """What a worker is doing."""
+
+    START = 0
+    COMPUTE = 1
+    REDUCE = 2
+    AGREE = 3
+    UPDATE = 4
+    COMMIT = 5
+    RECOVER = 6
+    RESTORE = 7
+    JOIN = 8
+    END = 9
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the agent sees of a worker."""
+
+    counter: int
+    step: int
+    phase: Phase
+    finished_micro_batches: int
+    training: bool
+    fault_ns: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """An injected fault: at the `after`-th time the rank's given incarnation marks `phase` of `step` (-1: any)."""
+
+    rank: int
+    phase: str
+    step: int = -1
+    incarnation: int = 0
+    after: int = 0
+    kind: str = "kill"  # kill | stop | loop
+
+    VARIABLE = "EVERSTEP_FAULTS"
+
+    @classmethod
+    def parse(cls, text: str) -> list[Fault]:
+        return [cls(**item) for item in json.loads(text)] if text else []
+
+
+def create_page() -> int:
+    """A descriptor of a new progress page."""
+    fd = os.memfd_create("everstep-progress", os.MFD_CLOEXEC)
+    os.ftruncate(fd, mmap.PAGESIZE)
+    return fd
+
+
+def read_page(memory: mmap.mmap) -> Reading:
+    counter, step, phase, finished, training, fault_ns = _PAGE.unpack_from(memory, 0)
+    return Reading(counter, step, Phase(phase), finished, bool(training), fault_ns)
+
+
+class Progress:
+    """The worker's side of its page."""
+
+    def __init__(self, fd: int | None, rank: int, incarnation: int, faults: list[Fault]) -> None:
+        self._memory = mmap.mmap(-1 if fd is None else fd, mmap.PAGESIZE)
+        self._counter = 0
+        self._place = (-1, Phase.START)
+        self._finished = 0
+        self._training = False
+        self._faults = [f for f in faults if f.rank == rank and f.incarnation == incarnation]
+        self._seen: dict[Fault, int] = {}
+        self._write()
+
+    def _write(self, fault_ns: int = 0) -> None:
+        step, phase = self._place
+        values = (self._counter, step, phase, self._finished, self._training, fault_ns)
+        _PAGE.pack_into(self._memory, 0, *values)
+
+    def tick(self) -> None:
+        """Still alive."""
+        self._counter += 1
+        self._write()
+
+    def mark(self, phase: Phase, step: int, *, finished: int | None = None) -> None:
+        """Enter a phase of a step; `finished` micro-batches of it are done here."""
+        self._counter += 1
+        self._place = (step, phase)
+        if finished is not None:
+            self._finished = finished
+        self._training = step > 0 or self._training
+        self._write()
+        if self._faults:
+            self._inject(phase, step)
+
+    def _inject(self, phase: Phase, step: int) -> None:
+        for fault in self._faults:
+            if fault.phase != phase.name.lower() or fault.step not in (-1, step):
+                continue
+            seen = self._seen.get(fault, 0)
+            self._seen[fault] = seen + 1
+            if seen == fault.after:
+                self._suffer(fault)
+
+    def _suffer(self, fault: Fault) -> None:
+        self._write(time.monotonic_ns())
+        if fault.kind == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif fault.kind == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        while fault.kind == "loop":
+            pass
