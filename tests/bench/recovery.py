@@ -66,6 +66,7 @@ class Kill:
     last_step: int  # newest step committed by anyone before the kill
     into_step_s: float  # since the newest commit
     recovery_s: float | None = None  # to the commit of a later step by as many workers as survived
+    delay_s: float | None = None  # the same, less what an undisturbed step would still have taken
     first_commit_s: float | None = None  # to the first such commit by any worker
     all_back_s: float | None = None  # to the first step committed by the full number of workers
     steps_redone: int = 0  # committed before, computed again
@@ -153,6 +154,7 @@ def account(kill: Kill, stamps: Stamps, workers: int, step_s: float) -> None:
     moments = sorted(first_by_pid.values())
     kill.first_commit_s = moments[0] - kill.t
     kill.recovery_s = moments[workers - 2] - kill.t
+    kill.delay_s = kill.recovery_s - max(0.0, step_s - kill.into_step_s)
     kill.all_back_s = min(max(c.t for c in group) for group in by_step.values() if len(group) >= workers) - kill.t
     kill.on_schedule = moments[workers - 2] - newest < 1.25 * step_s
     newcomers = {p.pid for p in stamps.processes.values() if p.started > kill.t}
@@ -234,12 +236,14 @@ def figures(outcome: Outcome) -> dict[str, Any]:
     done = [k for k in outcome.kills if k.recovery_s is not None]
     times = [k.recovery_s for k in done if k.recovery_s is not None]
     interrupted = [k.recovery_s for k in done if k.recovery_s is not None and not k.on_schedule]
+    delays = [k.delay_s for k in done if k.delay_s is not None]
     back = [k.all_back_s for k in done if k.all_back_s is not None]
     found = {
         "kills": len(done),
         "step_s": outcome.step_s,
         "kill_to_next_commit_s": spread(times),
         "kill_to_next_commit_s_where_the_step_was_interrupted": spread(interrupted),
+        "delay_of_that_commit_s": spread(delays),
         "kill_to_full_strength_s": spread(back),
         "steps_redone": sum(k.steps_redone for k in done),
         "steps_discarded": sum(k.steps_discarded for k in done),

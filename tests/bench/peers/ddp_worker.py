@@ -29,6 +29,8 @@ def main() -> None:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         first = saved["step"] + 1
+    # DDP lays its buckets out anew after the first step of a process, and gloo's sums depend on the layout: a job that
+    # goes on from a checkpoint does not repeat its bits, unless option "ddp" is {"find_unused_parameters": True}.
     wrapped = DistributedDataParallel(model, **job.option("ddp", {}))
     stamper = Stamper(job.folder, rank)
     for step in range(first, job.steps):
