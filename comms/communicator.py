@@ -36,7 +36,7 @@ class Key(NamedTuple):
     kind: Kind
     step: int
     micro_batch: int = 0
-    index: int = 0
+    index: int = 0  # type: ignore[assignment]  # tuple.index, which nobody needs on a key
 
 
 @dataclass(frozen=True)

@@ -154,4 +154,4 @@ class Hello(NamedTuple):
                 f"the peer speaks version {version} of the link protocol, this rank {PROTOCOL_VERSION}: "
                 "run the same everstep on every rank"
             )
-        return cls(*fields, version=version)
+        return cls(*fields)

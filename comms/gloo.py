@@ -1,7 +1,7 @@
 """The communicator on gloo's point-to-point: the yardstick that the mesh is measured against.
 
-gloo cannot be aborted and cannot lose a member: every edit drops the process group and builds another one.  A thread per
-peer receives, so that a caller who waits for a message waits for a mailbox, which an abort can wake.
+gloo cannot be aborted and cannot lose a member: every edit drops the process group and builds another one.  A thread
+per peer receives, so that a caller who waits for a message waits for a mailbox, which an abort can wake.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ import contextlib
 import datetime
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 import torch
-import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, ProcessGroupGloo, Store
 from typing_extensions import Buffer
 
 from .communicator import Communicator, EditReport, Key, Peer
@@ -29,16 +30,14 @@ class _Group:
     """One process group and its receiver threads."""
 
     def __init__(
-        self, generation: int, ranks: Sequence[int], own: int, store: dist.Store, timeout: datetime.timedelta
+        self, generation: int, ranks: Sequence[int], own: int, store: Store, timeout: datetime.timedelta
     ) -> None:
         self.generation = generation
         self.ranks = list(ranks)
         self._own = own
         # Ranks of a process group are dense, those of a communicator are not.
         index = self.ranks.index(own)
-        self._pg = dist.ProcessGroupGloo(
-            dist.PrefixStore(f"everstep/{generation}", store), index, len(self.ranks), timeout
-        )
+        self._pg: Any = ProcessGroupGloo(PrefixStore(f"everstep/{generation}", store), index, len(self.ranks), timeout)
         self._threads: list[threading.Thread] = []
 
     def listen(self, mailbox: SharedMailbox) -> None:
@@ -76,15 +75,15 @@ class _Group:
     def _receive(self, source: int, mailbox: SharedMailbox) -> None:
         index = self.ranks.index(source)
         head = torch.empty(HEADER_BYTES, dtype=torch.uint8)
-        # RuntimeError: the pair was closed, here or by the peer's death; whoever waits for it goes on to wait for an abort.
+        # RuntimeError: the pair was closed, here or by the peer's death. Whoever waits for it waits for an abort.
         with contextlib.suppress(RuntimeError, ProtocolError):
             while True:
                 self._pg.recv([head], index, _HEADER_TAG).wait()
-                header = Header.parse(memoryview(head.numpy()))
+                header = Header.parse(head.numpy().data)
                 data = torch.empty(header.total_bytes, dtype=torch.uint8)
                 if header.total_bytes:
                     self._pg.recv([data], index, _PAYLOAD_TAG).wait()
-                mailbox.put(header.generation, source, header.key, memoryview(data.numpy()))
+                mailbox.put(header.generation, source, header.key, data.numpy().data)
 
 
 class GlooCommunicator(Communicator):
@@ -99,7 +98,7 @@ class GlooCommunicator(Communicator):
         rank: int,
         incarnation: int,
         *,
-        store: dist.Store,
+        store: Store,
         timeout_s: float = 24 * 3600.0,
         on_wait: Callable[[], None] | None = None,
     ) -> None:
@@ -123,7 +122,7 @@ class GlooCommunicator(Communicator):
         return tuple(self._group.ranks) if self._group else ()
 
     def send(self, to: int, key: Key, payload: Sequence[Buffer]) -> None:
-        """See `Communicator.send`. Returns when the receiver's thread has taken the message, or gloo has buffered it."""
+        """See `Communicator.send`. Returns when gloo has written the message out."""
         self._check((to,))
         views = [byte_view(buffer) for buffer in payload]
         data = joined(views)  # gloo wants one writable tensor

@@ -16,7 +16,7 @@ WAIT_SLICE_S = 0.05  # how often a waiting call attends to `on_wait`, at least
 
 def allocate(size_bytes: int) -> memoryview:
     """Writable bytes that were not zeroed first."""
-    return memoryview(np.empty(size_bytes, dtype=np.uint8))
+    return np.empty(size_bytes, dtype=np.uint8).data
 
 
 def byte_view(buffer: Buffer) -> memoryview:

@@ -16,7 +16,8 @@ from typing_extensions import Buffer
 
 from .communicator import Aborted, Communicator, EditReport, Key, Peer
 from .frames import MESSAGE_LIMIT_BYTES, Flag, FrameKind, Header, Hello, token_digest
-from .links import TCP_PIECE_BYTES, InLink, Local, OutLink, cut
+from .incoming import InLink, Local
+from .links import TCP_PIECE_BYTES, OutLink, cut
 from .mailbox import WAIT_SLICE_S, Mailbox, byte_view, joined
 from .poller import Poller
 from .ring import RING_MINIMUM_BYTES, piece_bytes
