@@ -1,0 +1,200 @@
+"""How a worker hears of its fellow members: from its node agent, or, alone, from itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..comms.communicator import Peer
+from ..resharding.plan import Plan, Report, plan_start
+from ..resharding.planners import initial_layout
+from .errors import JobEnded
+from .protocol.events import Job
+
+
+@dataclass(frozen=True)
+class Orders:
+    """A plan, and where to reach the others."""
+
+    plan: Plan
+    peers: Mapping[int, Peer]
+    keepers: tuple[str, ...]
+
+
+class Membership(ABC):
+    """The worker's side of the control plane."""
+
+    def __init__(self) -> None:
+        self.on_abort: Callable[[], None] = lambda: None
+
+    @abstractmethod
+    def declare(self) -> None:
+        """This script is elastic."""
+
+    @abstractmethod
+    def ready(self, peer: Peer, job: Job) -> None:
+        """This worker has built its model."""
+
+    @abstractmethod
+    def orders(self, on_wait: Callable[[], None]) -> Orders:
+        """Wait for a plan that is not out of date. Raises JobEnded when the job is over."""
+
+    @abstractmethod
+    def report(self, make: Callable[[int], Report]) -> None:
+        """Answer the newest abort with the report that `make` gives for its generation."""
+
+    @abstractmethod
+    def proposed(self, last: bool) -> Orders | None:
+        """A join plan that waits for the members to switch. `last`: no further step will ask."""
+
+    @abstractmethod
+    def tell(self, kind: str, **fields: Any) -> None:
+        """Tell the coordinator something that needs no answer."""
+
+    @abstractmethod
+    def wait_for_end(self, on_wait: Callable[[], None]) -> bool:
+        """Wait until the job ends (True) or the generation is aborted (False)."""
+
+
+class Solo(Membership):
+    """A script started without the launcher: one worker, which is all the members."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._orders: Orders | None = None
+
+    def declare(self) -> None:
+        pass
+
+    def ready(self, peer: Peer, job: Job) -> None:
+        layout = initial_layout(job.model, [0], job.stages, job.micro_batches)
+        self._orders = Orders(plan_start(layout), {0: peer}, ())
+
+    def orders(self, on_wait: Callable[[], None]) -> Orders:
+        assert self._orders is not None
+        return self._orders
+
+    def report(self, make: Callable[[int], Report]) -> None:
+        raise AssertionError("nobody aborts a worker that is alone")
+
+    def proposed(self, last: bool) -> Orders | None:
+        return None
+
+    def tell(self, kind: str, **fields: Any) -> None:
+        pass
+
+    def wait_for_end(self, on_wait: Callable[[], None]) -> bool:
+        return True
+
+
+class AgentMembership(Membership):
+    """The control channel to the node agent: JSON lines, read by a thread of its own."""
+
+    def __init__(self, fd: int) -> None:
+        super().__init__()
+        self._socket = socket.socket(fileno=fd)
+        self._changed = threading.Condition()
+        self._send_lock = threading.Lock()
+        self._aborted = 0  # the newest generation we were told to stop for
+        self._aborted_at = 0.0
+        self._orders: Orders | None = None
+        self._proposal: Orders | None = None
+        self._past_last = False
+        self._ended = False
+        threading.Thread(target=self._listen, name="everstep-control", daemon=True).start()
+
+    def _listen(self) -> None:
+        with self._socket.makefile("rb") as stream:
+            for line in stream:
+                self._heard(json.loads(line))
+        os._exit(1)  # the agent is gone, and with it everything this worker could go on for
+
+    def _heard(self, message: dict[str, Any]) -> None:
+        kind = message["kind"]
+        with self._changed:
+            if kind == "abort" and message["generation"] > self._aborted:
+                self._aborted, self._aborted_at = message["generation"], time.monotonic()
+                self._proposal = None
+                self.on_abort()
+            elif kind == "plan":
+                self._take(message)
+            elif kind == "end":
+                self._ended = True
+                self.on_abort()
+            self._changed.notify_all()
+
+    def _take(self, message: dict[str, Any]) -> None:
+        plan = Plan.from_json(message["plan"])
+        if plan.digest != message["digest"]:
+            raise AssertionError(f"the plan of generation {plan.generation} arrived changed")
+        peers = {int(rank): Peer(**peer) for rank, peer in message["peers"].items()}
+        orders = Orders(plan, peers, tuple(message["keepers"]))
+        if plan.generation < self._aborted:
+            return
+        if plan.version is None and message["member"]:
+            if self._past_last:
+                self.tell("idled", generation=plan.generation)
+            else:
+                self._proposal = orders
+        else:
+            self._orders = orders
+
+    def declare(self) -> None:
+        self.tell("elastic")
+
+    def ready(self, peer: Peer, job: Job) -> None:
+        self.tell("ready", peer=asdict(peer), job={**asdict(job), "model": job.model.to_json()})
+
+    def orders(self, on_wait: Callable[[], None]) -> Orders:
+        with self._changed:
+            while True:
+                if self._ended:
+                    raise JobEnded
+                if self._orders is not None and self._orders.plan.generation >= self._aborted:
+                    orders, self._orders = self._orders, None
+                    return orders
+                self._changed.wait(0.05)
+                on_wait()
+
+    def report(self, make: Callable[[int], Report]) -> None:
+        with self._changed:
+            if self._ended:
+                raise JobEnded
+            generation, since = self._aborted, self._aborted_at
+        report = make(generation)
+        self.tell("reported", generation=generation, report=report.to_json(), busy_s=time.monotonic() - since)
+
+    @property
+    def aborted(self) -> int:
+        """The newest generation this worker was told to stop for."""
+        return self._aborted
+
+    def proposed(self, last: bool) -> Orders | None:
+        with self._changed:
+            self._past_last = self._past_last or last
+            return self._proposal
+
+    def accept(self) -> None:
+        """The proposal was switched to."""
+        with self._changed:
+            self._proposal = None
+
+    def tell(self, kind: str, **fields: Any) -> None:
+        line = json.dumps({"kind": kind, **fields}, separators=(",", ":")).encode() + b"\n"
+        with self._send_lock:
+            self._socket.sendall(line)
+
+    def wait_for_end(self, on_wait: Callable[[], None]) -> bool:
+        with self._changed:
+            seen = self._aborted
+            while not self._ended and self._aborted == seen:
+                self._changed.wait(0.05)
+                on_wait()
+            return self._ended

@@ -1,0 +1,239 @@
+"""The pipeline executor: runs a rank's segments of a step, forwards and backwards, in whatever order inputs allow.
+
+Backward first when its gradient is there, else the next forward while fewer than `depth` micro-batches are in flight
+(1F1B: Narayanan et al., 2019). The order changes no bits: every micro-batch's gradient is a leaf of the canonical sum,
+and the random numbers of a layer are a function of (seed, step, micro-batch, layer).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..comms.communicator import Communicator, Key, Kind
+from ..comms.tensors import decode, encode
+from ..resharding.plan import Span
+from .errors import UsageError
+from .order import derive_seed
+from .progress import Phase, Progress
+from .stack import LayerStack
+from .steps import Graph, StepState
+
+Batch = tuple[Any, Any]
+
+
+class Pipeline:
+    """Runs segments for one rank. `fetch(step, micro_batch)` gives (inputs, targets)."""
+
+    def __init__(
+        self,
+        stack: LayerStack,
+        comm: Communicator,
+        progress: Progress,
+        seed: int,
+        fetch: Callable[[int, int], Batch],
+        loss_fn: Callable[[Any, Any], Tensor],
+    ) -> None:
+        self.stack = stack
+        self.comm = comm
+        self.progress = progress
+        self.seed = seed
+        self.fetch = fetch
+        self.loss_fn = loss_fn
+        self.base_statistics: dict[int, list[Tensor]] = {}
+
+    def resend(self, state: StepState, started_elsewhere: set[Span]) -> None:
+        """After a change of generation: send again what others need of the work already done here."""
+        for span in (*state.held, *state.started):
+            following = state.next_segment(span)
+            if following is not None and Span(*following[1:]) not in started_elsewhere:
+                self._send_activation(state, span, following.rank)
+        for span in state.held:
+            before = state.previous_segment(span)
+            if before is not None:
+                self._send_gradient(state, span, before.rank)
+
+    def run(self, state: StepState, depth: int) -> None:
+        """Finish this rank's work of the step. Raises Aborted between two micro-batches when the generation ends."""
+        while state.todo or state.started:
+            self.comm.ready(())  # raises Aborted
+            gradients = {
+                (state.gradient_source(span), Key(Kind.GRADIENT, state.step, span.micro_batch, span.stop)): span
+                for span in state.started
+            }
+            arrived = self.comm.ready(gradients)
+            if arrived is not None:
+                self._backward(state, gradients[arrived], self.comm.receive(*arrived))
+                continue
+            span = self._next_forward(state, depth)
+            if span is None:
+                source, key, data = self.comm.receive_any(gradients)
+                self._backward(state, gradients[(source, key)], data)
+            elif span.start == 0:
+                self._forward(state, span, None)
+            else:
+                wanted = (state.activation_source(span), Key(Kind.ACTIVATION, state.step, span.micro_batch, span.start))
+                source, key, data = self.comm.receive_any({wanted, *gradients})
+                if (source, key) == wanted:
+                    self._forward(state, span, data)
+                else:
+                    self._backward(state, gradients[(source, key)], data)
+
+    @staticmethod
+    def _next_forward(state: StepState, depth: int) -> Span | None:
+        if not state.todo:
+            return None
+        span = state.todo[0]
+        lowest = min((s.micro_batch for s in state.started), default=span.micro_batch)
+        return span if len(state.started) < depth or span.micro_batch <= lowest else None
+
+    def _forward(self, state: StepState, span: Span, data: memoryview | None) -> None:
+        self.progress.mark(Phase.COMPUTE, state.step, finished=len(state.held))
+        inputs: list[Tensor | None] = []
+        value: Any
+        targets: Any = None
+        is_last = span.stop == len(self.stack.layers)
+        if data is None or is_last:
+            first, targets = self.fetch(state.step, span.micro_batch)
+        if data is None:
+            value = first
+        else:
+            inputs = decode(data, self.stack.device)
+            for tensor in inputs:
+                if tensor is not None and tensor.is_floating_point():
+                    tensor.requires_grad_()
+            value = inputs[0] if len(inputs) == 1 else tuple(inputs)
+        statistics: dict[int, list[Tensor]] = {}
+        for number in range(span.start, span.stop):
+            value = self.apply(number, state.step, span.micro_batch, value, statistics)
+        if is_last:
+            self._seed(state.step, span.micro_batch, span.stop)
+            value = self.loss_fn(value, targets)
+            _check_loss(value)
+            state.losses[span.micro_batch] = float(value.detach())
+        outputs = list(value) if isinstance(value, tuple | list) else [value]
+        state.todo.remove(span)
+        graph = Graph(inputs, outputs, statistics)
+        if is_last:
+            self._finish(state, span, graph, None)
+            return
+        state.outputs[(span.stop, span.micro_batch)] = [output.detach() for output in outputs]
+        state.started[span] = graph
+        following = state.next_segment(span)
+        if following is not None:
+            self._send_activation(state, span, following.rank)
+
+    def apply(self, number: int, step: int, micro_batch: int, value: Any, statistics: dict[int, list[Tensor]]) -> Any:
+        """One layer's forward, with its own random numbers and batch-norm statistics as they were at the step's start."""
+        layer = self.stack.layers[number]
+        self.restore_statistics(number)
+        self._seed(step, micro_batch, number)
+        versions = [(name, buffer, buffer._version) for name, buffer in layer.other_buffers]
+        value = layer.module(value)
+        self.check_buffers(number, versions)
+        statistics[number] = self.take_statistics(number)
+        return value
+
+    def restore_statistics(self, number: int) -> None:
+        for held, base in zip(self._averaged(number), self.base_statistics.get(number, ()), strict=False):
+            held.copy_(base)
+
+    def take_statistics(self, number: int) -> list[Tensor]:
+        return [tensor.detach().clone().float().reshape(-1) for tensor in self._averaged(number)]
+
+    def begin_step(self) -> None:
+        """Remember the batch-norm statistics that every micro-batch of the step starts from."""
+        self.base_statistics = {
+            number: [tensor.detach().clone() for tensor in self._averaged(number)] for number in self.stack.held
+        }
+
+    def end_step(self) -> None:
+        """Put the batch-norm statistics back to the start of the step, before they are updated."""
+        for number in self.base_statistics:
+            if number in self.stack.held:
+                self.restore_statistics(number)
+
+    def _averaged(self, number: int) -> list[Tensor]:
+        return [held.tensor for held in self.stack.layers[number].parameters if held.averaged]
+
+    def check_buffers(self, number: int, versions: list[tuple[str, Tensor, int]]) -> None:
+        for name, buffer, version in versions:
+            if buffer._version != version:
+                raise UsageError(
+                    f"layer {number} ({type(self.stack.layers[number].module).__name__}) changes its buffer {name!r} in "
+                    "forward: only batch-norm statistics can be kept the same whatever rank computes a micro-batch"
+                )
+
+    def seed(self, step: int, micro_batch: int) -> None:
+        """Seed torch for a forward that the user runs."""
+        self._seed(step, micro_batch, 0)
+
+    def _seed(self, step: int, micro_batch: int, layer: int) -> None:
+        torch.manual_seed(derive_seed("forward", self.seed, step, micro_batch, layer))
+
+    def _backward(self, state: StepState, span: Span, data: memoryview) -> None:
+        self.progress.mark(Phase.COMPUTE, state.step, finished=len(state.held))
+        self._finish(state, span, state.started.pop(span), decode(data, self.stack.device))
+
+    def _finish(self, state: StepState, span: Span, graph: Graph, gradients: Sequence[Tensor | None] | None) -> None:
+        """The backward of a span; its gradients become leaves of the sum, and the input's goes to where it came from."""
+        pairs = [
+            (output, gradient)
+            for output, gradient in zip(graph.outputs, gradients or [None] * len(graph.outputs), strict=True)
+            if output.requires_grad and (gradients is None or gradient is not None)
+        ]
+        if pairs:
+            torch.autograd.backward([o for o, _ in pairs], [g for _, g in pairs])
+        self.harvest(state, span, graph.statistics)
+        if span.start > 0:
+            found = [t.grad if t is not None else None for t in graph.inputs]
+            state.input_gradients[(span.start, span.micro_batch)] = found
+            before = state.previous_segment(span)
+            if before is not None:
+                self._send_gradient(state, span, before.rank)
+        self.progress.mark(Phase.COMPUTE, state.step, finished=len(state.held))
+
+    def harvest(self, state: StepState, span: Span, statistics: dict[int, list[Tensor]]) -> None:
+        """Take the gradients of a micro-batch out of the parameters and into the sums."""
+        for number in range(span.start, span.stop):
+            layer = self.stack.layers[number]
+            after = iter(statistics.get(number, ()))
+            leaf: list[Tensor] = []
+            for held in layer.parameters:
+                leaf.append(next(after) if held.averaged else _gradient(held.tensor, self.stack, held.index))
+                if not held.averaged:
+                    held.tensor.grad = None
+            state.hold(span, number, leaf)
+        state.held.add(span)
+
+    def _send_activation(self, state: StepState, span: Span, to: int) -> None:
+        key = Key(Kind.ACTIVATION, state.step, span.micro_batch, span.stop)
+        self.comm.send(to, key, encode(state.outputs[(span.stop, span.micro_batch)]))
+
+    def _send_gradient(self, state: StepState, span: Span, to: int) -> None:
+        key = Key(Kind.GRADIENT, state.step, span.micro_batch, span.start)
+        self.comm.send(to, key, encode(state.input_gradients[(span.start, span.micro_batch)]))
+
+
+def _gradient(tensor: Tensor, stack: LayerStack, index: int) -> Tensor:
+    gradient = tensor.grad
+    if gradient is None:
+        return torch.zeros(tensor.numel(), dtype=accumulation_dtype(tensor.dtype), device=tensor.device)
+    if gradient.layout != torch.strided:
+        name = stack.spec.parameters[index].name
+        raise UsageError(f"parameter {name!r} has a sparse gradient: use sparse=False in its layer")
+    return gradient.reshape(-1).to(accumulation_dtype(tensor.dtype))
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Sums are taken in float32, or in float64 for parameters of that type."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _check_loss(loss: Any) -> None:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise UsageError(f"loss_fn must return a tensor with one element (the micro-batch's mean loss), got {shape}")
