@@ -127,7 +127,7 @@ class Pipeline:
             self._send_activation(state, span, following.rank)
 
     def apply(self, number: int, step: int, micro_batch: int, value: Any, statistics: dict[int, list[Tensor]]) -> Any:
-        """One layer's forward, with its own random numbers and batch-norm statistics as they were at the step's start."""
+        """One layer's forward: its own random numbers, batch-norm statistics as at the start of the step."""
         layer = self.stack.layers[number]
         self.restore_statistics(number)
         self._seed(step, micro_batch, number)
@@ -139,7 +139,7 @@ class Pipeline:
 
     def restore_statistics(self, number: int) -> None:
         for held, base in zip(self._averaged(number), self.base_statistics.get(number, ()), strict=False):
-            held.copy_(base)
+            held.data.copy_(base)  # not seen by autograd: a graph in flight does not use the values
 
     def take_statistics(self, number: int) -> list[Tensor]:
         return [tensor.detach().clone().float().reshape(-1) for tensor in self._averaged(number)]
@@ -163,8 +163,8 @@ class Pipeline:
         for name, buffer, version in versions:
             if buffer._version != version:
                 raise UsageError(
-                    f"layer {number} ({type(self.stack.layers[number].module).__name__}) changes its buffer {name!r} in "
-                    "forward: only batch-norm statistics can be kept the same whatever rank computes a micro-batch"
+                    f"layer {number} ({type(self.stack.layers[number].module).__name__}) changes its buffer {name!r} "
+                    "in forward: only batch-norm statistics can be kept equal whatever rank computes a micro-batch"
                 )
 
     def seed(self, step: int, micro_batch: int) -> None:
@@ -179,7 +179,7 @@ class Pipeline:
         self._finish(state, span, state.started.pop(span), decode(data, self.stack.device))
 
     def _finish(self, state: StepState, span: Span, graph: Graph, gradients: Sequence[Tensor | None] | None) -> None:
-        """The backward of a span; its gradients become leaves of the sum, and the input's goes to where it came from."""
+        """The backward of a span: its gradients become leaves of the sum; the input's goes where the input came from."""
         pairs = [
             (output, gradient)
             for output, gradient in zip(graph.outputs, gradients or [None] * len(graph.outputs), strict=True)

@@ -1,4 +1,4 @@
-"""What one rank has of the step it is in: work to do, work done, gradients held. Recovery edits it, steps replace it."""
+"""What one rank has of the step it is in: work to do, work done, gradients held. Recovery edits it."""
 
 from __future__ import annotations
 
@@ -90,7 +90,6 @@ def _find(
     segments: Iterable[Segment], micro_batch: int, *, start: int | None = None, stop: int | None = None
 ) -> Segment | None:
     for segment in segments:
-        if segment.micro_batch == micro_batch and (start is None or segment.start == start):
-            if stop is None or segment.stop == stop:
-                return segment
+        if segment.micro_batch == micro_batch and start in (None, segment.start) and stop in (None, segment.stop):
+            return segment
     return None
