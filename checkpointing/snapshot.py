@@ -40,9 +40,13 @@ class Snapshots:
         self.version: dict[int, int] = {}  # shard -> newest version written or being written
         self.waited_s = 0.0
 
+    def has(self, shard: int) -> bool:
+        """Whether there is room for a shard already."""
+        return shard in self._home and shard not in self._leaving
+
     def protect(self, sizes: Iterable[tuple[int, int, int]]) -> None:
         """Make room for (shard, state bytes, gradient bytes); shards that have room already are passed over."""
-        new = [item for item in sizes if item[0] not in self._home or item[0] in self._leaving]
+        new = [item for item in sizes if not self.has(item[0])]
         if not new:
             return
         segment = Segment.create(new)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Collection, Iterable, Iterator
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -18,30 +17,13 @@ from ..comms.canonical import Node, combine
 from ..comms.communicator import Communicator, Key, Kind
 from ..comms.tensors import raw
 from ..resharding.layout import Layout
-from ..resharding.units import ModelSpec, Shard
+from ..resharding.units import Shard
 from .pipeline import accumulation_dtype
 from .stack import LayerStack
 from .steps import StepState
 
 _NODE = struct.Struct("<II")
 Parts = dict[tuple[int, int], dict[Node, Tensor]]  # (layer, shard) -> tree node -> elements
-
-
-@lru_cache(maxsize=8)
-def _owned_by_layer(spec: ModelSpec, layout: Layout, owner: int) -> tuple[tuple[Shard, ...], ...]:
-    """For each layer, the shards in it that `owner` owns. A tied parameter's stand in several layers."""
-    return tuple(tuple(s for s in shards if layout.owners[s.index] == owner) for shards in spec.shards_of_layer)
-
-
-@lru_cache(maxsize=256)
-def _read_from(spec: ModelSpec, layout: Layout, owner: int, reader: int) -> tuple[Shard, ...]:
-    """The shards of `owner` that `reader` computes with."""
-    stage = layout.stage_of(reader)
-    return tuple(
-        s
-        for s in spec.shards
-        if layout.owners[s.index] == owner and any(layer in stage for layer in spec.parameters[s.parameter].layers)
-    )
 
 
 class Exchange:
@@ -51,6 +33,39 @@ class Exchange:
         self.stack = stack
         self.comm = comm
         self._position = [{held.index: at for at, held in enumerate(layer.parameters)} for layer in stack.layers]
+
+        self._generation = 0
+        self._owned: dict[int, tuple[tuple[Shard, ...], ...]] = {}
+        self._read: dict[tuple[int, int], tuple[Shard, ...]] = {}
+
+    def _forget(self, layout: Layout) -> None:
+        if layout.generation != self._generation:
+            self._generation = layout.generation
+            self._owned.clear()
+            self._read.clear()
+
+    def _owned_by_layer(self, layout: Layout, owner: int) -> tuple[tuple[Shard, ...], ...]:
+        """For each layer, the shards in it that `owner` owns. A tied parameter's stand in several layers."""
+        self._forget(layout)
+        if owner not in self._owned:
+            self._owned[owner] = tuple(
+                tuple(s for s in shards if layout.owners[s.index] == owner)
+                for shards in self.stack.spec.shards_of_layer
+            )
+        return self._owned[owner]
+
+    def _read_from(self, layout: Layout, owner: int, reader: int) -> tuple[Shard, ...]:
+        """The shards of `owner` that `reader` computes with."""
+        self._forget(layout)
+        if (owner, reader) not in self._read:
+            spec, stage = self.stack.spec, layout.stage_of(reader)
+            self._read[(owner, reader)] = tuple(
+                s
+                for s in spec.shards
+                if layout.owners[s.index] == owner
+                and any(layer in stage for layer in spec.parameters[s.parameter].layers)
+            )
+        return self._read[(owner, reader)]
 
     # ------------------------------------------------------------ partial sums to owners
 
@@ -86,7 +101,7 @@ class Exchange:
 
     def _shared_layers(self, contributors: dict[int, set[int]], layout: Layout, source: int, owner: int) -> list[int]:
         """The layers of which `source` holds partial sums and `owner` owns shards."""
-        owned = _owned_by_layer(self.stack.spec, layout, owner)
+        owned = self._owned_by_layer(layout, owner)
         return [layer for layer in sorted(contributors) if source in contributors[layer] and owned[layer]]
 
     def _partials(self, state: StepState, layout: Layout, layers: list[int], owner: int) -> Iterator[Buffer]:
@@ -95,7 +110,7 @@ class Exchange:
             for layer in layers
         )
         for layer in layers:
-            shards = _owned_by_layer(self.stack.spec, layout, owner)[layer]
+            shards = self._owned_by_layer(layout, owner)[layer]
             for tensors in state.sums[layer].nodes.values():
                 for shard in shards:
                     yield raw(self._slice(tensors, layer, shard))
@@ -104,7 +119,7 @@ class Exchange:
         return tensors[self._position[layer][shard.parameter]][shard.start : shard.stop]
 
     def _add_own(self, state: StepState, layout: Layout, layer: int, parts: Parts) -> None:
-        for shard in _owned_by_layer(self.stack.spec, layout, self.comm.rank)[layer]:
+        for shard in self._owned_by_layer(layout, self.comm.rank)[layer]:
             for node, tensors in state.sums[layer].nodes.items():
                 parts.setdefault((layer, shard.index), {})[node] = self._slice(tensors, layer, shard).cpu()
 
@@ -117,7 +132,7 @@ class Exchange:
             nodes[layer] = [Node(*_NODE.unpack_from(data, offset + i * _NODE.size)) for i in range(count)]
             offset += count * _NODE.size
         for layer in layers:
-            shards = _owned_by_layer(self.stack.spec, layout, self.comm.rank)[layer]
+            shards = self._owned_by_layer(layout, self.comm.rank)[layer]
             for node in nodes[layer]:
                 for shard in shards:
                     dtype = self.accumulation(shard)
@@ -144,19 +159,19 @@ class Exchange:
 
     def publish(self, version: int, layout: Layout, readers: Collection[int]) -> None:
         """Owners send `version` of their shards to `readers`; readers write it into their parameters."""
-        spec, rank = self.stack.spec, self.comm.rank
+        rank = self.comm.rank
         key = Key(Kind.VALUES, version)
         for reader in self._others(layout):
-            shards = _read_from(spec, layout, rank, reader) if reader in readers else ()
+            shards = self._read_from(layout, rank, reader) if reader in readers else ()
             if shards:
                 self.comm.send(reader, key, [raw(self.stack.view(shard)) for shard in shards])
         if rank not in readers:
             return
-        waiting = {(owner, key) for owner in self._others(layout) if _read_from(spec, layout, owner, rank)}
+        waiting = {(owner, key) for owner in self._others(layout) if self._read_from(layout, owner, rank)}
         while waiting:
             owner, _, data = self.comm.receive_any(waiting)
             waiting.discard((owner, key))
-            self._take_values(data, _read_from(spec, layout, owner, rank))
+            self._take_values(data, self._read_from(layout, owner, rank))
 
     def _take_values(self, data: memoryview, shards: Iterable[Shard]) -> None:
         offset = 0

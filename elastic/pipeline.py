@@ -179,7 +179,7 @@ class Pipeline:
         self._finish(state, span, state.started.pop(span), decode(data, self.stack.device))
 
     def _finish(self, state: StepState, span: Span, graph: Graph, gradients: Sequence[Tensor | None] | None) -> None:
-        """The backward of a span: its gradients become leaves of the sum; the input's goes where the input came from."""
+        """The backward of a span: its gradients become leaves of the sums, the input's goes upstream."""
         pairs = [
             (output, gradient)
             for output, gradient in zip(graph.outputs, gradients or [None] * len(graph.outputs), strict=True)

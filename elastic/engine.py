@@ -1,0 +1,247 @@
+"""The engine of a worker: carries training from one committed version to the next.
+
+    compute -> reduce -> agree -> update -> commit
+
+A call that waits raises `Aborted` when the generation ends; `Recovery` then brings this rank and the others to one
+version again, and the same calls are made again: what is done already is not done twice. See docs/design.md, "One step".
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from ..checkpointing.snapshot import Snapshots
+from ..comms.canonical import sum_scalars
+from ..comms.communicator import Communicator, all_gather
+from ..resharding.layout import Layout
+from ..resharding.plan import Plan
+from .exchange import Exchange
+from .membership import Membership, Orders
+from .order import DataOrder, derive_seed
+from .pipeline import Pipeline
+from .progress import Phase, Progress
+from .settings import Settings
+from .stack import LayerStack
+from .steps import StepState
+from .zero import ShardedOptimizer
+
+
+@dataclass(frozen=True)
+class Step:
+    """A committed step: its index, its global mean loss (None where the user computes it), the gradient's norm."""
+
+    index: int
+    loss: float | None
+    gradient_norm: float | None
+
+
+class Engine:
+    """One worker's training state. Versions count committed steps: version v is the state before step v."""
+
+    def __init__(
+        self,
+        *,
+        settings: Settings,
+        stack: LayerStack,
+        optimizer: ShardedOptimizer,
+        dataset: Any,
+        collate_fn: Callable[[list[Any]], Any] | None,
+        loss_fn: Callable[[Any, Any], Tensor],
+        comm: Communicator,
+        membership: Membership,
+        snapshots: Snapshots,
+        progress: Progress,
+    ) -> None:
+        self.settings = settings
+        self.stack = stack
+        self.optimizer = optimizer
+        self.dataset = dataset
+        self.collate = collate_fn or default_collate
+        self.comm = comm
+        self.membership = membership
+        self.snapshots = snapshots
+        self.progress = progress
+        self.order = DataOrder(
+            samples=len(dataset),
+            global_batch_size=settings.global_batch_size,
+            micro_batch_size=settings.micro_batch_size,
+            seed=settings.seed,
+        )
+        self.pipeline = Pipeline(stack, comm, progress, settings.seed, self.fetch, loss_fn)
+        self.exchange = Exchange(stack, comm)
+        self.registered: dict[str, Any] = {}  # objects with state_dict / load_state_dict
+        self.on_commit: list[Callable[[], None]] = []  # the scheduler's step
+        self.max_norm: float | None = None
+        self.version = 0
+        self.layout: Layout | None = None
+        self.state: StepState | None = None
+        self.owned: set[int] = set()  # shards held in good order at `owned_version`
+        self.owned_version = 0
+        self.values_version = 0  # -1 while values are being replaced
+        self.agreed = -1
+        self.agreement = ""
+        self.switch: Orders | None = None  # a join that everybody agreed to enter before the next step
+        self.results: list[Step] = []  # committed, not yet shown to the user
+
+    # ------------------------------------------------------------ one step
+
+    @property
+    def rank(self) -> int:
+        return self.comm.rank
+
+    def current(self) -> tuple[Layout, StepState]:
+        assert self.layout is not None
+        assert self.state is not None
+        return self.layout, self.state
+
+    def fetch(self, step: int, micro_batch: int) -> Any:
+        """The samples of a micro-batch, collated. Random augmentation is seeded by the micro-batch."""
+        seed = derive_seed("data", self.settings.seed, step, micro_batch)
+        random.seed(seed)
+        np.random.seed(seed & 0xFFFFFFFF)
+        torch.manual_seed(seed)
+        return self.collate([self.dataset[i] for i in self.order.indices(step, micro_batch)])
+
+    def compute(self) -> None:
+        """Run this rank's remaining segments of the step."""
+        layout, state = self.current()
+        stages_after = sum(stage.start >= layout.stage_of(self.rank).start for stage in layout.stages)
+        self.pipeline.run(state, depth=stages_after)
+
+    def complete(self) -> None:
+        """Reduce, agree, update and commit the step whose micro-batches are done."""
+        layout, state = self.current()
+        self._reduce(layout, state)
+        self._agree(layout, state)
+        self.update(self.agreement)
+        self.values_version = -1
+        self.exchange.publish(state.step + 1, layout, layout.ranks)
+        self.commit(self.agreement)
+
+    def _reduce(self, layout: Layout, state: StepState) -> None:
+        self.progress.mark(Phase.REDUCE, state.step, finished=len(state.held))
+        self.pipeline.end_step()
+        gradients = {
+            shard.index: self.snapshots.gradient(
+                shard.index, state.step, shard.elements, self.exchange.accumulation(shard)
+            )
+            for shard in self.optimizer.owned
+        }
+        self.exchange.reduce(state, layout, gradients)
+        for shard in self.optimizer.owned:
+            dtype = self.exchange.accumulation(shard)
+            self.snapshots.seal_gradient(shard.index, state.step, shard.elements, dtype)
+        self.gradients = gradients
+
+    def _agree(self, layout: Layout, state: StepState) -> None:
+        """Exchange norms and losses. Who returns knows that every owner's gradient and snapshot are in its keeper."""
+        self.progress.mark(Phase.AGREE, state.step)
+        self.snapshots.wait()
+        proposal = self.membership.proposed(last=state.step + 1 == self.settings.steps)
+        norms = {}
+        if self.max_norm is not None:
+            norms = {str(i): float(torch.linalg.vector_norm(g)) for i, g in self.gradients.items()}
+        mine = {
+            "norms": norms,
+            "losses": {str(m): loss for m, loss in state.losses.items()},
+            "join": proposal.plan.generation if proposal else 0,
+            "digest": self._owned_digest(),
+        }
+        table = all_gather(self.comm, state.step, 0, json.dumps(mine).encode())
+        shares = [json.loads(data) for data in table.values()]
+        self._agreed_on(state, shares, proposal)
+
+    def _agreed_on(self, state: StepState, shares: list[dict[str, Any]], proposal: Orders | None) -> None:
+        norms = {int(i): norm for share in shares for i, norm in share["norms"].items()}
+        losses = {int(m): loss for share in shares for m, loss in share["losses"].items()}
+        norm = math.sqrt(sum_scalars([norms[i] ** 2 for i in sorted(norms)])) if norms else None
+        loss = sum_scalars([losses[m] for m in sorted(losses)]) / len(losses) if losses else None
+        digest = 0
+        for share in shares:
+            digest ^= share["digest"]
+        agreement = {
+            "step": state.step,
+            "loss": loss,
+            "norm": norm,
+            "scale": None if norm is None or self.max_norm is None else min(1.0, self.max_norm / (norm + 1e-6)),
+            "groups": self.optimizer.hyper_parameters(),
+            "registered": {name: item.state_dict() for name, item in self.registered.items()},
+            "digest": f"{digest:016x}",
+        }
+        if proposal is not None and all(share["join"] == proposal.plan.generation for share in shares):
+            self.switch = proposal
+        self.agreement = json.dumps(agreement, sort_keys=True)
+        self.agreed = state.step
+
+    def _owned_digest(self) -> int:
+        """A digest of the owned shards' snapshots that adds up (xor) to the same total under any ownership."""
+        total = 0
+        for shard, checksum in self.snapshots.checksums.items():
+            if shard in self.owned:
+                total ^= xxhash.xxh3_64_intdigest(shard.to_bytes(8, "little") + checksum.to_bytes(8, "little"))
+        return total
+
+    def update(self, agreement: str) -> None:
+        """Run the optimizer on the owned shards, as agreed."""
+        terms = json.loads(agreement)
+        self.progress.mark(Phase.UPDATE, terms["step"])
+        self.optimizer.update(scaled(self.gradients, terms["scale"]), terms["groups"])
+        self.owned_version = terms["step"] + 1
+
+    def commit(self, agreement: str) -> None:
+        """Version step + 1 is held here: start protecting it, and go on to the next step."""
+        layout, _ = self.current()
+        terms = json.loads(agreement)
+        step = terms["step"]
+        self.values_version = self.version = step + 1
+        self.progress.mark(Phase.COMMIT, step, finished=0)
+        if step == 0:
+            self.stack.hold(layout.stage_of(self.rank).start, layout.stage_of(self.rank).stop)
+        for advance in self.on_commit:
+            advance()
+        self.snapshots.forget()
+        self.protect()
+        self.results.append(Step(step, terms["loss"], terms["norm"]))
+        self.membership.tell("committed", step=step, loss=terms["loss"], digest=terms["digest"], agreement=agreement)
+        self.begin_step(layout)
+
+    def begin_step(self, layout: Layout) -> None:
+        """A step of which nothing is done, under `layout`."""
+        self.state = StepState.begin(self.version, self.rank, self.settings.micro_batches, layout.segments())
+        self.pipeline.begin_step()
+
+    def protect(self) -> None:
+        """Have the keeper hold this version of every owned shard; copied while the next step computes."""
+        self.snapshots.protect(
+            (s.index, self.optimizer.state_bytes(s), s.elements * self.exchange.accumulation(s).itemsize)
+            for s in self.optimizer.owned
+            if not self.snapshots.has(s.index)
+        )
+        self.snapshots.begin(self.version, self.optimizer.state, sorted(self.owned))
+
+    def ended(self) -> bool:
+        """Whether every step is committed."""
+        return self.version >= self.settings.steps
+
+
+def scaled(gradients: dict[int, Tensor], scale: float | None) -> dict[int, Tensor]:
+    """Gradients after clipping; the stored ones are left as they are, for a successor to start from."""
+    if scale is None or scale >= 1.0:
+        return gradients
+    return {index: gradient * scale for index, gradient in gradients.items()}
+
+
+def is_join(plan: Plan) -> bool:
+    """Whether a plan is one that members switch to, rather than recover by."""
+    return plan.version is None
