@@ -34,7 +34,7 @@ from workload import Job
 SETTLED_STEPS = 3  # commits of every worker after a recovery before the next kill
 SETTLE_TIMEOUT_S = 240.0
 START_TIMEOUT_S = 180.0
-POLL_S = 0.004
+POLL_S = 0.01  # how often to look; the times themselves are the workers' stamps
 
 # torchft's settings. The first are those of its documentation: the README's lighthouse line and the timeouts of its
 # example train_ddp.py (its library defaults are longer still: a process group timeout of 60 s). The second are tuned.
@@ -95,8 +95,7 @@ def drive(system: System, stamps: Stamps, until: Callable[[], bool], timeout_s: 
     """Poll stamps and supervise until the condition holds."""
     deadline = time.monotonic() + timeout_s
     while True:
-        stamps.poll()
-        if until():
+        if stamps.poll() and until():
             return
         system.tick()
         if time.monotonic() > deadline:
@@ -127,7 +126,7 @@ def kill_one(stamps: Stamps, rng: random.Random, step_s: float) -> Kill:
     seen = stamps.last_step()
     while stamps.last_step() == seen:
         stamps.poll()
-        time.sleep(0.001)
+        time.sleep(POLL_S)
     time.sleep(rng.uniform(0.0, step_s))
     stamps.poll()
     newest = stamps.last_step()
@@ -319,19 +318,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object (the only format)")
     parser.add_argument("--kills", type=int, default=10)
-    parser.add_argument("--only", default=",".join(SYSTEMS), help="a comma-separated choice of systems")
+    parser.add_argument("--only", help="a comma-separated choice of systems")
     parser.add_argument("--seed", type=int, default=0, help="of the victims and moments")
-    parser.add_argument("--quick", action="store_true", help="one kill each, a smaller model")
+    parser.add_argument("--quick", action="store_true", help="one kill each, a smaller model, fewer peers")
     parser.add_argument("--keep", type=Path, help="keep logs and stamps in this folder")
     options = parser.parse_args()
-    if unknown := set(options.only.split(",")) - set(SYSTEMS):
+    usual = ["everstep", "torchft-tuned", "torchrun"] if options.quick else list(SYSTEMS)
+    chosen = options.only.split(",") if options.only else usual
+    if unknown := set(chosen) - set(SYSTEMS):
         parser.error(f"no such system: {sorted(unknown)}; there are {list(SYSTEMS)}")
     kills = 1 if options.quick else options.kills
     job = Job(layers=2, width=64, context=32) if options.quick else Job()
     folder = options.keep or Path(tempfile.mkdtemp(prefix="everstep-recovery-"))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     found: dict[str, dict[str, Any]] = {}
-    for name in options.only.split(","):
+    for name in chosen:
         kind, settings = SYSTEMS[name]
         found[name] = measure(name, kind, replace(job, options=settings), kills, options.seed, folder)
     if not options.keep:

@@ -68,6 +68,8 @@ class Stamps:
         fresh: list[Commit] = []
         for path in self._folder.glob("stamps-*.jsonl"):
             offset = self._read_bytes.get(path, 0)
+            if path.stat().st_size == offset:
+                continue
             with path.open("rb") as file:
                 file.seek(offset)
                 chunk = file.read()

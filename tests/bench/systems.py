@@ -144,7 +144,7 @@ class Everstep(System):
         return [json.loads(line) for line in self.events_path.read_text().splitlines()]
 
 
-def versions() -> dict[str, str | int | None]:
+def versions() -> dict[str, str | float | None]:
     """What was measured, on what."""
 
     def version(name: str) -> str | None:
@@ -153,5 +153,5 @@ def versions() -> dict[str, str | int | None]:
         except importlib.metadata.PackageNotFoundError:
             return None
 
-    found = {name: version(name) for name in ("everstep", "torch", "torchft")}
+    found: dict[str, str | float | None] = {name: version(name) for name in ("everstep", "torch", "torchft")}
     return {**found, "cpus": os.cpu_count(), "load_average_1min": round(os.getloadavg()[0], 2)}

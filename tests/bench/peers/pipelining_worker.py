@@ -22,7 +22,7 @@ def main() -> None:
     data = Data(job)
     model = build(job)[0]
     cuts = [round(i * len(model) / stages) for i in range(stages + 1)]
-    part = nn.Sequential(*model[cuts[rank] : cuts[rank + 1]])
+    part = nn.Sequential(*list(model)[cuts[rank] : cuts[rank + 1]])
     optimizer = optimizer_for(job, part)
     stage = PipelineStage(part, rank, stages, torch.device("cpu"))
     schedule = Schedule1F1B(stage, job.micro_batches, loss_fn=next_byte_loss)
@@ -30,8 +30,7 @@ def main() -> None:
     for step in range(job.steps):
         inputs, targets = data.batch(step)
         optimizer.zero_grad()
-        feed = (inputs,) if rank == 0 else ()
-        schedule.step(*feed, **({"target": targets} if rank == stages - 1 else {}))
+        schedule.step(*([inputs] if rank == 0 else []), target=targets if rank == stages - 1 else None)
         optimizer.step()
         found = {"digest": digest(part)} if job.digests else {}
         stamper.committed(step, **found)
