@@ -1,0 +1,19 @@
+"""What a training script meets. Importable as a package, and callable as the decorator: `@everstep.elastic(...)`."""
+
+from __future__ import annotations
+
+import sys
+import types
+from typing import Any
+
+
+class _CallableModule(types.ModuleType):
+    """`everstep.elastic` names both this package and the public decorator; calling the package is the decorator."""
+
+    def __call__(self, **settings: Any) -> Any:
+        from .decorator import elastic
+
+        return elastic(**settings)
+
+
+sys.modules[__name__].__class__ = _CallableModule

@@ -3,7 +3,7 @@
     compute -> reduce -> agree -> update -> commit
 
 A call that waits raises `Aborted` when the generation ends; `Recovery` then brings this rank and the others to one
-version again, and the same calls are made again: what is done already is not done twice. See docs/design.md, "One step".
+version again, and the same calls are made again: what is done already is not done twice.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from ..checkpointing.snapshot import Snapshots
 from ..comms.canonical import sum_scalars
 from ..comms.communicator import Communicator, all_gather
 from ..resharding.layout import Layout
-from ..resharding.plan import Plan
 from .exchange import Exchange
 from .membership import Membership, Orders
 from .order import DataOrder, derive_seed
@@ -92,6 +91,7 @@ class Engine:
         self.agreed = -1
         self.agreement = ""
         self.switch: Orders | None = None  # a join that everybody agreed to enter before the next step
+        self.gradients: dict[int, Tensor] = {}  # reduced, of the shards owned here; in keeper memory
         self.results: list[Step] = []  # committed, not yet shown to the user
 
     # ------------------------------------------------------------ one step
@@ -124,6 +124,7 @@ class Engine:
         layout, state = self.current()
         self._reduce(layout, state)
         self._agree(layout, state)
+        self.snapshots.forget()  # all who own a shard now have it in their keepers
         self.update(self.agreement)
         self.values_version = -1
         self.exchange.publish(state.step + 1, layout, layout.ranks)
@@ -149,11 +150,9 @@ class Engine:
         self.progress.mark(Phase.AGREE, state.step)
         self.snapshots.wait()
         proposal = self.membership.proposed(last=state.step + 1 == self.settings.steps)
-        norms = {}
-        if self.max_norm is not None:
-            norms = {str(i): float(torch.linalg.vector_norm(g)) for i, g in self.gradients.items()}
         mine = {
-            "norms": norms,
+            "norms": {str(i): float(torch.linalg.vector_norm(g)) for i, g in self.gradients.items()},
+            "max_norm": self.max_norm,
             "losses": {str(m): loss for m, loss in state.losses.items()},
             "join": proposal.plan.generation if proposal else 0,
             "digest": self._owned_digest(),
@@ -165,7 +164,8 @@ class Engine:
     def _agreed_on(self, state: StepState, shares: list[dict[str, Any]], proposal: Orders | None) -> None:
         norms = {int(i): norm for share in shares for i, norm in share["norms"].items()}
         losses = {int(m): loss for share in shares for m, loss in share["losses"].items()}
-        norm = math.sqrt(sum_scalars([norms[i] ** 2 for i in sorted(norms)])) if norms else None
+        norm = math.sqrt(sum_scalars([norms[i] ** 2 for i in sorted(norms)]))
+        limit = next((share["max_norm"] for share in shares if share["max_norm"] is not None), None)
         loss = sum_scalars([losses[m] for m in sorted(losses)]) / len(losses) if losses else None
         digest = 0
         for share in shares:
@@ -174,13 +174,15 @@ class Engine:
             "step": state.step,
             "loss": loss,
             "norm": norm,
-            "scale": None if norm is None or self.max_norm is None else min(1.0, self.max_norm / (norm + 1e-6)),
+            "scale": None if limit is None else min(1.0, limit / (norm + 1e-6)),
             "groups": self.optimizer.hyper_parameters(),
             "registered": {name: item.state_dict() for name, item in self.registered.items()},
             "digest": f"{digest:016x}",
         }
         if proposal is not None and all(share["join"] == proposal.plan.generation for share in shares):
             self.switch = proposal
+        elif proposal is not None and state.step + 1 == self.settings.steps:
+            self.membership.tell("idled", generation=proposal.plan.generation)
         self.agreement = json.dumps(agreement, sort_keys=True)
         self.agreed = state.step
 
@@ -210,7 +212,6 @@ class Engine:
             self.stack.hold(layout.stage_of(self.rank).start, layout.stage_of(self.rank).stop)
         for advance in self.on_commit:
             advance()
-        self.snapshots.forget()
         self.protect()
         self.results.append(Step(step, terms["loss"], terms["norm"]))
         self.membership.tell("committed", step=step, loss=terms["loss"], digest=terms["digest"], agreement=agreement)
@@ -240,8 +241,3 @@ def scaled(gradients: dict[int, Tensor], scale: float | None) -> dict[int, Tenso
     if scale is None or scale >= 1.0:
         return gradients
     return {index: gradient * scale for index, gradient in gradients.items()}
-
-
-def is_join(plan: Plan) -> bool:
-    """Whether a plan is one that members switch to, rather than recover by."""
-    return plan.version is None

@@ -55,6 +55,10 @@ class Membership(ABC):
         """A join plan that waits for the members to switch. `last`: no further step will ask."""
 
     @abstractmethod
+    def superseded(self, generation: int) -> bool:
+        """Whether `generation` is over already."""
+
+    @abstractmethod
     def tell(self, kind: str, **fields: Any) -> None:
         """Tell the coordinator something that needs no answer."""
 
@@ -86,6 +90,9 @@ class Solo(Membership):
 
     def proposed(self, last: bool) -> Orders | None:
         return None
+
+    def superseded(self, generation: int) -> bool:
+        return False
 
     def tell(self, kind: str, **fields: Any) -> None:
         pass
@@ -138,7 +145,7 @@ class AgentMembership(Membership):
         orders = Orders(plan, peers, tuple(message["keepers"]))
         if plan.generation < self._aborted:
             return
-        if plan.version is None and message["member"]:
+        if plan.version is None and message["rank"] not in plan.fresh:
             if self._past_last:
                 self.tell("idled", generation=plan.generation)
             else:
@@ -171,20 +178,17 @@ class AgentMembership(Membership):
         report = make(generation)
         self.tell("reported", generation=generation, report=report.to_json(), busy_s=time.monotonic() - since)
 
-    @property
-    def aborted(self) -> int:
-        """The newest generation this worker was told to stop for."""
-        return self._aborted
+    def superseded(self, generation: int) -> bool:
+        with self._changed:
+            return self._ended or self._aborted > generation
 
     def proposed(self, last: bool) -> Orders | None:
         with self._changed:
             self._past_last = self._past_last or last
-            return self._proposal
-
-    def accept(self) -> None:
-        """The proposal was switched to."""
-        with self._changed:
-            self._proposal = None
+            proposal = self._proposal
+            if last:
+                self._proposal = None
+            return proposal
 
     def tell(self, kind: str, **fields: Any) -> None:
         line = json.dumps({"kind": kind, **fields}, separators=(",", ":")).encode() + b"\n"

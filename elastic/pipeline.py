@@ -146,9 +146,14 @@ class Pipeline:
 
     def begin_step(self) -> None:
         """Remember the batch-norm statistics that every micro-batch of the step starts from."""
-        self.base_statistics = {
-            number: [tensor.detach().clone() for tensor in self._averaged(number)] for number in self.stack.held
-        }
+        self.base_statistics = {}
+        self.extend_step()
+
+    def extend_step(self) -> None:
+        """The same for layers that came to be held in the middle of the step."""
+        for number in self.stack.held:
+            if number not in self.base_statistics:
+                self.base_statistics[number] = [t.detach().clone() for t in self._averaged(number)]
 
     def end_step(self) -> None:
         """Put the batch-norm statistics back to the start of the step, before they are updated."""

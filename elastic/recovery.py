@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ class Recovery:
         self.engine = engine
         self.token = token
         self.fresh = fresh  # has nothing of the job yet
+        self.on_orders: Callable[[tuple[str, ...]], None] = lambda keepers: None
 
     def recover(self) -> None:
         """After `Aborted`: report, wait for the plan, carry it out; start again if it happens again."""
@@ -86,9 +87,13 @@ class Recovery:
         """Enter the plan's generation with everything it asks for in place."""
         engine, plan = self.engine, orders.plan
         started = time.monotonic()
+        self.on_orders(orders.keepers)
         engine.comm.edit(plan.generation, orders.peers)
+        if engine.membership.superseded(plan.generation):  # an abort that the edit may have cleared
+            raise Aborted(plan.generation)
         edited = time.monotonic()
         engine.snapshots.wait()
+        engine.pipeline.end_step()
         fresh = self.fresh
         version, agreement = self._find_place(plan)
         engine.progress.mark(Phase.JOIN if fresh else Phase.RESTORE, version)
@@ -173,6 +178,7 @@ class Recovery:
             self._catch_up(terms)
         if was_current and engine.state is not None and plan.version is not None:
             engine.protect()
+            engine.pipeline.extend_step()
             engine.state.resume(plan.work, plan.kept, plan.started)
             engine.pipeline.resend(engine.state, {Span(*s[1:]) for s in plan.started})
             return
@@ -188,6 +194,8 @@ class Recovery:
     def _catch_up(self, terms: dict[str, Any]) -> None:
         """Bring a new worker's registered objects (the scheduler) to where the others' are."""
         engine = self.engine
+        if terms:
+            engine.optimizer.set_hyper_parameters(terms["groups"])
         for name, state in terms.get("registered", {}).items():
             if name in engine.registered:
                 engine.registered[name].load_state_dict(state)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,12 +47,18 @@ class LayerStack:
         self.model = model
         self.layers: list[Layer] = []
         self._names = {id(p): name for name, p in reversed(list(model.named_parameters(remove_duplicate=False)))}
+        self.aliases = {
+            name: self._names[id(p)]
+            for name, p in model.named_parameters(remove_duplicate=False)
+            if p.requires_grad and self._names[id(p)] != name
+        }
         self._averaged = _statistics(model)
         self._index: dict[int, int] = {}
         self._specs: list[tuple[str, Tensor, list[int], bool]] = []
+        trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         for module in _distinct(_modules(model, cut)):
             self._add_layer(module)
-        missing = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in self._index]
+        missing = [name for name, p in trainable if id(p) not in self._index]
         if missing:
             raise UsageError(f"parameter {missing[0]!r} is in none of the layers that pipeline_layers() returns")
         if not self._specs:
@@ -149,6 +155,13 @@ class LayerStack:
 
     def averaged(self, parameter: int) -> bool:
         return self._specs[parameter][3]
+
+    def constants(self) -> Iterator[tuple[str, Tensor]]:
+        """What training does not change: frozen parameters and the persistent buffers that are no statistics."""
+        trained = {name for name, *_ in self._specs} | set(self.aliases)
+        for name, tensor in self.model.state_dict().items():
+            if name not in trained:
+                yield name, tensor
 
     @property
     def device(self) -> torch.device:

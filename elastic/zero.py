@@ -107,6 +107,12 @@ class ShardedOptimizer:
             for group in self.user.param_groups
         ]
 
+    def set_hyper_parameters(self, groups: list[dict[str, Any]]) -> None:
+        """Give the user's groups these settings."""
+        for group, settings in zip(self.user.param_groups, groups, strict=True):
+            for name, value in settings.items():
+                group[name] = tuple(value) if isinstance(group.get(name), tuple) else value
+
     def update(self, gradients: Mapping[int, Tensor], groups: list[dict[str, Any]]) -> None:
         """One step of the shards named in `gradients` (shard -> one-dimensional gradient), with these settings."""
         for index, parameter in self._parameters.items():
@@ -131,7 +137,10 @@ class ShardedOptimizer:
     def state(self, shard: int) -> ShardState:
         """A shard's parameter values and optimizer state, sharing their memory."""
         parameter = self._parameters[shard]
-        return {"value": parameter.data, **self._inner.state.get(parameter, {})}
+        value = parameter.data
+        if self.stack.averaged(self._shards[shard].parameter):
+            value = value.clone()  # forwards change it while it is being copied
+        return {"value": value, **self._inner.state.get(parameter, {})}
 
     def load(self, shard: int, state: ShardState) -> None:
         """Set a shard's parameter values (in the live parameter) and optimizer state."""

@@ -1,0 +1,130 @@
+"""`@elastic`: from an ordinary training function to a worker of an elastic job."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import random
+import socket
+import sys
+import traceback
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any, Concatenate, NoReturn, ParamSpec
+
+import numpy as np
+import torch
+
+from ..comms.mesh import MeshCommunicator
+from .errors import JobEnded, UsageError
+from .membership import AgentMembership, Membership, Solo
+from .progress import Fault, Progress
+from .run import Run
+from .settings import Settings, WorkerContext, resolve
+
+P = ParamSpec("P")
+
+
+def elastic(
+    *, steps: int, global_batch_size: int, micro_batch_size: int, stages: int = 1, seed: int = 0
+) -> Callable[[Callable[Concatenate[Run, P], Any]], Callable[P, None]]:
+    """Make `train(run, ...)` a job that survives lost workers: `@elastic(steps=..., ...)`.
+
+    `steps`: optimizer steps in all. `global_batch_size`: samples a step; `micro_batch_size`: samples a forward, by
+    which it must be divisible. `stages`: pipeline stages. `seed`: of the data order, dropout and initialisation.
+    Call the decorated function without `run`. Under `everstep run` it is one worker of the job; started by itself it
+    runs alone. A mistake in these raises no traceback of ours: it ends the script with one line.
+    """
+
+    def decorate(function: Callable[Concatenate[Run, P], Any]) -> Callable[P, None]:
+        @functools.wraps(function)
+        def main(*args: P.args, **kwargs: P.kwargs) -> None:
+            context = WorkerContext.from_environment()
+            membership: Membership = AgentMembership(context.control_fd) if context else Solo()
+            with _reported(membership, context):
+                declared = Settings(
+                    steps=steps,
+                    global_batch_size=global_batch_size,
+                    micro_batch_size=micro_batch_size,
+                    stages=stages,
+                    seed=seed,
+                )
+                settings = resolve(declared)
+                membership.declare()
+                with _run(settings, context, membership) as run:
+                    function(run, *args, **kwargs)
+                    if run.layout is None:
+                        raise UsageError(
+                            f"{function.__name__} returned without calling run.prepare(...) or run.steps(...): nothing "
+                            "was trained"
+                        )
+                    membership.tell("finished")
+                    run._serve()
+
+        return main
+
+    return decorate
+
+
+@contextlib.contextmanager
+def _run(settings: Settings, context: WorkerContext | None, membership: Membership) -> Iterator[Run]:
+    rank = context.rank if context else 0
+    incarnation = context.incarnation if context else 0
+    faults = Fault.parse(os.environ.get(Fault.VARIABLE, ""))
+    progress = Progress(context.progress_fd if context else None, rank, incarnation, faults)
+    comm = MeshCommunicator(
+        rank,
+        incarnation,
+        host=context.host if context else "127.0.0.1",
+        host_id=context.host_id if context else uuid.uuid4().hex,
+        token=context.token if context else uuid.uuid4().hex,
+        shared_memory=context.shared_memory if context else True,
+        on_wait=progress.tick,
+    )
+    membership.on_abort = comm.abort
+    seed_everything(settings.seed)
+    try:
+        yield Run(settings, context, comm, comm.peer, membership, progress)
+    finally:
+        comm.close()
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch, so that every rank builds the same model."""
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    torch.manual_seed(seed)
+
+
+@contextlib.contextmanager
+def _reported(membership: Membership, context: WorkerContext | None) -> Iterator[None]:
+    """Turn how the user's function ends into what the job does."""
+    try:
+        yield
+    except JobEnded:
+        sys.exit(1)
+    except UsageError as error:
+        if context is None:
+            sys.exit(f"everstep: error: {error}")
+        _raise_in_job(membership, str(error), "")
+    except (SystemExit, KeyboardInterrupt, Exception) as error:
+        if context is None or (isinstance(error, SystemExit) and not error.code):
+            raise
+        _record_for_torch(error)
+        trace = "".join(traceback.format_exception(error))
+        _raise_in_job(membership, f"{type(error).__name__}: {error}", trace)
+
+
+def _raise_in_job(membership: Membership, message: str, trace: str) -> NoReturn:
+    membership.tell("raised", message=message, traceback=trace, host=socket.gethostname())
+    membership.wait_for_end(lambda: None)
+    os._exit(1)
+
+
+def _record_for_torch(error: BaseException) -> None:
+    """Write the error file that torch's elastic tools read (TORCHELASTIC_ERROR_FILE)."""
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    if os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        get_error_handler().record_exception(error)

@@ -1,0 +1,111 @@
+"""The user's own loop: `Batches` hands out micro-batches, `ElasticOptimizer.step` takes their gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch.optim import Optimizer
+
+from ..resharding.plan import Span
+from .engine import Engine
+from .errors import UsageError
+from .progress import Phase
+
+Guard = Callable[..., None]
+
+
+class Batches:
+    """Iterates over this rank's micro-batches until the last step is committed."""
+
+    def __init__(self, engine: Engine, guard: Guard, switch: Callable[[], None]) -> None:
+        self._engine = engine
+        self._guard = guard
+        self._switch = switch
+        self._open: Span | None = None  # handed out, gradient not yet taken
+        self._versions: list[tuple[str, Any, int]] = []
+
+    def __iter__(self) -> Iterator[Any]:
+        engine = self._engine
+        while True:
+            if self._open is not None:
+                raise UsageError(
+                    "optimizer.step() was not called for the last micro-batch: call it once for each; gradients are "
+                    "accumulated over the step by the runtime"
+                )
+            engine.results.clear()
+            if engine.switch is not None:
+                self._guard(self._switch)
+            elif engine.ended():
+                return
+            elif engine.current()[1].todo:
+                batch = self._hand_out()
+                if batch is not None:
+                    yield batch[0]
+            else:
+                self._guard(engine.complete)
+
+    def _hand_out(self) -> tuple[Any] | None:
+        """The next micro-batch, in a tuple; None if the generation ended instead."""
+        engine = self._engine
+        ready: list[Any] = []
+
+        def fetch() -> None:
+            engine.comm.ready(())  # raises Aborted
+            _, state = engine.current()
+            span = state.todo[0]
+            engine.progress.mark(Phase.COMPUTE, state.step, finished=len(state.held))
+            ready.append(engine.fetch(state.step, span.micro_batch))
+            engine.pipeline.restore_statistics(0)
+            engine.pipeline.seed(state.step, span.micro_batch)
+            self._versions = [(n, b, b._version) for n, b in engine.stack.layers[0].other_buffers]
+            self._open = span
+
+        self._guard(fetch)
+        return (ready[0],) if self._open is not None else None
+
+    def take(self) -> None:
+        """Make a leaf of the open micro-batch's gradients, and end the step if it was the last one."""
+        engine, span = self._engine, self._open
+        if span is None:
+            raise UsageError("optimizer.step() was called outside the loop over the prepared batches")
+        self._open = None
+        _, state = engine.current()
+        engine.pipeline.check_buffers(0, self._versions)
+        state.todo.remove(span)
+        engine.pipeline.harvest(state, span, {0: engine.pipeline.take_statistics(0)})
+        engine.progress.mark(Phase.COMPUTE, state.step, finished=len(state.held))
+        self._guard(self._complete_if_done)
+
+    def _complete_if_done(self) -> None:
+        engine = self._engine
+        engine.comm.ready(())  # raises Aborted
+        if not engine.current()[1].todo:
+            engine.complete()
+
+
+class ElasticOptimizer(Optimizer):
+    """Stands for the user's optimizer in an ordinary loop. `step` acts once the step's micro-batches are done."""
+
+    def __init__(self, optimizer: Optimizer, batches: Batches) -> None:
+        # Not Optimizer.__init__: this is a view of the user's optimizer, with the same groups.
+        self.__dict__.update(optimizer.__dict__)
+        self.__dict__.pop("step", None)  # a scheduler's patch of the user's instance
+        self._batches = batches
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "step":
+            raise UsageError(
+                "the scheduler was built on the prepared optimizer: build it on your own one before, and pass it on: "
+                "run.prepare(model, optimizer, dataset, scheduler=scheduler)"
+            )
+        super().__setattr__(name, value)
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Take the micro-batch's gradients; update when they were the last of the step."""
+        if closure is not None:
+            raise UsageError("optimizer.step(closure) is not supported: call loss.backward() and optimizer.step()")
+        self._batches.take()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Nothing is left to clear: `step` takes the gradients out of the parameters."""

@@ -1,0 +1,353 @@
+"""`Run`: what a training script holds in its hands."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from ..checkpointing.keeper import KeeperLink
+from ..checkpointing.record import read_record
+from ..checkpointing.snapshot import Snapshots
+from ..comms.communicator import Aborted, Communicator, Peer
+from ..resharding.layout import Layout
+from .engine import Engine, Step
+from .errors import UsageError
+from .loop import Batches, ElasticOptimizer
+from .membership import Membership
+from .progress import Progress
+from .protocol.events import Job
+from .recovery import Recovery, fetch
+from .schedule import ScheduledRate
+from .settings import Settings, WorkerContext
+from .stack import LayerStack
+from .zero import ShardedOptimizer, check_optimizer, is_elementwise
+
+Loss = Callable[[Any, Any], Tensor]
+GATHER_TIMEOUT_S = 120.0
+
+
+class Run:
+    """One worker's part in an elastic training job. Made by the `elastic` decorator, passed to the user's function."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        context: WorkerContext | None,
+        comm: Communicator,
+        peer: Peer,
+        membership: Membership,
+        progress: Progress,
+    ) -> None:
+        self.settings = settings
+        self._context = context
+        self._comm = comm
+        self._peer = peer
+        self._membership = membership
+        self._progress = progress
+        self._engine: Engine | None = None
+        self._recovery: Recovery | None = None
+        self._keepers: tuple[str, ...] = ()
+        self._registered: dict[str, Any] = {}
+
+    # ------------------------------------------------------------ where we are
+
+    @property
+    def layout(self) -> Layout | None:
+        """The layout in force; None before `prepare` or `steps`."""
+        return self._engine.layout if self._engine else None
+
+    @property
+    def rank(self) -> int:
+        """This worker's place among the live ones, 0 to world_size - 1. Changes when the generation does."""
+        if self.layout is None:
+            return self._comm.rank
+        return self.layout.ranks.index(self._comm.rank)
+
+    @property
+    def world_size(self) -> int:
+        """How many workers train now."""
+        if self.layout is None:
+            return self._context.world_size if self._context else 1
+        return len(self.layout.ranks)
+
+    @property
+    def generation(self) -> int:
+        """How often the membership has changed, counted from 1."""
+        return self.layout.generation if self.layout else 0
+
+    @property
+    def step(self) -> int:
+        """How many steps are committed."""
+        return self._engine.version if self._engine else 0
+
+    @property
+    def device(self) -> torch.device:
+        """Where this worker's model belongs: its GPU if there is one, else the CPU."""
+        if torch.cuda.is_available():
+            return torch.device("cuda", (self._context.rank if self._context else 0) % torch.cuda.device_count())
+        return torch.device("cpu")
+
+    # ------------------------------------------------------------ training
+
+    def prepare(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        dataset: Any,
+        *,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        scheduler: LRScheduler | None = None,
+    ) -> tuple[nn.Module, ElasticOptimizer, Batches]:
+        """Make an ordinary loop elastic: returns the model, an optimizer and an iterable of this rank's micro-batches.
+
+        Each pass of the loop does one micro-batch: forward, `loss.backward()`, `optimizer.step()`, which acts when the
+        step's micro-batches are done. A `scheduler` built on `optimizer` is stepped by the runtime once per step; its
+        own `step()` in the loop then does nothing. One stage only; `steps` runs any number.
+        """
+        if self.settings.stages != 1:
+            raise UsageError(
+                f"run.prepare drives one stage, and the job has stages={self.settings.stages}: use run.steps(...)"
+            )
+        engine = self._set_up(model, optimizer, dataset, collate_fn, _no_loss, scheduler, cut=False)
+        batches = Batches(engine, self._guarded, self._switch)
+        return model, ElasticOptimizer(optimizer, batches), batches
+
+    def steps(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        dataset: Any,
+        *,
+        loss_fn: Loss,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        scheduler: LRScheduler | None = None,
+        clip_grad_norm: float | None = None,
+    ) -> Iterator[Step]:
+        """Train, and yield every step once it is committed, on every rank.
+
+        `loss_fn(output, targets)` gives a micro-batch's mean loss; the dataset yields (inputs, targets).
+        `clip_grad_norm` is the largest global gradient norm; `scheduler` is stepped after each step.
+        """
+        engine = self._set_up(model, optimizer, dataset, collate_fn, loss_fn, scheduler, cut=True)
+        engine.max_norm = clip_grad_norm
+        return self._run(engine)
+
+    def _run(self, engine: Engine) -> Iterator[Step]:
+        while True:
+            while engine.results:
+                yield engine.results.pop(0)
+            if engine.switch is not None:
+                self._guarded(self._switch)
+            elif engine.ended():
+                return
+            else:
+                self._guarded(_one_step, engine)
+
+    def clip_grad_norm_(self, max_norm: float) -> None:
+        """Clip the step's whole gradient to this norm; call it where `torch.nn.utils.clip_grad_norm_` would stand."""
+        self._trained().max_norm = float(max_norm)
+
+    def register_state(self, name: str, item: Any) -> None:
+        """Keep an object with `state_dict()` / `load_state_dict()` in step on workers that join later.
+
+        Its state must be made of JSON values, and change in the same way on every rank.
+        """
+        try:
+            json.dumps(item.state_dict())
+        except (AttributeError, TypeError) as error:
+            raise UsageError(f"register_state({name!r}): state_dict() must give JSON values ({error})") from None
+        if name in self._registered:
+            raise UsageError(f"register_state({name!r}): that name is taken")
+        self._registered[name] = item
+
+    # ------------------------------------------------------------ the whole state
+
+    def full_state_dict(self) -> dict[str, Any]:
+        """{"model": {name: tensor}, "optimizer": {name: {state: tensor}}} of the whole model, on any rank that asks.
+
+        Read from the snapshot keepers, so no other rank has to take part.
+        """
+        engine = self._trained()
+        deadline = time.monotonic() + GATHER_TIMEOUT_S
+        while True:
+            states = self._shard_states(engine)
+            if len(states) == len(engine.stack.spec.shards):
+                return _assemble(engine, states)
+            if time.monotonic() > deadline:
+                raise UsageError(
+                    f"full_state_dict: {len(engine.stack.spec.shards) - len(states)} shards of version "
+                    f"{engine.version} did not appear in any snapshot keeper within {GATHER_TIMEOUT_S:g} s"
+                )
+            self._guarded(self._pause)
+
+    def _shard_states(self, engine: Engine) -> dict[int, dict[str, Any]]:
+        self._progress.tick()
+        engine.snapshots.wait()
+        if self._context is None:
+            return {s.index: dict(engine.optimizer.state(s.index)) for s in engine.optimizer.owned}
+        states: dict[int, dict[str, Any]] = {}
+        for address in self._keepers:
+            wanted = [s.index for s in engine.stack.spec.shards if s.index not in states]
+            found = fetch(address, self._context.token, wanted, engine.version, replay=False)
+            states.update({index: read_record(blobs[0]) for index, (_, blobs) in found.items()})
+        return states
+
+    def _pause(self) -> None:
+        """Let 20 ms pass, unless the generation ends."""
+        self._progress.tick()
+        self._comm.ready(())
+        time.sleep(0.02)
+
+    # ------------------------------------------------------------ inside
+
+    def _trained(self) -> Engine:
+        if self._engine is None:
+            raise UsageError("call run.prepare(...) or run.steps(...) first")
+        return self._engine
+
+    def _set_up(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        dataset: Any,
+        collate_fn: Callable[[list[Any]], Any] | None,
+        loss_fn: Loss,
+        scheduler: LRScheduler | None,
+        *,
+        cut: bool,
+    ) -> Engine:
+        if self._engine is not None:
+            raise UsageError("run.prepare or run.steps was called twice; a run trains one model")
+        settings = self.settings
+        check_optimizer(optimizer, model)
+        _check_dataset(dataset, settings)
+        stack = LayerStack(model, cut=cut, whole=not is_elementwise(optimizer))
+        if settings.stages > len(stack.layers):
+            raise UsageError(_too_few_layers(model, settings.stages, len(stack.layers)))
+        link = None
+        if self._context is not None:
+            context = self._context
+            link = KeeperLink(context.keeper_name, context.token, context.rank, context.incarnation)
+        engine = Engine(
+            settings=settings,
+            stack=stack,
+            optimizer=ShardedOptimizer(optimizer, stack),
+            dataset=dataset,
+            collate_fn=collate_fn,
+            loss_fn=loss_fn,
+            comm=self._comm,
+            membership=self._membership,
+            snapshots=Snapshots(link),
+            progress=self._progress,
+        )
+        if scheduler is not None:
+            rate = ScheduledRate(scheduler)
+            engine.on_commit.append(rate.advance)
+            self.register_state("scheduler", rate)
+        engine.registered = self._registered
+        self._engine = engine
+        self._recovery = Recovery(engine, self._context.token if self._context else "", fresh=True)
+        job = Job(
+            steps=settings.steps,
+            stages=settings.stages,
+            micro_batches=settings.micro_batches,
+            global_batch_size=settings.global_batch_size,
+            model=stack.spec,
+        )
+        self._membership.ready(self._peer, job)
+        self._recovery.on_orders = self._remember_keepers
+        self._recovery.enter()
+        return engine
+
+    def _remember_keepers(self, keepers: tuple[str, ...]) -> None:
+        self._keepers = keepers
+
+    def _guarded(self, action: Callable[..., None], *arguments: Any) -> None:
+        """Do something that waits for others; if the generation ends, recover instead."""
+        assert self._recovery is not None
+        try:
+            action(*arguments)
+        except Aborted:
+            self._recovery.recover()
+
+    def _switch(self) -> None:
+        """Enter the generation of a join plan that everybody agreed on."""
+        engine, recovery = self._trained(), self._recovery
+        assert recovery is not None
+        assert engine.switch is not None
+        orders, engine.switch = engine.switch, None
+        recovery.carry_out(orders)
+
+    def _serve(self) -> None:
+        """After the user's function: help others recover until the job ends."""
+        assert self._recovery is not None
+        while not self._membership.wait_for_end(self._progress.tick):
+            self._recovery.recover()
+
+
+def _one_step(engine: Engine) -> None:
+    engine.compute()
+    engine.complete()
+
+
+def _no_loss(output: Any, targets: Any) -> Tensor:
+    raise AssertionError("the user's loop computes the loss")
+
+
+def _check_dataset(dataset: Any, settings: Settings) -> None:
+    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+        raise UsageError(f"the dataset must be map-style (have __len__ and __getitem__); got {type(dataset).__name__}")
+    if len(dataset) < settings.global_batch_size:
+        raise UsageError(
+            f"the dataset has {len(dataset)} samples, fewer than one batch (global_batch_size = "
+            f"{settings.global_batch_size}): use more data or a smaller batch"
+        )
+
+
+def _too_few_layers(model: nn.Module, stages: int, layers: int) -> str:
+    if layers > 1:
+        return f"{stages} stages need at least as many layers, and the model has {layers}: lower stages"
+    return (
+        f"{type(model).__name__} cannot be cut into {stages} stages: pass an nn.Sequential, or give the model a method "
+        "pipeline_layers() that returns its layers in order"
+    )
+
+
+def _assemble(engine: Engine, states: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    spec = engine.stack.spec
+    model: dict[str, Tensor] = {}
+    optimizer: dict[str, dict[str, Any]] = {}
+    for index, parameter in enumerate(spec.parameters):
+        shards = [shard for shard in spec.shards if shard.parameter == index]
+        columns: dict[str, list[Any]] = {}
+        for shard in shards:
+            for name, value in states[shard.index].items():
+                columns.setdefault(name, []).append(value)
+        joined = {
+            name: _join(values, [s.elements for s in shards], parameter.shape) for name, values in columns.items()
+        }
+        model[parameter.name] = joined.pop("value")
+        if joined:
+            optimizer[parameter.name] = joined
+    for name, tensor in engine.stack.constants():
+        model[name] = tensor.detach().clone()
+    for name, original in engine.stack.aliases.items():
+        model[name] = model[original]
+    return {"model": model, "optimizer": optimizer}
+
+
+def _join(values: list[Any], elements: list[int], shape: tuple[int, ...]) -> Any:
+    """Rows back into a parameter; a state that is one scalar per shard is the same in all of them."""
+    cut = [
+        isinstance(v, Tensor) and v.numel() == count and v.dim() > 0 for v, count in zip(values, elements, strict=True)
+    ]
+    if all(cut):
+        return torch.cat([v.detach().reshape(-1).cpu() for v in values]).view(shape)
+    return values[0].detach().cpu().clone() if isinstance(values[0], Tensor) else values[0]
