@@ -1,0 +1,173 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class WorkerId(_message.Message):
+    __slots__ = ("rank", "incarnation")
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    rank: int
+    incarnation: int
+    def __init__(self, rank: _Optional[int] = ..., incarnation: _Optional[int] = ...) -> None: ...
+
+class AttachRequest(_message.Message):
+    __slots__ = ("hello", "ready", "heartbeat", "from_worker", "died", "stop")
+    HELLO_FIELD_NUMBER: _ClassVar[int]
+    READY_FIELD_NUMBER: _ClassVar[int]
+    HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
+    FROM_WORKER_FIELD_NUMBER: _ClassVar[int]
+    DIED_FIELD_NUMBER: _ClassVar[int]
+    STOP_FIELD_NUMBER: _ClassVar[int]
+    hello: Hello
+    ready: NodeReady
+    heartbeat: Heartbeat
+    from_worker: FromWorker
+    died: WorkerDied
+    stop: StopRequest
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., ready: _Optional[_Union[NodeReady, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., from_worker: _Optional[_Union[FromWorker, _Mapping]] = ..., died: _Optional[_Union[WorkerDied, _Mapping]] = ..., stop: _Optional[_Union[StopRequest, _Mapping]] = ...) -> None: ...
+
+class Hello(_message.Message):
+    __slots__ = ("job", "node", "protocol")
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    job: str
+    node: str
+    protocol: int
+    def __init__(self, job: _Optional[str] = ..., node: _Optional[str] = ..., protocol: _Optional[int] = ...) -> None: ...
+
+class NodeReady(_message.Message):
+    __slots__ = ("host", "slots", "keeper", "order")
+    HOST_FIELD_NUMBER: _ClassVar[int]
+    SLOTS_FIELD_NUMBER: _ClassVar[int]
+    KEEPER_FIELD_NUMBER: _ClassVar[int]
+    ORDER_FIELD_NUMBER: _ClassVar[int]
+    host: str
+    slots: int
+    keeper: str
+    order: int
+    def __init__(self, host: _Optional[str] = ..., slots: _Optional[int] = ..., keeper: _Optional[str] = ..., order: _Optional[int] = ...) -> None: ...
+
+class Heartbeat(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class FromWorker(_message.Message):
+    __slots__ = ("worker", "json")
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    JSON_FIELD_NUMBER: _ClassVar[int]
+    worker: WorkerId
+    json: str
+    def __init__(self, worker: _Optional[_Union[WorkerId, _Mapping]] = ..., json: _Optional[str] = ...) -> None: ...
+
+class WorkerDied(_message.Message):
+    __slots__ = ("worker", "cause", "clean", "step", "phase", "finished_micro_batches", "detected_at_s", "killed_at_s")
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    CAUSE_FIELD_NUMBER: _ClassVar[int]
+    CLEAN_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    FINISHED_MICRO_BATCHES_FIELD_NUMBER: _ClassVar[int]
+    DETECTED_AT_S_FIELD_NUMBER: _ClassVar[int]
+    KILLED_AT_S_FIELD_NUMBER: _ClassVar[int]
+    worker: WorkerId
+    cause: str
+    clean: bool
+    step: int
+    phase: str
+    finished_micro_batches: int
+    detected_at_s: float
+    killed_at_s: float
+    def __init__(self, worker: _Optional[_Union[WorkerId, _Mapping]] = ..., cause: _Optional[str] = ..., clean: _Optional[bool] = ..., step: _Optional[int] = ..., phase: _Optional[str] = ..., finished_micro_batches: _Optional[int] = ..., detected_at_s: _Optional[float] = ..., killed_at_s: _Optional[float] = ...) -> None: ...
+
+class StopRequest(_message.Message):
+    __slots__ = ("why",)
+    WHY_FIELD_NUMBER: _ClassVar[int]
+    why: str
+    def __init__(self, why: _Optional[str] = ...) -> None: ...
+
+class AttachResponse(_message.Message):
+    __slots__ = ("welcome", "refused", "start", "kill", "to_worker", "end")
+    WELCOME_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    KILL_FIELD_NUMBER: _ClassVar[int]
+    TO_WORKER_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    welcome: Welcome
+    refused: Refused
+    start: StartWorkers
+    kill: KillWorkers
+    to_worker: ToWorker
+    end: EndJob
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., start: _Optional[_Union[StartWorkers, _Mapping]] = ..., kill: _Optional[_Union[KillWorkers, _Mapping]] = ..., to_worker: _Optional[_Union[ToWorker, _Mapping]] = ..., end: _Optional[_Union[EndJob, _Mapping]] = ...) -> None: ...
+
+class Welcome(_message.Message):
+    __slots__ = ("token",)
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    token: str
+    def __init__(self, token: _Optional[str] = ...) -> None: ...
+
+class Refused(_message.Message):
+    __slots__ = ("why",)
+    WHY_FIELD_NUMBER: _ClassVar[int]
+    why: str
+    def __init__(self, why: _Optional[str] = ...) -> None: ...
+
+class StartWorkers(_message.Message):
+    __slots__ = ("workers", "world_size", "restart_count", "master_addr", "master_port", "group_rank", "group_world_size")
+    WORKERS_FIELD_NUMBER: _ClassVar[int]
+    WORLD_SIZE_FIELD_NUMBER: _ClassVar[int]
+    RESTART_COUNT_FIELD_NUMBER: _ClassVar[int]
+    MASTER_ADDR_FIELD_NUMBER: _ClassVar[int]
+    MASTER_PORT_FIELD_NUMBER: _ClassVar[int]
+    GROUP_RANK_FIELD_NUMBER: _ClassVar[int]
+    GROUP_WORLD_SIZE_FIELD_NUMBER: _ClassVar[int]
+    workers: _containers.RepeatedCompositeFieldContainer[WorkerId]
+    world_size: int
+    restart_count: int
+    master_addr: str
+    master_port: int
+    group_rank: int
+    group_world_size: int
+    def __init__(self, workers: _Optional[_Iterable[_Union[WorkerId, _Mapping]]] = ..., world_size: _Optional[int] = ..., restart_count: _Optional[int] = ..., master_addr: _Optional[str] = ..., master_port: _Optional[int] = ..., group_rank: _Optional[int] = ..., group_world_size: _Optional[int] = ...) -> None: ...
+
+class KillWorkers(_message.Message):
+    __slots__ = ("workers",)
+    WORKERS_FIELD_NUMBER: _ClassVar[int]
+    workers: _containers.RepeatedCompositeFieldContainer[WorkerId]
+    def __init__(self, workers: _Optional[_Iterable[_Union[WorkerId, _Mapping]]] = ...) -> None: ...
+
+class ToWorker(_message.Message):
+    __slots__ = ("worker", "json")
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    JSON_FIELD_NUMBER: _ClassVar[int]
+    worker: WorkerId
+    json: str
+    def __init__(self, worker: _Optional[_Union[WorkerId, _Mapping]] = ..., json: _Optional[str] = ...) -> None: ...
+
+class EndJob(_message.Message):
+    __slots__ = ("succeeded", "why", "detail", "rank")
+    SUCCEEDED_FIELD_NUMBER: _ClassVar[int]
+    WHY_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    succeeded: bool
+    why: str
+    detail: str
+    rank: int
+    def __init__(self, succeeded: _Optional[bool] = ..., why: _Optional[str] = ..., detail: _Optional[str] = ..., rank: _Optional[int] = ...) -> None: ...
+
+class GetStatusRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetStatusResponse(_message.Message):
+    __slots__ = ("json",)
+    JSON_FIELD_NUMBER: _ClassVar[int]
+    json: str
+    def __init__(self, json: _Optional[str] = ...) -> None: ...
