@@ -60,12 +60,14 @@ class _Group:
             work.wait()
 
     def kill(self) -> None:
-        """Close every connection. A receive that times out closes all pairs: the only way that gloo offers."""
-        if len(self.ranks) == 1:
-            return
-        index = next(i for i, rank in enumerate(self.ranks) if rank != self._own)
-        with contextlib.suppress(RuntimeError):  # the time-out, which is what is wanted, or closed already
-            self._pg.recv([torch.empty(1, dtype=torch.uint8)], index, _KILL_TAG).wait(_KILL_TIMEOUT)
+        """Close every connection. A receive that times out closes all pairs: the only way that gloo offers.
+
+        One on a pair that is closed already fails at once and closes no other, so each is tried.
+        """
+        for index, rank in enumerate(self.ranks):
+            if rank != self._own:
+                with contextlib.suppress(RuntimeError):  # the time-out, which is what is wanted, or closed already
+                    self._pg.recv([torch.empty(1, dtype=torch.uint8)], index, _KILL_TAG).wait(_KILL_TIMEOUT)
 
     def join(self) -> None:
         """Wait for the receiver threads, after `kill`."""

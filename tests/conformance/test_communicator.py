@@ -1,0 +1,407 @@
+"""What every communicator must do; the mesh, the gloo yardstick and the in-memory fake all pass."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import statistics
+import threading
+import time
+
+import numpy as np
+import pytest
+from backends import BACKENDS, RING_BYTES, Cluster, Thread
+from everstep.comms.communicator import Aborted, Key, Kind, all_gather, barrier
+
+pytestmark = pytest.mark.timeout(60)
+
+MIB = 1 << 20
+SIZES = [0, 1, 2048, 2049, 65_537, MIB, RING_BYTES, 9 * MIB + 7]
+WAKE_LIMIT_S = 1.0  # what is asked for is 20 ms; a loaded machine must not fail the suite
+
+
+def key(index: int = 0, step: int = 0) -> Key:
+    return Key(Kind.USER, step, 0, index)
+
+
+def noise(size: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8)
+
+
+def equal(received: memoryview, expected: np.ndarray) -> bool:
+    return np.array_equal(np.frombuffer(received, np.uint8), expected)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_round_trip(cluster, size):
+    cluster.start(2)
+    data = noise(size)
+
+    def echo():
+        cluster[1].send(0, key(2), [cluster[1].receive(0, key(1))])
+
+    other = Thread(echo)
+    cluster[0].send(1, key(1), [data])
+    received = cluster[0].receive(1, key(2))
+    other.result()
+    assert received.nbytes == size
+    assert equal(received, data)
+
+
+def test_a_payload_of_many_buffers_is_their_concatenation(cluster):
+    cluster.start(2)
+    buffers = [noise(size, size) for size in (3, 0, 700_000, 1, 5 * MIB, 17)] + [noise(5, i) for i in range(2500)]
+    other = Thread(lambda: cluster[1].receive(0, key()))
+    cluster[0].send(1, key(), buffers)
+    assert equal(other.result(), np.concatenate(buffers))
+
+
+def test_typed_buffers_travel_as_bytes(cluster):
+    cluster.start(2)
+    matrix = np.arange(12, dtype=np.float32).reshape(3, 4)
+    cluster[0].send(1, key(), [matrix, bytearray(b"tail")])
+    received = cluster[1].receive(0, key())
+    assert bytes(received) == matrix.tobytes() + b"tail"
+
+
+def test_the_sender_may_reuse_its_buffers(cluster):
+    cluster.start(2)
+    data = noise(3 * MIB)
+    copy = data.copy()
+
+    def send():
+        cluster[0].send(1, key(), [data])
+        data[:] = 0
+
+    sender = Thread(send)
+    assert equal(cluster[1].receive(0, key()), copy)
+    sender.result()
+
+
+def test_messages_are_received_by_key_in_any_order(cluster):
+    cluster.start(2)
+    for i in range(20):
+        cluster[0].send(1, key(i), [bytes([i]) * (i * 300)])
+    for i in reversed(range(20)):
+        assert bytes(cluster[1].receive(0, key(i))) == bytes([i]) * (i * 300)
+
+
+def test_every_part_of_a_key_counts(cluster):
+    cluster.start(2)
+    kinds, steps, micro_batches, indices = (Kind.ACTIVATION, Kind.USER), (0, 2**40), (0, 3), (0, 9)
+    keys = [Key(*parts) for parts in itertools.product(kinds, steps, micro_batches, indices)]
+    for k in keys:
+        cluster[0].send(1, k, [repr(k).encode()])
+    for k in keys:
+        assert bytes(cluster[1].receive(0, k)) == repr(k).encode()
+
+
+def test_receive_any_takes_the_first_that_is_there(cluster):
+    cluster.start(3)
+    wanted = {(0, key(1)), (1, key(2))}
+    waiting = Thread(lambda: cluster[2].receive_any(wanted))
+    cluster[1].send(2, key(2), [b"second"])
+    source, name, data = waiting.result()
+    assert (source, name, bytes(data)) == (1, key(2), b"second")
+    cluster[0].send(2, key(1), [b"first"])
+    source, name, data = cluster[2].receive_any(wanted)
+    assert (source, name, bytes(data)) == (0, key(1), b"first")
+
+
+def test_ready_names_a_message_and_leaves_it(cluster):
+    cluster.start(2)
+    assert cluster[1].ready([(0, key())]) is None
+    cluster[0].send(1, key(), [b"x" * 5000])
+    deadline = time.monotonic() + 30
+    while (name := cluster[1].ready([(0, key(7)), (0, key())])) is None:
+        assert time.monotonic() < deadline
+    assert name == (0, key())
+    assert bytes(cluster[1].receive(*name)) == b"x" * 5000
+    assert cluster[1].ready([(0, key())]) is None
+
+
+def test_send_to_oneself(cluster):
+    cluster.start(1)
+    data = noise(5 * MIB)
+    cluster[0].send(0, key(), [data, b"!"])
+    assert cluster[0].ready([(0, key())]) == (0, key())
+    received = cluster[0].receive(0, key())
+    assert equal(received[:-1], data)
+
+
+def test_large_messages_both_ways_at_once(cluster):
+    cluster.start(2)
+    data = {rank: noise(24 * MIB, rank) for rank in range(2)}
+
+    def exchange(comm):
+        other = 1 - comm.rank
+        for i in range(3):
+            comm.send(other, key(i), [data[comm.rank]])
+        return all(equal(comm.receive(other, key(i)), data[other]) for i in range(3))
+
+    assert cluster.everywhere(exchange) == {0: True, 1: True}
+
+
+def test_large_messages_round_a_ring(cluster):
+    cluster.start(4)
+    data = {rank: noise(9 * MIB, rank) for rank in range(4)}
+
+    def exchange(comm):
+        comm.send((comm.rank + 1) % 4, key(), [data[comm.rank]])
+        return equal(comm.receive((comm.rank - 1) % 4, key()), data[(comm.rank - 1) % 4])
+
+    assert all(cluster.everywhere(exchange).values())
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_all_gather_and_barrier(cluster, size):
+    cluster.start(size)
+    expected = {rank: bytes([rank]) * rank * 1000 for rank in range(size)}
+    gathered = cluster.everywhere(lambda comm: all_gather(comm, 3, 1, expected[comm.rank]))
+    assert gathered == dict.fromkeys(range(size), expected)
+    for index in range(5):
+        cluster.barrier(index)
+
+
+def test_nobody_leaves_a_barrier_before_all_have_entered(cluster):
+    cluster.start(3)
+    left = []
+    waiting = threading.Event()
+    cluster[0].on_wait = waiting.set
+    early = [Thread(lambda rank=rank: (barrier(cluster[rank], 1, 0), left.append(rank))) for rank in (0, 1)]
+    assert waiting.wait(30)
+    assert left == []
+    barrier(cluster[2], 1, 0)
+    for thread in early:
+        thread.result()
+
+
+def test_a_waiting_call_attends_to_on_wait(cluster):
+    cluster.start(2)
+    calls = threading.Semaphore(0)
+    cluster[0].on_wait = calls.release
+    waiting = Thread(lambda: cluster[0].receive(1, key()))
+    for _ in range(3):
+        assert calls.acquire(timeout=30)
+    cluster[1].send(0, key(), [b"go on"])
+    assert bytes(waiting.result()) == b"go on"
+
+
+def test_wrong_calls_are_refused(cluster):
+    cluster.start(2)
+    with pytest.raises(ValueError, match="rank 5 is no member of generation 1"):
+        cluster[0].send(5, key(), [b""])
+    with pytest.raises(ValueError, match="rank 5 is no member of generation 1"):
+        cluster[0].receive(5, key())
+    with pytest.raises(ValueError, match="no message is wanted"):
+        cluster[0].receive_any([])
+    with pytest.raises(ValueError, match="generation 1 does not follow generation 1"):
+        cluster[0].edit(1, cluster.peers())
+    with pytest.raises(ValueError, match=r"rank 0 .* is no member"):
+        cluster[0].edit(2, {1: cluster[1].peer})
+
+
+# --- abort and edit -------------------------------------------------------------------------------------------------
+
+
+def woken_after_s(comm, call) -> float:
+    """Abort a blocked `call`: how long it took to raise."""
+    waiting = threading.Event()
+    comm.on_wait = waiting.set
+
+    def blocked():
+        with pytest.raises(Aborted):
+            call()
+        return time.perf_counter()
+
+    thread = Thread(blocked)
+    assert waiting.wait(30)
+    begun = time.perf_counter()
+    comm.abort()
+    return thread.result() - begun
+
+
+def report_wakes(what: str, waits: list[float]) -> None:
+    median, worst = statistics.median(waits) * 1e3, max(waits) * 1e3
+    print(f"\n{what}: woken after {median:.2f} ms (median), {worst:.2f} ms (worst of {len(waits)})")
+    assert max(waits) < WAKE_LIMIT_S
+
+
+def test_abort_wakes_a_blocked_receive(cluster):
+    cluster.start(2)
+    waits = []
+    for _ in range(20):
+        waits.append(woken_after_s(cluster[0], lambda: cluster[0].receive(1, key())))
+        cluster.edit()
+    report_wakes(f"{cluster.backend.name} receive", waits)
+
+
+def test_abort_wakes_a_blocked_send(cluster):
+    if not cluster.backend.send_can_block:
+        pytest.skip("its sends never wait for the receiver")
+    cluster.start(2)
+    data = noise(64 * MIB)
+    waits = []
+    for _ in range(20):
+        waits.append(woken_after_s(cluster[0], lambda: cluster[0].send(1, key(), [data])))
+        cluster.edit()
+    report_wakes(f"{cluster.backend.name} send", waits)
+
+
+def test_every_call_raises_between_abort_and_edit(cluster):
+    cluster.start(2)
+    cluster[0].send(0, key(), [b"mine"])
+    cluster[0].abort()
+    cluster[0].abort()
+    calls = [
+        lambda: cluster[0].send(1, key(), [b""]),
+        lambda: cluster[0].send(0, key(), [b""]),
+        lambda: cluster[0].receive(0, key()),
+        lambda: cluster[0].receive_any([(1, key())]),
+        lambda: cluster[0].ready([(0, key())]),
+        lambda: barrier(cluster[0], 0, 0),
+    ]
+    for call in calls:
+        with pytest.raises(Aborted, match="generation 1 was aborted"):
+            call()
+    cluster.edit()
+    cluster.barrier()
+
+
+def test_edit_keeps_the_links_between_survivors(cluster):
+    cluster.start(4)
+    cluster.everywhere(lambda comm: [comm.send(to, key(comm.rank), [b"hi"]) for to in range(4) if to != comm.rank])
+    cluster.everywhere(lambda comm: [comm.receive(source, key(source)) for source in range(4) if source != comm.rank])
+    cluster.abort()
+    cluster.ranks.pop(3).close()
+    reports = cluster.edit()
+    for report in reports.values():
+        assert report.generation == 2
+        assert report.closed >= 1
+        if cluster.backend.keeps_links:
+            assert report.opened == 0
+            assert report.kept >= 2
+    cluster.barrier()
+
+
+def test_stale_messages_are_never_delivered(cluster):
+    cluster.start(2)
+    cluster[0].send(1, key(), [b"stale" * 1000])
+    cluster[0].send(1, key(5), [b"stale too"])
+    cluster.abort()
+    cluster.edit()
+    cluster[0].send(1, key(), [b"fresh"])
+    assert bytes(cluster[1].receive(0, key())) == b"fresh"
+    assert cluster[1].ready([(0, key(5))]) is None
+
+
+def test_messages_of_the_next_generation_wait_for_the_receiver(cluster):
+    cluster.start(2)
+    sent = threading.Event()
+    peers = cluster.peers()
+
+    def go_ahead():
+        cluster[0].edit(2, peers)
+        cluster[0].send(1, key(), [b"early" * 300])
+        sent.set()
+
+    ahead = Thread(go_ahead)
+    if not cluster.backend.collective_edit:
+        assert sent.wait(30)
+        assert cluster[1].ready([(0, key())]) is None
+    cluster[1].edit(2, peers)
+    assert bytes(cluster[1].receive(0, key())) == b"early" * 300
+    ahead.result()
+
+
+def test_a_replacement_connects(cluster):
+    cluster.start(3)
+    cluster.barrier()
+    cluster.abort()
+    cluster.ranks.pop(2).close()
+    cluster.add(2, incarnation=2)
+    cluster.edit()
+    cluster.barrier()
+    data = noise(5 * MIB)
+    receiver = Thread(lambda: cluster[2].receive(0, key()))
+    cluster[0].send(2, key(), [data])
+    assert equal(receiver.result(), data)
+
+
+def test_a_killed_process_does_not_break_the_survivors(cluster):
+    if cluster.backend.name == "memory":
+        pytest.skip("its ranks are threads")
+    cluster.add(0)
+    cluster.add(1)
+    victim = cluster.backend.victim(2)
+    try:
+        victim.join(1, {**cluster.peers(), 2: victim.peer})
+        cluster.edit({2: victim.peer})
+        cluster.barrier()
+        victim.waits()
+        blocked = Thread(lambda: cluster[0].receive(2, key()))
+        victim.kill()
+        for i in range(200):  # to a dead peer: dropped, and never an error
+            cluster[1].send(2, key(i), [b"x" * 100_000])
+        cluster.abort()
+        with pytest.raises(Aborted):
+            blocked.result()
+        reports = cluster.edit()
+        assert all(report.closed >= 1 for report in reports.values())
+        cluster.barrier()
+        receiver = Thread(lambda: cluster[1].receive(0, key()))
+        cluster[0].send(1, key(), [noise(9 * MIB)])
+        assert equal(receiver.result(), noise(9 * MIB))
+    finally:
+        victim.kill()
+
+
+def open_fds() -> list[str]:
+    links = []
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            links.append(f"{fd} {os.readlink(f'/proc/self/fd/{fd}')}")
+        except FileNotFoundError:
+            continue  # the directory's own
+    return sorted(links)
+
+
+@pytest.mark.parametrize("name", list(BACKENDS))
+def test_nothing_is_left_after_close(name):
+    big = noise(6 * MIB)
+
+    def pass_on(comm):
+        comm.send((comm.rank + 1) % 3, key(), [big])
+        comm.receive((comm.rank - 1) % 3, key())
+
+    def live():
+        cluster = Cluster(BACKENDS[name]())
+        try:
+            cluster.start(3)
+            cluster.barrier()
+            cluster.everywhere(pass_on)
+            cluster.abort()
+            cluster.edit()
+            cluster.barrier(1)
+        finally:
+            cluster.close()
+
+    live()  # what libraries keep for ever, they have kept after this
+    fds, shm, threads = open_fds(), sorted(os.listdir("/dev/shm")), threading.active_count()
+    live()
+    deadline = time.monotonic() + 10
+    while len(open_fds()) > len(fds) and time.monotonic() < deadline:
+        os.sched_yield()  # gloo closes in a thread of its own
+    assert len(open_fds()) == len(fds), (fds, open_fds())
+    assert sorted(os.listdir("/dev/shm")) == shm
+    assert threading.active_count() == threads
+
+
+def test_close_is_idempotent_and_final(cluster):
+    cluster.start(2)
+    cluster.barrier()
+    cluster[0].close()
+    cluster[0].close()
+    cluster[0].abort()
+    with pytest.raises(RuntimeError, match="closed"):
+        cluster[0].send(1, key(), [b""])
