@@ -38,8 +38,8 @@ POLL_S = 0.01  # how often to look; the times themselves are the workers' stamps
 
 # torchft's settings. The first are those of its documentation: the README's lighthouse line and the timeouts of its
 # example train_ddp.py (its library defaults are longer still: a process group timeout of 60 s). The second are tuned to
-# a scale of one second. The third are tighter than a job of steps that vary can bear, twice this job's step time, and are
-# measured to show where the floor is: they have no target.
+# a scale of one second. The third, of twice this job's step time, are tighter than a job whose steps vary can bear;
+# they are measured to show where the floor is and have no target.
 DOCUMENTED: dict[str, Any] = {
     "lighthouse": {"join_timeout_ms": 10000, "quorum_tick_ms": 100},
     "process_group_timeout_s": 5.0,
