@@ -14,6 +14,7 @@ class ScheduledRate:
     def __init__(self, scheduler: LRScheduler) -> None:
         self._scheduler = scheduler
         self.advance = scheduler.step
+        scheduler.optimizer._opt_called = True  # its step is run by shards: torch need not warn that it was not called
         scheduler.step = _already_stepped  # type: ignore[method-assign]
 
     def state_dict(self) -> dict[str, Any]:

@@ -268,6 +268,8 @@ def _begin_recovery(state: State, cause: e.WorkerDied | None, now: float) -> Out
     if earlier is not None:
         asked += [w for w in state.workers.values() if w.id in earlier.awaited and w not in asked]
     died = (cause.worker,) if cause else ()
+    detected_s = cause.detected_at_s if cause and cause.detected_at_s else now
+    killed_s = cause.killed_at_s if cause and cause.killed_at_s else detected_s
     recovery = Recovery(
         generation=generation,
         why=earlier.why if earlier else (cause.cause if cause else "a worker joins"),
@@ -276,7 +278,8 @@ def _begin_recovery(state: State, cause: e.WorkerDied | None, now: float) -> Out
         phase=earlier.phase if earlier else (cause.phase if cause else ""),
         lost_micro_batches=(earlier.lost_micro_batches if earlier else 0)
         + (cause.finished_micro_batches if cause else 0),
-        detected_s=earlier.detected_s if earlier else (cause.detected_at_s if cause and cause.detected_at_s else now),
+        killed_s=earlier.killed_s if earlier else killed_s,
+        detected_s=earlier.detected_s if earlier else detected_s,
         started_s=earlier.started_s if earlier else now,
         awaited=frozenset(w.id for w in asked),
     )
@@ -419,11 +422,12 @@ def _committed(state: State, event: e.WorkerCommitted, now: float) -> Outcome:
 
 def _recovered(recovery: Recovery, step: int, now: float) -> e.Record:
     """The log line of a recovery: its phases in seconds, which add up to the total."""
+    detect_s = recovery.detected_s - recovery.killed_s
     abort_s = max(0.0, recovery.started_s - recovery.detected_s)
     agree_s = max(0.0, recovery.planned_s - recovery.started_s - recovery.busy_s)
     edit_s = max((times[0] for times in recovery.resumed.values()), default=0.0)
     restore_s = max((times[1] for times in recovery.resumed.values()), default=0.0)
-    total_s = now - recovery.detected_s
+    total_s = now - recovery.killed_s
     return e.Record(
         "recovered",
         {
@@ -433,11 +437,12 @@ def _recovered(recovery: Recovery, step: int, now: float) -> e.Record:
             "interrupted_step": recovery.step,
             "phase": recovery.phase,
             "redone_micro_batches": recovery.lost_micro_batches,
+            "detect_s": detect_s,
             "abort_s": abort_s,
             "agree_s": agree_s,
             "edit_s": edit_s,
             "restore_s": restore_s,
-            "recompute_s": max(0.0, total_s - abort_s - agree_s - edit_s - restore_s),
+            "recompute_s": max(0.0, total_s - detect_s - abort_s - agree_s - edit_s - restore_s),
             "total_s": total_s,
             "step": step,
         },

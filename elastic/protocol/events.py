@@ -85,6 +85,7 @@ class WorkerDied:
     phase: str = ""
     finished_micro_batches: int = 0  # of the interrupted step, lost with it
     detected_at_s: float = 0.0
+    killed_at_s: float = 0.0  # 0 when nobody knows: only an injected fault tells
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,7 @@ class Recovery:
     step: int
     phase: str
     lost_micro_batches: int
+    killed_s: float  # when it happened, if that is known, else when it was noticed
     detected_s: float  # when the (first) death was noticed
     started_s: float  # when the coordinator began
     awaited: frozenset[WorkerId] = frozenset()

@@ -1,0 +1,61 @@
+"""Where workers' output goes: torch's own log specifications (redirects, tee, filters), for workers forked by us."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch.distributed.elastic.multiprocessing.api import LogsDest, LogsSpecs
+from torch.distributed.elastic.multiprocessing.tail_log import TailLog
+
+
+class WorkerLogs:
+    """The log destinations of one node's workers, per restart."""
+
+    def __init__(self, specs: LogsSpecs, slots: int, role: str, prefix_template: str | None = None) -> None:
+        self._specs = specs
+        self._slots = slots
+        self._role = role
+        self._prefix_template = prefix_template
+        self._attempt = ""
+        self._destinations: LogsDest | None = None
+        self._tails: list[Any] = []
+
+    def paths(self, local_rank: int, environment: dict[str, str]) -> tuple[str, str, str]:
+        """(stdout, stderr, error file) of a worker; an empty path is the launcher's own stream."""
+        attempt = environment["TORCHELASTIC_RESTART_COUNT"]
+        if self._destinations is None or attempt != self._attempt:
+            self._open(attempt, environment)
+        destinations = self._destinations
+        assert destinations is not None
+        return (
+            destinations.stdouts[local_rank],
+            destinations.stderrs[local_rank],
+            destinations.error_files[local_rank],
+        )
+
+    def _open(self, attempt: str, environment: dict[str, str]) -> None:
+        self.close()
+        self._attempt = attempt
+        environments = {local_rank: dict(environment) for local_rank in range(self._slots)}
+        self._destinations = self._specs.reify(environments)
+        first = int(environment["RANK"]) - int(environment["LOCAL_RANK"])
+        prefixes = None
+        if self._prefix_template:
+            prefixes = {
+                local_rank: self._prefix_template.replace("${role_name}", self._role)
+                .replace("${rank}", str(first + local_rank))
+                .replace("${local_rank}", str(local_rank))
+                for local_rank in range(self._slots)
+            }
+        for files, stream in (
+            (self._destinations.tee_stdouts, sys.stdout),
+            (self._destinations.tee_stderrs, sys.stderr),
+        ):
+            self._tails.append(TailLog(self._role, files, stream, prefixes).start())
+
+    def close(self) -> None:
+        """Print what is left of teed output, and stop."""
+        for tail in self._tails:
+            tail.stop()
+        self._tails.clear()

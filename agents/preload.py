@@ -1,0 +1,178 @@
+"""The preloaded process: has imported torch and trained one tiny step, and forks workers that start at once.
+
+A fresh interpreter takes seconds to its first optimizer step (torch alone imports for several); a fork of this
+process takes milliseconds. It stays single-threaded, touches no device, and dies with its node agent; its forks die
+with it. Requests and answers are JSON datagrams on a socket pair.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import importlib
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import sys
+import threading
+import traceback
+from typing import Any
+
+from ..comms.process import die_with_parent
+
+REQUEST_BYTES = 1 << 20
+
+
+def warm_up(modules: list[str]) -> None:
+    """Import what workers will need and run one optimizer step: the first imports torch's compiler stack."""
+    import torch
+
+    importlib.import_module("everstep.elastic.decorator")
+    for name in modules:
+        importlib.import_module(name)
+    torch.set_num_threads(1)
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+
+
+class Preloaded:
+    """Answers fork requests of one node agent until it goes away."""
+
+    def __init__(self, channel: socket.socket) -> None:
+        self._channel = channel
+        self._wake, self._woken = socket.socketpair()
+        for end in (self._wake, self._woken):
+            end.setblocking(False)
+        signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda number, frame: None)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def serve(self) -> None:
+        self._tell({"kind": "ready"})
+        while True:
+            readable, _, _ = select.select([self._channel, self._woken], [], [])
+            if self._woken in readable:
+                with contextlib.suppress(BlockingIOError):
+                    self._woken.recv(4096)
+                self._reap()
+            if self._channel in readable:
+                data, fds, _, _ = socket.recv_fds(self._channel, REQUEST_BYTES, 8)
+                if not data:
+                    return
+                self._fork(json.loads(data), fds)
+
+    def _tell(self, message: dict[str, Any]) -> None:
+        self._channel.send(json.dumps(message).encode())
+
+    def _reap(self) -> None:
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            self._tell({"kind": "exited", "pid": pid, "status": os.waitstatus_to_exitcode(status)})
+
+    def _fork(self, request: dict[str, Any], fds: list[int]) -> None:
+        pid = os.fork()
+        if pid == 0:
+            self._become_worker(request, fds)
+        for fd in fds:
+            os.close(fd)
+        self._tell({"kind": "forked", "rank": request["rank"], "incarnation": request["incarnation"], "pid": pid})
+
+    def _become_worker(self, request: dict[str, Any], fds: list[int]) -> None:
+        code = 1
+        try:
+            die_with_parent()
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            for end in (self._channel, self._wake, self._woken):
+                end.close()
+            self._redirect(request)
+            for fd, place in zip(fds, request["fds"], strict=True):
+                os.dup2(fd, place)
+                os.close(fd)
+            os.environ.clear()
+            os.environ.update(request["environment"])
+            code = run_program(request["program"])
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            with contextlib.suppress(Exception):
+                sys.stdout.flush()
+                sys.stderr.flush()
+            os._exit(code)
+
+    @staticmethod
+    def _redirect(request: dict[str, Any]) -> None:
+        for path, stream in ((request["stdout"], 1), (request["stderr"], 2)):
+            if path:
+                fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+                os.dup2(fd, stream)
+                os.close(fd)
+
+
+def run_program(program: dict[str, Any]) -> int:
+    """Run the user's script, module or command in this process; returns its exit status."""
+    kind, target, arguments = program["kind"], program["target"], program["arguments"]
+    if kind == "command":
+        try:
+            os.execvp(target, [target, *arguments])
+        except OSError as error:
+            print(f"everstep: error: cannot run {target}: {error.strerror}", file=sys.stderr)
+            return 127
+    sys.argv = [target, *arguments]
+    code = 0
+    try:
+        if kind == "module":
+            sys.path.insert(0, os.getcwd())
+            runpy.run_module(target, run_name="__main__", alter_sys=True)
+        else:
+            sys.path.insert(0, os.path.dirname(os.path.abspath(target)))
+            runpy.run_path(target, run_name="__main__")
+    except SystemExit as end:
+        code = _exit_status(end)
+    except BaseException:
+        _print_users_traceback()
+        code = 1
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    return code
+
+
+def _exit_status(end: SystemExit) -> int:
+    if end.code is None or isinstance(end.code, int):
+        return end.code or 0
+    print(end.code, file=sys.stderr)
+    return 1
+
+
+def _print_users_traceback() -> None:
+    """The traceback without the frames of this launcher and of runpy."""
+    kind, error, trace = sys.exc_info()
+    while trace is not None and (
+        trace.tb_frame.f_code.co_filename in (__file__, runpy.__file__)
+        or trace.tb_frame.f_code.co_filename.startswith("<frozen")
+    ):
+        trace = trace.tb_next
+    traceback.print_exception(kind, error, trace)
+
+
+def main() -> None:
+    """Warm up and serve: `python -m everstep.agents.preload FD [MODULE ...]`."""
+    die_with_parent()
+    channel = socket.socket(fileno=int(sys.argv[1]))
+    warm_up(sys.argv[2:])
+    Preloaded(channel).serve()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""A node's worker processes: forked, watched through their pidfds and progress pages, fenced with SIGKILL."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import signal
+import socket
+import time
+from dataclasses import dataclass, field
+
+from ..elastic.progress import Reading, create_page, read_page
+from ..elastic.protocol.events import WorkerId
+from ..elastic.protocol.liveness import Pulse
+
+
+@dataclass
+class WorkerProcess:
+    """One worker: its channel, its progress page and, once it is forked, its process."""
+
+    id: WorkerId
+    channel: socket.socket
+    theirs: socket.socket
+    page_fd: int
+    page: mmap.mmap
+    pid: int = 0
+    pidfd: int = -1
+    status: int | None = None
+    fenced: str = ""  # why we killed it
+    silent: bool = False  # killed by order: its end is no news
+    ended_s: float = 0.0
+    pulse: Pulse = field(default_factory=lambda: Pulse(0, time.monotonic()))
+    inbox: bytes = b""
+
+    @classmethod
+    def prepare(cls, worker: WorkerId) -> WorkerProcess:
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        fd = create_page()
+        return cls(worker, ours, theirs, fd, mmap.mmap(fd, mmap.PAGESIZE))
+
+    def forked(self, pid: int) -> None:
+        """The process exists."""
+        self.pid = pid
+        with contextlib.suppress(ProcessLookupError):
+            self.pidfd = os.pidfd_open(pid)
+        self.pulse = Pulse(0, time.monotonic())
+        self.theirs.close()
+
+    def reading(self) -> Reading:
+        return read_page(self.page)
+
+    def check(self, now: float, floor_s: float) -> bool:
+        """Whether it hangs."""
+        reading = self.reading()
+        self.pulse = self.pulse.read(reading.counter, now, training=reading.training)
+        return self.pulse.counter > 0 and self.pulse.hung(now, floor_s, training=reading.training)
+
+    def kill(self, why: str) -> None:
+        """Fence it."""
+        self.fenced = self.fenced or why
+        if self.pidfd >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+
+    def terminate(self) -> None:
+        if self.pidfd >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self.pidfd, signal.SIGTERM)
+
+    def send(self, line: bytes) -> None:
+        """Pass a message on; a worker that has died, or stopped reading, does not hear it."""
+        with contextlib.suppress(OSError):
+            self.channel.setblocking(True)
+            self.channel.settimeout(1.0)
+            self.channel.sendall(line + b"\n")
+        self.channel.setblocking(False)
+
+    def receive(self) -> list[bytes]:
+        """The complete messages that have come."""
+        with contextlib.suppress(BlockingIOError, ConnectionResetError):
+            while data := self.channel.recv(1 << 20):
+                self.inbox += data
+        *lines, self.inbox = self.inbox.split(b"\n")
+        return lines
+
+    def cause(self) -> str:
+        """Why it ended, in words."""
+        if self.fenced:
+            return self.fenced
+        if self.status is None:
+            return "the process is gone"
+        if self.status < 0:
+            return f"killed by {signal.Signals(-self.status).name}"
+        return f"exit status {self.status}"
+
+    def close(self) -> None:
+        self.channel.close()
+        self.theirs.close()
+        self.page.close()
+        for fd in (self.page_fd, self.pidfd):
+            if fd >= 0:
+                os.close(fd)
+        self.page_fd = self.pidfd = -1

@@ -1,0 +1,45 @@
+"""The `everstep` command."""
+
+from __future__ import annotations
+
+import sys
+
+USAGE = """usage: everstep COMMAND ...
+
+  run          run a training script on this node (every torchrun flag, see everstep run --help)
+  coordinator  coordinate a job from a process of its own
+  status       what a coordinator knows of its job
+  demo         lose workers on purpose, and compare with a run that lost none
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; returns the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
+    if command == "run":
+        from .agents.launcher import run
+
+        return run(rest)
+    if command == "coordinator":
+        from .agents.launcher import coordinate
+
+        return coordinate(rest)
+    if command == "status":
+        from .agents.status import status
+
+        return status(rest)
+    if command == "demo":
+        from .demo.command import demo
+
+        return demo(rest)
+    if command in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return 0
+    if command == "--version":
+        from . import __version__
+
+        print(__version__)
+        return 0
+    print(f"everstep: error: unknown command {command!r}\n{USAGE}" if command else USAGE, end="", file=sys.stderr)
+    return 2
