@@ -13,6 +13,7 @@ import socket
 from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 
 from .communicator import Peer
 from .frames import HEADER_BYTES, FrameKind, Header, Hello, ProtocolError
@@ -22,6 +23,7 @@ from .ring import RingWriter
 
 IOV_LIMIT = 512  # buffers per sendmsg; the kernel's own limit is 1024
 TCP_PIECE_BYTES = 1 << 20  # also bounds what an abort has to copy of a frame that is half sent
+SOCKET_BUFFER_BYTES = 4 << 20
 _INBOX_BYTES = 32 * 1024
 
 _log = logging.getLogger(__name__)
@@ -45,6 +47,17 @@ def cut(views: Sequence[memoryview], piece: int) -> Iterator[tuple[int, list[mem
                 offset, room, gathered = offset + piece, piece, []
     if gathered or offset == 0:
         yield offset, gathered
+
+
+def ask_for_buffers(sock: socket.socket) -> None:
+    """Ask for large kernel buffers, unless the system allows less than its own tuning reaches."""
+    for limit, option in (("rmem_max", socket.SO_RCVBUF), ("wmem_max", socket.SO_SNDBUF)):
+        try:
+            allowed = int(Path("/proc/sys/net/core", limit).read_text())
+        except (OSError, ValueError):
+            continue
+        if allowed >= SOCKET_BUFFER_BYTES:
+            sock.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER_BYTES)
 
 
 class Link:
@@ -95,6 +108,7 @@ class OutLink(Link):
         super().__init__(socket.socket(family, socket.SOCK_STREAM), poller)
         if not self.ring:
             self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            ask_for_buffers(self.sock)
         self._connect()
 
     def __str__(self) -> str:

@@ -17,7 +17,7 @@ from typing_extensions import Buffer
 from .communicator import Aborted, Communicator, EditReport, Key, Peer
 from .frames import MESSAGE_LIMIT_BYTES, Flag, FrameKind, Header, Hello, token_digest
 from .incoming import InLink, Local
-from .links import TCP_PIECE_BYTES, OutLink, cut
+from .links import TCP_PIECE_BYTES, OutLink, ask_for_buffers, cut
 from .mailbox import WAIT_SLICE_S, Mailbox, byte_view, joined
 from .poller import Poller
 from .ring import RING_MINIMUM_BYTES, piece_bytes
@@ -263,6 +263,8 @@ class MeshCommunicator(Communicator):
     def _listen(self, family: socket.AddressFamily, address: tuple[str, int] | str) -> socket.socket:
         listener = socket.socket(family, socket.SOCK_STREAM)
         self._listeners.append(listener)
+        if family != socket.AF_UNIX:
+            ask_for_buffers(listener)  # what it accepts inherits them
         listener.bind(address)
         listener.listen(_BACKLOG)
         listener.setblocking(False)
