@@ -12,6 +12,7 @@ import contextlib
 import hmac
 import json
 import os
+import select
 import signal
 import socket
 import sys
@@ -273,13 +274,8 @@ class KeeperLink:
 
     def ensure(self) -> bool:
         """Register everything again if the keeper went away and came back; returns whether it had to."""
-        try:
-            if self._socket.recv(1, socket.MSG_DONTWAIT | socket.MSG_PEEK):
-                return False
-        except BlockingIOError:
-            return False
-        except OSError:
-            pass
+        if not select.select([self._socket], [], [], 0)[0]:
+            return False  # nothing is unasked for but the end of the connection
         self._socket.close()
         try:
             self._socket = self._connect()

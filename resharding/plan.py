@@ -131,7 +131,7 @@ class PlanError(ValueError):
 
 def plan_start(layout: Layout) -> Plan:
     """The first plan: every rank has version 0 already, made from the seed."""
-    return Plan(layout=layout, version=0, work=layout.segments())
+    return Plan(layout=layout, version=0, fresh=layout.ranks, work=layout.segments())
 
 
 def plan_join(spec: ModelSpec, old: Layout, joiners: Collection[int], generation: int) -> Plan:
