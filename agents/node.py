@@ -214,12 +214,16 @@ class NodeAgent:
         environment = {**os.environ, **threads, "OMP_NUM_THREADS": "1"}
         self._preloaded = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment)
         theirs.close()
+        ours.setblocking(False)
         self._channel, self._preload_ready = ours, False
         self._selector.register(ours, selectors.EVENT_READ, self._preloaded_spoke)
 
     def _preloaded_spoke(self) -> None:
         assert self._channel is not None
-        data = self._channel.recv(1 << 16)
+        try:
+            data = self._channel.recv(1 << 16)
+        except BlockingIOError:
+            return  # read already, on the way to something else
         if not data:
             self._preloaded_died()
             return
@@ -322,6 +326,8 @@ class NodeAgent:
             self._ended(worker)
 
     def _pass_on(self, worker: WorkerProcess) -> None:
+        if worker.id not in self.workers:
+            return  # its end was noticed in the same turn
         lines = worker.receive()
         for line in lines:
             body = pb.FromWorker(worker=_proto(worker.id), json=line.decode())

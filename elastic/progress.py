@@ -49,11 +49,11 @@ class Reading:
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """An injected fault: at the `after`-th time the rank's given incarnation marks `phase` of `step` (-1: any)."""
+    """An injected fault: the `after`-th time that this incarnation of `rank` marks `phase`, from `step` on."""
 
     rank: int
     phase: str
-    step: int = -1
+    step: int = 0
     incarnation: int = 0
     after: int = 0
     kind: str = "kill"  # kill | stop | loop
@@ -113,7 +113,7 @@ class Progress:
 
     def _inject(self, phase: Phase, step: int) -> None:
         for fault in self._faults:
-            if fault.phase != phase.name.lower() or fault.step not in (-1, step):
+            if fault.phase != phase.name.lower() or step < fault.step:
                 continue
             seen = self._seen.get(fault, 0)
             self._seen[fault] = seen + 1
