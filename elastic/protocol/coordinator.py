@@ -332,6 +332,8 @@ def _plan_if_complete(state: State, now: float) -> Outcome:
     else:
         assert state.layout is not None
         plan = plan_recovery(job.model, state.layout, reports, recovery.generation)
+    if plan.version != recovery.step:  # the interrupted step had been agreed on: nothing of it is computed again
+        recovery = replace(recovery, lost_micro_batches=0)
     recovery = replace(recovery, planned_s=now)
     return _enter(replace(state, recovery=recovery), plan, "planned", {"summary": plan.describe()})
 

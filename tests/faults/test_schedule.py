@@ -1,0 +1,49 @@
+"""Every rank is killed in every phase, in every kind of layout; the run must be the undisturbed one, bit for bit."""
+
+from __future__ import annotations
+
+import random
+from functools import lru_cache
+
+import pytest
+
+from tests.jobs import Result, assert_same_run, run_job
+
+PHASES = ("compute", "reduce", "agree", "update", "commit", "recover", "restore", "join")
+LAYOUTS = {"1x4": (1, 4), "2x2": (2, 4), "4x1": (4, 4), "uneven": (2, 3)}
+SEED = 20
+
+
+def schedule(workers: int, seed: int) -> list[dict[str, object]]:
+    """For each rank a seeded order of the phases: each incarnation of it dies in the next one."""
+    rng = random.Random(seed)
+    faults: list[dict[str, object]] = []
+    for rank in range(workers):
+        phases = list(PHASES)
+        rng.shuffle(phases)
+        if phases[0] == "join":  # the first incarnation does not join
+            phases.append(phases.pop(0))
+        for incarnation, phase in enumerate(phases):
+            step = 2 + incarnation * 5 + rng.randrange(4)
+            after = rng.randrange(3) if phase == "compute" else 0
+            faults.append({"rank": rank, "incarnation": incarnation, "phase": phase, "step": step, "after": after})
+    return faults
+
+
+@lru_cache(maxsize=8)
+def reference(tied: bool, steps: int) -> Result:
+    """The undisturbed run; its layout does not matter to its bytes, which is itself checked."""
+    return run_job(nproc=2, stages=1, steps=steps, tied=tied)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_kill_every_rank_in_every_phase(name: str) -> None:
+    stages, workers = LAYOUTS[name]
+    steps, tied = 60, name == "2x2"
+    faults = schedule(workers, SEED)
+    result = run_job(nproc=workers, stages=stages, steps=steps, tied=tied, faults=faults)
+    assert_same_run(result, reference(tied, steps))
+    killed = {(e["rank"], e["phase"]) for e in result.named("worker_died")}
+    print(f"{name}: {len(result.named('worker_died'))} kills, phases {sorted({p for _, p in killed})}")
+    assert len(result.named("worker_died")) >= 3 * workers
+    assert all(e["cause"] == "killed by SIGKILL" for e in result.named("worker_died"))

@@ -1,0 +1,139 @@
+"""Runs real jobs under the real launcher, for tests, and reads what they left."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+JOBS = Path(__file__).parent
+HANG_S = 240
+
+
+@dataclass
+class Result:
+    """What a job left behind."""
+
+    status: int
+    output: str
+    events: list[dict[str, Any]]
+    out: Path
+    workers: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+    def losses(self) -> dict[int, float]:
+        """step -> loss; asserts that all workers that saw a step saw the same."""
+        found: dict[int, float] = {}
+        for lines in self.workers.values():
+            for line in lines:
+                assert found.setdefault(line["step"], line["loss"]) == line["loss"], (line, found)
+        return dict(sorted(found.items()))
+
+    def state(self, rank: int = 0) -> dict[str, Any]:
+        return torch.load(self.out / f"state-{rank}.pt", weights_only=True)
+
+    def named(self, event: str) -> list[dict[str, Any]]:
+        return [e for e in self.events if e["event"] == event]
+
+
+def launch(
+    script: Path | str, arguments: list[str], flags: list[str], environment: dict[str, str] | None = None, **popen: Any
+) -> subprocess.Popen[str]:
+    """Start `everstep run` in a session of its own, so that all of it can be killed."""
+    command = [sys.executable, "-m", "everstep", "run", *flags, str(script), *arguments]
+    env = {**os.environ, "PYTHONWARNINGS": "ignore", **(environment or {})}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, start_new_session=True, **popen
+    )
+
+
+def finish(process: subprocess.Popen[str], timeout_s: float = HANG_S) -> str:
+    """Wait for a launcher; kills its whole session if it hangs. Returns its output."""
+    try:
+        output, _ = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        raise AssertionError(f"the job hung for {timeout_s:g} s:\n{output[-4000:]}") from None
+    return output
+
+
+def run_job(
+    *,
+    nproc: int,
+    stages: int = 1,
+    steps: int = 8,
+    faults: list[dict[str, Any]] | None = None,
+    script: str = "gpt_job.py",
+    flags: list[str] | None = None,
+    timeout_s: float = HANG_S,
+    **config: Any,
+) -> Result:
+    """Run a job to its end and read what it left."""
+    out = Path(tempfile.mkdtemp(prefix="everstep-test-"))
+    events = out / "events.jsonl"
+    arguments = [json.dumps({"out": str(out), "steps": steps, "stages": stages, **config})]
+    flags = ["--nproc-per-node", str(nproc), "--es-events", str(events), *(flags or [])]
+    process = launch(JOBS / script, arguments, flags, {"EVERSTEP_FAULTS": json.dumps(faults or [])})
+    output = finish(process, timeout_s)
+    return read_result(out, process.returncode, output)
+
+
+def read_result(out: Path, status: int, output: str) -> Result:
+    """What a job left in its folder."""
+    events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
+    workers = {
+        path.name: [json.loads(line) for line in path.read_text().splitlines()] for path in out.glob("worker-*.jsonl")
+    }
+    return Result(status, output, events, out, workers)
+
+
+def assert_same_state(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """`torch.equal` on every parameter and every optimizer state."""
+    assert found["model"].keys() == expected["model"].keys()
+    for name, tensor in expected["model"].items():
+        assert torch.equal(found["model"][name], tensor), f"parameter {name} differs"
+    assert found["optimizer"].keys() == expected["optimizer"].keys()
+    for name, states in expected["optimizer"].items():
+        assert found["optimizer"][name].keys() == states.keys()
+        for kind, tensor in states.items():
+            assert torch.equal(found["optimizer"][name][kind], tensor), f"{kind} of {name} differs"
+
+
+def assert_same_run(found: Result, reference: Result) -> None:
+    """The same losses, to the last bit, and the same final state."""
+    assert found.status == 0, found.output[-4000:]
+    losses, expected = found.losses(), reference.losses()
+    assert losses == {step: expected[step] for step in losses}
+    assert_same_state(found.state(), reference.state())
+
+
+def processes_of(marker: str) -> list[int]:
+    """Live processes whose environment or command line has `marker`."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                text = (entry / "environ").read_bytes() + (entry / "cmdline").read_bytes()
+                state = (entry / "stat").read_text().rsplit(")", 1)[1].split()[0]
+            except OSError:
+                continue
+            if marker.encode() in text and state != "Z":
+                found.append(int(entry.name))
+    return found
+
+
+def wait_until(condition: Any, timeout_s: float, what: str) -> None:
+    """Poll until `condition()` holds."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {timeout_s:g} s: {what}"
+        time.sleep(0.02)

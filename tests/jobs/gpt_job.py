@@ -1,0 +1,52 @@
+"""A small GPT trained under `everstep run`; writes what the tests compare. Configured by a JSON argument."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+import everstep
+from everstep.demo.model import GPTConfig, gpt, next_byte_loss
+from everstep.demo.text import SourceText
+
+config = json.loads(sys.argv[1])
+out = Path(config["out"])
+
+
+@everstep.elastic(
+    steps=config["steps"],
+    stages=config["stages"],
+    global_batch_size=config.get("global_batch_size", 16),
+    micro_batch_size=2,
+    seed=7,
+)
+def train(run):
+    sizes = GPTConfig(
+        layers=config.get("layers", 4), width=32, heads=2, context=32, dropout=0.1, tied=config.get("tied", False)
+    )
+    model = gpt(sizes)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.98)
+    mine = os.environ["RANK"]
+    with (out / f"worker-{mine}-{os.getpid()}.jsonl").open("w", buffering=1) as log:
+        data = SourceText(32, limit_bytes=200_000)
+        for step in run.steps(model, optimizer, data, loss_fn=next_byte_loss, scheduler=scheduler, clip_grad_norm=1.0):
+            line = {
+                "step": step.index,
+                "loss": step.loss,
+                "norm": step.gradient_norm,
+                "pid": os.getpid(),
+                "model": id(model),
+                "optimizer": id(optimizer),
+                "generation": run.generation,
+                "world_size": run.world_size,
+            }
+            log.write(json.dumps(line) + "\n")
+    state = run.full_state_dict()
+    torch.save(state, out / f"state-{mine}.pt")
+
+
+if __name__ == "__main__":
+    train()
