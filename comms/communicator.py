@@ -92,8 +92,9 @@ class Communicator(abc.ABC):
     def send(self, to: int, key: Key, payload: Sequence[Buffer]) -> None:
         """Send the concatenation of `payload` to rank `to`; on return the buffers may be changed.
 
-        May wait for the receiver to drain earlier messages (and drains its own while it does). Sending to oneself is
-        allowed. A message to a peer that has died is dropped: its death is reported by the control plane, not here.
+        May wait for the receiver to drain earlier messages, stale ones included, which it does in any call of its own;
+        takes in this rank's messages while it does. Sending to oneself is allowed. A message to a peer that has died is
+        dropped: its death is reported by the control plane, not here.
         """
 
     @abc.abstractmethod

@@ -48,9 +48,16 @@ def until(condition, *polled) -> None:
 
 
 def all_to_all(cluster: Cluster) -> None:
-    ranks = list(cluster.ranks)
-    cluster.everywhere(lambda comm: [comm.send(to, key(50 + comm.rank), [b"hi"]) for to in ranks if to != comm.rank])
-    cluster.everywhere(lambda comm: [comm.receive(source, key(50 + source)) for source in ranks if source != comm.rank])
+    """Every pair exchanges a message; each rank receives while others still send, as a send may wait for that."""
+
+    def exchange(comm):
+        others = [rank for rank in cluster.ranks if rank != comm.rank]
+        for other in others:
+            comm.send(other, key(50 + comm.rank), [b"hi"])
+        for other in others:
+            comm.receive(other, key(50 + other))
+
+    cluster.everywhere(exchange)
 
 
 def sockets(comm) -> set[int]:
