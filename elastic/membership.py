@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..comms.communicator import Peer
+from ..comms.communicator import Aborted, Peer
 from ..resharding.plan import Plan, Report, plan_start
 from ..resharding.planners import initial_layout
 from .errors import JobEnded
@@ -44,7 +44,10 @@ class Membership(ABC):
 
     @abstractmethod
     def orders(self, on_wait: Callable[[], None]) -> Orders:
-        """Wait for a plan that is not out of date. Raises JobEnded when the job is over."""
+        """Wait for a plan that is not out of date.
+
+        Raises Aborted when a report is due again first, JobEnded when the job is over.
+        """
 
     @abstractmethod
     def report(self, make: Callable[[int], Report]) -> None:
@@ -111,6 +114,7 @@ class AgentMembership(Membership):
         self._send_lock = threading.Lock()
         self._aborted = 0  # the newest generation we were told to stop for
         self._aborted_at = 0.0
+        self._reported = 0  # the newest generation we have reported for
         self._orders: Orders | None = None
         self._proposal: Orders | None = None
         self._past_last = False
@@ -164,6 +168,8 @@ class AgentMembership(Membership):
             while True:
                 if self._ended:
                     raise JobEnded
+                if self._aborted > self._reported:
+                    raise Aborted(self._aborted)  # before the plan for the last report came
                 if self._orders is not None and self._orders.plan.generation >= self._aborted:
                     orders, self._orders = self._orders, None
                     return orders
@@ -175,6 +181,7 @@ class AgentMembership(Membership):
             if self._ended:
                 raise JobEnded
             generation, since = self._aborted, self._aborted_at
+            self._reported = generation
         report = make(generation)
         self.tell("reported", generation=generation, report=report.to_json(), busy_s=time.monotonic() - since)
 

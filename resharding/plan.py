@@ -121,7 +121,8 @@ class Plan:
         """One line for people."""
         return (
             f"generation {self.generation}: {self.layout.describe()}; version {self.version}, "
-            f"{len(self.gains)} shards to restore, {len(self.work)} segments to run, {len(self.kept)} kept"
+            f"{len(self.gains)} shards to restore, {len(self.work)} segments to run, {len(self.kept)} kept, "
+            f"fresh {list(self.fresh)}, refreshed {list(self.refresh)}"
         )
 
 
@@ -179,7 +180,18 @@ def plan_recovery(spec: ModelSpec, old: Layout, reports: Sequence[Report], gener
     current = [r for r in reports if not r.fresh and r.values_version == version]
     kept = tuple(Segment(r.rank, *span) for r in current for span in r.held)
     work = _remaining_work(layout, kept, current)
-    return Plan(layout=layout, version=version, agreement=agreement, gains=gains, refresh=refresh, work=work, kept=kept)
+    forwarded = {Segment(r.rank, *span) for r in current for span in r.started}
+    return Plan(
+        layout=layout,
+        version=version,
+        agreement=agreement,
+        gains=gains,
+        refresh=refresh,
+        fresh=tuple(sorted(r.rank for r in reports if r.fresh)),
+        work=work,
+        started=tuple(segment for segment in work if segment in forwarded),
+        kept=kept,
+    )
 
 
 def _covers(outer: Stage, inner: Stage) -> bool:

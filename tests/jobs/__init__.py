@@ -15,8 +15,10 @@ from typing import Any
 
 import torch
 
+from everstep.comms.process import die_with_parent
+
 JOBS = Path(__file__).parent
-HANG_S = 240
+HANG_S = 100
 
 
 @dataclass
@@ -51,7 +53,14 @@ def launch(
     command = [sys.executable, "-m", "everstep", "run", *flags, str(script), *arguments]
     env = {**os.environ, "PYTHONWARNINGS": "ignore", **(environment or {})}
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, start_new_session=True, **popen
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=env,
+        start_new_session=True,
+        preexec_fn=die_with_parent,
+        **popen,
     )
 
 
