@@ -151,17 +151,25 @@ def plan_join(spec: ModelSpec, old: Layout, joiners: Collection[int], generation
     )
 
 
-def plan_recovery(spec: ModelSpec, old: Layout, reports: Sequence[Report], generation: int) -> Plan:
+def plan_recovery(
+    spec: ModelSpec, old: Layout, reports: Sequence[Report], generation: int, known: tuple[int, str] = (-1, "")
+) -> Plan:
     """The plan after a loss, from what the live workers report.
 
     `old` is the newest layout that any of them had entered. All are brought forward to the newest agreed version;
     gradients of its step that survivors hold are kept, the other micro-batches go to the rank that had them, or, if
-    it is dead, to the least loaded rank of the stage.
+    it is dead, to the least loaded rank of the stage. `known` is the newest step that is known, from before, to have
+    been agreed on, with what was agreed: a survivor may have carried it out although nobody who passed the agreement
+    is left. Raises PlanError when the reports contradict each other.
     """
     by_rank = {report.rank: report for report in reports}
+    if len(by_rank) != len(reports):
+        raise PlanError(f"two reports of one rank among those of {sorted(report.rank for report in reports)}")
     layout = change_layout(spec, old, by_rank, generation)
-    version = max(report.agreed for report in reports) + 1
-    agreement = next((r.agreement for r in reports if r.agreed == version - 1 and not r.fresh), "")
+    agreed, agreement = max(((r.agreed, r.agreement) for r in reports if not r.fresh), default=known)
+    if known[0] > agreed:
+        agreed, agreement = known
+    version = agreed + 1
     behind = [r.rank for r in reports if not r.fresh and r.owned_version not in (version - 1, version)]
     if behind:
         raise PlanError(f"ranks {behind} hold shards of other versions than {version - 1} and {version}")

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from ...resharding.layout import LayoutError
-from ...resharding.plan import Plan, Report, plan_join, plan_recovery, plan_start
+from ...resharding.plan import Plan, PlanError, Report, plan_join, plan_recovery, plan_start
 from ...resharding.planners import initial_layout
 from . import events as e
 from .state import Config, Node, Phase, Recovery, State, Status, Worker
@@ -264,8 +264,8 @@ def _begin_recovery(state: State, cause: e.WorkerDied | None, now: float) -> Out
         asked += [
             w for w in state.workers.values() if w.status is Status.READY and w.id.rank in state.join.layout.ranks
         ]
-    earlier = state.recovery if state.phase is Phase.RECOVERING else None
-    if earlier is not None:
+    earlier = state.recovery  # under way, or over but for the next commit: one story, one line in the log
+    if earlier is not None and state.phase is Phase.RECOVERING:
         asked += [w for w in state.workers.values() if w.id in earlier.awaited and w not in asked]
     died = (cause.worker,) if cause else ()
     detected_s = cause.detected_at_s if cause and cause.detected_at_s else now
@@ -281,6 +281,7 @@ def _begin_recovery(state: State, cause: e.WorkerDied | None, now: float) -> Out
         killed_s=earlier.killed_s if earlier else killed_s,
         detected_s=earlier.detected_s if earlier else detected_s,
         started_s=earlier.started_s if earlier else now,
+        lost_steps=earlier.lost_steps if earlier else 0,
         awaited=frozenset(w.id for w in asked),
     )
     # A join plan that some may have switched to is as good a starting point as the old layout: who holds what is
@@ -324,28 +325,32 @@ def _plan_if_complete(state: State, now: float) -> Outcome:
     reported = {report.rank for report in reports}
     ready = [w for w in state.workers.values() if w.status is Status.READY and w.id.rank not in reported]
     reports += [Report(rank=w.id.rank, generation=0, fresh=True) for w in ready]
-    if all(report.fresh for report in reports):
-        # Nobody is left who was training: wait for all replacements, then start from what the keepers hold.
-        if any(w.status is Status.STARTING for w in state.workers.values()):
-            return state, []
-        plan = _plan_from_keepers(state, job, reports)
-    else:
-        assert state.layout is not None
-        plan = plan_recovery(job.model, state.layout, reports, recovery.generation)
+    starting = any(w.status is Status.STARTING for w in state.workers.values())
+    if starting and all(report.fresh for report in reports):
+        return state, []  # nobody is left who was training: start, with all replacements, from what the keepers hold
+    try:
+        plan = _recovery_plan(state, job, reports)
+    except (LayoutError, PlanError) as error:
+        return _fail(state, f"generation {recovery.generation} cannot be planned, which is a bug of everstep: {error}")
+    assert plan.version is not None
+    if plan.version - 1 > state.agreed:
+        state = replace(state, agreed=plan.version - 1, agreement=plan.agreement)
     if plan.version != recovery.step:  # the interrupted step had been agreed on: nothing of it is computed again
         recovery = replace(recovery, lost_micro_batches=0)
-    recovery = replace(recovery, planned_s=now)
+    assert plan.version is not None
+    lost_steps = max(recovery.lost_steps, state.committed + 1 - plan.version)
+    recovery = replace(recovery, planned_s=now, lost_steps=lost_steps)
     return _enter(replace(state, recovery=recovery), plan, "planned", {"summary": plan.describe()})
 
 
-def _plan_from_keepers(state: State, job: e.Job, reports: list[Report]) -> Plan:
+def _recovery_plan(state: State, job: e.Job, reports: list[Report]) -> Plan:
+    """Forward to the newest step known to be agreed on; from the seed again if all are fresh and there is none."""
     assert state.layout is not None
-    if state.committed < 0:
+    if state.agreed < 0 and all(report.fresh for report in reports):
         ranks = sorted(report.rank for report in reports)
         layout = initial_layout(job.model, ranks, job.stages, job.micro_batches)
         return plan_start(replace(layout, generation=state.generation))
-    plan = plan_recovery(job.model, state.layout, reports, state.generation)
-    return replace(plan, version=state.committed + 1, agreement=state.agreement)
+    return plan_recovery(job.model, state.layout, reports, state.generation, (state.agreed, state.agreement))
 
 
 def _resumed(state: State, event: e.WorkerResumed, now: float) -> Outcome:
@@ -406,7 +411,9 @@ def _committed(state: State, event: e.WorkerCommitted, now: float) -> Outcome:
     if _current(state, event.worker) is None or event.step <= state.committed:
         return state, []
     workers = {rank: replace(w, deaths=0) for rank, w in state.workers.items()}
-    state = replace(state, committed=event.step, agreement=event.agreement, workers=workers)
+    state = replace(state, committed=event.step, workers=workers)
+    if event.step > state.agreed:
+        state = replace(state, agreed=event.step, agreement=event.agreement)
     assert state.layout is not None
     fields = {
         "step": event.step,
@@ -439,6 +446,7 @@ def _recovered(recovery: Recovery, step: int, now: float) -> e.Record:
             "interrupted_step": recovery.step,
             "phase": recovery.phase,
             "redone_micro_batches": recovery.lost_micro_batches,
+            "lost_steps": recovery.lost_steps,
             "detect_s": detect_s,
             "abort_s": abort_s,
             "agree_s": agree_s,

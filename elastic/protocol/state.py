@@ -73,6 +73,7 @@ class Recovery:
     step: int
     phase: str
     lost_micro_batches: int
+    lost_steps: int = 0
     killed_s: float  # when it happened, if that is known, else when it was noticed
     detected_s: float  # when the (first) death was noticed
     started_s: float  # when the coordinator began
@@ -101,6 +102,7 @@ class State:
     join: Plan | None = None  # prepared, not yet switched to
     recovery: Recovery | None = None
     committed: int = -1  # the last committed step
+    agreed: int = -1  # the newest step known to have been agreed on, by a commit or a report
     agreement: str = ""  # what was agreed in it
 
     def members(self) -> tuple[Worker, ...]:
