@@ -48,9 +48,11 @@ def write_record(state: ShardState, out: Tensor) -> int:
     """Write the record of `state` into the uint8 tensor `out`; returns its length."""
     head, length, places = _plan(state)
     out[: len(head)].copy_(torch.frombuffer(bytearray(head), dtype=torch.uint8))
+    out[len(head) : _aligned(len(head))].zero_()  # padding too, so that equal states have equal checksums
     for offset, tensor in places:
         size = tensor.numel() * tensor.element_size()
         out[offset : offset + size].view(tensor.dtype).copy_(tensor.detach().reshape(-1))
+        out[offset + size : offset + _aligned(size)].zero_()
     return length
 
 

@@ -24,7 +24,7 @@ def schedule(workers: int, seed: int) -> list[dict[str, object]]:
         if phases[0] == "join":  # the first incarnation does not join
             phases.append(phases.pop(0))
         for incarnation, phase in enumerate(phases):
-            step = 2 + incarnation * 5 + rng.randrange(4)
+            step = 0 if phase == "join" else 2 + incarnation * 5 + rng.randrange(4)
             after = rng.randrange(3) if phase == "compute" else 0
             faults.append({"rank": rank, "incarnation": incarnation, "phase": phase, "step": step, "after": after})
     return faults

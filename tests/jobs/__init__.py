@@ -120,6 +120,8 @@ def assert_same_state(found: dict[str, Any], expected: dict[str, Any]) -> None:
 def assert_same_run(found: Result, reference: Result) -> None:
     """The same losses, to the last bit, and the same final state."""
     assert found.status == 0, found.output[-4000:]
+    ledgers = [[(e["step"], e["loss"], e["digest"]) for e in r.named("committed")] for r in (found, reference)]
+    assert ledgers[0] == ledgers[1], "the ledgers differ"
     losses, expected = found.losses(), reference.losses()
     assert losses == {step: expected[step] for step in losses}
     assert_same_state(found.state(), reference.state())
