@@ -20,7 +20,7 @@ class Node(NamedTuple):
     """A node of the tree: the sum of the micro-batches [index << level, (index + 1) << level) below M."""
 
     level: int
-    index: int
+    index: int  # type: ignore[assignment]  # not tuple.index
 
     @property
     def start(self) -> int:

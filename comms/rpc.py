@@ -26,6 +26,10 @@ _LIMITS: list[tuple[str, int]] = [
 _PROXY: list[tuple[str, int]] = [("grpc.enable_http_proxy", 0)]
 
 
+def _stub(channel: grpc.Channel) -> Any:
+    return CoordinatorServiceStub(channel)  # type: ignore[no-untyped-call]
+
+
 class Unreachable(Exception):
     """No coordinator answers at the address."""
 
@@ -47,7 +51,7 @@ class AgentStream:
         self._outgoing: queue.SimpleQueue[pb.AttachRequest | None] = queue.SimpleQueue()
         self._incoming: queue.SimpleQueue[pb.AttachResponse | str] = queue.SimpleQueue()
         self.wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._call = CoordinatorServiceStub(self._channel).Attach(iter(self._outgoing.get, None))
+        self._call = _stub(self._channel).Attach(iter(self._outgoing.get, None))
         self._reader = threading.Thread(target=self._read, name="everstep-stream", daemon=True)
         self._reader.start()
 
@@ -57,7 +61,8 @@ class AgentStream:
             for message in self._call:
                 self._put(message)
         except grpc.RpcError as error:
-            why = str(error.details() if isinstance(error, grpc.Call) else error)
+            details = getattr(error, "details", None)  # an error of a call is a grpc.Call too
+            why = str(details() if details else error)
         self._put(why)
 
     def _put(self, message: pb.AttachResponse | str) -> None:
@@ -105,7 +110,7 @@ class Session:
         self.outgoing.put(None)
 
 
-class Servicer(CoordinatorServiceServicer):  # type: ignore[misc]
+class Servicer(CoordinatorServiceServicer):
     """Turns streams into calls: `attach(session, hello)` at first, then `deliver(session, message)`, then `lost`."""
 
     def __init__(self, shell: Any) -> None:
@@ -136,7 +141,7 @@ def serve(address: str, shell: Any, max_agents: int = 256) -> tuple[grpc.Server,
     """Serve a coordinator at `host:port` (port 0: any); None if the port is taken."""
     options = [*_LIMITS, ("grpc.so_reuseport", 0)]
     server = grpc.server(futures.ThreadPoolExecutor(max_agents + 8), options=options)
-    add_CoordinatorServiceServicer_to_server(Servicer(shell), server)
+    add_CoordinatorServiceServicer_to_server(Servicer(shell), server)  # type: ignore[no-untyped-call]
     try:
         port = server.add_insecure_port(address)
     except RuntimeError:
@@ -151,7 +156,7 @@ def get_status(address: str, timeout_s: float) -> str:
     """The coordinator's status, as JSON."""
     with grpc.insecure_channel(address, options=_PROXY) as channel:
         try:
-            response = CoordinatorServiceStub(channel).GetStatus(pb.GetStatusRequest(), timeout=timeout_s)
+            response = _stub(channel).GetStatus(pb.GetStatusRequest(), timeout=timeout_s)
         except grpc.RpcError:
             raise Unreachable(address) from None
         return str(response.json)

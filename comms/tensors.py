@@ -13,7 +13,7 @@ from typing_extensions import Buffer
 def raw(tensor: Tensor) -> memoryview:
     """The bytes of a tensor, without a copy if it is contiguous and on the CPU."""
     flat = tensor.detach().reshape(-1).contiguous().cpu()
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data
 
 
 def encode(tensors: Sequence[Tensor | None]) -> list[Buffer]:

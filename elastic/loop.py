@@ -57,7 +57,7 @@ class Batches:
             engine.progress.mark(Phase.COMPUTE, state.step, finished=len(state.held))
             ready.append(engine.fetch(state.step, span.micro_batch))
             engine.pipeline.restore_statistics(0)
-            engine.pipeline.seed(state.step, span.micro_batch)
+            engine.pipeline.seed_forward(state.step, span.micro_batch)
             self._versions = [(n, b, b._version) for n, b in engine.stack.layers[0].other_buffers]
             self._open = span
 

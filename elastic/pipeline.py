@@ -172,7 +172,7 @@ class Pipeline:
                     "in forward: only batch-norm statistics can be kept equal whatever rank computes a micro-batch"
                 )
 
-    def seed(self, step: int, micro_batch: int) -> None:
+    def seed_forward(self, step: int, micro_batch: int) -> None:
         """Seed torch for a forward that the user runs."""
         self._seed(step, micro_batch, 0)
 

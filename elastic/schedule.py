@@ -14,7 +14,8 @@ class ScheduledRate:
     def __init__(self, scheduler: LRScheduler) -> None:
         self._scheduler = scheduler
         self.advance = scheduler.step
-        scheduler.optimizer._opt_called = True  # its step is run by shards: torch need not warn that it was not called
+        optimizer: Any = scheduler.optimizer
+        optimizer._opt_called = True  # shards of it are stepped: torch need not warn that it never was
         scheduler.step = _already_stepped  # type: ignore[method-assign]
 
     def state_dict(self) -> dict[str, Any]:

@@ -38,7 +38,7 @@ class ParameterSpec:
 class Shard(NamedTuple):
     """A block of rows of one parameter; `start` and `stop` count elements in row-major order."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # not tuple.index
     parameter: int
     start: int
     stop: int

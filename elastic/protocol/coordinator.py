@@ -245,15 +245,15 @@ def _died(state: State, event: e.WorkerDied, now: float) -> Outcome:
     was_member = worker.status in (Status.MEMBER, Status.FINISHED)
     joining = state.join is not None and worker.id.rank in state.join.layout.ranks
     state = _with(state, heir)
-    effects: Effects = [record, _start(state, worker.node, heir.id)]
+    replaced: Effects = [record, _start(state, worker.node, heir.id)]
     if state.phase is Phase.RECOVERING:
         assert state.recovery is not None
         if worker.id not in state.recovery.awaited:
-            return state, effects
+            return state, replaced
     elif not (was_member or joining):
-        return state, effects
+        return state, replaced
     state, more = _begin_recovery(state, event, now)
-    return state, [*more, *effects]
+    return state, [*more, *replaced]
 
 
 def _begin_recovery(state: State, cause: e.WorkerDied | None, now: float) -> Outcome:

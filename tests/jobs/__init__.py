@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from everstep.comms.process import die_with_parent
 
 JOBS = Path(__file__).parent

@@ -1,0 +1,48 @@
+# Everything sets itself up: `make demo` and `make test` work in a fresh clone.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := $(shell find everstep elastic comms checkpointing resharding agents -name '*.py' -not -path '*/__pycache__/*')
+
+.PHONY: demo test check bench clean setup
+
+setup: $(VENV)/.ready
+
+$(VENV)/.python: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --constraint constraints.txt torch setuptools wheel
+	touch $@
+
+# Installed editable, with a tree of links that type checkers can follow; made anew when the set of files changes.
+$(VENV)/.ready: $(VENV)/.python pyproject.toml constraints.txt $(VENV)/.files
+	$(BIN)/pip install --quiet --constraint constraints.txt --group check
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation \
+		--config-settings editable_mode=strict --editable .
+	touch $@
+
+$(VENV)/.files: $(VENV)/.python FORCE
+	@printf '%s\n' $(SOURCES) | sort | cmp -s - $@ || printf '%s\n' $(SOURCES) | sort > $@
+
+FORCE:
+
+demo: setup
+	$(BIN)/everstep demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p everstep
+
+# The benchmarks compare with peers; torchft is optional and is named in the result when it is missing.
+bench: setup
+	$(BIN)/pip install --quiet --constraint constraints.txt --group bench
+	$(BIN)/python tests/bench/recovery.py --json
+	$(BIN)/python tests/bench/overhead.py --json
+	$(BIN)/python tests/bench/edit.py --json
+
+clean:
+	rm -rf $(VENV) build everstep.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
