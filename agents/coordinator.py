@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from ..comms import everstep_pb2 as pb
 from ..comms.rpc import Session, serve
@@ -43,6 +43,7 @@ class CoordinatorServer:
         self._events = events
         self.listeners: list[Callable[[Mapping[str, Any]], None]] = []
         self._store = TCPStore(store_host, 0, is_master=True, wait_for_workers=False)
+        self._store_attempt = 0
         self._store_host = store_host
         self.ended = threading.Event()
         served = serve(address, self)
@@ -191,6 +192,10 @@ class CoordinatorServer:
 
     def _start_message(self, effect: e.StartWorkers) -> pb.StartWorkers:
         nodes = list(self._state.nodes)
+        if effect.restart_count != self._store_attempt:
+            # A store of its own for every attempt, as torchrun has: torch prefixes no keys by it.
+            self._store = TCPStore(self._store_host, 0, is_master=True, wait_for_workers=False)
+            self._store_attempt = effect.restart_count
         return pb.StartWorkers(
             workers=[_proto(w) for w in effect.workers],
             world_size=effect.world_size,

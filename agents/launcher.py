@@ -25,7 +25,7 @@ from .coordinator import CoordinatorServer, PortTaken
 from .logs import WorkerLogs
 from .node import AgentError, NodeAgent, NodeConfig, Outcome
 
-CONNECT_TIMEOUT_S = 15.0
+CONNECT_TIMEOUT_S = 60.0  # torchrun waits as long for its store
 DEFAULT_PORT = 29400
 _OVERRIDES = ("steps", "stages", "global-batch-size", "micro-batch-size", "seed")
 
@@ -43,6 +43,7 @@ class Command:
     own: argparse.Namespace
     node_rank: int
     endpoint: str  # empty: one node, with a coordinator of its own
+    log_dir_chosen: bool  # else torch makes one, of which nothing need stay
 
 
 def parser() -> argparse.ArgumentParser:
@@ -73,7 +74,8 @@ def parse_command(arguments: Sequence[str]) -> Command:
             raise LaunchError(str(error)) from None
     own = argparse.Namespace(**{k: v for k, v in vars(parsed).items() if k.startswith("es_")})
     program = _program(parsed, target, rest)
-    return Command(config, program, own, int(parsed.node_rank), _chosen_endpoint(parsed, config.max_nodes))
+    endpoint = _chosen_endpoint(parsed, config.max_nodes)
+    return Command(config, program, own, int(parsed.node_rank), endpoint, bool(parsed.log_dir))
 
 
 def _chosen_endpoint(parsed: argparse.Namespace, max_nodes: int) -> str:
@@ -120,6 +122,9 @@ def run(arguments: Sequence[str]) -> int:
     except (LaunchError, AgentError) as error:
         print(f"everstep: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # before the agent listens to signals
+        print("everstep: error: stopped by SIGINT", file=sys.stderr)
+        return 1
     return _conclude(outcome)
 
 
@@ -129,7 +134,8 @@ def _conclude(outcome: Outcome) -> int:
     if outcome.detail:
         print(outcome.detail, file=sys.stderr, end="")
     where = f" (rank {outcome.rank})" if outcome.rank >= 0 else ""
-    print(f"everstep: error: {outcome.why}{where}", file=sys.stderr)
+    why = outcome.why.partition("\n")[0] if outcome.detail else " ".join(outcome.why.split())
+    print(f"everstep: error: {why}{where}", file=sys.stderr)
     return 1
 
 
@@ -139,11 +145,12 @@ def _run_node(command: Command) -> Outcome:
         if not command.endpoint:
             job = uuid.uuid4().hex[:12] if job == "none" else job
         address = _coordinate(command, job, stack)
+        timeout_s = min(CONNECT_TIMEOUT_S, _join_timeout(command))
         try:
-            stream = AgentStream(address, CONNECT_TIMEOUT_S)
+            stream = AgentStream(address, timeout_s)
         except Unreachable:
             raise LaunchError(
-                f"no coordinator answers at {address} within {CONNECT_TIMEOUT_S:g} s: check --rdzv-endpoint, and that "
+                f"no coordinator answers at {address} within {timeout_s:g} s: check --rdzv-endpoint, and that "
                 "the first node is up (if the port is in use by something else, choose another)"
             ) from None
         agent = NodeAgent(_node_config(command, job, address), stream)
@@ -159,12 +166,11 @@ def _coordinate(command: Command, job: str, stack: contextlib.ExitStack) -> str:
     events = None
     if command.own.es_events:
         events = stack.enter_context(_open_events(command.own.es_events))
-    timeout = float(command.torch.rdzv_configs.get("join_timeout", 600))
     config = Config(
         min_nodes=command.torch.min_nodes,
         max_nodes=command.torch.max_nodes,
         max_restarts=command.torch.max_restarts,
-        join_timeout_s=timeout,
+        join_timeout_s=_join_timeout(command),
     )
     try:
         server = CoordinatorServer(job, config, f"{host}:{port}", events=events, store_host=host)
@@ -174,6 +180,14 @@ def _coordinate(command: Command, job: str, stack: contextlib.ExitStack) -> str:
         return f"{host}:{port}"  # another node on this host was first
     stack.callback(server.close)
     return f"{host}:{server.port}"
+
+
+def _join_timeout(command: Command) -> float:
+    text = command.torch.rdzv_configs.get("join_timeout", 600)
+    try:
+        return float(text)
+    except ValueError:
+        raise LaunchError(f"--rdzv-conf join_timeout must be a number of seconds, got {text!r}") from None
 
 
 def _open_events(path: str) -> TextIO:
@@ -210,7 +224,14 @@ def _node_config(command: Command, job: str, address: str) -> NodeConfig:
             environment[f"EVERSTEP_{name.replace('-', '_').upper()}"] = str(value)
     if own.es_config:
         environment["EVERSTEP_CONFIG"] = own.es_config
-    logs = WorkerLogs(torch.logs_specs, torch.nproc_per_node, torch.role, torch.log_line_prefix_template)
+    assert torch.logs_specs is not None
+    logs = WorkerLogs(
+        torch.logs_specs,
+        torch.nproc_per_node,
+        torch.role,
+        torch.log_line_prefix_template,
+        chosen=command.log_dir_chosen,
+    )
     return NodeConfig(
         job=job,
         node=f"{socket.gethostname()}-{os.getpid()}",
@@ -224,6 +245,7 @@ def _node_config(command: Command, job: str, address: str) -> NodeConfig:
         role=torch.role,
         max_restarts=torch.max_restarts,
         hang_timeout_s=own.es_hang_timeout,
+        shutdown_timeout_s=float(getattr(torch, "shutdown_timeout", 30)),
         shared_memory=not own.es_tcp,
     )
 

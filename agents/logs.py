@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from typing import Any
 
@@ -12,11 +13,14 @@ from torch.distributed.elastic.multiprocessing.tail_log import TailLog
 class WorkerLogs:
     """The log destinations of one node's workers, per restart."""
 
-    def __init__(self, specs: LogsSpecs, slots: int, role: str, prefix_template: str | None = None) -> None:
+    def __init__(
+        self, specs: LogsSpecs, slots: int, role: str, prefix_template: str | None = None, *, chosen: bool
+    ) -> None:
         self._specs = specs
         self._slots = slots
         self._role = role
         self._prefix_template = prefix_template
+        self._chosen = chosen
         self._attempt = ""
         self._destinations: LogsDest | None = None
         self._tails: list[Any] = []
@@ -54,8 +58,10 @@ class WorkerLogs:
         ):
             self._tails.append(TailLog(self._role, files, stream, prefixes).start())
 
-    def close(self) -> None:
-        """Print what is left of teed output, and stop."""
+    def close(self, *, keep: bool = True) -> None:
+        """Print what is left of teed output, and stop. Without `keep`, a folder that torch made for us goes."""
         for tail in self._tails:
             tail.stop()
         self._tails.clear()
+        if not keep and not self._chosen:
+            shutil.rmtree(self._specs.root_log_dir, ignore_errors=True)

@@ -7,17 +7,15 @@ is here is fork, watch, fence, pass on.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import select
 import selectors
-import socket
+import signal
 import subprocess
 import sys
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +25,16 @@ from ..elastic.progress import Phase
 from ..elastic.protocol.events import WorkerId
 from ..elastic.protocol.liveness import FLOOR_S
 from ..elastic.settings import WorkerContext
+from .environment import program_for, torch_environment, worker_environment
+from .failures import Failures
 from .logs import WorkerLogs
+from .preloader import Preloader
 from .workers import WorkerProcess
 
 HEARTBEAT_S = 0.5
 WATCH_S = 0.05
-END_GRACE_S = 3.0
+STATUS_S = 0.05  # how long a dead worker's exit status is waited for
+END_GRACE_S = 3.0  # of an elastic worker; a classic one has `shutdown_timeout_s`
 
 
 class AgentError(Exception):
@@ -56,6 +58,7 @@ class NodeConfig:
     max_restarts: int = 0
     hang_timeout_s: float = FLOOR_S
     shared_memory: bool = True
+    shutdown_timeout_s: float = 30.0
     host_id: str = field(default_factory=lambda: Path("/proc/sys/kernel/random/boot_id").read_text().strip())
 
 
@@ -82,10 +85,12 @@ class NodeAgent:
         self._keeper_name = f"everstep-{uuid.uuid4().hex}"
         self._keeper: subprocess.Popen[str] | None = None
         self._keeper_port = 0
-        self._preloaded: subprocess.Popen[bytes] | None = None
-        self._channel: socket.socket | None = None
-        self._preload_ready = False
-        self._waiting: list[tuple[WorkerProcess, pb.StartWorkers]] = []
+        self._preloader: Preloader | None = None
+        self._waiting: list[tuple[WorkerProcess, pb.StartWorkers]] = []  # to be forked
+        self._asked: dict[WorkerId, pb.StartWorkers] = {}  # the preloaded process was asked to fork these
+        self._failures = Failures(config.role)
+        self._first_rank = 0
+        self._stop_why = ""
         self._selector = selectors.DefaultSelector()
         self._selector.register(stream.wake_fd, selectors.EVENT_READ, self._stream_woke)
         self._heartbeat_s = 0.0
@@ -96,13 +101,17 @@ class NodeAgent:
     def run(self) -> Outcome:
         """Serve until the job ends, then leave nothing behind."""
         try:
-            self._start_preloaded()
+            self._start_preloader()
             self.stream.send(hello=pb.Hello(job=self.config.job, node=self.config.node, protocol=1))
+            if self._stop_why:
+                self.stop(self._stop_why)  # again: what is said before the hello does not count
             while not self._done():
                 for key, _ in self._selector.select(WATCH_S):
                     key.data()
                 self._watch()
             assert self.outcome is not None
+            if not self.outcome.succeeded and not self.outcome.detail:
+                return replace(self.outcome, detail=self._failures.report())
             return self.outcome
         finally:
             self._close()
@@ -110,33 +119,42 @@ class NodeAgent:
     def _done(self) -> bool:
         if self.outcome is None:
             return False
-        if not self.workers:
-            return True
+        for worker, _ in self._waiting:
+            del self.workers[worker.id]
+            worker.close()
+        self._waiting.clear()
         now = time.monotonic()
-        if not self._ending_s:
-            self._ending_s = now
-        if now - self._ending_s > END_GRACE_S:
-            for worker in self.workers.values():
+        self._ending_s = self._ending_s or now
+        for worker in self.workers.values():
+            grace = END_GRACE_S if worker.elastic else self.config.shutdown_timeout_s
+            if now - self._ending_s > grace:
                 worker.kill("the job is over")
-        return False
+        return not self.workers
 
     def _close(self) -> None:
         for worker in self.workers.values():
             worker.kill("the agent ends")
             worker.close()
-        for process in (self._preloaded, self._keeper):
-            if process is not None:
-                process.kill()
-                process.wait()
-        if self._channel is not None:
-            self._channel.close()
-        self.config.logs.close()
+        if self._preloader is not None:
+            self._preloader.close()
+        if self._keeper is not None:
+            self._keeper.kill()
+            self._keeper.wait()
+        self.config.logs.close(keep=self.outcome is None or not self.outcome.succeeded)
         self.stream.close()
         self._selector.close()
 
     def stop(self, why: str) -> None:
-        """Ask the coordinator to end the job; safe in a signal handler."""
+        """Ask the coordinator to end the job; asked twice, end this node at once. Safe in a signal handler."""
+        if self._stop_why and self.token:
+            self._end_at_once(why)
+        self._stop_why = why
         self.stream.send(stop=pb.StopRequest(why=why))
+
+    def _end_at_once(self, why: str) -> None:
+        self.outcome = self.outcome or Outcome(False, why)
+        for worker in list(self.workers.values()):
+            worker.kill(why)
 
     # ------------------------------------------------------------ the coordinator's orders
 
@@ -150,9 +168,7 @@ class NodeAgent:
 
     def _stream_broke(self, why: str) -> None:
         if self.outcome is None:
-            self.outcome = Outcome(False, f"the coordinator is gone: {why}")
-            for worker in self.workers.values():
-                worker.kill("the coordinator is gone")
+            self._end_at_once(f"the coordinator is gone: {why}")
 
     def _on_welcome(self, message: pb.Welcome) -> None:
         self.token = message.token
@@ -170,17 +186,18 @@ class NodeAgent:
         for item in message.workers:
             worker = WorkerProcess.prepare(WorkerId(item.rank, item.incarnation))
             self.workers[worker.id] = worker
-            if self._preload_ready:
-                self._fork(worker, message)
-            else:
-                self._waiting.append((worker, message))
+            self._waiting.append((worker, message))
+        self._fork_waiting()
 
     def _on_kill(self, message: pb.KillWorkers) -> None:
+        """End workers for a restart: torchrun's way, SIGTERM first."""
+        self._failures.clear()
+        deadline_s = time.monotonic() + self.config.shutdown_timeout_s
         for item in message.workers:
             worker = self.workers.get(WorkerId(item.rank, item.incarnation))
             if worker is not None:
-                worker.silent = True
-                worker.kill("the job restarts")
+                worker.silent, worker.deadline_s = True, deadline_s
+                worker.terminate()
 
     def _on_to_worker(self, message: pb.ToWorker) -> None:
         worker = self.workers.get(WorkerId(message.worker.rank, message.worker.incarnation))
@@ -202,123 +219,107 @@ class NodeAgent:
         environment = {**os.environ, "EVERSTEP_TOKEN": self.token}
         self._keeper = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
         assert self._keeper.stdout is not None
-        line = self._keeper.stdout.readline()
-        if not line:
-            raise AgentError(f"the snapshot keeper of node {self.config.node} did not start on {self.config.host}")
+        line = self._keeper.stdout.readline().strip()
+        if not line.isdigit():
+            why = line or f"it ended with status {self._keeper.wait()}"
+            raise AgentError(
+                f"the snapshot keeper of node {self.config.node} cannot serve on {self.config.host}: {why} (choose "
+                "this node's address with --local-addr)"
+            )
         self._keeper_port = int(line)
 
-    def _start_preloaded(self) -> None:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        command = [sys.executable, "-m", "everstep.agents.preload", str(theirs.fileno()), *self.config.preload]
-        threads = dict.fromkeys(("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-        environment = {**os.environ, **threads, "OMP_NUM_THREADS": "1"}
-        self._preloaded = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment)
-        theirs.close()
-        ours.setblocking(False)
-        self._channel, self._preload_ready = ours, False
-        self._selector.register(ours, selectors.EVENT_READ, self._preloaded_spoke)
+    def _start_preloader(self) -> None:
+        self._preloader = Preloader(self.config.preload)
+        self._selector.register(self._preloader, selectors.EVENT_READ, self._preloader_spoke)
 
-    def _preloaded_spoke(self) -> None:
-        assert self._channel is not None
-        try:
-            data = self._channel.recv(1 << 16)
-        except BlockingIOError:
-            return  # read already, on the way to something else
-        if not data:
-            self._preloaded_died()
+    def _preloader_spoke(self) -> None:
+        assert self._preloader is not None
+        answer = self._preloader.answer()
+        if answer is None:
+            self._preloader_died()
             return
-        message = json.loads(data)
-        if message["kind"] == "ready":
-            self._preload_ready = True
-            waiting, self._waiting = self._waiting, []
-            for worker, start in waiting:
-                self._fork(worker, start)
-        elif message["kind"] == "forked":
-            self._forked(WorkerId(message["rank"], message["incarnation"]), message["pid"])
-        else:
+        kind = answer.get("kind")
+        if kind == "ready":
+            self._fork_waiting()
+        elif kind == "forked":
+            self._forked(WorkerId(answer["rank"], answer["incarnation"]), answer["pid"])
+        elif kind == "exited":
             for worker in self.workers.values():
-                if worker.pid == message["pid"]:
-                    worker.status = message["status"]
+                if worker.pid == answer["pid"]:
+                    worker.status = answer["status"]
 
-    def _preloaded_died(self) -> None:
-        assert self._channel is not None
-        assert self._preloaded is not None
-        self._selector.unregister(self._channel)
-        self._channel.close()
-        status = self._preloaded.wait()
-        if not self._preload_ready:
-            raise AgentError(f"the preloaded process ended with status {status} before it could fork a worker")
-        self._start_preloaded()
+    def _preloader_died(self) -> None:
+        """Its workers die with it, and are reported one by one; who was not forked yet waits for the next one."""
+        assert self._preloader is not None
+        self._selector.unregister(self._preloader)
+        was_ready, status = self._preloader.ready, self._preloader.close()
+        self._preloader = None
+        if not was_ready:
+            raise AgentError(
+                f"the process that workers are forked from ended with status {status} before it was ready"
+                + (": check --es-preload" if self.config.preload else "")
+            )
+        self._waiting += [(self.workers[worker], start) for worker, start in self._asked.items()]
+        self._asked.clear()
+        if self.outcome is None:
+            self._start_preloader()
 
-    def _fork(self, worker: WorkerProcess, start: pb.StartWorkers) -> None:
-        local_rank = self._local_rank(worker.id, start)
-        environment, stdout, stderr = self._environment(worker, start, local_rank)
-        fds = [worker.theirs.fileno(), worker.page_fd]
+    def _fork_waiting(self) -> None:
+        """Fork what can be: workers of a restart wait until those of the last attempt are gone."""
+        if self._preloader is None or not self._preloader.ready or any(w.silent for w in self.workers.values()):
+            return
+        waiting, self._waiting = self._waiting, []
+        for worker, start in waiting:
+            self._fork(self._preloader, worker, start)
+
+    def _fork(self, preloader: Preloader, worker: WorkerProcess, start: pb.StartWorkers) -> None:
+        config = self.config
+        if len(start.workers) == config.slots:
+            self._first_rank = start.workers[0].rank
+        worker.local_rank = worker.id.rank - self._first_rank
+        torch = torch_environment(
+            start,
+            rank=worker.id.rank,
+            local_rank=worker.local_rank,
+            slots=config.slots,
+            role=config.role,
+            max_restarts=config.max_restarts,
+            job=config.job,
+        )
+        stdout, stderr, worker.error_file = config.logs.paths(worker.local_rank, torch)
+        torch["TORCHELASTIC_ERROR_FILE"] = worker.error_file
         request = {
             "rank": worker.id.rank,
             "incarnation": worker.id.incarnation,
-            "environment": environment,
-            "program": self._program(local_rank),
+            "environment": worker_environment(config.environment, torch, self._context(worker, start)),
+            "program": program_for(config.program, worker.local_rank),
             "stdout": stdout,
             "stderr": stderr,
             "fds": [_CONTROL_FD, _PROGRESS_FD],
         }
-        assert self._channel is not None
-        socket.send_fds(self._channel, [json.dumps(request).encode()], fds)
+        self._asked[worker.id] = start
+        preloader.fork(request, [worker.theirs.fileno(), worker.page_fd])
 
-    def _program(self, local_rank: int) -> dict[str, Any]:
-        program = dict(self.config.program)
-        program["arguments"] = [a.replace("${local_rank}", str(local_rank)) for a in program["arguments"]]
-        return program
-
-    def _local_rank(self, worker: WorkerId, start: pb.StartWorkers) -> int:
-        if len(start.workers) == self.config.slots:
-            self._first_rank = start.workers[0].rank
-        return worker.rank - self._first_rank
-
-    def _environment(
-        self, worker: WorkerProcess, start: pb.StartWorkers, local_rank: int
-    ) -> tuple[dict[str, str], str, str]:
-        config = self.config
-        environment = {
-            **config.environment,
-            "RANK": str(worker.id.rank),
-            "LOCAL_RANK": str(local_rank),
-            "WORLD_SIZE": str(start.world_size),
-            "LOCAL_WORLD_SIZE": str(config.slots),
-            "GROUP_RANK": str(start.group_rank),
-            "GROUP_WORLD_SIZE": str(start.group_world_size),
-            "ROLE_RANK": str(worker.id.rank),
-            "ROLE_WORLD_SIZE": str(start.world_size),
-            "ROLE_NAME": config.role,
-            "MASTER_ADDR": start.master_addr,
-            "MASTER_PORT": str(start.master_port),
-            "TORCHELASTIC_RESTART_COUNT": str(start.restart_count),
-            "TORCHELASTIC_MAX_RESTARTS": str(config.max_restarts),
-            "TORCHELASTIC_RUN_ID": config.job,
-            "TORCHELASTIC_USE_AGENT_STORE": "True",
-            "TORCH_NCCL_ASYNC_ERROR_HANDLING": config.environment.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"),
-        }
-        context = WorkerContext(
+    def _context(self, worker: WorkerProcess, start: pb.StartWorkers) -> WorkerContext:
+        return WorkerContext(
             rank=worker.id.rank,
             incarnation=worker.id.incarnation,
             world_size=start.world_size,
-            host=config.host,
-            host_id=config.host_id,
+            host=self.config.host,
+            host_id=self.config.host_id,
             token=self.token,
             control_fd=_CONTROL_FD,
             progress_fd=_PROGRESS_FD,
             keeper_name=self._keeper_name,
-            shared_memory=config.shared_memory,
+            shared_memory=self.config.shared_memory,
         )
-        environment.update(context.to_environment())
-        stdout, stderr, error_file = config.logs.paths(local_rank, environment)
-        environment["TORCHELASTIC_ERROR_FILE"] = error_file
-        return environment, stdout, stderr
 
     def _forked(self, worker_id: WorkerId, pid: int) -> None:
+        self._asked.pop(worker_id, None)
         worker = self.workers[worker_id]
         worker.forked(pid)
+        if self.outcome is not None:
+            worker.kill("the job is over")
         self._selector.register(worker.channel, selectors.EVENT_READ, lambda: self._pass_on(worker))
         if worker.pidfd >= 0:
             self._selector.register(worker.pidfd, selectors.EVENT_READ, lambda: self._ended(worker))
@@ -328,11 +329,7 @@ class NodeAgent:
     def _pass_on(self, worker: WorkerProcess) -> None:
         if worker.id not in self.workers:
             return  # its end was noticed in the same turn
-        lines = worker.receive()
-        for line in lines:
-            body = pb.FromWorker(worker=_proto(worker.id), json=line.decode())
-            self.stream.send(from_worker=body)
-        if not lines:
+        if not self._pass_lines(worker):
             with contextlib.suppress(KeyError):
                 self._selector.unregister(worker.channel)  # it has closed its end; the pidfd tells the rest
 
@@ -343,31 +340,38 @@ class NodeAgent:
             self._selector.unregister(worker.pidfd)
         with contextlib.suppress(KeyError, ValueError):
             self._selector.unregister(worker.channel)
-        self._pass_last_words(worker)
-        while worker.status is None and self._channel is not None:
-            readable, _, _ = select.select([self._channel], [], [], 0.05)
-            if not readable:
-                break
-            self._preloaded_spoke()
-        reading = worker.reading()
+        self._pass_lines(worker)
+        while worker.status is None and self._preloader is not None and self._preloader.answers_within(STATUS_S):
+            self._preloader_spoke()
         del self.workers[worker.id]
         if not worker.silent and self.outcome is None:
-            died = pb.WorkerDied(
-                worker=_proto(worker.id),
-                cause=worker.cause(),
-                clean=worker.status == 0,
-                step=reading.step,
-                phase=Phase(reading.phase).name.lower(),
-                finished_micro_batches=reading.finished_micro_batches,
-                detected_at_s=worker.ended_s,
-                killed_at_s=reading.fault_ns / 1e9,
-            )
-            self.stream.send(died=died)
+            self._report_death(worker)
         worker.close()
+        self._fork_waiting()
 
-    def _pass_last_words(self, worker: WorkerProcess) -> None:
-        for line in worker.receive():
+    def _report_death(self, worker: WorkerProcess) -> None:
+        reading = worker.reading()
+        if worker.status != 0:
+            status = worker.status if worker.status is not None else -int(signal.SIGKILL)
+            self._failures.add(worker.id.rank, worker.local_rank, worker.pid, status, worker.error_file)
+        died = pb.WorkerDied(
+            worker=_proto(worker.id),
+            cause=worker.cause(),
+            clean=worker.status == 0,
+            step=reading.step,
+            phase=Phase(reading.phase).name.lower(),
+            finished_micro_batches=reading.finished_micro_batches,
+            detected_at_s=worker.ended_s,
+            killed_at_s=reading.fault_ns / 1e9,
+        )
+        self.stream.send(died=died)
+
+    def _pass_lines(self, worker: WorkerProcess) -> int:
+        """Pass on what a worker said; returns how many messages there were."""
+        lines = worker.receive()
+        for line in lines:
             self.stream.send(from_worker=pb.FromWorker(worker=_proto(worker.id), json=line.decode()))
+        return len(lines)
 
     # ------------------------------------------------------------ watching
 
@@ -379,6 +383,8 @@ class NodeAgent:
         if self._keeper is not None and self._keeper.poll() is not None and self.outcome is None:
             self._start_keeper()  # on the same port and name: workers hand it their segments again
         for worker in self.workers.values():
+            if worker.deadline_s and now > worker.deadline_s:
+                worker.kill("it did not end when asked to")
             if worker.pid and worker.check(now, self.config.hang_timeout_s):
                 stood = now - worker.pulse.changed_s
                 worker.kill(f"hung: no progress for {stood:.1f} s in {Phase(worker.reading().phase).name.lower()}")

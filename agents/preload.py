@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import importlib
+import io
 import json
 import os
 import runpy
@@ -97,6 +98,7 @@ class Preloaded:
             for end in (self._channel, self._wake, self._woken):
                 end.close()
             self._redirect(request)
+            _unbuffer()
             for fd, place in zip(fds, request["fds"], strict=True):
                 os.dup2(fd, place)
                 os.close(fd)
@@ -120,6 +122,15 @@ class Preloaded:
                 os.close(fd)
 
 
+def _unbuffer() -> None:
+    """Torchrun starts workers with `python -u`."""
+    for name, fd in (("stdout", 1), ("stderr", 2)):
+        raw = open(fd, "wb", buffering=0, closefd=False)  # noqa: SIM115
+        stream = io.TextIOWrapper(raw, errors="backslashreplace" if fd == 2 else None, write_through=True)
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
+
+
 def run_program(program: dict[str, Any]) -> int:
     """Run the user's script, module or command in this process; returns its exit status."""
     kind, target, arguments = program["kind"], program["target"], program["arguments"]
@@ -133,10 +144,10 @@ def run_program(program: dict[str, Any]) -> int:
     code = 0
     try:
         if kind == "module":
-            sys.path.insert(0, os.getcwd())
+            _set_first_path(os.getcwd())
             runpy.run_module(target, run_name="__main__", alter_sys=True)
         else:
-            sys.path.insert(0, os.path.dirname(os.path.abspath(target)))
+            _set_first_path(os.path.dirname(os.path.abspath(target)))
             runpy.run_path(target, run_name="__main__")
     except SystemExit as end:
         code = _exit_status(end)
@@ -146,6 +157,13 @@ def run_program(program: dict[str, Any]) -> int:
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     return code
+
+
+def _set_first_path(folder: str) -> None:
+    """What `python script.py` and `python -m module` put first: in place of what stands there for this process."""
+    if sys.flags.safe_path:
+        return
+    sys.path[0] = folder
 
 
 def _exit_status(end: SystemExit) -> int:
@@ -170,7 +188,10 @@ def main() -> None:
     """Warm up and serve: `python -m everstep.agents.preload FD [MODULE ...]`."""
     die_with_parent()
     channel = socket.socket(fileno=int(sys.argv[1]))
-    warm_up(sys.argv[2:])
+    try:
+        warm_up(sys.argv[2:])
+    except ImportError as error:
+        sys.exit(f"everstep: error: --es-preload: {error}")
     Preloaded(channel).serve()
 
 

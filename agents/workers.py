@@ -28,7 +28,11 @@ class WorkerProcess:
     pidfd: int = -1
     status: int | None = None
     fenced: str = ""  # why we killed it
-    silent: bool = False  # killed by order: its end is no news
+    silent: bool = False  # ended by order: its end is no news
+    deadline_s: float = 0.0  # it was asked to end by then
+    elastic: bool = False  # it has declared itself so
+    local_rank: int = 0
+    error_file: str = ""
     ended_s: float = 0.0
     pulse: Pulse = field(default_factory=lambda: Pulse(0, time.monotonic()))
     inbox: bytes = b""
@@ -83,6 +87,7 @@ class WorkerProcess:
             while data := self.channel.recv(1 << 20):
                 self.inbox += data
         *lines, self.inbox = self.inbox.split(b"\n")
+        self.elastic = self.elastic or bool(lines)  # an ordinary script never speaks to us
         return lines
 
     def cause(self) -> str:

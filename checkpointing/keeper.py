@@ -300,7 +300,11 @@ def main() -> None:
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     token = os.environ.pop("EVERSTEP_TOKEN")
-    server = KeeperServer(Keeper(), arguments.name, arguments.host, arguments.port, token)
+    try:
+        server = KeeperServer(Keeper(), arguments.name, arguments.host, arguments.port, token)
+    except OSError as error:
+        print(error, flush=True)  # our agent reads it
+        sys.exit(1)
     print(server.port, flush=True)
     sys.stdout.close()
     server.serve()

@@ -11,6 +11,7 @@ import sys
 import traceback
 import uuid
 from collections.abc import Callable, Iterator
+from types import TracebackType
 from typing import Any, Concatenate, NoReturn, ParamSpec
 
 import numpy as np
@@ -42,6 +43,7 @@ def elastic(
         def main(*args: P.args, **kwargs: P.kwargs) -> None:
             context = WorkerContext.from_environment()
             membership: Membership = AgentMembership(context.control_fd) if context else Solo()
+            membership.declare()
             with _reported(membership, context):
                 declared = Settings(
                     steps=steps,
@@ -51,7 +53,6 @@ def elastic(
                     seed=seed,
                 )
                 settings = resolve(declared)
-                membership.declare()
                 with _run(settings, context, membership) as run:
                     function(run, *args, **kwargs)
                     if run.layout is None:
@@ -112,7 +113,7 @@ def _reported(membership: Membership, context: WorkerContext | None) -> Iterator
         if context is None or (isinstance(error, SystemExit) and not error.code):
             raise
         _record_for_torch(error)
-        trace = "".join(traceback.format_exception(error))
+        trace = "".join(traceback.format_exception(error.with_traceback(_users_part(error.__traceback__))))
         _raise_in_job(membership, f"{type(error).__name__}: {error}", trace)
 
 
@@ -120,6 +121,13 @@ def _raise_in_job(membership: Membership, message: str, trace: str) -> NoReturn:
     membership.tell("raised", message=message, traceback=trace, host=socket.gethostname())
     membership.wait_for_end(lambda: None)
     os._exit(1)
+
+
+def _users_part(trace: TracebackType | None) -> TracebackType | None:
+    """A traceback from the first frame that is not this module's on."""
+    while trace is not None and trace.tb_next is not None and trace.tb_frame.f_code.co_filename == __file__:
+        trace = trace.tb_next
+    return trace
 
 
 def _record_for_torch(error: BaseException) -> None:

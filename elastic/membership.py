@@ -81,7 +81,8 @@ class Solo(Membership):
         pass
 
     def ready(self, peer: Peer, job: Job) -> None:
-        layout = initial_layout(job.model, [0], job.stages, job.micro_batches)
+        # One process holds all layers, whatever `stages` says: the layout changes no numbers.
+        layout = initial_layout(job.model, [0], 1, job.micro_batches)
         self._orders = Orders(plan_start(layout), {0: peer}, ())
 
     def orders(self, on_wait: Callable[[], None]) -> Orders:

@@ -17,6 +17,7 @@ from ..checkpointing.record import read_record
 from ..checkpointing.snapshot import Snapshots
 from ..comms.communicator import Aborted, Communicator, Peer
 from ..resharding.layout import Layout
+from .digest import state_digest
 from .engine import Engine, Step
 from .errors import UsageError
 from .loop import Batches, ElasticOptimizer
@@ -260,6 +261,9 @@ class Run:
             micro_batches=settings.micro_batches,
             global_batch_size=settings.global_batch_size,
             model=stack.spec,
+            seed=settings.seed,
+            values=state_digest(model.state_dict()),
+            optimizer=engine.optimizer.describe(),
         )
         self._membership.ready(self._peer, job)
         self._recovery.on_orders = self._remember_keepers

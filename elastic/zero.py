@@ -7,6 +7,7 @@ the layout, so those bits do not depend on who owns what. (Rajbhandari et al., 2
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -106,6 +107,11 @@ class ShardedOptimizer:
             {name: _plain(value) for name, value in group.items() if name != "params"}
             for group in self.user.param_groups
         ]
+
+    def describe(self) -> str:
+        """The optimizer's type and settings, to be compared between ranks."""
+        groups = json.dumps(self.hyper_parameters(), default=lambda value: type(value).__name__)
+        return f"{type(self.user).__name__} {groups}"
 
     def set_hyper_parameters(self, groups: list[dict[str, Any]]) -> None:
         """Give the user's groups these settings."""

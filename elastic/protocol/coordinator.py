@@ -155,7 +155,7 @@ def _ready(state: State, event: e.WorkerReady, now: float) -> Outcome:
     if worker is None or worker.status is not Status.STARTING:
         return state, []
     if state.job is not None and event.job != state.job:
-        return _fail(state, _difference(state.job, event.job, event.worker.rank), rank=event.worker.rank)
+        return _fail(state, _difference(state.job, event.job, event.worker.rank))
     state = _with(state, replace(worker, status=Status.READY, peer=event.peer))
     state = replace(state, elastic=True, job=event.job)
     if state.phase is Phase.LAUNCHED:
@@ -166,14 +166,25 @@ def _ready(state: State, event: e.WorkerReady, now: float) -> Outcome:
 
 
 def _difference(ours: e.Job, theirs: e.Job, rank: int) -> str:
-    for name in ("steps", "stages", "micro_batches", "global_batch_size"):
-        if getattr(ours, name) != getattr(theirs, name):
-            return f"rank {rank} has {name} = {getattr(theirs, name)}, the others {getattr(ours, name)}"
-    names = [p.name for p in ours.model.parameters]
-    others = [p.name for p in theirs.model.parameters]
-    odd = sorted(set(names) ^ set(others))[:3]
-    shown = f" (for example {', '.join(odd)})" if odd else ""
-    return f"rank {rank} built another model than the others{shown}: build the same model on every rank"
+    for name in ("steps", "stages", "micro_batches", "global_batch_size", "seed"):
+        mine, other = getattr(ours, name), getattr(theirs, name)
+        if mine != other:
+            return f"rank {rank} has {name} = {other}, the others {mine}: give every rank the same settings"
+    if ours.model != theirs.model:
+        names = [p.name for p in ours.model.parameters]
+        others = [p.name for p in theirs.model.parameters]
+        odd = sorted(set(names) ^ set(others))[:3]
+        shown = f" (for example {', '.join(odd)})" if odd else ""
+        return f"rank {rank} built another model than the others{shown}: build the same model on every rank"
+    if ours.optimizer != theirs.optimizer:
+        return (
+            f"rank {rank} built another optimizer than the others ({theirs.optimizer}, not {ours.optimizer}): build the "
+            "same one on every rank"
+        )
+    return (
+        f"rank {rank} initialised its model with other values than the others: use the same seed (or load the same "
+        "weights) on every rank"
+    )
 
 
 def _all_ready(state: State) -> bool:

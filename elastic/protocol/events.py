@@ -29,6 +29,9 @@ class Job:
     micro_batches: int
     global_batch_size: int
     model: ModelSpec
+    seed: int = 0
+    values: str = ""  # a digest of what the model was initialised with
+    optimizer: str = ""  # its type and settings, as text
 
 
 # ---------------------------------------------------------------- events

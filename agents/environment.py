@@ -1,0 +1,46 @@
+"""What a worker finds in its environment: torchrun's variables, and one of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..comms import everstep_pb2 as pb
+from ..elastic.settings import WorkerContext
+
+
+def torch_environment(
+    start: pb.StartWorkers, *, rank: int, local_rank: int, slots: int, role: str, max_restarts: int, job: str
+) -> dict[str, str]:
+    """The variables that torchrun's agent sets, but for the error file's."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(local_rank),
+        "WORLD_SIZE": str(start.world_size),
+        "LOCAL_WORLD_SIZE": str(slots),
+        "GROUP_RANK": str(start.group_rank),
+        "GROUP_WORLD_SIZE": str(start.group_world_size),
+        "ROLE_RANK": str(rank),
+        "ROLE_WORLD_SIZE": str(start.world_size),
+        "ROLE_NAME": role,
+        "MASTER_ADDR": start.master_addr,
+        "MASTER_PORT": str(start.master_port),
+        "TORCHELASTIC_RESTART_COUNT": str(start.restart_count),
+        "TORCHELASTIC_MAX_RESTARTS": str(max_restarts),
+        "TORCHELASTIC_RUN_ID": job,
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+
+
+def worker_environment(
+    inherited: Mapping[str, str], torch: Mapping[str, str], context: WorkerContext
+) -> dict[str, str]:
+    """The whole environment of a worker: the launcher's, torch's variables, and ours."""
+    kept = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": inherited.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")}
+    return {**inherited, **kept, **torch, **context.to_environment()}
+
+
+def program_for(program: Mapping[str, Any], local_rank: int) -> dict[str, Any]:
+    """The program with torchrun's macro ${local_rank} filled in."""
+    arguments = [argument.replace("${local_rank}", str(local_rank)) for argument in program["arguments"]]
+    return {**program, "arguments": arguments}

@@ -1,0 +1,33 @@
+"""Torch's own report of failed workers (ChildFailedError) and its error files."""
+
+from __future__ import annotations
+
+import os
+
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure, get_error_handler
+
+
+class Failures:
+    """The workers of this node that failed in the present attempt."""
+
+    def __init__(self, role: str) -> None:
+        self._role = role
+        self._found: dict[int, ProcessFailure] = {}
+
+    def add(self, rank: int, local_rank: int, pid: int, status: int, error_file: str) -> None:
+        """A worker ended with this exit status (negative: the signal that killed it)."""
+        self._found[rank] = ProcessFailure(local_rank, pid, status, error_file)
+
+    def clear(self) -> None:
+        """All workers start again."""
+        self._found.clear()
+
+    def report(self) -> str:
+        """What torchrun prints; empty if nothing failed here. Passes a worker's error file on to our caller's place."""
+        if not self._found:
+            return ""
+        error = ChildFailedError(self._role, self._found)
+        _, first = error.get_first_failure()
+        if os.environ.get("TORCHELASTIC_ERROR_FILE") and os.path.isfile(first.error_file):
+            get_error_handler().dump_error_file(first.error_file, first.exitcode)
+        return str(error) + "\n"
