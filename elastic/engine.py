@@ -28,7 +28,7 @@ from ..resharding.layout import Layout
 from .exchange import Exchange
 from .membership import Membership, Orders
 from .order import DataOrder, derive_seed
-from .pipeline import Pipeline
+from .pipeline import Pipeline, seed_torch
 from .progress import Phase, Progress
 from .settings import Settings
 from .stack import LayerStack
@@ -110,7 +110,7 @@ class Engine:
         seed = derive_seed("data", self.settings.seed, step, micro_batch)
         random.seed(seed)
         np.random.seed(seed & 0xFFFFFFFF)
-        torch.manual_seed(seed)
+        seed_torch(seed)
         return self.collate([self.dataset[i] for i in self.order.indices(step, micro_batch)])
 
     def compute(self) -> None:

@@ -177,7 +177,7 @@ class Pipeline:
         self._seed(step, micro_batch, 0)
 
     def _seed(self, step: int, micro_batch: int, layer: int) -> None:
-        torch.manual_seed(derive_seed("forward", self.seed, step, micro_batch, layer))
+        seed_torch(derive_seed("forward", self.seed, step, micro_batch, layer))
 
     def _backward(self, state: StepState, span: Span, data: memoryview) -> None:
         self.progress.mark(Phase.COMPUTE, state.step, finished=len(state.held))
@@ -231,6 +231,13 @@ def _gradient(tensor: Tensor, stack: LayerStack, index: int) -> Tensor:
         name = stack.spec.parameters[index].name
         raise UsageError(f"parameter {name!r} has a sparse gradient: use sparse=False in its layer")
     return gradient.reshape(-1).to(accumulation_dtype(tensor.dtype))
+
+
+def seed_torch(seed: int) -> None:
+    """Seed the generators in use. `torch.manual_seed` would do, but formats a stack trace for CUDA at every call."""
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(seed)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
