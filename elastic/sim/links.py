@@ -1,0 +1,89 @@
+"""A simulated worker's links: keyed messages of a generation, an abort that wakes, an edit that goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from ..protocol.events import WorkerId
+from .world import Steps
+
+Key = tuple[Any, ...]
+Send = Callable[[WorkerId, int, Key, Any], None]  # to, generation, key, payload
+
+
+class Aborted(Exception):
+    """The generation is over."""
+
+
+class Links:
+    """The data plane as one worker sees it: the contract of the communicator."""
+
+    def __init__(self, rank: int, send: Send) -> None:
+        self.rank = rank
+        self.generation = 0
+        self.aborted = False
+        self.peers: Mapping[int, WorkerId] = {}
+        self._send = send
+        self._box: dict[tuple[int, int, Key], Any] = {}  # (generation, source, key) -> payload
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        return tuple(sorted(self.peers))
+
+    def abort(self) -> None:
+        self.aborted = True
+
+    def check(self) -> None:
+        """Raise Aborted if the generation is over."""
+        if self.aborted:
+            raise Aborted
+
+    def edit(self, generation: int, peers: Mapping[int, WorkerId]) -> None:
+        """Go to another generation, and clear the abort."""
+        if generation <= self.generation:
+            raise AssertionError(f"rank {self.rank} would go from generation {self.generation} to {generation}")
+        self.generation, self.peers, self.aborted = generation, peers, False
+        self._box = {name: payload for name, payload in self._box.items() if name[0] >= generation}
+
+    def arrived(self, source: int, generation: int, key: Key, payload: Any) -> None:
+        """A message came: kept, unless it is of an older generation."""
+        if generation >= self.generation:
+            self._box[(generation, source, key)] = payload
+
+    def send(self, to: int, key: Key, payload: Any) -> None:
+        self.check()
+        self._send(self.peers[to], self.generation, key, payload)
+
+    def ready(self, wanted: Collection[tuple[int, Key]]) -> tuple[int, Key] | None:
+        """One of the wanted messages that has come."""
+        self.check()
+        return next(((s, k) for s, k in wanted if (self.generation, s, k) in self._box), None)
+
+    def receive_any(self, wanted: Collection[tuple[int, Key]]) -> Steps[tuple[int, Key, Any]]:
+        """Wait for the first of the wanted messages."""
+        while True:
+            found = self.ready(wanted)
+            if found is not None:
+                return (*found, self._box.pop((self.generation, *found)))
+            yield None
+
+    def receive(self, source: int, key: Key) -> Steps[Any]:
+        return (yield from self.receive_any([(source, key)]))[2]
+
+    def all_gather(self, key: Key, payload: Any) -> Steps[dict[int, Any]]:
+        """Every member's payload: gathered by the lowest rank, which is the first to know, and scattered again."""
+        root = self.members[0]
+        if self.rank != root:
+            self.send(root, ("gather", *key), payload)
+            table: dict[int, Any] = yield from self.receive(root, ("scatter", *key))
+            return table
+        table = {root: payload}
+        waiting = {(rank, ("gather", *key)) for rank in self.members[1:]}
+        while waiting:
+            source, name, data = yield from self.receive_any(waiting)
+            waiting.discard((source, name))
+            table[source] = data
+        for rank in self.members[1:]:
+            self.send(rank, ("scatter", *key), table)
+        return table

@@ -1,0 +1,94 @@
+"""What the simulator computes instead of tensors: hashes, so that "the same bytes" can be checked.
+
+Every value is a hash of all it was made from: an activation of the layer's parameter values and its input, a leaf of a
+step's sum of the activation and the output's gradient, a new parameter value of the old one and the whole sum.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ...resharding.units import ModelSpec, Shard
+
+
+def mixed(*parts: object) -> str:
+    """One short hash of all parts."""
+    return hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
+
+
+class ShardState(NamedTuple):
+    """A shard's parameter values and its optimizer's state."""
+
+    value: str
+    optimizer: str
+
+
+def initial(shard: int) -> ShardState:
+    """Version 0, made from the seed."""
+    return ShardState(mixed("value", shard), "")
+
+
+def updated(state: ShardState, gradient: str) -> ShardState:
+    """The optimizer's step."""
+    optimizer = mixed(state.optimizer, gradient)
+    return ShardState(mixed(state.value, optimizer), optimizer)
+
+
+def forwarded(layer: int, values: Sequence[str], value: str) -> str:
+    """A layer's output."""
+    return mixed("forward", layer, values, value)
+
+
+def loss_gradient(step: int, micro_batch: int, output: str) -> str:
+    """The gradient of the loss with respect to the model's output."""
+    return mixed("loss", step, micro_batch, output)
+
+
+def backwarded(layer: int, values: Sequence[str], value: str, gradient: str) -> tuple[str, str]:
+    """The gradients with respect to a layer's input and to its parameters (the leaf)."""
+    return mixed("backward", layer, values, value, gradient), mixed("leaf", layer, values, value, gradient)
+
+
+def summed(shard: Shard, leaves: Sequence[Sequence[str]]) -> str:
+    """A shard's gradient: its part of the leaves in canonical order, for each layer that holds its parameter."""
+    return mixed("sum", shard.index, leaves)
+
+
+def agreement_of(step: int, gradients: Mapping[int, str]) -> str:
+    """What the members agree on in a step."""
+    return json.dumps({"step": step, "digest": mixed(sorted(gradients.items()))})
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The undisturbed run: what was agreed in each step, and the last state of every shard."""
+
+    agreements: tuple[str, ...]
+    states: tuple[ShardState, ...]
+
+
+def reference(spec: ModelSpec, micro_batches: int, steps: int) -> Reference:
+    """The whole run on one worker, written as plainly as can be."""
+    states = [initial(shard.index) for shard in spec.shards]
+    agreements = []
+    for step in range(steps):
+        values = [tuple(states[s.index].value for s in shards) for shards in spec.shards_of_layer]
+        leaves: list[list[str]] = [[] for _ in range(spec.layers)]
+        for micro_batch in range(micro_batches):
+            inputs = [mixed("data", step, micro_batch)]
+            for layer in range(spec.layers):
+                inputs.append(forwarded(layer, values[layer], inputs[-1]))
+            gradient = loss_gradient(step, micro_batch, inputs[-1])
+            for layer in reversed(range(spec.layers)):
+                gradient, leaf = backwarded(layer, values[layer], inputs[layer], gradient)
+                leaves[layer].append(leaf)
+        gradients = {
+            s.index: summed(s, [leaves[layer] for layer in spec.parameters[s.parameter].layers]) for s in spec.shards
+        }
+        states = [updated(state, gradients[i]) for i, state in enumerate(states)]
+        agreements.append(agreement_of(step, gradients))
+    return Reference(tuple(agreements), tuple(states))
