@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from ..comms.mesh import MeshCommunicator
+from ..comms.process import keep_freed_memory
 from .errors import JobEnded, UsageError
 from .membership import AgentMembership, Membership, Solo
 from .progress import Fault, Progress
@@ -85,6 +86,7 @@ def _run(settings: Settings, context: WorkerContext | None, membership: Membersh
     )
     membership.on_abort = comm.abort
     seed_everything(settings.seed)
+    keep_freed_memory()
     try:
         yield Run(settings, context, comm, comm.peer, membership, progress)
     finally:
