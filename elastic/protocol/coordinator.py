@@ -252,7 +252,13 @@ def _died(state: State, event: e.WorkerDied, now: float) -> Outcome:
         why = f"rank {worker.id.rank} died {deaths} times without a committed step between ({event.cause}): giving up"
         state, effects = _fail(state, why, rank=worker.id.rank)
         return state, [record, *effects]
-    heir = Worker(e.WorkerId(worker.id.rank, worker.id.incarnation + 1), worker.node, deaths=deaths)
+    trained = worker.status is Status.MEMBER and state.job is not None and state.committed + 1 >= state.job.steps
+    heir = Worker(
+        e.WorkerId(worker.id.rank, worker.id.incarnation + 1),
+        worker.node,
+        deaths=deaths,
+        owes_end=trained or worker.owes_end,
+    )
     was_member = worker.status in (Status.MEMBER, Status.FINISHED)
     joining = state.join is not None and worker.id.rank in state.join.layout.ranks
     state = _with(state, heir)
@@ -394,6 +400,13 @@ def _switched(state: State, event: e.WorkerSwitched, now: float) -> Outcome:
     plan = state.join
     if plan is None or event.generation != plan.generation or _current(state, event.worker) is None:
         return state, []
+    state, joined = _let_in(state, plan)
+    state, effects = _prepare_join(state, now)
+    return state, [*joined, *effects]
+
+
+def _let_in(state: State, plan: Plan) -> Outcome:
+    """The members have switched to a join plan: those it takes in are members."""
     joined = [
         replace(w, status=Status.MEMBER)
         for w in state.workers.values()
@@ -405,8 +418,7 @@ def _switched(state: State, event: e.WorkerSwitched, now: float) -> Outcome:
         "ranks": [w.id.rank for w in joined],
         "layout": plan.layout.describe(),
     }
-    state, effects = _prepare_join(state, now)
-    return state, [e.Record("joined", fields), *effects]
+    return state, [e.Record("joined", fields)]
 
 
 def _idled(state: State, event: e.WorkerIdled, now: float) -> Outcome:
@@ -472,14 +484,24 @@ def _recovered(recovery: Recovery, step: int, now: float) -> e.Record:
 
 def _finished(state: State, event: e.WorkerFinished, now: float) -> Outcome:
     worker = _current(state, event.worker)
-    if worker is None or worker.status is not Status.MEMBER:
+    if worker is None or worker.status not in (Status.READY, Status.MEMBER):
         return state, []
-    state = _with(state, replace(worker, status=Status.FINISHED))
-    if state.phase is Phase.RUNNING and all(w.status is Status.FINISHED for w in state.members()):
-        return replace(state, phase=Phase.DONE), [e.EndJob(True)]
-    if state.join is not None:
-        return _begin_recovery(state, None, now)
-    return state, []
+    effects: Effects = []
+    if worker.status is Status.READY and state.join is not None:
+        # It joined at the last step's end, and says so before any of those who let it in.
+        state, effects = _let_in(state, state.join)
+    state = _with(state, replace(worker, status=Status.FINISHED, owes_end=False))
+    if state.phase is Phase.RUNNING and _all_finished(state):
+        return replace(state, phase=Phase.DONE), [*effects, e.EndJob(True)]
+    state, more = _begin_recovery(state, None, now) if state.join is not None else _prepare_join(state, now)
+    return state, [*effects, *more]
+
+
+def _all_finished(state: State) -> bool:
+    """Whether the user's function has returned wherever it got to the last step."""
+    return all(w.status is Status.FINISHED for w in state.members()) and not any(
+        w.owes_end for w in state.workers.values()
+    )
 
 
 def _raised(state: State, event: e.WorkerRaised, now: float) -> Outcome:

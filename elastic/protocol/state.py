@@ -61,6 +61,7 @@ class Worker:
     status: Status = Status.STARTING
     peer: Mapping[str, Any] | None = None
     deaths: int = 0  # of its rank since the last commit
+    owes_end: bool = False  # its rank died after the last step, in what the user's function does then
 
 
 @dataclass(frozen=True, kw_only=True)

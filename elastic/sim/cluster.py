@@ -28,7 +28,6 @@ class Ledger:
         self._expected = expected
         self._plans: dict[int, str] = {}
         self._owners: dict[tuple[int, int], int] = {}  # generation, shard -> rank
-        self.final: dict[int, ShardState] = {}
 
     def agreed(self, step: int, agreement: str) -> None:
         """A worker passed the agreement of a step."""
@@ -47,17 +46,21 @@ class Ledger:
                 raise AssertionError(f"shard {shard} has two owners in generation {generation}")
 
     def ended(self, workers: list[SimWorker]) -> None:
-        """The job succeeded: every shard is there once, with the bytes of the undisturbed run."""
+        """The job succeeded: every shard is there, with the bytes of the undisturbed run."""
         for worker in workers:
-            if worker.version != self._job.steps:
+            if worker.version != self._job.steps or not worker.finished:
                 raise AssertionError(f"{worker.id} ended at version {worker.version} of {self._job.steps}")
             for shard in worker.owned:
-                if shard in self.final:
-                    raise AssertionError(f"shard {shard} has two owners at the end")
-                self.final[shard] = ShardState(worker.values[shard], worker.optimizer[shard])
-        for shard, state in enumerate(self._expected.states):
-            if self.final.get(shard) != state:
-                raise AssertionError(f"shard {shard} ends as {self.final.get(shard)}, undisturbed as {state}")
+                state, expected = (
+                    ShardState(worker.values[shard], worker.optimizer[shard]),
+                    self._expected.states[shard],
+                )
+                if state != expected:
+                    raise AssertionError(f"shard {shard} ends as {state} on {worker.id}, undisturbed as {expected}")
+        generations = {worker.layout.generation for worker in workers if worker.layout is not None}
+        owned = sorted(shard for worker in workers for shard in worker.owned)
+        if len(generations) == 1 and owned != list(range(len(self._expected.states))):
+            raise AssertionError(f"the shards owned at the end are {owned}")
 
 
 @dataclass
@@ -111,7 +114,7 @@ class Cluster:
     def join(self, node: str, slots: int) -> None:
         """A node's agent registers."""
         self.keepers[node] = Keeper()
-        self.happened(e.NodeJoined(node, f"host-{node}", slots, f"{node}:1"))
+        self.happened(e.NodeJoined(node, f"host-{node}", slots, node))
         self._beat(node)
 
     def _beat(self, node: str) -> None:

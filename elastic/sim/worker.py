@@ -295,7 +295,7 @@ class SimWorker:
             self._update(agreement, self.gradients)
         was_current = not fresh and self.values_version == version
         self._take_places(plan, version)
-        yield from self._restore(version)
+        yield from self._restore(version, orders.keepers)
         if self.rank in plan.refresh:
             self.values_version = -1
         yield from self._publish(version, plan.layout, plan.refresh)
@@ -333,12 +333,13 @@ class SimWorker:
         self.owned = kept if version > 0 else set(shards)
         self.owned_version = version
 
-    def _restore(self, version: int) -> Steps[None]:
+    def _restore(self, version: int, keepers: Collection[str]) -> Steps[None]:
         missing = self.mine - self.owned
         if not missing:
             return
-        for keeper in self.around.keepers.values():
+        for address in keepers:
             yield self.around.world.between(0.001, 0.02)
+            keeper = self.around.keepers[address]
             for shard, state in keeper.fetch(sorted(self.mine - self.owned), version).items():
                 self._load(shard, state)
                 self.owned.add(shard)
