@@ -37,6 +37,7 @@ class Batches:
             if engine.switch is not None:
                 self._guard(self._switch)
             elif engine.ended():
+                engine.progress.leave()
                 return
             elif engine.current()[1].todo:
                 batch = self._hand_out()
@@ -76,6 +77,7 @@ class Batches:
         engine.pipeline.harvest(state, span, {0: engine.pipeline.take_statistics(0)})
         engine.progress.mark(Phase.COMPUTE, state.step, finished=len(state.held))
         self._guard(self._complete_if_done)
+        engine.progress.leave()
 
     def _complete_if_done(self) -> None:
         engine = self._engine

@@ -85,19 +85,27 @@ class Progress:
         self._counter = 0
         self._place = (-1, Phase.START)
         self._finished = 0
-        self._training = False
+        self._stepped = False  # past the first step, which may take longer than any other
+        self._outside = True  # in the user's own code between steps, which may take what it likes
         self._faults = [f for f in faults if f.rank == rank and f.incarnation == incarnation]
         self._seen: dict[Fault, int] = {}
         self._write()
 
     def _write(self, fault_ns: int = 0) -> None:
         step, phase = self._place
-        values = (self._counter, step, phase, self._finished, self._training, fault_ns)
+        training = self._stepped and not self._outside
+        values = (self._counter, step, phase, self._finished, training, fault_ns)
         _PAGE.pack_into(self._memory, 0, *values)
 
     def tick(self) -> None:
         """Still alive."""
         self._counter += 1
+        self._write()
+
+    def leave(self) -> None:
+        """The user's own code goes on between steps: evaluating, saving, building a model."""
+        self._counter += 1
+        self._outside = True
         self._write()
 
     def mark(self, phase: Phase, step: int, *, finished: int | None = None) -> None:
@@ -106,7 +114,8 @@ class Progress:
         self._place = (step, phase)
         if finished is not None:
             self._finished = finished
-        self._training = step > 0 or self._training
+        self._stepped = self._stepped or step > 0
+        self._outside = False
         self._write()
         if self._faults:
             self._inject(phase, step)

@@ -143,10 +143,12 @@ class Run:
     def _run(self, engine: Engine) -> Iterator[Step]:
         while True:
             while engine.results:
+                self._progress.leave()
                 yield engine.results.pop(0)
             if engine.switch is not None:
                 self._guarded(self._switch)
             elif engine.ended():
+                self._progress.leave()
                 return
             else:
                 self._guarded(_one_step, engine)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 FLOOR_S = 2.0  # never sooner than this while training
-GRACE_S = 60.0  # before the first step is done: kernels are chosen, files are opened
+GRACE_S = 600.0  # in the first step, and in the user's own code between steps: evaluating, saving, opening files
 FACTOR = 10.0  # times the longest pause seen
 
 
