@@ -23,7 +23,7 @@ from .errors import JobEnded, UsageError
 from .membership import AgentMembership, Membership, Solo
 from .progress import Fault, Progress
 from .run import Run
-from .settings import Settings, WorkerContext, resolve
+from .settings import Settings, WorkerContext, resolve, threads
 
 P = ParamSpec("P")
 
@@ -86,6 +86,7 @@ def _run(settings: Settings, context: WorkerContext | None, membership: Membersh
     )
     membership.on_abort = comm.abort
     seed_everything(settings.seed)
+    torch.set_num_threads(threads())
     keep_freed_memory()
     try:
         yield Run(settings, context, comm, comm.peer, membership, progress)

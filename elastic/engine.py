@@ -36,6 +36,9 @@ from .steps import StepState
 from .zero import ShardedOptimizer
 
 
+_SLACK = 1  # micro-batches in flight beyond 1F1B's: hides the latency of links and uneven stages
+
+
 @dataclass(frozen=True)
 class Step:
     """A committed step: its index, its global mean loss (None where the user computes it), the gradient's norm."""
@@ -116,8 +119,8 @@ class Engine:
     def compute(self) -> None:
         """Run this rank's remaining segments of the step."""
         layout, state = self.current()
-        stages_after = sum(stage.start >= layout.stage_of(self.rank).start for stage in layout.stages)
-        self.pipeline.run(state, depth=stages_after)
+        stages_from_here = sum(stage.start >= layout.stage_of(self.rank).start for stage in layout.stages)
+        self.pipeline.run(state, depth=stages_from_here + _SLACK)
 
     def complete(self) -> None:
         """Reduce, agree, update and commit the step whose micro-batches are done."""

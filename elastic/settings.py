@@ -76,6 +76,15 @@ def _whole(name: str, text: str) -> int:
         raise UsageError(f"{name} must be a whole number, got {text!r}") from None
 
 
+def threads() -> int:
+    """Threads of a worker: OMP_NUM_THREADS, else one. Pinned, since another number may give other bits."""
+    text = os.environ.get("OMP_NUM_THREADS", "1")
+    count = _whole("OMP_NUM_THREADS", text)
+    if count < 1:
+        raise UsageError(f"OMP_NUM_THREADS must be at least 1, got {text!r}")
+    return count
+
+
 @dataclass(frozen=True, kw_only=True)
 class WorkerContext:
     """What the node agent tells a worker it forks; absent in a script that runs without the launcher."""
