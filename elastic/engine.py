@@ -35,7 +35,6 @@ from .stack import LayerStack
 from .steps import StepState
 from .zero import ShardedOptimizer
 
-
 _SLACK = 1  # micro-batches in flight beyond 1F1B's: hides the latency of links and uneven stages
 
 
