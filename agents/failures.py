@@ -23,11 +23,16 @@ class Failures:
         self._found.clear()
 
     def report(self) -> str:
-        """What torchrun prints; empty if nothing failed here. Passes a worker's error file on to our caller's place."""
+        """What torchrun prints; empty if nothing failed here."""
         if not self._found:
             return ""
         error = ChildFailedError(self._role, self._found)
         _, first = error.get_first_failure()
-        if os.environ.get("TORCHELASTIC_ERROR_FILE") and os.path.isfile(first.error_file):
-            get_error_handler().dump_error_file(first.error_file, first.exitcode)
+        pass_on(first.error_file, first.exitcode)
         return str(error) + "\n"
+
+
+def pass_on(error_file: str, status: int) -> None:
+    """Copy a worker's error file to where our own caller looks for one."""
+    if os.environ.get("TORCHELASTIC_ERROR_FILE") and os.path.isfile(error_file):
+        get_error_handler().dump_error_file(error_file, status)

@@ -22,7 +22,7 @@ from ..comms.rpc import AgentStream, Unreachable
 from ..elastic.protocol.liveness import FLOOR_S
 from ..elastic.protocol.state import Config
 from .coordinator import CoordinatorServer, PortTaken
-from .logs import WorkerLogs
+from .logs import WorkerLogs, discard
 from .node import AgentError, NodeAgent, NodeConfig, Outcome
 
 CONNECT_TIMEOUT_S = 60.0  # torchrun waits as long for its store
@@ -67,6 +67,9 @@ def parser() -> argparse.ArgumentParser:
 def parse_command(arguments: Sequence[str]) -> Command:
     """Parse a command line. Raises LaunchError for what torch's configuration refuses."""
     parsed = parser().parse_args(list(arguments))
+    if not (parsed.module or parsed.no_python) and not Path(parsed.training_script).is_file():
+        raise LaunchError(f"no such script: {parsed.training_script}")
+    _node_range(parsed.nnodes)
     with _quiet_torch():
         try:
             config, target, rest = config_from_args(parsed)
@@ -76,6 +79,14 @@ def parse_command(arguments: Sequence[str]) -> Command:
     program = _program(parsed, target, rest)
     endpoint = _chosen_endpoint(parsed, config.max_nodes)
     return Command(config, program, own, int(parsed.node_rank), endpoint, bool(parsed.log_dir))
+
+
+def _node_range(text: str) -> tuple[int, int]:
+    """The least and the greatest number of nodes in N or MIN:MAX."""
+    low, _, high = str(text).partition(":")
+    if not low.isdigit() or not (high or low).isdigit() or not 0 < int(low) <= int(high or low):
+        raise LaunchError(f"--nnodes must be N or MIN:MAX, got {text!r}")
+    return int(low), int(high or low)
 
 
 def _chosen_endpoint(parsed: argparse.Namespace, max_nodes: int) -> str:
@@ -97,8 +108,6 @@ def _program(parsed: argparse.Namespace, target: Any, rest: list[str]) -> dict[s
         return {"kind": "command", "target": str(target), "arguments": arguments}
     if parsed.module:
         return {"kind": "module", "target": script, "arguments": arguments}
-    if not Path(script).is_file():
-        raise LaunchError(f"no such script: {script}")
     return {"kind": "script", "target": script, "arguments": arguments}
 
 
@@ -117,8 +126,7 @@ def _quiet_torch() -> Iterator[None]:
 def run(arguments: Sequence[str]) -> int:
     """Run a node of a job to its end; returns the exit status."""
     try:
-        command = parse_command(arguments)
-        outcome = _run_node(command)
+        outcome = _run_node(parse_command(arguments))
     except (LaunchError, AgentError) as error:
         print(f"everstep: error: {error}", file=sys.stderr)
         return 2
@@ -140,22 +148,31 @@ def _conclude(outcome: Outcome) -> int:
 
 
 def _run_node(command: Command) -> Outcome:
-    with contextlib.ExitStack() as stack:
-        job = str(command.torch.run_id)
-        if not command.endpoint:
-            job = uuid.uuid4().hex[:12] if job == "none" else job
-        address = _coordinate(command, job, stack)
-        timeout_s = min(CONNECT_TIMEOUT_S, _join_timeout(command))
-        try:
-            stream = AgentStream(address, timeout_s)
-        except Unreachable:
-            raise LaunchError(
-                f"no coordinator answers at {address} within {timeout_s:g} s: check --rdzv-endpoint, and that "
-                "the first node is up (if the port is in use by something else, choose another)"
-            ) from None
-        agent = NodeAgent(_node_config(command, job, address), stream)
-        _stop_on_signals(agent)
-        return agent.run()
+    outcome = None
+    try:
+        with contextlib.ExitStack() as stack:
+            job = str(command.torch.run_id)
+            if not command.endpoint:
+                job = uuid.uuid4().hex[:12] if job == "none" else job
+            address = _coordinate(command, job, stack)
+            agent = NodeAgent(_node_config(command, job, address), _connect(address, _join_timeout(command)))
+            _stop_on_signals(agent, _signals(command))
+            outcome = agent.run()
+            return outcome
+    finally:
+        if not command.log_dir_chosen and command.torch.logs_specs is not None:
+            discard(command.torch.logs_specs, succeeded=outcome is not None and outcome.succeeded)
+
+
+def _connect(address: str, join_timeout_s: float) -> AgentStream:
+    timeout_s = min(CONNECT_TIMEOUT_S, join_timeout_s)
+    try:
+        return AgentStream(address, timeout_s)
+    except Unreachable:
+        raise LaunchError(
+            f"no coordinator answers at {address} within {timeout_s:g} s: check --rdzv-endpoint, and that the first "
+            "node is up (if the port is in use by something else, choose another)"
+        ) from None
 
 
 def _coordinate(command: Command, job: str, stack: contextlib.ExitStack) -> str:
@@ -217,7 +234,7 @@ def _is_local(host: str) -> bool:
 
 def _node_config(command: Command, job: str, address: str) -> NodeConfig:
     torch, own = command.torch, command.own
-    environment = dict(os.environ)
+    environment = {**os.environ, "TORCHELASTIC_SIGNALS_TO_HANDLE": _signals(command)}
     for name in _OVERRIDES:
         value = getattr(own, f"es_{name.replace('-', '_')}")
         if value is not None:
@@ -225,13 +242,7 @@ def _node_config(command: Command, job: str, address: str) -> NodeConfig:
     if own.es_config:
         environment["EVERSTEP_CONFIG"] = own.es_config
     assert torch.logs_specs is not None
-    logs = WorkerLogs(
-        torch.logs_specs,
-        torch.nproc_per_node,
-        torch.role,
-        torch.log_line_prefix_template,
-        chosen=command.log_dir_chosen,
-    )
+    logs = WorkerLogs(torch.logs_specs, torch.nproc_per_node, torch.role, torch.log_line_prefix_template)
     return NodeConfig(
         job=job,
         node=f"{socket.gethostname()}-{os.getpid()}",
@@ -259,12 +270,19 @@ def _address_towards(address: str) -> str:
     return name
 
 
-def _stop_on_signals(agent: NodeAgent) -> None:
+def _signals(command: Command) -> str:
+    """Torchrun's --signals-to-handle, which newer versions of torch have."""
+    return str(getattr(command.torch, "signals_to_handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT"))
+
+
+def _stop_on_signals(agent: NodeAgent, names: str) -> None:
     def stop(number: int, frame: Any) -> None:
         agent.stop(f"stopped by {signal.Signals(number).name}")
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, stop)
+    for name in names.split(","):
+        if name.strip() not in signal.Signals.__members__:
+            raise LaunchError(f"--signals-to-handle: there is no signal {name.strip()!r}")
+        signal.signal(signal.Signals[name.strip()], stop)
 
 
 def coordinate(arguments: Sequence[str]) -> int:
@@ -278,10 +296,8 @@ def coordinate(arguments: Sequence[str]) -> int:
     own = parse.parse_args(list(arguments))
     try:
         host, port = _endpoint(own.bind)
-        low, _, high = own.nnodes.partition(":")
-        if not low.isdigit() or not (high or low).isdigit() or not 0 < int(low) <= int(high or low):
-            raise LaunchError(f"--nnodes must be N or MIN:MAX, got {own.nnodes!r}")
-        config = Config(min_nodes=int(low), max_nodes=int(high or low), max_restarts=own.max_restarts)
+        low, high = _node_range(own.nnodes)
+        config = Config(min_nodes=low, max_nodes=high, max_restarts=own.max_restarts)
         with contextlib.ExitStack() as stack:
             events = stack.enter_context(_open_events(own.es_events)) if own.es_events else None
             server = CoordinatorServer(own.rdzv_id, config, f"{host}:{port}", events=events, store_host=host)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from pathlib import Path
 from typing import Any
 
 from torch.distributed.elastic.multiprocessing.api import LogsDest, LogsSpecs
@@ -13,14 +14,11 @@ from torch.distributed.elastic.multiprocessing.tail_log import TailLog
 class WorkerLogs:
     """The log destinations of one node's workers, per restart."""
 
-    def __init__(
-        self, specs: LogsSpecs, slots: int, role: str, prefix_template: str | None = None, *, chosen: bool
-    ) -> None:
+    def __init__(self, specs: LogsSpecs, slots: int, role: str, prefix_template: str | None = None) -> None:
         self._specs = specs
         self._slots = slots
         self._role = role
         self._prefix_template = prefix_template
-        self._chosen = chosen
         self._attempt = ""
         self._destinations: LogsDest | None = None
         self._tails: list[Any] = []
@@ -58,10 +56,15 @@ class WorkerLogs:
         ):
             self._tails.append(TailLog(self._role, files, stream, prefixes).start())
 
-    def close(self, *, keep: bool = True) -> None:
-        """Print what is left of teed output, and stop. Without `keep`, a folder that torch made for us goes."""
+    def close(self) -> None:
+        """Print what is left of teed output, and stop."""
         for tail in self._tails:
             tail.stop()
         self._tails.clear()
-        if not keep and not self._chosen:
-            shutil.rmtree(self._specs.root_log_dir, ignore_errors=True)
+
+
+def discard(specs: LogsSpecs, *, succeeded: bool) -> None:
+    """Remove the folder that torch made for a job without --log-dir, unless it holds what tells of a failure."""
+    folder = Path(specs.root_log_dir)
+    if succeeded or not any(path.is_file() for path in folder.rglob("*")):
+        shutil.rmtree(folder, ignore_errors=True)

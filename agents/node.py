@@ -26,7 +26,7 @@ from ..elastic.protocol.events import WorkerId
 from ..elastic.protocol.liveness import FLOOR_S
 from ..elastic.settings import WorkerContext
 from .environment import program_for, torch_environment, worker_environment
-from .failures import Failures
+from .failures import Failures, pass_on
 from .logs import WorkerLogs
 from .preloader import Preloader
 from .workers import WorkerProcess
@@ -140,7 +140,7 @@ class NodeAgent:
         if self._keeper is not None:
             self._keeper.kill()
             self._keeper.wait()
-        self.config.logs.close(keep=self.outcome is None or not self.outcome.succeeded)
+        self.config.logs.close()
         self.stream.close()
         self._selector.close()
 
@@ -207,6 +207,8 @@ class NodeAgent:
     def _on_end(self, message: pb.EndJob) -> None:
         self.outcome = Outcome(message.succeeded, message.why, message.detail, message.rank)
         for worker in self.workers.values():
+            if worker.id.rank == message.rank:
+                pass_on(worker.error_file, 1)
             worker.send(b'{"kind":"end"}')
             if not message.succeeded:
                 worker.terminate()
@@ -243,6 +245,8 @@ class NodeAgent:
             self._fork_waiting()
         elif kind == "forked":
             self._forked(WorkerId(answer["rank"], answer["incarnation"]), answer["pid"])
+        elif kind == "failed":
+            raise AgentError(f"--es-preload: {answer['why']}")
         elif kind == "exited":
             for worker in self.workers.values():
                 if worker.pid == answer["pid"]:
@@ -255,10 +259,7 @@ class NodeAgent:
         was_ready, status = self._preloader.ready, self._preloader.close()
         self._preloader = None
         if not was_ready:
-            raise AgentError(
-                f"the process that workers are forked from ended with status {status} before it was ready"
-                + (": check --es-preload" if self.config.preload else "")
-            )
+            raise AgentError(f"the process that workers are forked from ended with status {status} before it was ready")
         self._waiting += [(self.workers[worker], start) for worker, start in self._asked.items()]
         self._asked.clear()
         if self.outcome is None:

@@ -191,7 +191,8 @@ def main() -> None:
     try:
         warm_up(sys.argv[2:])
     except ImportError as error:
-        sys.exit(f"everstep: error: --es-preload: {error}")
+        channel.send(json.dumps({"kind": "failed", "why": str(error)}).encode())
+        sys.exit(1)
     Preloaded(channel).serve()
 
 

@@ -74,7 +74,8 @@ class TreeSum:
             other = self.nodes.pop(sibling)
             if node.index % 2:
                 value, other = other, value
-            torch._foreach_add_(value, other)  # left += right
+            if value:  # a layer may have no parameters
+                torch._foreach_add_(value, other)  # left += right
             node = promote(Node(node.level + 1, node.index // 2), self.leaves)
         self.nodes[node] = value
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
+import socket
 import threading
 from collections.abc import Iterator
 from concurrent import futures
@@ -142,9 +143,11 @@ def serve(address: str, shell: Any, max_agents: int = 256) -> tuple[grpc.Server,
     options = [*_LIMITS, ("grpc.so_reuseport", 0)]
     server = grpc.server(futures.ThreadPoolExecutor(max_agents + 8), options=options)
     add_CoordinatorServiceServicer_to_server(Servicer(shell), server)  # type: ignore[no-untyped-call]
+    host, _, number = address.rpartition(":")
     try:
+        socket.create_server((host, int(number))).close()  # gRPC would log a line of its own
         port = server.add_insecure_port(address)
-    except RuntimeError:
+    except (RuntimeError, OSError):
         return None
     if port == 0:
         return None

@@ -74,6 +74,47 @@ def finish(process: subprocess.Popen[str], timeout_s: float = HANG_S) -> str:
     return output
 
 
+@dataclass
+class Ended:
+    """How a command ended."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+    def error(self) -> str:
+        """The one line of standard error; asserts that it is one, and ours."""
+        lines = self.stderr.strip().splitlines()
+        assert len(lines) == 1, self.stderr
+        assert lines[0].startswith("everstep: error: "), self.stderr
+        assert self.status not in (0, None), self
+        return lines[0].removeprefix("everstep: error: ")
+
+
+def command(arguments: list[str], environment: dict[str, str] | None = None, timeout_s: float = HANG_S) -> Ended:
+    """Run a Python command line in a session of its own; kills the session if it hangs."""
+    process = subprocess.Popen(
+        [sys.executable, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONWARNINGS": "ignore", **(environment or {})},
+        start_new_session=True,
+    )
+    try:
+        stdout, stderr = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        stdout, stderr = process.communicate()
+        raise AssertionError(f"hung for {timeout_s:g} s: {arguments}\n{stdout[-2000:]}\n{stderr[-4000:]}") from None
+    return Ended(process.returncode, stdout, stderr)
+
+
+def everstep(*arguments: str, environment: dict[str, str] | None = None, timeout_s: float = HANG_S) -> Ended:
+    """Run the `everstep` command."""
+    return command(["-m", "everstep", *arguments], environment, timeout_s)
+
+
 def run_job(
     *,
     nproc: int,

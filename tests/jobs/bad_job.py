@@ -1,0 +1,170 @@
+"""Scripts with one mistake each; the first argument says which."""
+
+import os
+import sys
+
+import torch
+from torch import nn
+
+import everstep
+
+RANK = int(os.environ.get("RANK", "0"))
+SETTINGS = {"steps": 4, "global_batch_size": 8, "micro_batch_size": 2}
+
+
+class Uncuttable(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, inputs):
+        return self.layer(inputs)
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        yield torch.ones(4), torch.ones(4)
+
+
+def samples(count=32):
+    return [(torch.ones(4) * i, torch.zeros(4)) for i in range(count)]
+
+
+def stack(width=4):
+    return nn.Sequential(nn.Linear(width, 4), nn.Tanh(), nn.Linear(4, 4))
+
+
+def sgd(model):
+    return torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def train_steps(run, model, optimizer=None, dataset=None):
+    loss = nn.functional.mse_loss
+    for _ in run.steps(model, optimizer or sgd(model), samples() if dataset is None else dataset, loss_fn=loss):
+        pass
+
+
+def batch_size(run):
+    raise AssertionError("the settings are refused first")
+
+
+def layers(run):
+    train_steps(run, stack())
+
+
+def workers(run):
+    train_steps(run, stack())
+
+
+def uncuttable(run):
+    train_steps(run, Uncuttable())
+
+
+def small_dataset(run):
+    train_steps(run, stack(), dataset=samples(5))
+
+
+def iterable(run):
+    train_steps(run, stack(), dataset=Stream())
+
+
+def foreign_parameters(run):
+    train_steps(run, stack(), optimizer=sgd(stack()))
+
+
+def optimizer_state(run):
+    model = stack()
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.ones(4)).sum().backward()
+    optimizer.step()
+    train_steps(run, model, optimizer=optimizer)
+
+
+def nothing(run):
+    pass
+
+
+def prepare_stages(run):
+    model = stack()
+    run.prepare(model, sgd(model), samples())
+
+
+def scheduler(run):
+    model = stack()
+    model, optimizer, _ = run.prepare(model, sgd(model), samples())
+    torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+
+
+def no_step(run):
+    model = stack()
+    model, _, batches = run.prepare(model, sgd(model), samples())
+    for inputs, targets in batches:
+        nn.functional.mse_loss(model(inputs), targets).backward()
+
+
+def loss_shape(run):
+    model = stack()
+    for _ in run.steps(model, sgd(model), samples(), loss_fn=lambda output, targets: output):
+        pass
+
+
+def buffer_changes(run):
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, inputs):
+            self.calls += 1
+            return self.layer(inputs)
+
+    train_steps(run, Counting())
+
+
+def models_differ(run):
+    train_steps(run, stack() if RANK == 0 else nn.Sequential(*stack(), nn.Linear(4, 4)))
+
+
+def values_differ(run):
+    torch.manual_seed(RANK)
+    train_steps(run, stack())
+
+
+def settings_differ(run):
+    train_steps(run, stack())
+
+
+def optimizers_differ(run):
+    model = stack()
+    train_steps(run, model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1 + RANK))
+
+
+def exception(run):
+    for step in run.steps(model := stack(), sgd(model), samples(), loss_fn=nn.functional.mse_loss):
+        if step.index == 1 and run.rank == run.world_size - 1:
+            raise ValueError("the user's own mistake\nin two lines")
+
+
+def exits(run):
+    for step in run.steps(model := stack(), sgd(model), samples(), loss_fn=nn.functional.mse_loss):
+        if step.index == 1 and run.rank == 0:
+            sys.exit(3)
+
+
+OVERRIDES = {
+    "batch_size": {"global_batch_size": 7},
+    "layers": {"stages": 4},
+    "workers": {"stages": 3},
+    "uncuttable": {"stages": 2},
+    "prepare_stages": {"stages": 2},
+    "settings_differ": {"steps": 4 + RANK},
+}
+
+
+def main(case):
+    everstep.elastic(**{**SETTINGS, **OVERRIDES.get(case, {})})(globals()[case])()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
