@@ -431,13 +431,12 @@ def _idled(state: State, event: e.WorkerIdled, now: float) -> Outcome:
 
 
 def _committed(state: State, event: e.WorkerCommitted, now: float) -> Outcome:
-    if _current(state, event.worker) is None or event.step <= state.committed:
+    if _current(state, event.worker) is None or event.step <= state.committed or state.layout is None:
         return state, []
     workers = {rank: replace(w, deaths=0) for rank, w in state.workers.items()}
     state = replace(state, committed=event.step, workers=workers)
     if event.step > state.agreed:
         state = replace(state, agreed=event.step, agreement=event.agreement)
-    assert state.layout is not None
     fields = {
         "step": event.step,
         "loss": event.loss,

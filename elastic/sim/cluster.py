@@ -12,6 +12,7 @@ from ..protocol import events as e
 from ..protocol.state import Config, Phase, State
 from .links import Key
 from .snapshots import Keeper
+from .transcript import brief
 from .values import Reference, ShardState
 from .worker import SimWorker, Surroundings
 from .world import Pipe, Process, World
@@ -112,7 +113,9 @@ class Cluster:
     # ------------------------------------------------------------ nodes
 
     def join(self, node: str, slots: int) -> None:
-        """A node's agent registers."""
+        """A node's agent registers, unless the job is over."""
+        if self.outcome is not None:
+            return
         self.keepers[node] = Keeper()
         self.happened(e.NodeJoined(node, f"host-{node}", slots, node))
         self._beat(node)
@@ -131,7 +134,7 @@ class Cluster:
         self.state, effects = coordinator.step(before, event, self.world.now)
         invariants.check_step(before, self.state, effects)
         if effects:
-            self.log.append(f"{self.world.now:.4f} {_brief(event)} -> {', '.join(map(_brief, effects))}")
+            self.log.append(f"{self.world.now:.4f} {brief(event)} -> {', '.join(map(brief, effects))}")
         for effect in effects:
             self._carry_out(effect)
         self._check_versions()
@@ -247,21 +250,3 @@ class Cluster:
     def done(self) -> bool:
         """Whether the job ended and all have heard of it."""
         return self.state.phase is Phase.DONE and all(r.process.ended or r.dead for r in self.running.values())
-
-
-def _brief(item: e.Event | e.Effect) -> str:
-    """An event or effect on a few characters."""
-    name = type(item).__name__
-    worker = getattr(item, "worker", None)
-    generation = getattr(item, "generation", None)
-    if isinstance(item, e.CarryOut):
-        generation = item.plan.generation
-    if isinstance(item, e.Record):
-        return f"({item.event})"
-    parts = [str(worker)] if worker is not None else []
-    parts += [f"g{generation}"] if generation is not None else []
-    if isinstance(item, e.StartWorkers):
-        parts.append(" ".join(map(str, item.workers)))
-    if isinstance(item, e.EndJob):
-        parts.append("succeeded" if item.succeeded else item.why)
-    return f"{name}[{' '.join(parts)}]" if parts else name

@@ -108,7 +108,7 @@ def simulate(seed: int, shape: Shape, *, faults: list[Fault] | None = None, timi
     for number, count in enumerate(slots):
         cluster.join(f"node{number}", count)
     if shape.late_slots:
-        world.after(rng.uniform(0.2, horizon_s), lambda: cluster.outcome or cluster.join("late", shape.late_slots))
+        world.after(rng.uniform(0.2, horizon_s), lambda: cluster.join("late", shape.late_slots))
     try:
         _run(world, cluster, injector, horizon_s)
     except Exception as error:

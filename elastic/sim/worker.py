@@ -283,6 +283,7 @@ class SimWorker:
         """Enter the plan's generation with everything it asks for in place."""
         plan = orders.plan
         peers = {rank: e.WorkerId(rank, peer["incarnation"]) for rank, peer in orders.peers.items()}
+        yield self.around.world.between(0.0, 0.003)
         self.links.edit(plan.generation, peers)
         if self.control.superseded(plan.generation):
             raise Aborted

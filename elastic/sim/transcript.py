@@ -1,0 +1,37 @@
+"""Events and effects as text for people: what transcripts are made of."""
+
+from __future__ import annotations
+
+from ...resharding.plan import Plan
+from ..protocol import events as e
+
+
+def brief(item: e.Event | e.Effect) -> str:
+    """An event or effect in a few characters."""
+    if isinstance(item, e.Record):
+        return f"({item.event})"
+    if isinstance(item, e.CarryOut):
+        return f"CarryOut[{item.worker} g{item.plan.generation}]"
+    parts = [str(item.worker)] if hasattr(item, "worker") else []
+    parts += [f"g{item.generation}"] if hasattr(item, "generation") else []
+    if isinstance(item, e.StartWorkers | e.KillWorkers):
+        parts += [item.node, *map(str, item.workers)]
+    if isinstance(item, e.NodeJoined | e.NodeLost | e.HeartbeatReceived | e.RefuseNode):
+        parts.append(item.node)
+    if isinstance(item, e.WorkerCommitted):
+        parts.append(f"step {item.step}")
+    if isinstance(item, e.EndJob):
+        parts.append("succeeded" if item.succeeded else f"failed: {item.why}")
+    name = type(item).__name__
+    return f"{name}[{' '.join(parts)}]" if parts else name
+
+
+def brief_plan(plan: Plan) -> str:
+    """A plan on one line: who, from which version, and how much of what."""
+    version = "at the switch" if plan.version is None else f"version {plan.version}"
+    parts = [f"g{plan.generation}", version, plan.layout.describe()]
+    parts += [f"fresh {','.join(map(str, plan.fresh))}"] if plan.fresh else []
+    parts += [f"refresh {','.join(map(str, plan.refresh))}"] if plan.refresh else []
+    parts += [f"{len(plan.gains)} gains", f"{len(plan.work)} to run ({len(plan.started)} started)"]
+    parts += [f"{len(plan.kept)} kept"]
+    return "; ".join(parts)
