@@ -205,8 +205,7 @@ class AgentMembership(Membership):
 
     def wait_for_end(self, on_wait: Callable[[], None]) -> bool:
         with self._changed:
-            seen = self._aborted
-            while not self._ended and self._aborted == seen:
+            while not self._ended and self._aborted <= self._reported:
                 self._changed.wait(0.05)
                 on_wait()
             return self._ended
