@@ -1,0 +1,121 @@
+"""Shard records and snapshot segments: what goes in comes out, what is torn or flipped does not."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from everstep.checkpointing.record import read_record, record_bytes, write_record
+from everstep.checkpointing.segment import SLOTS, Segment, plan_entries
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+DTYPES = ("float32", "float64", "float16", "bfloat16", "int8", "uint8", "int16", "int32", "int64", "bool", "complex64")
+NAMES = st.text(min_size=1, max_size=12)
+
+
+@st.composite
+def tensors(draw) -> Tensor:
+    """Any dtype and shape, 0-dimensional and empty ones too, any bits."""
+    dtype = getattr(torch, draw(st.sampled_from(DTYPES)))
+    shape = draw(st.lists(st.integers(0, 5), max_size=3))
+    count = math.prod(shape)
+    if dtype is torch.bool:
+        return torch.tensor(draw(st.lists(st.booleans(), min_size=count, max_size=count)), dtype=dtype).view(shape)
+    size = count * torch.empty(0, dtype=dtype).element_size()
+    data = draw(st.binary(min_size=size, max_size=size))
+    return torch.frombuffer(bytearray(data), dtype=dtype).view(shape) if size else torch.empty(shape, dtype=dtype)
+
+
+PLAIN = st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False) | st.text(max_size=8)
+STATES = st.dictionaries(NAMES, tensors() | PLAIN, max_size=5)
+
+
+def same(left: Tensor, right: Tensor) -> bool:
+    def bits(tensor: Tensor) -> bytes:
+        return tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+
+    return left.dtype == right.dtype and left.shape == right.shape and bits(left) == bits(right)
+
+
+@given(STATES)
+def test_a_record_comes_back_bit_for_bit(state: dict[str, object]) -> None:
+    out = torch.zeros(record_bytes(state) + 128, dtype=torch.uint8)
+    length = write_record(state, out)
+    assert length == record_bytes(state)
+    again = read_record(out[:length].numpy().tobytes())
+    assert list(again) == list(state)
+    for name, value in state.items():
+        if isinstance(value, Tensor):
+            assert same(again[name], value)
+        else:
+            assert again[name] == value
+            assert type(again[name]) is type(value)
+
+
+def test_a_view_with_strides_is_recorded_as_it_reads() -> None:
+    state = {"value": torch.arange(12.0).view(3, 4).t()}
+    out = torch.zeros(record_bytes(state), dtype=torch.uint8)
+    write_record(state, out)
+    assert torch.equal(read_record(out.numpy().tobytes())["value"], state["value"])
+
+
+def test_what_is_no_record() -> None:
+    with pytest.raises(ValueError, match="does not begin with its contents"):
+        read_record(b"\x08" + b"\0" * 7 + b"not JSON")
+
+
+SIZES = st.lists(st.tuples(st.integers(0, 300), st.integers(0, 300)), min_size=1, max_size=5)
+
+
+@given(SIZES)
+def test_slots_do_not_overlap(sizes: list[tuple[int, int]]) -> None:
+    segment = Segment.create([(shard, *pair) for shard, pair in enumerate(sizes)])
+    places = []
+    for shard, entry in segment.entries.items():
+        places.append((entry.offset, entry.offset + 32 * len(SLOTS)))
+        for slot in range(len(SLOTS)):
+            start = segment.open_slot(shard, slot, 0)
+            places.append((start, start + sizes[shard][slot // 2]))
+    places.sort()
+    assert all(a[1] <= b[0] for a, b in itertools.pairwise(places))
+    assert places[-1][1] <= plan_entries([(i, *pair) for i, pair in enumerate(sizes)])[1]
+    segment.close()
+
+
+@given(st.binary(min_size=1, max_size=200), st.integers(0, 3), st.integers(0, 9), st.data())
+def test_a_slot_is_valid_only_when_sealed_and_whole(data: bytes, slot: int, version: int, draw: st.DataObject) -> None:
+    segment = Segment.create([(7, 200, 200), (8, 10, 10)])
+    assert segment.stored(7, slot) is None
+    start = segment.open_slot(7, slot, len(data))
+    written = draw.draw(st.integers(0, len(data)))
+    segment.memory[start : start + written] = data[:written]
+    assert segment.stored(7, slot) is None, "torn: not sealed"
+    segment.memory[start : start + len(data)] = data
+    segment.seal_slot(7, slot, version, len(data))
+    stored = segment.stored(7, slot)
+    assert stored is not None
+    assert (stored.version, segment.read(stored)) == (version, data)
+    assert [segment.stored(7, other) for other in range(4) if other != slot] == [None] * 3
+    assert segment.newest() == (version if slot < 2 else -1)
+    flipped = start + draw.draw(st.integers(0, len(data) - 1))
+    segment.memory[flipped : flipped + 1] = bytes([segment.memory[flipped] ^ 1 << draw.draw(st.integers(0, 7))])
+    assert segment.read(stored) is None, "a flipped bit is seen"
+    segment.open_slot(7, slot, len(data))
+    assert segment.stored(7, slot) is None, "torn: being written again"
+    segment.close()
+
+
+@given(st.integers(11, 500), st.integers(0, 3))
+def test_a_state_that_grew_is_refused(length: int, slot: int) -> None:
+    segment = Segment.create([(1, 10, 10)])
+    capacity = 64  # slots are aligned
+    if length > capacity:
+        with pytest.raises(ValueError, match="grew after its first step"):
+            segment.open_slot(1, slot, length)
+    else:
+        segment.open_slot(1, slot, length)
+    segment.close()
