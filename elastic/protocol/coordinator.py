@@ -178,8 +178,8 @@ def _difference(ours: e.Job, theirs: e.Job, rank: int) -> str:
         return f"rank {rank} built another model than the others{shown}: build the same model on every rank"
     if ours.optimizer != theirs.optimizer:
         return (
-            f"rank {rank} built another optimizer than the others ({theirs.optimizer}, not {ours.optimizer}): build the "
-            "same one on every rank"
+            f"rank {rank} built another optimizer than the others ({theirs.optimizer}, not {ours.optimizer}): "
+            "build the same one on every rank"
         )
     return (
         f"rank {rank} initialised its model with other values than the others: use the same seed (or load the same "
@@ -299,19 +299,10 @@ def _begin_recovery(state: State, cause: e.WorkerDied | None, now: float) -> Out
         detected_s=earlier.detected_s if earlier else detected_s,
         started_s=earlier.started_s if earlier else now,
         lost_steps=earlier.lost_steps if earlier else 0,
+        join=state.join or (earlier.join if earlier else None),
         awaited=frozenset(w.id for w in asked),
     )
-    # A join plan that some may have switched to is as good a starting point as the old layout: who holds what is
-    # taken from the reports.
-    layout = state.join.layout if state.join is not None else state.layout
-    state = replace(
-        state,
-        phase=Phase.RECOVERING,
-        generation=generation,
-        recovery=recovery,
-        layout=layout,
-        join=None,
-    )
+    state = replace(state, phase=Phase.RECOVERING, generation=generation, recovery=recovery, join=None)
     aborts: Effects = [e.AbortGeneration(w.id, generation) for w in asked]
     state, effects = _plan_if_complete(state, now)
     return state, [*aborts, *effects]
@@ -363,11 +354,15 @@ def _plan_if_complete(state: State, now: float) -> Outcome:
 def _recovery_plan(state: State, job: e.Job, reports: list[Report]) -> Plan:
     """Forward to the newest step known to be agreed on; from the seed again if all are fresh and there is none."""
     assert state.layout is not None
+    assert state.recovery is not None
     if state.agreed < 0 and all(report.fresh for report in reports):
         ranks = sorted(report.rank for report in reports)
         layout = initial_layout(job.model, ranks, job.stages, job.micro_batches)
         return plan_start(replace(layout, generation=state.generation))
-    return plan_recovery(job.model, state.layout, reports, state.generation, (state.agreed, state.agreement))
+    # A join that nobody switched to has cost nothing; who holds what is taken from the reports in either case.
+    join, entered = state.recovery.join, max(report.generation for report in reports)
+    old = join.layout if join is not None and entered >= join.generation else state.layout
+    return plan_recovery(job.model, old, reports, state.generation, (state.agreed, state.agreement))
 
 
 def _resumed(state: State, event: e.WorkerResumed, now: float) -> Outcome:

@@ -78,6 +78,7 @@ class Recovery:
     killed_s: float  # when it happened, if that is known, else when it was noticed
     detected_s: float  # when the (first) death was noticed
     started_s: float  # when the coordinator began
+    join: Plan | None = None  # the join plan that some may have switched to
     awaited: frozenset[WorkerId] = frozenset()
     reports: Mapping[WorkerId, Report] = field(default_factory=dict)
     busy_s: float = 0.0

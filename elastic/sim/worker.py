@@ -103,6 +103,7 @@ class SimWorker:
                         yield from self.carry_out(orders)
                     else:
                         yield from self._one_step()
+                        yield self.around.world.between(0.0, self.around.forward_s)  # the user's code between steps
                 except Aborted:
                     yield from self._recover()
             self.mark("end")
@@ -158,7 +159,7 @@ class SimWorker:
         assert self.layout is not None
         assert self.state is not None
         layout, state = self.layout, self.state
-        depth = sum(stage.start >= layout.stage_of(self.rank).start for stage in layout.stages)
+        depth = 1 + sum(stage.start >= layout.stage_of(self.rank).start for stage in layout.stages)
         yield from self.pipeline.run(state, depth)
         yield from self._reduce(layout, state)
         yield from self._agree(state)
