@@ -426,7 +426,8 @@ def _idled(state: State, event: e.WorkerIdled, now: float) -> Outcome:
 
 
 def _committed(state: State, event: e.WorkerCommitted, now: float) -> Outcome:
-    if _current(state, event.worker) is None or event.step <= state.committed or state.layout is None:
+    layout = state.layout
+    if _current(state, event.worker) is None or event.step <= state.committed or layout is None:
         return state, []
     workers = {rank: replace(w, deaths=0) for rank, w in state.workers.items()}
     state = replace(state, committed=event.step, workers=workers)
@@ -436,8 +437,8 @@ def _committed(state: State, event: e.WorkerCommitted, now: float) -> Outcome:
         "step": event.step,
         "loss": event.loss,
         "digest": event.digest,
-        "generation": state.layout.generation,
-        "layout": state.layout.describe(),
+        "generation": layout.generation,
+        "layout": layout.describe(),
     }
     effects: Effects = [e.Record("committed", fields)]
     if state.phase is Phase.RUNNING and state.recovery is not None:
