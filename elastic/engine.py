@@ -153,7 +153,7 @@ class Engine:
         self.snapshots.wait()
         proposal = self.membership.proposed(last=state.step + 1 == self.settings.steps)
         mine = {
-            "norms": {str(i): float(torch.linalg.vector_norm(g)) for i, g in self.gradients.items()},
+            "norms": {str(i): float(torch.linalg.vector_norm(g)) for i, g in self.gradients.items() if self._counts(i)},
             "max_norm": self.max_norm,
             "losses": {str(m): loss for m, loss in state.losses.items()},
             "join": proposal.plan.generation if proposal else 0,
@@ -188,6 +188,10 @@ class Engine:
         self.agreement = json.dumps(agreement, sort_keys=True)
         self.agreed = state.step
 
+    def _counts(self, shard: int) -> bool:
+        """Whether a shard's gradient is one: a batch norm's statistics are averaged the same way, but are none."""
+        return not self.stack.averaged(self.stack.spec.shards[shard].parameter)
+
     def _owned_digest(self) -> int:
         """A digest of the owned shards' snapshots that adds up (xor) to the same total under any ownership."""
         total = 0
@@ -200,7 +204,8 @@ class Engine:
         """Run the optimizer on the owned shards, as agreed."""
         terms = json.loads(agreement)
         self.progress.mark(Phase.UPDATE, terms["step"])
-        self.optimizer.update(scaled(self.gradients, terms["scale"]), terms["groups"])
+        self.pipeline.base_statistics = {}  # the next version's are written now
+        self.optimizer.update(self.gradients, terms["groups"], terms["scale"])
         self.owned_version = terms["step"] + 1
 
     def commit(self, agreement: str) -> None:
@@ -236,10 +241,3 @@ class Engine:
     def ended(self) -> bool:
         """Whether every step is committed."""
         return self.version >= self.settings.steps
-
-
-def scaled(gradients: dict[int, Tensor], scale: float | None) -> dict[int, Tensor]:
-    """Gradients after clipping; the stored ones are left as they are, for a successor to start from."""
-    if scale is None or scale >= 1.0:
-        return gradients
-    return {index: gradient * scale for index, gradient in gradients.items()}

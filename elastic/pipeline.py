@@ -142,7 +142,10 @@ class Pipeline:
             held.data.copy_(base)  # not seen by autograd: a graph in flight does not use the values
 
     def take_statistics(self, number: int) -> list[Tensor]:
-        return [tensor.detach().clone().float().reshape(-1) for tensor in self._averaged(number)]
+        return [
+            tensor.detach().to(accumulation_dtype(tensor.dtype), copy=True).reshape(-1)
+            for tensor in self._averaged(number)
+        ]
 
     def begin_step(self) -> None:
         """Remember the batch-norm statistics that every micro-batch of the step starts from."""

@@ -17,7 +17,7 @@ from ..checkpointing.keeper import KeeperClient
 from ..checkpointing.record import read_record
 from ..comms.communicator import Aborted, Key, Kind
 from ..resharding.plan import Gain, Plan, Report, Span
-from .engine import Engine, scaled
+from .engine import Engine
 from .errors import UsageError
 from .membership import Orders
 from .progress import Phase
@@ -163,7 +163,7 @@ class Recovery:
             lost = [gain for gain in plan.gains if gain.rank == engine.rank and gain.shard not in engine.owned]
             raise LostShards(describe_lost(lost, version, keepers))
         if replays:
-            engine.optimizer.update(scaled(replays, terms["scale"]), terms["groups"])
+            engine.optimizer.update(replays, terms["groups"], terms["scale"])
 
     def _settle(self, plan: Plan, version: int, agreement: str, was_current: bool) -> None:
         """Everything is at `version`: go on with its step."""

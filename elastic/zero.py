@@ -119,8 +119,11 @@ class ShardedOptimizer:
             for name, value in settings.items():
                 group[name] = tuple(value) if isinstance(group.get(name), tuple) else value
 
-    def update(self, gradients: Mapping[int, Tensor], groups: list[dict[str, Any]]) -> None:
-        """One step of the shards named in `gradients` (shard -> one-dimensional gradient), with these settings."""
+    def update(self, gradients: Mapping[int, Tensor], groups: list[dict[str, Any]], scale: float | None = None) -> None:
+        """One step of the shards named in `gradients` (shard -> one-dimensional gradient), with these settings.
+
+        `scale` is what clipping multiplies gradients with. The tensors given are left as they are.
+        """
         for index, parameter in self._parameters.items():
             gradient = gradients.get(index)
             shard = self._shards[index]
@@ -131,7 +134,8 @@ class ShardedOptimizer:
                     gradient.view(parameter.shape).round() if not parameter.is_floating_point() else gradient
                 )
             elif self._group[shard.parameter] is not None:
-                parameter.grad = gradient.to(parameter.device, parameter.dtype).view(parameter.shape)
+                clipped = gradient if scale is None or scale >= 1.0 else gradient * scale
+                parameter.grad = clipped.to(parameter.device, parameter.dtype).view(parameter.shape)
         for group, settings in zip(self._inner.param_groups, groups, strict=True):
             group.update(settings)
         try:

@@ -17,9 +17,8 @@ from tests.jobs import processes_of, wait_until
 
 def left_behind(folder: Path) -> set[str]:
     """What a job could leave: torch's log folders, named shared memory."""
-    return {str(path) for where in (Path("/dev/shm"), folder) for path in where.glob("*everstep-*")} | {
-        str(path) for path in folder.glob("torchelastic_*")
-    }
+    shared = {str(path) for path in Path("/dev/shm").glob("*everstep*")}
+    return shared | {str(path) for path in folder.glob("torchelastic_*")}
 
 
 @pytest.fixture(autouse=True)

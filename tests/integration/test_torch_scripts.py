@@ -105,10 +105,7 @@ def test_flags(tmp_path: Path) -> None:
     script = ENVIRONMENT
     jobs: dict[str, tuple[list[str], dict[str, str]]] = {
         "module": (["-m", "tests.jobs.environment_job", "x"], {"PYTHONPATH": ROOT}),
-        "no_python": (
-            ["--no-python", "sh", "-c", 'echo "{\\"rank\\": $RANK}" > $OUT/$RANK.json; echo $0', "${local_rank}"],
-            {},
-        ),
+        "no_python": (["--no-python", "sh", "-c", "echo $RANK > $OUT/$RANK.json; echo $0", "${local_rank}"], {}),
         "run_path": (["--run-path", script, "x"], {}),
         "pet": ([script], {"PET_NPROC_PER_NODE": "2", "OMP_NUM_THREADS": "3"}),
         "filter": (["--nproc-per-node=2", "--local-ranks-filter=1", script], {}),

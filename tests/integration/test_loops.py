@@ -1,0 +1,56 @@
+"""The user's own loop: any model and optimizer, alone or on several workers, with kills: the same bytes."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.jobs import JOBS, Result, assert_same_state, command, read_result, run_job
+
+STEPS = 9
+KILLS = [
+    {"rank": 0, "phase": "compute", "step": 2, "after": 1},
+    {"rank": 1, "phase": "compute", "step": 3},
+    {"rank": 2, "phase": "reduce", "step": 3},
+    {"rank": 1, "phase": "update", "step": 5, "incarnation": 1},
+    {"rank": 0, "phase": "agree", "step": 6, "incarnation": 1},
+    {"rank": 2, "phase": "commit", "step": 7, "incarnation": 1},
+]
+VARIANTS: dict[str, dict[str, Any]] = {
+    "sgd": {},
+    "whole": {"optimizer": "whole"},
+    "adam-bfloat16": {"optimizer": "adam", "dtype": "bfloat16", "batch_norm": False},
+    "adam-float64": {"optimizer": "adam", "dtype": "float64"},
+}
+
+
+def alone(out: Path, config: dict[str, Any]) -> Result:
+    """`python loop_job.py`, without the launcher."""
+    out.mkdir()
+    (out / "events.jsonl").touch()
+    ended = command([str(JOBS / "loop_job.py"), json.dumps({"out": str(out), "steps": STEPS, **config})])
+    return read_result(out, ended.status, ended.stderr)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_users_loop(name: str, tmp_path: Path) -> None:
+    """Alone, and on three workers of which each is killed twice."""
+    config = VARIANTS[name]
+    with ThreadPoolExecutor(2) as pool:
+        waiting = pool.submit(alone, tmp_path / "alone", config)
+        result = run_job(nproc=3, steps=STEPS, script="loop_job.py", faults=KILLS, **config)
+        reference = waiting.result()
+    assert reference.status == 0, reference.output
+    assert result.status == 0, result.output
+    assert len(result.named("worker_died")) == len(KILLS)
+    assert_same_state(result.state(), reference.state())
+    assert_same_state(result.state(2), reference.state())
+    rates = {line["lr"] for lines in (*result.workers.values(), *reference.workers.values()) for line in lines}
+    assert len(rates) == 1, rates
+    if name == "sgd":
+        undisturbed = run_job(nproc=3, steps=STEPS, script="loop_job.py", **config)
+        assert_same_state(undisturbed.state(1), reference.state())
