@@ -1,0 +1,33 @@
+"""What every decision of the coordinator is made of: a new state, and the effects that go with it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from . import events as e
+from .state import Phase, State, Worker
+
+Effects = list[e.Effect]
+Outcome = tuple[State, Effects]
+
+
+def current(state: State, worker: e.WorkerId) -> Worker | None:
+    """The worker, unless it is unknown or has been replaced."""
+    known = state.workers.get(worker.rank)
+    return known if known is not None and known.id == worker else None
+
+
+def with_workers(state: State, *workers: Worker) -> State:
+    """The state with these workers in place of those of their ranks."""
+    return replace(state, workers={**state.workers, **{w.id.rank: w for w in workers}})
+
+
+def start_workers(state: State, node: str, only: e.WorkerId | None = None) -> e.StartWorkers:
+    """The order to start the workers of a node, or `only` one of them."""
+    started = tuple(w.id for w in state.workers.values() if w.node == node and only in (None, w.id))
+    return e.StartWorkers(node, started, len(state.workers), state.restarts)
+
+
+def fail(state: State, why: str, detail: str = "", rank: int = -1) -> Outcome:
+    """The job is over, and has failed."""
+    return replace(state, phase=Phase.DONE), [e.EndJob(False, why, detail, rank)]

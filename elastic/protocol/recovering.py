@@ -1,0 +1,217 @@
+"""A worker is lost: the generation is aborted, survivors report, a plan is made and handed out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from ...resharding.layout import LayoutError
+from ...resharding.plan import Plan, PlanError, Report, plan_recovery, plan_start
+from ...resharding.planners import initial_layout
+from . import events as e
+from .forming import classic_exit
+from .outcome import Effects, Outcome, current, fail, start_workers, with_workers
+from .state import Phase, Recovery, State, Status, Worker
+
+
+def died(state: State, event: e.WorkerDied, now: float) -> Outcome:
+    """A worker is gone: start its heir, and recover if it held something."""
+    worker = current(state, event.worker)
+    if worker is None or worker.status is Status.EXITED:
+        return state, []
+    if not state.elastic:
+        return classic_exit(state, worker, event)
+    record = e.Record(
+        "worker_died",
+        {
+            "rank": worker.id.rank,
+            "incarnation": worker.id.incarnation,
+            "node": worker.node,
+            "cause": event.cause,
+            "step": event.step,
+            "phase": event.phase,
+        },
+    )
+    deaths = worker.deaths + 1
+    if deaths >= state.config.crash_limit:
+        why = f"rank {worker.id.rank} died {deaths} times without a committed step between ({event.cause}): giving up"
+        state, effects = fail(state, why, rank=worker.id.rank)
+        return state, [record, *effects]
+    trained = worker.status is Status.MEMBER and state.job is not None and state.committed + 1 >= state.job.steps
+    heir = Worker(
+        e.WorkerId(worker.id.rank, worker.id.incarnation + 1),
+        worker.node,
+        deaths=deaths,
+        owes_end=trained or worker.owes_end,
+    )
+    was_member = worker.status in (Status.MEMBER, Status.FINISHED)
+    joining = state.join is not None and worker.id.rank in state.join.layout.ranks
+    state = with_workers(state, heir)
+    replaced: Effects = [record, start_workers(state, worker.node, heir.id)]
+    if state.phase is Phase.RECOVERING:
+        assert state.recovery is not None
+        if worker.id not in state.recovery.awaited:
+            return state, replaced
+    elif not (was_member or joining):
+        return state, replaced
+    state, more = begin_recovery(state, event, now)
+    return state, [*more, *replaced]
+
+
+def begin_recovery(state: State, cause: e.WorkerDied | None, now: float) -> Outcome:
+    """Abort the generation and ask everyone who may hold something for a report."""
+    generation = state.generation + 1
+    asked = list(state.members())
+    if state.join is not None:
+        asked += [
+            w for w in state.workers.values() if w.status is Status.READY and w.id.rank in state.join.layout.ranks
+        ]
+    earlier = state.recovery  # under way, or over but for the next commit: one story, one line in the log
+    if earlier is not None and state.phase is Phase.RECOVERING:
+        asked += [w for w in state.workers.values() if w.id in earlier.awaited and w not in asked]
+    died = (cause.worker,) if cause else ()
+    detected_s = cause.detected_at_s if cause and cause.detected_at_s else now
+    killed_s = cause.killed_at_s if cause and cause.killed_at_s else detected_s
+    recovery = Recovery(
+        generation=generation,
+        why=earlier.why if earlier else (cause.cause if cause else "a worker joins"),
+        dead=(earlier.dead if earlier else ()) + died,
+        step=earlier.step if earlier else (cause.step if cause else -1),
+        phase=earlier.phase if earlier else (cause.phase if cause else ""),
+        lost_micro_batches=(earlier.lost_micro_batches if earlier else 0)
+        + (cause.finished_micro_batches if cause else 0),
+        killed_s=earlier.killed_s if earlier else killed_s,
+        detected_s=earlier.detected_s if earlier else detected_s,
+        started_s=earlier.started_s if earlier else now,
+        lost_steps=earlier.lost_steps if earlier else 0,
+        join=state.join or (earlier.join if earlier else None),
+        awaited=frozenset(w.id for w in asked),
+    )
+    state = replace(state, phase=Phase.RECOVERING, generation=generation, recovery=recovery, join=None)
+    aborts: Effects = [e.AbortGeneration(w.id, generation) for w in asked]
+    state, effects = plan_if_complete(state, now)
+    return state, [*aborts, *effects]
+
+
+def reported(state: State, event: e.WorkerReported, now: float) -> Outcome:
+    """A survivor says what it has."""
+    recovery = state.recovery
+    if (
+        state.phase is not Phase.RECOVERING
+        or recovery is None
+        or event.generation != recovery.generation
+        or event.worker not in recovery.awaited
+    ):
+        return state, []
+    reports = {**recovery.reports, event.worker: event.report}
+    recovery = replace(recovery, reports=reports, busy_s=max(recovery.busy_s, event.busy_s))
+    return plan_if_complete(replace(state, recovery=recovery), now)
+
+
+def plan_if_complete(state: State, now: float) -> Outcome:
+    """Make the plan once everybody who is alive has reported."""
+    recovery, job = state.recovery, state.job
+    assert recovery is not None
+    assert job is not None
+    live = {w.id for w in state.workers.values()}
+    if any(worker not in recovery.reports for worker in recovery.awaited & live):
+        return state, []
+    reports = [report for worker, report in recovery.reports.items() if worker in live]
+    reported = {report.rank for report in reports}
+    ready = [w for w in state.workers.values() if w.status is Status.READY and w.id.rank not in reported]
+    reports += [Report(rank=w.id.rank, generation=0, fresh=True) for w in ready]
+    starting = any(w.status is Status.STARTING for w in state.workers.values())
+    if starting and all(report.fresh for report in reports):
+        return state, []  # nobody is left who was training: start, with all replacements, from what the keepers hold
+    try:
+        plan = _recovery_plan(state, job, reports)
+    except (LayoutError, PlanError) as error:
+        return fail(state, f"generation {recovery.generation} cannot be planned, which is a bug of everstep: {error}")
+    assert plan.version is not None
+    if plan.version - 1 > state.agreed:
+        state = replace(state, agreed=plan.version - 1, agreement=plan.agreement)
+    if plan.version != recovery.step:  # the interrupted step had been agreed on: nothing of it is computed again
+        recovery = replace(recovery, lost_micro_batches=0)
+    assert plan.version is not None
+    lost_steps = max(recovery.lost_steps, state.committed + 1 - plan.version)
+    recovery = replace(recovery, planned_s=now, lost_steps=lost_steps)
+    return enter(replace(state, recovery=recovery), plan, "planned", {"summary": plan.describe()})
+
+
+def _recovery_plan(state: State, job: e.Job, reports: list[Report]) -> Plan:
+    """Forward to the newest step known to be agreed on; from the seed again if all are fresh and there is none."""
+    assert state.layout is not None
+    assert state.recovery is not None
+    if state.agreed < 0 and all(report.fresh for report in reports):
+        ranks = sorted(report.rank for report in reports)
+        layout = initial_layout(job.model, ranks, job.stages, job.micro_batches)
+        return plan_start(replace(layout, generation=state.generation))
+    # A join that nobody switched to has cost nothing; who holds what is taken from the reports in either case.
+    join, entered = state.recovery.join, max(report.generation for report in reports)
+    old = join.layout if join is not None and entered >= join.generation else state.layout
+    return plan_recovery(job.model, old, reports, state.generation, (state.agreed, state.agreement))
+
+
+def enter(state: State, plan: Plan, event: str, fields: dict[str, Any]) -> Outcome:
+    """Make every rank of the plan a member and let all carry it out."""
+    members = [
+        w if w.status is Status.FINISHED else replace(w, status=Status.MEMBER)
+        for w in state.workers.values()
+        if w.id.rank in plan.layout.ranks
+    ]
+    state = replace(
+        with_workers(state, *members),
+        phase=Phase.RUNNING,
+        generation=plan.generation,
+        layout=plan.layout,
+        join=None,
+    )
+    record = e.Record(event, {"generation": plan.generation, "plan": plan.digest, **fields})
+    return state, [*carry_out(state, plan), record]
+
+
+def carry_out(state: State, plan: Plan) -> Effects:
+    """Give a plan to its members."""
+    members = [state.workers[rank] for rank in plan.layout.ranks]
+    peers = {w.id.rank: w.peer for w in members if w.peer is not None}
+    keepers = tuple(node.keeper for node in state.nodes.values())
+    return [e.CarryOut(w.id, plan, peers, keepers) for w in members]
+
+
+def resumed(state: State, event: e.WorkerResumed, now: float) -> Outcome:
+    """A member carried out the plan of the recovery."""
+    recovery = state.recovery
+    if recovery is None or event.generation != recovery.generation or current(state, event.worker) is None:
+        return state, []
+    resumed = {**recovery.resumed, event.worker: (event.edit_s, event.restore_s)}
+    return replace(state, recovery=replace(recovery, resumed=resumed, resumed_s=now)), []
+
+
+def recovered(recovery: Recovery, step: int, now: float) -> e.Record:
+    """The log line of a recovery: its phases in seconds, which add up to the total."""
+    detect_s = recovery.detected_s - recovery.killed_s
+    abort_s = max(0.0, recovery.started_s - recovery.detected_s)
+    agree_s = max(0.0, recovery.planned_s - recovery.started_s - recovery.busy_s)
+    edit_s = max((times[0] for times in recovery.resumed.values()), default=0.0)
+    restore_s = max((times[1] for times in recovery.resumed.values()), default=0.0)
+    total_s = now - recovery.killed_s
+    return e.Record(
+        "recovered",
+        {
+            "generation": recovery.generation,
+            "why": recovery.why,
+            "ranks": [worker.rank for worker in recovery.dead],
+            "interrupted_step": recovery.step,
+            "phase": recovery.phase,
+            "redone_micro_batches": recovery.lost_micro_batches,
+            "lost_steps": recovery.lost_steps,
+            "detect_s": detect_s,
+            "abort_s": abort_s,
+            "agree_s": agree_s,
+            "edit_s": edit_s,
+            "restore_s": restore_s,
+            "recompute_s": max(0.0, total_s - detect_s - abort_s - agree_s - edit_s - restore_s),
+            "total_s": total_s,
+            "step": step,
+        },
+    )
