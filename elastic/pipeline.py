@@ -239,7 +239,7 @@ def _gradient(tensor: Tensor, stack: LayerStack, index: int) -> Tensor:
 def seed_torch(seed: int) -> None:
     """Seed the generators in use. `torch.manual_seed` would do, but formats a stack trace for CUDA at every call."""
     torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.manual_seed(seed)
 
 

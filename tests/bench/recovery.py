@@ -326,8 +326,8 @@ def targets(found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """Everstep against its budget and its peers.
 
     The budget is the median from the kill to the next commit less what is computed in it (the lost micro-batches and
-    the rest of the interrupted step); it is held against the peers' medians from the kill to the next commit, which is the
-    question a user asks of them. The `ratios` beside it compare like with like, on both sides with the compute.
+    the rest of the interrupted step); it is held against the peers' medians from the kill to the next commit, which is
+    the question a user asks of them. The `ratios` beside it compare like with like, on both sides with the compute.
     """
 
     def value(name: str) -> float | None:
