@@ -1,0 +1,207 @@
+"""Several launchers on one machine are several nodes; launchers, keepers and preloaded processes that are killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.jobs import JOBS, Result, assert_same_run, everstep, finish, launch, read_result, run_job, wait_until
+
+from .test_mistakes import free_port
+
+
+@dataclass
+class Job:
+    """A job whose launchers a test starts one by one."""
+
+    out: Path
+    config: dict[str, Any]
+
+    def node(self, *flags: str, faults: list[dict[str, Any]] | None = None) -> subprocess.Popen[str]:
+        arguments = [json.dumps({"out": str(self.out), "stages": 1, **self.config})]
+        events = ["--es-events", str(self.out / "events.jsonl")]
+        return launch(JOBS / "gpt_job.py", arguments, [*events, *flags], {"EVERSTEP_FAULTS": json.dumps(faults or [])})
+
+    def events(self) -> list[dict[str, Any]]:
+        path = self.out / "events.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def committed(self, step: int) -> bool:
+        return any(event["event"] == "committed" and event["step"] >= step for event in self.events())
+
+    def result(self, *launchers: subprocess.Popen[str]) -> Result:
+        outputs = [finish(launcher) for launcher in launchers]
+        return read_result(self.out, max(abs(p.returncode) for p in launchers), "\n".join(outputs))
+
+
+@lru_cache(maxsize=4)
+def reference(steps: int) -> Result:
+    return run_job(nproc=2, steps=steps)
+
+
+def children(launcher: subprocess.Popen[str], has: str) -> list[psutil.Process]:
+    """The launcher's children, and theirs, with this in their command line."""
+    found = psutil.Process(launcher.pid).children(recursive=True)
+    return [p for p in found if any(has in part for part in p.cmdline())]
+
+
+def workers(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
+    (preloaded,) = [p for p in psutil.Process(launcher.pid).children() if "everstep.agents.preload" in p.cmdline()]
+    return preloaded.children()
+
+
+def test_two_nodes_lose_a_worker_each(tmp_path: Path) -> None:
+    """They meet by c10d; `status` knows the job; each loses a worker by kill -9."""
+    job, port = Job(tmp_path, {"steps": 14}), free_port()
+    flags = ["--nnodes=2", "--nproc-per-node=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}"]
+    faults = [{"rank": 0, "phase": "compute", "step": 4}, {"rank": 3, "phase": "update", "step": 8}]
+    nodes = [job.node(*flags, faults=faults) for _ in range(2)]
+    wait_until(lambda: job.committed(2), 60, "three steps")
+    status = everstep("status", f"127.0.0.1:{port}", "--json")
+    found = json.loads(status.stdout)
+    assert (found["steps"], len(found["nodes"]), len(found["workers"])) == (14, 2, 4)
+    result = job.result(*nodes)
+    assert_same_run(result, reference(14))
+    assert {event["rank"] for event in result.named("worker_died")} == {0, 3}
+    for name, lines in result.workers.items():  # survivors keep their process and their objects
+        assert len({(line["pid"], line["model"], line["optimizer"]) for line in lines}) == 1, name
+    for rank in (1, 2):
+        assert len([name for name in result.workers if name.startswith(f"worker-{rank}-")]) == 1
+
+
+def test_a_separate_coordinator_and_a_node_that_joins(tmp_path: Path) -> None:
+    """`everstep coordinator` and two nodes, found by --master-addr and --node-rank; a third joins while they train."""
+    job, port = Job(tmp_path, {"steps": 60}), free_port()
+    coordinator = subprocess.Popen(
+        [
+            *launch_command("coordinator"),
+            f"--bind=127.0.0.1:{port}",
+            "--nnodes=2:3",
+            f"--es-events={tmp_path}/events.jsonl",
+        ],
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert coordinator.stdout is not None
+        assert str(port) in coordinator.stdout.readline()
+        flags = ["--nnodes=2:3", "--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={port}"]
+        nodes = [job.node(*flags, f"--node-rank={rank}") for rank in range(2)]
+        wait_until(lambda: job.committed(1), 60, "two steps")
+        nodes.append(job.node(*flags, "--node-rank=2"))
+        result = job.result(*nodes)
+        assert_same_run(result, reference(60))
+        assert result.named("joined")
+        sizes = {line["world_size"] for lines in result.workers.values() for line in lines}
+        assert sizes == {2, 3}
+        assert coordinator.wait(timeout=10) == 0
+    finally:
+        coordinator.kill()
+        coordinator.wait()
+        if coordinator.stdout:
+            coordinator.stdout.close()
+
+
+def test_a_lost_node_ends_the_job_with_its_name(tmp_path: Path) -> None:
+    job, port = Job(tmp_path, {"steps": 100_000}), free_port()
+    flags = ["--nnodes=2", "--nproc-per-node=1", f"--rdzv-endpoint=127.0.0.1:{port}"]
+    first = job.node(*flags)
+    wait_until(lambda: any(e["event"] == "node_joined" for e in job.events()), 60, "the first node is there")
+    second = job.node(*flags)
+    wait_until(lambda: job.committed(1), 60, "two steps")
+    second.kill()
+    output = finish(first, timeout_s=10)
+    finish(second, timeout_s=10)
+    assert first.returncode == 1
+    lines = [line for line in output.splitlines() if line.startswith("everstep: error: ")]
+    assert len(lines) == 1, output
+    assert f"-{second.pid} (127.0.0.1) with ranks [1] is lost" in lines[0]
+    assert "the only copy of their shards" in lines[0]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_launcher_that_is_stopped_takes_all_with_it(number: signal.Signals, tmp_path: Path) -> None:
+    job = Job(tmp_path, {"steps": 100_000})
+    launcher = job.node("--nproc-per-node=2")
+    wait_until(lambda: job.committed(1), 60, "two steps")
+    family = psutil.Process(launcher.pid).children(recursive=True)
+    assert len(family) == 4  # keeper, preloaded process, two workers
+    os.kill(launcher.pid, number)
+    _, alive = psutil.wait_procs(family, timeout=4 if number != signal.SIGKILL else 2)
+    output = finish(launcher, timeout_s=10)
+    assert alive == []
+    assert launcher.returncode != 0
+    if number != signal.SIGKILL:
+        assert output.strip() == f"everstep: error: stopped by {number.name}"
+
+
+def disturbed(tmp_path: Path, disturb: Callable[[subprocess.Popen[str]], None], *flags: str) -> Result:
+    """A job of two workers to which something is done from outside after step 3."""
+    job = Job(tmp_path, {"steps": 60})
+    launcher = job.node("--nproc-per-node=2", *flags)
+    wait_until(lambda: job.committed(3), 60, "four steps")
+    disturb(launcher)
+    return job.result(launcher)
+
+
+def test_the_keeper_is_killed_and_then_a_worker(tmp_path: Path) -> None:
+    """It comes back, the workers hand it their segments again, and a replacement finds its shards there."""
+
+    def disturb(launcher: subprocess.Popen[str]) -> None:
+        (keeper,) = children(launcher, "everstep.checkpointing.keeper")
+        keeper.kill()
+        wait_until(
+            lambda: [k.pid for k in children(launcher, "everstep.checkpointing.keeper")] not in ([], [keeper.pid]),
+            10,
+            "a new keeper",
+        )
+        before = len(job_steps(tmp_path))
+        wait_until(lambda: len(job_steps(tmp_path)) > before + 4, 20, "more steps")
+        workers(launcher)[0].kill()
+
+    result = disturbed(tmp_path, disturb)
+    assert_same_run(result, reference(60))
+    assert len(result.named("worker_died")) == 1
+
+
+def job_steps(out: Path) -> list[dict[str, Any]]:
+    return [event for event in Job(out, {}).events() if event["event"] == "committed"]
+
+
+def test_the_preloaded_process_is_killed(tmp_path: Path) -> None:
+    """Its workers die with it; all start again from what the keeper holds."""
+
+    def disturb(launcher: subprocess.Popen[str]) -> None:
+        (preloaded,) = [p for p in psutil.Process(launcher.pid).children() if "everstep.agents.preload" in p.cmdline()]
+        preloaded.kill()
+
+    result = disturbed(tmp_path, disturb)
+    assert_same_run(result, reference(60))
+    assert len(result.named("worker_died")) == 2
+
+
+def test_hung_workers_are_fenced(tmp_path: Path) -> None:
+    """One stopped from outside, one in an endless loop of its own."""
+    faults = [{"rank": 1, "phase": "compute", "step": 10, "kind": "loop", "incarnation": 1}]
+    job = Job(tmp_path, {"steps": 60})
+    launcher = job.node("--nproc-per-node=2", "--es-hang-timeout=1", faults=faults)
+    wait_until(lambda: job.committed(3), 60, "four steps")
+    rank_of = {int(path.stem.split("-")[2]): int(path.stem.split("-")[1]) for path in tmp_path.glob("worker-*")}
+    (victim,) = [p for p in workers(launcher) if rank_of[p.pid] == 1]
+    victim.suspend()
+    result = job.result(launcher)
+    assert_same_run(result, reference(60))
+    causes = [event["cause"] for event in result.named("worker_died")]
+    assert len(causes) == 2
+    assert all(cause.startswith("hung: no progress for ") for cause in causes), causes
