@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -84,7 +85,7 @@ def test_a_separate_coordinator_and_a_node_that_joins(tmp_path: Path) -> None:
     job, port = Job(tmp_path, {"steps": 60}), free_port()
     coordinator = subprocess.Popen(
         [
-            *launch_command("coordinator"),
+            *(sys.executable, "-m", "everstep", "coordinator"),
             f"--bind=127.0.0.1:{port}",
             "--nnodes=2:3",
             f"--es-events={tmp_path}/events.jsonl",
@@ -115,7 +116,8 @@ def test_a_separate_coordinator_and_a_node_that_joins(tmp_path: Path) -> None:
 
 def test_a_lost_node_ends_the_job_with_its_name(tmp_path: Path) -> None:
     job, port = Job(tmp_path, {"steps": 100_000}), free_port()
-    flags = ["--nnodes=2", "--nproc-per-node=1", f"--rdzv-endpoint=127.0.0.1:{port}"]
+    flags = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}"]
+    flags += [f"--log-dir={tmp_path}/logs"]
     first = job.node(*flags)
     wait_until(lambda: any(e["event"] == "node_joined" for e in job.events()), 60, "the first node is there")
     second = job.node(*flags)
@@ -133,7 +135,7 @@ def test_a_lost_node_ends_the_job_with_its_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_launcher_that_is_stopped_takes_all_with_it(number: signal.Signals, tmp_path: Path) -> None:
     job = Job(tmp_path, {"steps": 100_000})
-    launcher = job.node("--nproc-per-node=2")
+    launcher = job.node("--nproc-per-node=2", f"--log-dir={tmp_path}/logs")
     wait_until(lambda: job.committed(1), 60, "two steps")
     family = psutil.Process(launcher.pid).children(recursive=True)
     assert len(family) == 4  # keeper, preloaded process, two workers
@@ -146,10 +148,10 @@ def test_a_launcher_that_is_stopped_takes_all_with_it(number: signal.Signals, tm
         assert output.strip() == f"everstep: error: stopped by {number.name}"
 
 
-def disturbed(tmp_path: Path, disturb: Callable[[subprocess.Popen[str]], None], *flags: str) -> Result:
+def disturbed(tmp_path: Path, disturb: Callable[[subprocess.Popen[str]], None], steps: int) -> Result:
     """A job of two workers to which something is done from outside after step 3."""
-    job = Job(tmp_path, {"steps": 60})
-    launcher = job.node("--nproc-per-node=2", *flags)
+    job = Job(tmp_path, {"steps": steps})
+    launcher = job.node("--nproc-per-node=2", f"--log-dir={tmp_path}/logs")
     wait_until(lambda: job.committed(3), 60, "four steps")
     disturb(launcher)
     return job.result(launcher)
@@ -170,8 +172,8 @@ def test_the_keeper_is_killed_and_then_a_worker(tmp_path: Path) -> None:
         wait_until(lambda: len(job_steps(tmp_path)) > before + 4, 20, "more steps")
         workers(launcher)[0].kill()
 
-    result = disturbed(tmp_path, disturb)
-    assert_same_run(result, reference(60))
+    result = disturbed(tmp_path, disturb, 250)
+    assert_same_run(result, reference(250))
     assert len(result.named("worker_died")) == 1
 
 
@@ -186,7 +188,7 @@ def test_the_preloaded_process_is_killed(tmp_path: Path) -> None:
         (preloaded,) = [p for p in psutil.Process(launcher.pid).children() if "everstep.agents.preload" in p.cmdline()]
         preloaded.kill()
 
-    result = disturbed(tmp_path, disturb)
+    result = disturbed(tmp_path, disturb, 60)
     assert_same_run(result, reference(60))
     assert len(result.named("worker_died")) == 2
 
