@@ -7,6 +7,7 @@ import queue
 import secrets
 import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
@@ -101,9 +102,14 @@ class CoordinatorServer:
                 continue
             if session is None:
                 return
-            event = self._event(session, item)
-            if event is not None:
-                self._step(event)
+            try:
+                event = self._event(session, item)
+                if event is not None:
+                    self._step(event)
+            except Exception as error:  # a bug of ours: end the job rather than let it stand still
+                trace = traceback.format_exc()
+                self._end(e.EndJob(False, f"the coordinator failed, a bug of everstep: {error!r}", trace))
+                return
 
     def _event(self, session: Session, item: pb.AttachRequest | str) -> e.Event | None:
         if isinstance(item, str):

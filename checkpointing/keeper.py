@@ -217,6 +217,8 @@ class KeeperClient:
         result = {}
         for item in answer["found"]:
             blobs = [self._stream.read(length) for length in item["lengths"]]
+            if [len(blob) for blob in blobs] != item["lengths"]:
+                raise ConnectionError("the snapshot keeper went away in the middle of an answer")
             result[item["shard"]] = (item["version"], blobs)
         return result
 

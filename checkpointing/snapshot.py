@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -89,13 +90,16 @@ class Snapshots:
         length = write_record(state, room)
         self.checksums[shard] = segment.seal_slot(shard, slot, version, length)
 
-    def wait(self) -> None:
-        """Return when everything begun is written; adds the time to `waited_s`."""
-        if self._pending is not None:
-            started = time.monotonic()
-            self._pending.result()
-            self._pending = None
-            self.waited_s += time.monotonic() - started
+    def wait(self, on_wait: Callable[[], None] = lambda: None) -> None:
+        """Return when everything begun is written; calls `on_wait` every 50 ms, adds the time to `waited_s`."""
+        if self._pending is None:
+            return
+        started = time.monotonic()
+        while not futures.wait([self._pending], timeout=0.05).done:
+            on_wait()
+        self._pending.result()
+        self._pending = None
+        self.waited_s += time.monotonic() - started
 
     def gradient(self, shard: int, step: int, elements: int, dtype: torch.dtype) -> Tensor:
         """Where to write the reduced gradient of `step`: a view of keeper memory, invalid until sealed."""

@@ -150,7 +150,7 @@ class Engine:
     def _agree(self, layout: Layout, state: StepState) -> None:
         """Exchange norms and losses. Who returns knows that every owner's gradient and snapshot are in its keeper."""
         self.progress.mark(Phase.AGREE, state.step)
-        self.snapshots.wait()
+        self.snapshots.wait(self.progress.tick)
         proposal = self.membership.proposed(last=state.step + 1 == self.settings.steps)
         mine = {
             "norms": {str(i): float(torch.linalg.vector_norm(g)) for i, g in self.gradients.items() if self._counts(i)},

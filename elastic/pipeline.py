@@ -217,6 +217,12 @@ class Pipeline:
             state.hold(span, number, leaf)
         state.held.add(span)
 
+    def drop_gradients(self, span: Span) -> None:
+        """Forget the gradients of a micro-batch that is not ours any more."""
+        for number in range(span.start, span.stop):
+            for held in self.stack.layers[number].parameters:
+                held.tensor.grad = None
+
     def _send_activation(self, state: StepState, span: Span, to: int) -> None:
         key = Key(Kind.ACTIVATION, state.step, span.micro_batch, span.stop)
         self.comm.send(to, key, encode(state.outputs[(span.stop, span.micro_batch)]))

@@ -23,7 +23,10 @@ from .membership import Orders
 from .progress import Phase
 from .steps import StepState
 
+KEEPER_PATIENCE_S = 5.0  # how long shards that no keeper has are waited for: one may be starting again
+SHARDS_PER_FETCH = 16
 _GUIDE = Key(Kind.SWITCH, 0)
+Fetched = tuple[int, list[bytes]]  # version, [state] or [state, gradient that leads to the next]
 
 
 class LostShards(UsageError):
@@ -92,7 +95,7 @@ class Recovery:
         if engine.membership.superseded(plan.generation):  # an abort that the edit may have cleared
             raise Aborted(plan.generation)
         edited = time.monotonic()
-        engine.snapshots.wait()
+        engine.snapshots.wait(engine.progress.tick)
         engine.pipeline.end_step()
         fresh = self.fresh
         version, agreement = self._find_place(plan)
@@ -147,23 +150,40 @@ class Recovery:
         missing = [s.index for s in engine.optimizer.owned if s.index not in engine.owned]
         if not missing:
             return
+        found = self._fetch_all(plan, missing, keepers, version)
         terms = json.loads(agreement)
         replays: dict[int, torch.Tensor] = {}
-        for address in keepers:
-            absent = [index for index in missing if index not in engine.owned]
-            if not absent:
-                break
-            for index, (found, blobs) in fetch(address, self.token, absent, version, replay=True).items():
-                engine.optimizer.load(index, read_record(blobs[0]))
-                if found < version:
-                    dtype = engine.exchange.accumulation(engine.stack.spec.shards[index])
-                    replays[index] = torch.frombuffer(bytearray(blobs[1]), dtype=dtype)
-                engine.owned.add(index)
-        if len(engine.owned) < len(engine.optimizer.owned):
-            lost = [gain for gain in plan.gains if gain.rank == engine.rank and gain.shard not in engine.owned]
-            raise LostShards(describe_lost(lost, version, keepers))
+        for index, (held, blobs) in found.items():
+            engine.optimizer.load(index, read_record(blobs[0]))
+            if held < version:
+                dtype = engine.exchange.accumulation(engine.stack.spec.shards[index])
+                replays[index] = torch.frombuffer(bytearray(blobs[1]), dtype=dtype)
         if replays:
             engine.optimizer.update(replays, terms["groups"], terms["scale"])
+        engine.owned.update(found)
+
+    def _fetch_all(self, plan: Plan, missing: list[int], keepers: Sequence[str], version: int) -> dict[int, Fetched]:
+        """All the missing shards from whichever keepers have them; a keeper that restarts is waited for.
+
+        Raises LostShards when some are in none, and Aborted when the generation ends meanwhile.
+        """
+        engine = self.engine
+        deadline = time.monotonic() + KEEPER_PATIENCE_S
+        found: dict[int, Fetched] = {}
+        while True:
+            for address in keepers:
+                absent = [index for index in missing if index not in found]
+                for first in range(0, len(absent), SHARDS_PER_FETCH):
+                    group = absent[first : first + SHARDS_PER_FETCH]
+                    found.update(fetch(address, self.token, group, version, replay=True))
+                    engine.progress.tick()
+                    engine.comm.ready(())  # raises Aborted
+            if len(found) == len(missing):
+                return found
+            if time.monotonic() > deadline:
+                lost = [gain for gain in plan.gains if gain.rank == engine.rank and gain.shard not in found]
+                raise LostShards(describe_lost(lost, version, keepers))
+            time.sleep(0.02)
 
     def _settle(self, plan: Plan, version: int, agreement: str, was_current: bool) -> None:
         """Everything is at `version`: go on with its step."""
@@ -204,16 +224,16 @@ class Recovery:
                 advance()
 
 
-def fetch(
-    address: str, token: str, shards: list[int], version: int, *, replay: bool
-) -> dict[int, tuple[int, list[bytes]]]:
-    """Shards from one keeper; none if it cannot be reached."""
+def fetch(address: str, token: str, shards: list[int], version: int, *, replay: bool) -> dict[int, Fetched]:
+    """Shards from one keeper; none if it cannot be reached or goes away."""
     try:
         client = KeeperClient(address, token)
     except OSError:
         return {}
     try:
         return client.fetch(shards, version, replay)
+    except (OSError, ValueError):
+        return {}
     finally:
         client.close()
 

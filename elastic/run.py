@@ -192,7 +192,7 @@ class Run:
 
     def _shard_states(self, engine: Engine) -> dict[int, dict[str, Any]]:
         self._progress.tick()
-        engine.snapshots.wait()
+        engine.snapshots.wait(self._progress.tick)
         if self._context is None:
             return {s.index: dict(engine.optimizer.state(s.index)) for s in engine.optimizer.owned}
         states: dict[int, dict[str, Any]] = {}
