@@ -276,7 +276,7 @@ class KeeperLink:
 
     def ensure(self) -> bool:
         """Register everything again if the keeper went away and came back; returns whether it had to."""
-        if not select.select([self._socket], [], [], 0)[0]:
+        if self._socket.fileno() >= 0 and not select.select([self._socket], [], [], 0)[0]:
             return False  # nothing is unasked for but the end of the connection
         self._socket.close()
         try:
