@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+_here = Path(__file__).resolve().parent
+if not (_here / "elastic").exists():  # a source checkout, where the rooms stand beside this folder
+    __path__.append(str(_here.parent))
 
 if TYPE_CHECKING:
     from .elastic.decorator import elastic as elastic
