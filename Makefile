@@ -39,7 +39,7 @@ check: setup
 
 # The benchmarks compare with peers; torchft is optional and is named in the result when it is missing.
 bench: setup
-	$(BIN)/pip install --quiet --constraint constraints.txt --group bench
+	$(BIN)/pip install --quiet --constraint constraints.txt --group test --group bench
 	$(BIN)/python tests/bench/recovery.py --json
 	$(BIN)/python tests/bench/overhead.py --json
 	$(BIN)/python tests/bench/edit.py --json
