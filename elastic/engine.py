@@ -221,8 +221,13 @@ class Engine:
             advance()
         self.protect()
         self.results.append(Step(step, terms["loss"], terms["norm"]))
-        self.membership.tell("committed", step=step, loss=terms["loss"], digest=terms["digest"], agreement=agreement)
+        self.tell_committed(terms, agreement)
         self.begin_step(layout)
+
+    def tell_committed(self, terms: dict[str, Any], agreement: str) -> None:
+        """Tell the coordinator that the step of these terms is committed: a line of the ledger."""
+        told = {name: terms[name] for name in ("step", "loss", "digest")}
+        self.membership.tell("committed", **told, agreement=agreement)
 
     def begin_step(self, layout: Layout) -> None:
         """A step of which nothing is done, under `layout`."""

@@ -196,6 +196,8 @@ class Recovery:
             engine.version = version
             engine.agreed, engine.agreement = version - 1, agreement
             self._catch_up(terms)
+            if terms:  # all who committed the step may have died before they could say so
+                engine.tell_committed(terms, agreement)
         if was_current and engine.state is not None and plan.version is not None:
             engine.protect()
             engine.pipeline.extend_step()
