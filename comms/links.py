@@ -169,7 +169,11 @@ class OutLink(Link):
         self._wait_to_write(False)
         if self.ring:
             # The first bytes on an empty socket: taken whole, together with the descriptor.
-            socket.send_fds(self.sock, [self._queue.popleft()], [self.ring.fd])
+            try:
+                socket.send_fds(self.sock, [self._queue.popleft()], [self.ring.fd])
+            except OSError as error:  # it died after its kernel had let us in
+                self.fail(error)
+                return False
             self.ring.forget_fd()
         return True
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ from backends import BACKENDS, Cluster, Thread
 from everstep.comms.communicator import Aborted, Key, Kind
 from everstep.comms.frames import HEADER_BYTES, HELLO_BYTES, FrameKind, Header, Hello, ProtocolError, token_digest
 from everstep.comms.links import cut
+from everstep.comms.mesh import MeshCommunicator
 from everstep.comms.ring import RingReader, RingWriter, piece_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -308,3 +309,17 @@ def test_a_ring_never_stalls_and_never_mixes(steps):
     finally:
         writer.close()
         reader.close()
+
+
+def test_a_peer_that_dies_while_it_is_connected_to_breaks_the_link(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernel accepts, and it is gone before the ring is handed over: no error of the sender's."""
+    first, second = (MeshCommunicator(rank, 0, host_id="here", token="job") for rank in (0, 1))
+    with closing(first), closing(second):
+        first.edit(1, {0: first.peer, 1: second.peer})
+
+        def refuse(*arguments: object) -> int:
+            raise BrokenPipeError
+
+        monkeypatch.setattr("socket.send_fds", refuse)
+        first.send(1, Key(Kind.USER, 0), [b"x" * 100_000])
+        assert first.broken == (1,)
