@@ -45,5 +45,6 @@ def test_kill_every_rank_in_every_phase(name: str) -> None:
     assert_same_run(result, reference(tied, steps))
     killed = {(e["rank"], e["phase"]) for e in result.named("worker_died")}
     print(f"{name}: {len(result.named('worker_died'))} kills, phases {sorted({p for _, p in killed})}")
-    assert len(result.named("worker_died")) >= 3 * workers
+    missed = {(rank, phase) for rank in range(workers) for phase in PHASES} - killed
+    assert not missed, f"never killed in these places: {sorted(missed)}"
     assert all(e["cause"] == "killed by SIGKILL" for e in result.named("worker_died"))
