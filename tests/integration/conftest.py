@@ -1,38 +1,5 @@
 """Every test here starts real processes, and leaves none, and nothing of theirs, also when it fails."""
 
-from __future__ import annotations
+from tests.jobs.leftovers import nothing_left
 
-import contextlib
-import os
-import signal
-import tempfile
-import uuid
-from collections.abc import Iterator
-from pathlib import Path
-
-import pytest
-
-from tests.jobs import processes_of, wait_until
-
-
-def left_behind(folder: Path) -> set[str]:
-    """What a job could leave: torch's log folders, named shared memory."""
-    shared = {str(path) for path in Path("/dev/shm").glob("*everstep*")}
-    return shared | {str(path) for path in folder.glob("torchelastic_*")}
-
-
-@pytest.fixture(autouse=True)
-def nothing_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    marker = uuid.uuid4().hex
-    monkeypatch.setenv("EVERSTEP_TEST_MARKER", marker)
-    monkeypatch.setenv("TMPDIR", str(tmp_path))  # of the processes; what they leave is looked for there too
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    before = left_behind(tmp_path)
-    yield
-    try:
-        wait_until(lambda: not processes_of(marker), 5, "all processes of the test have ended")
-        wait_until(lambda: not left_behind(tmp_path) - before, 5, "nothing is left behind")
-    finally:
-        for pid in processes_of(marker):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+__all__ = ["nothing_left"]
