@@ -33,7 +33,7 @@ def schedule(workers: int, seed: int) -> list[dict[str, object]]:
 @lru_cache(maxsize=8)
 def reference(tied: bool, steps: int) -> Result:
     """The undisturbed run; its layout does not matter to its bytes, which is itself checked."""
-    return run_job(nproc=2, stages=1, steps=steps, tied=tied)
+    return run_job(nproc=2, stages=1, steps=steps, tied=tied, timeout_s=90)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -41,7 +41,7 @@ def test_kill_every_rank_in_every_phase(name: str) -> None:
     stages, workers = LAYOUTS[name]
     steps, tied = 60, name == "2x2"
     faults = schedule(workers, SEED)
-    result = run_job(nproc=workers, stages=stages, steps=steps, tied=tied, faults=faults)
+    result = run_job(nproc=workers, stages=stages, steps=steps, tied=tied, faults=faults, timeout_s=200)
     assert_same_run(result, reference(tied, steps))
     killed = {(e["rank"], e["phase"]) for e in result.named("worker_died")}
     print(f"{name}: {len(result.named('worker_died'))} kills, phases {sorted({p for _, p in killed})}")

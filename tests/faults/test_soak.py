@@ -28,8 +28,8 @@ def random_faults(workers: int, kills: int, seed: int) -> list[dict[str, object]
 def test_two_hundred_random_kills() -> None:
     workers, steps = 4, 160
     faults = random_faults(workers, KILLS + 20, seed=3)
-    reference = run_job(nproc=1, steps=steps)
-    result = run_job(nproc=workers, stages=2, steps=steps, faults=faults)
+    reference = run_job(nproc=1, steps=steps, timeout_s=60)
+    result = run_job(nproc=workers, stages=2, steps=steps, faults=faults, timeout_s=220)
     assert_same_run(result, reference)
     deaths = result.named("worker_died")
     together = sum(len(e["ranks"]) > 1 for e in result.named("recovered"))

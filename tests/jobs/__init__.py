@@ -17,7 +17,7 @@ import torch
 from everstep.comms.process import die_with_parent
 
 JOBS = Path(__file__).parent
-HANG_S = 60
+HANG_S = 120
 
 
 @dataclass
