@@ -37,6 +37,7 @@ def main():
     (Path(config["out"]) / f"{rank}.json").write_text(
         json.dumps({"attempt": attempt, "pid": os.getpid(), "seen": seen, "total": float(total)})
     )
+    del model, optimizer  # before the group: torch 2.13 may deadlock when the reducer is the last to let go of it
     dist.destroy_process_group()
 
 
