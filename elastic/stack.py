@@ -137,14 +137,6 @@ class LayerStack:
         self.held = range(start, stop)
         self._tie()
 
-    def holds_values(self, parameter: int) -> bool:
-        """Whether the memory of a parameter is allocated here, in a held layer or not yet freed."""
-        return any(
-            held.index == parameter and held.tensor.shape == held.shape
-            for layer in self.layers
-            for held in layer.parameters
-        )
-
     def flat(self, parameter: int) -> Tensor:
         """A parameter held here as one dimension, sharing its memory."""
         return self._live[parameter].data.view(-1)
