@@ -1,0 +1,362 @@
+"""Where the erasure code's blocks lie: which shards of which nodes form a stripe, and which nodes hold its parity.
+
+A stripe is some shards of as many different nodes, and as many parity rows on other nodes as nodes may be lost at
+once. Any of its blocks can be computed from as many others as it has shards. A row is as long as the longest of its
+shards: shorter ones count as padded with zeros.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from bisect import bisect_left, insort
+from collections import Counter, deque
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+DEFAULT_WIDTH = 8  # shards in a stripe: parity then takes losses / 8 of the state's bytes
+MAX_BLOCKS = 255  # of a stripe: the field of the code has no more elements
+SIMILAR = 0.8  # shards of at least this fraction of the largest one go into one stripe without a second thought
+FRESH_TOLERANCE = 16  # a sixteenth of the mean parity of a node may be given away for better stages
+KEPT_TOLERANCE = 4  # and a quarter to leave stripes as they are
+GROWTH = 1.5  # times the parity bytes of a placement made anew: more than that is not worth keeping stripes for
+
+
+class Stripe(NamedTuple):
+    """Shards that are coded together, and where their parity lies.
+
+    `shards` are the data members in coding order; `nodes` own them, one each, all different; `parity` are the nodes
+    that hold the parity rows, row 0 first, different from each other and from `nodes`.
+    """
+
+    shards: tuple[int, ...]
+    nodes: tuple[str, ...]
+    parity: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """All stripes of a job, immutable. A stripe's index means something within one placement only.
+
+    `width`: the largest number of shards in a stripe, 0 without stripes. `losses`: how many nodes may be lost at
+    once, which is the number of parity rows of every stripe; `wanted`: how many the user asked for. `note` says in
+    words why that is less, or why stripes are narrower than asked; it is empty if all is as asked.
+    """
+
+    generation: int
+    width: int
+    losses: int
+    wanted: int
+    stripes: tuple[Stripe, ...]
+    note: str = ""
+
+    @cached_property
+    def _held(self) -> dict[str, tuple[tuple[int, int], ...]]:
+        held: dict[str, list[tuple[int, int]]] = {}
+        for index, stripe in enumerate(self.stripes):
+            for row, node in enumerate(stripe.parity):
+                held.setdefault(node, []).append((index, row))
+        return {node: tuple(rows) for node, rows in held.items()}
+
+    def held_by(self, node: str) -> tuple[tuple[int, int], ...]:
+        """The parity that a node holds, as (index of the stripe, row)."""
+        return self._held.get(node, ())
+
+    def to_json(self) -> str:
+        """Compact: every node's name is written once."""
+        names = sorted({node for stripe in self.stripes for node in (*stripe.nodes, *stripe.parity)})
+        number = {name: i for i, name in enumerate(names)}
+        stripes = [[s.shards, [number[n] for n in s.nodes], [number[n] for n in s.parity]] for s in self.stripes]
+        fields = {"generation": self.generation, "width": self.width, "losses": self.losses, "wanted": self.wanted}
+        return json.dumps({**fields, "note": self.note, "nodes": names, "stripes": stripes}, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> Placement:
+        raw: dict[str, Any] = json.loads(text)
+        names = raw["nodes"]
+        stripes = tuple(
+            Stripe(tuple(shards), tuple(names[i] for i in nodes), tuple(names[i] for i in parity))
+            for shards, nodes, parity in raw["stripes"]
+        )
+        return cls(raw["generation"], raw["width"], raw["losses"], raw["wanted"], stripes, raw["note"])
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+
+
+def place(
+    owners: Sequence[str],
+    sizes: Sequence[int],
+    nodes: Collection[str],
+    *,
+    losses: int,
+    width: int = 0,
+    stages: Mapping[str, frozenset[int]] = MappingProxyType({}),
+    old: Placement | None = None,
+    generation: int = 0,
+) -> Placement:
+    """Stripes for every shard whose owner is one of `nodes`, so that any `losses` of the nodes may be lost at once.
+
+    `owners` and `sizes` (bytes, may be 0) are by shard; `nodes` are all live nodes, each of which may hold parity.
+    `width` is the number of shards to a stripe: 1 is replication, 0 means `DEFAULT_WIDTH` or as many as there are
+    nodes for. Too few nodes make stripes narrower, down to replication, then `losses` less; `note` says so. `stages`
+    are those that a node's ranks belong to; where there is a choice, a stripe's blocks lie on nodes of different
+    stages, so that a stage may be lost as a whole.
+
+    Balance: let P be the parity bytes on a node. For every row of c > 0 bytes on a node u, and every node v outside
+    its stripe, P(u) - P(v) <= 2 c + mean(P) / 16; with `old` it is mean(P) / 4. (A node v that belongs to all the
+    stripes whose rows u holds cannot relieve it.)
+
+    With `old`, a stripe stays as it is, and so does its parity, as long as its shards are on different live nodes and
+    its rows on others; of one that has only lost parity nodes, only these are replaced. What else may be changed
+    are rows that have to move for the balance above. When keeping takes more than `GROWTH` times the parity bytes of
+    stripes made anew, all are made anew.
+
+    Deterministic, and independent of the order of `nodes`. Raises ValueError for arguments that mean nothing.
+    """
+    _check(owners, sizes, nodes, losses, width)
+    live = tuple(sorted(nodes))
+    achieved = min(losses, len(live) - 1)
+    if achieved < 1:
+        return Placement(generation, 0, 0, losses, (), f"nothing is protected: {len(live)} node(s) cannot lose any")
+    used = max(1, min(width or DEFAULT_WIDTH, len(live) - achieved))
+    world = _World(owners, sizes, live, achieved, used, stages)
+    best = _anew(world)
+    if old is not None:
+        kept = _continued(world, old)
+        if kept.total_bytes <= GROWTH * best.total_bytes:
+            best = kept
+    stripes = tuple(best.stripes())
+    widest = max((len(stripe.shards) for stripe in stripes), default=0)
+    return Placement(generation, widest, achieved, losses, stripes, _note(len(live), losses, width, achieved, used))
+
+
+def _check(owners: Sequence[str], sizes: Sequence[int], nodes: Collection[str], losses: int, width: int) -> None:
+    if len(owners) != len(sizes):
+        raise ValueError(f"{len(owners)} owners but {len(sizes)} sizes of shards")
+    if min(sizes, default=0) < 0:
+        raise ValueError(f"a shard of {min(sizes)} bytes")
+    if len(set(nodes)) != len(nodes):
+        raise ValueError(f"a node is named twice: {sorted(nodes)}")
+    if losses < 1 or width < 0 or (width or DEFAULT_WIDTH) + losses > MAX_BLOCKS:
+        raise ValueError(
+            f"losses={losses}, width={width}: at least 1 loss and at most {MAX_BLOCKS} blocks to a stripe are possible"
+        )
+
+
+def _note(nodes: int, losses: int, width: int, achieved: int, used: int) -> str:
+    said = []
+    if achieved < losses:
+        said.append(f"{nodes} nodes survive the loss of {achieved} at once, not of {losses}")
+    if used < width:
+        said.append(f"{nodes} nodes have room for stripes of {used} shards, not of {width}")
+    if used == 1 and width != 1:
+        said.append("every shard is copied whole")
+    return "; ".join(said)
+
+
+@dataclass(frozen=True)
+class _World:
+    """What a placement is made for; `nodes` sorted, `losses` and `width` as they can be had."""
+
+    owners: Sequence[str]
+    sizes: Sequence[int]
+    nodes: tuple[str, ...]
+    losses: int
+    width: int
+    stages: Mapping[str, frozenset[int]]
+
+    @cached_property
+    def live(self) -> frozenset[str]:
+        return frozenset(self.nodes)
+
+    @cached_property
+    def shards(self) -> tuple[int, ...]:
+        return tuple(i for i, owner in enumerate(self.owners) if owner in self.live)
+
+    @cached_property
+    def window_bytes(self) -> int:
+        """How much fuller than the emptiest node one of better stages may be: within `FRESH_TOLERANCE` of the mean."""
+        least = sum(self.sizes[i] for i in self.shards) * self.losses // self.width  # no padding, no short stripe
+        return least // (FRESH_TOLERANCE * len(self.nodes))
+
+    def least_overlapping(self, nodes: Iterable[str], used: Mapping[int, int]) -> str:
+        """The first of the nodes for which a stripe has the fewest blocks of one of its stages already."""
+        best, least = "", MAX_BLOCKS + 1
+        for node in nodes:
+            overlap = max((used.get(stage, 0) for stage in self.stages.get(node, ())), default=0)
+            if overlap < least:
+                best, least = node, overlap
+            if not overlap:
+                break
+        return best
+
+
+@dataclass
+class _Open:
+    """A stripe in the making; a parity row without a place is the empty string."""
+
+    shards: tuple[int, ...]
+    nodes: tuple[str, ...]
+    parity: list[str]
+    cost_bytes: int
+
+    def __contains__(self, node: str) -> bool:
+        return node in self.nodes or node in self.parity
+
+
+@dataclass
+class _Draft:
+    """A placement in the making: its stripes, and the nodes by what they hold of the parity: (bytes, rows, name)."""
+
+    world: _World
+    open: list[_Open] = field(default_factory=list)
+    order: list[tuple[int, int, str]] = field(init=False)
+    load: dict[str, tuple[int, int, str]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.order = [(0, 0, node) for node in self.world.nodes]
+        self.load = {entry[2]: entry for entry in self.order}
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(entry[0] for entry in self.order)
+
+    def stripes(self) -> Iterator[Stripe]:
+        for stripe in self.open:
+            yield Stripe(stripe.shards, stripe.nodes, tuple(stripe.parity))
+
+    def add(self, shards: tuple[int, ...], parity: Sequence[str] = ()) -> _Open:
+        """A stripe of these shards; `parity` are rows that have their place already, empty strings where not."""
+        rest = [""] * (self.world.losses - len(parity))
+        nodes = tuple(self.world.owners[i] for i in shards)
+        stripe = _Open(shards, nodes, [*parity, *rest], max(self.world.sizes[i] for i in shards))
+        self.open.append(stripe)
+        for node in parity:
+            if node:
+                self._account(node, stripe.cost_bytes, 1)
+        return stripe
+
+    def fill(self, stripe: _Open) -> None:
+        """Find places for the rows that have none: among the emptiest nodes those of the least crowded stages."""
+        for number, holder in enumerate(stripe.parity):
+            if not holder:
+                emptiest = next(entry[0] for entry in self.order if entry[2] not in stripe)
+                chosen = self._best(stripe, emptiest + stripe.cost_bytes + self.world.window_bytes + 1)
+                stripe.parity[number] = chosen
+                self._account(chosen, stripe.cost_bytes, 1)
+
+    def even_out(self, tolerance: int) -> None:
+        """Move rows until the bound that `place` promises holds. Every move makes the squares of the loads less."""
+        allowance = self.total_bytes / (tolerance * len(self.world.nodes))
+        moved = True
+        while moved:
+            moved = False
+            for stripe in reversed(self.open):  # stripes that are new anyway come last
+                for number, holder in enumerate(stripe.parity) if stripe.cost_bytes else ():
+                    limit = self.load[holder][0] - 2 * stripe.cost_bytes - allowance
+                    if self.order[0][0] >= limit or all(e[2] in stripe for e in self.order[: self._below(limit)]):
+                        continue
+                    stripe.parity[number] = ""
+                    stripe.parity[number] = chosen = self._best(stripe, limit)
+                    self._account(holder, -stripe.cost_bytes, -1)
+                    self._account(chosen, stripe.cost_bytes, 1)
+                    moved = True
+
+    def _below(self, limit: float) -> int:
+        return bisect_left(self.order, limit, key=lambda entry: entry[0])
+
+    def _best(self, stripe: _Open, limit: float) -> str:
+        """The node outside the stripe and with less than `limit` bytes that overlaps least; the emptiest of them."""
+        stages = self.world.stages
+        used = Counter(s for node in (*stripe.nodes, *stripe.parity) for s in stages.get(node, ())) if stages else {}
+        free = (entry[2] for entry in self.order[: self._below(limit)] if entry[2] not in stripe)
+        return self.world.least_overlapping(free, used)
+
+    def _account(self, node: str, size: int, rows: int) -> None:
+        entry = self.load[node]
+        del self.order[bisect_left(self.order, entry)]
+        self.load[node] = (entry[0] + size, entry[1] + rows, node)
+        insort(self.order, self.load[node])
+
+
+def _anew(world: _World) -> _Draft:
+    draft = _Draft(world)
+    for shards in _groups(draft, world.shards):
+        draft.fill(draft.add(shards))
+    draft.even_out(FRESH_TOLERANCE)
+    return draft
+
+
+def _continued(world: _World, old: Placement) -> _Draft:
+    draft = _Draft(world)
+    placed: set[int] = set()
+    for stripe in old.stripes:
+        if _sound(world, stripe):
+            members = {world.owners[i] for i in stripe.shards}
+            parity = [n if n in world.live and n not in members else "" for n in stripe.parity[: world.losses]]
+            draft.add(stripe.shards, parity)
+            placed.update(stripe.shards)
+    for unfinished in draft.open:
+        draft.fill(unfinished)
+    for shards in _groups(draft, [i for i in world.shards if i not in placed]):
+        draft.fill(draft.add(shards))
+    draft.even_out(KEPT_TOLERANCE)
+    return draft
+
+
+def _sound(world: _World, stripe: Stripe) -> bool:
+    """Whether the stripe's shards may stay together."""
+    if len(stripe.shards) > world.width or max(stripe.shards) >= len(world.owners):
+        return False
+    nodes = {world.owners[i] for i in stripe.shards}
+    return len(nodes) == len(stripe.shards) and nodes <= world.live
+
+
+def _groups(draft: _Draft, shards: Iterable[int]) -> Iterator[tuple[int, ...]]:
+    """Shards of different nodes and similar sizes, large ones first, in full stripes as far as it goes.
+
+    What is left of one size joins the next smaller one: a place in a stripe that is paid for is free.
+    """
+    sizes, width = draft.world.sizes, draft.world.width
+    pool: dict[str, deque[int]] = {}
+    largest = -1.0
+    for shard in sorted(shards, key=lambda i: (-sizes[i], i)):
+        if sizes[shard] < SIMILAR * largest:
+            while len(pool) >= width:
+                yield _take(draft, pool)
+            largest = -1.0
+        largest = max(largest, sizes[shard])
+        pool.setdefault(draft.world.owners[shard], deque()).append(shard)
+    while pool:
+        yield _take(draft, pool)
+
+
+def _take(draft: _Draft, pool: dict[str, deque[int]]) -> tuple[int, ...]:
+    """The next stripe's shards, so that as few stripes as possible take the whole pool.
+
+    No fewer than `rounds` stripes do: nodes with that many shards have to be in every one of them, the others are
+    free to be chosen for their stages. Among equals those with many shards left and much parity come first: who is
+    not in the stripe will hold its parity.
+    """
+    width = draft.world.width
+    counts = {node: len(shards) for node, shards in pool.items()}
+    rounds = max(-(-sum(counts.values()) // width), *counts.values())
+    candidates = sorted(pool, key=lambda node: (-counts[node], -draft.load[node][0], node))
+    chosen: list[str] = [node for node in candidates if counts[node] == rounds]
+    free = [node for node in candidates if counts[node] < rounds]
+    used: Counter[int] = Counter(s for node in chosen for s in draft.world.stages.get(node, ()))
+    while free and len(chosen) < width:
+        node = draft.world.least_overlapping(free, used)
+        free.remove(node)
+        chosen.append(node)
+        used.update(draft.world.stages.get(node, ()))
+    taken = tuple(pool[node].popleft() for node in chosen)
+    for node in chosen:
+        if not pool[node]:
+            del pool[node]
+    return taken
