@@ -204,6 +204,7 @@ class _Open:
     nodes: tuple[str, ...]
     parity: list[str]
     cost_bytes: int
+    kept: bool  # as it was, with all its parity
 
     def __contains__(self, node: str) -> bool:
         return node in self.nodes or node in self.parity
@@ -234,7 +235,9 @@ class _Draft:
         """A stripe of these shards; `parity` are rows that have their place already, empty strings where not."""
         rest = [""] * (self.world.losses - len(parity))
         nodes = tuple(self.world.owners[i] for i in shards)
-        stripe = _Open(shards, nodes, [*parity, *rest], max(self.world.sizes[i] for i in shards))
+        stripe = _Open(
+            shards, nodes, [*parity, *rest], max(self.world.sizes[i] for i in shards), all(parity) and not rest
+        )
         self.open.append(stripe)
         for node in parity:
             if node:
@@ -253,10 +256,12 @@ class _Draft:
     def even_out(self, tolerance: int) -> None:
         """Move rows until the bound that `place` promises holds. Every move makes the squares of the loads less."""
         allowance = self.total_bytes / (tolerance * len(self.world.nodes))
+        # Rows that have to be computed anyway are moved first, and large ones, so that few have to be.
+        order = sorted(self.open, key=lambda stripe: (stripe.kept, -stripe.cost_bytes))
         moved = True
         while moved:
             moved = False
-            for stripe in reversed(self.open):  # stripes that are new anyway come last
+            for stripe in order:
                 for number, holder in enumerate(stripe.parity) if stripe.cost_bytes else ():
                     limit = self.load[holder][0] - 2 * stripe.cost_bytes - allowance
                     if self.order[0][0] >= limit or all(e[2] in stripe for e in self.order[: self._below(limit)]):
