@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import os
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .frames import HEADER_BYTES, HELLO_BYTES, Flag, FrameKind, Header, Hello, ProtocolError, pack_credit
-from .links import Link
+from .frames import (
+    HEADER_BYTES,
+    HELLO_BYTES,
+    CorruptFrame,
+    Flag,
+    FrameKind,
+    Header,
+    Hello,
+    ProtocolError,
+    checksum_of,
+    pack_credit,
+    pack_refusal,
+)
+from .links import Link, OnCorruption
 from .mailbox import Mailbox, allocate
 from .poller import Poller
 from .ring import RING_MINIMUM_BYTES, RingReader
@@ -43,13 +56,17 @@ class Local:
     digest: bytes
     mailbox: Mailbox
     generation: Callable[[], int]
+    on_corruption: OnCorruption
 
 
 class InLink(Link):
-    """The messages of one incarnation of a peer to this rank: whole ones go to the mailbox, stale ones nowhere."""
+    """The messages of one incarnation of a peer to this rank: whole ones go to the mailbox, stale ones nowhere.
+
+    A part counts as received once its checksum was found right; a message is delivered with its last part.
+    """
 
     def __init__(self, sock: socket.socket, local: Local, poller: Poller) -> None:
-        super().__init__(sock, poller)
+        super().__init__(sock, poller, local.on_corruption)
         self.hello: Hello | None = None
         self.newest_generation = 0  # that the peer is known to have reached
         self._local = local
@@ -86,6 +103,9 @@ class InLink(Link):
         except BlockingIOError:
             return
         except (OSError, ProtocolError, MemoryError) as error:
+            if isinstance(error, CorruptFrame):
+                with contextlib.suppress(OSError):
+                    self.sock.send(pack_refusal())
             self.fail(error)
 
     def _read(self) -> tuple[int, int]:
@@ -114,8 +134,14 @@ class InLink(Link):
         self._filled += len(data)
         if self._filled == HELLO_BYTES:
             self._filled = 0
-            self._greet(Hello.parse(self._inbox))
+            self._greet(self._parse_hello())
         return len(data), asked
+
+    def _parse_hello(self) -> Hello:
+        try:
+            return Hello.parse(self._inbox)
+        except ProtocolError as error:  # a stranger's bytes look like a hello that changed on its way
+            raise CorruptFrame(str(error)) from error
 
     def _greet(self, hello: Hello) -> None:
         local = self._local
@@ -190,6 +216,12 @@ class InLink(Link):
         if partial is None:
             return
         partial.received += count
+        if self._part_left:
+            return
+        part = self._part
+        assert part is not None
+        if checksum_of([partial.data[part.offset : partial.received]]) != part.checksum:
+            raise CorruptFrame(f"the checksum of {part} does not match")
         if partial.received == len(partial.data):
             first = partial.header
             self._local.mailbox.put(first.generation, first.source, first.key, partial.data)
@@ -206,6 +238,9 @@ class InLink(Link):
             sent = 0
         if sent != HEADER_BYTES:
             raise ProtocolError("the peer does not read its credits")
+
+    def _peer_rank(self) -> int | None:
+        return None if self.hello is None else self.hello.source
 
     def _release(self) -> None:
         if self._ring:

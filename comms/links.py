@@ -1,7 +1,8 @@
 """The links of a mesh: each carries messages one way, and over shared memory credits the other way.
 
 This is the sender's end; `incoming` is the receiver's. Neither blocks: `OutLink.flush` writes what the kernel takes.
-Whatever goes wrong with a peer or with its bytes breaks its link, and nothing else.
+Whatever goes wrong with a peer or with its bytes breaks its link, and nothing else.  Bytes that changed on their way
+are reported besides, by both ends, because then nobody died whose death would be noticed.
 """
 
 from __future__ import annotations
@@ -9,14 +10,15 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import select
 import socket
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
 from .communicator import Peer
-from .frames import HEADER_BYTES, FrameKind, Header, Hello, ProtocolError
+from .frames import HEADER_BYTES, CorruptFrame, FrameKind, Header, Hello, ProtocolError
 from .mailbox import joined
 from .poller import READ, WRITE, Poller
 from .ring import RingWriter
@@ -25,6 +27,8 @@ IOV_LIMIT = 512  # buffers per sendmsg; the kernel's own limit is 1024
 TCP_PIECE_BYTES = 1 << 20  # also bounds what an abort has to copy of a frame that is half sent
 SOCKET_BUFFER_BYTES = 4 << 20
 _INBOX_BYTES = 32 * 1024
+
+OnCorruption = Callable[[int, str], None]  # the rank at the other end, and what was found
 
 _log = logging.getLogger(__name__)
 
@@ -63,17 +67,22 @@ def ask_for_buffers(sock: socket.socket) -> None:
 class Link:
     """What both directions share: a socket in the poll set, open until it breaks or is closed."""
 
-    def __init__(self, sock: socket.socket, poller: Poller) -> None:
+    def __init__(self, sock: socket.socket, poller: Poller, on_corruption: OnCorruption) -> None:
         self.sock = sock
         self.broken = False
+        self._on_corruption = on_corruption
         self._poller = poller
         sock.setblocking(False)
 
     def fail(self, reason: object) -> None:
         """The peer is gone or talks nonsense: give everything back, and remember."""
-        if not self.broken:
-            _log.log(logging.WARNING if isinstance(reason, ProtocolError) else logging.INFO, "%s: %s", self, reason)
+        if self.broken:
+            return
+        _log.log(logging.WARNING if isinstance(reason, ProtocolError) else logging.INFO, "%s: %s", self, reason)
         self.close()
+        rank = self._peer_rank()
+        if isinstance(reason, CorruptFrame) and rank is not None:
+            self._on_corruption(rank, f"{self}: {reason}")
 
     def close(self) -> None:
         """Close the socket and the memory. Idempotent."""
@@ -82,6 +91,10 @@ class Link:
             self._poller.forget(self.sock.fileno())
             self.sock.close()
             self._release()
+
+    def _peer_rank(self) -> int | None:
+        """Who is at the other end, or None as long as it has not said so."""
+        raise NotImplementedError
 
     def _release(self) -> None:
         raise NotImplementedError
@@ -94,7 +107,7 @@ class OutLink(Link):
     `keep_rest`, so that a frame once begun is always finished and the stream stays in step.
     """
 
-    def __init__(self, peer: Peer, hello: Hello, poller: Poller) -> None:
+    def __init__(self, peer: Peer, hello: Hello, poller: Poller, on_corruption: OnCorruption) -> None:
         self.peer = peer
         self.ring = RingWriter(hello.ring_bytes) if hello.ring_bytes else None
         self._queue: deque[memoryview] = deque([memoryview(hello.pack())])
@@ -105,7 +118,7 @@ class OutLink(Link):
         host, _, port = peer.address.rpartition(":")
         family = socket.AF_UNIX if self.ring else socket.AF_INET6 if ":" in host else socket.AF_INET
         self._target: str | tuple[str, int] = "\0" + peer.local_name if self.ring else (host, int(port))
-        super().__init__(socket.socket(family, socket.SOCK_STREAM), poller)
+        super().__init__(socket.socket(family, socket.SOCK_STREAM), poller, on_corruption)
         if not self.ring:
             self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             ask_for_buffers(self.sock)
@@ -113,6 +126,14 @@ class OutLink(Link):
 
     def __str__(self) -> str:
         return f"link to rank {self.peer.rank} (incarnation {self.peer.incarnation})"
+
+    def gone(self) -> bool:
+        """The link is broken, or its peer has closed it, though the poller has not told yet."""
+        if self.broken or not self._connected:
+            return self.broken
+        look = select.poll()
+        look.register(self.sock, select.POLLRDHUP)
+        return bool(look.poll(0))
 
     def written(self) -> bool:
         """Nothing is queued any more, or the link is broken."""
@@ -141,6 +162,7 @@ class OutLink(Link):
                 self._wait_to_write(True)
                 return False
             except OSError as error:
+                self._read_credits()  # perhaps it said why before it closed
                 self.fail(error)
         if not self.broken:
             self._wait_to_write(False)
@@ -208,12 +230,17 @@ class OutLink(Link):
         try:
             for at in range(0, whole, HEADER_BYTES):
                 header = Header.parse(self._inbox, at)
+                if header.kind is FrameKind.REFUSED:
+                    raise CorruptFrame("the peer found that bytes had changed on their way")
                 if header.kind is not FrameKind.CREDIT or self.ring is None:
                     raise ProtocolError(f"expected a credit, got {header}")
                 self.ring.credit(header.ring_position)
             del self._inbox[:whole]
         except ProtocolError as error:
             self.fail(error)
+
+    def _peer_rank(self) -> int:
+        return self.peer.rank
 
     def _release(self) -> None:
         self._queue.clear()

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing_extensions import Buffer
 
 from .communicator import Aborted, Communicator, EditReport, Key, Peer
-from .frames import MESSAGE_LIMIT_BYTES, Flag, FrameKind, Header, Hello, token_digest
+from .frames import MESSAGE_LIMIT_BYTES, Flag, FrameKind, Header, Hello, checksum_of, token_digest
 from .incoming import InLink, Local
 from .links import TCP_PIECE_BYTES, OutLink, ask_for_buffers, cut
 from .mailbox import WAIT_SLICE_S, Mailbox, byte_view, joined
@@ -32,8 +32,9 @@ class MeshCommunicator(Communicator):
 
     `host` is the address to listen on, and for others to connect to; ranks of equal `host_id` must share a network
     namespace, and reach each other through shared memory unless `shared_memory` is off on either. Ranks with another
-    `token` are refused. `ring_bytes` is the shared memory of one link. The messages that a rank has not asked for yet
-    are held in its memory, without a limit of their own: the order of a training step bounds them.
+    `token` are refused. Every byte is checked on arrival (see `frames`). `ring_bytes` is the shared memory of one link.
+    The messages that a rank has not asked for yet are held in its memory, without a limit of their own: the order of a
+    training step bounds them.
     """
 
     def __init__(
@@ -56,7 +57,9 @@ class MeshCommunicator(Communicator):
         self._aborted = False
         self._closed = False
         self._mailbox = Mailbox()
-        self._local = Local(rank, incarnation, token_digest(token), self._mailbox, lambda: self.generation)
+        self._local = Local(
+            rank, incarnation, token_digest(token), self._mailbox, lambda: self.generation, self._report_corruption
+        )
         self._out: dict[int, OutLink] = {}
         self._in: list[InLink] = []
         self._poller = Poller()
@@ -138,6 +141,7 @@ class MeshCommunicator(Communicator):
     def edit(self, generation: int, peers: Mapping[int, Peer]) -> EditReport:
         """See `Communicator.edit`. Nothing is opened here: links open at their first message.
 
+        A link that broke, at either end, is closed too, and a new one takes its place when it is needed.
         An incarnation that was left out of a generation must not come back in a later one.
         """
         if self._closed:
@@ -153,7 +157,7 @@ class MeshCommunicator(Communicator):
             self._poller.wake()
         closed = 0
         for rank, out in list(self._out.items()):
-            if out.broken or rank not in peers or peers[rank].incarnation != out.peer.incarnation:
+            if out.gone() or rank not in peers or peers[rank].incarnation != out.peer.incarnation:
                 out.close()
                 del self._out[rank]
                 closed += 1
@@ -220,7 +224,10 @@ class MeshCommunicator(Communicator):
             self.generation,
             self._ring_bytes if shared else 0,
         )
-        return OutLink(peer, hello, self._poller)
+        return OutLink(peer, hello, self._poller, self._report_corruption)
+
+    def _report_corruption(self, source_rank: int, what: str) -> None:
+        self.on_corruption(source_rank, what)
 
     def _flush(self, link: OutLink) -> None:
         if not link.flush():
@@ -231,6 +238,7 @@ class MeshCommunicator(Communicator):
         piece = piece_bytes(ring.ring_bytes) if ring else TCP_PIECE_BYTES
         for offset, parts in cut(views, piece):
             length = min(piece, total - offset)
+            checksum = checksum_of(parts)  # brings them into the cache, from where they are copied next
             position = 0
             flags = 0
             if ring and not link.broken:
@@ -240,7 +248,9 @@ class MeshCommunicator(Communicator):
                 return  # to a dead peer: dropped
             if ring:
                 ring.write(position, parts)
-            header = Header(FrameKind.PART, flags, self.generation, self.rank, key, total, offset, length, position)
+            header = Header(
+                FrameKind.PART, flags, self.generation, self.rank, key, total, offset, length, position, checksum
+            )
             link.enqueue(header.pack(), () if ring else parts)
             self._flush(link)
 

@@ -11,7 +11,17 @@ import numpy as np
 import pytest
 from backends import BACKENDS, Cluster, Thread
 from everstep.comms.communicator import Aborted, Key, Kind
-from everstep.comms.frames import HEADER_BYTES, HELLO_BYTES, FrameKind, Header, Hello, ProtocolError, token_digest
+from everstep.comms.frames import (
+    HEADER_BYTES,
+    HELLO_BYTES,
+    PROTOCOL_VERSION,
+    FrameKind,
+    Header,
+    Hello,
+    ProtocolError,
+    checksum_of,
+    token_digest,
+)
 from everstep.comms.links import cut
 from everstep.comms.mesh import MeshCommunicator
 from everstep.comms.ring import RingReader, RingWriter, piece_bytes
@@ -31,12 +41,23 @@ def noise(size: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8)
 
 
-def part(generation=1, source=1, total=10, offset=0, length=10, flags=0, position=0) -> bytes:
-    return Header(FrameKind.PART, flags, generation, source, key(), total, offset, length, position).pack()
+def part(generation=1, source=1, total=10, offset=0, length=10, flags=0, position=0, data=b"0123456789") -> bytes:
+    """The header of a part that has the checksum of `data`."""
+    checksum = checksum_of([data])
+    return Header(FrameKind.PART, flags, generation, source, key(), total, offset, length, position, checksum).pack()
 
 
-def hello(target: int = 0, incarnation: int = 1, ring_bytes: int = 0, token: str = "job", version: int = 1) -> bytes:
+def hello(
+    target: int = 0, incarnation: int = 1, ring_bytes: int = 0, token: str = "job", version: int = PROTOCOL_VERSION
+) -> bytes:
     return Hello(token_digest(token), 1, 1, target, incarnation, 1, ring_bytes, version).pack()
+
+
+def flipped(data: bytes, bit: int) -> bytes:
+    """`data` with one bit changed."""
+    changed = bytearray(data)
+    changed[bit // 8] ^= 1 << bit % 8
+    return bytes(changed)
 
 
 def until(condition, *polled) -> None:
@@ -188,7 +209,7 @@ MALFORMED = {
     "nothing": b"",
     "http": b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 10,
     "half a hello": hello()[:20],
-    "another version": hello(version=2),
+    "another version": hello(version=PROTOCOL_VERSION + 1),
     "another rank": hello(target=4),
     "another incarnation": hello(incarnation=9),
     "another token": hello(token="?"),
@@ -198,6 +219,8 @@ MALFORMED = {
     "half a payload": hello() + part() + b"123",
     "another source": hello() + part(source=3) + b"0123456789",
     "a part outside its message": hello() + part(total=10, offset=8, length=10),
+    "another payload": hello() + part() + b"0123456780",
+    "a header with a bit more": hello() + flipped(part(), 100) + b"0123456789",
     "an endless message": hello() + part(total=1 << 60, length=1),
     "a part that begins nothing": hello() + part(total=20, offset=10),
     "a gap": hello() + part(total=30) + b"0123456789" + part(total=30, offset=20),
@@ -253,8 +276,10 @@ def test_a_header_parses_or_is_refused(data, tail):
 
 @given(st.sampled_from(Kind), st.integers(-(2**63), 2**63 - 1), st.integers(-(2**31), 2**31 - 1), st.integers(0, 2**40))
 def test_a_header_survives_its_packing(kind, step, micro_batch, index):
-    header = Header(FrameKind.PART, 1, 2**32 - 1, 7, Key(kind, step, micro_batch, index), 2**36, 2**35, 2**20, 2**60)
-    assert len(header.pack()) == HEADER_BYTES == 64
+    header = Header(
+        FrameKind.PART, 1, 2**32 - 1, 7, Key(kind, step, micro_batch, index), 2**36, 2**35, 2**20, 2**60, 2**63
+    )
+    assert len(header.pack()) == HEADER_BYTES == 80
     assert Header.parse(header.pack()) == header
 
 
