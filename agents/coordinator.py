@@ -121,12 +121,13 @@ class CoordinatorServer:
         if body == "hello":
             self._greet(session, item.hello)
             return None
-        if not session.node:
-            return None  # has not said hello: nothing it says counts
+        if self._sessions.get(session.node) is not session:
+            return None  # has not said hello, or was declared lost: nothing it says counts
         if body == "ready":
             ready = item.ready
-            return e.NodeJoined(session.node, ready.host, ready.slots, ready.keeper, ready.order)
+            return e.NodeJoined(session.node, ready.host, ready.slots, ready.keeper, ready.order, ready.memory_bytes)
         if body == "heartbeat":
+            session.send(heartbeat=pb.Heartbeat())
             return e.HeartbeatReceived(session.node)
         if body == "died":
             return self._died(item.died)
@@ -181,6 +182,13 @@ class CoordinatorServer:
             self._send(effect.node, kill=pb.KillWorkers(workers=[_proto(w) for w in effect.workers]))
         elif isinstance(effect, e.RefuseNode):
             self._send(effect.node, refused=pb.Refused(why=effect.why))
+        elif isinstance(effect, e.FenceNode):
+            session = self._sessions.pop(effect.node, None)
+            if session is not None:
+                session.send(fence=pb.Fence(why=effect.why))
+                session.end()
+        elif isinstance(effect, e.TellNode):
+            self._send(effect.node, notice=pb.Notice(text=effect.text))
         elif isinstance(effect, e.Record):
             self._record({"event": effect.event, **effect.fields})
         else:
@@ -236,6 +244,8 @@ def worker_event(worker: e.WorkerId, message: dict[str, Any]) -> e.Event | None:
     if kind == "ready":
         job = message["job"]
         job["model"] = ModelSpec.from_json(job["model"])
+        for name in ("state_bytes", "gradient_bytes"):
+            job[name] = tuple(job[name])
         return e.WorkerReady(worker, message["peer"], e.Job(**job))
     if kind == "reported":
         report = Report.from_json(message["report"])
@@ -247,7 +257,13 @@ def worker_event(worker: e.WorkerId, message: dict[str, Any]) -> e.Event | None:
     if kind == "idled":
         return e.WorkerIdled(worker, message["generation"])
     if kind == "committed":
-        return e.WorkerCommitted(worker, message["step"], message["agreement"], message["loss"], message["digest"])
+        return e.WorkerCommitted(worker, **message)
+    if kind == "lacking":
+        return e.WorkerLacking(worker, message["generation"], message["version"], tuple(message["shards"]))
+    if kind == "corruption":
+        return e.CorruptionFound(worker, **message)
+    if kind == "noted":
+        return e.WorkerNoted(worker, message["what"], message["fields"])
     if kind == "finished":
         return e.WorkerFinished(worker)
     if kind == "raised":
@@ -262,7 +278,8 @@ def _plan_message(effect: e.CarryOut) -> str:
             "plan": effect.plan.to_json(),
             "digest": effect.plan.digest,
             "peers": {str(rank): peer for rank, peer in effect.peers.items()},
-            "keepers": effect.keepers,
+            "keepers": dict(effect.keepers),
+            "placement": effect.placement.to_json(),
             "rank": effect.worker.rank,
         }
     )

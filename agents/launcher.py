@@ -23,11 +23,14 @@ from ..elastic.protocol.liveness import FLOOR_S
 from ..elastic.protocol.state import Config
 from .coordinator import CoordinatorServer, PortTaken
 from .logs import WorkerLogs, discard
+from .memory import available, parse_size
 from .node import AgentError, NodeAgent, NodeConfig, Outcome
 
 CONNECT_TIMEOUT_S = 60.0  # torchrun waits as long for its store
 DEFAULT_PORT = 29400
-_OVERRIDES = ("steps", "stages", "global-batch-size", "micro-batch-size", "seed")
+REJOIN_S = 60.0
+_OVERRIDES = ("steps", "stages", "global-batch-size", "micro-batch-size", "seed", "node-losses", "verify-every")
+_CHOSEN = ("protection", "snapshot-every", "snapshot-budget", "on-loss", "on-corruption")
 
 
 class LaunchError(Exception):
@@ -54,6 +57,11 @@ def parser() -> argparse.ArgumentParser:
     own = parse.add_argument_group("everstep")
     for name in _OVERRIDES:
         own.add_argument(f"--es-{name}", type=int, metavar="N", help=f"overrides {name.replace('-', '_')}")
+    for name in _CHOSEN:
+        own.add_argument(f"--es-{name}", metavar="VALUE", help=f"overrides {name.replace('-', '_')}")
+    own.add_argument(
+        "--es-keeper-memory", default="", metavar="SIZE", help="memory of this node for protection, such as 8GiB"
+    )
     own.add_argument("--es-events", metavar="FILE", help="append every event of the job to FILE, one JSON a line")
     own.add_argument("--es-config", metavar="FILE", help="TOML file with an [everstep] table of settings")
     own.add_argument(
@@ -155,7 +163,8 @@ def _run_node(command: Command) -> Outcome:
             if not command.endpoint:
                 job = uuid.uuid4().hex[:12] if job == "none" else job
             address = _coordinate(command, job, stack)
-            agent = NodeAgent(_node_config(command, job, address), _connect(address, _join_timeout(command)))
+            first = _connect(address, _join_timeout(command))
+            agent = NodeAgent(_node_config(command, job, address), lambda wait_s: AgentStream(address, wait_s), first)
             _stop_on_signals(agent, _signals(command))
             outcome = agent.run()
             return outcome
@@ -235,7 +244,7 @@ def _is_local(host: str) -> bool:
 def _node_config(command: Command, job: str, address: str) -> NodeConfig:
     torch, own = command.torch, command.own
     environment = {**os.environ, "TORCHELASTIC_SIGNALS_TO_HANDLE": _signals(command)}
-    for name in _OVERRIDES:
+    for name in (*_OVERRIDES, *_CHOSEN):
         value = getattr(own, f"es_{name.replace('-', '_')}")
         if value is not None:
             environment[f"EVERSTEP_{name.replace('-', '_').upper()}"] = str(value)
@@ -255,10 +264,22 @@ def _node_config(command: Command, job: str, address: str) -> NodeConfig:
         preload=tuple(name for name in own.es_preload.split(",") if name),
         role=torch.role,
         max_restarts=torch.max_restarts,
+        max_nodes=torch.max_nodes,
+        memory_bytes=_keeper_memory(own.es_keeper_memory),
+        rejoin_s=min(_join_timeout(command), REJOIN_S),
         hang_timeout_s=own.es_hang_timeout,
         shutdown_timeout_s=float(getattr(torch, "shutdown_timeout", 30)),
         shared_memory=not own.es_tcp,
     )
+
+
+def _keeper_memory(text: str) -> int:
+    if not text:
+        return available()
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise LaunchError(f"--es-keeper-memory: {error}") from None
 
 
 def _address_towards(address: str) -> str:

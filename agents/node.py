@@ -12,6 +12,7 @@ import selectors
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ..comms import everstep_pb2 as pb
-from ..comms.rpc import AgentStream
+from ..comms.rpc import AgentStream, Unreachable
 from ..elastic.progress import Phase
 from ..elastic.protocol.events import WorkerId
 from ..elastic.protocol.liveness import FLOOR_S
@@ -31,7 +32,10 @@ from .logs import WorkerLogs
 from .preloader import Preloader
 from .workers import WorkerProcess
 
-HEARTBEAT_S = 0.5
+HEARTBEAT_S = 0.25
+BUSY_S = 10.0  # an agent whose loop has not turned for so long does not say that it is alive
+FENCE_S = 5.0  # without a word from the coordinator: this node may be cut off, and stops
+RETRY_S = 1.0
 WATCH_S = 0.05
 STATUS_S = 0.05  # how long a dead worker's exit status is waited for
 END_GRACE_S = 3.0  # of an elastic worker; a classic one has `shutdown_timeout_s`
@@ -56,6 +60,9 @@ class NodeConfig:
     preload: tuple[str, ...] = ()
     role: str = "default"
     max_restarts: int = 0
+    max_nodes: int = 1
+    memory_bytes: int = 0  # for protection; 0: not known
+    rejoin_s: float = 60.0  # how long a node that was fenced tries to come back
     hang_timeout_s: float = FLOOR_S
     shared_memory: bool = True
     shutdown_timeout_s: float = 30.0
@@ -75,9 +82,18 @@ class Outcome:
 class NodeAgent:
     """Runs one node of a job until it ends."""
 
-    def __init__(self, config: NodeConfig, stream: AgentStream, on_started: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        config: NodeConfig,
+        connect: Callable[[float], AgentStream],
+        first: AgentStream,
+        on_started: Callable[[], None] | None = None,
+    ) -> None:
         self.config = config
-        self.stream = stream
+        self.stream: AgentStream | None = None
+        self.node = config.node
+        self._connect = connect
+        self._lives = 0  # how often this node has joined
         self.on_started = on_started or (lambda: None)
         self.workers: dict[WorkerId, WorkerProcess] = {}
         self.token = ""
@@ -92,9 +108,12 @@ class NodeAgent:
         self._first_rank = 0
         self._stop_why = ""
         self._selector = selectors.DefaultSelector()
-        self._selector.register(stream.wake_fd, selectors.EVENT_READ, self._stream_woke)
-        self._heartbeat_s = 0.0
+        self._turned_s = self._heard_s = time.monotonic()
+        self._fenced_s = 0.0  # since when this node has been out
+        self._retry_s = 0.0
         self._ending_s = 0.0
+        self._closing = threading.Event()
+        self._attach(first)
 
     # ------------------------------------------------------------ life
 
@@ -102,10 +121,10 @@ class NodeAgent:
         """Serve until the job ends, then leave nothing behind."""
         try:
             self._start_preloader()
-            self.stream.send(hello=pb.Hello(job=self.config.job, node=self.config.node, protocol=1))
-            if self._stop_why:
-                self.stop(self._stop_why)  # again: what is said before the hello does not count
+            self._say_hello()
+            threading.Thread(target=self._beat, name="everstep-heartbeat", daemon=True).start()
             while not self._done():
+                self._turned_s = time.monotonic()
                 for key, _ in self._selector.select(WATCH_S):
                     key.data()
                 self._watch()
@@ -115,6 +134,28 @@ class NodeAgent:
             return self.outcome
         finally:
             self._close()
+
+    def _attach(self, stream: AgentStream) -> None:
+        self.stream = stream
+        self._heard_s = time.monotonic()
+        self._selector.register(stream.wake_fd, selectors.EVENT_READ, self._stream_woke)
+
+    def _say_hello(self) -> None:
+        self._lives += 1
+        self.node = self.config.node if self._lives == 1 else f"{self.config.node}-{self._lives}"
+        self._send(hello=pb.Hello(job=self.config.job, node=self.node, protocol=1))
+        if self._stop_why:
+            self.stop(self._stop_why)  # again: what is said before the hello does not count
+
+    def _send(self, **body: Any) -> None:
+        if self.stream is not None:
+            self.stream.send(**body)
+
+    def _beat(self) -> None:
+        """A thread of its own says that this node is alive, so that a busy moment of the loop is no loss."""
+        while not self._closing.wait(HEARTBEAT_S):
+            if self.token and time.monotonic() - self._turned_s < BUSY_S:
+                self._send(heartbeat=pb.Heartbeat())
 
     def _done(self) -> bool:
         if self.outcome is None:
@@ -132,24 +173,70 @@ class NodeAgent:
         return not self.workers
 
     def _close(self) -> None:
+        self._closing.set()
         for worker in self.workers.values():
             worker.kill("the agent ends")
             worker.close()
         if self._preloader is not None:
             self._preloader.close()
+        self._end_keeper()
+        self.config.logs.close()
+        self._detach()
+        self._selector.close()
+
+    def _end_keeper(self) -> None:
         if self._keeper is not None:
             self._keeper.kill()
             self._keeper.wait()
-        self.config.logs.close()
-        self.stream.close()
-        self._selector.close()
+            self._keeper = None
+
+    def _detach(self) -> None:
+        stream, self.stream = self.stream, None
+        if stream is not None:
+            self._selector.unregister(stream.wake_fd)
+            stream.close()
+
+    # ------------------------------------------------------------ fenced, and back
+
+    def _fence(self, why: str) -> None:
+        """This node is out of the job: stop all that it runs, and ask to be taken in again."""
+        self._say(f"this node was lost to the job ({why}): its workers are stopped, and it asks to join again")
+        self.token = ""
+        self._detach()
+        for worker, _ in self._waiting:
+            del self.workers[worker.id]
+            worker.close()
+        self._waiting.clear()
+        for worker in self.workers.values():
+            worker.silent = True
+            worker.kill("the node was lost to the job")
+        self._end_keeper()
+        self._keeper_name, self._keeper_port = f"everstep-{uuid.uuid4().hex}", 0
+        self._fenced_s = time.monotonic()
+
+    def _rejoin(self, now: float) -> None:
+        """Try to reach the coordinator again; the job is over for this node when that takes too long."""
+        if self.workers or self.outcome is not None or now < self._retry_s:
+            return
+        if self._stop_why or now - self._fenced_s > self.config.rejoin_s:
+            why = self._stop_why or f"no coordinator could be reached for {self.config.rejoin_s:g} s"
+            self.outcome = Outcome(False, f"this node was lost to the job, and {why}")
+            return
+        self._retry_s = now + RETRY_S
+        with contextlib.suppress(Unreachable):
+            self._attach(self._connect(RETRY_S))
+            self._fenced_s = 0.0
+            self._say_hello()
+
+    def _say(self, text: str) -> None:
+        print(f"everstep: {text}", file=sys.stderr, flush=True)
 
     def stop(self, why: str) -> None:
         """Ask the coordinator to end the job; asked twice, end this node at once. Safe in a signal handler."""
         if self._stop_why and self.token:
             self._end_at_once(why)
         self._stop_why = why
-        self.stream.send(stop=pb.StopRequest(why=why))
+        self._send(stop=pb.StopRequest(why=why))
 
     def _end_at_once(self, why: str) -> None:
         self.outcome = self.outcome or Outcome(False, why)
@@ -159,7 +246,11 @@ class NodeAgent:
     # ------------------------------------------------------------ the coordinator's orders
 
     def _stream_woke(self) -> None:
-        for message in self.stream.received():
+        stream = self.stream
+        for message in stream.received() if stream is not None else ():
+            if stream is not self.stream:
+                return  # fenced by the message before
+            self._heard_s = time.monotonic()
             if isinstance(message, str):
                 self._stream_broke(message)
             else:
@@ -175,11 +266,27 @@ class NodeAgent:
         self._start_keeper()
         keeper = f"{self.config.host}:{self._keeper_port}"
         config = self.config
-        ready = pb.NodeReady(host=config.host, slots=config.slots, keeper=keeper, order=config.order)
-        self.stream.send(ready=ready)
+        ready = pb.NodeReady(
+            host=config.host,
+            slots=config.slots,
+            keeper=keeper,
+            order=config.order if self._lives == 1 else -1,
+            memory_bytes=config.memory_bytes,
+        )
+        self._send(ready=ready)
+
+    def _on_heartbeat(self, message: pb.Heartbeat) -> None:
+        """The coordinator is there."""
+
+    def _on_fence(self, message: pb.Fence) -> None:
+        if self.outcome is None:
+            self._fence(message.why)
+
+    def _on_notice(self, message: pb.Notice) -> None:
+        self._say(message.text)
 
     def _on_refused(self, message: pb.Refused) -> None:
-        self.outcome = Outcome(False, f"the coordinator refused node {self.config.node}: {message.why}")
+        self.outcome = Outcome(False, f"the coordinator refused node {self.node}: {message.why}")
 
     def _on_start(self, message: pb.StartWorkers) -> None:
         self.on_started()
@@ -216,7 +323,7 @@ class NodeAgent:
     # ------------------------------------------------------------ processes
 
     def _start_keeper(self) -> None:
-        command = [sys.executable, "-m", "everstep.checkpointing.keeper"]
+        command = [sys.executable, "-m", "everstep.checkpointing.service", "--node", self.node]
         command += ["--name", self._keeper_name, "--host", self.config.host, "--port", str(self._keeper_port)]
         environment = {**os.environ, "EVERSTEP_TOKEN": self.token}
         self._keeper = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
@@ -225,7 +332,7 @@ class NodeAgent:
         if not line.isdigit():
             why = line or f"it ended with status {self._keeper.wait()}"
             raise AgentError(
-                f"the snapshot keeper of node {self.config.node} cannot serve on {self.config.host}: {why} (choose "
+                f"the snapshot keeper of node {self.node} cannot serve on {self.config.host}: {why} (choose "
                 "this node's address with --local-addr)"
             )
         self._keeper_port = int(line)
@@ -312,6 +419,8 @@ class NodeAgent:
             control_fd=_CONTROL_FD,
             progress_fd=_PROGRESS_FD,
             keeper_name=self._keeper_name,
+            node=self.node,
+            max_nodes=self.config.max_nodes,
             shared_memory=self.config.shared_memory,
         )
 
@@ -365,22 +474,25 @@ class NodeAgent:
             detected_at_s=worker.ended_s,
             killed_at_s=reading.fault_ns / 1e9,
         )
-        self.stream.send(died=died)
+        self._send(died=died)
 
     def _pass_lines(self, worker: WorkerProcess) -> int:
         """Pass on what a worker said; returns how many messages there were."""
         lines = worker.receive()
         for line in lines:
-            self.stream.send(from_worker=pb.FromWorker(worker=_proto(worker.id), json=line.decode()))
+            self._send(from_worker=pb.FromWorker(worker=_proto(worker.id), json=line.decode()))
         return len(lines)
 
     # ------------------------------------------------------------ watching
 
     def _watch(self) -> None:
         now = time.monotonic()
-        if now - self._heartbeat_s >= HEARTBEAT_S and self.token:
-            self._heartbeat_s = now
-            self.stream.send(heartbeat=pb.Heartbeat())
+        if self._fenced_s:
+            self._rejoin(now)
+            return
+        if self.token and self.outcome is None and now - self._heard_s > FENCE_S:
+            self._fence(f"no word from the coordinator for {now - self._heard_s:.1f} s")
+            return
         if self._keeper is not None and self._keeper.poll() is not None and self.outcome is None:
             self._start_keeper()  # on the same port and name: workers hand it their segments again
         for worker in self.workers.values():

@@ -1,9 +1,10 @@
 """A snapshot segment: the shared memory that holds the protected state of some shards of one worker.
 
-For each shard it has two state slots (version v lies in slot v % 2) and two gradient slots (the reduced gradient of
-step k lies in slot k % 2). A slot's header is cleared before its bytes change and written, with their checksum, after:
-a torn slot is never valid. The memory is anonymous (memfd): it has no name that could be left behind, and lives as
-long as the worker or the keeper holds it.
+For each shard it has a few state slots, each for one version, and two gradient slots (the reduced gradient of step k
+lies in slot k % 2). A slot's header is cleared before its bytes change and written, with their checksum, after: a torn
+slot is never valid. The checksum covers what the bytes are (shard, version, length) too, so damage to a header is
+noticed as well. The memory is anonymous (memfd): it has no name that could be left behind, and lives as long as the
+worker or the keeper holds it.
 """
 
 from __future__ import annotations
@@ -12,16 +13,18 @@ import contextlib
 import mmap
 import os
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import xxhash
+from typing_extensions import Buffer
 
-_HEADER = struct.Struct("<qQQ")  # version or step (-1: invalid), length in bytes, xxh3 of the bytes
+_HEADER = struct.Struct("<qQQ")  # version or step (-1: invalid), length in bytes, checksum
+_SEED = struct.Struct("<qqqq")
 _SLOT_HEADER_BYTES = 32
 _ALIGN = 64
-SLOTS = ("state0", "state1", "gradient0", "gradient1")
+_GRADIENTS = 2
 
 
 class Entry(NamedTuple):
@@ -35,93 +38,139 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Stored:
-    """A valid slot: what it holds and where."""
+    """A slot that says it is valid: what it holds and where."""
 
+    shard: int
     version: int
     offset: int
     length: int
     checksum: int
+    gradient: bool = False
+
+
+def seed_of(shard: int, version: int, length: int, *, gradient: bool = False) -> int:
+    """The xxh3 seed for bytes that claim to be this: the same bytes under another name have another checksum."""
+    return xxhash.xxh3_64_intdigest(_SEED.pack(shard, version, length, gradient))
+
+
+def checksum_of(data: Buffer, shard: int, version: int, *, gradient: bool = False) -> int:
+    """The checksum of a shard's record, or of its gradient."""
+    view = memoryview(data)
+    return xxhash.xxh3_64_intdigest(view, seed_of(shard, version, view.nbytes, gradient=gradient))
 
 
 def _aligned(size: int) -> int:
     return -(-size // _ALIGN) * _ALIGN
 
 
-def plan_entries(sizes: Iterable[tuple[int, int, int]]) -> tuple[list[Entry], int]:
+def plan_entries(sizes: Iterable[tuple[int, int, int]], states: int) -> tuple[list[Entry], int]:
     """Lay out (shard, state bytes, gradient bytes) one after the other; returns the entries and the total size."""
     entries, offset = [], 0
     for shard, state_bytes, gradient_bytes in sizes:
         entry = Entry(shard, offset, _aligned(state_bytes), _aligned(gradient_bytes))
         entries.append(entry)
-        offset += _aligned(len(SLOTS) * _SLOT_HEADER_BYTES) + 2 * entry.state_bytes + 2 * entry.gradient_bytes
+        offset += _aligned((states + _GRADIENTS) * _SLOT_HEADER_BYTES)
+        offset += states * entry.state_bytes + _GRADIENTS * entry.gradient_bytes
     return entries, offset
 
 
 class Segment:
-    """A mapped segment, in the worker that writes it or the keeper that guards it."""
+    """A mapped segment, in the worker that writes it or the keeper that guards it. `states`: state slots per shard."""
 
-    def __init__(self, fd: int, size: int, entries: Iterable[Entry]) -> None:
+    def __init__(self, fd: int, size: int, entries: Iterable[Entry], states: int) -> None:
         self.fd = fd
         self.size = size
+        self.states = states
         self.entries = {entry.shard: entry for entry in entries}
         self.memory = mmap.mmap(fd, max(size, mmap.PAGESIZE), flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
 
     @classmethod
-    def create(cls, sizes: Iterable[tuple[int, int, int]]) -> Segment:
+    def create(cls, sizes: Iterable[tuple[int, int, int]], states: int = 2) -> Segment:
         """Allocate and touch a segment for (shard, state bytes, gradient bytes)."""
-        entries, size = plan_entries(sizes)
+        entries, size = plan_entries(sizes, states)
         fd = os.memfd_create("everstep-snapshot", os.MFD_CLOEXEC)
         os.ftruncate(fd, max(size, mmap.PAGESIZE))
-        segment = cls(fd, size, entries)
+        segment = cls(fd, size, entries, states)
         for entry in entries:
-            for slot in range(len(SLOTS)):
+            for slot in range(states + _GRADIENTS):
                 segment._write_header(entry, slot, -1, 0, 0)
         return segment
 
-    def _body(self, entry: Entry, slot: int) -> int:
-        start = entry.offset + _aligned(len(SLOTS) * _SLOT_HEADER_BYTES)
-        if slot < 2:
-            return start + slot * entry.state_bytes
-        return start + 2 * entry.state_bytes + (slot - 2) * entry.gradient_bytes
+    # ------------------------------------------------------------ writing
 
-    def _capacity(self, entry: Entry, slot: int) -> int:
-        return entry.state_bytes if slot < 2 else entry.gradient_bytes
+    def gradient_slot(self, step: int) -> int:
+        """The slot of a step's gradient."""
+        return self.states + step % _GRADIENTS
 
-    def _write_header(self, entry: Entry, slot: int, version: int, length: int, checksum: int) -> None:
-        _HEADER.pack_into(self.memory, entry.offset + slot * _SLOT_HEADER_BYTES, version, length, checksum)
+    def free_slot(self, shard: int, keep: Collection[int]) -> int:
+        """The state slot to write next: the one with the oldest version, but for the versions in `keep`."""
+        entry = self.entries[shard]
+        versions = [(self._header(entry, slot)[0], slot) for slot in range(self.states)]
+        free = [item for item in versions if item[0] not in keep]
+        return min(free or versions)[1]
 
     def open_slot(self, shard: int, slot: int, length: int) -> int:
         """Invalidate a slot that is about to be written; returns the offset of its bytes."""
         entry = self.entries[shard]
         if length > self._capacity(entry, slot):
             raise ValueError(
-                f"shard {shard} needs {length} bytes in slot {SLOTS[slot]}, which was made for "
+                f"shard {shard} needs {length} bytes in slot {slot}, which was made for "
                 f"{self._capacity(entry, slot)}: the optimizer's state grew after its first step"
             )
         self._write_header(entry, slot, -1, 0, 0)
         return self._body(entry, slot)
 
-    def seal_slot(self, shard: int, slot: int, version: int, length: int) -> int:
-        """Mark a slot as holding `version`; returns the xxh3 checksum of its bytes."""
+    def seal_slot(self, shard: int, slot: int, version: int, length: int, checksum: int | None = None) -> int:
+        """Mark a slot as holding `version`; returns its checksum, which is taken here unless it is given."""
         entry = self.entries[shard]
         start = self._body(entry, slot)
-        with memoryview(self.memory) as view, view[start : start + length] as body:
-            checksum = xxhash.xxh3_64_intdigest(body)
+        if checksum is None:
+            with memoryview(self.memory) as view, view[start : start + length] as body:
+                checksum = checksum_of(body, shard, version, gradient=slot >= self.states)
         self._write_header(entry, slot, version, length, checksum)
         return checksum
 
-    def stored(self, shard: int, slot: int) -> Stored | None:
-        """What a slot holds, or None if it is empty, torn or out of range. The checksum is not compared here."""
-        entry = self.entries[shard]
+    def _write_header(self, entry: Entry, slot: int, version: int, length: int, checksum: int) -> None:
+        _HEADER.pack_into(self.memory, entry.offset + slot * _SLOT_HEADER_BYTES, version, length, checksum)
+
+    # ------------------------------------------------------------ reading
+
+    def _header(self, entry: Entry, slot: int) -> tuple[int, int, int]:
         version, length, checksum = _HEADER.unpack_from(self.memory, entry.offset + slot * _SLOT_HEADER_BYTES)
+        return version, length, checksum
+
+    def _body(self, entry: Entry, slot: int) -> int:
+        start = entry.offset + _aligned((self.states + _GRADIENTS) * _SLOT_HEADER_BYTES)
+        if slot < self.states:
+            return start + slot * entry.state_bytes
+        return start + self.states * entry.state_bytes + (slot - self.states) * entry.gradient_bytes
+
+    def _capacity(self, entry: Entry, slot: int) -> int:
+        return entry.state_bytes if slot < self.states else entry.gradient_bytes
+
+    def stored(self, shard: int, slot: int) -> Stored | None:
+        """What a slot says it holds, or None if it is empty or torn. The checksum is not compared here."""
+        entry = self.entries[shard]
+        version, length, checksum = self._header(entry, slot)
         if version < 0 or length > self._capacity(entry, slot):
             return None
-        return Stored(version, self._body(entry, slot), length, checksum)
+        return Stored(shard, version, self._body(entry, slot), length, checksum, slot >= self.states)
+
+    def find(self, shard: int, version: int) -> Stored | None:
+        """The slot that holds a shard's state at `version`."""
+        slots = (self.stored(shard, slot) for slot in range(self.states))
+        return next((s for s in slots if s is not None and s.version == version), None)
+
+    def find_gradient(self, shard: int, step: int) -> Stored | None:
+        """The slot that holds a shard's reduced gradient of `step`."""
+        found = self.stored(shard, self.gradient_slot(step))
+        return found if found is not None and found.version == step else None
 
     def read(self, stored: Stored) -> bytes | None:
         """The bytes of a slot, or None if they do not match their checksum."""
         data = self.memory[stored.offset : stored.offset + stored.length]
-        return data if xxhash.xxh3_64_intdigest(data) == stored.checksum else None
+        sound = checksum_of(data, stored.shard, stored.version, gradient=stored.gradient) == stored.checksum
+        return data if sound else None
 
     def newest(self) -> int:
         """The greatest state version in the segment, -1 if it has none."""
@@ -129,7 +178,7 @@ class Segment:
 
     def _states(self) -> Iterator[Stored]:
         for shard in self.entries:
-            for slot in (0, 1):
+            for slot in range(self.states):
                 stored = self.stored(shard, slot)
                 if stored is not None:
                     yield stored

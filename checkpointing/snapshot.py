@@ -6,6 +6,9 @@ The order that makes any single loss exact:
 2. the reduced gradient of step k is summed straight into keeper memory and sealed before the step is agreed on;
 3. so once anybody has passed the agreement of step k, the keepers can give version k + 1 of every shard: as itself, or
    as version k and the gradient that leads to it.
+
+Where nodes may be lost, a third slot holds the newest version that is known to outlive them (`protected`) until a newer
+one does.
 """
 
 from __future__ import annotations
@@ -14,11 +17,13 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .keeper import KeeperLink
+from ..resharding.placement import Placement
+from .client import KeeperLink
 from .record import ShardState, record_bytes, write_record
 from .segment import Segment
 
@@ -29,17 +34,28 @@ class Snapshots:
     Without a keeper (`link` None: a script that runs alone) the memory is private and only the gradient slots are used.
     """
 
-    def __init__(self, link: KeeperLink | None) -> None:
+    def __init__(self, link: KeeperLink | None, states: int = 2) -> None:
         self._link = link
+        self._states = states
+        self._generation = 0
         self._home: dict[int, tuple[int, Segment]] = {}  # shard -> segment
         self._bytes: dict[int, Tensor] = {}  # segment number -> its memory as uint8
-        self._leaving: set[int] = set()
+        self._leaving: dict[int, int] = {}  # shard -> the version at which it got another owner
         self._numbers = 0
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="everstep-snapshot") if link else None
         self._pending: Future[None] | None = None
         self.checksums: dict[int, int] = {}  # shard -> xxh3 of its newest record
         self.version: dict[int, int] = {}  # shard -> newest version written or being written
+        self.protected = -1  # the newest version that all members know to outlive lost nodes
         self.waited_s = 0.0
+
+    def enter(self, generation: int, placement: Placement, addresses: Mapping[str, str], sizes: list[int]) -> None:
+        """Go to a new generation. `sizes`: bytes of each shard's record at most."""
+        self._generation = generation
+        if self._link is not None:
+            self._link.ensure()
+            capacities = [max(sizes[shard] for shard in stripe.shards) for stripe in placement.stripes]
+            self._link.enter(generation, placement.to_json(), dict(addresses), capacities)
 
     def has(self, shard: int) -> bool:
         """Whether there is room for a shard already."""
@@ -50,20 +66,25 @@ class Snapshots:
         new = [item for item in sizes if not self.has(item[0])]
         if not new:
             return
-        segment = Segment.create(new)
+        segment = Segment.create(new, self._states)
         number = self._link.register(segment) if self._link else self._next()
         self._bytes[number] = torch.frombuffer(segment.memory, dtype=torch.uint8)
         for shard, _, _ in new:
             self._home[shard] = (number, segment)
-            self._leaving.discard(shard)
+            self._leaving.pop(shard, None)
             self.version.pop(shard, None)
 
     def _next(self) -> int:
         self._numbers += 1
         return self._numbers
 
-    def begin(self, version: int, states: Callable[[int], ShardState], shards: Iterable[int]) -> None:
-        """Start copying `version` of the shards; their memory must not change before `wait` returns."""
+    def begin(
+        self, version: int, states: Callable[[int], ShardState], shards: Iterable[int], *, protect: bool = False
+    ) -> None:
+        """Start copying `version` of the shards; their memory must not change before `wait` returns.
+
+        With `protect` it is to outlive nodes too: keepers then make parity of it, behind all this.
+        """
         if self._link is None:
             return
         self._link.ensure()
@@ -71,19 +92,30 @@ class Snapshots:
         for shard in todo:
             self.version[shard] = version
         assert self._pool is not None
-        earlier = self._pending
         snapshots = {shard: states(shard) for shard in todo}
-        self._pending = self._pool.submit(self._copy, version, snapshots, earlier)
+        self._pending = self._pool.submit(
+            self._copy, self._generation, version, snapshots, self._pending, protect=protect
+        )
 
-    def _copy(self, version: int, states: Mapping[int, ShardState], earlier: Future[None] | None) -> None:
+    def _copy(
+        self,
+        generation: int,
+        version: int,
+        states: Mapping[int, ShardState],
+        earlier: Future[None] | None,
+        *,
+        protect: bool,
+    ) -> None:
         if earlier is not None:
             earlier.result()
         for shard, state in states.items():
             self._write(shard, version, state)
+        assert self._link is not None
+        self._link.sealed(generation, version, self.protected, protect=protect)
 
     def _write(self, shard: int, version: int, state: ShardState) -> None:
         number, segment = self._home[shard]
-        slot = version % 2
+        slot = segment.free_slot(shard, (self.protected, version - 1))
         entry = segment.entries[shard]
         start = segment.open_slot(shard, slot, record_bytes(state))
         room = self._bytes[number][start : start + entry.state_bytes]
@@ -101,32 +133,57 @@ class Snapshots:
         self._pending = None
         self.waited_s += time.monotonic() - started
 
+    def stored(self, shard: int, version: int) -> bytes | None:
+        """A shard's record at `version` from this worker's own memory; None if it is not there, or damaged.
+
+        What is found counts as written: `begin` need not write it again.
+        """
+        if self._link is None or not self.has(shard):
+            return None
+        segment = self._home[shard][1]
+        slot = segment.find(shard, version)
+        data = segment.read(slot) if slot is not None else None
+        if slot is not None and data is not None:
+            self.version[shard] = version
+            self.checksums[shard] = slot.checksum
+        return data
+
+    def protection(self) -> tuple[int, int, list[dict[str, Any]]]:
+        """(generation, version, damage found): the newest version that is whole at this node's keeper, parity too."""
+        state = self._link.state() if self._link is not None else None
+        if state is None:
+            return 0, -1, []
+        return state["generation"], state["version"], state["incidents"]
+
     def gradient(self, shard: int, step: int, elements: int, dtype: torch.dtype) -> Tensor:
         """Where to write the reduced gradient of `step`: a view of keeper memory, invalid until sealed."""
         number, segment = self._home[shard]
         length = elements * dtype.itemsize
-        start = segment.open_slot(shard, 2 + step % 2, length)
+        start = segment.open_slot(shard, segment.gradient_slot(step), length)
         return self._bytes[number][start : start + length].view(dtype)
 
     def seal_gradient(self, shard: int, step: int, elements: int, dtype: torch.dtype) -> None:
         """Declare the gradient of `step` complete."""
         if self._link is not None:
             _, segment = self._home[shard]
-            segment.seal_slot(shard, 2 + step % 2, step, elements * dtype.itemsize)
+            segment.seal_slot(shard, segment.gradient_slot(step), step, elements * dtype.itemsize)
 
-    def leave(self, shards: Iterable[int]) -> None:
-        """These shards have another owner now; what is kept of them is let go by the next `forget`."""
+    def leave(self, shards: Iterable[int], version: int) -> None:
+        """These shards have another owner from `version` on; what is kept of them is let go by a later `forget`."""
         for shard in shards:
             if shard in self._home:
-                self._leaving.add(shard)
+                self._leaving[shard] = version
 
-    def forget(self) -> None:
-        """Let go of segments none of whose shards is still protected here. Call when their new owners protect them."""
-        for shard in self._leaving:
+    def forget(self, *, nodes: bool = False) -> None:
+        """Let go of segments none of whose shards is still needed here. Call when their new owners protect them.
+
+        With `nodes` (they may be lost), a shard is needed until a version of its new owner outlives them.
+        """
+        for shard in [s for s, version in self._leaving.items() if not nodes or self.protected >= version]:
+            del self._leaving[shard]
             self._home.pop(shard, None)
             self.checksums.pop(shard, None)
             self.version.pop(shard, None)
-        self._leaving.clear()
         used = {number for number, _ in self._home.values()}
         for number in [n for n in self._bytes if n not in used]:
             del self._bytes[number]

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x0e\x65verstep.proto\x12\x0b\x65verstep.v1\"-\n\x08WorkerId\x12\x0c\n\x04rank\x18\x01 \x01(\x05\x12\x13\n\x0bincarnation\x18\x02 \x01(\x05\"\x95\x02\n\rAttachRequest\x12#\n\x05hello\x18\x01 \x01(\x0b\x32\x12.everstep.v1.HelloH\x00\x12\'\n\x05ready\x18\x02 \x01(\x0b\x32\x16.everstep.v1.NodeReadyH\x00\x12+\n\theartbeat\x18\x03 \x01(\x0b\x32\x16.everstep.v1.HeartbeatH\x00\x12.\n\x0b\x66rom_worker\x18\x04 \x01(\x0b\x32\x17.everstep.v1.FromWorkerH\x00\x12\'\n\x04\x64ied\x18\x05 \x01(\x0b\x32\x17.everstep.v1.WorkerDiedH\x00\x12(\n\x04stop\x18\x06 \x01(\x0b\x32\x18.everstep.v1.StopRequestH\x00\x42\x06\n\x04\x62ody\"4\n\x05Hello\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x10\n\x08protocol\x18\x03 \x01(\x05\"G\n\tNodeReady\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\r\n\x05slots\x18\x02 \x01(\x05\x12\x0e\n\x06keeper\x18\x03 \x01(\t\x12\r\n\x05order\x18\x04 \x01(\x05\"\x0b\n\tHeartbeat\"A\n\nFromWorker\x12%\n\x06worker\x18\x01 \x01(\x0b\x32\x15.everstep.v1.WorkerId\x12\x0c\n\x04json\x18\x02 \x01(\t\"\xba\x01\n\nWorkerDied\x12%\n\x06worker\x18\x01 \x01(\x0b\x32\x15.everstep.v1.WorkerId\x12\r\n\x05\x63\x61use\x18\x02 \x01(\t\x12\r\n\x05\x63lean\x18\x03 \x01(\x08\x12\x0c\n\x04step\x18\x04 \x01(\x03\x12\r\n\x05phase\x18\x05 \x01(\t\x12\x1e\n\x16\x66inished_micro_batches\x18\x06 \x01(\x05\x12\x15\n\rdetected_at_s\x18\x07 \x01(\x01\x12\x13\n\x0bkilled_at_s\x18\x08 \x01(\x01\"\x1a\n\x0bStopRequest\x12\x0b\n\x03why\x18\x01 \x01(\t\"\x90\x02\n\x0e\x41ttachResponse\x12\'\n\x07welcome\x18\x01 \x01(\x0b\x32\x14.everstep.v1.WelcomeH\x00\x12\'\n\x07refused\x18\x02 \x01(\x0b\x32\x14.everstep.v1.RefusedH\x00\x12*\n\x05start\x18\x03 \x01(\x0b\x32\x19.everstep.v1.StartWorkersH\x00\x12(\n\x04kill\x18\x04 \x01(\x0b\x32\x18.everstep.v1.KillWorkersH\x00\x12*\n\tto_worker\x18\x05 \x01(\x0b\x32\x15.everstep.v1.ToWorkerH\x00\x12\"\n\x03\x65nd\x18\x06 \x01(\x0b\x32\x13.everstep.v1.EndJobH\x00\x42\x06\n\x04\x62ody\"\x18\n\x07Welcome\x12\r\n\x05token\x18\x01 \x01(\t\"\x16\n\x07Refused\x12\x0b\n\x03why\x18\x01 \x01(\t\"\xb9\x01\n\x0cStartWorkers\x12&\n\x07workers\x18\x01 \x03(\x0b\x32\x15.everstep.v1.WorkerId\x12\x12\n\nworld_size\x18\x02 \x01(\x05\x12\x15\n\rrestart_count\x18\x03 \x01(\x05\x12\x13\n\x0bmaster_addr\x18\x04 \x01(\t\x12\x13\n\x0bmaster_port\x18\x05 \x01(\x05\x12\x12\n\ngroup_rank\x18\x06 \x01(\x05\x12\x18\n\x10group_world_size\x18\x07 \x01(\x05\"5\n\x0bKillWorkers\x12&\n\x07workers\x18\x01 \x03(\x0b\x32\x15.everstep.v1.WorkerId\"?\n\x08ToWorker\x12%\n\x06worker\x18\x01 \x01(\x0b\x32\x15.everstep.v1.WorkerId\x12\x0c\n\x04json\x18\x02 \x01(\t\"F\n\x06\x45ndJob\x12\x11\n\tsucceeded\x18\x01 \x01(\x08\x12\x0b\n\x03why\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\x12\x0c\n\x04rank\x18\x04 \x01(\x05\"\x12\n\x10GetStatusRequest\"!\n\x11GetStatusResponse\x12\x0c\n\x04json\x18\x01 \x01(\t2\xa7\x01\n\x12\x43oordinatorService\x12\x45\n\x06\x41ttach\x12\x1a.everstep.v1.AttachRequest\x1a\x1b.everstep.v1.AttachResponse(\x01\x30\x01\x12J\n\tGetStatus\x12\x1d.everstep.v1.GetStatusRequest\x1a\x1e.everstep.v1.GetStatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x0e\x65verstep.proto\x12\x0b\x65verstep.v1\"-\n\x08WorkerId\x12\x0c\n\x04rank\x18\x01 \x01(\x05\x12\x13\n\x0bincarnation\x18\x02 \x01(\x05\"\x95\x02\n\rAttachRequest\x12#\n\x05hello\x18\x01 \x01(\x0b\x32\x12.everstep.v1.HelloH\x00\x12\'\n\x05ready\x18\x02 \x01(\x0b\x32\x16.everstep.v1.NodeReadyH\x00\x12+\n\theartbeat\x18\x03 \x01(\x0b\x32\x16.everstep.v1.HeartbeatH\x00\x12.\n\x0b\x66rom_worker\x18\x04 \x01(\x0b\x32\x17.everstep.v1.FromWorkerH\x00\x12\'\n\x04\x64ied\x18\x05 \x01(\x0b\x32\x17.everstep.v1.WorkerDiedH\x00\x12(\n\x04stop\x18\x06 \x01(\x0b\x32\x18.everstep.v1.StopRequestH\x00\x42\x06\n\x04\x62ody\"4\n\x05Hello\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x10\n\x08protocol\x18\x03 \x01(\x05\"]\n\tNodeReady\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\r\n\x05slots\x18\x02 \x01(\x05\x12\x0e\n\x06keeper\x18\x03 \x01(\t\x12\r\n\x05order\x18\x04 \x01(\x05\x12\x14\n\x0cmemory_bytes\x18\x05 \x01(\x03\"\x0b\n\tHeartbeat\"A\n\nFromWorker\x12%\n\x06worker\x18\x01 \x01(\x0b\x32\x15.everstep.v1.WorkerId\x12\x0c\n\x04json\x18\x02 \x01(\t\"\xba\x01\n\nWorkerDied\x12%\n\x06worker\x18\x01 \x01(\x0b\x32\x15.everstep.v1.WorkerId\x12\r\n\x05\x63\x61use\x18\x02 \x01(\t\x12\r\n\x05\x63lean\x18\x03 \x01(\x08\x12\x0c\n\x04step\x18\x04 \x01(\x03\x12\r\n\x05phase\x18\x05 \x01(\t\x12\x1e\n\x16\x66inished_micro_batches\x18\x06 \x01(\x05\x12\x15\n\rdetected_at_s\x18\x07 \x01(\x01\x12\x13\n\x0bkilled_at_s\x18\x08 \x01(\x01\"\x1a\n\x0bStopRequest\x12\x0b\n\x03why\x18\x01 \x01(\t\"\x89\x03\n\x0e\x41ttachResponse\x12\'\n\x07welcome\x18\x01 \x01(\x0b\x32\x14.everstep.v1.WelcomeH\x00\x12\'\n\x07refused\x18\x02 \x01(\x0b\x32\x14.everstep.v1.RefusedH\x00\x12*\n\x05start\x18\x03 \x01(\x0b\x32\x19.everstep.v1.StartWorkersH\x00\x12(\n\x04kill\x18\x04 \x01(\x0b\x32\x18.everstep.v1.KillWorkersH\x00\x12*\n\tto_worker\x18\x05 \x01(\x0b\x32\x15.everstep.v1.ToWorkerH\x00\x12\"\n\x03\x65nd\x18\x06 \x01(\x0b\x32\x13.everstep.v1.EndJobH\x00\x12+\n\theartbeat\x18\x07 \x01(\x0b\x32\x16.everstep.v1.HeartbeatH\x00\x12#\n\x05\x66\x65nce\x18\x08 \x01(\x0b\x32\x12.everstep.v1.FenceH\x00\x12%\n\x06notice\x18\t \x01(\x0b\x32\x13.everstep.v1.NoticeH\x00\x42\x06\n\x04\x62ody\"\x14\n\x05\x46\x65nce\x12\x0b\n\x03why\x18\x01 \x01(\t\"\x16\n\x06Notice\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x18\n\x07Welcome\x12\r\n\x05token\x18\x01 \x01(\t\"\x16\n\x07Refused\x12\x0b\n\x03why\x18\x01 \x01(\t\"\xb9\x01\n\x0cStartWorkers\x12&\n\x07workers\x18\x01 \x03(\x0b\x32\x15.everstep.v1.WorkerId\x12\x12\n\nworld_size\x18\x02 \x01(\x05\x12\x15\n\rrestart_count\x18\x03 \x01(\x05\x12\x13\n\x0bmaster_addr\x18\x04 \x01(\t\x12\x13\n\x0bmaster_port\x18\x05 \x01(\x05\x12\x12\n\ngroup_rank\x18\x06 \x01(\x05\x12\x18\n\x10group_world_size\x18\x07 \x01(\x05\"5\n\x0bKillWorkers\x12&\n\x07workers\x18\x01 \x03(\x0b\x32\x15.everstep.v1.WorkerId\"?\n\x08ToWorker\x12%\n\x06worker\x18\x01 \x01(\x0b\x32\x15.everstep.v1.WorkerId\x12\x0c\n\x04json\x18\x02 \x01(\t\"F\n\x06\x45ndJob\x12\x11\n\tsucceeded\x18\x01 \x01(\x08\x12\x0b\n\x03why\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\x12\x0c\n\x04rank\x18\x04 \x01(\x05\"\x12\n\x10GetStatusRequest\"!\n\x11GetStatusResponse\x12\x0c\n\x04json\x18\x01 \x01(\t2\xa7\x01\n\x12\x43oordinatorService\x12\x45\n\x06\x41ttach\x12\x1a.everstep.v1.AttachRequest\x1a\x1b.everstep.v1.AttachResponse(\x01\x30\x01\x12J\n\tGetStatus\x12\x1d.everstep.v1.GetStatusRequest\x1a\x1e.everstep.v1.GetStatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,33 +38,37 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HELLO']._serialized_start=358
   _globals['_HELLO']._serialized_end=410
   _globals['_NODEREADY']._serialized_start=412
-  _globals['_NODEREADY']._serialized_end=483
-  _globals['_HEARTBEAT']._serialized_start=485
-  _globals['_HEARTBEAT']._serialized_end=496
-  _globals['_FROMWORKER']._serialized_start=498
-  _globals['_FROMWORKER']._serialized_end=563
-  _globals['_WORKERDIED']._serialized_start=566
-  _globals['_WORKERDIED']._serialized_end=752
-  _globals['_STOPREQUEST']._serialized_start=754
-  _globals['_STOPREQUEST']._serialized_end=780
-  _globals['_ATTACHRESPONSE']._serialized_start=783
-  _globals['_ATTACHRESPONSE']._serialized_end=1055
-  _globals['_WELCOME']._serialized_start=1057
-  _globals['_WELCOME']._serialized_end=1081
-  _globals['_REFUSED']._serialized_start=1083
-  _globals['_REFUSED']._serialized_end=1105
-  _globals['_STARTWORKERS']._serialized_start=1108
-  _globals['_STARTWORKERS']._serialized_end=1293
-  _globals['_KILLWORKERS']._serialized_start=1295
-  _globals['_KILLWORKERS']._serialized_end=1348
-  _globals['_TOWORKER']._serialized_start=1350
-  _globals['_TOWORKER']._serialized_end=1413
-  _globals['_ENDJOB']._serialized_start=1415
-  _globals['_ENDJOB']._serialized_end=1485
-  _globals['_GETSTATUSREQUEST']._serialized_start=1487
-  _globals['_GETSTATUSREQUEST']._serialized_end=1505
-  _globals['_GETSTATUSRESPONSE']._serialized_start=1507
-  _globals['_GETSTATUSRESPONSE']._serialized_end=1540
-  _globals['_COORDINATORSERVICE']._serialized_start=1543
-  _globals['_COORDINATORSERVICE']._serialized_end=1710
+  _globals['_NODEREADY']._serialized_end=505
+  _globals['_HEARTBEAT']._serialized_start=507
+  _globals['_HEARTBEAT']._serialized_end=518
+  _globals['_FROMWORKER']._serialized_start=520
+  _globals['_FROMWORKER']._serialized_end=585
+  _globals['_WORKERDIED']._serialized_start=588
+  _globals['_WORKERDIED']._serialized_end=774
+  _globals['_STOPREQUEST']._serialized_start=776
+  _globals['_STOPREQUEST']._serialized_end=802
+  _globals['_ATTACHRESPONSE']._serialized_start=805
+  _globals['_ATTACHRESPONSE']._serialized_end=1198
+  _globals['_FENCE']._serialized_start=1200
+  _globals['_FENCE']._serialized_end=1220
+  _globals['_NOTICE']._serialized_start=1222
+  _globals['_NOTICE']._serialized_end=1244
+  _globals['_WELCOME']._serialized_start=1246
+  _globals['_WELCOME']._serialized_end=1270
+  _globals['_REFUSED']._serialized_start=1272
+  _globals['_REFUSED']._serialized_end=1294
+  _globals['_STARTWORKERS']._serialized_start=1297
+  _globals['_STARTWORKERS']._serialized_end=1482
+  _globals['_KILLWORKERS']._serialized_start=1484
+  _globals['_KILLWORKERS']._serialized_end=1537
+  _globals['_TOWORKER']._serialized_start=1539
+  _globals['_TOWORKER']._serialized_end=1602
+  _globals['_ENDJOB']._serialized_start=1604
+  _globals['_ENDJOB']._serialized_end=1674
+  _globals['_GETSTATUSREQUEST']._serialized_start=1676
+  _globals['_GETSTATUSREQUEST']._serialized_end=1694
+  _globals['_GETSTATUSRESPONSE']._serialized_start=1696
+  _globals['_GETSTATUSRESPONSE']._serialized_end=1729
+  _globals['_COORDINATORSERVICE']._serialized_start=1732
+  _globals['_COORDINATORSERVICE']._serialized_end=1899
 # @@protoc_insertion_point(module_scope)

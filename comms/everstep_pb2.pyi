@@ -41,16 +41,18 @@ class Hello(_message.Message):
     def __init__(self, job: _Optional[str] = ..., node: _Optional[str] = ..., protocol: _Optional[int] = ...) -> None: ...
 
 class NodeReady(_message.Message):
-    __slots__ = ("host", "slots", "keeper", "order")
+    __slots__ = ("host", "slots", "keeper", "order", "memory_bytes")
     HOST_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
     KEEPER_FIELD_NUMBER: _ClassVar[int]
     ORDER_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     host: str
     slots: int
     keeper: str
     order: int
-    def __init__(self, host: _Optional[str] = ..., slots: _Optional[int] = ..., keeper: _Optional[str] = ..., order: _Optional[int] = ...) -> None: ...
+    memory_bytes: int
+    def __init__(self, host: _Optional[str] = ..., slots: _Optional[int] = ..., keeper: _Optional[str] = ..., order: _Optional[int] = ..., memory_bytes: _Optional[int] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
     __slots__ = ()
@@ -91,20 +93,38 @@ class StopRequest(_message.Message):
     def __init__(self, why: _Optional[str] = ...) -> None: ...
 
 class AttachResponse(_message.Message):
-    __slots__ = ("welcome", "refused", "start", "kill", "to_worker", "end")
+    __slots__ = ("welcome", "refused", "start", "kill", "to_worker", "end", "heartbeat", "fence", "notice")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     REFUSED_FIELD_NUMBER: _ClassVar[int]
     START_FIELD_NUMBER: _ClassVar[int]
     KILL_FIELD_NUMBER: _ClassVar[int]
     TO_WORKER_FIELD_NUMBER: _ClassVar[int]
     END_FIELD_NUMBER: _ClassVar[int]
+    HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
+    FENCE_FIELD_NUMBER: _ClassVar[int]
+    NOTICE_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
     refused: Refused
     start: StartWorkers
     kill: KillWorkers
     to_worker: ToWorker
     end: EndJob
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., start: _Optional[_Union[StartWorkers, _Mapping]] = ..., kill: _Optional[_Union[KillWorkers, _Mapping]] = ..., to_worker: _Optional[_Union[ToWorker, _Mapping]] = ..., end: _Optional[_Union[EndJob, _Mapping]] = ...) -> None: ...
+    heartbeat: Heartbeat
+    fence: Fence
+    notice: Notice
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., start: _Optional[_Union[StartWorkers, _Mapping]] = ..., kill: _Optional[_Union[KillWorkers, _Mapping]] = ..., to_worker: _Optional[_Union[ToWorker, _Mapping]] = ..., end: _Optional[_Union[EndJob, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., fence: _Optional[_Union[Fence, _Mapping]] = ..., notice: _Optional[_Union[Notice, _Mapping]] = ...) -> None: ...
+
+class Fence(_message.Message):
+    __slots__ = ("why",)
+    WHY_FIELD_NUMBER: _ClassVar[int]
+    why: str
+    def __init__(self, why: _Optional[str] = ...) -> None: ...
+
+class Notice(_message.Message):
+    __slots__ = ("text",)
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    text: str
+    def __init__(self, text: _Optional[str] = ...) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ("token",)

@@ -12,7 +12,7 @@ import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Any, Concatenate, NoReturn, ParamSpec
+from typing import Any, Concatenate, Literal, NoReturn, ParamSpec
 
 import numpy as np
 import torch
@@ -29,12 +29,32 @@ P = ParamSpec("P")
 
 
 def elastic(
-    *, steps: int, global_batch_size: int, micro_batch_size: int, stages: int = 1, seed: int = 0
+    *,
+    steps: int,
+    global_batch_size: int,
+    micro_batch_size: int,
+    stages: int = 1,
+    seed: int = 0,
+    protection: str = "parity",
+    node_losses: int = 1,
+    snapshot_every: int | Literal["auto"] = "auto",
+    snapshot_budget: float = 0.02,
+    on_loss: str = "checkpoint",
+    verify_every: int = 100,
+    on_corruption: str = "repair",
 ) -> Callable[[Callable[Concatenate[Run, P], Any]], Callable[P, None]]:
     """Make `train(run, ...)` a job that survives lost workers: `@elastic(steps=..., ...)`.
 
     `steps`: optimizer steps in all. `global_batch_size`: samples a step; `micro_batch_size`: samples a forward, by
     which it must be divisible. `stages`: pipeline stages. `seed`: of the data order, dropout and initialisation.
+
+    `protection`: how the state outlives lost nodes: "parity" (erasure code), "replicate" (copies), "replay" (a backup
+    that gets the reduced gradients and runs the same optimizer), "none". `node_losses`: how many nodes may be lost at
+    once. `snapshot_every`: steps between the versions that outlive nodes, or "auto": as often as `snapshot_budget`
+    (a share of the step's time) allows. `on_loss`, when more is lost: "checkpoint", "neighbors" (lossy), "stop".
+    `verify_every`: steps between comparisons of the replicas of each parameter, 0 for never; `on_corruption`: what is
+    done about one that differs, "repair" or "evict".
+
     Call the decorated function without `run`. Under `everstep run` it is one worker of the job; started by itself it
     runs alone. A mistake in these raises no traceback of ours: it ends the script with one line.
     """
@@ -52,6 +72,13 @@ def elastic(
                     micro_batch_size=micro_batch_size,
                     stages=stages,
                     seed=seed,
+                    protection=protection,
+                    node_losses=node_losses,
+                    snapshot_every=0 if snapshot_every == "auto" else snapshot_every,
+                    snapshot_budget=snapshot_budget,
+                    on_loss=on_loss,
+                    verify_every=verify_every,
+                    on_corruption=on_corruption,
                 )
                 settings = resolve(declared)
                 with _run(settings, context, membership) as run:
@@ -85,6 +112,9 @@ def _run(settings: Settings, context: WorkerContext | None, membership: Membersh
         on_wait=progress.tick,
     )
     membership.on_abort = comm.abort
+    comm.on_corruption = lambda source, what: membership.tell(
+        "corruption", generation=comm.generation, where="frame", rank=source, detail=what
+    )
     seed_everything(settings.seed)
     torch.set_num_threads(threads())
     keep_freed_memory()

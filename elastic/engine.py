@@ -25,11 +25,13 @@ from ..checkpointing.snapshot import Snapshots
 from ..comms.canonical import sum_scalars
 from ..comms.communicator import Communicator, all_gather
 from ..resharding.layout import Layout
+from ..resharding.units import Shard
 from .exchange import Exchange
 from .membership import Membership, Orders
 from .order import DataOrder, derive_seed
 from .pipeline import Pipeline, seed_torch
 from .progress import Phase, Progress
+from .protection import Protection
 from .settings import Settings
 from .stack import LayerStack
 from .steps import StepState
@@ -81,7 +83,11 @@ class Engine:
         )
         self.pipeline = Pipeline(stack, comm, progress, settings.seed, self.fetch, loss_fn)
         self.exchange = Exchange(stack, comm)
+        self.protection = Protection(settings, snapshots, membership)
         self.registered: dict[str, Any] = {}  # objects with state_dict / load_state_dict
+        self.loops = False  # the user's own loop computes the micro-batches
+        self.record_bytes = [optimizer.state_bytes(shard) for shard in stack.spec.shards]
+        self.driven: set[str] = set()  # those of them that the runtime itself steps
         self.on_commit: list[Callable[[], None]] = []  # the scheduler's step
         self.max_norm: float | None = None
         self.version = 0
@@ -95,6 +101,9 @@ class Engine:
         self.switch: Orders | None = None  # a join that everybody agreed to enter before the next step
         self.gradients: dict[int, Tensor] = {}  # reduced, of the shards owned here; in keeper memory
         self.results: list[Step] = []  # committed, not yet shown to the user
+        self.shown = -1  # the last step that was, or will be, shown: none is shown twice
+        self.birth: dict[str, Any] = {}  # hyper-parameters and registered states before the first step
+        self._registered_at: dict[int, dict[str, Any]] = {}  # step -> states of what the user registered, at its end
 
     # ------------------------------------------------------------ one step
 
@@ -126,7 +135,7 @@ class Engine:
         layout, state = self.current()
         self._reduce(layout, state)
         self._agree(layout, state)
-        self.snapshots.forget()  # all who own a shard now have it in their keepers
+        self.snapshots.forget(nodes=self.protection.nodes)  # all who own a shard now have it in their keepers
         self.update(self.agreement)
         self.values_version = -1
         self.exchange.publish(state.step + 1, layout, layout.ranks)
@@ -150,7 +159,8 @@ class Engine:
     def _agree(self, layout: Layout, state: StepState) -> None:
         """Exchange norms and losses. Who returns knows that every owner's gradient and snapshot are in its keeper."""
         self.progress.mark(Phase.AGREE, state.step)
-        self.snapshots.wait(self.progress.tick)
+        self.snapshots.wait(self._patient)
+        self.protection.wait(state.step, self._patient)
         proposal = self.membership.proposed(last=state.step + 1 == self.settings.steps)
         mine = {
             "norms": {str(i): float(torch.linalg.vector_norm(g)) for i, g in self.gradients.items() if self._counts(i)},
@@ -158,6 +168,7 @@ class Engine:
             "losses": {str(m): loss for m, loss in state.losses.items()},
             "join": proposal.plan.generation if proposal else 0,
             "digest": self._owned_digest(),
+            "protection": self.protection.share(),
         }
         table = all_gather(self.comm, state.step, 0, json.dumps(mine).encode())
         shares = [json.loads(data) for data in table.values()]
@@ -178,8 +189,9 @@ class Engine:
             "norm": norm,
             "scale": None if limit is None else min(1.0, limit / (norm + 1e-6)),
             "groups": self.optimizer.hyper_parameters(),
-            "registered": {name: item.state_dict() for name, item in self.registered.items()},
+            "registered": self._registered(state.step),
             "digest": f"{digest:016x}",
+            **self.protection.agreed(state.step, [share["protection"] for share in shares]),
         }
         if proposal is not None and all(share["join"] == proposal.plan.generation for share in shares):
             self.switch = proposal
@@ -187,6 +199,21 @@ class Engine:
             self.membership.tell("idled", generation=proposal.plan.generation)
         self.agreement = json.dumps(agreement, sort_keys=True)
         self.agreed = state.step
+        self.protection.adopt(agreement)
+
+    def _patient(self) -> None:
+        self.progress.tick()
+        self.comm.ready(())  # raises Aborted
+
+    def _registered(self, step: int) -> dict[str, Any]:
+        """The registered objects' states at the end of `step`: when it is computed again, what they were then."""
+        states = {name: item.state_dict() for name, item in self.registered.items()}
+        known = self._registered_at.get(step, {}) if step <= self.shown else {}
+        states.update({name: state for name, state in known.items() if name not in self.driven})
+        self._registered_at[step] = states
+        for old in [n for n in self._registered_at if n < self.snapshots.protected - 1]:
+            del self._registered_at[old]
+        return states
 
     def _counts(self, shard: int) -> bool:
         """Whether a shard's gradient is one: a batch norm's statistics are averaged the same way, but are none."""
@@ -219,29 +246,45 @@ class Engine:
             self.stack.hold(layout.stage_of(self.rank).start, layout.stage_of(self.rank).stop)
         for advance in self.on_commit:
             advance()
-        self.protect()
-        self.results.append(Step(step, terms["loss"], terms["norm"]))
+        self.protect(anyway=self.ended())
+        if step > self.shown:
+            self.results.append(Step(step, terms["loss"], terms["norm"]))
+            self.shown = step
         self.tell_committed(terms, agreement)
         self.begin_step(layout)
 
     def tell_committed(self, terms: dict[str, Any], agreement: str) -> None:
         """Tell the coordinator that the step of these terms is committed: a line of the ledger."""
-        told = {name: terms[name] for name in ("step", "loss", "digest")}
-        self.membership.tell("committed", **told, agreement=agreement)
+        told = {name: terms[name] for name in ("step", "loss", "digest", "protected")}
+        generation = self.layout.generation if self.layout else 0
+        self.membership.tell("committed", **told, agreement=agreement, generation=generation)
 
     def begin_step(self, layout: Layout) -> None:
         """A step of which nothing is done, under `layout`."""
         self.state = StepState.begin(self.version, self.rank, self.settings.micro_batches, layout.segments())
         self.pipeline.begin_step()
 
-    def protect(self) -> None:
-        """Have the keeper hold this version of every owned shard; copied while the next step computes."""
+    def protect(self, *, anyway: bool = False) -> None:
+        """Have the keeper hold this version of every owned shard; copied while the next step computes.
+
+        Whether it is to outlive nodes too is a matter of the interval, or, in the first version of a generation, not.
+        """
         self.snapshots.protect(
-            (s.index, self.optimizer.state_bytes(s), s.elements * self.exchange.accumulation(s).itemsize)
+            (s.index, self.record_bytes[s.index], self.gradient_bytes(s))
             for s in self.optimizer.owned
             if not self.snapshots.has(s.index)
         )
-        self.snapshots.begin(self.version, self.optimizer.state, sorted(self.owned))
+        protect = self.protection.begins(self.version, anyway=anyway)
+        self.snapshots.begin(self.version, self.optimizer.state, sorted(self.owned), protect=protect)
+
+    def gradient_bytes(self, shard: Shard) -> int:
+        """How many bytes the reduced gradient of a shard takes."""
+        return shard.elements * self.exchange.accumulation(shard).itemsize
+
+    def conclude(self) -> None:
+        """Past the last step: return when its version is whole here, parity included."""
+        self.snapshots.wait(self._patient)
+        self.protection.wait(self.version + 1, self._patient)
 
     def ended(self) -> bool:
         """Whether every step is committed."""

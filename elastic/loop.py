@@ -37,8 +37,10 @@ class Batches:
             if engine.switch is not None:
                 self._guard(self._switch)
             elif engine.ended():
-                engine.progress.leave()
-                return
+                self._guard(engine.conclude)
+                if engine.ended() and engine.switch is None:
+                    engine.progress.leave()
+                    return
             elif engine.current()[1].todo:
                 batch = self._hand_out()
                 if batch is not None:

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..comms.communicator import Aborted, Peer
+from ..resharding.placement import Placement
 from ..resharding.plan import Plan, Report, plan_start
 from ..resharding.planners import initial_layout
 from .errors import JobEnded
@@ -25,7 +26,8 @@ class Orders:
 
     plan: Plan
     peers: Mapping[int, Peer]
-    keepers: tuple[str, ...]
+    keepers: Mapping[str, str]  # node -> address
+    placement: Placement
 
 
 class Membership(ABC):
@@ -83,7 +85,8 @@ class Solo(Membership):
     def ready(self, peer: Peer, job: Job) -> None:
         # One process holds all layers, whatever `stages` says: the layout changes no numbers.
         layout = initial_layout(job.model, [0], 1, job.micro_batches)
-        self._orders = Orders(plan_start(layout), {0: peer}, ())
+        nowhere = Placement(generation=1, width=0, losses=0, wanted=0, stripes=())
+        self._orders = Orders(plan_start(layout), {0: peer}, {}, nowhere)
 
     def orders(self, on_wait: Callable[[], None]) -> Orders:
         assert self._orders is not None
@@ -147,7 +150,7 @@ class AgentMembership(Membership):
         if plan.digest != message["digest"]:
             raise AssertionError(f"the plan of generation {plan.generation} arrived changed")
         peers = {int(rank): Peer(**peer) for rank, peer in message["peers"].items()}
-        orders = Orders(plan, peers, tuple(message["keepers"]))
+        orders = Orders(plan, peers, message["keepers"], Placement.from_json(message["placement"]))
         if plan.generation < self._aborted:
             return
         if plan.version is None and message["rank"] not in plan.fresh:

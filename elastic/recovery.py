@@ -8,39 +8,33 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from ..checkpointing.keeper import KeeperClient
 from ..checkpointing.record import read_record
+from ..checkpointing.restore import Fetched, Sources
 from ..comms.communicator import Aborted, Key, Kind
-from ..resharding.plan import Gain, Plan, Report, Span
+from ..resharding.plan import Plan, Report, Span
 from .engine import Engine
-from .errors import UsageError
 from .membership import Orders
 from .progress import Phase
 from .steps import StepState
 
-KEEPER_PATIENCE_S = 5.0  # how long shards that no keeper has are waited for: one may be starting again
-SHARDS_PER_FETCH = 16
+KEEPER_PATIENCE_S = 5.0  # how long a keeper that cannot be reached is waited for: it may be starting again
+ANSWERED_PATIENCE_S = 1.0  # how long shards that all keepers say they lack are: a worker may be writing them
 _GUIDE = Key(Kind.SWITCH, 0)
-Fetched = tuple[int, list[bytes]]  # version, [state] or [state, gradient that leads to the next]
-
-
-class LostShards(UsageError):
-    """No keeper holds what a plan needs: more was lost than is protected."""
 
 
 class Recovery:
     """Reports, and carries out plans, for one engine."""
 
-    def __init__(self, engine: Engine, token: str, fresh: bool) -> None:
+    def __init__(self, engine: Engine, token: str, node: str, fresh: bool) -> None:
         self.engine = engine
         self.token = token
+        self.node = node
         self.fresh = fresh  # has nothing of the job yet
-        self.on_orders: Callable[[tuple[str, ...]], None] = lambda keepers: None
+        self.keepers: dict[str, str] = {}  # node -> address, our own first
 
     def recover(self) -> None:
         """After `Aborted`: report, wait for the plan, carry it out; start again if it happens again."""
@@ -79,6 +73,7 @@ class Recovery:
             layers=(engine.stack.held.start, engine.stack.held.stop),
             agreed=engine.agreed,
             agreement=engine.agreement,
+            protected=engine.protection.report(),
             held=tuple(sorted(state.held)) if valid else (),
             started=tuple(sorted(state.started)) if valid else (),
             todo=tuple(state.todo) if valid else (),
@@ -90,25 +85,29 @@ class Recovery:
         """Enter the plan's generation with everything it asks for in place."""
         engine, plan = self.engine, orders.plan
         started = time.monotonic()
-        self.on_orders(orders.keepers)
+        self.keepers = dict(sorted(orders.keepers.items(), key=lambda item: item[0] != self.node))
         engine.comm.edit(plan.generation, orders.peers)
         if engine.membership.superseded(plan.generation):  # an abort that the edit may have cleared
             raise Aborted(plan.generation)
         edited = time.monotonic()
         engine.snapshots.wait(engine.progress.tick)
         engine.pipeline.end_step()
+        self._enter_protection(orders)
         fresh = self.fresh
+        back = not fresh and engine.rank in plan.fresh  # to an older version: what is held here is not used
         version, agreement = self._find_place(plan)
         engine.progress.mark(Phase.JOIN if fresh else Phase.RESTORE, version)
-        if not fresh and engine.owned_version == version - 1:
+        if back:
+            self._forget_all(version, agreement)
+        if not fresh and not back and engine.owned_version == version - 1:
             engine.update(agreement)
-        was_current = not fresh and engine.values_version == version
-        self._take_places(plan, version)
-        self._restore(plan, orders.keepers, version, agreement)
+        was_current = not fresh and not back and engine.values_version == version
+        self._take_places(plan, version, anew=fresh or back, seeded=version == 0 and not back)
+        self._restore(plan, version, agreement)
         if engine.rank in plan.refresh:
             engine.values_version = -1
         engine.exchange.publish(version, plan.layout, plan.refresh)
-        self._settle(plan, version, agreement, was_current)
+        self._settle(plan, version, agreement, was_current, back=back)
         self.fresh = False
         if plan.generation > 1:
             kind = "switched" if plan.version is None and not fresh else "resumed"
@@ -122,36 +121,52 @@ class Recovery:
             message = json.loads(bytes(engine.comm.receive(plan.guide, _GUIDE)))
             return message["version"], message["agreement"]
         version = engine.version if plan.version is None else plan.version
-        agreement = plan.agreement or engine.agreement
+        agreement = engine.agreement if plan.version is None else plan.agreement
         if engine.rank == plan.guide:
             message = json.dumps({"version": version, "agreement": agreement}).encode()
             for rank in plan.fresh:
                 engine.comm.send(rank, _GUIDE, [message])
         return version, agreement
 
-    def _take_places(self, plan: Plan, version: int) -> None:
-        """Hold the layers and own the shards of the plan; what is gained has no values yet."""
+    def _enter_protection(self, orders: Orders) -> None:
+        """The keeper of this node hears of the generation, and of the parity it holds in it."""
+        engine, plan = self.engine, orders.plan
+        engine.protection.enter(plan.generation, orders.placement)
+        engine.snapshots.protected = max(engine.snapshots.protected, plan.protected)
+        engine.snapshots.enter(plan.generation, orders.placement, orders.keepers, engine.record_bytes)
+
+    def _forget_all(self, version: int, agreement: str) -> None:
+        """Go back: what was agreed, reduced and computed since `version` will be again, and come out the same."""
+        engine = self.engine
+        engine.version = engine.owned_version = version
+        engine.values_version = -1
+        engine.owned = set()
+        engine.gradients = {}
+        engine.agreed, engine.agreement = version - 1, agreement
+
+    def _take_places(self, plan: Plan, version: int, *, anew: bool, seeded: bool) -> None:
+        """Hold the layers and own the shards of the plan; what is gained has no values yet, unless from the seed."""
         engine, layout = self.engine, plan.layout
         stage = layout.stage_of(engine.rank)
         if (engine.stack.held.start, engine.stack.held.stop) != (stage.start, stage.stop):
-            engine.values_version = engine.values_version if version == 0 else -1
-            engine.stack.hold(stage.start, stage.stop, free=version > 0)
+            engine.values_version = engine.values_version if seeded else -1
+            engine.stack.hold(stage.start, stage.stop, free=not seeded)
         shards = [s for s in engine.stack.spec.shards if layout.owners[s.index] == engine.rank]
         gained = {gain.shard for gain in plan.gains if gain.rank == engine.rank}
-        kept = {s.index for s in shards} - gained if not self.fresh else set()
-        engine.snapshots.leave({s.index for s in engine.optimizer.owned} - {s.index for s in shards})
+        kept = {s.index for s in shards} - gained if not anew else set()
+        engine.snapshots.leave({s.index for s in engine.optimizer.owned} - {s.index for s in shards}, version)
         engine.optimizer.own(shards)
-        engine.owned = kept if version > 0 else {s.index for s in shards}
+        engine.owned = {s.index for s in shards} if seeded else kept
         engine.owned_version = version
 
-    def _restore(self, plan: Plan, keepers: Sequence[str], version: int, agreement: str) -> None:
+    def _restore(self, plan: Plan, version: int, agreement: str) -> None:
         """Fetch the gained shards from the keepers, replaying the last step where only its gradient is there."""
         engine = self.engine
         missing = [s.index for s in engine.optimizer.owned if s.index not in engine.owned]
         if not missing:
             return
-        found = self._fetch_all(plan, missing, keepers, version)
-        terms = json.loads(agreement)
+        found = self._fetch_all(plan, missing, version)
+        terms = json.loads(agreement) if agreement else {}
         replays: dict[int, torch.Tensor] = {}
         for index, (held, blobs) in found.items():
             engine.optimizer.load(index, read_record(blobs[0]))
@@ -162,44 +177,57 @@ class Recovery:
             engine.optimizer.update(replays, terms["groups"], terms["scale"])
         engine.owned.update(found)
 
-    def _fetch_all(self, plan: Plan, missing: list[int], keepers: Sequence[str], version: int) -> dict[int, Fetched]:
-        """All the missing shards from whichever keepers have them; a keeper that restarts is waited for.
+    def _fetch_all(self, plan: Plan, missing: list[int], version: int) -> dict[int, Fetched]:
+        """All the missing shards: from our own memory, from whichever keepers have them, from parity.
 
-        Raises LostShards when some are in none, and Aborted when the generation ends meanwhile.
+        A keeper that restarts is waited for. When some shards are nowhere, the coordinator is told, and ends this
+        generation. Raises Aborted when the generation ends.
         """
-        engine = self.engine
-        deadline = time.monotonic() + KEEPER_PATIENCE_S
         found: dict[int, Fetched] = {}
-        while True:
-            for address in keepers:
-                absent = [index for index in missing if index not in found]
-                for first in range(0, len(absent), SHARDS_PER_FETCH):
-                    group = absent[first : first + SHARDS_PER_FETCH]
-                    found.update(fetch(address, self.token, group, version, replay=True))
-                    engine.progress.tick()
-                    engine.comm.ready(())  # raises Aborted
-            if len(found) == len(missing):
-                return found
-            if time.monotonic() > deadline:
-                lost = [gain for gain in plan.gains if gain.rank == engine.rank and gain.shard not in found]
-                raise LostShards(describe_lost(lost, version, keepers))
+        for index in missing:
+            data = self.engine.snapshots.stored(index, version)
+            if data is not None:
+                found[index] = (version, [data])
+        started = time.monotonic()
+        told = False
+        while len(found) < len(missing):
+            absent = [index for index in missing if index not in found]
+            sources = Sources(self.keepers, self.token, self._patient)
+            try:
+                found.update(sources.fetch(absent, version, replay=True))
+            finally:
+                sources.close()
+                for item in sources.damage:
+                    self.engine.membership.tell("corruption", generation=plan.generation, **item)
+            patience_s = KEEPER_PATIENCE_S if sources.unreachable else ANSWERED_PATIENCE_S
+            if len(found) < len(missing) and not told and time.monotonic() - started > patience_s:
+                told = True
+                gone = [index for index in missing if index not in found]
+                self.engine.membership.tell("lacking", generation=plan.generation, version=version, shards=gone)
+            self._patient()
             time.sleep(0.02)
+        return found
 
-    def _settle(self, plan: Plan, version: int, agreement: str, was_current: bool) -> None:
+    def _patient(self) -> None:
+        self.engine.progress.tick()
+        self.engine.comm.ready(())  # raises Aborted
+
+    def _settle(self, plan: Plan, version: int, agreement: str, was_current: bool, *, back: bool) -> None:
         """Everything is at `version`: go on with its step."""
         engine = self.engine
         fresh = self.fresh
         engine.layout = plan.layout
         engine.values_version = version
         terms: dict[str, Any] = json.loads(agreement) if agreement else {}
-        if fresh:
+        if fresh or back:
             engine.version = version
             engine.agreed, engine.agreement = version - 1, agreement
-            self._catch_up(terms)
+            if terms or back:
+                self._catch_up(terms or engine.birth, back=back, advance=bool(terms))
             if terms:  # all who committed the step may have died before they could say so
                 engine.tell_committed(terms, agreement)
         if was_current and engine.state is not None and plan.version is not None:
-            engine.protect()
+            engine.protect(anyway=True)
             engine.pipeline.extend_step()
             engine.state.resume(plan.work, plan.kept, plan.started)
             engine.pipeline.resend(engine.state, {Span(*s[1:]) for s in plan.started})
@@ -207,44 +235,23 @@ class Recovery:
         if not fresh and engine.version == version - 1:
             engine.agreed, engine.agreement = version - 1, agreement
             engine.commit(agreement)
-        else:
-            engine.protect()
+        engine.protect(anyway=True)
         engine.state = StepState.begin(version, engine.rank, engine.settings.micro_batches, plan.work)
         engine.state.kept = plan.kept
         engine.pipeline.begin_step()
 
-    def _catch_up(self, terms: dict[str, Any]) -> None:
-        """Bring a new worker's registered objects (the scheduler) to where the others' are."""
+    def _catch_up(self, terms: dict[str, Any], *, back: bool, advance: bool) -> None:
+        """Bring the registered objects (the scheduler) to the version that the others are at, or go back to.
+
+        What the user's own code steps between steps is left alone when going back, since that code does not run
+        again for steps that it has seen; unless its loop computes them.
+        """
         engine = self.engine
-        if terms:
-            engine.optimizer.set_hyper_parameters(terms["groups"])
-        for name, state in terms.get("registered", {}).items():
-            if name in engine.registered:
+        engine.optimizer.set_hyper_parameters(terms["groups"])
+        for name, state in terms["registered"].items():
+            if name in engine.registered and (not back or engine.loops or name in engine.driven):
                 engine.registered[name].load_state_dict(state)
-        if terms:
-            for advance in engine.on_commit:
-                advance()
-
-
-def fetch(address: str, token: str, shards: list[int], version: int, *, replay: bool) -> dict[int, Fetched]:
-    """Shards from one keeper; none if it cannot be reached or goes away."""
-    try:
-        client = KeeperClient(address, token)
-    except OSError:
-        return {}
-    try:
-        return client.fetch(shards, version, replay)
-    except (OSError, ValueError):
-        return {}
-    finally:
-        client.close()
-
-
-def describe_lost(lost: list[Gain], version: int, keepers: Sequence[str]) -> str:
-    """Which shards are gone, and who had them."""
-    ranks = sorted({gain.before for gain in lost})
-    shards = ", ".join(str(gain.shard) for gain in lost[:8]) + ("..." if len(lost) > 8 else "")
-    return (
-        f"{len(lost)} shards ({shards}) of version {version} are gone: rank(s) {ranks} owned them and none of the "
-        f"{len(keepers)} reachable snapshot keepers holds them"
-    )
+        if advance:
+            engine.protection.adopt(terms)
+            for step in engine.on_commit:
+                step()

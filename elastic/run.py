@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from ..checkpointing.keeper import KeeperLink
+from ..checkpointing.client import KeeperLink
 from ..checkpointing.record import read_record
+from ..checkpointing.restore import Sources
 from ..checkpointing.snapshot import Snapshots
 from ..comms.communicator import Aborted, Communicator, Peer
 from ..resharding.layout import Layout
@@ -24,7 +25,8 @@ from .loop import Batches, ElasticOptimizer
 from .membership import Membership
 from .progress import Progress
 from .protocol.events import Job
-from .recovery import Recovery, fetch
+from .protocol.protection import state_slots
+from .recovery import Recovery
 from .schedule import ScheduledRate
 from .settings import Settings, WorkerContext
 from .stack import LayerStack
@@ -54,7 +56,6 @@ class Run:
         self._progress = progress
         self._engine: Engine | None = None
         self._recovery: Recovery | None = None
-        self._keepers: tuple[str, ...] = ()
         self._registered: dict[str, Any] = {}
 
     # ------------------------------------------------------------ where we are
@@ -116,7 +117,7 @@ class Run:
             raise UsageError(
                 f"run.prepare drives one stage, and the job has stages={self.settings.stages}: use run.steps(...)"
             )
-        engine = self._set_up(model, optimizer, dataset, collate_fn, _no_loss, scheduler, cut=False)
+        engine = self._set_up(model, optimizer, dataset, collate_fn, _no_loss, scheduler, loops=True)
         batches = Batches(engine, self._guarded, self._switch)
         return model, ElasticOptimizer(optimizer, batches), batches
 
@@ -136,7 +137,7 @@ class Run:
         `loss_fn(output, targets)` gives a micro-batch's mean loss; the dataset yields (inputs, targets).
         `clip_grad_norm` is the largest global gradient norm; `scheduler` is stepped after each step.
         """
-        engine = self._set_up(model, optimizer, dataset, collate_fn, loss_fn, scheduler, cut=True)
+        engine = self._set_up(model, optimizer, dataset, collate_fn, loss_fn, scheduler, loops=False)
         engine.max_norm = clip_grad_norm
         return self._run(engine)
 
@@ -148,8 +149,10 @@ class Run:
             if engine.switch is not None:
                 self._guarded(self._switch)
             elif engine.ended():
-                self._progress.leave()
-                return
+                self._guarded(engine.conclude)
+                if engine.ended() and engine.switch is None and not engine.results:
+                    self._progress.leave()
+                    return
             else:
                 self._guarded(_one_step, engine)
 
@@ -195,12 +198,13 @@ class Run:
         engine.snapshots.wait(self._progress.tick)
         if self._context is None:
             return {s.index: dict(engine.optimizer.state(s.index)) for s in engine.optimizer.owned}
-        states: dict[int, dict[str, Any]] = {}
-        for address in self._keepers:
-            wanted = [s.index for s in engine.stack.spec.shards if s.index not in states]
-            found = fetch(address, self._context.token, wanted, engine.version, replay=False)
-            states.update({index: read_record(blobs[0]) for index, (_, blobs) in found.items()})
-        return states
+        assert self._recovery is not None
+        sources = Sources(self._recovery.keepers, self._context.token, self._progress.tick)
+        try:
+            found = sources.fetch([s.index for s in engine.stack.spec.shards], engine.version, replay=False)
+        finally:
+            sources.close()
+        return {index: read_record(blobs[0]) for index, (_, blobs) in found.items()}
 
     def _pause(self) -> None:
         """Let 20 ms pass, unless the generation ends."""
@@ -224,20 +228,20 @@ class Run:
         loss_fn: Loss,
         scheduler: LRScheduler | None,
         *,
-        cut: bool,
+        loops: bool,
     ) -> Engine:
         if self._engine is not None:
             raise UsageError("run.prepare or run.steps was called twice; a run trains one model")
         settings = self.settings
         check_optimizer(optimizer, model)
         _check_dataset(dataset, settings)
-        stack = LayerStack(model, cut=cut, whole=not is_elementwise(optimizer))
+        stack = LayerStack(model, cut=not loops, whole=not is_elementwise(optimizer))
         if settings.stages > len(stack.layers):
             raise UsageError(_too_few_layers(model, settings.stages, len(stack.layers)))
-        link = None
-        if self._context is not None:
-            context = self._context
+        link, slots, context = None, 2, self._context
+        if context is not None:
             link = KeeperLink(context.keeper_name, context.token, context.rank, context.incarnation)
+            slots = state_slots(settings.protection, context.max_nodes)
         engine = Engine(
             settings=settings,
             stack=stack,
@@ -247,16 +251,23 @@ class Run:
             loss_fn=loss_fn,
             comm=self._comm,
             membership=self._membership,
-            snapshots=Snapshots(link),
+            snapshots=Snapshots(link, slots),
             progress=self._progress,
         )
+        engine.loops = loops
         if scheduler is not None:
             rate = ScheduledRate(scheduler)
             engine.on_commit.append(rate.advance)
             self.register_state("scheduler", rate)
+            engine.driven.add("scheduler")
         engine.registered = self._registered
+        engine.birth = {
+            "groups": engine.optimizer.hyper_parameters(),
+            "registered": {name: item.state_dict() for name, item in self._registered.items()},
+        }
         self._engine = engine
-        self._recovery = Recovery(engine, self._context.token if self._context else "", fresh=True)
+        token, node = (context.token, context.node) if context else ("", "")
+        self._recovery = Recovery(engine, token, node, fresh=True)
         job = Job(
             steps=settings.steps,
             stages=settings.stages,
@@ -266,14 +277,15 @@ class Run:
             seed=settings.seed,
             values=state_digest(model.state_dict()),
             optimizer=engine.optimizer.describe(),
+            protection=settings.protection,
+            node_losses=settings.node_losses,
+            on_loss=settings.on_loss,
+            state_bytes=tuple(engine.record_bytes),
+            gradient_bytes=tuple(engine.gradient_bytes(shard) for shard in stack.spec.shards),
         )
         self._membership.ready(self._peer, job)
-        self._recovery.on_orders = self._remember_keepers
         self._recovery.enter()
         return engine
-
-    def _remember_keepers(self, keepers: tuple[str, ...]) -> None:
-        self._keepers = keepers
 
     def _guarded(self, action: Callable[..., None], *arguments: Any) -> None:
         """Do something that waits for others; if the generation ends, recover instead."""
@@ -294,8 +306,16 @@ class Run:
     def _serve(self) -> None:
         """After the user's function: help others recover until the job ends."""
         assert self._recovery is not None
+        engine = self._trained()
         while not self._membership.wait_for_end(self._progress.tick):
             self._recovery.recover()
+            while not engine.ended():  # more was lost than the last version outlived: it is computed again
+                if engine.loops:
+                    raise UsageError(
+                        "a lost node took the last steps with it after the training loop had ended: only the loop "
+                        "can compute them again; use run.steps(...), or protect every step (snapshot_every=1)"
+                    )
+                self._guarded(_one_step, engine)
 
 
 def _one_step(engine: Engine) -> None:

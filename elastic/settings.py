@@ -25,8 +25,30 @@ class Settings:
     micro_batch_size: int
     stages: int = 1
     seed: int = 0
+    protection: str = "parity"  # what lost nodes are made up from: parity | replay | replicate | none
+    node_losses: int = 1  # how many nodes may be lost at once
+    snapshot_every: int = 0  # steps between versions that outlive nodes; 0: "auto"
+    snapshot_budget: float = 0.02  # of a step's time, for "auto"
+    on_loss: str = "checkpoint"  # when more is lost than is protected: checkpoint | neighbors | stop
+    verify_every: int = 100  # steps between comparisons of the replicas of a parameter; 0: never
+    on_corruption: str = "repair"  # of a replica that differs: repair | evict
 
     def __post_init__(self) -> None:
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise UsageError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        for name, least in (("node_losses", 1), ("verify_every", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise UsageError(f"{name} must be a whole number of at least {least}, got {value!r}")
+        every = self.snapshot_every
+        if not isinstance(every, int) or isinstance(every, bool) or every < 0:
+            raise UsageError(f'snapshot_every must be "auto" or a whole number of at least 1, got {every!r}')
+        if not isinstance(self.snapshot_budget, int | float) or not 0 < self.snapshot_budget <= 10:
+            raise UsageError(
+                f"snapshot_budget must be a share of a step's time, more than 0, such as 0.02; got "
+                f"{self.snapshot_budget!r}"
+            )
         for name in ("steps", "global_batch_size", "micro_batch_size", "stages"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -42,6 +64,13 @@ class Settings:
         return self.global_batch_size // self.micro_batch_size
 
 
+CHOICES = {
+    "protection": ("parity", "replay", "replicate", "none"),
+    "on_loss": ("checkpoint", "neighbors", "stop"),
+    "on_corruption": ("repair", "evict"),
+}
+
+
 def resolve(declared: Settings) -> Settings:
     """The decorator's settings, overridden by file and environment."""
     overrides: dict[str, Any] = {}
@@ -52,7 +81,7 @@ def resolve(declared: Settings) -> Settings:
     for name in names:
         variable = f"EVERSTEP_{name.upper()}"
         if variable in os.environ:
-            overrides[name] = _whole(variable, os.environ[variable])
+            overrides[name] = _value(name, variable, os.environ[variable])
     return replace(declared, **overrides)
 
 
@@ -66,7 +95,22 @@ def _from_file(path: Path, names: set[str]) -> dict[str, Any]:
     unknown = sorted(set(table) - names)
     if unknown:
         raise UsageError(f"{path}: unknown setting {unknown[0]!r} in [everstep]; there are {', '.join(sorted(names))}")
+    if table.get("snapshot_every") == "auto":
+        table["snapshot_every"] = 0
     return dict(table)
+
+
+def _value(name: str, variable: str, text: str) -> int | float | str:
+    if name in CHOICES:
+        return text
+    if name == "snapshot_every" and text == "auto":
+        return 0
+    if name == "snapshot_budget":
+        try:
+            return float(text)
+        except ValueError:
+            raise UsageError(f"{variable} must be a number, got {text!r}") from None
+    return _whole(variable, text)
 
 
 def _whole(name: str, text: str) -> int:
@@ -98,6 +142,8 @@ class WorkerContext:
     control_fd: int
     progress_fd: int
     keeper_name: str
+    node: str = ""
+    max_nodes: int = 1
     shared_memory: bool = True
 
     VARIABLE = "EVERSTEP_WORKER"

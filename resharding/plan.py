@@ -29,6 +29,7 @@ class Report:
     Versions count committed steps: version v is the state before step v. `owned` are the shards it holds at
     `owned_version`; `values_version` is the version at which it holds every parameter of its layers `[start, stop)`,
     -1 if they are torn. `agreed` is the last step whose agreement it passed, -1 if none, with what was agreed.
+    `protected` is (generation, version): the newest version that its node's keeper holds, and holds the parity for.
     `held`, `started` and `todo` are micro-batches of step `values_version`: gradient held, forward done, neither.
     """
 
@@ -41,6 +42,7 @@ class Report:
     layers: tuple[int, int] = (0, 0)
     agreed: int = -1
     agreement: str = ""
+    protected: tuple[int, int] = (0, -1)
     held: tuple[Span, ...] = ()
     started: tuple[Span, ...] = ()
     todo: tuple[Span, ...] = ()
@@ -53,7 +55,9 @@ class Report:
         raw: dict[str, Any] = json.loads(text)
         for name in ("held", "started", "todo"):
             raw[name] = tuple(Span(*span) for span in raw[name])
-        return cls(**{**raw, "owned": tuple(raw["owned"]), "layers": tuple(raw["layers"])})
+        for name in ("owned", "layers", "protected"):
+            raw[name] = tuple(raw[name])
+        return cls(**raw)
 
 
 class Gain(NamedTuple):
@@ -71,7 +75,9 @@ class Plan:
     `version`: the state all are brought to; None when it is the version at which the members switch (a join).
     `agreement`: what was agreed in step version - 1, for owners that have still to carry it out.
     `gains`: shards to restore. `refresh`: ranks that need every value of their layers from the owners.
-    `fresh`: ranks that have nothing yet; the lowest other rank tells them where the job is.
+    `fresh`: ranks of which nothing is used: they have nothing yet, or go back to an older version. The lowest other
+    rank tells them where the job is. `protected`: the newest version that every shard can be had at, -1 if it has not
+    changed.
     `work`: the segments of the interrupted step that are still to run; `started`: those of them whose forward is done.
     `kept`: the segments whose gradients are held.
     """
@@ -85,6 +91,7 @@ class Plan:
     work: tuple[Segment, ...] = ()
     started: tuple[Segment, ...] = ()
     kept: tuple[Segment, ...] = ()
+    protected: int = -1
 
     @property
     def generation(self) -> int:
@@ -106,6 +113,7 @@ class Plan:
             work=tuple(Segment(*s) for s in raw["work"]),
             started=tuple(Segment(*s) for s in raw["started"]),
             kept=tuple(Segment(*s) for s in raw["kept"]),
+            protected=raw["protected"],
         )
 
     @property
@@ -199,6 +207,26 @@ def plan_recovery(
         work=work,
         started=tuple(segment for segment in work if segment in forwarded),
         kept=kept,
+    )
+
+
+def plan_rollback(
+    spec: ModelSpec, old: Layout, live: Collection[int], generation: int, version: int, agreement: str
+) -> Plan:
+    """The plan by which all go back to `version`, which every shard can be had at, and compute again from there.
+
+    `agreement` is what was agreed in step version - 1, empty for version 0. Nothing that anybody holds is used.
+    """
+    layout = change_layout(spec, old, live, generation)
+    return Plan(
+        layout=layout,
+        version=version,
+        agreement=agreement,
+        gains=tuple(Gain(s.index, layout.owners[s.index], old.owners[s.index]) for s in spec.shards),
+        refresh=layout.ranks,
+        fresh=layout.ranks,
+        work=layout.segments(),
+        protected=version,
     )
 
 

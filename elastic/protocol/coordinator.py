@@ -10,13 +10,25 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from ...resharding.layout import LayoutError
-from ...resharding.plan import Plan, plan_join, plan_start
-from ...resharding.planners import initial_layout
+from ...resharding.layout import Layout
+from ...resharding.plan import Plan, plan_join
 from . import events as e
-from .forming import heartbeat, node_joined, node_lost, ticked
+from .forming import last_call, node_joined
+from .losing import heartbeat, node_lost, silent_node
 from .outcome import Effects, Outcome, current, fail, with_workers
-from .recovering import begin_recovery, carry_out, died, enter, plan_if_complete, recovered, reported, resumed
+from .recovering import (
+    all_ready,
+    begin_recovery,
+    begin_training,
+    carry_out,
+    corrupted,
+    died,
+    lacking,
+    plan_if_complete,
+    recovered,
+    reported,
+    resumed,
+)
 from .state import Config, Phase, State, Status
 
 
@@ -31,6 +43,13 @@ def step(state: State, event: e.Event, now: float) -> Outcome:
         return state, []
     handler: Callable[[State, Any, float], Outcome] = _HANDLERS[type(event)]
     return handler(state, event, now)
+
+
+def _ticked(state: State, event: e.Ticked, now: float) -> Outcome:
+    state, effects = last_call(state, now)
+    if effects:
+        return state, effects
+    return silent_node(state, now)
 
 
 # ---------------------------------------------------------------- workers
@@ -51,7 +70,7 @@ def _ready(state: State, event: e.WorkerReady, now: float) -> Outcome:
     state = with_workers(state, replace(worker, status=Status.READY, peer=event.peer))
     state = replace(state, elastic=True, job=event.job)
     if state.phase is Phase.LAUNCHED:
-        return _begin_training(state) if _all_ready(state) else (state, [])
+        return begin_training(state) if all_ready(state) else (state, [])
     if state.phase is Phase.RECOVERING:
         return plan_if_complete(state, now)
     return _prepare_join(state, now)
@@ -79,21 +98,6 @@ def _difference(ours: e.Job, theirs: e.Job, rank: int) -> str:
     )
 
 
-def _all_ready(state: State) -> bool:
-    return all(w.status is Status.READY for w in state.workers.values())
-
-
-def _begin_training(state: State) -> Outcome:
-    job = state.job
-    assert job is not None
-    try:
-        layout = initial_layout(job.model, sorted(state.workers), job.stages, job.micro_batches)
-    except LayoutError as error:
-        return fail(state, str(error))
-    layout = replace(layout, generation=state.generation + 1)
-    return enter(state, plan_start(layout), "started", {"layout": layout.describe()})
-
-
 # ---------------------------------------------------------------- joins
 
 
@@ -109,7 +113,8 @@ def _prepare_join(state: State, now: float) -> Outcome:
     plan = plan_join(state.job.model, state.layout, joiners, state.generation + 1)
     state = replace(state, generation=plan.generation, join=plan)
     record = e.Record("join_prepared", {"generation": plan.generation, "ranks": joiners})
-    return state, [*carry_out(state, plan), record]
+    state, orders = carry_out(state, plan)
+    return state, [*orders, record]
 
 
 def _switched(state: State, event: e.WorkerSwitched, now: float) -> Outcome:
@@ -150,22 +155,41 @@ def _committed(state: State, event: e.WorkerCommitted, now: float) -> Outcome:
     layout = state.layout
     if current(state, event.worker) is None or event.step <= state.committed or layout is None:
         return state, []
+    if event.generation < state.rolled_back:
+        return state, []  # of a future that was given up
     workers = {rank: replace(w, deaths=0) for rank, w in state.workers.items()}
-    state = replace(state, committed=event.step, workers=workers)
+    state = replace(state, committed=event.step, workers=workers, protected=max(state.protected, event.protected))
     if event.step > state.agreed:
         state = replace(state, agreed=event.step, agreement=event.agreement)
+    state, effects = _enter_in_ledger(state, layout, event)
+    if state.phase is Phase.RUNNING and state.recovery is not None:
+        effects.append(recovered(state.recovery, event.step, now))
+        state = replace(state, recovery=None)
+    return state, effects
+
+
+def _noted(state: State, event: e.WorkerNoted, now: float) -> Outcome:
+    return state, [e.Record(event.what, {"rank": event.worker.rank, **event.fields})]
+
+
+def _enter_in_ledger(state: State, layout: Layout, event: e.WorkerCommitted) -> Outcome:
+    """A line for a new step; for one that was computed again, whether it came out the same."""
+    kept = {n: text for n, text in state.agreements.items() if n >= state.protected - 1}
+    digests = {n: digest for n, digest in state.digests.items() if n >= state.protected - 1}
+    state = replace(state, agreements={**kept, event.step: event.agreement})
+    if event.step <= state.recorded:
+        same = digests.get(event.step, event.digest) == event.digest
+        return state, [e.Record("committed_again", {"step": event.step, "digest": event.digest, "same": same})]
     fields = {
         "step": event.step,
         "loss": event.loss,
         "digest": event.digest,
         "generation": layout.generation,
         "layout": layout.describe(),
+        "protected": state.protected,
     }
-    effects: Effects = [e.Record("committed", fields)]
-    if state.phase is Phase.RUNNING and state.recovery is not None:
-        effects.append(recovered(state.recovery, event.step, now))
-        state = replace(state, recovery=None)
-    return state, effects
+    state = replace(state, recorded=event.step, digests={**digests, event.step: event.digest})
+    return state, [e.Record("committed", fields)]
 
 
 def _finished(state: State, event: e.WorkerFinished, now: float) -> Outcome:
@@ -210,12 +234,15 @@ _HANDLERS: dict[type[Any], Callable[[State, Any, float], Outcome]] = {
     e.WorkerReady: _ready,
     e.WorkerDied: died,
     e.WorkerReported: reported,
+    e.WorkerLacking: lacking,
+    e.CorruptionFound: corrupted,
     e.WorkerResumed: resumed,
     e.WorkerSwitched: _switched,
     e.WorkerIdled: _idled,
     e.WorkerCommitted: _committed,
+    e.WorkerNoted: _noted,
     e.WorkerFinished: _finished,
     e.WorkerRaised: _raised,
     e.StopRequested: _stop_requested,
-    e.Ticked: ticked,
+    e.Ticked: _ticked,
 }

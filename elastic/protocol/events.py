@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from ...resharding.placement import Placement
 from ...resharding.plan import Plan, Report
 from ...resharding.units import ModelSpec
 
@@ -32,6 +33,11 @@ class Job:
     seed: int = 0
     values: str = ""  # a digest of what the model was initialised with
     optimizer: str = ""  # its type and settings, as text
+    protection: str = "parity"  # parity | replay | replicate | none
+    node_losses: int = 1  # how many nodes may be lost at once
+    on_loss: str = "stop"  # checkpoint | neighbors | stop
+    state_bytes: tuple[int, ...] = ()  # of each shard's record
+    gradient_bytes: tuple[int, ...] = ()  # of each shard's reduced gradient
 
 
 # ---------------------------------------------------------------- events
@@ -39,13 +45,14 @@ class Job:
 
 @dataclass(frozen=True)
 class NodeJoined:
-    """A node agent registered. `keeper` is the address of the node's snapshot keeper."""
+    """A node agent registered. `keeper` is the address of its snapshot keeper, `memory_bytes` what that may use."""
 
     node: str
     host: str
     slots: int
     keeper: str
     order: int = -1  # the user's --node-rank, -1 if not given
+    memory_bytes: int = 0  # 0: not known
 
 
 @dataclass(frozen=True)
@@ -102,6 +109,29 @@ class WorkerReported:
 
 
 @dataclass(frozen=True)
+class WorkerLacking:
+    """A member cannot restore shards of `version`: every keeper answered, and none has them nor enough parity."""
+
+    worker: WorkerId
+    generation: int
+    version: int
+    shards: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class CorruptionFound:
+    """Bytes that do not match their checksum, or their replicas. `where`: keeper | parity | frame | replica."""
+
+    worker: WorkerId
+    generation: int
+    where: str
+    node: str = ""  # that held them
+    rank: int = -1  # that sent or computed with them
+    shard: int = -1
+    detail: str = ""
+
+
+@dataclass(frozen=True)
 class WorkerResumed:
     """A member carried out the plan of `generation`."""
 
@@ -136,6 +166,17 @@ class WorkerCommitted:
     agreement: str
     loss: float | None = None
     digest: str = ""
+    generation: int = 0  # in which it was committed
+    protected: int = -1  # the newest version that may lose nodes
+
+
+@dataclass(frozen=True)
+class WorkerNoted:
+    """Something that is worth a line in the log and decides nothing."""
+
+    worker: WorkerId
+    what: str
+    fields: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -172,10 +213,13 @@ Event = (
     | WorkerReady
     | WorkerDied
     | WorkerReported
+    | WorkerLacking
+    | CorruptionFound
     | WorkerResumed
     | WorkerSwitched
     | WorkerIdled
     | WorkerCommitted
+    | WorkerNoted
     | WorkerFinished
     | WorkerRaised
     | StopRequested
@@ -214,18 +258,38 @@ class AbortGeneration:
 
 @dataclass(frozen=True)
 class CarryOut:
-    """Give a worker a plan. `peers` are its fellow members' addresses, `keepers` the snapshot keepers'."""
+    """Give a worker a plan. `peers` are its fellow members' addresses, `keepers` the snapshot keepers' by node.
+
+    `placement` says which nodes hold parity of which shards from this generation on.
+    """
 
     worker: WorkerId
     plan: Plan
     peers: Mapping[int, Mapping[str, Any]]
-    keepers: tuple[str, ...]
+    keepers: Mapping[str, str]
+    placement: Placement
 
 
 @dataclass(frozen=True)
 class RefuseNode:
     node: str
     why: str
+
+
+@dataclass(frozen=True)
+class FenceNode:
+    """Tell a node that was declared lost, should it still hear us, that it is out: it stops, and may join again."""
+
+    node: str
+    why: str
+
+
+@dataclass(frozen=True)
+class TellNode:
+    """A line for the people who watch a node."""
+
+    node: str
+    text: str
 
 
 @dataclass(frozen=True)
@@ -246,4 +310,4 @@ class Record:
     fields: Mapping[str, Any] = field(default_factory=dict)
 
 
-Effect = StartWorkers | KillWorkers | AbortGeneration | CarryOut | RefuseNode | EndJob | Record
+Effect = StartWorkers | KillWorkers | AbortGeneration | CarryOut | RefuseNode | FenceNode | TellNode | EndJob | Record

@@ -6,11 +6,12 @@ from dataclasses import replace
 from typing import Any
 
 from ...resharding.layout import LayoutError
-from ...resharding.plan import Plan, PlanError, Report, plan_recovery, plan_start
-from ...resharding.planners import initial_layout
+from ...resharding.plan import Plan, PlanError, Report, plan_recovery, plan_rollback, plan_start
+from ...resharding.planners import change_layout, initial_layout
 from . import events as e
-from .forming import classic_exit
 from .outcome import Effects, Outcome, current, fail, start_workers, with_workers
+from .protection import memory_needed, placement_for, statements, target, too_small
+from .restarts import classic_exit
 from .state import Phase, Recovery, State, Status, Worker
 
 
@@ -58,7 +59,33 @@ def died(state: State, event: e.WorkerDied, now: float) -> Outcome:
     return state, [*more, *replaced]
 
 
-def begin_recovery(state: State, cause: e.WorkerDied | None, now: float) -> Outcome:
+def lacking(state: State, event: e.WorkerLacking, now: float) -> Outcome:
+    """A version cannot be had after all: go back to an older one that can."""
+    if event.generation != state.generation or current(state, event.worker) is None or state.job is None:
+        return state, []
+    fields = {"rank": event.worker.rank, "version": event.version, "shards": len(event.shards)}
+    record = e.Record("lacking", {**fields, "first_shards": list(event.shards[:8])})
+    state, effects = begin_recovery(state, None, now, why=f"version {event.version} is not whole")
+    assert state.recovery is not None
+    recovery = replace(state.recovery, ceiling=event.version - 1, lacking=event.shards)
+    return replace(state, recovery=recovery), [record, *effects]
+
+
+def corrupted(state: State, event: e.CorruptionFound, now: float) -> Outcome:
+    """Damaged bytes were found and not used. A damaged frame must be sent again, which takes a new generation."""
+    if current(state, event.worker) is None:
+        return state, []
+    found = {"where": event.where, "node": event.node, "rank": event.rank, "shard": event.shard}
+    record = e.Record("corruption", {**found, "found_by": event.worker.rank, "detail": event.detail})
+    if event.where != "frame" or event.generation != state.generation or state.phase is not Phase.RUNNING:
+        return state, [record]
+    state, effects = begin_recovery(state, None, now, why=f"a damaged frame from rank {event.rank}")
+    return state, [record, *effects]
+
+
+def begin_recovery(
+    state: State, cause: e.WorkerDied | None, now: float, *, why: str = "a worker joins", node: str = ""
+) -> Outcome:
     """Abort the generation and ask everyone who may hold something for a report."""
     generation = state.generation + 1
     asked = list(state.members())
@@ -74,7 +101,7 @@ def begin_recovery(state: State, cause: e.WorkerDied | None, now: float) -> Outc
     killed_s = cause.killed_at_s if cause and cause.killed_at_s else detected_s
     recovery = Recovery(
         generation=generation,
-        why=earlier.why if earlier else (cause.cause if cause else "a worker joins"),
+        why=earlier.why if earlier else (cause.cause if cause else why),
         dead=(earlier.dead if earlier else ()) + died,
         step=earlier.step if earlier else (cause.step if cause else -1),
         phase=earlier.phase if earlier else (cause.phase if cause else ""),
@@ -85,6 +112,8 @@ def begin_recovery(state: State, cause: e.WorkerDied | None, now: float) -> Outc
         started_s=earlier.started_s if earlier else now,
         lost_steps=earlier.lost_steps if earlier else 0,
         join=state.join or (earlier.join if earlier else None),
+        nodes_lost=(earlier.nodes_lost if earlier else ()) + ((node,) if node else ()),
+        ceiling=earlier.ceiling if earlier else None,
         awaited=frozenset(w.id for w in asked),
     )
     state = replace(state, phase=Phase.RECOVERING, generation=generation, recovery=recovery, join=None)
@@ -123,33 +152,89 @@ def plan_if_complete(state: State, now: float) -> Outcome:
     starting = any(w.status is Status.STARTING for w in state.workers.values())
     if starting and all(report.fresh for report in reports):
         return state, []  # nobody is left who was training: start, with all replacements, from what the keepers hold
+    newest = max([state.agreed, *(report.agreed for report in reports)]) + 1
+    version = target(state, recovery, newest, [(state.workers[r.rank].node, r) for r in reports])
+    if version < 0 or (version < newest and version > 0 and version - 1 not in state.agreements):
+        return fail(state, _everything_gone(state, recovery, newest))
     try:
-        plan = _recovery_plan(state, job, reports)
+        plan = _recovery_plan(state, job, reports, version if version < newest else None)
     except (LayoutError, PlanError) as error:
         return fail(state, f"generation {recovery.generation} cannot be planned, which is a bug of everstep: {error}")
     assert plan.version is not None
-    if plan.version - 1 > state.agreed:
-        state = replace(state, agreed=plan.version - 1, agreement=plan.agreement)
-    if plan.version != recovery.step:  # the interrupted step had been agreed on: nothing of it is computed again
-        recovery = replace(recovery, lost_micro_batches=0)
-    assert plan.version is not None
     lost_steps = max(recovery.lost_steps, state.committed + 1 - plan.version)
+    if plan.version != recovery.step:  # the interrupted step had been agreed on, or all of it is computed again
+        recovery = replace(recovery, lost_micro_batches=0)
     recovery = replace(recovery, planned_s=now, lost_steps=lost_steps)
-    return enter(replace(state, recovery=recovery), plan, "planned", {"summary": plan.describe()})
+    state = replace(state, recovery=recovery)
+    if plan.version < newest:
+        state = replace(
+            state,
+            committed=plan.version - 1,
+            agreed=plan.version - 1,
+            agreement=plan.agreement,
+            rolled_back=state.generation,
+        )
+    elif plan.version - 1 > state.agreed:
+        state = replace(state, agreed=plan.version - 1, agreement=plan.agreement)
+    state = replace(state, protected=max(state.protected, plan.protected))
+    return enter(state, plan, "planned", {"summary": plan.describe()})
 
 
-def _recovery_plan(state: State, job: e.Job, reports: list[Report]) -> Plan:
-    """Forward to the newest step known to be agreed on; from the seed again if all are fresh and there is none."""
+def _recovery_plan(state: State, job: e.Job, reports: list[Report], back_to: int | None) -> Plan:
+    """Forward to the newest step known to be agreed on, or back to a version that outlived the lost nodes.
+
+    From the seed again if all are fresh and nothing was agreed on.
+    """
     assert state.layout is not None
     assert state.recovery is not None
+    ranks = sorted(report.rank for report in reports)
     if state.agreed < 0 and all(report.fresh for report in reports):
-        ranks = sorted(report.rank for report in reports)
-        layout = initial_layout(job.model, ranks, job.stages, job.micro_batches)
-        return plan_start(replace(layout, generation=state.generation))
+        return plan_start(change_layout(job.model, state.layout, ranks, state.generation))
     # A join that nobody switched to has cost nothing; who holds what is taken from the reports in either case.
     join, entered = state.recovery.join, max(report.generation for report in reports)
     old = join.layout if join is not None and entered >= join.generation else state.layout
-    return plan_recovery(job.model, old, reports, state.generation, (state.agreed, state.agreement))
+    if back_to is not None:
+        agreement = state.agreements.get(back_to - 1, "")
+        return plan_rollback(job.model, old, ranks, state.generation, back_to, agreement)
+    plan = plan_recovery(job.model, old, reports, state.generation, (state.agreed, state.agreement))
+    return replace(plan, protected=plan.version) if state.recovery.nodes_lost and plan.version else plan
+
+
+def _everything_gone(state: State, recovery: Recovery, newest: int) -> str:
+    """Why the job cannot go on: what is lost, who held it, and what was protected."""
+    assert state.layout is not None
+    live = set(state.workers) - set(state.vacant)
+    gone = recovery.lacking or [i for i, owner in enumerate(state.layout.owners) if owner not in live]
+    named = ", ".join(map(str, gone[:16])) + (f" and {len(gone) - 16} more" if len(gone) > 16 else "")
+    losses = state.placement.losses if state.placement else 0
+    kept = f"versions up to {state.protected} outlived {losses} lost node(s)" if losses else "no node may be lost here"
+    where = ", ".join(recovery.nodes_lost) or "nodes that are still there"
+    assert state.job is not None
+    policy = {
+        "checkpoint": "; on_loss='checkpoint': the job has no checkpoint to go back to",
+        "neighbors": "; on_loss='neighbors' could not stand in for them",
+    }.get(state.job.on_loss, "")
+    return (
+        f"shard(s) {named} of version {newest} are gone: they were held by {where}, and {kept}{policy}. More nodes "
+        "were lost at once than node_losses protects"
+    )
+
+
+def all_ready(state: State) -> bool:
+    """Whether every worker has built its model."""
+    return all(w.status is Status.READY for w in state.workers.values())
+
+
+def begin_training(state: State) -> Outcome:
+    """Everybody is ready: the first layout."""
+    job = state.job
+    assert job is not None
+    try:
+        layout = initial_layout(job.model, sorted(state.workers), job.stages, job.micro_batches)
+    except LayoutError as error:
+        return fail(state, str(error))
+    layout = replace(layout, generation=state.generation + 1)
+    return enter(state, plan_start(layout), "started", {"layout": layout.describe()})
 
 
 def enter(state: State, plan: Plan, event: str, fields: dict[str, Any]) -> Outcome:
@@ -166,16 +251,32 @@ def enter(state: State, plan: Plan, event: str, fields: dict[str, Any]) -> Outco
         layout=plan.layout,
         join=None,
     )
+    state, orders = carry_out(state, plan)
     record = e.Record(event, {"generation": plan.generation, "plan": plan.digest, **fields})
-    return state, [*carry_out(state, plan), record]
+    return state, [*orders, record]
 
 
-def carry_out(state: State, plan: Plan) -> Effects:
-    """Give a plan to its members."""
+def carry_out(state: State, plan: Plan) -> Outcome:
+    """Give a plan to its members, with the placement of parity from then on."""
+    before = state.placement
+    placement = placement_for(state, plan.layout)
+    state = replace(state, placement=placement)
+    needed = memory_needed(state, plan.layout, placement)
+    lacks = too_small(state, needed) if before is None else ""
+    if lacks:
+        return fail(state, lacks)
+    told: Effects = []
+    as_before = before is not None and (before.width, before.losses, before.note) == (
+        placement.width,
+        placement.losses,
+        placement.note,
+    )
+    if not as_before:
+        told = statements(state, placement, needed)
     members = [state.workers[rank] for rank in plan.layout.ranks]
     peers = {w.id.rank: w.peer for w in members if w.peer is not None}
-    keepers = tuple(node.keeper for node in state.nodes.values())
-    return [e.CarryOut(w.id, plan, peers, keepers) for w in members]
+    keepers = {name: node.keeper for name, node in state.nodes.items()}
+    return state, [*(e.CarryOut(w.id, plan, peers, keepers, placement) for w in members), *told]
 
 
 def resumed(state: State, event: e.WorkerResumed, now: float) -> Outcome:
@@ -205,6 +306,7 @@ def recovered(recovery: Recovery, step: int, now: float) -> e.Record:
             "phase": recovery.phase,
             "redone_micro_batches": recovery.lost_micro_batches,
             "lost_steps": recovery.lost_steps,
+            "nodes": list(recovery.nodes_lost),
             "detect_s": detect_s,
             "abort_s": abort_s,
             "agree_s": agree_s,

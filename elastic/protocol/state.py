@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...resharding.layout import Layout
+from ...resharding.placement import Placement
 from ...resharding.plan import Plan, Report
 from .events import Job, WorkerId
 
@@ -41,7 +42,7 @@ class Config:
     max_restarts: int = 0
     last_call_s: float = 1.0
     join_timeout_s: float = 600.0
-    heartbeat_timeout_s: float = 5.0
+    heartbeat_timeout_s: float = 1.5  # the least; longer for a node that has shown longer gaps
     crash_limit: int = 5  # deaths of one rank without a committed step between them
 
 
@@ -52,6 +53,8 @@ class Node:
     slots: int
     keeper: str
     heard_s: float
+    gap_s: float = 0.0  # the longest silence it has shown, slowly forgotten
+    memory_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,9 @@ class Recovery:
     detected_s: float  # when the (first) death was noticed
     started_s: float  # when the coordinator began
     join: Plan | None = None  # the join plan that some may have switched to
+    nodes_lost: tuple[str, ...] = ()  # what only they held is gone
+    ceiling: int | None = None  # newer versions were tried, and could not be had
+    lacking: tuple[int, ...] = ()  # shards of the version that was tried
     awaited: frozenset[WorkerId] = frozenset()
     reports: Mapping[WorkerId, Report] = field(default_factory=dict)
     busy_s: float = 0.0
@@ -96,6 +102,8 @@ class State:
     formed_s: float = 0.0  # when forming began, then when the minimum was reached
     nodes: Mapping[str, Node] = field(default_factory=dict)
     workers: Mapping[int, Worker] = field(default_factory=dict)
+    vacant: Mapping[int, int] = field(default_factory=dict)  # rank -> its last incarnation; its node is lost
+    ticked_s: float = 0.0
     elastic: bool = False
     restarts: int = 0
     job: Job | None = None
@@ -103,9 +111,15 @@ class State:
     layout: Layout | None = None
     join: Plan | None = None  # prepared, not yet switched to
     recovery: Recovery | None = None
-    committed: int = -1  # the last committed step
+    placement: Placement | None = None  # of parity, in the newest generation
+    committed: int = -1  # the last committed step; goes back when a lost node takes versions with it
+    recorded: int = -1  # the last step in the ledger; never goes back
     agreed: int = -1  # the newest step known to have been agreed on, by a commit or a report
     agreement: str = ""  # what was agreed in it
+    protected: int = -1  # the newest version that is known to outlive nodes
+    agreements: Mapping[int, str] = field(default_factory=dict)  # step -> what was agreed, from protected - 1 on
+    digests: Mapping[int, str] = field(default_factory=dict)  # step -> digest in the ledger, likewise
+    rolled_back: int = 0  # the generation of the last return to an older version
 
     def members(self) -> tuple[Worker, ...]:
         return tuple(w for w in self.workers.values() if w.status in (Status.MEMBER, Status.FINISHED))

@@ -1,0 +1,260 @@
+"""The two ways to a snapshot keeper: over TCP, to fetch from any node's; over a unix socket, to hand one's own node's
+keeper what a worker writes. A request is a JSON line; an answer is a JSON line and the bytes it announces.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from .segment import Segment
+
+SLICE_S = 0.05  # how often a caller that waits is called back
+SILENCE_S = 5.0  # a keeper that answers nothing for so long is taken for gone
+CONNECT_S = 2.0
+_READ_BYTES = 1 << 16
+
+
+class KeeperRefused(Exception):
+    """A keeper will not, or can no longer, give what was asked for."""
+
+
+class KeeperClient:
+    """A connection to a keeper. Not thread-safe. Raises OSError when the keeper goes away or falls silent.
+
+    `on_wait` is called every 50 ms while it waits, and may raise to give up; the connection is of no more use then.
+    """
+
+    def __init__(self, address: str, token: str, on_wait: Callable[[], None] = lambda: None) -> None:
+        host, _, port = address.rpartition(":")
+        self.address = address
+        self.closed = False
+        self.on_wait = on_wait
+        self._buffer = bytearray()
+        self._socket = _connect(host, int(port), on_wait)
+        self._send({"token": token})
+
+    def _send(self, request: dict[str, Any]) -> None:
+        self._socket.settimeout(SILENCE_S)
+        self._socket.sendall(json.dumps(request).encode() + b"\n")
+        self._socket.settimeout(SLICE_S)
+
+    def _receive(self, patience_s: float, on_wait: Callable[[], None], into: memoryview | None = None) -> int:
+        """Read something, into the buffer or `into`; returns how much."""
+        deadline = time.monotonic() + patience_s
+        while True:
+            try:
+                if into is not None:
+                    count = self._socket.recv_into(into)
+                else:
+                    data = self._socket.recv(_READ_BYTES)
+                    count = len(data)
+                    self._buffer += data
+            except TimeoutError:
+                on_wait()
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"the snapshot keeper at {self.address} is silent") from None
+                continue
+            if not count:
+                raise ConnectionError(f"the snapshot keeper at {self.address} closed the connection")
+            return count
+
+    def _line(self, patience_s: float = SILENCE_S, on_wait: Callable[[], None] | None = None) -> dict[str, Any]:
+        while b"\n" not in self._buffer:
+            self._receive(patience_s, on_wait or self.on_wait)
+        line, _, rest = self._buffer.partition(b"\n")
+        self._buffer = bytearray(rest)
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise KeeperRefused(answer["error"])
+        return answer
+
+    def _fill(self, view: memoryview) -> None:
+        have = min(len(self._buffer), len(view))
+        view[:have] = self._buffer[:have]
+        del self._buffer[:have]
+        while have < len(view):
+            have += self._receive(SILENCE_S, self.on_wait, view[have:])
+
+    def _bytes(self, length: int) -> bytes:
+        data = bytearray(length)
+        with memoryview(data) as view:
+            self._fill(view)
+        return bytes(data)
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Send a request and return the answer's JSON."""
+        self._send(request)
+        return self._line()
+
+    def fetch(
+        self, shards: Sequence[int], version: int, *, replay: bool
+    ) -> tuple[dict[int, tuple[int, list[bytes]]], list[int]]:
+        """Shard -> (state version, [state] or [state, gradient]) for what this keeper has; and the damaged ones."""
+        answer = self.ask({"op": "fetch", "shards": list(shards), "version": version, "replay": replay})
+        found = {}
+        for item in answer["found"]:
+            found[item["shard"]] = (item["version"], [self._bytes(length) for length in item["lengths"]])
+        return found, answer["damaged"]
+
+    def parity(self, shards: Sequence[int], version: int) -> list[dict[str, Any]]:
+        """The parity blocks at `version` of stripes that any of these shards belongs to; see `Block.describe`."""
+        blocks: list[dict[str, Any]] = self.ask({"op": "parity", "shards": list(shards), "version": version})["blocks"]
+        return blocks
+
+    def block(self, number: int) -> bytes | None:
+        """A parity block; None if it is gone, or does not match its checksum."""
+        answer = self.ask({"op": "block", "block": number})
+        return self._bytes(answer["length"]) if answer["length"] is not None else None
+
+    def collect(
+        self, shards: Sequence[int], version: int, generation: int, staging: bytearray, patient: Callable[[], None]
+    ) -> Iterator[tuple[int, int]]:
+        """Each shard's state at `version` in turn, written into `staging` as soon as it is sealed: (length, checksum).
+
+        Raises KeeperRefused when the keeper has gone to a newer generation.
+        """
+        self._send({"op": "collect", "shards": list(shards), "version": version, "generation": generation})
+        for _ in shards:
+            answer = self._line(float("inf"), patient)
+            if answer["length"] > len(staging):
+                raise KeeperRefused(f"a record of {answer['length']} bytes, where {len(staging)} were expected")
+            with memoryview(staging) as view, view[: answer["length"]] as room:
+                self._fill(room)
+            yield answer["length"], answer["checksum"]
+
+    def close(self) -> None:
+        """Close the connection."""
+        self.closed = True
+        self._socket.close()
+
+
+def _connect(host: str, port: int, on_wait: Callable[[], None]) -> socket.socket:
+    deadline = time.monotonic() + CONNECT_S
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    connection = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        connection.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            connection.connect((host, port))
+        while not select.select([], [connection], [], SLICE_S)[1]:
+            on_wait()
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no snapshot keeper answers at {host}:{port}")
+        error = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if error:
+            raise OSError(error, f"connecting to the snapshot keeper at {host}:{port}")
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+class KeeperLink:
+    """A worker's connection to its node's keeper: hands over what it writes, again if the keeper restarted."""
+
+    def __init__(self, name: str, token: str, rank: int, incarnation: int) -> None:
+        self._name = name
+        self._token = token
+        self._owner = {"rank": rank, "incarnation": incarnation}
+        self._segments: dict[int, Segment] = {}
+        self._entered: dict[str, Any] | None = None
+        self._sealed: dict[str, Any] | None = None
+        self._numbers = 0
+        self._lock = threading.RLock()  # the thread that copies speaks too
+        self._socket = self._connect()
+
+    def _connect(self) -> socket.socket:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        connection.settimeout(30.0)
+        connection.connect("\0" + self._name)
+        connection.sendall(json.dumps({"token": self._token}).encode() + b"\n")
+        return connection
+
+    def register(self, segment: Segment) -> int:
+        """Hand a segment to the keeper; returns its number."""
+        with self._lock:
+            self._numbers += 1
+            self._segments[self._numbers] = segment
+            self._register(self._numbers, segment)
+            return self._numbers
+
+    def _register(self, number: int, segment: Segment) -> None:
+        entries = [list(entry) for entry in segment.entries.values()]
+        place = {"size": segment.size, "entries": entries, "states": segment.states}
+        self._ask({"op": "register", **self._owner, "segment": number, **place}, [segment.fd])
+
+    def drop(self, number: int) -> None:
+        """Tell the keeper to let a segment go, and close it here."""
+        with self._lock:
+            segment = self._segments.pop(number)
+            self._ask({"op": "drop", **self._owner, "segment": number}, [])
+            segment.close()
+
+    def enter(self, generation: int, placement: str, addresses: dict[str, str], capacities: Sequence[int]) -> None:
+        """Tell the keeper of a new generation, and of the parity it holds in it."""
+        request = {"op": "enter", "generation": generation, "placement": placement}
+        with self._lock:
+            self._entered = {**request, "addresses": addresses, "capacities": list(capacities)}
+            self._sealed = None
+            self._ask(self._entered, [])
+
+    def sealed(self, generation: int, version: int, protected: int, *, protect: bool) -> None:
+        """All of this worker's shards are sealed at `version`; `protect`: it is to outlive nodes."""
+        request = {"op": "sealed", "generation": generation, "version": version, "protected": protected}
+        with self._lock:
+            self._sealed = {**request, "protect": protect}
+            with contextlib.suppress(OSError):  # `ensure` says it again
+                self._ask(self._sealed, [])
+
+    def state(self) -> dict[str, Any] | None:
+        """{"generation", "version", "incidents"}: the newest version that is whole at this keeper.
+
+        None if the keeper is away.
+        """
+        with self._lock:
+            try:
+                return self._ask({"op": "state"}, [])
+            except OSError:
+                return None
+
+    def _ask(self, request: dict[str, Any], fds: list[int]) -> dict[str, Any]:
+        line = json.dumps(request).encode() + b"\n"
+        sent = socket.send_fds(self._socket, [line[:1]], fds) if fds else 0
+        self._socket.sendall(line[sent:])
+        answer = b""
+        while not answer.endswith(b"\n"):
+            data = self._socket.recv(1 << 16)
+            if not data:
+                raise ConnectionError("the snapshot keeper closed the connection")
+            answer += data
+        found: dict[str, Any] = json.loads(answer)
+        return found
+
+    def ensure(self) -> bool:
+        """Say everything again if the keeper went away and came back; returns whether it had to."""
+        with self._lock:
+            if self._socket.fileno() >= 0 and not select.select([self._socket], [], [], 0)[0]:
+                return False  # nothing is unasked for but the end of the connection
+            self._socket.close()
+            try:
+                self._socket = self._connect()
+                for number, segment in self._segments.items():
+                    self._register(number, segment)
+                for request in (self._entered, self._sealed):
+                    if request is not None:
+                        self._ask(request, [])
+            except OSError:
+                return False  # not back yet; the next step tries again
+            return True
+
+    def close(self) -> None:
+        """Close the connection; the keeper goes on guarding the segments."""
+        self._socket.close()

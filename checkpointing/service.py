@@ -1,0 +1,198 @@
+"""The snapshot keeper's process: serves one keeper on a unix socket (its node's workers) and a TCP port (everybody).
+
+The unix socket is in the abstract namespace, which leaves no file; descriptors of segments come over it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hmac
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+from typing import Any
+
+from ..comms.process import die_with_parent
+from ..resharding.placement import Placement
+from .keeper import Keeper, Membership, Superseded
+from .parity import ParityStore
+from .protector import Protector
+from .segment import Entry
+
+MAX_REQUEST_BYTES = 64 << 20
+NICENESS = 10  # compute goes first on a busy machine
+WAIT_SLICE_S = 0.1
+
+
+class KeeperServer:
+    """Serves one keeper until the process ends."""
+
+    def __init__(self, keeper: Keeper, name: str, host: str, port: int, token: str) -> None:
+        self.keeper = keeper
+        self.token = token
+        self.store = ParityStore()
+        self.protector = Protector(keeper, self.store, token)
+        self._unix = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._unix.bind("\0" + name)
+        self._unix.listen(64)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._tcp = socket.create_server((host, port), family=family, backlog=64)
+        self.port: int = self._tcp.getsockname()[1]
+
+    def serve(self) -> None:
+        """Accept until the process ends."""
+        threading.Thread(target=self._accept, args=(self._unix, True), daemon=True).start()
+        self._accept(self._tcp, False)
+
+    def _accept(self, listener: socket.socket, local: bool) -> None:
+        while True:
+            connection, _ = listener.accept()
+            threading.Thread(target=self._converse, args=(connection, local), daemon=True).start()
+
+    def _converse(self, connection: socket.socket, local: bool) -> None:
+        with connection, contextlib.suppress(OSError, ValueError, KeyError, TypeError, IndexError):
+            reader = _Lines(connection, fds=local)
+            if not local:
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            hello = json.loads(reader.line() or b"{}")
+            if not hmac.compare_digest(str(hello.get("token")), self.token):
+                return
+            while line := reader.line():
+                request = json.loads(line)
+                if request["op"] == "collect":
+                    self._collect(connection, request)
+                elif local:
+                    _answer(connection, self._local(request, reader))
+                else:
+                    self._remote(connection, request)
+
+    # ------------------------------------------------------------ from the node's own workers
+
+    def _local(self, request: dict[str, Any], reader: _Lines) -> dict[str, Any]:
+        keeper, operation = self.keeper, request["op"]
+        if operation == "register":
+            entries = [Entry(*entry) for entry in request["entries"]]
+            owner = (request["rank"], request["incarnation"], request["segment"])
+            keeper.register(*owner, reader.take_fd(), request["size"], entries, request["states"])
+        elif operation == "drop":
+            keeper.drop(request["rank"], request["incarnation"], request["segment"])
+        elif operation == "enter":
+            placement = Placement.from_json(request["placement"])
+            capacities = tuple(request["capacities"])
+            if keeper.enter(Membership(request["generation"], placement, request["addresses"], capacities)):
+                self.protector.enter()
+        elif operation == "sealed":
+            keeper.sealed(request["protected"])
+            if request["protect"]:
+                self.protector.want(request["generation"], request["version"], request["protected"])
+        elif operation == "state":
+            generation, version = self.protector.state()
+            return {"generation": generation, "version": version, "incidents": keeper.take_incidents()}
+        else:
+            return {"error": f"unknown operation {operation!r}"}
+        return {"ok": True}
+
+    # ------------------------------------------------------------ from anyone in the job
+
+    def _remote(self, connection: socket.socket, request: dict[str, Any]) -> None:
+        operation = request["op"]
+        if operation == "fetch":
+            found, blobs, damaged = self.keeper.fetch(request["shards"], request["version"], replay=request["replay"])
+            _answer(connection, {"found": found, "damaged": damaged})
+            for blob in blobs:
+                connection.sendall(blob)
+        elif operation == "parity":
+            blocks = self.store.covering(request["shards"], request["version"])
+            _answer(connection, {"blocks": [block.describe() for block in blocks]})
+        elif operation == "block":
+            block = self.store.block(request["block"])
+            data = block.read() if block is not None else None
+            _answer(connection, {"length": None if data is None else len(data)})
+            connection.sendall(data or b"")
+        elif operation == "held":
+            _answer(connection, {**self.keeper.held(), "parity_bytes": self.store.bytes})
+        else:
+            _answer(connection, {"error": f"unknown operation {operation!r}"})
+
+    def _collect(self, connection: socket.socket, request: dict[str, Any]) -> None:
+        """Send each shard as soon as it is sealed, straight from the segment; a receiver checks what came."""
+        version, generation = request["version"], request["generation"]
+        for shard in request["shards"]:
+            place = None
+            while place is None:
+                try:
+                    place = self.keeper.await_shard(shard, version, generation, WAIT_SLICE_S)
+                except Superseded:
+                    _answer(connection, {"error": f"generation {generation} is over"})
+                    return
+                if place is None and select.select([connection], [], [], 0)[0]:
+                    return  # nothing more is to be said by who asked: it has gone
+            segment, stored = place
+            with memoryview(segment.memory) as view, view[stored.offset : stored.offset + stored.length] as body:
+                _answer(connection, {"shard": shard, "length": stored.length, "checksum": stored.checksum})
+                connection.sendall(body)
+
+
+def _answer(connection: socket.socket, answer: dict[str, Any]) -> None:
+    connection.sendall(json.dumps(answer).encode() + b"\n")
+
+
+class _Lines:
+    """Lines from a socket, with the descriptors that came along."""
+
+    def __init__(self, connection: socket.socket, *, fds: bool) -> None:
+        self._connection = connection
+        self._buffer = bytearray()
+        self._with_fds = fds
+        self._fds: list[int] = []
+
+    def line(self) -> bytes:
+        """The next line, without its end; empty when there is none."""
+        while (end := self._buffer.find(b"\n")) < 0:
+            if self._with_fds:
+                data, fds, _, _ = socket.recv_fds(self._connection, 1 << 16, 4)
+                self._fds.extend(fds)
+            else:
+                data = self._connection.recv(1 << 16)
+            if not data or len(self._buffer) > MAX_REQUEST_BYTES:
+                return b""
+            self._buffer += data
+        line = bytes(self._buffer[:end])
+        del self._buffer[: end + 1]
+        return line
+
+    def take_fd(self) -> int:
+        return self._fds.pop(0)
+
+
+def main() -> None:
+    """Run a keeper; prints its TCP port on standard output when it serves."""
+    parser = argparse.ArgumentParser(prog="everstep-keeper")
+    parser.add_argument("--node", required=True)
+    parser.add_argument("--name", required=True)
+    parser.add_argument("--host", required=True)
+    parser.add_argument("--port", type=int, default=0)
+    arguments = parser.parse_args()
+    die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with contextlib.suppress(OSError):
+        os.nice(NICENESS)
+    token = os.environ.pop("EVERSTEP_TOKEN")
+    try:
+        keeper = Keeper(arguments.node)
+        server = KeeperServer(keeper, arguments.name, arguments.host, arguments.port, token)
+    except OSError as error:
+        print(error, flush=True)  # our agent reads it
+        sys.exit(1)
+    print(server.port, flush=True)
+    sys.stdout.close()
+    server.serve()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""A worker's part in making versions outlive nodes: which ones, how far that has come, and what waits for it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from ..checkpointing.snapshot import Snapshots
+from ..resharding.placement import Placement
+from .interval import Interval
+from .membership import Membership
+from .settings import Settings
+
+PATIENCE_S = 5.0  # for a version that does not get whole; then training goes on without, and says so
+POLL_S = 0.002
+
+
+class Protection:
+    """When versions are protected, and how far that has come, as one rank sees it.
+
+    A version is *whole here* when this node's keeper has it and the parity it holds for others; it *outlives nodes*
+    (`snapshots.protected`) when all members know that it is whole everywhere, which the agreement of a step tells.
+    """
+
+    def __init__(self, settings: Settings, snapshots: Snapshots, membership: Membership) -> None:
+        self._snapshots = snapshots
+        self._membership = membership
+        self._interval = Interval(settings.snapshot_every, settings.snapshot_budget)
+        self._generation = 0
+        self._stripes = False  # whether there are other nodes to protect from
+        self._begun: list[tuple[int, float]] = []  # versions that are being protected, and since when
+        self._whole = -1
+        self._given_up = False
+        self._stepped_s = 0.0
+        self._every = max(1, settings.snapshot_every)
+        self._told: tuple[int, bool] = (0, False)
+
+    @property
+    def nodes(self) -> bool:
+        """Whether versions are protected from lost nodes in this generation."""
+        return self._stripes
+
+    def enter(self, generation: int, placement: Placement) -> None:
+        """A new generation: what was under way begins again."""
+        self._generation = generation
+        self._stripes = bool(placement.stripes)
+        self._begun.clear()
+        self._whole = -1
+        self._given_up = False
+        self._stepped_s = 0.0
+
+    def begins(self, version: int, *, anyway: bool = False) -> bool:
+        """Whether `version` is one that is to outlive nodes; `anyway`: the first one of a generation is."""
+        if not self._stripes or not (anyway or version % self._every == 0):
+            return False
+        if all(version != begun for begun, _ in self._begun):
+            self._begun.append((version, time.monotonic()))
+        return True
+
+    def look(self) -> int:
+        """The newest version that is whole here, in this generation."""
+        if not self._stripes:
+            return -1
+        generation, version = self.report()
+        if generation == self._generation and version > self._whole:
+            self._whole, self._given_up = version, False
+            self._begun = [(begun, at) for begun, at in self._begun if begun > version]
+        return self._whole
+
+    def report(self) -> tuple[int, int]:
+        """(generation, version) for a report: what this node's keeper can answer for.
+
+        Passes on what damage it found.
+        """
+        if not self._stripes:
+            return 0, -1
+        generation, version, damage = self._snapshots.protection()
+        for item in damage:
+            self._membership.tell("corruption", generation=self._generation, **item)
+        return generation, version
+
+    def wait(self, step: int, on_wait: Callable[[], None]) -> None:
+        """Wait, before `step` is agreed on, until the versions before it that are being protected are whole here.
+
+        So a version that outlives nodes is never given up for one that does not yet. Not for ever: a keeper may be
+        away, and training goes on without it.
+        """
+        self.look()
+        started = time.monotonic()
+        while not self._given_up and any(begun < max(1, step) for begun, _ in self._begun):
+            on_wait()
+            time.sleep(POLL_S)
+            self.look()
+            if time.monotonic() - started > PATIENCE_S:
+                self._given_up = True
+                versions = [begun for begun, _ in self._begun]
+                self._membership.tell("noted", what="unprotected", fields={"step": step, "versions": versions})
+        self._snapshots.waited_s += time.monotonic() - started
+
+    def share(self) -> dict[str, Any]:
+        """What this rank adds to the agreement of a step."""
+        now = time.monotonic()
+        step_s, self._stepped_s = (now - self._stepped_s if self._stepped_s else 0.0), now
+        return {"whole": self._whole, "step_s": step_s, "every": self._interval.proposal}
+
+    def agreed(self, step: int, shares: list[dict[str, Any]]) -> dict[str, int]:
+        """What the members' shares (lowest rank first) mean: for the agreement, equal on all."""
+        if not self._stripes:
+            return {"protected": self._snapshots.protected, "every": self._every}
+        whole = min(share["whole"] for share in shares)
+        step_s = max(share["step_s"] for share in shares)
+        if all(share["step_s"] for share in shares):
+            self._interval.observe(step_s, protecting=step % self._every == 0)
+        return {"protected": max(self._snapshots.protected, whole), "every": shares[0]["every"]}
+
+    def adopt(self, terms: dict[str, Any]) -> None:
+        """Take over what was agreed."""
+        self._snapshots.protected = max(self._snapshots.protected, terms["protected"])
+        self._every = terms["every"]
+
+    def exposure_s(self) -> float:
+        """How long the oldest version that is not yet whole here has been waiting for it."""
+        return time.monotonic() - self._begun[0][1] if self._begun else 0.0
+
+    @property
+    def every(self) -> int:
+        """Every how many steps a version is protected now."""
+        return self._every
+
+    @property
+    def why(self) -> str:
+        """Why so often."""
+        return self._interval.why

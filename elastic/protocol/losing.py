@@ -1,0 +1,106 @@
+"""A node is lost, with its agent, keeper and workers, all at once; or it only fell silent, which is the same."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from . import events as e
+from .outcome import Outcome, fail
+from .recovering import all_ready, begin_recovery, begin_training, plan_if_complete
+from .state import Node, Phase, State, Status
+
+GAP_FACTOR = 4.0  # times the longest silence that a node has shown and come back from
+GAP_MEMORY = 0.99  # how slowly that is forgotten, per heartbeat
+FORMING_TIMEOUT_S = 10.0  # before training starts a node may be busy importing
+SLEPT_S = 1.0  # ticks further apart than this: it was the coordinator that slept
+
+
+def heartbeat(state: State, event: e.HeartbeatReceived, now: float) -> Outcome:
+    """A node is alive."""
+    node = state.nodes.get(event.node)
+    if node is None:
+        return state, []
+    gap_s = max(now - node.heard_s, node.gap_s * GAP_MEMORY)
+    return replace(state, nodes={**state.nodes, node.name: replace(node, heard_s=now, gap_s=gap_s)}), []
+
+
+def timeout_s(state: State, node: Node) -> float:
+    """How long a node may be silent now."""
+    least = state.config.heartbeat_timeout_s
+    if state.phase not in (Phase.RUNNING, Phase.RECOVERING):
+        least = max(least, FORMING_TIMEOUT_S)
+    return max(least, min(GAP_FACTOR * node.gap_s, 4 * least))
+
+
+def silent_node(state: State, now: float) -> Outcome:
+    """Declare a node lost that has been silent for too long; none for what the coordinator itself slept through."""
+    slept_s = now - state.ticked_s if state.ticked_s else 0.0
+    state = replace(state, ticked_s=now)
+    if slept_s > SLEPT_S:
+        nodes = {name: replace(node, heard_s=node.heard_s + slept_s) for name, node in state.nodes.items()}
+        return replace(state, nodes=nodes), []
+    for node in state.nodes.values():
+        if now - node.heard_s > timeout_s(state, node):
+            why = f"no heartbeat for {now - node.heard_s:.1f} s"
+            return node_lost(state, e.NodeLost(node.name, why), now)
+    return state, []
+
+
+def node_lost(state: State, event: e.NodeLost, now: float) -> Outcome:
+    """A node is gone, and with it what only it held."""
+    if event.node not in state.nodes:
+        return state, []
+    lost = state.nodes[event.node]
+    ranks = sorted(w.id.rank for w in state.workers.values() if w.node == event.node)
+    fields = {"node": event.node, "host": lost.host, "ranks": ranks, "why": event.why}
+    told: list[e.Effect] = [e.Record("node_lost", fields), e.FenceNode(event.node, event.why)]
+    gone = _without(state, event.node)
+    if state.phase is Phase.FORMING:
+        return gone, told
+    where = f"node {event.node} ({lost.host}) with ranks {ranks} is lost ({event.why})"
+    if not gone.elastic:
+        state, effects = fail(gone, f"{where}, before its script said that it is elastic")
+    elif not gone.nodes:
+        state, effects = fail(gone, f"{where}, and it was the last one")
+    elif state.phase is Phase.LAUNCHED:
+        state, effects = _lost_before_training(gone, where)
+    else:
+        state, effects = _lost_in_training(state, gone, event, now)
+    return state, [*told, *effects]
+
+
+def _without(state: State, node: str) -> State:
+    """The state without a node and its workers; their ranks are free for a node that comes."""
+    vacant = {w.id.rank: w.id.incarnation for w in state.workers.values() if w.node == node}
+    return replace(
+        state,
+        nodes={name: other for name, other in state.nodes.items() if name != node},
+        workers={rank: w for rank, w in state.workers.items() if w.node != node},
+        vacant={**state.vacant, **vacant},
+    )
+
+
+def _lost_before_training(state: State, where: str) -> Outcome:
+    if len(state.nodes) < state.config.min_nodes:
+        return fail(state, f"{where} before training began, and fewer than --nnodes are left")
+    return begin_training(state) if state.job is not None and all_ready(state) else (state, [])
+
+
+def _lost_in_training(before: State, state: State, event: e.NodeLost, now: float) -> Outcome:
+    """Recover, if it held something."""
+    joining = before.join.layout.ranks if before.join is not None else ()
+    held = [
+        w
+        for w in before.workers.values()
+        if w.node == event.node and (w.status in (Status.MEMBER, Status.FINISHED) or w.id.rank in joining)
+    ]
+    recovery = before.recovery if before.phase is Phase.RECOVERING else None
+    if not held and recovery is None:
+        return state, []
+    was_awaited = recovery is not None and any(
+        w.id in recovery.awaited for w in before.workers.values() if w.node == event.node
+    )
+    if not held and not was_awaited:
+        return plan_if_complete(state, now)
+    state, effects = begin_recovery(state, None, now, why=f"node {event.node} is lost ({event.why})", node=event.node)
+    return state, effects

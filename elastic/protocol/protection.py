@@ -1,0 +1,141 @@
+"""What outlives a node: where parity goes, what that takes of each node's memory, and how far back a loss leads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from ...resharding.layout import Layout
+from ...resharding.placement import Placement, place
+from ...resharding.plan import Plan, Report
+from . import events as e
+from .state import Recovery, State
+
+STATE_SLOTS = 3  # per shard: a version that outlives nodes, the newest complete one, and the one being written
+LOCAL_STATE_SLOTS = 2  # where no node can be lost: the newest complete version, and the one being written
+GRADIENT_SLOTS = 2
+PARITY_SLOTS = 3
+MODES = ("parity", "replay", "replicate", "none")
+POLICIES = ("checkpoint", "neighbors", "stop")
+
+
+def state_slots(protection: str, max_nodes: int) -> int:
+    """How many versions of a shard's state its keeper holds."""
+    return STATE_SLOTS if protection != "none" and max_nodes > 1 else LOCAL_STATE_SLOTS
+
+
+def placement_for(state: State, layout: Layout) -> Placement:
+    """Where the parity of each shard goes in the generation of `layout`, changing as little as can be."""
+    job = state.job
+    assert job is not None
+    if job.protection == "none":
+        return Placement(generation=layout.generation, width=0, losses=0, wanted=0, stripes=())
+    node_of = {rank: worker.node for rank, worker in state.workers.items()}
+    stages: dict[str, set[int]] = {name: set() for name in state.nodes}
+    for number, stage in enumerate(layout.stages):
+        for rank in stage.ranks:
+            stages[node_of[rank]].add(number)
+    return place(
+        [node_of[rank] for rank in layout.owners],
+        job.state_bytes or [shard.elements for shard in job.model.shards],
+        list(state.nodes),
+        losses=job.node_losses,
+        width=0 if job.protection == "parity" else 1,
+        stages={name: frozenset(numbers) for name, numbers in stages.items()},
+        old=state.placement,
+        generation=layout.generation,
+    )
+
+
+def memory_needed(state: State, layout: Layout, placement: Placement) -> dict[str, int]:
+    """Bytes of protection per node: its shards' slots, and the parity it holds for others."""
+    job = state.job
+    assert job is not None
+    slots = state_slots(job.protection, state.config.max_nodes)
+    needed = dict.fromkeys(state.nodes, 0)
+    for shard, owner in enumerate(layout.owners[: len(job.state_bytes)]):
+        held = slots * job.state_bytes[shard] + GRADIENT_SLOTS * job.gradient_bytes[shard]
+        needed[state.workers[owner].node] += held
+    for stripe in placement.stripes if job.state_bytes else ():
+        largest = max(job.state_bytes[shard] for shard in stripe.shards)
+        for node in stripe.parity:
+            needed[node] += PARITY_SLOTS * largest
+    return needed
+
+
+def too_small(state: State, needed: Mapping[str, int]) -> str:
+    """Which node lacks the memory that protection needs, in words; empty if none does."""
+    for name, node in state.nodes.items():
+        if 0 < node.memory_bytes < needed[name]:
+            return (
+                f"node {name} ({node.host}) needs {_mib(needed[name])} of memory for snapshots and parity, and may use "
+                f"{_mib(node.memory_bytes)}: raise --es-keeper-memory, spread the job over more nodes, or lower "
+                "node_losses (protection='none' needs least)"
+            )
+    return ""
+
+
+def statements(state: State, placement: Placement, needed: Mapping[str, int]) -> list[e.Effect]:
+    """What the people at each node, and the log, are told of the job's protection."""
+    job = state.job
+    assert job is not None
+    describe = describe_protection(job.protection, placement)
+    fields = {
+        "mode": job.protection,
+        "width": placement.width,
+        "losses": placement.losses,
+        "wanted": placement.wanted,
+        "note": placement.note,
+        "bytes": dict(needed),
+    }
+    told: list[e.Effect] = [e.Record("protection", fields)]
+    for name in state.nodes:
+        told.append(e.TellNode(name, f"{describe}; this node holds up to {_mib(needed[name])} for it"))
+    return told
+
+
+def describe_protection(mode: str, placement: Placement) -> str:
+    """One line for people."""
+    note = f" ({placement.note})" if placement.note else ""
+    if not placement.stripes:
+        return f"protection: of lost workers, not of lost nodes{note}"
+    width = f", stripes of {placement.width}+{placement.losses}" if mode == "parity" else ""
+    nodes = "1 lost node" if placement.losses == 1 else f"{placement.losses} lost nodes at once"
+    return f"protection: {mode}, of {nodes}{width}{note}"
+
+
+def _mib(count: int) -> str:
+    return f"{count / (1 << 20):,.1f} MiB"
+
+
+def protected_now(state: State, reports: Iterable[tuple[str, Report]]) -> int:
+    """The newest version that the live nodes' keepers hold with its parity; -1 if they do not all say so.
+
+    What a lost node held of such a version can be made again from its parity, so the lost need not say anything.
+    """
+    said: dict[str, tuple[int, int]] = {}
+    for node, report in reports:
+        if not report.fresh:
+            said[node] = max(said.get(node, (0, -1)), report.protected)
+    generations = {generation for generation, _ in said.values()}
+    if set(said) != set(state.nodes) or len(generations) != 1:
+        return -1
+    return min(version for _, version in said.values())
+
+
+def target(state: State, recovery: Recovery, newest: int, reports: Sequence[tuple[str, Report]]) -> int:
+    """The version to go on from: `newest`, or, if a lost node took some of it along, the newest that is whole.
+
+    -1 if there is none.
+    """
+    if recovery.ceiling is None and (not recovery.nodes_lost or newest == 0):
+        return newest  # version 0 can be made from the seed
+    candidates = [state.protected, protected_now(state, reports)]
+    if state.job is not None and state.job.protection == "replay":
+        candidates.append(newest)  # a backup has what the owner has, or the gradient that leads there
+    limit = newest if recovery.ceiling is None else min(newest, recovery.ceiling)
+    return max((version for version in candidates if version <= limit), default=-1)
+
+
+def describe_nodes(plan: Plan | None, recovery: Recovery) -> str:
+    """The nodes whose loss a recovery is about."""
+    return ", ".join(recovery.nodes_lost) or "none"
