@@ -191,7 +191,11 @@ class Engine:
             "groups": self.optimizer.hyper_parameters(),
             "registered": self._registered(state.step),
             "digest": f"{digest:016x}",
-            **self.protection.agreed(state.step, [share["protection"] for share in shares]),
+            **self.protection.agreed(
+                state.step,
+                [share["protection"] for share in shares],
+                speaks=self.rank == min(self.comm.members),
+            ),
         }
         if proposal is not None and all(share["join"] == proposal.plan.generation for share in shares):
             self.switch = proposal

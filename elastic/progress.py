@@ -6,6 +6,7 @@ What stands in the page outlives a killed worker: the agent reads there what it 
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import json
 import mmap
@@ -14,6 +15,8 @@ import signal
 import struct
 import time
 from dataclasses import dataclass
+
+import psutil
 
 _PAGE = struct.Struct(
     "<QqqqqQ"
@@ -56,7 +59,7 @@ class Fault:
     step: int = 0
     incarnation: int = 0
     after: int = 0
-    kind: str = "kill"  # kill | stop | loop
+    kind: str = "kill"  # kill | stop | loop | node (the whole node is killed, at one instant)
 
     VARIABLE = "EVERSTEP_FAULTS"
 
@@ -133,7 +136,22 @@ class Progress:
         self._write(time.monotonic_ns())
         if fault.kind == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        elif fault.kind == "node":
+            _kill_node()
         elif fault.kind == "stop":
             os.kill(os.getpid(), signal.SIGSTOP)
         while fault.kind == "loop":
             pass
+
+
+def _kill_node() -> None:
+    """Kill this worker's node agent and all that it started: stopped first, so that none sees another die."""
+    agent = psutil.Process(os.getppid()).parent()
+    assert agent is not None
+    family = [agent, *agent.children(recursive=True)]
+    others = [process.pid for process in family if process.pid != os.getpid()]
+    for number in (signal.SIGSTOP, signal.SIGKILL):
+        for pid in others:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+    os.kill(os.getpid(), signal.SIGKILL)

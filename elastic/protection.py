@@ -104,15 +104,22 @@ class Protection:
         step_s, self._stepped_s = (now - self._stepped_s if self._stepped_s else 0.0), now
         return {"whole": self._whole, "step_s": step_s, "every": self._interval.proposal}
 
-    def agreed(self, step: int, shares: list[dict[str, Any]]) -> dict[str, int]:
-        """What the members' shares (lowest rank first) mean: for the agreement, equal on all."""
+    def agreed(self, step: int, shares: list[dict[str, Any]], *, speaks: bool) -> dict[str, int]:
+        """What the members' shares (lowest rank first) mean: for the agreement, equal on all.
+
+        The member that `speaks` logs a new interval.
+        """
         if not self._stripes:
             return {"protected": self._snapshots.protected, "every": self._every}
         whole = min(share["whole"] for share in shares)
         step_s = max(share["step_s"] for share in shares)
         if all(share["step_s"] for share in shares):
             self._interval.observe(step_s, protecting=step % self._every == 0)
-        return {"protected": max(self._snapshots.protected, whole), "every": shares[0]["every"]}
+        every = shares[0]["every"]
+        if speaks and every != self._every:
+            fields = {"step": step, "every": every, "why": self._interval.why}
+            self._membership.tell("noted", what="snapshot_interval", fields=fields)
+        return {"protected": max(self._snapshots.protected, whole), "every": every}
 
     def adopt(self, terms: dict[str, Any]) -> None:
         """Take over what was agreed."""
@@ -122,13 +129,3 @@ class Protection:
     def exposure_s(self) -> float:
         """How long the oldest version that is not yet whole here has been waiting for it."""
         return time.monotonic() - self._begun[0][1] if self._begun else 0.0
-
-    @property
-    def every(self) -> int:
-        """Every how many steps a version is protected now."""
-        return self._every
-
-    @property
-    def why(self) -> str:
-        """Why so often."""
-        return self._interval.why

@@ -102,5 +102,5 @@ def _lost_in_training(before: State, state: State, event: e.NodeLost, now: float
     )
     if not held and not was_awaited:
         return plan_if_complete(state, now)
-    state, effects = begin_recovery(state, None, now, why=f"node {event.node} is lost ({event.why})", node=event.node)
-    return state, effects
+    why = f"node {event.node} is lost ({event.why})"
+    return begin_recovery(state, None, now, why=why, node=event.node, lost=tuple(w.id for w in held))

@@ -84,7 +84,13 @@ def corrupted(state: State, event: e.CorruptionFound, now: float) -> Outcome:
 
 
 def begin_recovery(
-    state: State, cause: e.WorkerDied | None, now: float, *, why: str = "a worker joins", node: str = ""
+    state: State,
+    cause: e.WorkerDied | None,
+    now: float,
+    *,
+    why: str = "a worker joins",
+    node: str = "",
+    lost: tuple[e.WorkerId, ...] = (),
 ) -> Outcome:
     """Abort the generation and ask everyone who may hold something for a report."""
     generation = state.generation + 1
@@ -96,7 +102,7 @@ def begin_recovery(
     earlier = state.recovery  # under way, or over but for the next commit: one story, one line in the log
     if earlier is not None and state.phase is Phase.RECOVERING:
         asked += [w for w in state.workers.values() if w.id in earlier.awaited and w not in asked]
-    died = (cause.worker,) if cause else ()
+    died = (cause.worker,) if cause else lost
     detected_s = cause.detected_at_s if cause and cause.detected_at_s else now
     killed_s = cause.killed_at_s if cause and cause.killed_at_s else detected_s
     recovery = Recovery(
