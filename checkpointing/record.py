@@ -7,13 +7,16 @@ names. Values that are no tensors (Python numbers, None) stand in the JSON.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .copying import CheckedCopy, tensor_bytes
+
 _ALIGN = 64
+_ZEROS = memoryview(bytes(_ALIGN))
 ShardState = Mapping[str, Any]  # name -> Tensor, number or None
 
 
@@ -21,39 +24,62 @@ def _aligned(size: int) -> int:
     return -(-size // _ALIGN) * _ALIGN
 
 
+class Record:
+    """A shard's state, ready to be written: `length` bytes."""
+
+    def __init__(self, state: ShardState) -> None:
+        items: list[list[Any]] = []
+        self._tensors: list[Tensor] = []
+        for name, value in state.items():
+            if isinstance(value, Tensor):
+                items.append([name, str(value.dtype).removeprefix("torch."), list(value.shape)])
+                self._tensors.append(value.detach())
+            else:
+                items.append([name, None, value])
+        head = json.dumps(items, separators=(",", ":")).encode()
+        head = len(head).to_bytes(8, "little") + head
+        self._head = head + bytes(_aligned(len(head)) - len(head))  # padding too: equal states, equal checksums
+        self.length = len(self._head) + sum(_aligned(t.numel() * t.element_size()) for t in self._tensors)
+
+    def write(self, out: memoryview, seed: int = 0) -> int:
+        """Write the record to the first `length` bytes of `out`; returns their xxh3_64, taken on the way."""
+        copy = CheckedCopy(seed)
+        for start, source in self._pieces():
+            copy.copy(source, out[start : start + len(source)])
+        return copy.checksum
+
+    def _pieces(self) -> Iterator[tuple[int, memoryview]]:
+        yield 0, memoryview(self._head)
+        at = len(self._head)
+        for tensor in self._tensors:
+            size = tensor.numel() * tensor.element_size()
+            if size:
+                yield at, tensor_bytes(tensor)
+            yield at + size, _ZEROS[: _aligned(size) - size]
+            at += _aligned(size)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the largest part of the state lies."""
+        largest = max(self._tensors, key=lambda tensor: tensor.numel(), default=torch.empty(0))
+        return largest.device
+
+    def write_from_device(self, out: Tensor) -> None:
+        """Begin to write, on the current stream, from a GPU into pinned memory; the bytes are there when it has run."""
+        room = out.numpy()
+        room[: len(self._head)] = memoryview(self._head)
+        at = len(self._head)
+        for tensor in self._tensors:
+            size = tensor.numel() * tensor.element_size()
+            if size:
+                out[at : at + size].copy_(tensor.reshape(-1).view(torch.uint8), non_blocking=True)
+            room[at + size : at + _aligned(size)] = 0
+            at += _aligned(size)
+
+
 def record_bytes(state: ShardState) -> int:
     """The length of the record of `state`."""
-    return _plan(state)[1]
-
-
-def _plan(state: ShardState) -> tuple[bytes, int, list[tuple[int, Tensor]]]:
-    items: list[list[Any]] = []
-    tensors: list[Tensor] = []
-    for name, value in state.items():
-        if isinstance(value, Tensor):
-            items.append([name, str(value.dtype).removeprefix("torch."), list(value.shape)])
-            tensors.append(value)
-        else:
-            items.append([name, None, value])
-    head = json.dumps(items, separators=(",", ":")).encode()
-    head = len(head).to_bytes(8, "little") + head
-    places, offset = [], _aligned(len(head))
-    for tensor in tensors:
-        places.append((offset, tensor))
-        offset += _aligned(tensor.numel() * tensor.element_size())
-    return head, offset, places
-
-
-def write_record(state: ShardState, out: Tensor) -> int:
-    """Write the record of `state` into the uint8 tensor `out`; returns its length."""
-    head, length, places = _plan(state)
-    out[: len(head)].copy_(torch.frombuffer(bytearray(head), dtype=torch.uint8))
-    out[len(head) : _aligned(len(head))].zero_()  # padding too, so that equal states have equal checksums
-    for offset, tensor in places:
-        size = tensor.numel() * tensor.element_size()
-        out[offset : offset + size].view(tensor.dtype).copy_(tensor.detach().reshape(-1))
-        out[offset + size : offset + _aligned(size)].zero_()
-    return length
+    return Record(state).length
 
 
 def read_record(data: bytes) -> dict[str, Any]:

@@ -24,8 +24,9 @@ from torch import Tensor
 
 from ..resharding.placement import Placement
 from .client import KeeperLink
-from .record import ShardState, record_bytes, write_record
-from .segment import Segment
+from .pinned import Pinned
+from .record import Record, ShardState
+from .segment import Segment, checksum_of, seed_of
 
 
 class Snapshots:
@@ -44,6 +45,7 @@ class Snapshots:
         self._numbers = 0
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="everstep-snapshot") if link else None
         self._pending: Future[None] | None = None
+        self._pinned = Pinned()
         self.checksums: dict[int, int] = {}  # shard -> xxh3 of its newest record
         self.version: dict[int, int] = {}  # shard -> newest version written or being written
         self.protected = -1  # the newest version that all members know to outlive lost nodes
@@ -92,7 +94,11 @@ class Snapshots:
         for shard in todo:
             self.version[shard] = version
         assert self._pool is not None
-        snapshots = {shard: states(shard) for shard in todo}
+        snapshots = {shard: Record(states(shard)) for shard in todo}
+        for record in snapshots.values():
+            if record.device.type == "cuda":
+                self._pinned.after_compute(record.device)
+                break
         self._pending = self._pool.submit(
             self._copy, self._generation, version, snapshots, self._pending, protect=protect
         )
@@ -101,26 +107,30 @@ class Snapshots:
         self,
         generation: int,
         version: int,
-        states: Mapping[int, ShardState],
+        records: Mapping[int, Record],
         earlier: Future[None] | None,
         *,
         protect: bool,
     ) -> None:
         if earlier is not None:
             earlier.result()
-        for shard, state in states.items():
-            self._write(shard, version, state)
+        for shard, record in records.items():
+            self._write(shard, version, record)
         assert self._link is not None
         self._link.sealed(generation, version, self.protected, protect=protect)
 
-    def _write(self, shard: int, version: int, state: ShardState) -> None:
+    def _write(self, shard: int, version: int, record: Record) -> None:
         number, segment = self._home[shard]
         slot = segment.free_slot(shard, (self.protected, version - 1))
         entry = segment.entries[shard]
-        start = segment.open_slot(shard, slot, record_bytes(state))
+        start = segment.open_slot(shard, slot, record.length)
         room = self._bytes[number][start : start + entry.state_bytes]
-        length = write_record(state, room)
-        self.checksums[shard] = segment.seal_slot(shard, slot, version, length)
+        if record.device.type == "cuda":
+            self._pinned.copy(record, room, segment)
+            checksum = checksum_of(room.numpy()[: record.length].data, shard, version)
+        else:
+            checksum = record.write(room.numpy().data, seed_of(shard, version, record.length))
+        self.checksums[shard] = segment.seal_slot(shard, slot, version, record.length, checksum)
 
     def wait(self, on_wait: Callable[[], None] = lambda: None) -> None:
         """Return when everything begun is written; calls `on_wait` every 50 ms, adds the time to `waited_s`."""

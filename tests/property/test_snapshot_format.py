@@ -7,8 +7,9 @@ import math
 
 import pytest
 import torch
-from everstep.checkpointing.record import read_record, record_bytes, write_record
-from everstep.checkpointing.segment import SLOTS, Segment, plan_entries
+import xxhash
+from everstep.checkpointing.record import Record, read_record
+from everstep.checkpointing.segment import Segment, plan_entries
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -43,10 +44,12 @@ def same(left: Tensor, right: Tensor) -> bool:
 
 @given(STATES)
 def test_a_record_comes_back_bit_for_bit(state: dict[str, object]) -> None:
-    out = torch.zeros(record_bytes(state) + 128, dtype=torch.uint8)
-    length = write_record(state, out)
-    assert length == record_bytes(state)
-    again = read_record(out[:length].numpy().tobytes())
+    record = Record(state)
+    out = bytearray(b"\xff" * (record.length + 128))
+    checksum = record.write(memoryview(out), seed=5)
+    assert checksum == xxhash.xxh3_64_intdigest(out[: record.length], 5)
+    assert out[record.length :] == b"\xff" * 128
+    again = read_record(bytes(out[: record.length]))
     assert list(again) == list(state)
     for name, value in state.items():
         if isinstance(value, Tensor):
@@ -58,9 +61,9 @@ def test_a_record_comes_back_bit_for_bit(state: dict[str, object]) -> None:
 
 def test_a_view_with_strides_is_recorded_as_it_reads() -> None:
     state = {"value": torch.arange(12.0).view(3, 4).t()}
-    out = torch.zeros(record_bytes(state), dtype=torch.uint8)
-    write_record(state, out)
-    assert torch.equal(read_record(out.numpy().tobytes())["value"], state["value"])
+    out = bytearray(Record(state).length)
+    Record(state).write(memoryview(out))
+    assert torch.equal(read_record(bytes(out))["value"], state["value"])
 
 
 def test_what_is_no_record() -> None:
@@ -71,18 +74,18 @@ def test_what_is_no_record() -> None:
 SIZES = st.lists(st.tuples(st.integers(0, 300), st.integers(0, 300)), min_size=1, max_size=5)
 
 
-@given(SIZES)
-def test_slots_do_not_overlap(sizes: list[tuple[int, int]]) -> None:
-    segment = Segment.create([(shard, *pair) for shard, pair in enumerate(sizes)])
+@given(SIZES, st.integers(2, 4))
+def test_slots_do_not_overlap(sizes: list[tuple[int, int]], states: int) -> None:
+    segment = Segment.create([(shard, *pair) for shard, pair in enumerate(sizes)], states)
     places = []
     for shard, entry in segment.entries.items():
-        places.append((entry.offset, entry.offset + 32 * len(SLOTS)))
-        for slot in range(len(SLOTS)):
+        places.append((entry.offset, entry.offset + 32 * (states + 2)))
+        for slot in range(states + 2):
             start = segment.open_slot(shard, slot, 0)
-            places.append((start, start + sizes[shard][slot // 2]))
+            places.append((start, start + sizes[shard][slot >= states]))
     places.sort()
     assert all(a[1] <= b[0] for a, b in itertools.pairwise(places))
-    assert places[-1][1] <= plan_entries([(i, *pair) for i, pair in enumerate(sizes)])[1]
+    assert places[-1][1] <= plan_entries([(i, *pair) for i, pair in enumerate(sizes)], states)[1]
     segment.close()
 
 
@@ -101,6 +104,16 @@ def test_a_slot_is_valid_only_when_sealed_and_whole(data: bytes, slot: int, vers
     assert (stored.version, segment.read(stored)) == (version, data)
     assert [segment.stored(7, other) for other in range(4) if other != slot] == [None] * 3
     assert segment.newest() == (version if slot < 2 else -1)
+    if slot < 2:
+        assert segment.find(7, version) == stored
+        assert segment.find(7, version + 1) is None
+        assert segment.free_slot(7, (version,)) == 1 - slot
+        header = segment.entries[7].offset + 32 * slot + draw.draw(st.integers(0, 23))
+        was = segment.memory[header]
+        segment.memory[header] = was ^ 1 << draw.draw(st.integers(0, 7))
+        damaged = segment.stored(7, slot)
+        assert damaged is None or segment.read(damaged) is None, "a flipped bit in a header is seen"
+        segment.memory[header] = was
     flipped = start + draw.draw(st.integers(0, len(data) - 1))
     segment.memory[flipped : flipped + 1] = bytes([segment.memory[flipped] ^ 1 << draw.draw(st.integers(0, 7))])
     assert segment.read(stored) is None, "a flipped bit is seen"
