@@ -17,10 +17,10 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from ..comms import everstep_pb2 as pb
+from ..comms.process import host_id
 from ..comms.rpc import AgentStream, Unreachable
 from ..elastic.progress import Phase
 from ..elastic.protocol.events import WorkerId
@@ -66,7 +66,7 @@ class NodeConfig:
     hang_timeout_s: float = FLOOR_S
     shared_memory: bool = True
     shutdown_timeout_s: float = 30.0
-    host_id: str = field(default_factory=lambda: Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+    host_id: str = field(default_factory=host_id)
 
 
 @dataclass(frozen=True)

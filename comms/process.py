@@ -1,10 +1,11 @@
-"""Process hygiene on Linux: children die with their parents, and deaths are noticed at once."""
+"""What is Linux's own about processes: children die with their parents, and who can share memory."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import signal
+from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -17,6 +18,15 @@ def die_with_parent() -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
     if os.getppid() != parent:  # it ended in between
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def host_id() -> str:
+    """Equal for processes that share a kernel and a network namespace, and so can meet at an abstract unix socket.
+
+    It is the boot id and the namespace's inode: containers of one machine are different hosts unless they share it.
+    """
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot}-{os.stat('/proc/self/ns/net').st_ino}"
 
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,10 +47,15 @@ class Result:
 
 
 def launch(
-    script: Path | str, arguments: list[str], flags: list[str], environment: dict[str, str] | None = None, **popen: Any
+    script: Path | str,
+    arguments: list[str],
+    flags: list[str],
+    environment: dict[str, str] | None = None,
+    inside: Sequence[str] = (),
+    **popen: Any,
 ) -> subprocess.Popen[str]:
-    """Start `everstep run` in a session of its own, so that all of it can be killed."""
-    command = [sys.executable, "-m", "everstep", "run", *flags, str(script), *arguments]
+    """Start `everstep run` in a session of its own, so that all of it can be killed; `inside` precedes the command."""
+    command = [*inside, sys.executable, "-m", "everstep", "run", *flags, str(script), *arguments]
     env = {**os.environ, "PYTHONWARNINGS": "ignore", **(environment or {})}
     return subprocess.Popen(
         command,

@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 
 from tests.jobs import processes_of, wait_until
+from tests.jobs.networks import own_namespaces
 
 
 def left_behind(folder: Path) -> set[str]:
-    """What a job could leave besides processes: torch's log folders, named shared memory. Its sockets have no files."""
+    """What a job could leave besides processes: torch's log folders, named shared memory, network namespaces."""
     shared = {str(path) for path in Path("/dev/shm").glob("*everstep*")}
-    return shared | {str(path) for path in folder.glob("torchelastic_*")}
+    return shared | own_namespaces() | {str(path) for path in folder.glob("torchelastic_*")}
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +32,7 @@ def nothing_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[No
     yield
     try:
         wait_until(lambda: not processes_of(marker), 5, "all processes of the test have ended")
-        wait_until(lambda: not left_behind(tmp_path) - before, 5, "nothing is left behind")
+        wait_until(lambda: not left_behind(tmp_path) - before, 5, f"{left_behind(tmp_path) - before} is gone")
     finally:
         for pid in processes_of(marker):
             with contextlib.suppress(ProcessLookupError):
