@@ -194,14 +194,17 @@ class Compute:
         self._matrix = torch.randn(256, 256)
         self.duration_s = 0.0
         self.products = 0
+        self.products_per_cpu_s = 0.0  # does not count what other processes take from this one
 
     def __call__(self) -> None:
         self.products = 0
+        cpu_s = time.thread_time()
         until = time.perf_counter() + self.duration_s
         while time.perf_counter() < until:
             for _ in range(8):
                 self._matrix @ self._matrix
             self.products += 8
+        self.products_per_cpu_s = self.products / (time.thread_time() - cpu_s)
 
 
 def blocking(state: State, rounds: int, folder: Path) -> dict[str, Any]:
@@ -225,6 +228,7 @@ def blocking(state: State, rounds: int, folder: Path) -> dict[str, Any]:
         first = {name: contender.save(state, compute) for name, contender in contenders.items()}
         times: dict[str, list[float]] = {name: [] for name in contenders}
         products: dict[str, list[float]] = {name: [] for name in contenders}
+        speeds: dict[str, list[float]] = {name: [] for name in contenders}
         alone: list[float] = []
         names = list(contenders)
         for number in range(rounds):
@@ -232,6 +236,7 @@ def blocking(state: State, rounds: int, folder: Path) -> dict[str, Any]:
                 step(state)
                 times[key].append(contenders[key].save(state, compute))
                 products[key].append(compute.products)
+                speeds[key].append(compute.products_per_cpu_s)
             alone.append(ours.save(state, lambda: None))
         for contender in contenders.values():
             contender.close()
@@ -245,6 +250,9 @@ def blocking(state: State, rounds: int, folder: Path) -> dict[str, Any]:
         "everstep_without_compute_in_between_s": round(median(alone), 5),
         "compute_done_of_undisturbed": {
             key: round(median(done) / median(products["nothing"]), 3) for key, done in products.items()
+        },
+        "compute_per_cpu_second_of_undisturbed": {
+            key: round(median(speed) / median(speeds["nothing"]), 3) for key, speed in speeds.items()
         },
     }
 
