@@ -129,7 +129,7 @@ def _switched(state: State, event: e.WorkerSwitched, now: float) -> Outcome:
 def _let_in(state: State, plan: Plan) -> Outcome:
     """The members have switched to a join plan: those it takes in are members."""
     joined = [
-        replace(w, status=Status.MEMBER)
+        replace(w, status=Status.MEMBER, since=state.committed + 1)
         for w in state.workers.values()
         if w.status is Status.READY and w.id.rank in plan.layout.ranks
     ]

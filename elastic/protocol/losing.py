@@ -103,4 +103,5 @@ def _lost_in_training(before: State, state: State, event: e.NodeLost, now: float
     if not held and not was_awaited:
         return plan_if_complete(state, now)
     why = f"node {event.node} is lost ({event.why})"
-    return begin_recovery(state, None, now, why=why, node=event.node, lost=tuple(w.id for w in held))
+    entered = [replace(w, since=state.committed + 1) if w.status is Status.READY else w for w in held]
+    return begin_recovery(state, None, now, why=why, node=event.node, lost=entered)

@@ -30,14 +30,14 @@ def placement_for(state: State, layout: Layout) -> Placement:
     if job.protection == "none":
         return Placement(generation=layout.generation, width=0, losses=0, wanted=0, stripes=())
     node_of = {rank: worker.node for rank, worker in state.workers.items()}
-    stages: dict[str, set[int]] = {name: set() for name in state.nodes}
+    stages: dict[str, set[int]] = {}  # of nodes with members: a keeper hears of a generation from those
     for number, stage in enumerate(layout.stages):
         for rank in stage.ranks:
-            stages[node_of[rank]].add(number)
+            stages.setdefault(node_of[rank], set()).add(number)
     return place(
         [node_of[rank] for rank in layout.owners],
         job.state_bytes or [shard.elements for shard in job.model.shards],
-        list(state.nodes),
+        sorted(stages),
         losses=job.node_losses,
         width=0 if job.protection == "parity" else 1,
         stages={name: frozenset(numbers) for name, numbers in stages.items()},
@@ -116,19 +116,23 @@ def protected_now(state: State, reports: Iterable[tuple[str, Report]]) -> int:
     for node, report in reports:
         if not report.fresh:
             said[node] = max(said.get(node, (0, -1)), report.protected)
-    generations = {generation for generation, _ in said.values()}
-    if set(said) != set(state.nodes) or len(generations) != 1:
+    stripes = state.placement.stripes if state.placement else ()
+    asked = {node for stripe in stripes for node in (*stripe.nodes, *stripe.parity)} & set(state.nodes)
+    generations = {said.get(node, (0, -1))[0] for node in asked}
+    if len(generations) != 1:
         return -1
-    return min(version for _, version in said.values())
+    return min(said.get(node, (0, -1))[1] for node in asked)
 
 
 def target(state: State, recovery: Recovery, newest: int, reports: Sequence[tuple[str, Report]]) -> int:
     """The version to go on from: `newest`, or, if a lost node took some of it along, the newest that is whole.
 
-    -1 if there is none.
+    A node took nothing along if its members had only just entered at `newest`: what they own is still where they took
+    it from, or, at version 0, made from the seed. -1 if there is no such version.
     """
-    if recovery.ceiling is None and (not recovery.nodes_lost or newest == 0):
-        return newest  # version 0 can be made from the seed
+    exposed = recovery.lost_since is not None and recovery.lost_since < newest
+    if recovery.ceiling is None and not exposed:
+        return newest
     candidates = [state.protected, protected_now(state, reports)]
     if state.job is not None and state.job.protection == "replay":
         candidates.append(newest)  # a backup has what the owner has, or the gradient that leads there

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +11,7 @@ from ...resharding.plan import Plan, PlanError, Report, plan_recovery, plan_roll
 from ...resharding.planners import change_layout, initial_layout
 from . import events as e
 from .outcome import Effects, Outcome, current, fail, start_workers, with_workers
-from .protection import memory_needed, placement_for, statements, target, too_small
+from .protection import memory_needed, placement_for, protected_now, statements, target, too_small
 from .restarts import classic_exit
 from .state import Phase, Recovery, State, Status, Worker
 
@@ -61,7 +62,7 @@ def died(state: State, event: e.WorkerDied, now: float) -> Outcome:
 
 def lacking(state: State, event: e.WorkerLacking, now: float) -> Outcome:
     """A version cannot be had after all: go back to an older one that can."""
-    if event.generation != state.generation or current(state, event.worker) is None or state.job is None:
+    if not _in_force(state, event.generation) or current(state, event.worker) is None:
         return state, []
     fields = {"rank": event.worker.rank, "version": event.version, "shards": len(event.shards)}
     record = e.Record("lacking", {**fields, "first_shards": list(event.shards[:8])})
@@ -77,10 +78,15 @@ def corrupted(state: State, event: e.CorruptionFound, now: float) -> Outcome:
         return state, []
     found = {"where": event.where, "node": event.node, "rank": event.rank, "shard": event.shard}
     record = e.Record("corruption", {**found, "found_by": event.worker.rank, "detail": event.detail})
-    if event.where != "frame" or event.generation != state.generation or state.phase is not Phase.RUNNING:
+    if event.where != "frame" or not _in_force(state, event.generation):
         return state, [record]
     state, effects = begin_recovery(state, None, now, why=f"a damaged frame from rank {event.rank}")
     return state, [record, *effects]
+
+
+def _in_force(state: State, generation: int) -> bool:
+    """Whether workers train in this generation: the layout's, or that of a join that some have switched to."""
+    return state.phase is Phase.RUNNING and state.layout is not None and generation >= state.layout.generation
 
 
 def begin_recovery(
@@ -90,7 +96,7 @@ def begin_recovery(
     *,
     why: str = "a worker joins",
     node: str = "",
-    lost: tuple[e.WorkerId, ...] = (),
+    lost: Sequence[Worker] = (),
 ) -> Outcome:
     """Abort the generation and ask everyone who may hold something for a report."""
     generation = state.generation + 1
@@ -102,7 +108,10 @@ def begin_recovery(
     earlier = state.recovery  # under way, or over but for the next commit: one story, one line in the log
     if earlier is not None and state.phase is Phase.RECOVERING:
         asked += [w for w in state.workers.values() if w.id in earlier.awaited and w not in asked]
-    died = (cause.worker,) if cause else lost
+    died = (cause.worker,) if cause else tuple(worker.id for worker in lost)
+    since = [worker.since for worker in lost]
+    if earlier is not None and earlier.lost_since is not None:
+        since.append(earlier.lost_since)
     detected_s = cause.detected_at_s if cause and cause.detected_at_s else now
     killed_s = cause.killed_at_s if cause and cause.killed_at_s else detected_s
     recovery = Recovery(
@@ -119,6 +128,7 @@ def begin_recovery(
         lost_steps=earlier.lost_steps if earlier else 0,
         join=state.join or (earlier.join if earlier else None),
         nodes_lost=(earlier.nodes_lost if earlier else ()) + ((node,) if node else ()),
+        lost_since=min(since, default=None),
         ceiling=earlier.ceiling if earlier else None,
         awaited=frozenset(w.id for w in asked),
     )
@@ -159,11 +169,14 @@ def plan_if_complete(state: State, now: float) -> Outcome:
     if starting and all(report.fresh for report in reports):
         return state, []  # nobody is left who was training: start, with all replacements, from what the keepers hold
     newest = max([state.agreed, *(report.agreed for report in reports)]) + 1
-    version = target(state, recovery, newest, [(state.workers[r.rank].node, r) for r in reports])
+    by_node = [(state.workers[report.rank].node, report) for report in reports]
+    version = target(state, recovery, newest, by_node)
     if version < 0 or (version < newest and version > 0 and version - 1 not in state.agreements):
         return fail(state, _everything_gone(state, recovery, newest))
     try:
         plan = _recovery_plan(state, job, reports, version if version < newest else None)
+        if recovery.nodes_lost and plan.version == protected_now(state, by_node):
+            plan = replace(plan, protected=plan.version)
     except (LayoutError, PlanError) as error:
         return fail(state, f"generation {recovery.generation} cannot be planned, which is a bug of everstep: {error}")
     assert plan.version is not None
@@ -202,8 +215,7 @@ def _recovery_plan(state: State, job: e.Job, reports: list[Report], back_to: int
     if back_to is not None:
         agreement = state.agreements.get(back_to - 1, "")
         return plan_rollback(job.model, old, ranks, state.generation, back_to, agreement)
-    plan = plan_recovery(job.model, old, reports, state.generation, (state.agreed, state.agreement))
-    return replace(plan, protected=plan.version) if state.recovery.nodes_lost and plan.version else plan
+    return plan_recovery(job.model, old, reports, state.generation, (state.agreed, state.agreement))
 
 
 def _everything_gone(state: State, recovery: Recovery, newest: int) -> str:
@@ -246,7 +258,7 @@ def begin_training(state: State) -> Outcome:
 def enter(state: State, plan: Plan, event: str, fields: dict[str, Any]) -> Outcome:
     """Make every rank of the plan a member and let all carry it out."""
     members = [
-        w if w.status is Status.FINISHED else replace(w, status=Status.MEMBER)
+        w if w.status in (Status.FINISHED, Status.MEMBER) else replace(w, status=Status.MEMBER, since=plan.version or 0)
         for w in state.workers.values()
         if w.id.rank in plan.layout.ranks
     ]

@@ -64,6 +64,7 @@ class Worker:
     status: Status = Status.STARTING
     peer: Mapping[str, Any] | None = None
     deaths: int = 0  # of its rank since the last commit
+    since: int = 0  # the version at which it became a member: until the next one, all it owns is held elsewhere too
     owes_end: bool = False  # its rank died after the last step, in what the user's function does then
 
 
@@ -83,6 +84,7 @@ class Recovery:
     started_s: float  # when the coordinator began
     join: Plan | None = None  # the join plan that some may have switched to
     nodes_lost: tuple[str, ...] = ()  # what only they held is gone
+    lost_since: int | None = None  # the oldest `since` of their members
     ceiling: int | None = None  # newer versions were tried, and could not be had
     lacking: tuple[int, ...] = ()  # shards of the version that was tried
     awaited: frozenset[WorkerId] = frozenset()
