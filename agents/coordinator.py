@@ -280,6 +280,7 @@ def _plan_message(effect: e.CarryOut) -> str:
             "peers": {str(rank): peer for rank, peer in effect.peers.items()},
             "keepers": dict(effect.keepers),
             "placement": effect.placement.to_json(),
+            "nodes": {str(rank): node for rank, node in effect.nodes.items()},
             "rank": effect.worker.rank,
         }
     )

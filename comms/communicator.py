@@ -28,6 +28,7 @@ class Kind(enum.IntEnum):
     SCATTER = 6  # the other leg
     SWITCH = 7  # tells a joining rank at which version it joined
     USER = 8
+    BACKUP = 9  # reduced gradients, from their owner to who keeps a copy of the shards
 
 
 class Key(NamedTuple):

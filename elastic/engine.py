@@ -21,11 +21,13 @@ import xxhash
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from ..checkpointing.record import ShardState
 from ..checkpointing.snapshot import Snapshots
 from ..comms.canonical import sum_scalars
 from ..comms.communicator import Communicator, all_gather
 from ..resharding.layout import Layout
 from ..resharding.units import Shard
+from .backups import Backups
 from .exchange import Exchange
 from .membership import Membership, Orders
 from .order import DataOrder, derive_seed
@@ -84,6 +86,7 @@ class Engine:
         self.pipeline = Pipeline(stack, comm, progress, settings.seed, self.fetch, loss_fn)
         self.exchange = Exchange(stack, comm)
         self.protection = Protection(settings, snapshots, membership)
+        self.backups = Backups(optimizer.user, stack, comm, snapshots, self.exchange)
         self.registered: dict[str, Any] = {}  # objects with state_dict / load_state_dict
         self.loops = False  # the user's own loop computes the micro-batches
         self.record_bytes = [optimizer.state_bytes(shard) for shard in stack.spec.shards]
@@ -155,6 +158,7 @@ class Engine:
             dtype = self.exchange.accumulation(shard)
             self.snapshots.seal_gradient(shard.index, state.step, shard.elements, dtype)
         self.gradients = gradients
+        self.backups.exchange(state.step, layout, gradients)
 
     def _agree(self, layout: Layout, state: StepState) -> None:
         """Exchange norms and losses. Who returns knows that every owner's gradient and snapshot are in its keeper."""
@@ -237,6 +241,7 @@ class Engine:
         self.progress.mark(Phase.UPDATE, terms["step"])
         self.pipeline.base_statistics = {}  # the next version's are written now
         self.optimizer.update(self.gradients, terms["groups"], terms["scale"])
+        self.backups.update(terms["groups"], terms["scale"])
         self.owned_version = terms["step"] + 1
 
     def commit(self, agreement: str) -> None:
@@ -275,11 +280,15 @@ class Engine:
         """
         self.snapshots.protect(
             (s.index, self.record_bytes[s.index], self.gradient_bytes(s))
-            for s in self.optimizer.owned
+            for s in (*self.optimizer.owned, *self.backups.shards)
             if not self.snapshots.has(s.index)
         )
         protect = self.protection.begins(self.version, anyway=anyway)
-        self.snapshots.begin(self.version, self.optimizer.state, sorted(self.owned), protect=protect)
+        shards = sorted(self.owned | self.backups.level)
+        self.snapshots.begin(self.version, self._state_of, shards, protect=protect)
+
+    def _state_of(self, shard: int) -> ShardState:
+        return (self.optimizer if shard in self.owned else self.backups.copies).state(shard)
 
     def gradient_bytes(self, shard: Shard) -> int:
         """How many bytes the reduced gradient of a shard takes."""

@@ -28,6 +28,7 @@ class Orders:
     peers: Mapping[int, Peer]
     keepers: Mapping[str, str]  # node -> address
     placement: Placement
+    nodes: Mapping[int, str]  # rank -> node
 
 
 class Membership(ABC):
@@ -86,7 +87,7 @@ class Solo(Membership):
         # One process holds all layers, whatever `stages` says: the layout changes no numbers.
         layout = initial_layout(job.model, [0], 1, job.micro_batches)
         nowhere = Placement(generation=1, width=0, losses=0, wanted=0, stripes=())
-        self._orders = Orders(plan_start(layout), {0: peer}, {}, nowhere)
+        self._orders = Orders(plan_start(layout), {0: peer}, {}, nowhere, {0: ""})
 
     def orders(self, on_wait: Callable[[], None]) -> Orders:
         assert self._orders is not None
@@ -150,7 +151,8 @@ class AgentMembership(Membership):
         if plan.digest != message["digest"]:
             raise AssertionError(f"the plan of generation {plan.generation} arrived changed")
         peers = {int(rank): Peer(**peer) for rank, peer in message["peers"].items()}
-        orders = Orders(plan, peers, message["keepers"], Placement.from_json(message["placement"]))
+        nodes = {int(rank): node for rank, node in message["nodes"].items()}
+        orders = Orders(plan, peers, message["keepers"], Placement.from_json(message["placement"]), nodes)
         if plan.generation < self._aborted:
             return
         if plan.version is None and message["rank"] not in plan.fresh:

@@ -29,6 +29,7 @@ class Protection:
         self._interval = Interval(settings.snapshot_every, settings.snapshot_budget)
         self._generation = 0
         self._stripes = False  # whether there are other nodes to protect from
+        self._replay = settings.protection == "replay"  # then backups do it, before each agreement
         self._begun: list[tuple[int, float]] = []  # versions that are being protected, and since when
         self._whole = -1
         self._given_up = False
@@ -52,7 +53,7 @@ class Protection:
 
     def begins(self, version: int, *, anyway: bool = False) -> bool:
         """Whether `version` is one that is to outlive nodes; `anyway`: the first one of a generation is."""
-        if not self._stripes or not (anyway or version % self._every == 0):
+        if self._replay or not self._stripes or not (anyway or version % self._every == 0):
             return False
         if all(version != begun for begun, _ in self._begun):
             self._begun.append((version, time.monotonic()))
@@ -111,7 +112,7 @@ class Protection:
         """
         if not self._stripes:
             return {"protected": self._snapshots.protected, "every": self._every}
-        whole = min(share["whole"] for share in shares)
+        whole = step if self._replay else min(share["whole"] for share in shares)
         step_s = max(share["step_s"] for share in shares)
         if all(share["step_s"] for share in shares):
             self._interval.observe(step_s, protecting=step % self._every == 0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,10 +17,12 @@ from ..checkpointing.record import read_record
 from ..checkpointing.restore import Fetched, Sources
 from ..comms.communicator import Aborted, Key, Kind
 from ..resharding.plan import Plan, Report, Span
+from .backups import backup_ranks
 from .engine import Engine
 from .membership import Orders
 from .progress import Phase
 from .steps import StepState
+from .zero import ShardedOptimizer
 
 KEEPER_PATIENCE_S = 5.0  # how long a keeper that cannot be reached is waited for: it may be starting again
 ANSWERED_PATIENCE_S = 1.0  # how long shards that all keepers say they lack are: a worker may be writing them
@@ -102,8 +105,10 @@ class Recovery:
         if not fresh and not back and engine.owned_version == version - 1:
             engine.update(agreement)
         was_current = not fresh and not back and engine.values_version == version
-        self._take_places(plan, version, anew=fresh or back, seeded=version == 0 and not back)
-        self._restore(plan, version, agreement)
+        seeded = version == 0 and not back
+        self._take_places(orders, version, anew=fresh or back, seeded=seeded)
+        self._restore(plan, engine.optimizer, engine.owned, version, agreement)
+        self._restore(plan, engine.backups.copies, engine.backups.level, version, agreement)
         if engine.rank in plan.refresh:
             engine.values_version = -1
         engine.exchange.publish(version, plan.layout, plan.refresh)
@@ -133,7 +138,10 @@ class Recovery:
         engine, plan = self.engine, orders.plan
         engine.protection.enter(plan.generation, orders.placement)
         engine.snapshots.protected = max(engine.snapshots.protected, plan.protected)
-        engine.snapshots.enter(plan.generation, orders.placement, orders.keepers, engine.record_bytes)
+        placement = orders.placement
+        if engine.settings.protection == "replay":  # workers do it, not keepers
+            placement = replace(placement, stripes=())
+        engine.snapshots.enter(plan.generation, placement, orders.keepers, engine.record_bytes)
 
     def _forget_all(self, version: int, agreement: str) -> None:
         """Go back: what was agreed, reduced and computed since `version` will be again, and come out the same."""
@@ -144,9 +152,10 @@ class Recovery:
         engine.gradients = {}
         engine.agreed, engine.agreement = version - 1, agreement
 
-    def _take_places(self, plan: Plan, version: int, *, anew: bool, seeded: bool) -> None:
+    def _take_places(self, orders: Orders, version: int, *, anew: bool, seeded: bool) -> None:
         """Hold the layers and own the shards of the plan; what is gained has no values yet, unless from the seed."""
-        engine, layout = self.engine, plan.layout
+        engine, plan, layout = self.engine, orders.plan, orders.plan.layout
+        backed = {s.index for s in engine.backups.shards}
         stage = layout.stage_of(engine.rank)
         if (engine.stack.held.start, engine.stack.held.stop) != (stage.start, stage.stop):
             engine.values_version = engine.values_version if seeded else -1
@@ -154,28 +163,40 @@ class Recovery:
         shards = [s for s in engine.stack.spec.shards if layout.owners[s.index] == engine.rank]
         gained = {gain.shard for gain in plan.gains if gain.rank == engine.rank}
         kept = {s.index for s in shards} - gained if not anew else set()
-        engine.snapshots.leave({s.index for s in engine.optimizer.owned} - {s.index for s in shards}, version)
+        before = backed | {s.index for s in engine.optimizer.owned}
         engine.optimizer.own(shards)
         engine.owned = {s.index for s in shards} if seeded else kept
         engine.owned_version = version
+        replay = engine.settings.protection == "replay"
+        ranks = backup_ranks(layout, orders.placement, orders.nodes) if replay else {}
+        engine.backups.take_places(layout, ranks, anew=anew)
+        if seeded:
+            for shard in engine.backups.shards:
+                engine.backups.copies.seed(shard)
+                engine.backups.level.add(shard.index)
+        now = {s.index for s in (*shards, *engine.backups.shards)}
+        engine.snapshots.leave(before - now, version)
 
-    def _restore(self, plan: Plan, version: int, agreement: str) -> None:
-        """Fetch the gained shards from the keepers, replaying the last step where only its gradient is there."""
+    def _restore(self, plan: Plan, optimizer: ShardedOptimizer, held: set[int], version: int, agreement: str) -> None:
+        """Fetch the shards that are not `held` from the keepers, and add them to it.
+
+        The last step is replayed where only its gradient is there.
+        """
         engine = self.engine
-        missing = [s.index for s in engine.optimizer.owned if s.index not in engine.owned]
+        missing = [s.index for s in optimizer.owned if s.index not in held]
         if not missing:
             return
         found = self._fetch_all(plan, missing, version)
         terms = json.loads(agreement) if agreement else {}
         replays: dict[int, torch.Tensor] = {}
-        for index, (held, blobs) in found.items():
-            engine.optimizer.load(index, read_record(blobs[0]))
-            if held < version:
+        for index, (stored, blobs) in found.items():
+            optimizer.load(index, read_record(blobs[0]))
+            if stored < version:
                 dtype = engine.exchange.accumulation(engine.stack.spec.shards[index])
                 replays[index] = torch.frombuffer(bytearray(blobs[1]), dtype=dtype)
         if replays:
-            engine.optimizer.update(replays, terms["groups"], terms["scale"])
-        engine.owned.update(found)
+            optimizer.update(replays, terms["groups"], terms["scale"])
+        held.update(found)
 
     def _fetch_all(self, plan: Plan, missing: list[int], version: int) -> dict[int, Fetched]:
         """All the missing shards: from our own memory, from whichever keepers have them, from parity.

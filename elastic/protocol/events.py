@@ -268,6 +268,7 @@ class CarryOut:
     peers: Mapping[int, Mapping[str, Any]]
     keepers: Mapping[str, str]
     placement: Placement
+    nodes: Mapping[int, str]  # rank -> node
 
 
 @dataclass(frozen=True)

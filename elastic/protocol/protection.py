@@ -20,7 +20,7 @@ POLICIES = ("checkpoint", "neighbors", "stop")
 
 def state_slots(protection: str, max_nodes: int) -> int:
     """How many versions of a shard's state its keeper holds."""
-    return STATE_SLOTS if protection != "none" and max_nodes > 1 else LOCAL_STATE_SLOTS
+    return STATE_SLOTS if protection in ("parity", "replicate") and max_nodes > 1 else LOCAL_STATE_SLOTS
 
 
 def placement_for(state: State, layout: Layout) -> Placement:
@@ -57,8 +57,11 @@ def memory_needed(state: State, layout: Layout, placement: Placement) -> dict[st
         needed[state.workers[owner].node] += held
     for stripe in placement.stripes if job.state_bytes else ():
         largest = max(job.state_bytes[shard] for shard in stripe.shards)
+        held = PARITY_SLOTS * largest
+        if job.protection == "replay":  # a copy that lives, and its snapshots
+            held = (1 + slots) * largest + GRADIENT_SLOTS * max(job.gradient_bytes[shard] for shard in stripe.shards)
         for node in stripe.parity:
-            needed[node] += PARITY_SLOTS * largest
+            needed[node] += held
     return needed
 
 

@@ -294,7 +294,8 @@ def carry_out(state: State, plan: Plan) -> Outcome:
     members = [state.workers[rank] for rank in plan.layout.ranks]
     peers = {w.id.rank: w.peer for w in members if w.peer is not None}
     keepers = {name: node.keeper for name, node in state.nodes.items()}
-    return state, [*(e.CarryOut(w.id, plan, peers, keepers, placement) for w in members), *told]
+    nodes = {w.id.rank: w.node for w in members}
+    return state, [*(e.CarryOut(w.id, plan, peers, keepers, placement, nodes) for w in members), *told]
 
 
 def resumed(state: State, event: e.WorkerResumed, now: float) -> Outcome:
