@@ -144,19 +144,41 @@ class Snapshots:
         self.waited_s += time.monotonic() - started
 
     def stored(self, shard: int, version: int) -> bytes | None:
-        """A shard's record at `version` from this worker's own memory; None if it is not there, or damaged.
-
-        What is found counts as written: `begin` need not write it again.
-        """
+        """A shard's record at `version` from this worker's own memory; None if it is not there, or damaged."""
         if self._link is None or not self.has(shard):
             return None
         segment = self._home[shard][1]
         slot = segment.find(shard, version)
-        data = segment.read(slot) if slot is not None else None
-        if slot is not None and data is not None:
+        return segment.read(slot) if slot is not None else None
+
+    def resume(self, shard: int, version: int) -> bytes | None:
+        """`stored`; and what is found counts as written: `begin` need not write it again."""
+        data = self.stored(shard, version)
+        if data is not None:
+            slot = self._home[shard][1].find(shard, version)
+            assert slot is not None
             self.version[shard] = version
             self.checksums[shard] = slot.checksum
         return data
+
+    def stored_gradient(self, shard: int, step: int) -> bytes | None:
+        """The reduced gradient of a step from this worker's own memory; None if it is not there, or damaged."""
+        if self._link is None or not self.has(shard):
+            return None
+        segment = self._home[shard][1]
+        slot = segment.find_gradient(shard, step)
+        return segment.read(slot) if slot is not None else None
+
+    def discard(self, shard: int, version: int) -> None:
+        """A shard's record at `version` was made of damaged values: nobody is to use it."""
+        if self._link is None or not self.has(shard):
+            return
+        segment = self._home[shard][1]
+        for slot in range(segment.states):
+            stored = segment.stored(shard, slot)
+            if stored is not None and stored.version == version:
+                segment.open_slot(shard, slot, 0)
+        self.version.pop(shard, None)
 
     def protection(self) -> tuple[int, int, list[dict[str, Any]]]:
         """(generation, version, damage found): the newest version that is whole at this node's keeper, parity too."""

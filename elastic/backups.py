@@ -38,7 +38,7 @@ def backup_ranks(layout: Layout, placement: Placement, nodes: Mapping[int, str])
     return dealt
 
 
-class _Copies(ShardedOptimizer):
+class Copies(ShardedOptimizer):
     """The optimizer of shards whose values are no part of the live model."""
 
     def __init__(self, optimizer: Optimizer, stack: LayerStack) -> None:
@@ -74,7 +74,7 @@ class Backups:
         self._comm = comm
         self._snapshots = snapshots
         self._exchange = exchange
-        self.copies = _Copies(optimizer, stack)
+        self.copies = Copies(optimizer, stack)
         self.level: set[int] = set()  # the copies that are at the version of the rank
         self._of: dict[int, tuple[int, ...]] = {}
         self._gradients: dict[int, Tensor] = {}

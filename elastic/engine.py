@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
+import signal
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +27,7 @@ from torch.utils.data import default_collate
 from ..checkpointing.record import ShardState
 from ..checkpointing.snapshot import Snapshots
 from ..comms.canonical import sum_scalars
-from ..comms.communicator import Communicator, all_gather
+from ..comms.communicator import Communicator, all_gather, barrier
 from ..resharding.layout import Layout
 from ..resharding.units import Shard
 from .backups import Backups
@@ -34,6 +37,7 @@ from .order import DataOrder, derive_seed
 from .pipeline import Pipeline, seed_torch
 from .progress import Phase, Progress
 from .protection import Protection
+from .replicas import Odd, Replicas, Share, decide, disputed, odd_ones
 from .settings import Settings
 from .stack import LayerStack
 from .steps import StepState
@@ -83,10 +87,12 @@ class Engine:
             micro_batch_size=settings.micro_batch_size,
             seed=settings.seed,
         )
+        progress.damage = self._damage
         self.pipeline = Pipeline(stack, comm, progress, settings.seed, self.fetch, loss_fn)
         self.exchange = Exchange(stack, comm)
         self.protection = Protection(settings, snapshots, membership)
         self.backups = Backups(optimizer.user, stack, comm, snapshots, self.exchange)
+        self.replicas = Replicas(stack, snapshots, self.backups, self.exchange, settings.verify_every)
         self.registered: dict[str, Any] = {}  # objects with state_dict / load_state_dict
         self.loops = False  # the user's own loop computes the micro-batches
         self.record_bytes = [optimizer.state_bytes(shard) for shard in stack.spec.shards]
@@ -173,10 +179,14 @@ class Engine:
             "join": proposal.plan.generation if proposal else 0,
             "digest": self._owned_digest(),
             "protection": self.protection.share(),
+            "replicas": self.replicas.share() if self.replicas.due(state.step) else {},
         }
         table = all_gather(self.comm, state.step, 0, json.dumps(mine).encode())
-        shares = [json.loads(data) for data in table.values()]
-        self._agreed_on(state, shares, proposal)
+        shares = {rank: json.loads(data) for rank, data in table.items()}
+        replicas = {rank: share["replicas"] for rank, share in shares.items()}
+        if disputed(replicas):
+            self._distrust(state.step, replicas)
+        self._agreed_on(state, list(shares.values()), proposal)
 
     def _agreed_on(self, state: StepState, shares: list[dict[str, Any]], proposal: Orders | None) -> None:
         norms = {int(i): norm for share in shares for i, norm in share["norms"].items()}
@@ -208,6 +218,58 @@ class Engine:
         self.agreement = json.dumps(agreement, sort_keys=True)
         self.agreed = state.step
         self.protection.adopt(agreement)
+
+    def _distrust(self, step: int, shares: dict[int, Share]) -> None:
+        """Replicas differ: nobody passes this agreement. The odd ones forget their values, and all recover.
+
+        Nothing of the step is kept: what the odd one computed went into the others' gradients.
+        """
+        layout, _ = self.current()
+        self.state = StepState.begin(step, self.rank, self.settings.micro_batches, layout.segments())
+        terms = json.loads(self.agreement)
+        mine = [shard for shard in disputed(shares) if layout.owners[shard] == self.rank]
+        made = {shard: self.replicas.made_again(shard, step, terms) for shard in mine}
+        table = all_gather(self.comm, step, 1, json.dumps(made).encode())
+        truth = decide(shares, {int(k): v for data in table.values() for k, v in json.loads(data).items()})
+        odd = odd_ones(shares, truth)
+        for shard in mine:
+            if self.replicas.record_differs(shard, step, truth[shard]):
+                self.snapshots.discard(shard, step)  # the version before it and the gradient give it again
+        self._forget_odd([item for item in odd if item.rank == self.rank])
+        barrier(self.comm, step, 2)  # nobody speaks before all have heard: the abort that follows cuts off the rest
+        if self.rank == min(self.comm.members):
+            self._name_odd(step, layout.generation, odd)
+        if self.settings.on_corruption == "evict" and any(item.rank == self.rank for item in odd):
+            os.kill(os.getpid(), signal.SIGKILL)
+        while True:
+            self._patient()
+            time.sleep(0.01)
+
+    def _forget_odd(self, odd: list[Odd]) -> None:
+        """Values here are wrong: they are not reported as held."""
+        for item in odd:
+            if item.backup:
+                self.backups.level.discard(item.shard)
+            else:
+                self.owned.discard(item.shard)
+                self.values_version = -1
+
+    def _name_odd(self, step: int, generation: int, odd: list[Odd]) -> None:
+        """Tell the coordinator of some shard of each odd one; it begins a new generation."""
+        detail = f"steps {self.replicas.since(step)} to {step} may have been computed with other values than replicas"
+        for item in {(item.rank, item.backup): item for item in reversed(odd)}.values():
+            where = "backup" if item.backup else "replica"
+            fields = {"where": where, "rank": item.rank, "shard": item.shard, "detail": detail}
+            self.membership.tell("corruption", generation=generation, **fields)
+
+    def _damage(self, kind: str) -> None:
+        """An injected fault: flip one bit of a value that this rank owns, or only reads."""
+        layout, _ = self.current()
+        for layer in reversed(self.stack.held):
+            for shard in reversed(self.stack.spec.shards_of_layer[layer]):
+                if shard.elements > 1000 and (layout.owners[shard.index] == self.rank) == (kind == "flip-owned"):
+                    self.stack.view(shard)[:1].view(torch.uint8)[1] ^= 16
+                    return
 
     def _patient(self) -> None:
         self.progress.tick()

@@ -14,6 +14,7 @@ import os
 import signal
 import struct
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import psutil
@@ -52,14 +53,19 @@ class Reading:
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """An injected fault: the `after`-th time that this incarnation of `rank` marks `phase`, from `step` on."""
+    """An injected fault: the `after`-th time that this incarnation of `rank` marks `phase`, from `step` on.
+
+    With `period`, only in every `period`-th step from `step` on: so faults of ranks that come back whenever they can
+    keep their distance.
+    """
 
     rank: int
     phase: str
     step: int = 0
     incarnation: int = 0
     after: int = 0
-    kind: str = "kill"  # kill | stop | loop | node (the whole node is killed, at one instant)
+    period: int = 0
+    kind: str = "kill"  # kill | stop | loop | node (all of it, at one instant) | flip, flip-owned (a bit of a value)
 
     VARIABLE = "EVERSTEP_FAULTS"
 
@@ -92,6 +98,7 @@ class Progress:
         self._outside = True  # in the user's own code between steps, which may take what it likes
         self._faults = [f for f in faults if f.rank == rank and f.incarnation == incarnation]
         self._seen: dict[Fault, int] = {}
+        self.damage: Callable[[str], None] = lambda kind: None
         self._write()
 
     def _write(self, fault_ns: int = 0) -> None:
@@ -127,6 +134,8 @@ class Progress:
         for fault in self._faults:
             if fault.phase != phase.name.lower() or step < fault.step:
                 continue
+            if fault.period and (step - fault.step) % fault.period:
+                continue
             seen = self._seen.get(fault, 0)
             self._seen[fault] = seen + 1
             if seen == fault.after:
@@ -138,6 +147,8 @@ class Progress:
             os.kill(os.getpid(), signal.SIGKILL)
         elif fault.kind == "node":
             _kill_node()
+        elif fault.kind.startswith("flip"):
+            self.damage(fault.kind)
         elif fault.kind == "stop":
             os.kill(os.getpid(), signal.SIGSTOP)
         while fault.kind == "loop":

@@ -206,7 +206,7 @@ class Recovery:
         """
         found: dict[int, Fetched] = {}
         for index in missing:
-            data = self.engine.snapshots.stored(index, version)
+            data = self.engine.snapshots.resume(index, version)
             if data is not None:
                 found[index] = (version, [data])
         started = time.monotonic()

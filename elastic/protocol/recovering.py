@@ -73,14 +73,14 @@ def lacking(state: State, event: e.WorkerLacking, now: float) -> Outcome:
 
 
 def corrupted(state: State, event: e.CorruptionFound, now: float) -> Outcome:
-    """Damaged bytes were found and not used. A damaged frame must be sent again, which takes a new generation."""
+    """Damaged bytes were found and not used. A frame must be sent again, a replica repaired: in a new generation."""
     if current(state, event.worker) is None:
         return state, []
     found = {"where": event.where, "node": event.node, "rank": event.rank, "shard": event.shard}
     record = e.Record("corruption", {**found, "found_by": event.worker.rank, "detail": event.detail})
-    if event.where != "frame" or not _in_force(state, event.generation):
-        return state, [record]
-    state, effects = begin_recovery(state, None, now, why=f"a damaged frame from rank {event.rank}")
+    if event.where not in ("frame", "replica", "backup") or not _in_force(state, event.generation):
+        return state, [record]  # what was found in a keeper was passed over, and had from elsewhere
+    state, effects = begin_recovery(state, None, now, why=f"a damaged {event.where} of rank {event.rank}")
     return state, [record, *effects]
 
 

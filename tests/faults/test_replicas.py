@@ -1,0 +1,49 @@
+"""A bit flips in live memory, where nothing has a checksum: the replicas tell, the run stays the undisturbed one."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import pytest
+
+from tests.jobs import Result, assert_same_run, run_job
+
+STEPS = 12
+
+
+@lru_cache(maxsize=2)
+def reference() -> Result:
+    return run_job(nproc=1, steps=STEPS)
+
+
+@pytest.mark.parametrize("policy", ["repair", "evict"])
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_flipped_bit_of_a_value(policy: str, stages: int) -> None:
+    """Once of values that the rank only reads, once of values that it owns: no majority of two, yet the right one."""
+    faults = [
+        {"rank": 1, "phase": "compute", "step": 3, "after": 1, "kind": "flip"},
+        {"rank": 0, "phase": "compute", "step": 7, "kind": "flip-owned"},
+    ]
+    flags = ["--es-verify-every=1", f"--es-on-corruption={policy}"]
+    result = run_job(nproc=2 * stages, stages=stages, steps=STEPS, faults=faults, flags=flags)
+    assert_same_run(result, reference())
+    found = [(e["where"], e["rank"]) for e in result.named("corruption")]
+    assert found == [("replica", 1), ("replica", 0)]
+    assert len(result.named("worker_died")) == (2 if policy == "evict" else 0)
+
+
+def test_a_value_that_was_damaged_before_its_snapshot() -> None:
+    """The snapshot agrees with the damage; the version before it and its gradient do not."""
+    faults = [{"rank": 0, "phase": "commit", "step": 4, "kind": "flip-owned"}]
+    result = run_job(nproc=3, steps=STEPS, faults=faults, flags=["--es-verify-every=1"])
+    assert_same_run(result, reference())
+    assert [(e["where"], e["rank"]) for e in result.named("corruption")] == [("replica", 0)]
+
+
+def test_unless_replicas_are_compared_the_result_is_another() -> None:
+    """The fault is real: without the comparison the run differs."""
+    faults = [{"rank": 0, "phase": "compute", "step": 3, "kind": "flip-owned"}]
+    result = run_job(nproc=2, steps=STEPS, faults=faults, flags=["--es-verify-every=0"])
+    assert result.status == 0
+    digests = [[e["digest"] for e in r.named("committed")] for r in (result, reference())]
+    assert digests[0] != digests[1]
