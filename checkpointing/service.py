@@ -49,9 +49,19 @@ class KeeperServer:
         threading.Thread(target=self._accept, args=(self._unix, True), daemon=True).start()
         self._accept(self._tcp, False)
 
+    def close(self) -> None:
+        """Stop accepting; conversations end with their clients."""
+        for listener in (self._unix, self._tcp):
+            with contextlib.suppress(OSError):
+                listener.shutdown(socket.SHUT_RDWR)  # wakes who waits in accept
+            listener.close()
+
     def _accept(self, listener: socket.socket, local: bool) -> None:
         while True:
-            connection, _ = listener.accept()
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return  # closed
             threading.Thread(target=self._converse, args=(connection, local), daemon=True).start()
 
     def _converse(self, connection: socket.socket, local: bool) -> None:
