@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from ...resharding.layout import Layout
+from ...resharding.placement import Placement
 from ...resharding.plan import Plan
 from ...resharding.units import ModelSpec
 from . import events as e
@@ -28,19 +29,37 @@ def check_step(before: State, after: State, effects: Sequence[e.Effect]) -> None
     """What a single step of the coordinator may do."""
     check_state(after)
     _expect(after.generation >= before.generation, f"generation {before.generation} went back to {after.generation}")
-    _expect(after.committed >= before.committed, f"commit {before.committed} went back to {after.committed}")
-    _expect(after.agreed >= before.agreed, f"agreement {before.agreed} went back to {after.agreed}")
+    _expect(after.recorded >= before.recorded, f"step {before.recorded} of the ledger went back to {after.recorded}")
+    _expect(after.protected >= before.protected, f"protected {before.protected} went back to {after.protected}")
+    _check_going_back(before, after)
     if before.phase is Phase.DONE:
         _expect(after == before and not effects, "something happened after the end")
     for rank, worker in before.workers.items():
-        now = after.workers.get(rank)
-        _expect(now is not None and now.id.incarnation >= worker.id.incarnation, f"rank {rank} went back")
+        now = after.workers[rank].id.incarnation if rank in after.workers else after.vacant.get(rank, -1)
+        _expect(now >= worker.id.incarnation, f"rank {rank} went back")
+    for rank, last in before.vacant.items():
+        started = rank in after.workers and after.workers[rank].id.incarnation > last
+        _expect(started or after.vacant.get(rank) == last, f"vacant rank {rank} went back")
     _check_plans(before, after, [effect for effect in effects if isinstance(effect, e.CarryOut)])
     for effect in effects:
         if isinstance(effect, e.AbortGeneration):
             _expect(before.generation < effect.generation <= after.generation, f"a stale abort: {effect}")
         if isinstance(effect, e.StartWorkers):
             _expect(all(after.workers[w.rank].id == w for w in effect.workers), f"a worker that is not known: {effect}")
+            _expect(effect.node in after.nodes or after.phase is Phase.DONE, f"workers for a lost node: {effect}")
+
+
+def _check_going_back(before: State, after: State) -> None:
+    """What was committed or agreed is given up in a rollback only, and never what was protected."""
+    if after.rolled_back == before.rolled_back:
+        _expect(after.committed >= before.committed, f"commit {before.committed} went back to {after.committed}")
+        _expect(after.agreed >= before.agreed, f"agreement {before.agreed} went back to {after.agreed}")
+        return
+    _expect(after.rolled_back == after.generation, f"a rollback of {after.rolled_back} in {after.generation}")
+    _expect(after.committed == after.agreed, f"went back to the commit of {after.committed}, but {after.agreed}")
+    _expect(
+        after.agreed + 1 >= before.protected, f"version {before.protected} was protected; {after.agreed + 1} is left"
+    )
 
 
 def _check_plans(before: State, after: State, orders: Sequence[e.CarryOut]) -> None:
@@ -58,16 +77,19 @@ def _check_plans(before: State, after: State, orders: Sequence[e.CarryOut]) -> N
         for order in group:
             _expect(after.workers[order.worker.rank].id == order.worker, f"a plan for {order.worker}, who is gone")
             _expect(set(order.peers) == set(plan.layout.ranks), f"peers {sorted(order.peers)}: {plan.layout.ranks}")
+            _expect(set(order.keepers) == set(after.nodes), f"keepers of {sorted(order.keepers)}: {list(after.nodes)}")
+            _expect(order.placement == after.placement, f"generation {generation} has several placements")
         if after.job is not None:
             check_plan(after.job.model, plan)
+            check_placement(after, group[0].placement, plan.layout)
 
 
 def check_state(state: State) -> None:
     """What holds of every state."""
     for rank, worker in state.workers.items():
         _expect(worker.id.rank == rank, f"rank {rank} is filed as {worker.id}")
-        # A worker of a node that is gone ends the job.
         _expect(worker.node in state.nodes or state.phase is Phase.DONE, f"{worker.id} is on no node")
+    _expect(not state.workers.keys() & state.vacant.keys(), f"ranks {set(state.workers) & set(state.vacant)} are vacant")
     if state.phase is Phase.RUNNING:
         layout = state.layout
         assert layout is not None
@@ -82,12 +104,32 @@ def check_state(state: State) -> None:
         waiting = (state.recovery.awaited & live) - set(state.recovery.reports)
         starting = any(worker.status is Status.STARTING for worker in state.workers.values())
         _expect(bool(waiting) or starting, "a recovery that waits for nobody")
+        lost = set(state.recovery.nodes_lost) & set(state.nodes)
+        _expect(not lost, f"nodes {lost} are lost and there")
     if state.join is not None:
         _expect(state.join.generation == state.generation, "the join is of another generation")
         joiners = [r for r in state.join.layout.ranks if state.workers[r].status is Status.READY]
         _expect(bool(joiners), "a join that nobody joins")
     if state.job is not None and state.layout is not None:
         check_layout(state.job.model, state.layout)
+
+
+def check_placement(state: State, placement: Placement, layout: Layout) -> None:
+    """Every shard is in one stripe, whose blocks are on different live nodes; none if no node may be lost."""
+    assert state.job is not None
+    _expect(placement.generation == layout.generation, f"parity of {placement.generation} in {layout.generation}")
+    for stripe in placement.stripes:
+        nodes = (*stripe.nodes, *stripe.parity)
+        _expect(len(set(nodes)) == len(nodes), f"a stripe has two blocks on one node: {stripe}")
+        _expect(set(nodes) <= set(state.nodes), f"a stripe has blocks on lost nodes: {stripe}, of {list(state.nodes)}")
+        _expect(len(stripe.parity) == placement.losses, f"{len(stripe.parity)} parity rows for {placement.losses}")
+        owners = tuple(state.workers[layout.owners[shard]].node for shard in stripe.shards)
+        _expect(owners == stripe.nodes, f"the shards of {stripe} are on {owners}")
+    members = {state.workers[rank].node for rank in layout.ranks}
+    protects = state.job.protection != "none" and len(members) > 1
+    covered = sorted(shard for stripe in placement.stripes for shard in stripe.shards)
+    _expect(covered == (list(range(len(layout.owners))) if protects else []), f"the shards in stripes are {covered}")
+    _expect(placement.losses == (min(state.job.node_losses, len(members) - 1) if protects else 0), f"{placement}")
 
 
 def check_layout(spec: ModelSpec, layout: Layout) -> None:
@@ -116,6 +158,7 @@ def check_plan(spec: ModelSpec, plan: Plan) -> None:
     for rank in (*plan.fresh, *plan.refresh, *(s.rank for s in plan.kept)):
         _expect(rank in plan.layout.ranks, f"plan {plan.generation}: rank {rank} is no member")
     _expect(set(plan.fresh) <= set(plan.refresh) or plan.version == 0, f"plan {plan.generation}: fresh, without values")
+    _expect(plan.protected <= (plan.version or 0), f"plan {plan.generation} protects {plan.protected}: {plan.version}")
     gained = {gain.shard for gain in plan.gains}
     _expect(len(gained) == len(plan.gains), f"plan {plan.generation}: a shard is gained twice")
     for gain in plan.gains:

@@ -1,7 +1,8 @@
-"""A simulated cluster: the real coordinator, node agents, keepers and workers, and the links between them."""
+"""A simulated cluster: the real coordinator, nodes with agents, keepers and workers, and the links between them."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,8 +11,10 @@ from ...resharding.plan import Plan
 from ..protocol import coordinator, invariants
 from ..protocol import events as e
 from ..protocol.state import Config, Phase, State
+from ..protocol.protection import state_slots
+from .keeper import Board
+from .ledger import Ledger, Promise
 from .links import Key
-from .snapshots import Keeper
 from .transcript import brief
 from .values import Reference, ShardState
 from .worker import SimWorker, Surroundings
@@ -21,47 +24,17 @@ TICK_S = 0.1
 HEARTBEAT_S = 0.5
 
 
-class Ledger:
-    """What happened, checked as it happens: the same agreements, plans and states as in the undisturbed run."""
+@dataclass
+class Node:
+    """A machine: its agent, its keeper and its workers."""
 
-    def __init__(self, job: e.Job, expected: Reference) -> None:
-        self._job = job
-        self._expected = expected
-        self._plans: dict[int, str] = {}
-        self._owners: dict[tuple[int, int], int] = {}  # generation, shard -> rank
-
-    def agreed(self, step: int, agreement: str) -> None:
-        """A worker passed the agreement of a step."""
-        if agreement != self._expected.agreements[step]:
-            raise AssertionError(f"step {step} was agreed with other bytes than in the undisturbed run")
-
-    def entered(self, worker: e.WorkerId, plan: Plan, version: int) -> None:
-        """A worker carried out a plan."""
-        if self._plans.setdefault(plan.generation, plan.digest) != plan.digest:
-            raise AssertionError(f"generation {plan.generation} has two plans")
-
-    def owned(self, worker: e.WorkerId, generation: int, version: int, states: dict[int, ShardState]) -> None:
-        """A worker owns shards in a generation, in these states."""
-        for shard in states:
-            if self._owners.setdefault((generation, shard), worker.rank) != worker.rank:
-                raise AssertionError(f"shard {shard} has two owners in generation {generation}")
-
-    def ended(self, workers: list[SimWorker]) -> None:
-        """The job succeeded: every shard is there, with the bytes of the undisturbed run."""
-        for worker in workers:
-            if worker.version != self._job.steps or not worker.finished:
-                raise AssertionError(f"{worker.id} ended at version {worker.version} of {self._job.steps}")
-            for shard in worker.owned:
-                state, expected = (
-                    ShardState(worker.values[shard], worker.optimizer[shard]),
-                    self._expected.states[shard],
-                )
-                if state != expected:
-                    raise AssertionError(f"shard {shard} ends as {state} on {worker.id}, undisturbed as {expected}")
-        generations = {worker.layout.generation for worker in workers if worker.layout is not None}
-        owned = sorted(shard for worker in workers for shard in worker.owned)
-        if len(generations) == 1 and owned != list(range(len(self._expected.states))):
-            raise AssertionError(f"the shards owned at the end are {owned}")
+    name: str
+    slots: int
+    stream: Pipe  # from its agent to the coordinator
+    orders: Pipe  # and back
+    up: bool = True
+    silent_s: float = 0.0  # nothing passes between it and the coordinator before this time
+    alone_s: float = 0.0  # nor between it and other nodes
 
 
 @dataclass
@@ -86,21 +59,27 @@ class Timing:
     startup_s: tuple[float, float] = (0.02, 0.3)
     forward_s: float = 0.002
     epilogue_s: float = 0.2
+    keeper_s: tuple[float, float] = (0.0005, 0.005)  # to get a shard from another node's keeper
 
 
 class Cluster:
     """Everything but the faults, which strike through `on_mark` and `kill`."""
 
-    def __init__(self, world: World, config: Config, job: e.Job, timing: Timing, expected: Reference) -> None:
+    def __init__(
+        self, world: World, config: Config, job: e.Job, timing: Timing, expected: Reference, interval: int = 1
+    ) -> None:
         self.world = world
         self.job = job
         self.timing = timing
+        self.interval = interval
         self.ledger = Ledger(job, expected)
+        self.promise = Promise(job.node_losses)
         self.state: State = coordinator.initial_state(config, 0.0)
         self.events: list[tuple[float, e.Event]] = []
         self.log: list[str] = []
         self.running: dict[e.WorkerId, Running] = {}
-        self.keepers: dict[str, Keeper] = {}
+        self.nodes: dict[str, Node] = {}
+        self.board = Board(world, timing.keeper_s)
         self.outcome: e.EndJob | None = None
         self.on_mark: Callable[[e.WorkerId, str, int], None] = lambda worker, phase, step: None
         world.after(TICK_S, self._tick)
@@ -116,14 +95,77 @@ class Cluster:
         """A node's agent registers, unless the job is over."""
         if self.outcome is not None:
             return
-        self.keepers[node] = Keeper()
+        world, slow = self.world, self.timing.slow
+        stream = Pipe(world, self._from_node, slow, lambda: self.nodes[node].silent_s)
+        orders = Pipe(world, lambda effect: self._to_node(node), slow, lambda: self.nodes[node].silent_s)
+        self.nodes[node] = Node(node, slots, stream, orders)
+        self.board.add(node)
         self.happened(e.NodeJoined(node, f"host-{node}", slots, node))
         self._beat(node)
 
     def _beat(self, node: str) -> None:
-        if self.outcome is None:
-            self.happened(e.HeartbeatReceived(node))
+        if self.outcome is None and self.nodes[node].up:
+            self.nodes[node].stream.send(e.HeartbeatReceived(node))
             self.world.after(HEARTBEAT_S, lambda: self._beat(node))
+
+    def _from_node(self, event: Any) -> None:
+        if self.outcome is None:
+            self.happened(event)
+
+    def _to_node(self, node: str) -> None:
+        """The node hears that it is out."""
+        self._go_down(node, "its node is fenced")
+
+    def doubtful(self) -> set[str]:
+        """The nodes that are gone, or silent."""
+        return {name for name, node in self.nodes.items() if not node.up or node.silent_s > self.world.now}
+
+    def look(self) -> None:
+        """See whether the job is whole again."""
+        self.promise.look(self.state, self.board.keepers, self.doubtful())
+
+    def lose(self, node: str, detected_s: float | None) -> None:
+        """A machine is gone at once. Its stream breaks after `detected_s`, or (None) it is only silent from now on."""
+        if self.outcome is not None or not self.nodes[node].up:
+            return
+        self.look()
+        self.promise.struck(node)
+        self._go_down(node, "its node is lost")
+        if detected_s is not None:
+            self.world.after(detected_s, lambda: self._from_node(e.NodeLost(node, "its stream broke")))
+
+    def silence(self, node: str, duration_s: float, *, alone: bool) -> None:
+        """A node is cut off from the coordinator, and with `alone` from the other nodes. What is sent meanwhile is late."""
+        machine, until_s = self.nodes[node], self.world.now + duration_s
+        if self.outcome is not None or node in self.doubtful():
+            return
+        self.look()
+        self.promise.struck(node)
+        machine.silent_s = until_s
+        machine.alone_s = until_s if alone else 0.0
+        self.board.keepers[node].cut_off = alone
+        self.log.append(f"{self.world.now:.4f} {node} is silent for {duration_s:.2f} s{', and alone' if alone else ''}")
+        self.world.after(duration_s, lambda: self._heard_again(node))
+
+    def _heard_again(self, node: str) -> None:
+        if node in self.state.nodes and self.nodes[node].up:
+            self.promise.came_back(node)
+        self.board.keepers[node].cut_off = False
+        self.board.changed()
+        self.log.append(f"{self.world.now:.4f} {node} is heard again")
+
+    def _go_down(self, node: str, why: str) -> None:
+        machine = self.nodes[node]
+        if not machine.up:
+            return
+        machine.up = False
+        self.log.append(f"{self.world.now:.4f} {node} goes down: {why}")
+        self.board.keepers[node].go_down()
+        machine.stream.cut()
+        for worker, running in self.running.items():
+            if running.node == node:
+                self._end(worker, why)
+                running.uplink.cut()
 
     # ------------------------------------------------------------ the coordinator
 
@@ -135,24 +177,53 @@ class Cluster:
         invariants.check_step(before, self.state, effects)
         if effects:
             self.log.append(f"{self.world.now:.4f} {brief(event)} -> {', '.join(map(brief, effects))}")
+        self._check_fence(before, event, effects)
+        self.ledger.told(self.state, effects)
         for effect in effects:
             self._carry_out(effect)
         self._check_versions()
+        self.look()
+
+    def _check_fence(self, before: State, event: e.Event, effects: list[e.Effect]) -> None:
+        """What a node says that was declared lost changes nothing."""
+        running = self.running.get(getattr(event, "worker", None) or e.WorkerId(-1, -1))
+        if running is None or running.node in before.nodes or before.phase is Phase.DONE:
+            return
+        if self.state is not before or effects:
+            raise AssertionError(f"{brief(event)} of the lost node {running.node} was acted on")
+
+    def agreed(self, worker: e.WorkerId, step: int, agreement: str) -> None:
+        """A worker passed the agreement of a step; on a node that is out, in no generation that others enter."""
+        self.ledger.agreed(step, agreement)
+        running, state = self.running[worker], self.state
+        if running.node not in state.nodes and running.worker.links.generation >= state.generation:
+            raise AssertionError(f"{worker} of the lost node {running.node} agrees in generation {state.generation}")
+
+    def entered(self, worker: e.WorkerId, plan: Plan, version: int) -> None:
+        self.ledger.entered(worker, plan, version)
+
+    def owned(self, worker: e.WorkerId, generation: int, version: int, states: dict[int, ShardState]) -> None:
+        self.ledger.owned(worker, generation, version, states)
 
     def _check_versions(self) -> None:
         """Those who have carried out one plan are at one version, or at it and the next."""
         versions: dict[int, set[int]] = {}
         for running in self.running.values():
-            if not running.dead and running.worker.layout is not None:
-                versions.setdefault(running.worker.layout.generation, set()).add(running.worker.version)
+            layout = running.worker.layout
+            if not running.dead and layout is not None and layout.generation == running.worker.links.generation:
+                versions.setdefault(layout.generation, set()).add(running.worker.version)
         for generation, found in versions.items():
             if max(found) - min(found) > 1:
                 raise AssertionError(f"versions {sorted(found)} live in generation {generation}")
 
     def _carry_out(self, effect: e.Effect) -> None:
         if isinstance(effect, e.StartWorkers):
+            late_s = max(0.0, self.nodes[effect.node].silent_s - self.world.now)
             for worker in effect.workers:
-                self._fork(worker, effect.node)
+                if late_s:
+                    self.world.after(late_s, functools.partial(self._fork, worker, effect.node))
+                else:
+                    self._fork(worker, effect.node)
         elif isinstance(effect, e.AbortGeneration | e.CarryOut):
             running = self.running.get(effect.worker)
             if running is not None:
@@ -160,6 +231,8 @@ class Cluster:
         elif isinstance(effect, e.KillWorkers):
             for worker in effect.workers:
                 self._end(worker, "the job restarts")
+        elif isinstance(effect, e.FenceNode):
+            self.nodes[effect.node].orders.send(effect)
         elif isinstance(effect, e.EndJob):
             self.outcome = effect
             for running in list(self.running.values()):
@@ -169,23 +242,28 @@ class Cluster:
 
     def _fork(self, worker: e.WorkerId, node: str) -> None:
         world, timing = self.world, self.timing
-        uplink = Pipe(world, self._from_worker, timing.slow)
+        machine = self.nodes[node]
+        if not machine.up:
+            return
+        uplink = Pipe(world, self._from_node, timing.slow, lambda: machine.silent_s)
         around = Surroundings(
             world=world,
             job=self.job,
-            keepers=self.keepers,
+            board=self.board,
             node=node,
+            state_slots=state_slots(self.job.protection, self.state.config.max_nodes),
+            interval=self.interval,
             send=lambda source, to, generation, key, data: self._send(worker, to, (source, generation, key, data)),
             tell=lambda event: self._tell(uplink, event),
             mark=lambda who, phase, step: self.on_mark(who, phase, step),
-            facts=self.ledger,
+            facts=self,
             startup_s=world.between(*timing.startup_s),
             forward_s=timing.forward_s * world.between(0.5, 1.5),
             epilogue_s=world.between(0.0, timing.epilogue_s),
         )
         simulated = SimWorker(worker, around, lambda: process.poke())
         process = Process(world, simulated.life())
-        downlink = Pipe(world, lambda effect: self._to_worker(worker, effect), timing.slow)
+        downlink = Pipe(world, lambda effect: self._to_worker(worker, effect), timing.slow, lambda: machine.silent_s)
         self.running[worker] = Running(simulated, process, uplink, downlink, node)
         process.start()
 
@@ -194,10 +272,6 @@ class Cluster:
         uplink.send(event)
         if self.world.random.random() < self.timing.duplicates and not isinstance(event, e.WorkerDied):
             self.world.after(self.world.between(0.0, 1.0), lambda: uplink.send(event))
-
-    def _from_worker(self, event: Any) -> None:
-        if self.outcome is None:
-            self.happened(event)
 
     def _to_worker(self, worker: e.WorkerId, effect: Any) -> None:
         running = self.running[worker]
@@ -211,8 +285,17 @@ class Cluster:
     def _send(self, source: e.WorkerId, to: e.WorkerId, message: tuple[int, int, Key, Any]) -> None:
         links = self.running[source].data
         if to not in links:
-            links[to] = Pipe(self.world, lambda item: self._arrived(to, item), self.timing.slow)
+            links[to] = Pipe(
+                self.world,
+                lambda item: self._arrived(to, item),
+                self.timing.slow,
+                lambda: self._apart_until(source, to),
+            )
         links[to].send(message)
+
+    def _apart_until(self, source: e.WorkerId, to: e.WorkerId) -> float:
+        ends = {self.running[worker].node for worker in (source, to)}
+        return max(self.nodes[node].alone_s for node in ends) if len(ends) > 1 else 0.0
 
     def _arrived(self, to: e.WorkerId, item: Any) -> None:
         running = self.running.get(to)
@@ -228,12 +311,12 @@ class Cluster:
             return
         running = self.running[worker]
         died = e.WorkerDied(worker, cause, step=running.worker.version, detected_at_s=self.world.now + detected_s)
-        self.world.after(detected_s, lambda: running.uplink.send(died))
+        self.world.after(detected_s, lambda: running.uplink.send(died) if self.nodes[running.node].up else None)
 
     def _end(self, worker: e.WorkerId, why: str) -> bool:
         """A process is no more; what it sent may still arrive, up to some point. False if it was gone already."""
         running = self.running[worker]
-        if running.dead:
+        if running.dead or running.process.ended:
             return False
         running.dead = True
         running.process.kill()
@@ -249,4 +332,6 @@ class Cluster:
 
     def done(self) -> bool:
         """Whether the job ended and all have heard of it."""
-        return self.state.phase is Phase.DONE and all(r.process.ended or r.dead for r in self.running.values())
+        return self.state.phase is Phase.DONE and all(
+            r.process.ended or r.dead or r.node not in self.state.nodes for r in self.running.values()
+        )

@@ -1,4 +1,4 @@
-"""Faults from a seed: which workers die when, how late that is noticed, and which nodes come."""
+"""Faults from a seed: which workers and nodes are lost when, how late that is noticed, and which nodes come."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ import random
 from dataclasses import dataclass
 
 from ..protocol.events import WorkerId
+from ..protocol.state import Phase
 from .cluster import Cluster
 
 PHASES = ("compute", "reduce", "agree", "update", "commit", "recover", "restore", "join", "end")
+NODE_PHASES = (*PHASES, "protect")
+AGAIN_S = 0.05  # until a fault that would break the promise looks again whether it may strike
+PATIENCE_S = 30.0  # how long it does
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,21 +28,60 @@ class Fault:
     spread_s: float = 0.0  # the victims die within this time of each other
 
 
+@dataclass(frozen=True, kw_only=True)
+class NodeFault(Fault):
+    """`victims` nodes are lost, or only fall silent; that of the worker or keeper that entered `phase` among them."""
+
+    streams_break: bool = True  # else the loss shows by silence
+    silent_s: float = 0.0  # not lost at all, but silent for so long
+    alone: bool = False  # and unreachable for other nodes too
+    back_s: float = 0.0  # so long after it another node comes in its place; 0: none does
+    careful: bool = True  # strikes only where the promise allows it
+
+
 def draw(rng: random.Random, workers: int, horizon_s: float) -> list[Fault]:
-    """Some faults: mostly one at a time, sometimes several or all at once, sometimes noticed late."""
+    """Some deaths: mostly one at a time, sometimes several or all at once, sometimes noticed late."""
     faults = []
     for _ in range(rng.choice((0, 1, 1, 2, 2, 3, 4, 6))):
         victims = rng.choice((1, 1, 1, 1, 2, workers))
         detected_s = rng.uniform(1.0, 2.5) if rng.random() < 0.15 else rng.uniform(0.001, 0.05)
+        at_s, phase, after = _occasion(rng, PHASES, horizon_s)
         spread_s = rng.choice((0.0, 0.002, 0.05))
-        if rng.random() < 0.5:
-            at_s = rng.uniform(0.0, horizon_s)
-            faults.append(Fault(victims=victims, at_s=at_s, detected_s=detected_s, spread_s=spread_s))
-        else:
-            phase = rng.choice(PHASES)
-            after = rng.randrange(60 if phase == "compute" else 20 if phase in PHASES[:5] else 4)
-            faults.append(Fault(victims=victims, phase=phase, after=after, detected_s=detected_s, spread_s=spread_s))
+        faults.append(
+            Fault(victims=victims, at_s=at_s, phase=phase, after=after, detected_s=detected_s, spread_s=spread_s)
+        )
     return faults
+
+
+def draw_nodes(rng: random.Random, losses: int, horizon_s: float) -> list[Fault]:
+    """Some lost or silent nodes; in most seeds never more than the promise allows."""
+    faults: list[Fault] = []
+    careful = rng.random() < 0.8
+    for _ in range(rng.choice((1, 1, 2, 2, 3, 5))):
+        at_s, phase, after = _occasion(rng, NODE_PHASES, horizon_s)
+        silent = rng.random() < 0.25
+        fault = NodeFault(
+            victims=rng.choice((1, losses, losses)) + (not careful and rng.random() < 0.3),
+            at_s=at_s,
+            phase=phase,
+            after=after,
+            detected_s=rng.choice((0.001, 0.02, 0.3)),
+            spread_s=rng.choice((0.0, 0.01, 0.2, 1.0)),
+            streams_break=rng.random() < 0.7,
+            silent_s=rng.choice((0.3, 0.8, 3.0, 8.0)) if silent else 0.0,
+            alone=rng.random() < 0.5,
+            back_s=rng.choice((0.0, 0.05, 0.5, 3.0)),
+            careful=careful,
+        )
+        faults.append(fault)
+    return faults
+
+
+def _occasion(rng: random.Random, phases: tuple[str, ...], horizon_s: float) -> tuple[float, str, int]:
+    if rng.random() < 0.5:
+        return rng.uniform(0.0, horizon_s), "", 0
+    phase = rng.choice(phases)
+    return 0.0, phase, rng.randrange(60 if phase == "compute" else 20 if phase in PHASES[:5] else 4)
 
 
 class Injector:
@@ -49,27 +92,71 @@ class Injector:
         self._world = cluster.world
         self._waiting = [fault for fault in faults if fault.phase]
         self._seen: dict[str, int] = {}
+        self._came = 0
         self.last_s = 0.0
-        cluster.on_mark = self._marked
+        self.struck = 0  # nodes
+        cluster.on_mark = lambda worker, phase, step: self._marked(worker, cluster.running[worker].node, phase)
+        cluster.board.on_protect = lambda node, version: self._marked(None, node, "protect")
         for fault in faults:
             if not fault.phase:
-                self._world.after(fault.at_s, functools.partial(self._strike, fault, None))
+                self._world.after(fault.at_s, functools.partial(self._strike, fault, None, ""))
 
-    def _marked(self, worker: WorkerId, phase: str, step: int) -> None:
+    def _marked(self, worker: WorkerId | None, node: str, phase: str) -> None:
         seen = self._seen.get(phase, 0)
         self._seen[phase] = seen + 1
         for fault in [f for f in self._waiting if f.phase == phase and f.after == seen]:
             self._waiting.remove(fault)
-            self._world.after(0.0, functools.partial(self._strike, fault, worker))
+            self._world.after(0.0, functools.partial(self._strike, fault, worker, node))
 
-    def _strike(self, fault: Fault, first: WorkerId | None) -> None:
+    def _strike(self, fault: Fault, worker: WorkerId | None, node: str) -> None:
+        if isinstance(fault, NodeFault):
+            self._strike_nodes(fault, node, self._world.now + PATIENCE_S)
+            return
         alive = self._cluster.alive()
         self._world.random.shuffle(alive)
-        if first in alive:
-            alive.remove(first)
-            alive.insert(0, first)
-        self.last_s = self._world.now + fault.spread_s + fault.detected_s
+        if worker in alive:
+            alive.remove(worker)
+            alive.insert(0, worker)
+        self.last_s = max(self.last_s, self._world.now + fault.spread_s + fault.detected_s)
         cause = f"fault in {fault.phase or 'no phase in particular'}"
-        for worker in alive[: fault.victims]:
-            delay_s = 0.0 if worker == first else self._world.between(0.0, fault.spread_s)
-            self._world.after(delay_s, functools.partial(self._cluster.kill, worker, cause, fault.detected_s))
+        for victim in alive[: fault.victims]:
+            delay_s = 0.0 if victim == worker else self._world.between(0.0, fault.spread_s)
+            self._world.after(delay_s, functools.partial(self._cluster.kill, victim, cause, fault.detected_s))
+
+    # ------------------------------------------------------------ nodes
+
+    def _strike_nodes(self, fault: NodeFault, first: str, until_s: float) -> None:
+        cluster, world = self._cluster, self._world
+        if cluster.outcome is not None or world.now > until_s:
+            return
+        cluster.look()
+        doubtful = cluster.doubtful()
+        nodes = [node for node in cluster.state.nodes if node not in doubtful]
+        victims = min(fault.victims, cluster.promise.left, len(nodes) - 1) if fault.careful else fault.victims
+        trains = cluster.state.layout is not None and cluster.state.phase in (Phase.RUNNING, Phase.RECOVERING)
+        if not trains or victims < 1:
+            world.after(AGAIN_S, functools.partial(self._strike_nodes, fault, first, until_s))
+            return
+        world.random.shuffle(nodes)
+        nodes.sort(key=lambda node: node != first)
+        self.last_s = max(self.last_s, world.now + fault.spread_s + 10.0 + fault.silent_s + fault.back_s)
+        for node in nodes[:victims]:
+            delay_s = 0.0 if node == first else world.between(0.0, fault.spread_s)
+            world.after(delay_s, functools.partial(self._lose, fault, node))
+            cluster.promise.doom(node)
+
+    def _lose(self, fault: NodeFault, node: str) -> None:
+        cluster = self._cluster
+        self.struck += 1
+        if fault.silent_s:
+            cluster.silence(node, fault.silent_s, alone=fault.alone)
+        else:
+            cluster.lose(node, fault.detected_s if fault.streams_break else None)
+        if fault.back_s:
+            self._came += 1
+            name, slots = f"late{self._came}", cluster.nodes[node].slots
+            self._world.after(fault.silent_s + fault.back_s, lambda: self._come(name, slots))
+
+    def _come(self, name: str, slots: int) -> None:
+        if len(self._cluster.state.nodes) < self._cluster.state.config.max_nodes:
+            self._cluster.join(name, slots)

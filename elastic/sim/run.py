@@ -1,21 +1,23 @@
-"""One simulated job from one seed: `simulate(seed, ...)`; `python -m everstep.elastic.sim.run 1000` runs many."""
+"""One simulated job from one seed: `simulate(seed, ...)`; `python -m everstep.elastic.sim.run 0 1000 [shapes]` runs many."""
 
 from __future__ import annotations
 
 import functools
 import random
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from ...resharding.units import ModelSpec, ParameterSpec
 from ..protocol import events as e
 from ..protocol.state import Config
 from .cluster import Cluster, Timing
-from .faults import Fault, Injector, draw
+from .faults import Fault, Injector, draw, draw_nodes
 from .values import Reference, reference
 from .world import World
 
 BOUND_S = 60.0  # of virtual time, after the last fault: by then a job has reached its end
+GONE = ("are gone: they were held by", "and it was the last one")  # how a job may end when too much was lost
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +31,10 @@ class Shape:
     micro_batches: int = 4
     steps: int = 6
     tied: bool = False
-    late_slots: int = 0  # of a second node that comes while the job runs
+    late_slots: int = 0  # of a further node that comes while the job runs
+    losses: int = 1  # how many nodes may be lost at once
+    interval: int = 1  # every how many steps a version is made to outlive nodes; 0: it changes all the time
+    loses_nodes: bool = False
 
 
 SHAPES = {
@@ -40,6 +45,12 @@ SHAPES = {
     "growing": Shape(stages=2, workers=2, late_slots=2),
     "two nodes": Shape(workers=4, nodes=2, micro_batches=8),
     "alone": Shape(workers=1, layers=2, steps=4),
+    "3 nodes": Shape(workers=3, nodes=3, steps=9, loses_nodes=True),
+    "3 nodes, seldom": Shape(stages=3, workers=6, nodes=3, steps=12, interval=3, loses_nodes=True),
+    "4 nodes": Shape(stages=2, workers=4, nodes=4, steps=9, losses=2, tied=True, loses_nodes=True),
+    "4 nodes, seldom": Shape(workers=5, nodes=4, steps=12, losses=2, interval=3, loses_nodes=True),
+    "5 nodes": Shape(stages=2, workers=5, nodes=5, steps=10, interval=0, late_slots=1, loses_nodes=True),
+    "6 nodes": Shape(stages=3, workers=6, nodes=6, steps=10, losses=2, loses_nodes=True),
 }
 
 
@@ -48,7 +59,9 @@ class Outcome:
     """How a simulated job went."""
 
     seed: int
-    succeeded: bool
+    why: str  # it ended early; empty if it succeeded
+    broken: bool  # more was lost than the job must survive
+    nodes_lost: int
     virtual_s: float
     generations: int
     events: tuple[tuple[float, e.Event], ...]
@@ -86,6 +99,7 @@ def simulate(seed: int, shape: Shape, *, faults: list[Fault] | None = None, timi
         micro_batches=shape.micro_batches,
         global_batch_size=shape.micro_batches,
         model=spec,
+        node_losses=shape.losses,
     )
     config = Config(
         min_nodes=shape.nodes,
@@ -101,9 +115,14 @@ def simulate(seed: int, shape: Shape, *, faults: list[Fault] | None = None, timi
         forward_s=rng.choice((0.0005, 0.002, 0.01)),
         epilogue_s=rng.choice((0.0, 0.2, 2.0)),
     )
-    cluster = Cluster(world, config, job, timing, _expected(shape))
     horizon_s = rng.choice((0.5, 1.5, 4.0))
-    injector = Injector(cluster, draw(rng, shape.workers, horizon_s) if faults is None else faults)
+    if faults is None:
+        faults = _faults(rng, shape, horizon_s)
+        if shape.loses_nodes:
+            keeper_s = rng.choice(((0.0002, 0.002), (0.0005, 0.01), (0.005, 0.05)))
+            timing = replace(timing, keeper_s=keeper_s)
+    cluster = Cluster(world, config, job, timing, _expected(shape), shape.interval)
+    injector = Injector(cluster, faults)
     slots = [shape.workers * (i + 1) // shape.nodes - shape.workers * i // shape.nodes for i in range(shape.nodes)]
     for number, count in enumerate(slots):
         cluster.join(f"node{number}", count)
@@ -114,13 +133,31 @@ def simulate(seed: int, shape: Shape, *, faults: list[Fault] | None = None, timi
     except Exception as error:
         tail = "\n".join(cluster.log[-60:])
         raise SimulationFailed(f"seed {seed}, {shape}: {type(error).__name__}: {error}\n{tail}") from error
-    log = tuple(cluster.log)
-    return Outcome(seed, True, world.now, cluster.state.generation, tuple(cluster.events), log)
+    assert cluster.outcome is not None
+    return Outcome(
+        seed=seed,
+        why=cluster.outcome.why,
+        broken=cluster.promise.broken,
+        nodes_lost=injector.struck,
+        virtual_s=world.now,
+        generations=cluster.state.generation,
+        events=tuple(cluster.events),
+        log=tuple(cluster.log),
+    )
+
+
+def _faults(rng: random.Random, shape: Shape, horizon_s: float) -> list[Fault]:
+    if not shape.loses_nodes:
+        return draw(rng, shape.workers, horizon_s)
+    deaths = draw(rng, shape.workers, horizon_s) if rng.random() < 0.5 else []
+    return [*draw_nodes(rng, shape.losses, horizon_s), *deaths]
 
 
 def _run(world: World, cluster: Cluster, injector: Injector, horizon_s: float) -> None:
     while world.advance(max(horizon_s, injector.last_s) + BOUND_S):
         if cluster.outcome is not None and not cluster.outcome.succeeded:
+            if cluster.promise.broken and any(text in cluster.outcome.why for text in GONE):
+                return
             raise AssertionError(f"the job failed: {cluster.outcome.why}")
         if cluster.outcome is not None and cluster.done():
             break
@@ -135,18 +172,22 @@ def _run(world: World, cluster: Cluster, injector: Injector, horizon_s: float) -
     cluster.ledger.ended([running.worker for running in members])
 
 
-def main(count: int) -> None:
-    """Simulate `count` seeds of every shape."""
-    failed = 0
-    for name, shape in SHAPES.items():
-        for seed in range(count):
+def main(seeds: range, names: Sequence[str]) -> None:
+    """Simulate the seeds of these shapes, or of all."""
+    for name in names or SHAPES:
+        failed = ended = lost = 0
+        for seed in seeds:
             try:
-                simulate(seed, shape)
+                outcome = simulate(seed, SHAPES[name])
             except SimulationFailed as error:
                 failed += 1
-                sys.stdout.write(f"{name}: {str(error).splitlines()[0]}\n")
-    sys.stdout.write(f"{failed} of {count * len(SHAPES)} failed\n")
+                sys.stdout.write(f"{name}: {str(error).splitlines()[0][:400]}\n")
+            else:
+                ended += bool(outcome.why)
+                lost += outcome.nodes_lost
+        sys.stdout.write(f"{name}: {failed} of {len(seeds)} failed, {ended} lost too much, {lost} nodes were lost\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(range(int(sys.argv[1]), int(sys.argv[2])), sys.argv[3:])

@@ -58,9 +58,9 @@ def summed(shard: Shard, leaves: Sequence[Sequence[str]]) -> str:
     return mixed("sum", shard.index, leaves)
 
 
-def agreement_of(step: int, gradients: Mapping[int, str]) -> str:
-    """What the members agree on in a step."""
-    return json.dumps({"step": step, "digest": mixed(sorted(gradients.items()))})
+def agreement_of(step: int, gradients: Mapping[int, str], **terms: int) -> str:
+    """What the members agree on in a step. Only the `terms` depend on how the run went."""
+    return json.dumps({"step": step, "digest": mixed(sorted(gradients.items())), **terms})
 
 
 @dataclass(frozen=True)

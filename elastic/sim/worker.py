@@ -1,23 +1,28 @@
 """A simulated worker: the engine's step and the recovery, statement for statement, with hashes for tensors.
 
-It follows `elastic.engine`, `elastic.recovery` and the loop of `elastic.run`; what it may assume of its surroundings is
-what they may assume. `mark` is called where the real worker marks its progress, which is where faults strike.
+It follows `elastic.engine` and the loop of `elastic.run`, and `recovery` follows `elastic.recovery`; what they may assume
+of their surroundings is what those may assume. `mark` is called where the real worker marks its progress, which is where
+faults strike.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ...resharding.layout import Layout
-from ...resharding.plan import Plan, Report
+from ...resharding.plan import Plan
 from ...resharding.units import Shard
 from ..protocol import events as e
 from .control import Control, JobEnded
+from .keeper import Board
 from .links import Aborted, Key, Links
 from .pipeline import Pipeline, StepState
-from .snapshots import Keeper, Snapshots
+from .protection import Protection
+from .recovery import Recovery
+from .snapshots import Snapshots
 from .values import ShardState, agreement_of, initial, summed, updated
 from .world import Steps, World
 
@@ -25,7 +30,7 @@ from .world import Steps, World
 class Facts(Protocol):
     """Who is told what happens, to check it. See `cluster.Ledger`."""
 
-    def agreed(self, step: int, agreement: str) -> None: ...
+    def agreed(self, worker: e.WorkerId, step: int, agreement: str) -> None: ...
     def entered(self, worker: e.WorkerId, plan: Plan, version: int) -> None: ...
     def owned(self, worker: e.WorkerId, generation: int, version: int, states: dict[int, ShardState]) -> None: ...
 
@@ -36,8 +41,10 @@ class Surroundings:
 
     world: World
     job: e.Job
-    keepers: dict[str, Keeper]
+    board: Board
     node: str
+    state_slots: int
+    interval: int
     send: Callable[[int, e.WorkerId, int, Key, Any], None]  # from rank, to, generation, key, payload
     tell: Callable[[e.Event], None]
     mark: Callable[[e.WorkerId, str, int], None]  # worker, phase, step
@@ -58,10 +65,11 @@ class SimWorker:
         self.spec = around.job.model
         self.links = Links(worker.rank, lambda to, g, key, data: around.send(worker.rank, to, g, key, data))
         self.control = Control(worker, around.tell, self.links.abort)
-        self.snapshots = Snapshots(around.world, worker, around.keepers[around.node], poke)
+        self.snapshots = Snapshots(around.world, worker, around.board.keepers[around.node], around.state_slots, poke)
+        self.protection = Protection(around.world, self.snapshots, around.interval)
         self.pipeline = Pipeline(self.links, self.spec.layers, self._layer_values, around.forward_s)
         self.pipeline.mark = lambda phase: self.mark(phase)
-        self.fresh = True
+        self.recovery = Recovery(self)
         self.values = {s.index: initial(s.index).value for s in self.spec.shards}
         self.optimizer: dict[int, str] = {}
         self.mine: set[int] = set()  # shards the optimizer runs on; `owned` are those of them in good order
@@ -83,7 +91,7 @@ class SimWorker:
     def _layer_values(self, layer: int) -> list[str]:
         return [self.values[shard.index] for shard in self.spec.shards_of_layer[layer]]
 
-    def _shard_state(self, shard: int) -> ShardState:
+    def shard_state(self, shard: int) -> ShardState:
         return ShardState(self.values[shard], self.optimizer.get(shard, ""))
 
     # ------------------------------------------------------------ life
@@ -95,63 +103,44 @@ class SimWorker:
             self.around.tell(e.WorkerDeclaredElastic(self.id))
             yield self.around.startup_s / 2
             self.around.tell(e.WorkerReady(self.id, {"incarnation": self.id.incarnation}, self.job))
-            yield from self._enter()
-            while self.switch is not None or self.version < self.job.steps:
-                try:
-                    if self.switch is not None:
-                        orders, self.switch = self.switch, None
-                        yield from self.carry_out(orders)
-                    else:
-                        yield from self._one_step()
-                        yield self.around.world.between(0.0, self.around.forward_s)  # the user's code between steps
-                except Aborted:
-                    yield from self._recover()
+            yield from self.recovery.enter()
+            while not (yield from self._trained()):
+                pass
             self.mark("end")
             yield self.around.epilogue_s
             self.finished = True
             self.around.tell(e.WorkerFinished(self.id))
             while not (yield from self.control.wait_for_end()):
-                yield from self._recover()
+                yield from self.recovery.recover()
+                while self.version < self.job.steps:
+                    yield from self._guarded(self._one_step())
         except JobEnded:
             return
 
-    def _enter(self) -> Steps[None]:
+    def _trained(self) -> Steps[bool]:
+        """Do the next thing in the training loop; True if nothing is left to be done."""
+        if self.switch is not None:
+            orders, self.switch = self.switch, None
+            yield from self._guarded(self.recovery.carry_out(orders))
+        elif self.version < self.job.steps:
+            yield from self._guarded(self._one_step())
+            yield self.around.world.between(0.0, self.around.forward_s)  # the user's code between steps
+        else:
+            yield from self._guarded(self._conclude())
+            return self.version >= self.job.steps and self.switch is None
+        return False
+
+    def _guarded(self, action: Steps[None]) -> Steps[None]:
+        """Do something that waits for others; if the generation ends, recover instead."""
         try:
-            orders = yield from self.control.orders()
-            yield from self.carry_out(orders)
+            yield from action
         except Aborted:
-            yield from self._recover()
+            yield from self.recovery.recover()
 
-    def _recover(self) -> Steps[None]:
-        self.mark("recover")
-        self.switch = None
-        while True:
-            self.control.report(self._make_report)
-            try:
-                orders = yield from self.control.orders()
-                yield from self.carry_out(orders)
-            except Aborted:
-                continue
-            return
-
-    def _make_report(self) -> Report:
-        if self.fresh or self.layout is None or self.state is None:
-            return Report(rank=self.rank, generation=0, fresh=True)
-        state = self.state
-        valid = self.values_version == state.step
-        return Report(
-            rank=self.rank,
-            generation=self.layout.generation,
-            owned_version=self.owned_version,
-            owned=tuple(sorted(self.owned)),
-            values_version=self.values_version,
-            layers=(self.held.start, self.held.stop),
-            agreed=self.agreed,
-            agreement=self.agreement,
-            held=tuple(sorted(state.held)) if valid else (),
-            started=tuple(sorted(state.started)) if valid else (),
-            todo=tuple(state.todo) if valid else (),
-        )
+    def _conclude(self) -> Steps[None]:
+        """Past the last step: return when its version is whole here, parity included."""
+        yield from self.snapshots.wait()
+        yield from self.protection.wait(self.version + 1, self.links.check)
 
     # ------------------------------------------------------------ one step
 
@@ -163,11 +152,11 @@ class SimWorker:
         yield from self.pipeline.run(state, depth)
         yield from self._reduce(layout, state)
         yield from self._agree(state)
-        self.snapshots.forget()
-        self._update(self.agreement, self.gradients)
+        self.snapshots.forget(nodes=self.protection.nodes)
+        self.update(self.agreement, self.gradients)
         self.values_version = -1
-        yield from self._publish(state.step + 1, layout, layout.ranks)
-        self._commit(self.agreement)
+        yield from self.publish(state.step + 1, layout, layout.ranks)
+        self.commit(self.agreement)
 
     def _owned_in(self, layout: Layout, layer: int, owner: int) -> list[Shard]:
         return [s for s in self.spec.shards_of_layer[layer] if layout.owners[s.index] == owner]
@@ -210,29 +199,36 @@ class SimWorker:
     def _agree(self, state: StepState) -> Steps[None]:
         self.mark("agree")
         yield from self.snapshots.wait()
+        yield from self.protection.wait(state.step, self.links.check)
         last = state.step + 1 == self.job.steps
         proposal = self.control.proposed(last)
-        mine = {"norms": self.gradients, "join": proposal.plan.generation if proposal else 0}
+        mine = {
+            "norms": self.gradients,
+            "join": proposal.plan.generation if proposal else 0,
+            "protection": self.protection.share(),
+        }
         table = yield from self.links.all_gather((state.step,), mine)
         gradients = {shard: gradient for share in table.values() for shard, gradient in share["norms"].items()}
         if proposal is not None and all(share["join"] == proposal.plan.generation for share in table.values()):
             self.switch = proposal
         elif proposal is not None and last:
             self.around.tell(e.WorkerIdled(self.id, proposal.plan.generation))
-        self.agreement, self.agreed = agreement_of(state.step, gradients), state.step
-        self.around.facts.agreed(state.step, self.agreement)
+        terms = self.protection.agreed([table[rank]["protection"] for rank in sorted(table)])
+        self.agreement, self.agreed = agreement_of(state.step, gradients, **terms), state.step
+        self.protection.adopt(self.agreement)
+        self.around.facts.agreed(self.id, state.step, self.agreement)
 
-    def _update(self, agreement: str, gradients: dict[int, str]) -> None:
+    def update(self, agreement: str, gradients: dict[int, str]) -> None:
         self.mark("update")
         for shard in sorted(self.mine):
             if shard in gradients:
-                self._load(shard, updated(self._shard_state(shard), gradients[shard]))
+                self.load(shard, updated(self.shard_state(shard), gradients[shard]))
         self.owned_version = step_of(agreement) + 1
 
-    def _load(self, shard: int, state: ShardState) -> None:
+    def load(self, shard: int, state: ShardState) -> None:
         self.values[shard], self.optimizer[shard] = state
 
-    def _publish(self, version: int, layout: Layout, readers: Collection[int]) -> Steps[None]:
+    def publish(self, version: int, layout: Layout, readers: Collection[int]) -> Steps[None]:
         key: Key = ("values", version)
         others = [rank for rank in layout.ranks if rank != self.rank]
         for reader in others:
@@ -255,125 +251,50 @@ class SimWorker:
             if layout.owners[s.index] == owner and any(n in stage for n in self.spec.parameters[s.parameter].layers)
         ]
 
-    def _commit(self, agreement: str) -> None:
+    def commit(self, agreement: str) -> None:
+        """Version step + 1 is held here: start protecting it, and go on to the next step."""
         assert self.layout is not None
         step = step_of(agreement)
         self.values_version = self.version = step + 1
         self.mark("commit")
         if step == 0:
             stage = self.layout.stage_of(self.rank)
-            self._hold(stage.start, stage.stop, free=True)
-        self._protect()
-        self.around.tell(e.WorkerCommitted(self.id, step, agreement))
+            self.hold(stage.start, stage.stop, free=True)
+        self.protect(anyway=self.version >= self.job.steps)
+        self.tell_committed(agreement)
         self.state = StepState.begin(self.version, self.rank, self.layout.segments())
 
-    def _hold(self, start: int, stop: int, *, free: bool) -> None:
+    def tell_committed(self, agreement: str) -> None:
+        """Tell the coordinator that a step is committed."""
+        terms = json.loads(agreement)
+        generation = self.layout.generation if self.layout is not None else 0
+        told = e.WorkerCommitted(
+            self.id,
+            terms["step"],
+            agreement,
+            digest=terms["digest"],
+            generation=generation,
+            protected=terms["protected"],
+        )
+        self.around.tell(told)
+
+    def hold(self, start: int, stop: int, *, free: bool) -> None:
         """Hold these layers; what is freed is gone, and what is new has no values yet."""
         self.held = range(start, stop)
         if free:
             kept = {s.index for layer in self.held for s in self.spec.shards_of_layer[layer]}
             self.values = {shard: value if shard in kept else "freed" for shard, value in self.values.items()}
 
-    def _protect(self) -> None:
+    def protect(self, *, anyway: bool = False) -> None:
+        """Have the keeper hold this version of every owned shard; copied while the next step computes."""
         self.snapshots.protect(sorted(self.mine))
-        self.snapshots.begin(self.version, self._shard_state, sorted(self.owned))
-
-    # ------------------------------------------------------------ carrying out a plan
-
-    def carry_out(self, orders: e.CarryOut) -> Steps[None]:
-        """Enter the plan's generation with everything it asks for in place."""
-        plan = orders.plan
-        peers = {rank: e.WorkerId(rank, peer["incarnation"]) for rank, peer in orders.peers.items()}
-        yield self.around.world.between(0.0, 0.003)
-        self.links.edit(plan.generation, peers)
-        if self.control.superseded(plan.generation):
-            raise Aborted
-        yield 0.001
-        yield from self.snapshots.wait()
-        fresh = self.fresh
-        version, agreement = yield from self._find_place(plan)
-        self.mark("join" if fresh else "restore")
-        if not fresh and self.owned_version == version - 1:
-            self._update(agreement, self.gradients)
-        was_current = not fresh and self.values_version == version
-        self._take_places(plan, version)
-        yield from self._restore(version, orders.keepers)
-        if self.rank in plan.refresh:
-            self.values_version = -1
-        yield from self._publish(version, plan.layout, plan.refresh)
-        self._settle(plan, version, agreement, was_current)
-        self.fresh = False
-        if plan.generation > 1:
-            if plan.version is None and not fresh:
-                self.around.tell(e.WorkerSwitched(self.id, plan.generation))
-            else:
-                self.around.tell(e.WorkerResumed(self.id, plan.generation, 0.0, 0.0))
-
-    def _find_place(self, plan: Plan) -> Steps[tuple[int, str]]:
-        if self.fresh and plan.guide is not None:
-            message: tuple[int, str] = yield from self.links.receive(plan.guide, ("guide",))
-            return message
-        version = self.version if plan.version is None else plan.version
-        agreement = plan.agreement or self.agreement
-        if self.rank == plan.guide:
-            for rank in plan.fresh:
-                self.links.send(rank, ("guide",), (version, agreement))
-        return version, agreement
-
-    def _take_places(self, plan: Plan, version: int) -> None:
-        stage = plan.layout.stage_of(self.rank)
-        if (self.held.start, self.held.stop) != (stage.start, stage.stop):
-            self.values_version = self.values_version if version == 0 else -1
-            self._hold(stage.start, stage.stop, free=version > 0)
-        shards = {s.index for s in self.spec.shards if plan.layout.owners[s.index] == self.rank}
-        gained = {gain.shard for gain in plan.gains if gain.rank == self.rank}
-        kept = shards - gained if not self.fresh else set()
-        self.snapshots.leave(self.mine - shards)
-        for shard in self.mine - shards:
-            self.optimizer.pop(shard, None)
-        self.mine = shards
-        self.owned = kept if version > 0 else set(shards)
-        self.owned_version = version
-
-    def _restore(self, version: int, keepers: Collection[str]) -> Steps[None]:
-        missing = self.mine - self.owned
-        if not missing:
-            return
-        for address in keepers:
-            yield self.around.world.between(0.001, 0.02)
-            keeper = self.around.keepers[address]
-            for shard, state in keeper.fetch(sorted(self.mine - self.owned), version).items():
-                self._load(shard, state)
-                self.owned.add(shard)
-        if self.mine - self.owned:
-            raise AssertionError(f"{self.id}: no keeper has version {version} of shards {self.mine - self.owned}")
-
-    def _settle(self, plan: Plan, version: int, agreement: str, was_current: bool) -> None:
-        fresh = self.fresh
-        self.layout = plan.layout
-        self.values_version = version
-        self.around.facts.entered(self.id, plan, version)
-        self.around.facts.owned(self.id, plan.generation, version, {s: self._shard_state(s) for s in self.owned})
-        if fresh:
-            self.version = version
-            self.agreed, self.agreement = version - 1, agreement
-        if was_current and self.state is not None and plan.version is not None:
-            self._protect()
-            self.state.resume(plan.work, plan.kept, plan.started)
-            self.pipeline.resend(self.state, plan.started)
-            return
-        if not fresh and self.version == version - 1:
-            self.agreed, self.agreement = version - 1, agreement
-            self._commit(agreement)
-        else:
-            self._protect()
-        self.state = StepState.begin(version, self.rank, plan.work)
-        self.state.kept = plan.kept
+        protect = self.protection.begins(self.version, anyway=anyway)
+        self.snapshots.begin(self.version, self.shard_state, sorted(self.owned), protect=protect)
 
 
 def step_of(agreement: str) -> int:
     """The step that was agreed on."""
-    return int(agreement.split('"step": ')[1].split(",")[0].rstrip("}"))
+    return int(json.loads(agreement)["step"])
 
 
 def _merge(parts: dict[int, dict[int, str]], layer: int, leaves: dict[int, str]) -> None:

@@ -79,10 +79,17 @@ class Process:
 class Pipe:
     """A link that delays but keeps the order. Cut, it delivers what is under way up to some point, and no more."""
 
-    def __init__(self, world: World, deliver: Callable[[object], None], slow: float) -> None:
+    def __init__(
+        self,
+        world: World,
+        deliver: Callable[[object], None],
+        slow: float,
+        closed_until: Callable[[], float] = lambda: 0.0,
+    ) -> None:
         self._world = world
         self._deliver = deliver
         self._slow = slow  # probability of a long delay
+        self._closed_until = closed_until  # what is sent before this time arrives after it
         self._last_s = 0.0
         self._cut_s: float | None = None
 
@@ -90,7 +97,7 @@ class Pipe:
         world = self._world
         long = world.random.random() < self._slow
         delay_s = world.between(0.01, 0.3) if long else world.between(0.0001, 0.004)
-        arrives_s = max(world.now + delay_s, self._last_s)
+        arrives_s = max(max(world.now, self._closed_until()) + delay_s, self._last_s)
         self._last_s = arrives_s
         world.after(arrives_s - world.now, lambda: self._arrive(item, arrives_s))
 

@@ -1,0 +1,262 @@
+"""Simulated keepers: they guard segments, pull the members of their parity blocks, and go down with their node."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, field
+
+from ...resharding.placement import Placement, Stripe
+from ..protocol.events import WorkerId
+from .values import ShardState, updated
+from .world import Process, Steps, World
+
+STALE_VERSIONS = 3
+RETRY_S = 0.05
+
+
+class Slots:
+    """A shard's slots: a few for states of any version, two for gradients (step k in slot k % 2). None: torn or empty."""
+
+    def __init__(self, states: int) -> None:
+        self.states: list[tuple[int, ShardState] | None] = [None] * states
+        self.gradients: list[tuple[int, str] | None] = [None, None]
+
+    def free(self, keep: Collection[int]) -> int:
+        """The state slot to write next: the one with the oldest version, but for the versions in `keep`."""
+        versions = [(state[0] if state else -1, slot) for slot, state in enumerate(self.states)]
+        return min([item for item in versions if item[0] not in keep] or versions)[1]
+
+    def find(self, version: int) -> ShardState | None:
+        """The state at a version."""
+        return next((state[1] for state in self.states if state is not None and state[0] == version), None)
+
+    def replayed(self, version: int) -> ShardState | None:
+        """The state at a version, from the one before it and the gradient between."""
+        before, gradient = self.find(version - 1), self.gradients[(version - 1) % 2]
+        return updated(before, gradient[1]) if before and gradient and gradient[0] == version - 1 else None
+
+    def newest(self) -> int:
+        return max((state[0] for state in self.states if state is not None), default=-1)
+
+
+Segment = dict[int, Slots]
+
+
+@dataclass
+class Block:
+    """One parity row of a stripe at a version: what its members were when they came in. Sealed when all are in."""
+
+    version: int
+    stripe: Stripe
+    row: int
+    members: dict[int, ShardState] = field(default_factory=dict)
+
+    @property
+    def sealed(self) -> bool:
+        return len(self.members) == len(self.stripe.shards)
+
+
+class Board:
+    """All keepers of a job, by node; wakes those who wait when one of them has news."""
+
+    def __init__(self, world: World, delay_s: tuple[float, float]) -> None:
+        self.world = world
+        self.delay_s = delay_s
+        self.keepers: dict[str, Keeper] = {}
+        self.on_protect: Callable[[str, int], None] = lambda node, version: None
+        self._processes: list[Process] = []
+
+    def add(self, node: str) -> None:
+        self.keepers[node] = Keeper(self, node)
+
+    def reach(self, source: str, node: str) -> Keeper | None:
+        """A node's keeper as seen from another node; None if no way leads there."""
+        keeper = self.keepers[node]
+        open_way = keeper.up and (source == node or not (keeper.cut_off or self.keepers[source].cut_off))
+        return keeper if open_way else None
+
+    def run(self, keeper: Keeper, steps: Steps[None]) -> Process:
+        """Start something that looks again whenever there is news; it dies with the keeper."""
+        self._processes = [process for process in self._processes if process.alive and not process.ended]
+        process = Process(self.world, steps)
+        self._processes.append(process)
+        keeper.processes.append(process)
+        process.start()
+        return process
+
+    def changed(self) -> None:
+        """There is news of some keeper."""
+        for process in self._processes:
+            process.poke()
+
+    def delay(self) -> float:
+        """How long it takes to get a shard from another keeper."""
+        return self.world.between(*self.delay_s)
+
+
+class Keeper:
+    """A node's keeper: the contract of `checkpointing.keeper.Keeper` and `checkpointing.protector.Protector`."""
+
+    def __init__(self, board: Board, node: str) -> None:
+        self.node = node
+        self.up = True
+        self.cut_off = False  # up, but no other node reaches it
+        self.generation = 0
+        self.placement: Placement | None = None
+        self.segments: dict[tuple[int, int, int], Segment] = {}  # rank, incarnation, number
+        self.blocks: list[Block] = []
+        self.complete = (0, -1)  # generation, version: the newest that is whole here
+        self.processes: list[Process] = []
+        self._board = board
+        self._protected = -1
+        self._kept = -1  # the protected version whose parity is kept
+        self._wanted: list[int] = []
+        board.run(self, self._protect())
+
+    def go_down(self) -> None:
+        """The node is lost."""
+        self.up = False
+        for process in self.processes:
+            process.kill()
+        self._board.changed()
+
+    # ------------------------------------------------------------ what workers say
+
+    def register(self, worker: WorkerId, number: int, segment: Segment) -> None:
+        """Guard a segment; segments of dead workers that nobody needs any more are let go."""
+        self.segments[(*worker, number)] = segment
+        self._prune()
+
+    def enter(self, generation: int, placement: Placement) -> None:
+        """Go to a newer generation: what was wanted in the last one is asked for again."""
+        if generation > self.generation:
+            self.generation, self.placement = generation, placement
+            self._wanted.clear()
+            self.complete = (generation, -1)
+            self._board.changed()
+
+    def sealed(self, generation: int, version: int, protected: int, *, protect: bool) -> None:
+        """A worker here sealed a version of its shards; with `protect` it is to outlive nodes."""
+        self._protected = max(self._protected, protected)
+        self._prune()
+        if protect and generation == self.generation:
+            self._kept = max(self._kept, protected)
+            if version not in self._wanted and self.complete != (generation, version):
+                self._wanted.append(version)
+        self._board.changed()
+
+    def _prune(self) -> None:
+        latest: dict[int, int] = {}
+        for rank, incarnation, _ in self.segments:
+            latest[rank] = max(latest.get(rank, 0), incarnation)
+        newest = max(map(_newest, self.segments.values()), default=-1)
+        needed = newest - STALE_VERSIONS + 1 if self._protected < 0 else min(self._protected, newest - 1)
+        for name, segment in list(self.segments.items()):
+            if name[1] < latest[name[0]] and _newest(segment) < needed:
+                del self.segments[name]
+
+    # ------------------------------------------------------------ answers
+
+    def fetch(self, shards: Iterable[int], version: int, *, replay: bool) -> dict[int, ShardState]:
+        """Shards at `version`; with `replay`, also as the version before and the gradient that leads to it."""
+        found: dict[int, ShardState] = {}
+        for shard in shards:
+            holders = [segment[shard] for segment in self.segments.values() if shard in segment]
+            states = [slots.find(version) for slots in holders]
+            states += [slots.replayed(version) for slots in holders] if replay and version > 0 else []
+            state = next((state for state in states if state is not None), None)
+            if state is not None:
+                found[shard] = state
+        return found
+
+    def covering(self, shards: Collection[int], version: int) -> list[Block]:
+        """The sealed blocks at a version that have any of these shards as a member."""
+        return [b for b in self.blocks if b.version == version and b.sealed and set(shards) & set(b.stripe.shards)]
+
+    def located(self, shard: int, version: int) -> ShardState | None:
+        return self.fetch([shard], version, replay=False).get(shard)
+
+    # ------------------------------------------------------------ the parity held here
+
+    def _protect(self) -> Steps[None]:
+        while True:
+            while not self._wanted:
+                yield None
+            generation, placement, version = self.generation, self.placement, self._wanted[0]
+            assert placement is not None
+            kept = {self._kept, self.complete[1], *self._wanted}
+            self.blocks = [block for block in self.blocks if block.version in kept]
+            self._board.on_protect(self.node, version)
+            yield 0.0
+            whole = (yield from self._encode(placement, generation, version)) and (
+                yield from self._await_own(placement, generation, version)
+            )
+            if version in self._wanted and self.generation == generation:
+                self._wanted.remove(version)
+                if whole:
+                    self.complete = (generation, max(version, self.complete[1]))
+                    self._board.changed()
+
+    def _given_up(self, generation: int) -> bool:
+        return self.generation != generation or len(self._wanted) > 2
+
+    def _open(self, version: int, stripe: Stripe, row: int) -> Block:
+        for block in self.blocks:
+            same = block.stripe.shards == stripe.shards and len(block.stripe.parity) == len(stripe.parity)
+            if block.version == version and block.row == row and same:
+                return block
+        self.blocks.append(Block(version, stripe, row))
+        return self.blocks[-1]
+
+    def _encode(self, placement: Placement, generation: int, version: int) -> Steps[bool]:
+        """Bring our blocks of `version` up; whether all are sealed."""
+        held = [(placement.stripes[number], row) for number, row in placement.held_by(self.node)]
+        blocks = [(stripe, self._open(version, stripe, row)) for stripe, row in held]
+        by_node: dict[str, list[tuple[Block, int]]] = {}
+        for stripe, block in blocks:
+            for shard, node in zip(stripe.shards, stripe.nodes, strict=True):
+                if shard not in block.members:
+                    by_node.setdefault(node, []).append((block, shard))
+        pulls = [
+            self._board.run(self, self._pull(generation, version, node, pieces)) for node, pieces in by_node.items()
+        ]
+        while not all(pull.ended for pull in pulls):
+            yield None
+        return all(block.sealed for _, block in blocks)
+
+    def _pull(self, generation: int, version: int, node: str, pieces: list[tuple[Block, int]]) -> Steps[None]:
+        for block, shard in pieces:
+            yield self._board.delay()
+            while (source := self._board.reach(self.node, node)) is None or not source.located(shard, version):
+                if self._given_up(generation) or (source is not None and source.generation > generation):
+                    self._ended()
+                    return
+                yield RETRY_S if source is None else None
+            state = source.located(shard, version)
+            assert state is not None
+            block.members[shard] = state
+        self._ended()
+
+    def _ended(self) -> None:
+        self._board.world.after(0.0, self._board.changed)
+
+    def _await_own(self, placement: Placement, generation: int, version: int) -> Steps[bool]:
+        own = [shard for stripe in placement.stripes for shard in self._of_ours(stripe)]
+        while not self._given_up(generation):
+            if all(self.located(shard, version) for shard in own):
+                return True
+            yield None
+        return False
+
+    def _of_ours(self, stripe: Stripe) -> Iterator[int]:
+        return (shard for shard, node in zip(stripe.shards, stripe.nodes, strict=True) if node == self.node)
+
+
+def _newest(segment: Segment) -> int:
+    return max((slots.newest() for slots in segment.values()), default=-1)
+
+
+def sources_first(nodes: Iterable[str], own: str) -> list[str]:
+    """Nodes in the order in which they are asked: our own first."""
+    return sorted(nodes, key=functools.partial(str.__ne__, own))

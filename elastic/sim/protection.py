@@ -1,0 +1,89 @@
+"""A simulated worker's part in making versions outlive nodes: the contract of `elastic.protection.Protection`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ...resharding.placement import Placement
+from .snapshots import Snapshots
+from .world import Steps, World
+
+PATIENCE_S = 5.0
+POLL_S = 0.003
+
+
+class Protection:
+    """When versions are protected, and how far that has come. `interval` 0: it changes all the time."""
+
+    def __init__(self, world: World, snapshots: Snapshots, interval: int) -> None:
+        self._world = world
+        self._snapshots = snapshots
+        self._interval = interval
+        self._generation = 0
+        self._stripes = False
+        self._begun: list[int] = []
+        self._whole = -1
+        self._given_up = False
+        self._every = max(1, interval)
+
+    @property
+    def nodes(self) -> bool:
+        return self._stripes
+
+    def enter(self, generation: int, placement: Placement) -> None:
+        """A new generation: what was under way begins again."""
+        self._generation = generation
+        self._stripes = bool(placement.stripes)
+        self._begun.clear()
+        self._whole = -1
+        self._given_up = False
+
+    def begins(self, version: int, *, anyway: bool = False) -> bool:
+        """Whether `version` is one that is to outlive nodes."""
+        if not self._stripes or not (anyway or version % self._every == 0):
+            return False
+        if version not in self._begun:
+            self._begun.append(version)
+        return True
+
+    def look(self) -> int:
+        """The newest version that is whole here, in this generation."""
+        generation, version = self.report()
+        if generation == self._generation and version > self._whole:
+            self._whole, self._given_up = version, False
+            self._begun = [begun for begun in self._begun if begun > version]
+        return self._whole
+
+    def report(self) -> tuple[int, int]:
+        """(generation, version) for a report."""
+        return self._snapshots.protection() if self._stripes else (0, -1)
+
+    def wait(self, step: int, on_wait: Callable[[], None]) -> Steps[None]:
+        """Wait, before `step` is agreed on, until the versions before it that are being protected are whole here."""
+        self.look()
+        started = self._world.now
+        while not self._given_up and any(begun < max(1, step) for begun in self._begun):
+            on_wait()
+            yield POLL_S
+            self.look()
+            if self._world.now - started > PATIENCE_S:
+                self._given_up = True
+
+    def share(self) -> dict[str, int]:
+        """What this rank adds to the agreement of a step."""
+        return {"whole": self._whole, "every": self._interval or self._world.random.randint(1, 4)}
+
+    def agreed(self, shares: Sequence[dict[str, int]]) -> dict[str, int]:
+        """What the members' shares (lowest rank first) mean: for the agreement, equal on all."""
+        if not self._stripes:
+            return {"protected": self._snapshots.protected, "every": self._every}
+        whole = min(share["whole"] for share in shares)
+        return {"protected": max(self._snapshots.protected, whole), "every": shares[0]["every"]}
+
+    def adopt(self, agreement: str) -> None:
+        """Take over what was agreed."""
+        terms: dict[str, Any] = json.loads(agreement)
+        self._snapshots.protected = max(self._snapshots.protected, terms["protected"])
+        self._every = terms["every"]

@@ -1,0 +1,83 @@
+"""Shards back from wherever they are, in a simulated job: the contract of `checkpointing.restore.Sources`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from .keeper import Block, Board, Keeper
+from .values import ShardState
+from .world import Steps
+
+UNREACHABLE_S = 0.2  # until a connection counts as failed
+
+
+class Sources:
+    """The keepers as one rank reaches them, in the order in which they are asked; `on_wait` may raise to give up."""
+
+    def __init__(self, board: Board, node: str, nodes: Sequence[str], on_wait: Callable[[], None]) -> None:
+        self._board = board
+        self._node = node
+        self._nodes = nodes
+        self._on_wait = on_wait
+        self.unreachable: set[str] = set()
+
+    def fetch(
+        self, shards: Iterable[int], version: int, *, replay: bool, decode: bool = True
+    ) -> Steps[dict[int, ShardState]]:
+        """The shards that can be had at `version`; with `replay`, also as the version before and its gradient."""
+        missing = list(shards)
+        found: dict[int, ShardState] = {}
+        for node in self._nodes:
+            keeper = (yield from self._ask(node)) if missing else None
+            if keeper is not None:
+                found.update(keeper.fetch(missing, version, replay=replay))
+            missing = [shard for shard in missing if shard not in found]
+        if missing and decode:
+            found.update((yield from self._decode(missing, version)))
+        return found
+
+    def _ask(self, node: str) -> Steps[Keeper | None]:
+        if node in self.unreachable:
+            return None
+        yield self._board.delay()
+        self._on_wait()
+        keeper = self._board.reach(self._node, node)
+        if keeper is None:
+            yield UNREACHABLE_S
+            self._on_wait()
+            self.unreachable.add(node)
+        return keeper
+
+    def _decode(self, shards: Sequence[int], version: int) -> Steps[dict[int, ShardState]]:
+        """What can be made again from the other members of its stripe and their parity, at exactly `version`."""
+        stripes: dict[tuple[int, ...], list[tuple[Keeper, Block]]] = {}
+        for node in self._nodes:
+            keeper = yield from self._ask(node)
+            for block in keeper.covering(shards, version) if keeper is not None else ():
+                assert keeper is not None
+                stripes.setdefault(block.stripe.shards, []).append((keeper, block))
+        found: dict[int, ShardState] = {}
+        for members, described in stripes.items():
+            lost = [shard for shard in members if shard in shards and shard not in found]
+            if lost:
+                others = [shard for shard in members if shard not in lost]
+                present = yield from self.fetch(others, version, replay=False, decode=False)
+                blocks = [block for keeper, block in described if keeper.up and block in keeper.blocks]
+                found.update(_decoded(members, blocks, present, lost))
+        return found
+
+
+def _decoded(
+    members: tuple[int, ...], blocks: Sequence[Block], present: dict[int, ShardState], lost: Iterable[int]
+) -> dict[int, ShardState]:
+    """The lost members of a stripe, if there are as many blocks of it as it has members."""
+    rows = {block.row for block in blocks}
+    if len(present) + len(rows) < len(members):
+        return {}
+    for block in blocks:
+        odd = [shard for shard in members if block.members[shard] != present.get(shard, block.members[shard])]
+        if odd or block.members != blocks[0].members:
+            raise AssertionError(
+                f"version {block.version} of shards {odd or members} is not what its parity was made of"
+            )
+    return {shard: blocks[0].members[shard] for shard in lost}
