@@ -144,8 +144,13 @@ class Recovery:
         engine.snapshots.enter(plan.generation, placement, orders.keepers, engine.record_bytes)
 
     def _forget_all(self, version: int, agreement: str) -> None:
-        """Go back: what was agreed, reduced and computed since `version` will be again, and come out the same."""
+        """Go back: what was agreed, reduced and computed since `version` will be again, and come out the same.
+
+        All of it at once, the scheduler too: after an abort the next plan need not go back once more.
+        """
         engine = self.engine
+        terms: dict[str, Any] = json.loads(agreement) if agreement else {}
+        self._catch_up(terms or engine.birth, back=True, advance=bool(terms))
         engine.version = engine.owned_version = version
         engine.values_version = -1
         engine.owned = set()
@@ -240,13 +245,13 @@ class Recovery:
         engine.layout = plan.layout
         engine.values_version = version
         terms: dict[str, Any] = json.loads(agreement) if agreement else {}
-        if fresh or back:
+        if fresh:
             engine.version = version
             engine.agreed, engine.agreement = version - 1, agreement
-            if terms or back:
-                self._catch_up(terms or engine.birth, back=back, advance=bool(terms))
-            if terms:  # all who committed the step may have died before they could say so
-                engine.tell_committed(terms, agreement)
+            if terms:
+                self._catch_up(terms, back=False, advance=True)
+        if terms and (fresh or back):  # all who committed the step may have died before they could say so
+            engine.tell_committed(terms, agreement)
         if was_current and engine.state is not None and plan.version is not None:
             engine.protect(anyway=True)
             engine.pipeline.extend_step()
