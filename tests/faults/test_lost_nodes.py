@@ -3,79 +3,86 @@
 from __future__ import annotations
 
 import random
-import signal
-import time
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.jobs import Result, assert_same_run, run_job
-from tests.jobs.hosts import HostJob, Hosts
+from tests.jobs.cluster import Cluster
+from tests.jobs.hosts import Hosts
 
 PHASES = ("compute", "reduce", "agree", "update", "commit", "recover", "restore", "join")
-EVERY_STEP = ["--es-snapshot-every=1"]
+PERIOD = 30
 
 
-@lru_cache(maxsize=8)
-def reference(steps: int) -> Result:
-    """The undisturbed run; its layout does not matter to its bytes."""
-    return run_job(nproc=2, steps=steps, timeout_s=120)
+def node_fault(rank: int, life: int, phase: str) -> dict[str, object]:
+    """Nodes come back when they can, and each dies in steps of its own: one at a time is what is protected here."""
+    place = {"recover": 20, "restore": 25, "join": 0}.get(phase, 5 * (rank - 1))
+    period = 0 if phase == "join" else PERIOD
+    return {
+        "rank": rank, "incarnation": life, "phase": phase, "step": place + 5 if period else 0,
+        "period": period, "kind": "node",
+    }  # fmt: skip
 
 
-def see_to_the_end(job: HostJob, timeout_s: float, **launch: Any) -> None:
-    """Start every node again that was killed, as a cluster's manager does, until the job has ended."""
-    deadline = time.monotonic() + timeout_s
-    while not job.events("ended"):
-        assert time.monotonic() < deadline, f"the job is at step {job.committed()} after {timeout_s:g} s"
-        for host, launcher in list(job.hosts.launchers.items()):
-            if launcher.poll() == -signal.SIGKILL:
-                job.launch(host, **launch)
-        time.sleep(0.05)
-
-
-def check(job: HostJob, steps: int) -> Result:
-    """The verdict: the same losses, the same ledger, the same state; and steps computed again came out the same."""
-    (ended,) = job.events("ended")
-    assert ended["succeeded"], ended
-    members = {event["host"] for event in job.events("node_joined")} - {e["host"] for e in job.events("node_lost")}
-    up = [host for host in job.hosts.launchers if job.hosts.address(host) in members]
-    result = job.result(*(up or [0]))
-    assert_same_run(result, reference(steps))
-    assert all(event["same"] for event in result.named("committed_again"))
-    return result
-
-
-def _step(number: int, phase: str) -> int:
-    """Far enough apart that each loss is made good before the next: one at a time is what is protected here."""
-    return 0 if phase == "join" else 6 + 12 * number if number < 4 else 60 + 40 * (number - 4)
-
-
-def flags(tmp_path: Path, *more: str) -> list[str]:
-    return [*EVERY_STEP, f"--log-dir={tmp_path}/logs", *more]
+def worker_faults(count: int) -> list[dict[str, object]]:
+    """The only worker of rank 0 dies again and again, in the steps where others die in recoveries."""
+    return [
+        {"rank": 0, "incarnation": i, "phase": "compute", "step": 25 + 5 * (i % 2), "period": PERIOD}
+        for i in range(count)
+    ]
 
 
 @pytest.mark.parametrize("stages", [1, 2])
 def test_a_node_dies_in_every_phase(stages: int, tmp_path: Path) -> None:
     """Five nodes; each life of the last four ends in another phase. Workers of the first one die too, which all see."""
-    steps = 600
     rng = random.Random(stages)
-    places = [(rank, life) for life in (0, 1) for rank in (1, 2, 3, 4)]
+    lives = [(rank, life) for life in (0, 1) for rank in (1, 2, 3, 4)]
     first, again = list(PHASES[:5]), list(PHASES[5:])
     rng.shuffle(first)
     phases = [*first[:4], *again, first[4]]  # only a second life can join
-    faults = [
-        {"rank": rank, "incarnation": life, "phase": phase, "step": _step(number, phase), "kind": "node"}
-        for number, ((rank, life), phase) in enumerate(zip(places, phases, strict=True))
-    ]
-    faults += [{"rank": 0, "incarnation": i, "phase": "compute", "step": 25 * (i + 1)} for i in range(22)]
+    faults = [node_fault(rank, life, phase) for (rank, life), phase in zip(lives, phases, strict=True)]
     with Hosts(5) as hosts:
-        job = HostJob(hosts, tmp_path, nnodes="5:5", steps=steps, stages=stages)
-        job.launch(*range(5), flags=flags(tmp_path), faults=faults)
-        see_to_the_end(job, 200, flags=flags(tmp_path), faults=faults)
-        result = check(job, steps)
+        job = Cluster(hosts, tmp_path, steps=400, stages=stages)
+        job.start(faults=faults + worker_faults(40))
+        job.see_to_the_end(200)
+        result = job.check()
     lost = result.named("node_lost")
     back = [event["lost_steps"] for event in result.named("recovered") if event["nodes"]]
     print(f"{len(lost)} nodes lost, {len(result.named('worker_died'))} workers, steps gone back: {back}")
     assert len(lost) == len(PHASES)
+
+
+def pair(ranks: tuple[int, int], phases: tuple[str, str], step: int, life: int = 0) -> list[dict[str, object]]:
+    return [
+        {"rank": rank, "incarnation": life, "phase": phase, "step": step, "kind": "node"}
+        for rank, phase in zip(ranks, phases, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("protection", ["parity", "replicate"])
+def test_two_nodes_at_once(protection: str, tmp_path: Path) -> None:
+    """Six nodes, of which any two may be lost: at one instant in different phases, and one while the other is made up.
+
+    What is lost second is lost before anything outlives the first loss.
+    """
+    rng = random.Random(6)
+    faults = pair((1, 2), ("compute", "reduce"), 4) + pair((3, 4), ("agree", "update"), 12)
+    with Hosts(6) as hosts:
+        job = Cluster(hosts, tmp_path, steps=400, flags=["--es-node-losses=2", f"--es-protection={protection}"])
+        job.start(faults=faults)
+        job.reaches(13)
+        for number, (first, second) in enumerate([(1, 4), (0, 5), (3, 2), (5, 1)]):
+            job.await_whole()
+            job.advance(rng.randrange(1, 4))
+            if number % 2:
+                hosts.kill(first, second)
+                continue
+            planned = len(job.events("planned"))
+            hosts.kill(first)
+            job.until(lambda before=planned: len(job.events("planned")) > before, 20, "the loss is planned for")
+            hosts.kill(second)
+        job.see_to_the_end(120)
+        result = job.check()
+    told = [(len(event["nodes"]), event["lost_steps"]) for event in result.named("recovered") if event["nodes"]]
+    print(f"{len(result.named('node_lost'))} nodes lost; recoveries (nodes, steps gone back): {told}")
+    assert len(result.named("node_lost")) == 12

@@ -214,6 +214,8 @@ class HostJob:
         self._nnodes = nnodes
         self._arguments = [json.dumps({"out": str(out), "steps": steps, "stages": stages, **config})]
         self._events = out / "events.jsonl"
+        self._seen: list[dict[str, Any]] = []
+        self._read_bytes = 0
         self.coordinator = self.start_coordinator()
 
     def start_coordinator(self) -> subprocess.Popen[str]:
@@ -230,9 +232,14 @@ class HostJob:
 
     def events(self, name: str = "") -> list[dict[str, Any]]:
         """What the coordinator recorded so far: all events, or those of one name."""
-        lines = self._events.read_text().splitlines(keepends=True) if self._events.exists() else []
-        found = [json.loads(line) for line in lines if line.endswith("\n")]
-        return [event for event in found if not name or event["event"] == name]
+        if self._events.exists():
+            with self._events.open() as stream:  # only what is new: this is polled
+                stream.seek(self._read_bytes)
+                new = stream.read()
+            whole = new[: new.rfind("\n") + 1]
+            self._read_bytes += len(whole.encode())
+            self._seen += [json.loads(line) for line in whole.splitlines()]
+        return [event for event in self._seen if not name or event["event"] == name]
 
     def committed(self) -> int:
         """The last step that was committed, or -1."""

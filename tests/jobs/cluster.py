@@ -1,0 +1,119 @@
+"""A job on hosts that come back: what was killed is started again, as a cluster's manager does; and the verdict."""
+
+from __future__ import annotations
+
+import re
+import signal
+import time
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from tests.jobs import Result, assert_same_run, run_job
+from tests.jobs.hosts import HostJob, Hosts
+
+_CHANGES = ("started", "planned", "joined", "node_lost", "worker_died")
+
+
+@lru_cache(maxsize=8)
+def reference(steps: int) -> Result:
+    """The undisturbed run; its layout does not matter to its bytes, which other tests show."""
+    return run_job(nproc=2, steps=steps, timeout_s=120)
+
+
+class Cluster(HostJob):
+    """The job of `HostJob`, on all hosts, with a version that outlives nodes after every step."""
+
+    def __init__(
+        self, hosts: Hosts, out: Path, *, steps: int, stages: int = 1, flags: Sequence[str] = (), **config: Any
+    ) -> None:
+        count = len(hosts.hosts)
+        super().__init__(hosts, out, nnodes=f"{count}:{count}", steps=steps, stages=stages, **config)
+        self.steps = steps
+        self.flags = ["--es-snapshot-every=1", f"--log-dir={out}/logs", *flags]
+        self.workers = 1
+        self.faults: Sequence[Any] = ()
+        self.away: set[int] = set()  # hosts that are down and stay so
+
+    def start(self, *hosts: int, faults: Sequence[Any] = (), workers: int = 1) -> None:
+        """Start the nodes of these hosts, or of all; with the same faults each time they are started again."""
+        self.faults, self.workers = faults, workers
+        self.launch(*(hosts or self.hosts.hosts), flags=self.flags, faults=faults, workers=workers)
+
+    def restart(self) -> list[int]:
+        """Start again what was killed and is not away; which hosts."""
+        killed = [
+            host
+            for host, launcher in self.hosts.launchers.items()
+            if launcher.poll() == -signal.SIGKILL and host not in self.away
+        ]
+        if killed:
+            self.launch(*killed, flags=self.flags, faults=self.faults, workers=self.workers)
+        return killed
+
+    def until(self, condition: Callable[[], Any], timeout_s: float, what: str) -> None:
+        """Wait for something, and start again what was killed meanwhile. Fails when the job has ended before."""
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            assert time.monotonic() < deadline, f"not within {timeout_s:g} s, at step {self.committed()}: {what}"
+            assert not self.events("ended") or condition(), f"the job ended before {what}: {self.events('ended')}"
+            self.restart()
+            time.sleep(0.02)
+
+    def see_to_the_end(self, timeout_s: float) -> None:
+        """Start again what is killed, until the job has ended."""
+        self.until(lambda: self.events("ended"), timeout_s, "the job has ended")
+
+    def nodes(self) -> dict[str, str]:
+        """Address -> node, of the nodes that are in the job now."""
+        found: dict[str, str] = {}
+        for event in self.events():
+            if event["event"] == "node_joined":
+                found[event["host"]] = event["node"]
+            elif event["event"] == "node_lost" and found.get(event["host"]) == event["node"]:
+                del found[event["host"]]
+        return found
+
+    def protected(self) -> bool:
+        """Whether a version outlives nodes that was made since the last change of the membership."""
+        since = self._since_changes()
+        return bool(since) and since[-1]["protected"] > since[0]["step"]
+
+    def whole(self) -> bool:
+        """Whether all hosts train, and a version outlives nodes that was made since they do."""
+        if not self.protected():
+            return False
+        stages = re.findall(r"ranks ([\d,]+)", self._since_changes()[-1]["layout"])
+        ranks = {rank for stage in stages for rank in stage.split(",")}
+        return len(ranks) == len(self.hosts.hosts) * self.workers
+
+    def _since_changes(self) -> list[dict[str, Any]]:
+        events = self.events()
+        last = max((i for i, event in enumerate(events) if event["event"] in _CHANGES), default=-1)
+        return [event for event in events[last + 1 :] if event["event"] == "committed"]
+
+    def await_whole(self, timeout_s: float = 90.0) -> None:
+        """Wait until the next loss may come, in steps that take longer, so that there are some left for it."""
+        slow = self.out / "slow"
+        slow.touch()
+        try:
+            self.until(self.whole, timeout_s, "the job is whole")
+        finally:
+            slow.unlink()
+
+    def advance(self, steps: int) -> None:
+        """Wait for some more committed steps."""
+        goal = self.committed() + steps
+        self.until(lambda: self.committed() >= goal, 60, f"step {goal} is committed")
+
+    def check(self) -> Result:
+        """The verdict: the same losses, the same ledger, the same state; and steps computed again came out the same."""
+        (ended,) = self.events("ended")
+        assert ended["succeeded"], ended
+        members = self.nodes()
+        up = [host for host in self.hosts.launchers if self.hosts.address(host) in members]
+        result = self.result(*up)
+        assert_same_run(result, reference(self.steps))
+        assert all(event["same"] for event in result.named("committed_again"))
+        return result
