@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -25,20 +24,22 @@ from ..elastic.progress import Fault
 from . import job
 
 WORKERS = 4
-NODES = 2
+NODES = 4
 TIMEOUT_S = 600.0
 FAULTS = (
     Fault(rank=1, step=5, phase="compute", after=2),
-    Fault(rank=2, step=12, phase="reduce"),
-    Fault(rank=0, step=19, phase="update"),
+    Fault(rank=2, step=9, phase="reduce"),
+    Fault(rank=3, step=14, phase="update", kind="node"),  # agent, keeper and worker at one instant
+    Fault(rank=0, step=20, phase="update"),
     Fault(rank=1, step=26, phase="agree", incarnation=1),  # these two at once,
-    Fault(rank=3, step=26, phase="agree"),  # one of each stage
-    Fault(rank=2, step=33, phase="commit", incarnation=1),
-    Fault(rank=3, step=40, phase="compute", incarnation=1, after=1),
-    Fault(rank=0, step=40, phase="recover", incarnation=1),  # while the one before is recovered from
-    Fault(rank=1, step=47, phase="compute", incarnation=2, kind="stop"),  # hangs instead of dying
-    Fault(rank=2, step=53, phase="restore", incarnation=2),
-    Fault(rank=3, step=53, phase="compute", incarnation=2),
+    Fault(rank=2, step=26, phase="agree", incarnation=1),  # one of each stage
+    Fault(rank=0, step=31, phase="commit", incarnation=1),
+    Fault(rank=2, step=36, phase="compute", incarnation=2, after=1, kind="node"),
+    Fault(rank=1, step=42, phase="compute", incarnation=2, after=1),
+    Fault(rank=0, step=42, phase="recover", incarnation=2),  # while the one before is recovered from
+    Fault(rank=1, step=48, phase="compute", incarnation=3, kind="stop"),  # hangs instead of dying
+    Fault(rank=0, step=54, phase="restore", incarnation=3),
+    Fault(rank=1, step=54, phase="compute", incarnation=4),
 )
 
 
@@ -68,7 +69,7 @@ def demo(arguments: Sequence[str]) -> int:
     try:
         console.print(
             f"A byte-level GPT on {WORKERS} workers, {job.STAGES} stages, {NODES} node agents, {job.STEPS} steps. "
-            f"{len(FAULTS)} faults are injected."
+            f"{len(FAULTS)} faults are injected: workers and whole nodes are killed."
         )
         disturbed = _run(FAULTS, console, "with faults")
         console.print("The same job, left alone:")
@@ -88,56 +89,67 @@ def demo(arguments: Sequence[str]) -> int:
 
 def _run(faults: Sequence[Fault], console: Console, title: str) -> Outcome:
     with tempfile.TemporaryDirectory(prefix="everstep-demo-") as folder:
-        events, summary = Path(folder, "events.jsonl"), Path(folder, "summary.json")
-        events.touch()
-        launchers = _launch(faults, events, summary, Path(folder))
+        cluster = _Cluster(Path(folder), faults)
         try:
-            lines = list(_watch(launchers, events, console, title))
+            lines = list(_watch(cluster, console, title))
         finally:
-            for launcher in launchers:
-                launcher.kill()
-                launcher.wait()
-        if any(launcher.returncode != 0 for launcher in launchers) or not summary.exists():
+            cluster.close()
+        summary = Path(folder, "summary.json")
+        if not lines or not lines[-1].get("succeeded") or not summary.exists():
             raise DemoError(f"the job ended early:\n{Path(folder, 'log').read_text()[-3000:]}")
         result = json.loads(summary.read_text())
         return Outcome(lines, result["digest"], result["parameters"])
 
 
-def _launch(faults: Sequence[Fault], events: Path, summary: Path, folder: Path) -> list[subprocess.Popen[bytes]]:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "everstep", "run", "--nnodes", str(NODES), "--rdzv-backend", "c10d"]
-    command += ["--rdzv-id", "demo", "--rdzv-endpoint", f"127.0.0.1:{port}"]
-    command += ["--nproc-per-node", str(WORKERS // NODES)]
-    script = [str(Path(job.__file__)), str(summary)]
-    environment = {**os.environ, Fault.VARIABLE: json.dumps([vars(fault) for fault in faults])}
-    log = (folder / "log").open("ab")
+class _Cluster:
+    """A coordinator and some nodes, all on this machine; a node that is killed is started again."""
 
-    def start(flags: list[str]) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
-            [*command, *flags, *script], env=environment, stdout=log, stderr=log, preexec_fn=die_with_parent
-        )
+    def __init__(self, folder: Path, faults: Sequence[Fault]) -> None:
+        self.events = folder / "events.jsonl"
+        self.events.touch()
+        self._log = (folder / "log").open("ab")
+        self._environment = {**os.environ, Fault.VARIABLE: json.dumps([vars(fault) for fault in faults])}
+        own = ["coordinator", "--bind", "127.0.0.1:0", "--nnodes", str(NODES), "--rdzv-id", "demo"]
+        self._coordinator = self._start([*own, "--es-events", str(self.events)], subprocess.PIPE)
+        assert self._coordinator.stdout is not None
+        address = self._coordinator.stdout.readline().decode().split()[-1:]
+        if not address:
+            raise DemoError(f"the coordinator did not start:\n{(folder / 'log').read_text()[-3000:]}")
+        run = ["run", "--nnodes", str(NODES), "--nproc-per-node", str(WORKERS // NODES), "--rdzv-backend", "c10d"]
+        run += ["--rdzv-id", "demo", "--rdzv-endpoint", address[0], "--log-dir", str(folder / "logs")]
+        self._run = [*run, "--es-snapshot-every", "1", str(Path(job.__file__)), str(folder / "summary.json")]
+        self._nodes = [self._start(self._run, self._log) for _ in range(NODES)]
 
-    first = start(["--es-events", str(events)])
-    deadline = time.monotonic() + 60
-    while not _listens(port) and first.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return [first, *(start([]) for _ in range(NODES - 1))]
+    def _start(self, arguments: list[str], stdout: Any) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "everstep", *arguments]
+        environment = self._environment
+        return subprocess.Popen(command, env=environment, stdout=stdout, stderr=self._log, preexec_fn=die_with_parent)
+
+    def runs(self) -> bool:
+        """Whether the job goes on; starts nodes again that were killed, as a cluster's manager does."""
+        if self._coordinator.poll() is not None:
+            return False
+        for number, node in enumerate(self._nodes):
+            if node.poll() == -signal.SIGKILL:
+                self._nodes[number] = self._start(self._run, self._log)
+        return any(node.poll() is None for node in self._nodes)
+
+    def close(self) -> None:
+        """End what is left."""
+        for process in (*self._nodes, self._coordinator):
+            process.kill()
+            process.wait()
+        if self._coordinator.stdout is not None:
+            self._coordinator.stdout.close()
+        self._log.close()
 
 
-def _listens(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def _watch(
-    launchers: Sequence[subprocess.Popen[bytes]], events: Path, console: Console, title: str
-) -> Iterator[dict[str, Any]]:
+def _watch(cluster: _Cluster, console: Console, title: str) -> Iterator[dict[str, Any]]:
     """Yield the job's events as they come, and show them."""
     deadline = time.monotonic() + TIMEOUT_S
-    with events.open() as stream, console.status("starting ...") as status:
+    with cluster.events.open() as stream, console.status("starting ...") as status:
         while True:
-            running = any(launcher.poll() is None for launcher in launchers)
+            running = cluster.runs()
             for line in stream:
                 event = json.loads(line)
                 _tell(event, console, status, title)
@@ -161,6 +173,10 @@ def _tell(event: dict[str, Any], console: Console, status: Any, title: str) -> N
             f"  [red]rank {event['rank']}[/red] lost in step {event['step']} ({event['phase']}): {event['cause']}",
             highlight=False,
         )
+    elif kind == "node_lost":
+        console.print(f"  [red]node {event['node']}[/red] lost, with rank {event['ranks'][0]}", highlight=False)
+    elif kind == "node_joined" and event["order"] >= 0:
+        status.update(f"{title}: node {event['node']} is there")
     elif kind == "recovered":
         console.print(
             f"  recovered in {event['total_s']:.3f} s, of which {event['recompute_s']:.3f} s compute; "
@@ -185,7 +201,9 @@ def summarise(disturbed: Outcome, reference: Outcome) -> dict[str, Any]:
         "parameters": disturbed.parameters,
         "loss_first": losses[0],
         "loss_last": losses[-1],
+        "nodes": NODES,
         "kills": len(disturbed.named("worker_died")),
+        "nodes_lost": len(disturbed.named("node_lost")),
         "faults": [_fault(event) for event in disturbed.named("recovered")],
         "samples_used_once": _samples_used_once([step for step, _, _ in ledgers[0]]),
         "digest": disturbed.digest,
@@ -198,13 +216,15 @@ _TIMES = ("detect_s", "abort_s", "agree_s", "edit_s", "restore_s", "recompute_s"
 
 
 def _fault(event: dict[str, Any]) -> dict[str, Any]:
+    ranks = ",".join(f"rank {rank}" for rank in event["ranks"])
     return {
-        "step": event["interrupted_step"],
-        "kind": "hang" if event["why"].startswith("hung") else "kill",
-        "target": ",".join(f"rank {rank}" for rank in event["ranks"]),
+        "step": event["interrupted_step"] if event["interrupted_step"] >= 0 else event["step"],
+        "kind": "node" if event["nodes"] else "hang" if event["why"].startswith("hung") else "kill",
+        "target": f"node of {ranks}" if event["nodes"] else ranks,
         "phase": event["phase"],
         **{name: round(event[name], 4) for name in _TIMES},
-        "redone_micro_batches": event["redone_micro_batches"],
+        # What a lost node had finished of its step went with it.
+        "redone_micro_batches": None if event["nodes"] else event["redone_micro_batches"],
         "lost_steps": event["lost_steps"],
     }
 
@@ -231,11 +251,13 @@ def _show(summary: dict[str, Any], console: Console) -> None:
     for fault in summary["faults"]:
         times = [f"{fault[name]:.3f}" for name in _TIMES]
         named = [str(fault["step"]), fault["kind"], fault["target"], fault["phase"]]
-        table.add_row(*named, *times, str(fault["redone_micro_batches"]), str(fault["lost_steps"]))
+        redone = fault["redone_micro_batches"]
+        table.add_row(*named, *times, "-" if redone is None else str(redone), str(fault["lost_steps"]))
     console.print(table)
     console.print(
         f"{summary['steps']} steps, loss {summary['loss_first']:.4f} -> {summary['loss_last']:.4f}, "
-        f"{summary['kills']} workers lost, samples used once: {'yes' if summary['samples_used_once'] else 'NO'}",
+        f"{summary['kills']} workers and {summary['nodes_lost']} nodes lost, "
+        f"samples used once: {'yes' if summary['samples_used_once'] else 'NO'}",
         highlight=False,
     )
     console.print(f"digest     {summary['digest']}\nreference  {summary['digest_reference']}", highlight=False)
