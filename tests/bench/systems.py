@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import socket
 import subprocess
 import time
 from dataclasses import dataclass
@@ -142,6 +143,40 @@ class Everstep(System):
         if not self.events_path.exists():
             return []
         return [json.loads(line) for line in self.events_path.read_text().splitlines()]
+
+
+class Protected(Everstep):
+    """Two nodes of one worker each; every version outlives either of them."""
+
+    protection = "parity"
+
+    def start(self) -> None:
+        self.patience_s = 10.0
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
+        flags = [f"--nnodes={self.job.workers}", "--nproc-per-node=1", f"--rdzv-endpoint={endpoint}", "--rdzv-id=bench"]
+        flags += ["--rdzv-backend=c10d", f"--es-protection={self.protection}", "--es-snapshot-every=1"]
+        command = ["-m", "everstep", "run", *flags, "--es-events", str(self.events_path)]
+        script = [str(PEERS / "everstep_worker.py"), str(self.path)]
+        self.children = [start([*command, *script], self.log) for _ in range(self.job.workers)]
+
+
+class Replicated(Protected):
+    """The same, by copies."""
+
+    protection = "replicate"
+
+
+class Replayed(Protected):
+    """The same, by backups that run the same optimizer."""
+
+    protection = "replay"
+
+
+class Unprotected(Protected):
+    """The same two nodes; a lost one would take its shards along."""
+
+    protection = "none"
 
 
 def versions() -> dict[str, str | float | None]:
