@@ -104,6 +104,7 @@ class Engine:
         self.state: StepState | None = None
         self.owned: set[int] = set()  # shards held in good order at `owned_version`
         self.owned_version = 0
+        self.pristine = True  # every value is still as it was made from the seed
         self.values_version = 0  # -1 while values are being replaced
         self.agreed = -1
         self.agreement = ""
@@ -305,6 +306,7 @@ class Engine:
         self.optimizer.update(self.gradients, terms["groups"], terms["scale"])
         self.backups.update(terms["groups"], terms["scale"])
         self.owned_version = terms["step"] + 1
+        self.pristine = False
 
     def commit(self, agreement: str) -> None:
         """Version step + 1 is held here: start protecting it, and go on to the next step."""

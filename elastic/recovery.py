@@ -77,6 +77,7 @@ class Recovery:
             agreed=engine.agreed,
             agreement=engine.agreement,
             protected=engine.protection.report(),
+            outlives=engine.snapshots.protected,
             held=tuple(sorted(state.held)) if valid else (),
             started=tuple(sorted(state.started)) if valid else (),
             todo=tuple(state.todo) if valid else (),
@@ -105,7 +106,8 @@ class Recovery:
         if not fresh and not back and engine.owned_version == version - 1:
             engine.update(agreement)
         was_current = not fresh and not back and engine.values_version == version
-        seeded = version == 0 and not back
+        seeded = version == 0 and engine.pristine
+        engine.pristine = seeded
         self._take_places(orders, version, anew=fresh or back, seeded=seeded)
         self._restore(plan, engine.optimizer, engine.owned, version, agreement)
         self._restore(plan, engine.backups.copies, engine.backups.level, version, agreement)
@@ -260,6 +262,7 @@ class Recovery:
             return
         if not fresh and engine.version == version - 1:
             engine.agreed, engine.agreement = version - 1, agreement
+            engine.protection.adopt(terms)
             engine.commit(agreement)
         engine.protect(anyway=True)
         engine.state = StepState.begin(version, engine.rank, engine.settings.micro_batches, plan.work)

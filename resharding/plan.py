@@ -29,7 +29,8 @@ class Report:
     Versions count committed steps: version v is the state before step v. `owned` are the shards it holds at
     `owned_version`; `values_version` is the version at which it holds every parameter of its layers `[start, stop)`,
     -1 if they are torn. `agreed` is the last step whose agreement it passed, -1 if none, with what was agreed.
-    `protected` is (generation, version): the newest version that its node's keeper holds, and holds the parity for.
+    `protected` is (generation, version): the newest version that its node's keeper holds, and holds the parity for;
+    `outlives` the newest version that all are known to have agreed outlives nodes, -1 if none.
     `held`, `started` and `todo` are micro-batches of step `values_version`: gradient held, forward done, neither.
     """
 
@@ -43,6 +44,7 @@ class Report:
     agreed: int = -1
     agreement: str = ""
     protected: tuple[int, int] = (0, -1)
+    outlives: int = -1
     held: tuple[Span, ...] = ()
     started: tuple[Span, ...] = ()
     todo: tuple[Span, ...] = ()

@@ -165,7 +165,7 @@ def _committed(state: State, event: e.WorkerCommitted, now: float) -> Outcome:
     if state.phase is Phase.RUNNING and state.recovery is not None:
         effects.append(recovered(state.recovery, event.step, now))
         state = replace(state, recovery=None)
-    return state, effects
+    return _end_if_finished(state, effects)
 
 
 def _noted(state: State, event: e.WorkerNoted, now: float) -> Outcome:
@@ -207,6 +207,21 @@ def _finished(state: State, event: e.WorkerFinished, now: float) -> Outcome:
     return state, [*effects, *more]
 
 
+def _resumed(state: State, event: e.WorkerResumed, now: float) -> Outcome:
+    return _end_if_finished(resumed(state, event, now), [])
+
+
+def _end_if_finished(state: State, effects: Effects) -> Outcome:
+    """The end, when those who had still to finish are lost, and the others have recovered from that."""
+    recovery, job = state.recovery, state.job
+    recovering = recovery is not None and any(w.id not in recovery.resumed for w in state.members())
+    if state.phase is not Phase.RUNNING or job is None or recovering or not _all_finished(state):
+        return state, effects
+    if state.rolled_back and state.committed + 1 < job.steps:
+        return state, effects  # they compute the last steps again
+    return replace(state, phase=Phase.DONE), [*effects, e.EndJob(True)]
+
+
 def _all_finished(state: State) -> bool:
     """Whether the user's function has returned wherever it got to the last step."""
     return all(w.status is Status.FINISHED for w in state.members()) and not any(
@@ -236,7 +251,7 @@ _HANDLERS: dict[type[Any], Callable[[State, Any, float], Outcome]] = {
     e.WorkerReported: reported,
     e.WorkerLacking: lacking,
     e.CorruptionFound: corrupted,
-    e.WorkerResumed: resumed,
+    e.WorkerResumed: _resumed,
     e.WorkerSwitched: _switched,
     e.WorkerIdled: _idled,
     e.WorkerCommitted: _committed,

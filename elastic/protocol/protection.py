@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from ...resharding.layout import Layout
 from ...resharding.placement import Placement, place
@@ -113,18 +114,27 @@ def _mib(count: int) -> str:
 def protected_now(state: State, reports: Iterable[tuple[str, Report]]) -> int:
     """The newest version that the live nodes' keepers hold with its parity; -1 if they do not all say so.
 
-    What a lost node held of such a version can be made again from its parity, so the lost need not say anything.
+    They speak of one generation; who has to say something is a matter of where parity lay in it. What a lost node held of such a version can be made again from its parity, so the lost need not say anything.
     """
     said: dict[str, tuple[int, int]] = {}
     for node, report in reports:
         if not report.fresh:
             said[node] = max(said.get(node, (0, -1)), report.protected)
-    stripes = state.placement.stripes if state.placement else ()
+    generation = max((generation for generation, _ in said.values()), default=0)
+    placement = state.placements.get(generation)
+    stripes = placement.stripes if placement else ()
     asked = {node for stripe in stripes for node in (*stripe.nodes, *stripe.parity)} & set(state.nodes)
-    generations = {said.get(node, (0, -1))[0] for node in asked}
-    if len(generations) != 1:
+    answers = [said.get(node, (0, -1)) for node in asked]
+    if any(answer[0] != generation for answer in answers):
         return -1
-    return min(said.get(node, (0, -1))[1] for node in asked)
+    return min((version for _, version in answers), default=-1)
+
+
+def still_missing(recovery: Recovery, newest: int) -> Recovery:
+    """The recovery without what a plan made good that training went on from: all had carried it out."""
+    if not 0 <= recovery.planned < newest:
+        return recovery
+    return replace(recovery, losses=tuple(x for x in recovery.losses if not x.planned), ceiling=None, lacking=())
 
 
 def target(state: State, recovery: Recovery, newest: int, reports: Sequence[tuple[str, Report]]) -> int:
@@ -133,7 +143,7 @@ def target(state: State, recovery: Recovery, newest: int, reports: Sequence[tupl
     A node took nothing along if its members had only just entered at `newest`: what they own is still where they took
     it from, or, at version 0, made from the seed. -1 if there is no such version.
     """
-    exposed = recovery.lost_since is not None and recovery.lost_since < newest
+    exposed = any(loss.since < newest for loss in recovery.losses)
     if recovery.ceiling is None and not exposed:
         return newest
     candidates = [state.protected, protected_now(state, reports)]

@@ -11,9 +11,9 @@ from ...resharding.plan import Plan, PlanError, Report, plan_recovery, plan_roll
 from ...resharding.planners import change_layout, initial_layout
 from . import events as e
 from .outcome import Effects, Outcome, current, fail, start_workers, with_workers
-from .protection import memory_needed, placement_for, protected_now, statements, target, too_small
+from .protection import memory_needed, placement_for, protected_now, statements, still_missing, target, too_small
 from .restarts import classic_exit
-from .state import Phase, Recovery, State, Status, Worker
+from .state import Loss, Phase, Recovery, State, Status, Worker
 
 
 def died(state: State, event: e.WorkerDied, now: float) -> Outcome:
@@ -109,9 +109,6 @@ def begin_recovery(
     if earlier is not None and state.phase is Phase.RECOVERING:
         asked += [w for w in state.workers.values() if w.id in earlier.awaited and w not in asked]
     died = (cause.worker,) if cause else tuple(worker.id for worker in lost)
-    since = [worker.since for worker in lost]
-    if earlier is not None and earlier.lost_since is not None:
-        since.append(earlier.lost_since)
     detected_s = cause.detected_at_s if cause and cause.detected_at_s else now
     killed_s = cause.killed_at_s if cause and cause.killed_at_s else detected_s
     recovery = Recovery(
@@ -128,8 +125,10 @@ def begin_recovery(
         lost_steps=earlier.lost_steps if earlier else 0,
         join=state.join or (earlier.join if earlier else None),
         nodes_lost=(earlier.nodes_lost if earlier else ()) + ((node,) if node else ()),
-        lost_since=min(since, default=None),
+        losses=(earlier.losses if earlier else ()) + tuple(Loss(worker.since) for worker in lost),
+        planned=earlier.planned if earlier else -1,
         ceiling=earlier.ceiling if earlier else None,
+        lacking=earlier.lacking if earlier else (),
         awaited=frozenset(w.id for w in asked),
     )
     state = replace(state, phase=Phase.RECOVERING, generation=generation, recovery=recovery, join=None)
@@ -168,24 +167,28 @@ def plan_if_complete(state: State, now: float) -> Outcome:
     starting = any(w.status is Status.STARTING for w in state.workers.values())
     if starting and all(report.fresh for report in reports):
         return state, []  # nobody is left who was training: start, with all replacements, from what the keepers hold
-    newest = max([state.agreed, *(report.agreed for report in reports)]) + 1
+    furthest = max([state.agreed, *(report.agreed for report in reports)]) + 1
+    # Some may not have carried out a rollback yet: what they agreed on before was given up.
+    newest = max([state.agreed, *(r.agreed for r in reports if r.generation >= state.rolled_back)]) + 1
     by_node = [(state.workers[report.rank].node, report) for report in reports]
+    recovery = still_missing(recovery, newest)
+    state = replace(state, protected=max(state.protected, *(report.outlives for report in reports)))
     version = target(state, recovery, newest, by_node)
     if version < 0 or (version < newest and version > 0 and version - 1 not in state.agreements):
         return fail(state, _everything_gone(state, recovery, newest))
     try:
-        plan = _recovery_plan(state, job, reports, version if version < newest else None)
-        if recovery.nodes_lost and plan.version == protected_now(state, by_node):
-            plan = replace(plan, protected=plan.version)
+        plan = _recovery_plan(state, job, reports, version if version < furthest else None)
+        plan = replace(plan, protected=max(plan.protected, min(version, protected_now(state, by_node))))
     except (LayoutError, PlanError) as error:
         return fail(state, f"generation {recovery.generation} cannot be planned, which is a bug of everstep: {error}")
     assert plan.version is not None
     lost_steps = max(recovery.lost_steps, state.committed + 1 - plan.version)
     if plan.version != recovery.step:  # the interrupted step had been agreed on, or all of it is computed again
         recovery = replace(recovery, lost_micro_batches=0)
-    recovery = replace(recovery, planned_s=now, lost_steps=lost_steps)
+    losses = tuple(loss._replace(planned=True) for loss in recovery.losses)
+    recovery = replace(recovery, planned_s=now, lost_steps=lost_steps, losses=losses, planned=plan.version)
     state = replace(state, recovery=recovery)
-    if plan.version < newest:
+    if plan.version < furthest:
         state = replace(
             state,
             committed=plan.version - 1,
@@ -278,7 +281,9 @@ def carry_out(state: State, plan: Plan) -> Outcome:
     """Give a plan to its members, with the placement of parity from then on."""
     before = state.placement
     placement = placement_for(state, plan.layout)
-    state = replace(state, placement=placement)
+    in_force = state.layout.generation if state.layout else 0
+    placements = {g: p for g, p in state.placements.items() if g >= in_force}
+    state = replace(state, placement=placement, placements={**placements, plan.generation: placement})
     needed = memory_needed(state, plan.layout, placement)
     lacks = too_small(state, needed) if before is None else ""
     if lacks:
@@ -298,13 +303,13 @@ def carry_out(state: State, plan: Plan) -> Outcome:
     return state, [*(e.CarryOut(w.id, plan, peers, keepers, placement, nodes) for w in members), *told]
 
 
-def resumed(state: State, event: e.WorkerResumed, now: float) -> Outcome:
+def resumed(state: State, event: e.WorkerResumed, now: float) -> State:
     """A member carried out the plan of the recovery."""
     recovery = state.recovery
     if recovery is None or event.generation != recovery.generation or current(state, event.worker) is None:
-        return state, []
+        return state
     resumed = {**recovery.resumed, event.worker: (event.edit_s, event.restore_s)}
-    return replace(state, recovery=replace(recovery, resumed=resumed, resumed_s=now)), []
+    return replace(state, recovery=replace(recovery, resumed=resumed, resumed_s=now))
 
 
 def recovered(recovery: Recovery, step: int, now: float) -> e.Record:

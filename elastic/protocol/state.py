@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from ...resharding.layout import Layout
 from ...resharding.placement import Placement
@@ -68,6 +68,13 @@ class Worker:
     owes_end: bool = False  # its rank died after the last step, in what the user's function does then
 
 
+class Loss(NamedTuple):
+    """A member lost with its node. `since`: when it became one; `planned`: a plan was made since it was lost."""
+
+    since: int
+    planned: bool = False
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recovery:
     """A recovery under way, and after it until the next commit: what its log line will say."""
@@ -84,7 +91,8 @@ class Recovery:
     started_s: float  # when the coordinator began
     join: Plan | None = None  # the join plan that some may have switched to
     nodes_lost: tuple[str, ...] = ()  # what only they held is gone
-    lost_since: int | None = None  # the oldest `since` of their members
+    losses: tuple[Loss, ...] = ()  # what went with them, as far as it may still be missing
+    planned: int = -1  # the version of the last plan of this recovery
     ceiling: int | None = None  # newer versions were tried, and could not be had
     lacking: tuple[int, ...] = ()  # shards of the version that was tried
     awaited: frozenset[WorkerId] = frozenset()
@@ -114,6 +122,7 @@ class State:
     join: Plan | None = None  # prepared, not yet switched to
     recovery: Recovery | None = None
     placement: Placement | None = None  # of parity, in the newest generation
+    placements: Mapping[int, Placement] = field(default_factory=dict)  # by generation: the layout's, and the join's
     committed: int = -1  # the last committed step; goes back when a lost node takes versions with it
     recorded: int = -1  # the last step in the ledger; never goes back
     agreed: int = -1  # the newest step known to have been agreed on, by a commit or a report

@@ -68,6 +68,7 @@ class Recovery:
             agreed=worker.agreed,
             agreement=worker.agreement,
             protected=worker.protection.report(),
+            outlives=worker.snapshots.protected,
             held=tuple(sorted(state.held)) if valid else (),
             started=tuple(sorted(state.started)) if valid else (),
             todo=tuple(state.todo) if valid else (),
@@ -96,7 +97,9 @@ class Recovery:
         if not fresh and not back and worker.owned_version == version - 1:
             worker.update(agreement, worker.gradients)
         was_current = not fresh and not back and worker.values_version == version
-        self._take_places(plan, version, anew=fresh or back, seeded=version == 0 and not back)
+        seeded = version == 0 and worker.pristine
+        worker.pristine = seeded
+        self._take_places(plan, version, anew=fresh or back, seeded=seeded)
         yield from self._restore(plan, version)
         if worker.rank in plan.refresh:
             worker.values_version = -1
@@ -198,6 +201,7 @@ class Recovery:
             return
         if not self.fresh and worker.version == version - 1:
             worker.agreed, worker.agreement = version - 1, agreement
+            worker.protection.adopt(agreement)
             worker.commit(agreement)
         worker.protect(anyway=True)
         worker.state = StepState.begin(version, worker.rank, plan.work)

@@ -75,6 +75,7 @@ class SimWorker:
         self.mine: set[int] = set()  # shards the optimizer runs on; `owned` are those of them in good order
         self.owned: set[int] = set()
         self.owned_version = 0
+        self.pristine = True  # every value is still as it was made from the seed
         self.values_version = 0
         self.version = 0
         self.agreed, self.agreement = -1, ""
@@ -224,6 +225,7 @@ class SimWorker:
             if shard in gradients:
                 self.load(shard, updated(self.shard_state(shard), gradients[shard]))
         self.owned_version = step_of(agreement) + 1
+        self.pristine = False
 
     def load(self, shard: int, state: ShardState) -> None:
         self.values[shard], self.optimizer[shard] = state
