@@ -103,10 +103,14 @@ class Segment:
         return self.states + step % _GRADIENTS
 
     def free_slot(self, shard: int, keep: Collection[int]) -> int:
-        """The state slot to write next: the one with the oldest version, but for the versions in `keep`."""
+        """The state slot to write next: the one with the oldest version, but for one of each version in `keep`.
+
+        A version may be there twice, when it was made again after going back.
+        """
         entry = self.entries[shard]
         versions = [(self._header(entry, slot)[0], slot) for slot in range(self.states)]
-        free = [item for item in versions if item[0] not in keep]
+        kept = {version: (version, slot) for version, slot in versions if version in keep and version >= 0}
+        free = [item for item in versions if item not in kept.values()]
         return min(free or versions)[1]
 
     def open_slot(self, shard: int, slot: int, length: int) -> int:

@@ -23,9 +23,10 @@ class Slots:
         self.gradients: list[tuple[int, str] | None] = [None, None]
 
     def free(self, keep: Collection[int]) -> int:
-        """The state slot to write next: the one with the oldest version, but for the versions in `keep`."""
+        """The state slot to write next: the one with the oldest version, but for one of each version in `keep`."""
         versions = [(state[0] if state else -1, slot) for slot, state in enumerate(self.states)]
-        return min([item for item in versions if item[0] not in keep] or versions)[1]
+        kept = {version: (version, slot) for version, slot in versions if version in keep and version >= 0}
+        return min([item for item in versions if item not in kept.values()] or versions)[1]
 
     def find(self, version: int) -> ShardState | None:
         """The state at a version."""
