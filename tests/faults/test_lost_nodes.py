@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+import re
 from pathlib import Path
 
 import pytest
 
+from tests.jobs import finish
 from tests.jobs.cluster import Cluster
 from tests.jobs.hosts import Hosts
 
@@ -42,7 +44,7 @@ def test_a_node_dies_in_every_phase(stages: int, tmp_path: Path) -> None:
     phases = [*first[:4], *again, first[4]]  # only a second life can join
     faults = [node_fault(rank, life, phase) for (rank, life), phase in zip(lives, phases, strict=True)]
     with Hosts(5) as hosts:
-        job = Cluster(hosts, tmp_path, steps=400, stages=stages)
+        job = Cluster(hosts, tmp_path, steps=260, stages=stages)
         job.start(faults=faults + worker_faults(40))
         job.see_to_the_end(200)
         result = job.check()
@@ -59,19 +61,24 @@ def pair(ranks: tuple[int, int], phases: tuple[str, str], step: int, life: int =
     ]
 
 
-@pytest.mark.parametrize("protection", ["parity", "replicate"])
-def test_two_nodes_at_once(protection: str, tmp_path: Path) -> None:
-    """Six nodes, of which any two may be lost: at one instant in different phases, and one while the other is made up.
+@pytest.mark.parametrize(
+    ("protection", "rounds"),
+    [("parity", [(1, 4), (0, 5), (3, 2)]), ("replicate", [(1, 4)])],
+    ids=["parity", "replicate"],
+)
+def test_two_nodes_at_once(protection: str, rounds: list[tuple[int, int]], tmp_path: Path) -> None:
+    """Six nodes, of which any two may be lost: at one instant, in different phases, or one while the other is made up.
 
-    What is lost second is lost before anything outlives the first loss.
+    In the latter case the second is lost before any version outlives nodes that was made without the first.
     """
     rng = random.Random(6)
     faults = pair((1, 2), ("compute", "reduce"), 4) + pair((3, 4), ("agree", "update"), 12)
+    steps = 60 + 60 * len(rounds)
     with Hosts(6) as hosts:
-        job = Cluster(hosts, tmp_path, steps=400, flags=["--es-node-losses=2", f"--es-protection={protection}"])
+        job = Cluster(hosts, tmp_path, steps=steps, flags=["--es-node-losses=2", f"--es-protection={protection}"])
         job.start(faults=faults)
         job.reaches(13)
-        for number, (first, second) in enumerate([(1, 4), (0, 5), (3, 2), (5, 1)]):
+        for number, (first, second) in enumerate(rounds):
             job.await_whole()
             job.advance(rng.randrange(1, 4))
             if number % 2:
@@ -85,4 +92,30 @@ def test_two_nodes_at_once(protection: str, tmp_path: Path) -> None:
         result = job.check()
     told = [(len(event["nodes"]), event["lost_steps"]) for event in result.named("recovered") if event["nodes"]]
     print(f"{len(result.named('node_lost'))} nodes lost; recoveries (nodes, steps gone back): {told}")
-    assert len(result.named("node_lost")) == 12
+    assert len(result.named("node_lost")) == 4 + 2 * len(rounds)
+
+
+@pytest.mark.parametrize(("protection", "lost"), [("parity", (1, 2)), ("none", (2,))], ids=["parity", "none"])
+def test_more_is_lost_than_was_protected(protection: str, lost: tuple[int, ...], tmp_path: Path) -> None:
+    """The job ends, and says in one line what is gone, who had it, and what was protected."""
+    with Hosts(4) as hosts:
+        job = Cluster(hosts, tmp_path, steps=100_000, flags=[f"--es-protection={protection}"])
+        job.start()
+        job.reaches(5)
+        names = [job.nodes()[hosts.address(host)] for host in lost]
+        hosts.kill(*lost)
+        rest = [host for host in hosts.hosts if host not in lost]
+        outputs = [finish(hosts.launchers[host], 30) for host in rest]
+        assert [hosts.launchers[host].returncode for host in rest] == [1] * len(rest)
+        assert job.coordinator.wait(timeout=10) == 0
+    for output in outputs:
+        assert "Traceback" not in output
+        (line,) = [line for line in output.splitlines() if line.startswith("everstep: error: ")]
+        assert re.search(r"shard\(s\) \d+(, \d+)*( and \d+ more)? of version \d+ are gone: they were held by ", line), (
+            line
+        )
+        assert all(name in line for name in names), line
+        assert "on_loss='checkpoint'" in line
+        assert ("no node may be lost here" if protection == "none" else "outlived 1 lost node(s)") in line
+    (ended,) = job.events("ended")
+    assert not ended["succeeded"]

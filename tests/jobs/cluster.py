@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from tests.jobs import Result, assert_same_run, run_job
 from tests.jobs.hosts import HostJob, Hosts
 
+PRELOADED = "everstep.agents.preload"  # workers are forks of it
 _CHANGES = ("started", "planned", "joined", "node_lost", "worker_died")
 
 
 @lru_cache(maxsize=8)
-def reference(steps: int) -> Result:
+def reference(steps: int, **config: Any) -> Result:
     """The undisturbed run; its layout does not matter to its bytes, which other tests show."""
-    return run_job(nproc=2, steps=steps, timeout_s=120)
+    return run_job(nproc=2, steps=steps, timeout_s=120, **config)
 
 
 class Cluster(HostJob):
@@ -30,7 +34,7 @@ class Cluster(HostJob):
     ) -> None:
         count = len(hosts.hosts)
         super().__init__(hosts, out, nnodes=f"{count}:{count}", steps=steps, stages=stages, **config)
-        self.steps = steps
+        self.steps, self.config = steps, config
         self.flags = ["--es-snapshot-every=1", f"--log-dir={out}/logs", *flags]
         self.workers = 1
         self.faults: Sequence[Any] = ()
@@ -52,14 +56,20 @@ class Cluster(HostJob):
             self.launch(*killed, flags=self.flags, faults=self.faults, workers=self.workers)
         return killed
 
-    def until(self, condition: Callable[[], Any], timeout_s: float, what: str) -> None:
-        """Wait for something, and start again what was killed meanwhile. Fails when the job has ended before."""
+    def within(self, timeout_s: float, condition: Callable[[], Any]) -> bool:
+        """Whether something happens in time, or before the job ends; what was killed is started again meanwhile."""
         deadline = time.monotonic() + timeout_s
         while not condition():
-            assert time.monotonic() < deadline, f"not within {timeout_s:g} s, at step {self.committed()}: {what}"
-            assert not self.events("ended") or condition(), f"the job ended before {what}: {self.events('ended')}"
+            if time.monotonic() > deadline or self.events("ended"):
+                return bool(condition())
             self.restart()
             time.sleep(0.02)
+        return True
+
+    def until(self, condition: Callable[[], Any], timeout_s: float, what: str) -> None:
+        """Wait for something that has to happen, before the job ends."""
+        happened = self.within(timeout_s, condition)
+        assert happened, f"not within {timeout_s:g} s, at step {self.committed()}, {self.events('ended')}: {what}"
 
     def see_to_the_end(self, timeout_s: float) -> None:
         """Start again what is killed, until the job has ended."""
@@ -93,19 +103,36 @@ class Cluster(HostJob):
         last = max((i for i, event in enumerate(events) if event["event"] in _CHANGES), default=-1)
         return [event for event in events[last + 1 :] if event["event"] == "committed"]
 
-    def await_whole(self, timeout_s: float = 90.0) -> None:
-        """Wait until the next loss may come, in steps that take longer, so that there are some left for it."""
+    @contextlib.contextmanager
+    def slowly(self) -> Iterator[None]:
+        """Steps take longer meanwhile, so that there are some left for what comes then."""
         slow = self.out / "slow"
         slow.touch()
         try:
-            self.until(self.whole, timeout_s, "the job is whole")
+            yield
         finally:
             slow.unlink()
+
+    def await_whole(self, timeout_s: float = 90.0) -> None:
+        """Wait until the next loss may come."""
+        with self.slowly():
+            self.until(self.whole, timeout_s, "the job is whole")
 
     def advance(self, steps: int) -> None:
         """Wait for some more committed steps."""
         goal = self.committed() + steps
         self.until(lambda: self.committed() >= goal, 60, f"step {goal} is committed")
+
+    def workers_of(self, *hosts: int) -> dict[int, psutil.Process]:
+        """The worker processes on these hosts, by process id."""
+        found = {}
+        for pid in self.hosts.pids(*hosts):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process = psutil.Process(pid)
+                parent = process.parent()
+                if parent is not None and PRELOADED in parent.cmdline():
+                    found[pid] = process
+        return found
 
     def check(self) -> Result:
         """The verdict: the same losses, the same ledger, the same state; and steps computed again came out the same."""
@@ -114,6 +141,6 @@ class Cluster(HostJob):
         members = self.nodes()
         up = [host for host in self.hosts.launchers if self.hosts.address(host) in members]
         result = self.result(*up)
-        assert_same_run(result, reference(self.steps))
+        assert_same_run(result, reference(self.steps, **self.config))
         assert all(event["same"] for event in result.named("committed_again"))
         return result

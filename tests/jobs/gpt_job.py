@@ -12,7 +12,7 @@ import everstep
 from everstep.demo.model import GPTConfig, gpt, next_byte_loss
 from everstep.demo.text import SourceText
 
-SLOW_S = 0.25
+SLOW_S = 0.4
 
 config = json.loads(sys.argv[1])
 out = Path(config["out"])
