@@ -43,6 +43,7 @@ bench: setup
 	$(BIN)/python tests/bench/recovery.py --json
 	$(BIN)/python tests/bench/overhead.py --json
 	$(BIN)/python tests/bench/edit.py --json
+	$(BIN)/python tests/bench/snapshot.py --json
 
 clean:
 	rm -rf $(VENV) build everstep.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
