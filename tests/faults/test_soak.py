@@ -1,10 +1,17 @@
-"""Two hundred random kills in one job, several at once among them, and all at once."""
+"""Two hundred random kills in one job, several at once among them, and all at once; a hundred faults of all kinds."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import random
+import signal
+from collections import Counter
+from pathlib import Path
 
 from tests.jobs import assert_same_run, run_job
+from tests.jobs.cluster import Cluster
+from tests.jobs.hosts import Hosts
 
 PHASES = ("compute", "reduce", "agree", "update", "commit", "recover", "restore", "join")
 KILLS = 200
@@ -52,3 +59,77 @@ def test_one_worker_alone() -> None:
     faults = [{"rank": 0, "phase": phase, "step": 2 + i, "incarnation": i} for i, phase in enumerate(PHASES[:5])]
     result = run_job(nproc=1, steps=8, faults=faults)
     assert_same_run(result, reference)
+
+
+NODE_FAULTS = {"node killed": 6, "node stopped": 4, "node cut off": 5}
+WORKER_FAULTS = {"worker killed": 73, "worker stopped": 12}
+
+
+class Soak:
+    """Strikes a job with faults, one node at a time, and in between and meanwhile the workers that are there."""
+
+    def __init__(self, job: Cluster, seed: int) -> None:
+        self.job, self.hosts = job, job.hosts
+        self.rng = random.Random(seed)
+        self.struck: Counter[str] = Counter()
+
+    def run(self) -> None:
+        nodes, workers = self._shuffled(NODE_FAULTS), self._shuffled(WORKER_FAULTS)
+        share = -(-len(workers) // len(nodes))
+        while nodes:
+            self.job.await_whole()
+            self.job.advance(self.rng.randrange(1, 4))
+            host, kind = self.rng.choice(self.hosts.hosts), nodes.pop()
+            self._strike_node(kind, host)
+            for _ in range(min(share, len(workers))):
+                self._strike_worker(workers.pop(), host)
+                self.job.advance(self.rng.randrange(1, 4))
+            if kind == "node cut off":
+                self.hosts.heal(host)
+
+    def _shuffled(self, faults: dict[str, int]) -> list[str]:
+        kinds = [kind for kind, count in faults.items() for _ in range(count)]
+        self.rng.shuffle(kinds)
+        return kinds
+
+    def _strike_node(self, kind: str, host: int) -> None:
+        """The host is lost; a stopped one goes on as soon as it has been declared so."""
+        node = self.job.nodes()[self.hosts.address(host)]
+        {"node killed": self.hosts.kill, "node stopped": self.hosts.stop, "node cut off": self.hosts.partition}[kind](
+            host
+        )
+        self.job.until(lambda: any(e["node"] == node for e in self.job.events("node_lost")), 30, f"{kind} is noticed")
+        if kind == "node stopped":
+            self.hosts.cont(host)
+        self.struck[kind] += 1
+
+    def _strike_worker(self, kind: str, lost: int) -> None:
+        """A worker of a host that is not lost. A stopped one is taken for hung, unless it was in the user's code."""
+        others = [host for host in self.hosts.hosts if host != lost]
+        found: dict[int, object] = {}
+        self.job.until(lambda: found.update(self.job.workers_of(*others)) or found, 30, "there is a worker")
+        pid, died = self.rng.choice(sorted(found)), len(self.job.events("worker_died"))
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL if kind == "worker killed" else signal.SIGSTOP)
+            self.struck[kind] += 1
+            if kind == "worker stopped" and not self.job.within(6, lambda: len(self.job.events("worker_died")) > died):
+                self.struck["of these not fenced"] += 1
+                os.kill(pid, signal.SIGCONT)
+
+
+def test_a_hundred_faults_of_all_kinds(tmp_path: Path) -> None:
+    """Worker and node, kill and stop and cable, while training goes on; the bytes are those of a quiet run."""
+    with Hosts(4) as hosts:
+        hosts.require("partition")
+        job = Cluster(hosts, tmp_path, steps=500, flags=["--es-hang-timeout=1"], global_batch_size=8)
+        job.start()
+        soak = Soak(job, seed=1)
+        soak.run()
+        job.await_whole()
+        print(f"{dict(soak.struck)}, at step {job.committed()}")
+        job.see_to_the_end(120)
+        result = job.check()
+    lost, died = result.named("node_lost"), result.named("worker_died")
+    again = result.named("committed_again")
+    print(f"{len(lost)} nodes and {len(died)} workers lost, {len(again)} steps computed again")
+    assert soak.struck["worker killed"] + soak.struck["worker stopped"] + len(lost) >= 100
