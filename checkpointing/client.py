@@ -215,7 +215,7 @@ class KeeperLink:
                 self._ask(self._sealed, [])
 
     def state(self) -> dict[str, Any] | None:
-        """{"generation", "version", "incidents"}: the newest version that is whole at this keeper.
+        """{"complete", "before", "incidents"}: what is whole at this keeper, as (generation, version); see `Protector`.
 
         None if the keeper is away.
         """

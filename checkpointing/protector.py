@@ -37,6 +37,7 @@ class Protector:
         self._wanted: list[int] = []  # versions to be encoded, oldest first
         self._protected = -1
         self._complete = (0, -1)
+        self._before = (0, -1)  # what was complete in the last generation that had anything
         self._clients: dict[tuple[str, int], KeeperClient] = {}
         self._pool = ThreadPoolExecutor(64, thread_name_prefix="everstep-parity")
         threading.Thread(target=self._run, name="everstep-protector", daemon=True).start()
@@ -58,13 +59,17 @@ class Protector:
         """There is a new generation: what was asked for in the last one is asked for again."""
         with self._keeper.changed:
             self._wanted.clear()
+            self._before = self._complete if self._complete[1] >= 0 else self._before
             self._complete = (self._generation(), -1)
             self._keeper.changed.notify_all()
 
-    def state(self) -> tuple[int, int]:
-        """(generation, version): the newest version that is whole here, parity of others included."""
+    def state(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(generation, version): the newest version that is whole here, parity of others included.
+
+        In this generation (-1: none yet), and in the last one that had any.
+        """
         with self._keeper.changed:
-            return self._complete
+            return self._complete, self._before
 
     def _generation(self) -> int:
         return self._keeper.membership.generation if self._keeper.membership else 0

@@ -101,8 +101,8 @@ class KeeperServer:
             if request["protect"]:
                 self.protector.want(request["generation"], request["version"], request["protected"])
         elif operation == "state":
-            generation, version = self.protector.state()
-            return {"generation": generation, "version": version, "incidents": keeper.take_incidents()}
+            complete, before = self.protector.state()
+            return {"complete": complete, "before": before, "incidents": keeper.take_incidents()}
         else:
             return {"error": f"unknown operation {operation!r}"}
         return {"ok": True}

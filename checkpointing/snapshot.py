@@ -180,12 +180,16 @@ class Snapshots:
                 segment.open_slot(shard, slot, 0)
         self.version.pop(shard, None)
 
-    def protection(self) -> tuple[int, int, list[dict[str, Any]]]:
-        """(generation, version, damage found): the newest version that is whole at this node's keeper, parity too."""
+    def protection(self) -> tuple[tuple[int, int], tuple[int, int], list[dict[str, Any]]]:
+        """(generation, version), twice, and damage found: the newest version that is whole at this node's keeper.
+
+        Parity included; in this generation, and in the last one that had any.
+        """
         state = self._link.state() if self._link is not None else None
         if state is None:
-            return 0, -1, []
-        return state["generation"], state["version"], state["incidents"]
+            return (0, -1), (0, -1), []
+        (generation, version), (earlier, old) = state["complete"], state["before"]
+        return (generation, version), (earlier, old), state["incidents"]
 
     def gradient(self, shard: int, step: int, elements: int, dtype: torch.dtype) -> Tensor:
         """Where to write the reduced gradient of `step`: a view of keeper memory, invalid until sealed."""

@@ -32,6 +32,7 @@ class Protection:
         self._replay = settings.protection == "replay"  # then backups do it, before each agreement
         self._begun: list[tuple[int, float]] = []  # versions that are being protected, and since when
         self._whole = -1
+        self._before: int | None = -1  # what was, in the last generation, and still counts; None: we were not there
         self._given_up = False
         self._stepped_s = 0.0
         self._every = max(1, settings.snapshot_every)
@@ -42,8 +43,12 @@ class Protection:
         """Whether versions are protected from lost nodes in this generation."""
         return self._stripes
 
-    def enter(self, generation: int, placement: Placement) -> None:
-        """A new generation: what was under way begins again."""
+    def enter(self, generation: int, placement: Placement, *, joins: bool) -> None:
+        """A new generation: what was under way begins again.
+
+        What was whole here is still good, should all who say so go along (`joins`).
+        """
+        self._before = (self.look() if self._generation else None) if joins else -1
         self._generation = generation
         self._stripes = bool(placement.stripes)
         self._begun.clear()
@@ -63,23 +68,23 @@ class Protection:
         """The newest version that is whole here, in this generation."""
         if not self._stripes:
             return -1
-        generation, version = self.report()
-        if generation == self._generation and version > self._whole:
-            self._whole, self._given_up = version, False
-            self._begun = [(begun, at) for begun, at in self._begun if begun > version]
+        for generation, version in self.report():
+            if generation == self._generation and version > self._whole:
+                self._whole, self._given_up = version, False
+                self._begun = [(begun, at) for begun, at in self._begun if begun > version]
         return self._whole
 
-    def report(self) -> tuple[int, int]:
-        """(generation, version) for a report: what this node's keeper can answer for.
+    def report(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(generation, version), twice, for a report: what this node's keeper can answer for.
 
-        Passes on what damage it found.
+        In this generation, and in the last one that had any. Passes on what damage it found.
         """
         if not self._stripes:
-            return 0, -1
-        generation, version, damage = self._snapshots.protection()
+            return (0, -1), (0, -1)
+        complete, before, damage = self._snapshots.protection()
         for item in damage:
             self._membership.tell("corruption", generation=self._generation, **item)
-        return generation, version
+        return complete, before
 
     def wait(self, step: int, on_wait: Callable[[], None]) -> None:
         """Wait, before `step` is agreed on, until the versions before it that are being protected are whole here.
@@ -103,7 +108,7 @@ class Protection:
         """What this rank adds to the agreement of a step."""
         now = time.monotonic()
         step_s, self._stepped_s = (now - self._stepped_s if self._stepped_s else 0.0), now
-        return {"whole": self._whole, "step_s": step_s, "every": self._interval.proposal}
+        return {"whole": self._whole, "before": self._before, "step_s": step_s, "every": self._interval.proposal}
 
     def agreed(self, step: int, shares: list[dict[str, Any]], *, speaks: bool) -> dict[str, int]:
         """What the members' shares (lowest rank first) mean: for the agreement, equal on all.
@@ -113,6 +118,7 @@ class Protection:
         if not self._stripes:
             return {"protected": self._snapshots.protected, "every": self._every}
         whole = step if self._replay else min(share["whole"] for share in shares)
+        before = min((share["before"] for share in shares if share["before"] is not None), default=-1)
         step_s = max(share["step_s"] for share in shares)
         if all(share["step_s"] for share in shares):
             self._interval.observe(step_s, protecting=step % self._every == 0)
@@ -120,7 +126,7 @@ class Protection:
         if speaks and every != self._every:
             fields = {"step": step, "every": every, "why": self._interval.why}
             self._membership.tell("noted", what="snapshot_interval", fields=fields)
-        return {"protected": max(self._snapshots.protected, whole), "every": every}
+        return {"protected": max(self._snapshots.protected, whole, before), "every": every}
 
     def adopt(self, terms: dict[str, Any]) -> None:
         """Take over what was agreed."""

@@ -67,6 +67,7 @@ class Recovery:
             return Report(rank=engine.rank, generation=0, fresh=True)
         state = engine.state
         valid = engine.values_version == state.step
+        protected, before = engine.protection.report()
         return Report(
             rank=engine.rank,
             generation=engine.layout.generation,
@@ -76,7 +77,8 @@ class Recovery:
             layers=(engine.stack.held.start, engine.stack.held.stop),
             agreed=engine.agreed,
             agreement=engine.agreement,
-            protected=engine.protection.report(),
+            protected=protected,
+            protected_before=before,
             outlives=engine.snapshots.protected,
             held=tuple(sorted(state.held)) if valid else (),
             started=tuple(sorted(state.started)) if valid else (),
@@ -138,7 +140,7 @@ class Recovery:
     def _enter_protection(self, orders: Orders) -> None:
         """The keeper of this node hears of the generation, and of the parity it holds in it."""
         engine, plan = self.engine, orders.plan
-        engine.protection.enter(plan.generation, orders.placement)
+        engine.protection.enter(plan.generation, orders.placement, joins=plan.version is None)
         engine.snapshots.protected = max(engine.snapshots.protected, plan.protected)
         placement = orders.placement
         if engine.settings.protection == "replay":  # workers do it, not keepers

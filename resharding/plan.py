@@ -30,7 +30,8 @@ class Report:
     `owned_version`; `values_version` is the version at which it holds every parameter of its layers `[start, stop)`,
     -1 if they are torn. `agreed` is the last step whose agreement it passed, -1 if none, with what was agreed.
     `protected` is (generation, version): the newest version that its node's keeper holds, and holds the parity for;
-    `outlives` the newest version that all are known to have agreed outlives nodes, -1 if none.
+    `protected_before` what that was in the generation before. `outlives` is the newest version that, as was agreed,
+    outlives nodes, -1 if none.
     `held`, `started` and `todo` are micro-batches of step `values_version`: gradient held, forward done, neither.
     """
 
@@ -44,6 +45,7 @@ class Report:
     agreed: int = -1
     agreement: str = ""
     protected: tuple[int, int] = (0, -1)
+    protected_before: tuple[int, int] = (0, -1)
     outlives: int = -1
     held: tuple[Span, ...] = ()
     started: tuple[Span, ...] = ()
@@ -57,7 +59,7 @@ class Report:
         raw: dict[str, Any] = json.loads(text)
         for name in ("held", "started", "todo"):
             raw[name] = tuple(Span(*span) for span in raw[name])
-        for name in ("owned", "layers", "protected"):
+        for name in ("owned", "layers", "protected", "protected_before"):
             raw[name] = tuple(raw[name])
         return cls(**raw)
 

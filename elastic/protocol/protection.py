@@ -114,20 +114,18 @@ def _mib(count: int) -> str:
 def protected_now(state: State, reports: Iterable[tuple[str, Report]]) -> int:
     """The newest version that the live nodes' keepers hold with its parity; -1 if they do not all say so.
 
-    They speak of one generation; who has to say something is a matter of where parity lay in it. What a lost node held of such a version can be made again from its parity, so the lost need not say anything.
+    Who has to say so of a generation is a matter of where parity lay in it. What a lost node held of such a version can
+    be made again from its parity, so the lost need not say anything.
     """
-    said: dict[str, tuple[int, int]] = {}
+    said: dict[tuple[str, int], int] = {}
     for node, report in reports:
-        if not report.fresh:
-            said[node] = max(said.get(node, (0, -1)), report.protected)
-    generation = max((generation for generation, _ in said.values()), default=0)
-    placement = state.placements.get(generation)
-    stripes = placement.stripes if placement else ()
-    asked = {node for stripe in stripes for node in (*stripe.nodes, *stripe.parity)} & set(state.nodes)
-    answers = [said.get(node, (0, -1)) for node in asked]
-    if any(answer[0] != generation for answer in answers):
-        return -1
-    return min((version for _, version in answers), default=-1)
+        for generation, version in (report.protected, report.protected_before):
+            said[(node, generation)] = max(said.get((node, generation), -1), version)
+    found = [-1]
+    for generation, placement in state.placements.items():
+        holders = {node for stripe in placement.stripes for node in (*stripe.nodes, *stripe.parity)}
+        found.append(min((said.get((node, generation), -1) for node in holders & set(state.nodes)), default=-1))
+    return max(found)
 
 
 def still_missing(recovery: Recovery, newest: int) -> Recovery:
