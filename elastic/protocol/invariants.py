@@ -89,7 +89,9 @@ def check_state(state: State) -> None:
     for rank, worker in state.workers.items():
         _expect(worker.id.rank == rank, f"rank {rank} is filed as {worker.id}")
         _expect(worker.node in state.nodes or state.phase is Phase.DONE, f"{worker.id} is on no node")
-    _expect(not state.workers.keys() & state.vacant.keys(), f"ranks {set(state.workers) & set(state.vacant)} are vacant")
+    _expect(
+        not state.workers.keys() & state.vacant.keys(), f"ranks {set(state.workers) & set(state.vacant)} are vacant"
+    )
     if state.phase is Phase.RUNNING:
         layout = state.layout
         assert layout is not None

@@ -10,8 +10,8 @@ from typing import Any
 from ...resharding.plan import Plan
 from ..protocol import coordinator, invariants
 from ..protocol import events as e
-from ..protocol.state import Config, Phase, State
 from ..protocol.protection import state_slots
+from ..protocol.state import Config, Phase, State
 from .keeper import Board
 from .ledger import Ledger, Promise
 from .links import Key

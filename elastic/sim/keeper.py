@@ -108,6 +108,7 @@ class Keeper:
         self.segments: dict[tuple[int, int, int], Segment] = {}  # rank, incarnation, number
         self.blocks: list[Block] = []
         self.complete = (0, -1)  # generation, version: the newest that is whole here
+        self.before = (0, -1)  # the same, in the last generation that had one
         self.processes: list[Process] = []
         self._board = board
         self._protected = -1
@@ -134,6 +135,7 @@ class Keeper:
         if generation > self.generation:
             self.generation, self.placement = generation, placement
             self._wanted.clear()
+            self.before = self.complete if self.complete[1] >= 0 else self.before
             self.complete = (generation, -1)
             self._board.changed()
 

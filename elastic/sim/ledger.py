@@ -67,9 +67,12 @@ class Promise:
     """Whether the faults so far are among those that a job must survive.
 
     It must survive the loss of any `losses` nodes at once, and again once its newest version is whole again everywhere.
+    Where workers die too (`deaths`), it counts as whole only when the coordinator has heard so: they may all be dead
+    before they can say it.
     """
 
     def __init__(self, losses: int) -> None:
+        self.deaths = False
         self._allowed = losses
         self._lost: set[str] = set()  # since the job was whole
         self._doomed: set[str] = set()  # about to be
@@ -104,6 +107,8 @@ class Promise:
         holders = {node for stripe in placement.stripes for node in (*stripe.nodes, *stripe.parity)}
         complete = [keepers[node].complete for node in holders]
         current = placement.generation == layout.generation and bool(holders or not placement.losses)
-        if current and all(version >= 0 and generation == layout.generation for generation, version in complete):
+        whole = min((version for _, version in complete), default=0)
+        known = whole <= state.protected or not (self.deaths and holders)
+        if current and whole >= 0 and known and all(generation == layout.generation for generation, _ in complete):
             self._lost = set(self._doomed)
             self._allowed = placement.losses

@@ -25,6 +25,7 @@ class Protection:
         self._stripes = False
         self._begun: list[int] = []
         self._whole = -1
+        self._before: int | None = -1  # what was, in the last generation, and still counts; None: we were not there
         self._given_up = False
         self._every = max(1, interval)
 
@@ -32,8 +33,12 @@ class Protection:
     def nodes(self) -> bool:
         return self._stripes
 
-    def enter(self, generation: int, placement: Placement) -> None:
-        """A new generation: what was under way begins again."""
+    def enter(self, generation: int, placement: Placement, *, joins: bool) -> None:
+        """A new generation: what was under way begins again.
+
+        What was whole here is still good, should all who say so go along (`joins`).
+        """
+        self._before = (self.look() if self._generation else None) if joins else -1
         self._generation = generation
         self._stripes = bool(placement.stripes)
         self._begun.clear()
@@ -50,15 +55,15 @@ class Protection:
 
     def look(self) -> int:
         """The newest version that is whole here, in this generation."""
-        generation, version = self.report()
-        if generation == self._generation and version > self._whole:
-            self._whole, self._given_up = version, False
-            self._begun = [begun for begun in self._begun if begun > version]
+        for generation, version in self.report():
+            if generation == self._generation and version > self._whole:
+                self._whole, self._given_up = version, False
+                self._begun = [begun for begun in self._begun if begun > version]
         return self._whole
 
-    def report(self) -> tuple[int, int]:
-        """(generation, version) for a report."""
-        return self._snapshots.protection() if self._stripes else (0, -1)
+    def report(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(generation, version), in this generation and the last one that had any, for a report."""
+        return self._snapshots.protection() if self._stripes else ((0, -1), (0, -1))
 
     def wait(self, step: int, on_wait: Callable[[], None]) -> Steps[None]:
         """Wait, before `step` is agreed on, until the versions before it that are being protected are whole here."""
@@ -71,16 +76,17 @@ class Protection:
             if self._world.now - started > PATIENCE_S:
                 self._given_up = True
 
-    def share(self) -> dict[str, int]:
+    def share(self) -> dict[str, Any]:
         """What this rank adds to the agreement of a step."""
-        return {"whole": self._whole, "every": self._interval or self._world.random.randint(1, 4)}
+        return {"whole": self._whole, "before": self._before, "every": self._interval or self._world.random.randint(1, 4)}
 
-    def agreed(self, shares: Sequence[dict[str, int]]) -> dict[str, int]:
+    def agreed(self, shares: Sequence[dict[str, Any]]) -> dict[str, int]:
         """What the members' shares (lowest rank first) mean: for the agreement, equal on all."""
         if not self._stripes:
             return {"protected": self._snapshots.protected, "every": self._every}
         whole = min(share["whole"] for share in shares)
-        return {"protected": max(self._snapshots.protected, whole), "every": shares[0]["every"]}
+        before = min((share["before"] for share in shares if share["before"] is not None), default=-1)
+        return {"protected": max(self._snapshots.protected, whole, before), "every": shares[0]["every"]}
 
     def adopt(self, agreement: str) -> None:
         """Take over what was agreed."""

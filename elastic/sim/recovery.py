@@ -57,6 +57,7 @@ class Recovery:
         if self.fresh or worker.layout is None or worker.state is None:
             return Report(rank=worker.rank, generation=0, fresh=True)
         state = worker.state
+        protected, before = worker.protection.report()
         valid = worker.values_version == state.step
         return Report(
             rank=worker.rank,
@@ -67,7 +68,8 @@ class Recovery:
             layers=(worker.held.start, worker.held.stop),
             agreed=worker.agreed,
             agreement=worker.agreement,
-            protected=worker.protection.report(),
+            protected=protected,
+            protected_before=before,
             outlives=worker.snapshots.protected,
             held=tuple(sorted(state.held)) if valid else (),
             started=tuple(sorted(state.started)) if valid else (),
@@ -126,7 +128,7 @@ class Recovery:
 
     def _enter_protection(self, orders: e.CarryOut) -> None:
         worker, plan = self.worker, orders.plan
-        worker.protection.enter(plan.generation, orders.placement)
+        worker.protection.enter(plan.generation, orders.placement, joins=plan.version is None)
         worker.snapshots.protected = max(worker.snapshots.protected, plan.protected)
         worker.snapshots.enter(plan.generation, orders.placement)
 

@@ -12,7 +12,7 @@ from ...resharding.units import ModelSpec, ParameterSpec
 from ..protocol import events as e
 from ..protocol.state import Config
 from .cluster import Cluster, Timing
-from .faults import Fault, Injector, draw, draw_nodes
+from .faults import Fault, Injector, NodeFault, draw, draw_nodes
 from .values import Reference, reference
 from .world import World
 
@@ -122,6 +122,7 @@ def simulate(seed: int, shape: Shape, *, faults: list[Fault] | None = None, timi
             keeper_s = rng.choice(((0.0002, 0.002), (0.0005, 0.01), (0.005, 0.05)))
             timing = replace(timing, keeper_s=keeper_s)
     cluster = Cluster(world, config, job, timing, _expected(shape), shape.interval)
+    cluster.promise.deaths = any(not isinstance(fault, NodeFault) for fault in faults)
     injector = Injector(cluster, faults)
     slots = [shape.workers * (i + 1) // shape.nodes - shape.workers * i // shape.nodes for i in range(shape.nodes)]
     for number, count in enumerate(slots):

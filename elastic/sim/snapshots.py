@@ -98,9 +98,9 @@ class Snapshots:
             self._version[shard] = version
         return state
 
-    def protection(self) -> tuple[int, int]:
-        """(generation, version): the newest version that is whole at this node's keeper."""
-        return self._keeper.complete
+    def protection(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(generation, version): the newest version that is whole at this node's keeper, and that of before."""
+        return self._keeper.complete, self._keeper.before
 
     def open_gradient(self, shard: int, step: int) -> None:
         self._home[shard][1].gradients[step % 2] = None
