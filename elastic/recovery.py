@@ -98,10 +98,10 @@ class Recovery:
         edited = time.monotonic()
         engine.snapshots.wait(engine.progress.tick)
         engine.pipeline.end_step()
-        self._enter_protection(orders)
         fresh = self.fresh
         back = not fresh and engine.rank in plan.fresh  # to an older version: what is held here is not used
         version, agreement = self._find_place(plan)
+        self._enter_protection(orders)  # not before a member has: this node's keeper may serve others of the last one
         engine.progress.mark(Phase.JOIN if fresh else Phase.RESTORE, version)
         if back:
             self._forget_all(version, agreement)
