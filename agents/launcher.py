@@ -62,6 +62,13 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument(
         "--es-keeper-memory", default="", metavar="SIZE", help="memory of this node for protection, such as 8GiB"
     )
+    own.add_argument(
+        "--es-keeper-linger",
+        type=float,
+        default=os.environ.get("EVERSTEP_KEEPER_LINGER", "30"),
+        metavar="SECONDS",
+        help="how long this node's keeper waits for a new agent after its own was killed",
+    )
     own.add_argument("--es-events", metavar="FILE", help="append every event of the job to FILE, one JSON a line")
     own.add_argument("--es-config", metavar="FILE", help="TOML file with an [everstep] table of settings")
     own.add_argument(
@@ -266,6 +273,7 @@ def _node_config(command: Command, job: str, address: str) -> NodeConfig:
         max_restarts=torch.max_restarts,
         max_nodes=torch.max_nodes,
         memory_bytes=_keeper_memory(own.es_keeper_memory),
+        keeper_linger_s=own.es_keeper_linger,
         rejoin_s=min(_join_timeout(command), REJOIN_S),
         hang_timeout_s=own.es_hang_timeout,
         shutdown_timeout_s=float(getattr(torch, "shutdown_timeout", 30)),

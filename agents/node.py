@@ -7,14 +7,11 @@ is here is fork, watch, fence, pass on.
 from __future__ import annotations
 
 import contextlib
-import os
 import selectors
 import signal
-import subprocess
 import sys
 import threading
 import time
-import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -28,6 +25,8 @@ from ..elastic.protocol.liveness import FLOOR_S
 from ..elastic.settings import WorkerContext
 from .environment import program_for, torch_environment, worker_environment
 from .failures import Failures, pass_on
+from .keeper import KeeperCannotServe, KeeperProcess, NameTaken, obtain
+from .keeper import start as start_keeper
 from .logs import WorkerLogs
 from .preloader import Preloader
 from .workers import WorkerProcess
@@ -63,6 +62,7 @@ class NodeConfig:
     max_nodes: int = 1
     memory_bytes: int = 0  # for protection; 0: not known
     rejoin_s: float = 60.0  # how long a node that was fenced tries to come back
+    keeper_linger_s: float = 30.0  # how long its keeper waits for another agent after this one died
     hang_timeout_s: float = FLOOR_S
     shared_memory: bool = True
     shutdown_timeout_s: float = 30.0
@@ -98,9 +98,7 @@ class NodeAgent:
         self.workers: dict[WorkerId, WorkerProcess] = {}
         self.token = ""
         self.outcome: Outcome | None = None
-        self._keeper_name = f"everstep-{uuid.uuid4().hex}"
-        self._keeper: subprocess.Popen[str] | None = None
-        self._keeper_port = 0
+        self._keeper: KeeperProcess | None = None
         self._preloader: Preloader | None = None
         self._waiting: list[tuple[WorkerProcess, pb.StartWorkers]] = []  # to be forked
         self._asked: dict[WorkerId, pb.StartWorkers] = {}  # the preloaded process was asked to fork these
@@ -187,7 +185,6 @@ class NodeAgent:
     def _end_keeper(self) -> None:
         if self._keeper is not None:
             self._keeper.kill()
-            self._keeper.wait()
             self._keeper = None
 
     def _detach(self) -> None:
@@ -211,7 +208,6 @@ class NodeAgent:
             worker.silent = True
             worker.kill("the node was lost to the job")
         self._end_keeper()
-        self._keeper_name, self._keeper_port = f"everstep-{uuid.uuid4().hex}", 0
         self._fenced_s = time.monotonic()
 
     def _rejoin(self, now: float) -> None:
@@ -263,8 +259,7 @@ class NodeAgent:
 
     def _on_welcome(self, message: pb.Welcome) -> None:
         self.token = message.token
-        self._start_keeper()
-        keeper = f"{self.config.host}:{self._keeper_port}"
+        keeper = f"{self.config.host}:{self._obtain_keeper().port}"
         config = self.config
         ready = pb.NodeReady(
             host=config.host,
@@ -322,20 +317,22 @@ class NodeAgent:
 
     # ------------------------------------------------------------ processes
 
-    def _start_keeper(self) -> None:
-        command = [sys.executable, "-m", "everstep.checkpointing.service", "--node", self.node]
-        command += ["--name", self._keeper_name, "--host", self.config.host, "--port", str(self._keeper_port)]
-        environment = {**os.environ, "EVERSTEP_TOKEN": self.token}
-        self._keeper = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-        assert self._keeper.stdout is not None
-        line = self._keeper.stdout.readline().strip()
-        if not line.isdigit():
-            why = line or f"it ended with status {self._keeper.wait()}"
+    def _obtain_keeper(self) -> KeeperProcess:
+        """Take over this host's keeper of the job, or start one; one that ended is started again in its place."""
+        config, former = self.config, self._keeper
+        try:
+            if former is None:
+                self._keeper = obtain(self.node, config.host, self.token, config.keeper_linger_s)
+            else:
+                former.kill()
+                place = (former.name, self.node, config.host, former.port)
+                self._keeper = start_keeper(*place, self.token, config.keeper_linger_s)
+        except (KeeperCannotServe, NameTaken) as error:
             raise AgentError(
-                f"the snapshot keeper of node {self.node} cannot serve on {self.config.host}: {why} (choose "
+                f"the snapshot keeper of node {self.node} cannot serve on {config.host}: {error} (choose "
                 "this node's address with --local-addr)"
-            )
-        self._keeper_port = int(line)
+            ) from None
+        return self._keeper
 
     def _start_preloader(self) -> None:
         self._preloader = Preloader(self.config.preload)
@@ -418,7 +415,7 @@ class NodeAgent:
             token=self.token,
             control_fd=_CONTROL_FD,
             progress_fd=_PROGRESS_FD,
-            keeper_name=self._keeper_name,
+            keeper_name=self._keeper.name if self._keeper is not None else "",
             node=self.node,
             max_nodes=self.config.max_nodes,
             shared_memory=self.config.shared_memory,
@@ -493,8 +490,8 @@ class NodeAgent:
         if self.token and self.outcome is None and now - self._heard_s > FENCE_S:
             self._fence(f"no word from the coordinator for {now - self._heard_s:.1f} s")
             return
-        if self._keeper is not None and self._keeper.poll() is not None and self.outcome is None:
-            self._start_keeper()  # on the same port and name: workers hand it their segments again
+        if self._keeper is not None and self._keeper.gone() and self.outcome is None:
+            self._obtain_keeper()  # on the same port and name: workers hand it their segments again
         for worker in self.workers.values():
             if worker.deadline_s and now > worker.deadline_s:
                 worker.kill("it did not end when asked to")

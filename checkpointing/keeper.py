@@ -23,6 +23,7 @@ class Guarded:
     rank: int
     incarnation: int
     segment: Segment
+    connection: int = 0  # over which it was handed over
 
 
 @dataclass(frozen=True)
@@ -48,18 +49,28 @@ class Keeper:
         self.membership: Membership | None = None
         self.incidents: list[dict[str, Any]] = []  # damage found, for the workers to pass on
         self._segments: dict[tuple[int, int, int], Guarded] = {}
+        self._dead: set[tuple[int, int]] = set()  # workers whose segments are kept only as long as they are of use
         self._protected = -1
 
     # ------------------------------------------------------------ what workers say
 
     def register(
-        self, rank: int, incarnation: int, number: int, fd: int, size: int, entries: list[Entry], states: int
+        self,
+        rank: int,
+        incarnation: int,
+        number: int,
+        fd: int,
+        size: int,
+        entries: list[Entry],
+        states: int,
+        connection: int = 0,
     ) -> None:
         """Guard a segment. Segments of dead workers that nobody needs any more are let go."""
         segment = Segment(fd, size, entries, states)
         with self.changed:
             self._release((rank, incarnation, number))
-            self._segments[(rank, incarnation, number)] = Guarded(rank, incarnation, segment)
+            self._dead.discard((rank, incarnation))
+            self._segments[(rank, incarnation, number)] = Guarded(rank, incarnation, segment, connection)
             self._prune()
             self.changed.notify_all()
 
@@ -67,6 +78,13 @@ class Keeper:
         """Let a segment go."""
         with self.changed:
             self._release((rank, incarnation, number))
+
+    def left(self, rank: int, incarnation: int, connection: int) -> None:
+        """A worker's connection ended: it is dead, unless it has handed its segments over another one."""
+        with self.changed:
+            guarded = [g for g in self._segments.values() if (g.rank, g.incarnation) == (rank, incarnation)]
+            if all(g.connection == connection for g in guarded):
+                self._dead.add((rank, incarnation))
 
     def enter(self, membership: Membership) -> bool:
         """Go to a newer generation; returns whether it is news."""
@@ -108,7 +126,8 @@ class Keeper:
         newest = max((g.segment.newest() for g in self._segments.values()), default=-1)
         needed = newest - STALE_VERSIONS + 1 if self._protected < 0 else min(self._protected, newest - 1)
         for name, guarded in list(self._segments.items()):
-            if guarded.incarnation < latest[guarded.rank] and guarded.segment.newest() < needed:
+            dead = (guarded.rank, guarded.incarnation) in self._dead or guarded.incarnation < latest[guarded.rank]
+            if dead and guarded.segment.newest() < needed:
                 self._release(name)
 
     # ------------------------------------------------------------ answers

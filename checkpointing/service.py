@@ -17,7 +17,6 @@ import sys
 import threading
 from typing import Any
 
-from ..comms.process import die_with_parent
 from ..resharding.placement import Placement
 from .keeper import Keeper, Membership, Superseded
 from .parity import ParityStore
@@ -29,16 +28,59 @@ NICENESS = 10  # compute goes first on a busy machine
 WAIT_SLICE_S = 0.1
 
 
+class Leash:
+    """What ties a keeper to its node's agent. Let go, the process ends `linger_s` later, unless it is taken again."""
+
+    def __init__(self, linger_s: float) -> None:
+        self._linger_s = linger_s
+        self._lock = threading.Lock()
+        self._held = True
+        self._times = 0
+
+    def take(self) -> bool:
+        """Take it, if nobody holds it."""
+        with self._lock:
+            free, self._held = not self._held, True
+            return free
+
+    def let_go(self) -> None:
+        """Its holder is gone."""
+        with self._lock:
+            self._held = False
+            self._times += 1
+            timer = threading.Timer(self._linger_s, self._end, (self._times,))
+            timer.daemon = True
+            timer.start()
+
+    def _end(self, times: int) -> None:
+        with self._lock:
+            if not self._held and times == self._times:
+                os._exit(0)
+
+    def follow(self, stream: Any) -> None:
+        """Hold it for as long as `stream` lasts."""
+
+        def watch() -> None:
+            stream.read()
+            self.let_go()
+
+        threading.Thread(target=watch, name="everstep-leash", daemon=True).start()
+
+
 class KeeperServer:
     """Serves one keeper until the process ends."""
 
-    def __init__(self, keeper: Keeper, name: str, host: str, port: int, token: str) -> None:
+    def __init__(self, keeper: Keeper, name: str, host: str, port: int, token: str, leash: Leash | None = None) -> None:
         self.keeper = keeper
+        self.leash = leash or Leash(0.0)
         self.token = token
         self.store = ParityStore()
         self.protector = Protector(keeper, self.store, token)
         self._unix = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._unix.bind("\0" + name)
+        try:
+            self._unix.bind("\0" + name)
+        except OSError as error:
+            raise OSError("name taken") from error
         self._unix.listen(64)
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._tcp = socket.create_server((host, port), family=family, backlog=64)
@@ -65,6 +107,7 @@ class KeeperServer:
             threading.Thread(target=self._converse, args=(connection, local), daemon=True).start()
 
     def _converse(self, connection: socket.socket, local: bool) -> None:
+        owners: set[tuple[int, int]] = set()
         with connection, contextlib.suppress(OSError, ValueError, KeyError, TypeError, IndexError):
             reader = _Lines(connection, fds=local)
             if not local:
@@ -76,19 +119,37 @@ class KeeperServer:
                 request = json.loads(line)
                 if request["op"] == "collect":
                     self._collect(connection, request)
+                elif local and request["op"] == "adopt":
+                    self._adopt(connection, request["node"], reader)
                 elif local:
-                    _answer(connection, self._local(request, reader))
+                    if request["op"] == "register":
+                        owners.add((request["rank"], request["incarnation"]))
+                    _answer(connection, self._local(request, reader, id(connection)))
                 else:
                     self._remote(connection, request)
+        for rank, incarnation in owners:
+            self.keeper.left(rank, incarnation, id(connection))
+
+    def _adopt(self, connection: socket.socket, node: str, reader: _Lines) -> None:
+        """An agent takes the leash that a dead one let go; it holds it for as long as this connection lasts."""
+        if not self.leash.take():
+            _answer(connection, {"adopted": False})
+            return
+        self.keeper.node = node
+        _answer(connection, {"adopted": True, "port": self.port, "pid": os.getpid()})
+        with contextlib.suppress(OSError):
+            reader.line()
+        self.leash.let_go()
 
     # ------------------------------------------------------------ from the node's own workers
 
-    def _local(self, request: dict[str, Any], reader: _Lines) -> dict[str, Any]:
+    def _local(self, request: dict[str, Any], reader: _Lines, connection: int) -> dict[str, Any]:
         keeper, operation = self.keeper, request["op"]
         if operation == "register":
             entries = [Entry(*entry) for entry in request["entries"]]
             owner = (request["rank"], request["incarnation"], request["segment"])
-            keeper.register(*owner, reader.take_fd(), request["size"], entries, request["states"])
+            fd = reader.take_fd()
+            keeper.register(*owner, fd, request["size"], entries, request["states"], connection)
         elif operation == "drop":
             keeper.drop(request["rank"], request["incarnation"], request["segment"])
         elif operation == "enter":
@@ -187,18 +248,19 @@ def main() -> None:
     parser.add_argument("--name", required=True)
     parser.add_argument("--host", required=True)
     parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--linger", type=float, default=0.0)
     arguments = parser.parse_args()
-    die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with contextlib.suppress(OSError):
         os.nice(NICENESS)
     token = os.environ.pop("EVERSTEP_TOKEN")
     try:
-        keeper = Keeper(arguments.node)
-        server = KeeperServer(keeper, arguments.name, arguments.host, arguments.port, token)
+        keeper, leash = Keeper(arguments.node), Leash(arguments.linger)
+        server = KeeperServer(keeper, arguments.name, arguments.host, arguments.port, token, leash)
     except OSError as error:
         print(error, flush=True)  # our agent reads it
         sys.exit(1)
+    leash.follow(sys.stdin)
     print(server.port, flush=True)
     sys.stdout.close()
     server.serve()

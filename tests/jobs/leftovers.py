@@ -26,6 +26,7 @@ def left_behind(folder: Path) -> set[str]:
 def nothing_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     marker = uuid.uuid4().hex
     monkeypatch.setenv("EVERSTEP_TEST_MARKER", marker)
+    monkeypatch.setenv("EVERSTEP_KEEPER_LINGER", "1")  # a keeper waits for its agent to come back, but not here
     monkeypatch.setenv("TMPDIR", str(tmp_path))  # of the processes; what they leave is looked for there too
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     before = left_behind(tmp_path)
