@@ -83,6 +83,8 @@ class Protector:
                     self._keeper.changed.wait()
                 membership, version = self._keeper.membership, self._wanted[0]
                 kept = {self._protected, self._complete[1], *self._wanted}
+                if self._before[1] > self._protected:  # nobody has agreed yet that it, or a newer one, outlives nodes
+                    kept.add(self._before[1])
             assert membership is not None
             self._store.keep(kept)
             whole = self._encode(membership, version) and self._await_own(membership, version)
