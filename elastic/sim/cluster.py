@@ -22,6 +22,7 @@ from .world import Pipe, Process, World
 
 TICK_S = 0.1
 HEARTBEAT_S = 0.5
+LATE_S = 1.0  # longer than anything is on its way
 
 
 @dataclass
@@ -117,8 +118,9 @@ class Cluster:
         self._go_down(node, "its node is fenced")
 
     def doubtful(self) -> set[str]:
-        """The nodes that are gone, or silent."""
-        return {name for name, node in self.nodes.items() if not node.up or node.silent_s > self.world.now}
+        """The nodes that are gone, or silent, or were so lately that they may yet be declared lost."""
+        late_s = self.world.now - LATE_S
+        return {name for name, node in self.nodes.items() if not node.up or (node.silent_s and node.silent_s > late_s)}
 
     def look(self) -> None:
         """See whether the job is whole again."""
@@ -135,7 +137,7 @@ class Cluster:
             self.world.after(detected_s, lambda: self._from_node(e.NodeLost(node, "its stream broke")))
 
     def silence(self, node: str, duration_s: float, *, alone: bool) -> None:
-        """A node is cut off from the coordinator, and with `alone` from the other nodes. What is sent meanwhile is late."""
+        """A node is cut off from the coordinator, and with `alone` from the other nodes: what is sent then is late."""
         machine, until_s = self.nodes[node], self.world.now + duration_s
         if self.outcome is not None or node in self.doubtful():
             return
@@ -148,11 +150,14 @@ class Cluster:
         self.world.after(duration_s, lambda: self._heard_again(node))
 
     def _heard_again(self, node: str) -> None:
-        if node in self.state.nodes and self.nodes[node].up:
-            self.promise.came_back(node)
+        self.world.after(LATE_S, lambda: self._is_back(node))
         self.board.keepers[node].cut_off = False
         self.board.changed()
         self.log.append(f"{self.world.now:.4f} {node} is heard again")
+
+    def _is_back(self, node: str) -> None:
+        if node in self.state.nodes and self.nodes[node].up:
+            self.promise.came_back(node)
 
     def _go_down(self, node: str, why: str) -> None:
         machine = self.nodes[node]

@@ -16,7 +16,7 @@ RETRY_S = 0.05
 
 
 class Slots:
-    """A shard's slots: a few for states of any version, two for gradients (step k in slot k % 2). None: torn or empty."""
+    """A shard's slots: some for states of any version, two for gradients (step k in slot k % 2). None: torn or empty."""
 
     def __init__(self, states: int) -> None:
         self.states: list[tuple[int, ShardState] | None] = [None] * states
@@ -189,6 +189,8 @@ class Keeper:
             generation, placement, version = self.generation, self.placement, self._wanted[0]
             assert placement is not None
             kept = {self._kept, self.complete[1], *self._wanted}
+            if self.before[1] > self._kept:
+                kept.add(self.before[1])
             self.blocks = [block for block in self.blocks if block.version in kept]
             self._board.on_protect(self.node, version)
             yield 0.0

@@ -78,7 +78,8 @@ class Protection:
 
     def share(self) -> dict[str, Any]:
         """What this rank adds to the agreement of a step."""
-        return {"whole": self._whole, "before": self._before, "every": self._interval or self._world.random.randint(1, 4)}
+        every = self._interval or self._world.random.randint(1, 4)
+        return {"whole": self._whole, "before": self._before, "every": every}
 
     def agreed(self, shares: Sequence[dict[str, Any]]) -> dict[str, int]:
         """What the members' shares (lowest rank first) mean: for the agreement, equal on all."""

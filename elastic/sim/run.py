@@ -1,4 +1,4 @@
-"""One simulated job from one seed: `simulate(seed, ...)`; `python -m everstep.elastic.sim.run 0 1000 [shapes]` runs many."""
+"""One simulated job from one seed: `simulate(seed, ...)`. Many: `python -m everstep.elastic.sim.run 0 1000 [shapes]`."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def _run(world: World, cluster: Cluster, injector: Injector, horizon_s: float) -
     layout = cluster.state.layout
     assert layout is not None
     members = [cluster.running[cluster.state.workers[rank].id] for rank in layout.ranks]
-    cluster.ledger.ended([running.worker for running in members])
+    cluster.ledger.ended([running.worker for running in members], went_back=cluster.state.rolled_back > 0)
 
 
 def main(seeds: range, names: Sequence[str]) -> None:

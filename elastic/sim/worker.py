@@ -1,8 +1,8 @@
 """A simulated worker: the engine's step and the recovery, statement for statement, with hashes for tensors.
 
-It follows `elastic.engine` and the loop of `elastic.run`, and `recovery` follows `elastic.recovery`; what they may assume
-of their surroundings is what those may assume. `mark` is called where the real worker marks its progress, which is where
-faults strike.
+It follows `elastic.engine` and the loop of `elastic.run`, and `recovery` follows `elastic.recovery`; what they may
+assume of their surroundings is what those may assume. `mark` is called where the real worker marks its progress, which
+is where faults strike.
 """
 
 from __future__ import annotations
