@@ -205,6 +205,7 @@ class Engine:
             "scale": None if limit is None else min(1.0, limit / (norm + 1e-6)),
             "groups": self.optimizer.hyper_parameters(),
             "registered": self._registered(state.step),
+            "layers": self._layer_norms(norms) if self.settings.on_loss == "neighbors" else {},
             "digest": f"{digest:016x}",
             **self.protection.agreed(
                 state.step,
@@ -285,6 +286,15 @@ class Engine:
         for old in [n for n in self._registered_at if n < self.snapshots.protected - 1]:
             del self._registered_at[old]
         return states
+
+    def _layer_norms(self, norms: dict[int, float]) -> dict[int, float]:
+        """The squared norm of each layer's gradient: how much a neighbour counts where one has to stand in."""
+        spec = self.stack.spec
+        layers: dict[int, float] = {}
+        for index in sorted(norms):
+            layer = spec.home(spec.shards[index])
+            layers[layer] = layers.get(layer, 0.0) + norms[index] ** 2
+        return layers
 
     def _counts(self, shard: int) -> bool:
         """Whether a shard's gradient is one: a batch norm's statistics are averaged the same way, but are none."""

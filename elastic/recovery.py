@@ -16,8 +16,9 @@ import torch
 from ..checkpointing.record import read_record
 from ..checkpointing.restore import Fetched, Sources
 from ..comms.communicator import Aborted, Key, Kind
+from ..resharding.neighbors import stand_ins
 from ..resharding.plan import Plan, Report, Span
-from .backups import backup_ranks
+from .backups import Copies, backup_ranks
 from .engine import Engine
 from .membership import Orders
 from .progress import Phase
@@ -66,8 +67,8 @@ class Recovery:
         if self.fresh or engine.layout is None or engine.state is None:
             return Report(rank=engine.rank, generation=0, fresh=True)
         state = engine.state
-        valid = engine.values_version == state.step
         protected, before = engine.protection.report()
+        valid = engine.values_version == state.step
         return Report(
             rank=engine.rank,
             generation=engine.layout.generation,
@@ -195,6 +196,10 @@ class Recovery:
         missing = [s.index for s in optimizer.owned if s.index not in held]
         if not missing:
             return
+        for index in [i for i in missing if i in plan.substitutes]:
+            self._make_up(plan, optimizer, index, version, agreement)
+            held.add(index)
+        missing = [index for index in missing if index not in held]
         found = self._fetch_all(plan, missing, version)
         terms = json.loads(agreement) if agreement else {}
         replays: dict[int, torch.Tensor] = {}
@@ -206,6 +211,26 @@ class Recovery:
         if replays:
             optimizer.update(replays, terms["groups"], terms["scale"])
         held.update(found)
+
+    def _make_up(self, plan: Plan, optimizer: ShardedOptimizer, index: int, version: int, agreement: str) -> None:
+        """A shard that is gone for good: the average of its neighbours', weighted by the norms of their gradients.
+
+        Lossy, and what the user asked for (on_loss="neighbors"). Its optimizer state starts anew.
+        """
+        engine = self.engine
+        spec = engine.stack.spec
+        sources = stand_ins(spec, plan.substitutes)[index]
+        copies = Copies(engine.optimizer.user, engine.stack)
+        copies.own(spec.shards[i] for i in sources)
+        self._restore(plan, copies, set(), version, agreement)
+        norms: dict[str, float] = json.loads(agreement)["layers"] if agreement else {}
+        weights = [norms.get(str(spec.home(spec.shards[i])), 0.0) for i in sources]
+        if not sum(weights):
+            weights = [1.0] * len(sources)
+        values = [copies.state(i)["value"].double() * weight for i, weight in zip(sources, weights, strict=True)]
+        value = torch.stack(values).sum(0) / sum(weights)
+        dtype = copies.state(sources[0])["value"].dtype
+        optimizer.load(index, {"value": value.to(dtype)})
 
     def _fetch_all(self, plan: Plan, missing: list[int], version: int) -> dict[int, Fetched]:
         """All the missing shards: from our own memory, from whichever keepers have them, from parity.

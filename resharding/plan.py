@@ -80,7 +80,8 @@ class Plan:
     `agreement`: what was agreed in step version - 1, for owners that have still to carry it out.
     `gains`: shards to restore. `refresh`: ranks that need every value of their layers from the owners.
     `fresh`: ranks of which nothing is used: they have nothing yet, or go back to an older version. The lowest other
-    rank tells them where the job is. `protected`: the newest version that every shard can be had at, -1 if it has not
+    rank tells them where the job is. `substitutes`: shards that are gone, and made up from neighbouring layers'.
+    `protected`: the newest version that every shard can be had at, -1 if it has not
     changed.
     `work`: the segments of the interrupted step that are still to run; `started`: those of them whose forward is done.
     `kept`: the segments whose gradients are held.
@@ -96,6 +97,7 @@ class Plan:
     started: tuple[Segment, ...] = ()
     kept: tuple[Segment, ...] = ()
     protected: int = -1
+    substitutes: tuple[int, ...] = ()
 
     @property
     def generation(self) -> int:
@@ -118,6 +120,7 @@ class Plan:
             started=tuple(Segment(*s) for s in raw["started"]),
             kept=tuple(Segment(*s) for s in raw["kept"]),
             protected=raw["protected"],
+            substitutes=tuple(raw["substitutes"]),
         )
 
     @property

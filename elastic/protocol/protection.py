@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from ...resharding.layout import Layout
+from ...resharding.neighbors import stand_ins
 from ...resharding.placement import Placement, place
-from ...resharding.plan import Plan, Report
+from ...resharding.plan import Report
 from . import events as e
 from .state import Recovery, State
 
@@ -151,6 +152,17 @@ def target(state: State, recovery: Recovery, newest: int, reports: Sequence[tupl
     return max((version for version in candidates if version <= limit), default=-1)
 
 
-def describe_nodes(plan: Plan | None, recovery: Recovery) -> str:
-    """The nodes whose loss a recovery is about."""
-    return ", ".join(recovery.nodes_lost) or "none"
+def stand_in(state: State, job: e.Job, recovery: Recovery, newest: int) -> tuple[int, Recovery]:
+    """The version to go on from with what is gone made up from neighbouring layers; -1 if it cannot be.
+
+    At the version that was tried last, or, if nothing outlives nodes here, at the newest.
+    """
+    assert state.layout is not None
+    if recovery.ceiling is not None:
+        version, gone = recovery.ceiling + 1, set(recovery.lacking)
+    else:
+        version, gone = newest, {i for i, owner in enumerate(state.layout.owners) if owner not in state.workers}
+    substitutes = tuple(sorted(gone | set(recovery.substitutes)))
+    if len(stand_ins(job.model, substitutes)) < len(substitutes):
+        return -1, recovery
+    return version, replace(recovery, substitutes=substitutes)

@@ -11,7 +11,16 @@ from ...resharding.plan import Plan, PlanError, Report, plan_recovery, plan_roll
 from ...resharding.planners import change_layout, initial_layout
 from . import events as e
 from .outcome import Effects, Outcome, current, fail, start_workers, with_workers
-from .protection import memory_needed, placement_for, protected_now, statements, still_missing, target, too_small
+from .protection import (
+    memory_needed,
+    placement_for,
+    protected_now,
+    stand_in,
+    statements,
+    still_missing,
+    target,
+    too_small,
+)
 from .restarts import classic_exit
 from .state import Loss, Phase, Recovery, State, Status, Worker
 
@@ -129,6 +138,7 @@ def begin_recovery(
         planned=earlier.planned if earlier else -1,
         ceiling=earlier.ceiling if earlier else None,
         lacking=earlier.lacking if earlier else (),
+        substitutes=earlier.substitutes if earlier else (),
         awaited=frozenset(w.id for w in asked),
     )
     state = replace(state, phase=Phase.RECOVERING, generation=generation, recovery=recovery, join=None)
@@ -174,11 +184,14 @@ def plan_if_complete(state: State, now: float) -> Outcome:
     recovery = still_missing(recovery, newest)
     state = replace(state, protected=max(state.protected, *(report.outlives for report in reports)))
     version = target(state, recovery, newest, by_node)
+    if version < 0 and job.on_loss == "neighbors":
+        version, recovery = stand_in(state, job, recovery, newest)
     if version < 0 or (version < newest and version > 0 and version - 1 not in state.agreements):
         return fail(state, _everything_gone(state, recovery, newest))
     try:
         plan = _recovery_plan(state, job, reports, version if version < furthest else None)
         plan = replace(plan, protected=max(plan.protected, min(version, protected_now(state, by_node))))
+        plan = replace(plan, substitutes=recovery.substitutes)
     except (LayoutError, PlanError) as error:
         return fail(state, f"generation {recovery.generation} cannot be planned, which is a bug of everstep: {error}")
     assert plan.version is not None
@@ -199,7 +212,11 @@ def plan_if_complete(state: State, now: float) -> Outcome:
     elif plan.version - 1 > state.agreed:
         state = replace(state, agreed=plan.version - 1, agreement=plan.agreement)
     state = replace(state, protected=max(state.protected, plan.protected))
-    return enter(state, plan, "planned", {"summary": plan.describe()})
+    state, effects = enter(state, plan, "planned", {"summary": plan.describe()})
+    if plan.substitutes:
+        fields = {"version": plan.version, "shards": list(plan.substitutes)}
+        effects.append(e.Record("substituted", fields))
+    return state, effects
 
 
 def _recovery_plan(state: State, job: e.Job, reports: list[Report], back_to: int | None) -> Plan:

@@ -95,6 +95,7 @@ class Recovery:
     planned: int = -1  # the version of the last plan of this recovery
     ceiling: int | None = None  # newer versions were tried, and could not be had
     lacking: tuple[int, ...] = ()  # shards of the version that was tried
+    substitutes: tuple[int, ...] = ()  # shards that are gone, and made up (on_loss="neighbors")
     awaited: frozenset[WorkerId] = frozenset()
     reports: Mapping[WorkerId, Report] = field(default_factory=dict)
     busy_s: float = 0.0

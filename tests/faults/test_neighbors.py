@@ -1,0 +1,36 @@
+"""on_loss="neighbors": what is gone for good is made up from the layers beside it. Lossy, and said to be."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from tests.jobs.hosts import HostJob, Hosts
+
+STEPS = 40
+
+
+@pytest.mark.parametrize("rank", [1, 0])
+def test_a_lost_stage_without_protection(rank: int, tmp_path: Path) -> None:
+    """The middle stage has layers of its kind on both sides; the first one has the embedding, which nothing is like."""
+    faults = [{"rank": rank, "phase": "compute", "step": 20, "kind": "node"}]
+    flags = ["--es-protection=none", "--es-on-loss=neighbors", f"--log-dir={tmp_path}/logs"]
+    with Hosts(3) as hosts:
+        job = HostJob(hosts, tmp_path, nnodes="3:3", steps=STEPS, stages=3)
+        job.launch(0, 1, 2, flags=flags, faults=faults)
+        outputs = [launcher.communicate(timeout=90)[0] for launcher in hosts.launchers.values()]
+    (ended,) = job.events("ended")
+    if rank == 0:
+        assert not ended["succeeded"]
+        assert "on_loss='neighbors' could not stand in for them" in ended["why"]
+        assert sum("everstep: error: " in output for output in outputs) == 2
+        return
+    assert ended["succeeded"], ended
+    (made_up,) = job.events("substituted")
+    assert made_up["shards"]
+    losses = [event["loss"] for event in job.events("committed")]
+    assert len(losses) == STEPS
+    assert all(map(math.isfinite, losses))
+    assert losses[-1] < losses[0], "it goes on learning"
