@@ -17,12 +17,14 @@ from ..comms import everstep_pb2 as pb
 from ..comms.rpc import Session, serve
 from ..elastic.protocol import coordinator
 from ..elastic.protocol import events as e
+from ..elastic.protocol.protection import describe_protection
 from ..elastic.protocol.state import Config
 from ..resharding.plan import Report
 from ..resharding.units import ModelSpec
 
 TICK_S = 0.1
 PROTOCOL = 1
+REMEMBERED_STEPS = 2000
 CLOCK_TRUST_S = 60.0  # a node's monotonic clock that is further off than this is another machine's
 
 
@@ -46,6 +48,7 @@ class CoordinatorServer:
         self._store = TCPStore(store_host, 0, is_master=True, wait_for_workers=False)
         self._store_attempt = 0
         self._store_host = store_host
+        self._committed_s: dict[int, float] = {}  # step -> when
         self.ended = threading.Event()
         served = serve(address, self)
         if served is None:
@@ -75,10 +78,23 @@ class CoordinatorServer:
                 "committed_step": state.committed,
                 "steps": state.job.steps if state.job else None,
                 "layout": state.layout.describe() if state.layout else None,
+                "protection": describe_protection(state.job.protection, state.placement)
+                if state.job and state.placement
+                else None,
+                "exposure": self._exposure(),
                 "nodes": sorted(state.nodes),
                 "workers": {str(w.id.rank): w.status.value for w in state.workers.values()},
             }
         )
+
+    def _exposure(self) -> dict[str, float | None] | None:
+        """What the loss of a node would take along: versions, and seconds since the one that outlives it was made."""
+        state = self._state
+        if state.placement is None or not state.placement.stripes:
+            return None
+        made_s = self._committed_s.get(state.protected - 1)
+        seconds = round(time.monotonic() - made_s, 3) if made_s is not None else None
+        return {"steps": state.committed + 1 - state.protected, "seconds": seconds}
 
     def close(self) -> None:
         """Stop serving."""
@@ -229,6 +245,9 @@ class CoordinatorServer:
 
     def _record(self, fields: Mapping[str, Any]) -> None:
         line = {"at_s": time.monotonic(), **fields}
+        if fields["event"] == "committed":
+            self._committed_s[fields["step"]] = line["at_s"]
+            self._committed_s.pop(fields["step"] - REMEMBERED_STEPS, None)
         if self._events is not None:
             self._events.write(json.dumps(line) + "\n")
             self._events.flush()
