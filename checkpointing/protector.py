@@ -86,6 +86,8 @@ class Protector:
                 if self._before[1] > self._protected:  # nobody has agreed yet that it, or a newer one, outlives nodes
                     kept.add(self._before[1])
             assert membership is not None
+            for flow in [flow for flow in self._clients if flow[0] not in membership.addresses]:
+                self._forget(flow)  # of nodes that are lost
             self._store.keep(kept)
             whole = self._encode(membership, version) and self._await_own(membership, version)
             with self._keeper.changed:
