@@ -1,4 +1,4 @@
-"""One simulated job from one seed: `simulate(seed, ...)`. Many: `python -m everstep.elastic.sim.run 0 1000 [shapes]`."""
+"""One simulated job from one seed: `simulate(seed, ...)`; `python -m everstep.elastic.sim.run 0 1000 [shapes]`: many."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ def brief(item: e.Event | e.Effect) -> str:
     parts += [f"g{item.generation}"] if hasattr(item, "generation") else []
     if isinstance(item, e.StartWorkers | e.KillWorkers):
         parts += [item.node, *map(str, item.workers)]
-    if isinstance(item, e.NodeJoined | e.NodeLost | e.HeartbeatReceived | e.RefuseNode):
+    if isinstance(item, e.NodeJoined | e.NodeLost | e.HeartbeatReceived | e.RefuseNode | e.FenceNode):
         parts.append(item.node)
     if isinstance(item, e.WorkerCommitted):
         parts.append(f"step {item.step}")
@@ -34,4 +34,5 @@ def brief_plan(plan: Plan) -> str:
     parts += [f"refresh {','.join(map(str, plan.refresh))}"] if plan.refresh else []
     parts += [f"{len(plan.gains)} gains", f"{len(plan.work)} to run ({len(plan.started)} started)"]
     parts += [f"{len(plan.kept)} kept"]
+    parts += [f"protected {plan.protected}"] if plan.protected >= 0 else []
     return "; ".join(parts)

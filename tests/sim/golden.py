@@ -4,97 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from everstep.elastic.protocol import coordinator, invariants
 from everstep.elastic.protocol import events as e
-from everstep.elastic.protocol.state import Config, State
-from everstep.elastic.sim.run import model
-from everstep.elastic.sim.transcript import brief, brief_plan
-from everstep.resharding.plan import Report, Span
+
+from .golden_nodes import NODE_SCRIPTS
+from .script import Script, w
 
 FOLDER = Path(__file__).parent / "transcripts"
-
-
-class Script:
-    """Feeds events to a coordinator and writes down both sides."""
-
-    def __init__(self, *, workers: int = 2, stages: int = 1, **config: object) -> None:
-        self.job = e.Job(steps=8, stages=stages, micro_batches=4, global_batch_size=4, model=model(4, False))
-        self.state: State = coordinator.initial_state(Config(**config), 0.0)
-        self.now = 0.0
-        self.lines: list[str] = []
-        self.workers = workers
-
-    def __call__(self, event: e.Event, after_s: float = 0.1) -> list[e.Effect]:
-        self.now += after_s
-        before = self.state
-        self.state, effects = coordinator.step(before, event, self.now)
-        invariants.check_step(before, self.state, effects)
-        self.lines.append(f"> {brief(event)}")
-        self.lines += [f"  {brief(effect)}" for effect in effects]
-        plans = {x.plan.generation: x.plan for x in effects if isinstance(x, e.CarryOut)}
-        self.lines += [f"    plan {brief_plan(plan)}" for plan in plans.values()]
-        self.lines.append(f"  = {self.state.phase.value}, generation {self.state.generation}")
-        return effects
-
-    def node(self, name: str = "n0", slots: int | None = None) -> None:
-        self(e.NodeJoined(name, f"host-{name}", self.workers if slots is None else slots, f"{name}:1"))
-
-    def elastic(self, *workers: e.WorkerId) -> None:
-        for worker in workers:
-            self(e.WorkerDeclaredElastic(worker))
-
-    def ready(self, *workers: e.WorkerId) -> None:
-        for worker in workers:
-            self(e.WorkerReady(worker, {"at": str(worker)}, self.job))
-
-    def committed(self, worker: e.WorkerId, step: int) -> None:
-        self(e.WorkerCommitted(worker, step, f"a{step}"))
-
-    def died(self, worker: e.WorkerId, step: int = 3) -> None:
-        self(e.WorkerDied(worker, "killed by SIGKILL", step=step, phase="compute"))
-
-    def reported(self, worker: e.WorkerId, *, held: int = 0, fresh: bool = False) -> None:
-        """A survivor reports, from the step after the last that was agreed on.
-
-        It holds the gradients of the first `held` of its micro-batches.
-        """
-        layout = self.state.layout
-        assert layout is not None
-        if fresh:
-            report = Report(rank=worker.rank, generation=0, fresh=True)
-        else:
-            spans = [Span(*s[1:]) for s in layout.segments() if s.rank == worker.rank]
-            stage = layout.stage_of(worker.rank)
-            owned = tuple(shard for shard, owner in enumerate(layout.owners) if owner == worker.rank)
-            report = Report(
-                rank=worker.rank,
-                generation=layout.generation,
-                owned_version=self.state.agreed + 1,
-                owned=owned,
-                values_version=self.state.agreed + 1,
-                layers=(stage.start, stage.stop),
-                agreed=self.state.agreed,
-                agreement=self.state.agreement,
-                held=tuple(spans[:held]),
-                todo=tuple(spans[held:]),
-            )
-        self(e.WorkerReported(worker, self.state.generation, report))
-
-    def train(self) -> None:
-        """From nothing to step 3."""
-        self.node()
-        first = [e.WorkerId(rank, 0) for rank in range(self.workers)]
-        self.elastic(first[0])
-        self.ready(*first)
-        self.committed(first[0], 2)
-        self.lines = ["... until step 2 is committed"]
-
-    def text(self) -> str:
-        return "\n".join(self.lines) + "\n"
-
-
-def w(rank: int, incarnation: int = 0) -> e.WorkerId:
-    return e.WorkerId(rank, incarnation)
 
 
 def start() -> Script:
@@ -293,6 +208,7 @@ SCRIPTS = (
     node_lost,
     crash_loop,
     death_after_the_last_step,
+    *NODE_SCRIPTS,
 )
 
 

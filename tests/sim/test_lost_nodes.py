@@ -1,0 +1,106 @@
+"""Simulated jobs that lose nodes: the undisturbed run's bytes, or, where too much was lost, an end that says so."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from everstep.elastic.sim.faults import NODE_PHASES, Fault, NodeFault
+from everstep.elastic.sim.run import SHAPES, Outcome, simulate
+
+SHAPES_WITH_NODES = [name for name, shape in SHAPES.items() if shape.loses_nodes]
+SEEDS = range(24)
+
+
+def _gone_back(outcome: Outcome) -> bool:
+    return any("committed_again" in line for line in outcome.log)
+
+
+@pytest.mark.parametrize("name", SHAPES_WITH_NODES)
+def test_seeds(name: str) -> None:
+    """Random faults. `simulate` raises where a job ends early although no more was lost than it must survive."""
+    outcomes = [simulate(seed, SHAPES[name]) for seed in SEEDS]
+    assert sum(outcome.nodes_lost for outcome in outcomes) > len(SEEDS)
+    assert sum(map(_gone_back, outcomes)) >= 3, "hardly anything was computed again"
+    early = [outcome for outcome in outcomes if outcome.why]
+    assert all(outcome.broken for outcome in early)
+    assert len(early) <= len(SEEDS) // 5
+
+
+@pytest.mark.parametrize(
+    ("name", "seed"),
+    [
+        ("3 nodes", 5),  # a node is lost while a join is offered: keepers speak of the generation before
+        ("4 nodes", 7),  # a rollback to version 0 is interrupted: values are no longer those of the seed
+        ("4 nodes", 9),  # a worker dies after a node's loss was made good, before the coordinator hears of a commit
+        ("4 nodes, seldom", 9),  # those who had still to finish are lost
+        ("4 nodes, seldom", 20),  # a survivor missed the agreement that says what is protected
+        ("5 nodes", 25),  # a version that is made again took two slots
+        ("3 nodes, seldom", 210),  # a version that was whole everywhere was forgotten by a join
+        ("4 nodes", 697),  # the same, by the keepers
+        ("5 nodes", 612),  # one finishes while another that had finished makes the last step again
+    ],
+)
+def test_seeds_that_fail_when_a_guard_is_missing(name: str, seed: int) -> None:
+    """Each once failed, for want of what its comment names."""
+    simulate(seed, SHAPES[name])
+
+
+@pytest.mark.parametrize("phase", NODE_PHASES)
+@pytest.mark.parametrize("name", ["3 nodes", "3 nodes, seldom", "4 nodes"])
+def test_as_many_nodes_as_promised_in_every_phase(name: str, phase: str) -> None:
+    """All at once, at the first opportunity and later; a worker's death starts a recovery to strike in."""
+    shape = SHAPES[name]
+    death = Fault(victims=1, phase="reduce", after=9)
+    for after, spread_s in itertools.product((0, 5), (0.0, 0.05)):
+        loss = NodeFault(victims=shape.losses, phase=phase, after=after, spread_s=spread_s, back_s=0.5)
+        outcome = simulate(after, shape, faults=[loss, death] if phase in ("recover", "restore", "join") else [loss])
+        assert not outcome.why
+
+
+@pytest.mark.parametrize("name", ["3 nodes", "4 nodes, seldom", "6 nodes"])
+def test_again_and_again(name: str) -> None:
+    """Losses follow each other as fast as the promise allows; nodes come in place of those that are lost."""
+    shape = SHAPES[name]
+    for seed in range(4):
+        losses = [
+            NodeFault(victims=shape.losses, phase="commit", after=3 * i, detected_s=0.002 * i, back_s=0.1)
+            for i in range(1, 6)
+        ]
+        outcome = simulate(seed, shape, faults=list(losses))
+        assert outcome.nodes_lost > shape.losses
+        assert not outcome.why
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["from the coordinator", "from everybody"])
+def test_a_silent_node(alone: bool) -> None:
+    """It is declared lost while its workers go on; nothing that it says or does afterwards counts."""
+    for name, seed in itertools.product(("3 nodes", "4 nodes", "5 nodes"), range(4)):
+        fault = NodeFault(victims=1, phase="commit", after=1 + 2 * seed, silent_s=8.0, alone=alone, back_s=0.1)
+        outcome = simulate(seed, SHAPES[name], faults=[fault])
+        assert not outcome.why
+        assert any("Ticked -> (node_lost)" in line for line in outcome.log)
+
+
+def test_a_short_silence_costs_nothing() -> None:
+    for seed in range(4):
+        fault = NodeFault(victims=1, phase="commit", after=3, silent_s=0.3, alone=True)
+        outcome = simulate(seed, SHAPES["3 nodes"], faults=[fault])
+        assert outcome.generations == 1
+
+
+def test_more_nodes_than_promised() -> None:
+    """The job ends and says why, or goes on with the right bytes: where nothing that only they held was needed."""
+    ended = 0
+    for name, seed in itertools.product(("3 nodes", "4 nodes", "6 nodes"), range(8)):
+        shape = SHAPES[name]
+        fault = NodeFault(victims=shape.losses + 1, phase="update", after=3 + seed, careful=False)
+        outcome = simulate(seed, shape, faults=[fault])
+        ended += bool(outcome.why)
+        assert outcome.broken
+    assert ended >= 12
+
+
+def test_a_seed_replays() -> None:
+    first, second = (simulate(3, SHAPES["4 nodes"]) for _ in range(2))
+    assert first.log == second.log
