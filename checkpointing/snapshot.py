@@ -13,6 +13,7 @@ one does.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent import futures
@@ -50,6 +51,8 @@ class Snapshots:
         self.version: dict[int, int] = {}  # shard -> newest version written or being written
         self.protected = -1  # the newest version that all members know to outlive lost nodes
         self.waited_s = 0.0
+        self.spread_s = 0.0  # a copy takes this long if nobody waits for it, so as not to crowd out the compute
+        self._hurry = threading.Event()
 
     def enter(self, generation: int, placement: Placement, addresses: Mapping[str, str], sizes: list[int]) -> None:
         """Go to a new generation. `sizes`: bytes of each shard's record at most."""
@@ -94,6 +97,7 @@ class Snapshots:
         for shard in todo:
             self.version[shard] = version
         assert self._pool is not None
+        self._hurry.clear()
         snapshots = {shard: Record(states(shard)) for shard in todo}
         for record in snapshots.values():
             if record.device.type == "cuda":
@@ -114,8 +118,13 @@ class Snapshots:
     ) -> None:
         if earlier is not None:
             earlier.result()
+        total, done, started = sum(record.length for record in records.values()), 0, time.monotonic()
         for shard, record in records.items():
             self._write(shard, version, record)
+            done += record.length
+            ahead_s = self.spread_s * done / total - (time.monotonic() - started)
+            if ahead_s > 0:
+                self._hurry.wait(ahead_s)
         assert self._link is not None
         self._link.sealed(generation, version, self.protected, protect=protect)
 
@@ -137,6 +146,7 @@ class Snapshots:
         if self._pending is None:
             return
         started = time.monotonic()
+        self._hurry.set()
         while not futures.wait([self._pending], timeout=0.05).done:
             on_wait()
         self._pending.result()

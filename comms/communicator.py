@@ -128,6 +128,10 @@ class Communicator(abc.ABC):
         is touched. Raises ValueError if `generation` is not greater than the present one.
         """
 
+    def damage(self) -> None:
+        """Inject a fault, where the backend can: the next part that is sent arrives damaged."""
+        raise NotImplementedError
+
     @abc.abstractmethod
     def close(self) -> None:
         """Release every socket, thread and mapping. Idempotent."""

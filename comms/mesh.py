@@ -55,6 +55,7 @@ class MeshCommunicator(Communicator):
         self._ring_bytes = ring_bytes
         self._peers: dict[int, Peer] = {}
         self._aborted = False
+        self._damaging = False
         self._closed = False
         self._mailbox = Mailbox()
         self._local = Local(
@@ -185,6 +186,10 @@ class MeshCommunicator(Communicator):
         self._poller.close()
         self._mailbox = Mailbox()
 
+    def damage(self) -> None:
+        """Inject a fault: the next part that is sent arrives damaged."""
+        self._damaging = True
+
     def _check(self) -> None:
         if self._closed:
             raise RuntimeError("the communicator is closed")
@@ -239,6 +244,8 @@ class MeshCommunicator(Communicator):
         for offset, parts in cut(views, piece):
             length = min(piece, total - offset)
             checksum = checksum_of(parts)  # brings them into the cache, from where they are copied next
+            if self._damaging:  # an injected fault: to the receiver, as if a bit had flipped on the way
+                checksum, self._damaging = checksum ^ 1, False
             position = 0
             flags = 0
             if ring and not link.broken:

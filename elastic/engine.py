@@ -43,6 +43,7 @@ from .stack import LayerStack
 from .steps import StepState
 from .zero import ShardedOptimizer
 
+PACE = 0.3  # of a step's time, over which its snapshot is spread
 _SLACK = 1  # micro-batches in flight beyond 1F1B's: hides the latency of links and uneven stages
 
 
@@ -234,7 +235,7 @@ class Engine:
         table = all_gather(self.comm, step, 1, json.dumps(made).encode())
         truth = decide(shares, {int(k): v for data in table.values() for k, v in json.loads(data).items()})
         odd = odd_ones(shares, truth)
-        for shard in mine:
+        for shard in (*mine, *(item.shard for item in odd if item.backup and item.rank == self.rank)):
             if self.replicas.record_differs(shard, step, truth[shard]):
                 self.snapshots.discard(shard, step)  # the version before it and the gradient give it again
         self._forget_odd([item for item in odd if item.rank == self.rank])
@@ -265,8 +266,14 @@ class Engine:
             self.membership.tell("corruption", generation=generation, **fields)
 
     def _damage(self, kind: str) -> None:
-        """An injected fault: flip one bit of a value that this rank owns, or only reads."""
+        """An injected fault: flip one bit of a frame, or of a value that is owned, only read, or a backup here."""
         layout, _ = self.current()
+        if kind == "flip-frame":
+            self.comm.damage()
+            return
+        if kind == "flip-backup":
+            self.backups.copies.state(self.backups.shards[-1].index)["value"][:1].view(torch.uint8)[1] ^= 16
+            return
         for layer in reversed(self.stack.held):
             for shard in reversed(self.stack.spec.shards_of_layer[layer]):
                 if shard.elements > 1000 and (layout.owners[shard.index] == self.rank) == (kind == "flip-owned"):
@@ -358,6 +365,7 @@ class Engine:
             if not self.snapshots.has(s.index)
         )
         protect = self.protection.begins(self.version, anyway=anyway)
+        self.snapshots.spread_s = PACE * self.protection.step_s
         shards = sorted(self.owned | self.backups.level)
         self.snapshots.begin(self.version, self._state_of, shards, protect=protect)
 

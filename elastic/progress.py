@@ -65,7 +65,7 @@ class Fault:
     incarnation: int = 0
     after: int = 0
     period: int = 0
-    kind: str = "kill"  # kill | stop | loop | node (all of it, at one instant) | flip, flip-owned (a bit of a value)
+    kind: str = "kill"  # kill | stop | loop | node (all of it, at one instant) | flip, flip-owned, ... (a bit)
 
     VARIABLE = "EVERSTEP_FAULTS"
 

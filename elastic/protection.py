@@ -35,6 +35,7 @@ class Protection:
         self._before: int | None = -1  # what was, in the last generation, and still counts; None: we were not there
         self._given_up = False
         self._stepped_s = 0.0
+        self.step_s = 0.0  # how long the last step took, 0 if that is not known
         self._every = max(1, settings.snapshot_every)
         self._told: tuple[int, bool] = (0, False)
 
@@ -108,6 +109,7 @@ class Protection:
         """What this rank adds to the agreement of a step."""
         now = time.monotonic()
         step_s, self._stepped_s = (now - self._stepped_s if self._stepped_s else 0.0), now
+        self.step_s = step_s
         return {"whole": self._whole, "before": self._before, "step_s": step_s, "every": self._interval.proposal}
 
     def agreed(self, step: int, shares: list[dict[str, Any]], *, speaks: bool) -> dict[str, int]:
@@ -117,7 +119,9 @@ class Protection:
         """
         if not self._stripes:
             return {"protected": self._snapshots.protected, "every": self._every}
-        whole = step if self._replay else min(share["whole"] for share in shares)
+        if self._replay:
+            return {"protected": step, "every": self._every}
+        whole = min(share["whole"] for share in shares)
         before = min((share["before"] for share in shares if share["before"] is not None), default=-1)
         step_s = max(share["step_s"] for share in shares)
         if all(share["step_s"] for share in shares):

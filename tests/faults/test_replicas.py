@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 from functools import lru_cache
+from pathlib import Path
 
 import pytest
 
-from tests.jobs import Result, assert_same_run, run_job
+from tests.jobs import Result, assert_same_run, assert_same_state, run_job, wait_until
+from tests.jobs.hosts import HostJob, Hosts
 
 STEPS = 12
 
@@ -38,6 +41,36 @@ def test_a_value_that_was_damaged_before_its_snapshot() -> None:
     result = run_job(nproc=3, steps=STEPS, faults=faults, flags=["--es-verify-every=1"])
     assert_same_run(result, reference())
     assert [(e["where"], e["rank"]) for e in result.named("corruption")] == [("replica", 0)]
+
+
+@pytest.mark.parametrize("flags", [[], ["--es-tcp"]])
+def test_a_damaged_frame(flags: list[str]) -> None:
+    """It is not believed; a new generation sends again what is needed, and computes nothing again."""
+    faults = [{"rank": 0, "phase": "reduce", "step": 3, "kind": "flip-frame"}]
+    faults += [{"rank": 2, "phase": "compute", "step": 6, "after": 1, "kind": "flip-frame"}]
+    result = run_job(nproc=4, stages=2, steps=STEPS, faults=faults, flags=flags)
+    assert_same_run(result, reference())
+    assert {e["where"] for e in result.named("corruption")} == {"frame"}
+    assert {e["rank"] for e in result.named("corruption")} & {0, 2}
+    assert [e["lost_steps"] for e in result.named("recovered")] == [0, 0]
+    assert not result.named("worker_died")
+
+
+def test_a_damaged_backup(tmp_path: Path) -> None:
+    """Replay: the copy that nobody computes with is compared too, and made again from its owner's keeper."""
+    faults = [{"rank": 1, "phase": "compute", "step": 5, "kind": "flip-backup"}]
+    faults += [{"rank": 0, "phase": "compute", "step": 9, "kind": "node"}]
+    flags = ["--es-protection=replay", "--es-verify-every=2", f"--log-dir={tmp_path}/logs"]
+    with Hosts(2) as hosts:
+        job = HostJob(hosts, tmp_path, nnodes="2:2", steps=STEPS)
+        job.launch(0, 1, flags=flags, faults=faults)
+        wait_until(lambda: job.events("ended"), 60, "the job has ended")
+        up = [host for host, launcher in hosts.launchers.items() if launcher.poll() != -signal.SIGKILL]
+        result = job.result(*up)
+    rank = 1
+    assert [(e["where"], e["rank"]) for e in result.named("corruption")] == [("backup", rank)]
+    assert result.losses() == {k: v for k, v in reference().losses().items() if k in result.losses()}
+    assert_same_state(result.state(rank), reference().state())
 
 
 def test_unless_replicas_are_compared_the_result_is_another() -> None:
