@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
+from everstep.elastic.errors import UsageError
+from everstep.elastic.settings import Settings, resolve
 
-from tests.jobs import JOBS, Ended, command, everstep
+from tests.jobs import JOBS, PROTECTION, Ended, command, everstep
 
 SCRIPT = str(JOBS / "bad_job.py")
 
@@ -107,6 +111,12 @@ LINES = {
     "--nnodes=two SCRIPT": "--nnodes",
     "--nproc-per-node=many SCRIPT": "many",
     "--es-events=/no/such/folder/events SCRIPT": "--es-events /no/such/folder/events: No such file or directory",
+    "--es-protection=nonsense SCRIPT": "one of parity, replay, replicate, none, got 'nonsense' (rank 0)",
+    "--es-node-losses=0 SCRIPT": "node_losses must be a whole number of at least 1, got 0 (rank 0)",
+    "--es-snapshot-every=-3 SCRIPT": 'snapshot_every must be "auto" or a whole number of at least 1, got -3 (rank 0)',
+    "--es-keeper-memory=0 SCRIPT": "--es-keeper-memory: expected a size of more than nothing, got '0'",
+    "--es-keeper-memory=nonsense SCRIPT": "--es-keeper-memory: expected a size such as 512MiB or 8G, got 'nonsense'",
+    "--es-keeper-memory=-1GiB SCRIPT": "--es-keeper-memory: expected a size such as 512MiB or 8G, got '-1GiB'",
 }
 
 
@@ -132,6 +142,41 @@ def test_command_lines() -> None:
         assert text in ended[line].error(), (line, ended[line])
 
 
+SETTINGS = {
+    ("NODE_LOSSES", "-1"): "node_losses must be a whole number of at least 1, got -1",
+    ("NODE_LOSSES", "few"): "EVERSTEP_NODE_LOSSES must be a whole number, got 'few'",
+    ("SNAPSHOT_EVERY", "often"): "EVERSTEP_SNAPSHOT_EVERY must be a whole number, got 'often'",
+    ("SNAPSHOT_BUDGET", "-1"): "snapshot_budget must be a share of a step's time, more than 0, such as 0.02; got -1.0",
+    ("SNAPSHOT_BUDGET", "nan"): "snapshot_budget must be a share of a step's time, more than 0, such as 0.02; got nan",
+    ("SNAPSHOT_BUDGET", "little"): "EVERSTEP_SNAPSHOT_BUDGET must be a number, got 'little'",
+    ("ON_LOSS", "cry"): "on_loss must be one of checkpoint, neighbors, stop, got 'cry'",
+    ("ON_CORRUPTION", ""): "on_corruption must be one of repair, evict, got ''",
+    ("VERIFY_EVERY", "-1"): "verify_every must be a whole number of at least 0, got -1",
+}
+
+
+@pytest.mark.parametrize(("name", "text"), SETTINGS, ids=lambda value: value)
+def test_settings(name: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the flags become in a worker; some of them went all the way in the command lines above."""
+    monkeypatch.setenv(f"EVERSTEP_{name}", text)
+    with pytest.raises(UsageError, match=f"^{re.escape(SETTINGS[name, text])}$"):
+        resolve(Settings(steps=1, global_batch_size=2, micro_batch_size=1))
+
+
+def test_a_keeper_too_small_for_the_job(tmp_path: Path) -> None:
+    """It is said before the first step: which node, what it would take, and what it may use."""
+    arguments = json.dumps({"out": str(tmp_path), "steps": 4, "stages": 1})
+    ended = everstep("run", "--es-keeper-memory=1.5MiB", str(JOBS / "gpt_job.py"), arguments)
+    assert ended.status == 1
+    pattern = (
+        r"node \S+ \(127\.0\.0\.1\) needs (\S+) MiB of memory for snapshots and parity, and may use 1\.5 MiB: raise "
+    )
+    found = re.match(pattern, ended.error())
+    assert found, ended.stderr
+    assert 1.5 < float(found[1]) < 4
+    assert not any(tmp_path.glob("state-*"))
+
+
 def test_an_exception_ends_the_job_once(tmp_path: object) -> None:
     """The user's traceback and the rank; exit 1, no restart; the error files that torch's tools read."""
     error_file = f"{tmp_path}/error.json"
@@ -145,7 +190,8 @@ def test_an_exception_ends_the_job_once(tmp_path: object) -> None:
         environment={"TORCHELASTIC_ERROR_FILE": error_file},
     )
     assert ended.status == 1
-    lines = ended.stderr.strip().splitlines()
+    first, *lines = ended.stderr.strip().splitlines()
+    assert first.startswith(PROTECTION)
     assert lines[-1] == "everstep: error: ValueError: the user's own mistake (rank 1)"
     assert lines[0] == "Traceback (most recent call last):"
     assert "bad_job.py" in lines[1]

@@ -19,6 +19,7 @@ from everstep.comms.process import die_with_parent
 
 JOBS = Path(__file__).parent
 HANG_S = 120
+PROTECTION = "everstep: protection: "  # how the line begins that says, when training starts, what may be lost
 
 
 @dataclass
@@ -89,8 +90,8 @@ class Ended:
     stderr: str
 
     def error(self) -> str:
-        """The one line of standard error; asserts that it is one, and ours."""
-        lines = self.stderr.strip().splitlines()
+        """The one line of standard error; asserts that it is one, and ours. What training began with may precede it."""
+        lines = [line for line in self.stderr.strip().splitlines() if not line.startswith(PROTECTION)]
         assert len(lines) == 1, self.stderr
         assert lines[0].startswith("everstep: error: "), self.stderr
         assert self.status not in (0, None), self
