@@ -180,7 +180,7 @@ class Engine:
             "losses": {str(m): loss for m, loss in state.losses.items()},
             "join": proposal.plan.generation if proposal else 0,
             "digest": self._owned_digest(),
-            "protection": self.protection.share(),
+            "protection": self.protection.share(state.step),
             "replicas": self.replicas.share() if self.replicas.due(state.step) else {},
         }
         table = all_gather(self.comm, state.step, 0, json.dumps(mine).encode())

@@ -69,17 +69,26 @@ class Protection:
         """The newest version that is whole here, in this generation."""
         if not self._stripes:
             return -1
-        for generation, version in self.report():
+        for generation, version in self._answers():
             if generation == self._generation and version > self._whole:
                 self._whole, self._given_up = version, False
                 self._begun = [(begun, at) for begun, at in self._begun if begun > version]
         return self._whole
 
-    def report(self) -> tuple[tuple[int, int], tuple[int, int]]:
+    def report(self, version: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """(generation, version), twice, for a report: what this node's keeper can answer for.
 
-        In this generation, and in the last one that had any. Passes on what damage it found.
+        In this generation, and in the last one that had any. This rank is at `version`.
         """
+        (now, new), (before, old) = self._answers()
+        return (now, self._lasting(new, version)), (before, self._lasting(old, version))
+
+    def _lasting(self, whole: int, version: int) -> int:
+        """`whole`, unless workers that are at `version` may have written over it: then it is of no use. -1 if so."""
+        return whole if whole >= version - 1 or whole <= self._snapshots.protected else -1
+
+    def _answers(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """What the keeper says. Passes on what damage it found."""
         if not self._stripes:
             return (0, -1), (0, -1)
         complete, before, damage = self._snapshots.protection()
@@ -105,12 +114,14 @@ class Protection:
                 self._membership.tell("noted", what="unprotected", fields={"step": step, "versions": versions})
         self._snapshots.waited_s += time.monotonic() - started
 
-    def share(self) -> dict[str, Any]:
+    def share(self, step: int) -> dict[str, Any]:
         """What this rank adds to the agreement of a step."""
         now = time.monotonic()
         step_s, self._stepped_s = (now - self._stepped_s if self._stepped_s else 0.0), now
         self.step_s = step_s
-        return {"whole": self._whole, "before": self._before, "step_s": step_s, "every": self._interval.proposal}
+        whole = self._lasting(self._whole, step)
+        before = None if self._before is None else self._lasting(self._before, step)
+        return {"whole": whole, "before": before, "step_s": step_s, "every": self._interval.proposal}
 
     def agreed(self, step: int, shares: list[dict[str, Any]], *, speaks: bool) -> dict[str, int]:
         """What the members' shares (lowest rank first) mean: for the agreement, equal on all.

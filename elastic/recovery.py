@@ -67,7 +67,7 @@ class Recovery:
         if self.fresh or engine.layout is None or engine.state is None:
             return Report(rank=engine.rank, generation=0, fresh=True)
         state = engine.state
-        protected, before = engine.protection.report()
+        protected, before = engine.protection.report(engine.version)
         valid = engine.values_version == state.step
         return Report(
             rank=engine.rank,

@@ -121,7 +121,7 @@ def protected_now(state: State, reports: Iterable[tuple[str, Report]]) -> int:
     said: dict[tuple[str, int], int] = {}
     for node, report in reports:
         for generation, version in (report.protected, report.protected_before):
-            said[(node, generation)] = max(said.get((node, generation), -1), version)
+            said[(node, generation)] = min(said.get((node, generation), version), version)
     found = [-1]
     for generation, placement in state.placements.items():
         holders = {node for stripe in placement.stripes for node in (*stripe.nodes, *stripe.parity)}

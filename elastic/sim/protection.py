@@ -55,14 +55,22 @@ class Protection:
 
     def look(self) -> int:
         """The newest version that is whole here, in this generation."""
-        for generation, version in self.report():
+        for generation, version in self._answers():
             if generation == self._generation and version > self._whole:
                 self._whole, self._given_up = version, False
                 self._begun = [begun for begun in self._begun if begun > version]
         return self._whole
 
-    def report(self) -> tuple[tuple[int, int], tuple[int, int]]:
+    def report(self, version: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """(generation, version), in this generation and the last one that had any, for a report."""
+        (now, new), (before, old) = self._answers()
+        return (now, self._lasting(new, version)), (before, self._lasting(old, version))
+
+    def _lasting(self, whole: int, version: int) -> int:
+        """`whole`, unless workers that are at `version` may have written over it: then it is of no use. -1 if so."""
+        return whole if whole >= version - 1 or whole <= self._snapshots.protected else -1
+
+    def _answers(self) -> tuple[tuple[int, int], tuple[int, int]]:
         return self._snapshots.protection() if self._stripes else ((0, -1), (0, -1))
 
     def wait(self, step: int, on_wait: Callable[[], None]) -> Steps[None]:
@@ -76,10 +84,12 @@ class Protection:
             if self._world.now - started > PATIENCE_S:
                 self._given_up = True
 
-    def share(self) -> dict[str, Any]:
+    def share(self, step: int) -> dict[str, Any]:
         """What this rank adds to the agreement of a step."""
         every = self._interval or self._world.random.randint(1, 4)
-        return {"whole": self._whole, "before": self._before, "every": every}
+        whole = self._lasting(self._whole, step)
+        before = None if self._before is None else self._lasting(self._before, step)
+        return {"whole": whole, "before": before, "every": every}
 
     def agreed(self, shares: Sequence[dict[str, Any]]) -> dict[str, int]:
         """What the members' shares (lowest rank first) mean: for the agreement, equal on all."""

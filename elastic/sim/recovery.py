@@ -57,7 +57,7 @@ class Recovery:
         if self.fresh or worker.layout is None or worker.state is None:
             return Report(rank=worker.rank, generation=0, fresh=True)
         state = worker.state
-        protected, before = worker.protection.report()
+        protected, before = worker.protection.report(worker.version)
         valid = worker.values_version == state.step
         return Report(
             rank=worker.rank,

@@ -206,7 +206,7 @@ class SimWorker:
         mine = {
             "norms": self.gradients,
             "join": proposal.plan.generation if proposal else 0,
-            "protection": self.protection.share(),
+            "protection": self.protection.share(state.step),
         }
         table = yield from self.links.all_gather((state.step,), mine)
         gradients = {shard: gradient for share in table.values() for shard, gradient in share["norms"].items()}
