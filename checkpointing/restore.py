@@ -117,7 +117,8 @@ class Sources:
         missing = [i for i in range(len(members)) if i not in available]
         out = [bytearray(described[i][0]) for i in missing]
         sources: dict[int, bytes] = {**available, **{len(members) + row: data for row, data in rows.items()}}
-        Code(len(members), blocks[0][1]["rows"]).decode(sources, missing, out)
+        # Blocks may be of placements with different numbers of rows; a row is the same in all of them.
+        Code(len(members), max(block["rows"] for _, block in blocks)).decode(sources, missing, out)
         found: dict[int, Fetched] = {}
         for i, made in zip(missing, out, strict=True):
             if checksum_of(made, members[i], version) != described[i][1]:
