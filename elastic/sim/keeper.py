@@ -16,7 +16,7 @@ RETRY_S = 0.05
 
 
 class Slots:
-    """A shard's slots: some for states of any version, two for gradients (step k's in slot k % 2). None: torn, empty."""
+    """A shard's slots: some for states of any version, two for gradients (step k in slot k % 2). None: torn, empty."""
 
     def __init__(self, states: int) -> None:
         self.states: list[tuple[int, ShardState] | None] = [None] * states

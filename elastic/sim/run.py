@@ -1,4 +1,4 @@
-"""One simulated job from one seed: `simulate(seed, ...)`; `python -m everstep.elastic.sim.run 0 1000 [shapes]`: many."""
+"""One simulated job from one seed: `simulate(seed, ...)`; many: `python -m everstep.elastic.sim.run 0 99 [shapes]`."""
 
 from __future__ import annotations
 
