@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -93,6 +95,26 @@ def test_two_nodes_at_once(protection: str, rounds: list[tuple[int, int]], tmp_p
     told = [(len(event["nodes"]), event["lost_steps"]) for event in result.named("recovered") if event["nodes"]]
     print(f"{len(result.named('node_lost'))} nodes lost; recoveries (nodes, steps gone back): {told}")
     assert len(result.named("node_lost")) == 4 + 2 * len(rounds)
+
+
+def test_nodes_of_several_workers(tmp_path: Path) -> None:
+    """Each node in turn is lost with its two workers, at the same moment as one worker of another node."""
+    with Hosts(3) as hosts:
+        job = Cluster(hosts, tmp_path, steps=150, stages=2)
+        job.start(workers=2)
+        for host in (2, 0, 1):
+            job.await_whole()
+            job.advance(2)
+            other = min(job.workers_of(*{0, 1, 2} - {host}))
+            hosts.stop(host)
+            os.kill(other, signal.SIGKILL)
+            hosts.kill(host)
+        job.await_whole()
+        job.see_to_the_end(90)
+        result = job.check()
+    assert len(result.named("node_lost")) == 3
+    assert len(result.named("worker_died")) == 3
+    assert not result.named("unprotected"), "training waited for protection in vain"
 
 
 @pytest.mark.parametrize(("protection", "lost"), [("parity", (1, 2)), ("none", (2,))], ids=["parity", "none"])
