@@ -1,4 +1,4 @@
-"""A thousand single bits flip, in keepers' memory and in parity: each is noticed or harmless, and healed from elsewhere.
+"""A thousand bits flip, one by one, in keepers' memory and in parity: each is noticed or harmless, and healed.
 
 Real keepers, real segments and sockets; only the processes are one. Frames between ranks have their own test
 (tests/conformance/test_corruption.py).
