@@ -133,7 +133,9 @@ def still_missing(recovery: Recovery, newest: int) -> Recovery:
     """The recovery without what a plan made good that training went on from: all had carried it out."""
     if not 0 <= recovery.planned < newest:
         return recovery
-    return replace(recovery, losses=tuple(x for x in recovery.losses if not x.planned), ceiling=None, lacking=())
+    return replace(
+        recovery, losses=tuple(x for x in recovery.losses if not x.planned), ceiling=None, lacking=(), substitutes=()
+    )
 
 
 def target(state: State, recovery: Recovery, newest: int, reports: Sequence[tuple[str, Report]]) -> int:

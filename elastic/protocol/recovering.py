@@ -244,8 +244,9 @@ def _everything_gone(state: State, recovery: Recovery, newest: int) -> str:
     live = set(state.workers) - set(state.vacant)
     gone = recovery.lacking or [i for i, owner in enumerate(state.layout.owners) if owner not in live]
     named = ", ".join(map(str, gone[:16])) + (f" and {len(gone) - 16} more" if len(gone) > 16 else "")
-    losses = state.placement.losses if state.placement else 0
-    kept = f"versions up to {state.protected} outlived {losses} lost node(s)" if losses else "no node may be lost here"
+    kept = "nothing was protected from lost nodes"
+    if state.protected >= 0:
+        kept = f"version {state.protected} was the newest that outlives nodes"
     where = ", ".join(recovery.nodes_lost) or "nodes that are still there"
     assert state.job is not None
     policy = {

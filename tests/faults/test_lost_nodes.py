@@ -138,6 +138,6 @@ def test_more_is_lost_than_was_protected(protection: str, lost: tuple[int, ...],
         )
         assert all(name in line for name in names), line
         assert "on_loss='checkpoint'" in line
-        assert ("no node may be lost here" if protection == "none" else "outlived 1 lost node(s)") in line
+        assert ("nothing was protected" if protection == "none" else "was the newest that outlives nodes") in line
     (ended,) = job.events("ended")
     assert not ended["succeeded"]
