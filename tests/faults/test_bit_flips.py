@@ -78,7 +78,7 @@ class Cluster:
             node.link.sealed(generation, version, version - 1, protect=True)
         for node in self.nodes.values():
             link = node.link
-            wait_until(lambda link=link: (link.state() or {})["version"] >= version, 10, f"version {version} is whole")
+            wait_until(lambda link=link: (link.state() or {})["complete"][1] >= version, 10, f"version {version} is whole")
 
     def fetch(self, lost: set[str] = frozenset()) -> tuple[dict[int, bytes], list[dict[str, object]]]:
         """Every shard that can be had without these nodes, and the damage that was met."""
@@ -150,7 +150,7 @@ def test_parity_is_not_made_of_damaged_bytes(cluster: Cluster) -> None:
 
     wait_until(reported, 10, "the damage is reported")
     assert {(item["node"], item["shard"]) for item in incidents} == {("b", shard)}
-    states = [(node.link.state() or {})["version"] for node in cluster.nodes.values()]
+    states = [(node.link.state() or {})["complete"][1] for node in cluster.nodes.values()]
     assert min(states) == VERSION, "a damaged version is not whole"
     cluster.protect(VERSION + 2)
     found, damage = cluster.fetch({"c"})
