@@ -179,14 +179,14 @@ class Snapshots:
         slot = segment.find_gradient(shard, step)
         return segment.read(slot) if slot is not None else None
 
-    def discard(self, shard: int, version: int) -> None:
-        """A shard's record at `version` was made of damaged values: nobody is to use it."""
+    def discard(self, shard: int, version: int | None = None) -> None:
+        """A shard's record at `version` (None: any) was made of damaged values: nobody is to use it."""
         if self._link is None or not self.has(shard):
             return
         segment = self._home[shard][1]
         for slot in range(segment.states):
             stored = segment.stored(shard, slot)
-            if stored is not None and stored.version == version:
+            if stored is not None and version in (None, stored.version):
                 segment.open_slot(shard, slot, 0)
         self.version.pop(shard, None)
 

@@ -235,7 +235,7 @@ class Engine:
         table = all_gather(self.comm, step, 1, json.dumps(made).encode())
         truth = decide(shares, {int(k): v for data in table.values() for k, v in json.loads(data).items()})
         odd = odd_ones(shares, truth)
-        for shard in (*mine, *(item.shard for item in odd if item.backup and item.rank == self.rank)):
+        for shard in mine:
             if self.replicas.record_differs(shard, step, truth[shard]):
                 self.snapshots.discard(shard, step)  # the version before it and the gradient give it again
         self._forget_odd([item for item in odd if item.rank == self.rank])
@@ -253,6 +253,7 @@ class Engine:
         for item in odd:
             if item.backup:
                 self.backups.level.discard(item.shard)
+                self.snapshots.discard(item.shard)  # the versions before are of the same copy: its owner has others
             else:
                 self.owned.discard(item.shard)
                 self.values_version = -1
