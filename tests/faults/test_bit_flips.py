@@ -77,8 +77,11 @@ class Cluster:
                 write(node.segment, shard, version)
             node.link.sealed(generation, version, version - 1, protect=True)
         for node in self.nodes.values():
-            link = node.link
-            wait_until(lambda link=link: (link.state() or {})["complete"][1] >= version, 10, f"version {version} is whole")
+
+            def whole(link: KeeperLink = node.link) -> bool:
+                return (link.state() or {})["complete"][1] >= version
+
+            wait_until(whole, 10, f"version {version} is whole")
 
     def fetch(self, lost: set[str] = frozenset()) -> tuple[dict[int, bytes], list[dict[str, object]]]:
         """Every shard that can be had without these nodes, and the damage that was met."""
