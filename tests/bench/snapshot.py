@@ -173,6 +173,7 @@ def keeper() -> Any:
     process = subprocess.Popen(
         [*command, "--host", "127.0.0.1"],
         env=environment(EVERSTEP_TOKEN=TOKEN),
+        stdin=subprocess.PIPE,  # the leash
         stdout=subprocess.PIPE,
         preexec_fn=die_with_parent,
     )
@@ -184,8 +185,9 @@ def keeper() -> Any:
     finally:
         process.kill()
         process.wait()
-        if process.stdout is not None:
-            process.stdout.close()
+        for stream in (process.stdin, process.stdout):
+            if stream is not None:
+                stream.close()
 
 
 class Compute:
