@@ -32,10 +32,12 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest
 
+# mypy would find the folder everstep/ alone; the tree of links has the whole package.
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy -p everstep
+	cd build/__editable__.everstep-*/ && "$(CURDIR)/$(BIN)/mypy" --config-file "$(CURDIR)/pyproject.toml" \
+		--cache-dir "$(CURDIR)/.mypy_cache" --python-executable "$(CURDIR)/$(BIN)/python" -p everstep
 
 # The benchmarks compare with peers; torchft is optional and is named in the result when it is missing.
 bench: setup
