@@ -147,7 +147,3 @@ class Protection:
         """Take over what was agreed."""
         self._snapshots.protected = max(self._snapshots.protected, terms["protected"])
         self._every = terms["every"]
-
-    def exposure_s(self) -> float:
-        """How long the oldest version that is not yet whole here has been waiting for it."""
-        return time.monotonic() - self._begun[0][1] if self._begun else 0.0
