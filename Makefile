@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find everstep elastic comms checkpointing resharding agents -name '*.py' -not -path '*/__pycache__/*')
 
-.PHONY: demo test check bench clean setup
+.PHONY: demo test check bench clean setup peers
 
 setup: $(VENV)/.ready
 
@@ -26,10 +26,21 @@ $(VENV)/.files: $(VENV)/.python FORCE
 
 FORCE:
 
+# Frameworks whose checkpoints are converted: in an environment beside ours that lends it torch, so that ours has none.
+peers: $(VENV)-peers/.ready
+
+$(VENV)-peers/.ready: $(VENV)/.python pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-peers
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" \
+		> $$($(VENV)-peers/bin/python -c "import site; print(site.getsitepackages()[0])")/lent.pth
+	$(VENV)-peers/bin/pip install --quiet --upgrade pip
+	DS_BUILD_OPS=0 $(VENV)-peers/bin/pip install --quiet --constraint constraints.txt --group peers
+	touch $@
+
 demo: setup
 	$(BIN)/everstep demo
 
-test: setup
+test: setup peers
 	$(BIN)/python -m pytest
 
 # mypy would find the folder everstep/ alone; the tree of links has the whole package.
@@ -48,4 +59,4 @@ bench: setup
 	$(BIN)/python tests/bench/snapshot.py --json
 
 clean:
-	rm -rf $(VENV) build everstep.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-peers build everstep.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
