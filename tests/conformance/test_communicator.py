@@ -392,7 +392,8 @@ def test_nothing_is_left_after_close(name):
     deadline = time.monotonic() + 10
     while len(open_fds()) > len(fds) and time.monotonic() < deadline:
         os.sched_yield()  # gloo closes in a thread of its own
-    assert len(open_fds()) == len(fds), (fds, open_fds())
+    # Fewer is well: a library may still have been closing, in a thread of its own, when they were counted first.
+    assert len(open_fds()) <= len(fds), (fds, open_fds())
     assert sorted(os.listdir("/dev/shm")) == shm
     assert threading.active_count() == threads
 
