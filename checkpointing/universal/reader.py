@@ -1,0 +1,110 @@
+"""Reading a checkpoint: the manifest first, then only the chunks that are wanted, each checked against it.
+
+Plain zarr gives zeros for a missing chunk, and wrong numbers for a flipped bit, without a word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .dtypes import numpy_dtype
+from .manifest import NAME, Array, CheckpointError, Manifest, checksum
+from .store import Store, open_store
+from .writer import parse_folder
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A committed checkpoint. Methods raise CheckpointError, which names what is damaged, or StoreError."""
+
+    store: Store
+    manifest: Manifest
+
+    @property
+    def url(self) -> str:
+        return self.store.url
+
+    def array(self, path: str) -> Array:
+        """What is known of the array at `path` (`params/<name>`, ...)."""
+        if path not in self.manifest.arrays:
+            raise CheckpointError(f"{self.url} has no {path}")
+        return self.manifest.arrays[path]
+
+    def read(self, path: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """The rows [start, stop) of an array, in its own type; reads and checks just the chunks that have them."""
+        array = self.array(path)
+        stop = array.rows if stop is None else stop
+        shape = (stop - start, *array.shape[1:]) if array.shape else ()
+        out = np.empty(shape, numpy_dtype(array.dtype))
+        room = memoryview(out.reshape(-1).view(np.uint8))
+        if out.size:
+            for number in range(start // array.chunk_rows, -(-stop // array.chunk_rows)):
+                first = number * array.chunk_rows
+                low, high = max(start, first), min(stop, first + array.chunk_rows)
+                data = memoryview(self.chunk(path, number))
+                row = array.row_bytes
+                room[(low - start) * row : (high - start) * row] = data[(low - first) * row : (high - first) * row]
+        return out
+
+    def chunk(self, path: str, number: int) -> bytes:
+        """A chunk's file, checked."""
+        array = self.array(path)
+        return self._checked(f"{path}/{array.key(number)}", array.checksums[number], array.chunk_bytes)
+
+    def _checked(self, file: str, told: str, size: int) -> bytes:
+        data = self.store.get(file)
+        if data is None:
+            raise CheckpointError(f"{self.url}/{file} is missing", file)
+        if len(data) != size:
+            raise CheckpointError(f"{self.url}/{file} is damaged: {len(data)} bytes, expected {size}", file)
+        found = checksum(data)
+        if found != told:
+            raise CheckpointError(f"{self.url}/{file} is damaged: its checksum is {found}, expected {told}", file)
+        return data
+
+    def verify(self, on_file: Callable[[int], None] = lambda nbytes: None) -> Iterator[str]:
+        """Check every file of the checkpoint; gives a line for each that is damaged, missing, or does not belong."""
+        there = self.store.sizes()
+        expected = {NAME}
+        for file, told, size in self.manifest.files():
+            expected.add(file)
+            try:
+                self._checked(file, told, size)
+            except CheckpointError as error:
+                yield str(error)
+            on_file(size)
+        for file in sorted(set(there) - expected):
+            if not file.startswith("parts/"):
+                yield f"{self.url}/{file} does not belong to the checkpoint"
+
+
+def load(store: Store) -> Checkpoint | None:
+    """The checkpoint in exactly this folder; None if there is none that is committed."""
+    data = store.get(NAME)
+    return None if data is None else Checkpoint(store, Manifest.from_bytes(data, store.url))
+
+
+def committed(store: Store) -> list[str]:
+    """The committed checkpoints of a job's folder, newest first."""
+    found = sorted(((parsed, name) for name in store.folders() if (parsed := parse_folder(name))), reverse=True)
+    return [name for _, name in found if store.inside(name).get(NAME, 0, 1) is not None]
+
+
+def open_checkpoint(url: str, options: Mapping[str, Any] | None = None) -> Checkpoint:
+    """The checkpoint at `url`, or the newest one in that folder. Raises CheckpointError if there is none."""
+    store = open_store(url, options)
+    found = load(store)
+    if found is not None:
+        return found
+    names = committed(store)
+    if names:
+        newest = load(store.inside(names[0]))
+        if newest is not None:
+            return newest
+    unfinished = [name for name in store.folders() if parse_folder(name)]
+    why = f"{unfinished[-1]} was never finished" if unfinished else f"there is no {NAME}"
+    raise CheckpointError(f"{url}: not an everstep checkpoint: {why}")

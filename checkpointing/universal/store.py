@@ -1,0 +1,238 @@
+"""Where checkpoints are: a folder at any fsspec URL, or on a local file system, which is used directly.
+
+Only what both have is used: whole files, put and got by name. An object store has no atomic rename and no folders, so
+nothing here needs either.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+Buffer = bytes | bytearray | memoryview
+
+
+class StoreError(OSError):
+    """The storage refused, or could not be reached: what was tried, where, and why not."""
+
+
+class Store(Protocol):
+    """A folder of files. Paths are relative, with `/`. All methods raise StoreError; any thread may call them."""
+
+    url: str
+
+    def put(self, path: str, pieces: Iterable[Buffer]) -> None:
+        """Write a file. It is on stable storage once `flush` has returned; until then it may be there in part."""
+
+    def commit(self, path: str, data: Buffer) -> None:
+        """Write a small file, all of it or nothing, onto stable storage."""
+
+    def get(self, path: str, start: int = 0, stop: int | None = None) -> bytes | None:
+        """The bytes [start, stop) of a file; None if there is no such file."""
+
+    def sizes(self, folder: str = "") -> dict[str, int]:
+        """Every file below a folder, with its size in bytes."""
+
+    def folders(self) -> list[str]:
+        """The folders directly in this one."""
+
+    def remove(self, path: str) -> None:
+        """Remove a file or a folder with all that is in it, if it is there."""
+
+    def flush(self) -> None:
+        """Return once everything put so far is on stable storage."""
+
+    def inside(self, folder: str) -> Store:
+        """A folder in this one, as a store."""
+
+
+def open_store(url: str, options: Mapping[str, Any] | None = None) -> Store:
+    """The folder at `url`; it need not exist yet. `options` go to the fsspec file system."""
+    if not url:
+        raise StoreError("the URL of a checkpoint is empty")
+    scheme, separator, rest = url.partition("://")
+    if not separator or scheme == "file":
+        return LocalStore(Path(rest if separator else url).expanduser().absolute())
+    import fsspec
+
+    try:
+        system, path = fsspec.core.url_to_fs(url, **(options or {}))
+    except ImportError as error:
+        raise StoreError(f"{url}: {error} (for s3://, pip install 'everstep[s3]')") from None
+    except ValueError as error:
+        raise StoreError(f"{url}: {error}") from None
+    return ObjectStore(system, path.rstrip("/"), url.rstrip("/"))
+
+
+@contextlib.contextmanager
+def _telling(what: str, where: object) -> Iterator[None]:
+    """Storage libraries have exceptions of their own: all become ours, with what was tried."""
+    try:
+        yield
+    except StoreError:
+        raise
+    except Exception as error:
+        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
+        raise StoreError(f"cannot {what} {where}: {reason or type(error).__name__}") from error
+
+
+class LocalStore:
+    """A folder of the local file system."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.url = str(folder)
+        self._made: set[Path] = set()
+        self._unflushed: list[int] = []
+
+    def _parent(self, path: str) -> Path:
+        file = self.folder / path
+        if file.parent not in self._made:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            self._made.add(file.parent)
+        return file
+
+    def put(self, path: str, pieces: Iterable[Buffer]) -> None:
+        with _telling("write", self.folder / path):
+            handle = os.open(self._parent(path), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+            try:
+                _write_all(handle, pieces)
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+
+    def commit(self, path: str, data: Buffer) -> None:
+        with _telling("write", self.folder / path):
+            file = self._parent(path)
+            handle, name = tempfile.mkstemp(prefix=".", dir=file.parent)
+            try:
+                try:
+                    _write_all(handle, [data])
+                    os.fchmod(handle, 0o644)
+                    os.fsync(handle)
+                finally:
+                    os.close(handle)
+                os.replace(name, file)
+            except BaseException:
+                Path(name).unlink(missing_ok=True)
+                raise
+            self._flush_folder(file.parent)
+
+    def _flush_folder(self, folder: Path) -> None:
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+    def get(self, path: str, start: int = 0, stop: int | None = None) -> bytes | None:
+        with _telling("read", self.folder / path):
+            try:
+                with (self.folder / path).open("rb", buffering=0) as file:
+                    if start:
+                        file.seek(start)
+                    return file.read() if stop is None else file.read(stop - start)
+            except FileNotFoundError:
+                return None
+
+    def sizes(self, folder: str = "") -> dict[str, int]:
+        with _telling("list", self.folder / folder):
+            root = self.folder / folder
+            return {
+                (Path(base) / name).relative_to(self.folder).as_posix(): (Path(base) / name).stat().st_size
+                for base, _, names in os.walk(root)
+                for name in names
+            }
+
+    def folders(self) -> list[str]:
+        with _telling("list", self.folder):
+            if not self.folder.is_dir():
+                if self.folder.exists():
+                    raise NotADirectoryError(20, os.strerror(20))
+                return []
+            return sorted(entry.name for entry in os.scandir(self.folder) if entry.is_dir())
+
+    def remove(self, path: str) -> None:
+        with _telling("remove", self.folder / path):
+            target = self.folder / path
+            self._made = {folder for folder in self._made if not folder.is_relative_to(target)}
+            if target.is_dir():
+                shutil.rmtree(target)
+            else:
+                target.unlink(missing_ok=True)
+
+    def flush(self) -> None:
+        with _telling("synchronise", self.folder):
+            for folder in sorted(self._made, reverse=True):
+                self._flush_folder(folder)
+
+    def inside(self, folder: str) -> LocalStore:
+        return LocalStore(self.folder / folder)
+
+
+def _write_all(handle: int, pieces: Iterable[Buffer]) -> None:
+    for piece in pieces:
+        rest = memoryview(piece).cast("B")
+        while rest:
+            rest = rest[os.write(handle, rest) :]
+
+
+class ObjectStore:
+    """A folder of an fsspec file system. A put is whole and stable when it returns."""
+
+    def __init__(self, system: Any, root: str, url: str) -> None:
+        self._system = system
+        self._root = root
+        self.url = url
+
+    def _path(self, path: str) -> str:
+        return f"{self._root}/{path}" if path else self._root
+
+    def put(self, path: str, pieces: Iterable[Buffer]) -> None:
+        self.commit(path, b"".join(pieces))
+
+    def commit(self, path: str, data: Buffer) -> None:
+        with _telling("write", f"{self.url}/{path}"):
+            self._system.pipe_file(self._path(path), bytes(data))
+
+    def get(self, path: str, start: int = 0, stop: int | None = None) -> bytes | None:
+        with _telling("read", f"{self.url}/{path}"):
+            try:
+                data: bytes = self._system.cat_file(self._path(path), start=start or None, end=stop)
+            except FileNotFoundError:
+                return None
+            return data
+
+    def sizes(self, folder: str = "") -> dict[str, int]:
+        with _telling("list", f"{self.url}/{folder}"):
+            self._system.invalidate_cache()
+            found = self._system.find(self._path(folder), detail=True)
+            cut = len(self._system._strip_protocol(self._root).rstrip("/")) + 1
+            return {name[cut:]: info["size"] for name, info in found.items()}
+
+    def folders(self) -> list[str]:
+        with _telling("list", self.url):
+            self._system.invalidate_cache()
+            try:
+                entries = self._system.ls(self._root, detail=True)
+            except FileNotFoundError:
+                return []
+            names = (entry["name"].rstrip("/").rpartition("/")[2] for entry in entries if entry["type"] == "directory")
+            return sorted(names)
+
+    def remove(self, path: str) -> None:
+        with _telling("remove", f"{self.url}/{path}"):
+            self._system.invalidate_cache()
+            with contextlib.suppress(FileNotFoundError):
+                self._system.rm(self._path(path), recursive=True)
+
+    def flush(self) -> None:
+        """Nothing is under way."""
+
+    def inside(self, folder: str) -> ObjectStore:
+        return ObjectStore(self._system, self._path(folder), f"{self.url}/{folder}")

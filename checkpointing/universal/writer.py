@@ -1,0 +1,150 @@
+"""Writing a checkpoint: chunks by anyone in any order, then one part a writer, then, once, the manifest.
+
+Writers need not know of each other. Each puts its chunks and then says in a part what it has put; whoever finds that
+the parts make up the whole checks that every file is there, and commits. Parts belong to one attempt (the folder's
+name), so what an earlier one left can never be mixed in.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from .manifest import NAME, ROOMS, Array, CheckpointError, Manifest, checksum, group_json, room_and_name
+from .store import Buffer, Store
+
+PARTS = "parts"
+_FOLDER = re.compile(r"step-(\d{9})-([0-9a-f]{11})-[0-9a-f]{4,}")
+
+
+def folder_name(step: int, now_s: float, unique: str) -> str:
+    """The folder of one attempt to save: ordered by step, then by time."""
+    return f"step-{step:09d}-{int(now_s * 1000):011x}-{unique}"
+
+
+def parse_folder(name: str) -> tuple[float, int] | None:
+    """(seconds since 1970, step) of a folder that `folder_name` named; None if it did not."""
+    match = _FOLDER.fullmatch(name)
+    return (int(match[2], 16) / 1000, int(match[1])) if match else None
+
+
+class ChunkWriter:
+    """One writer of a checkpoint: puts arrays, or some chunks of them. Any thread may call `put`."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self._arrays: dict[str, Array] = {}
+        self._sums: dict[str, dict[int, str]] = {}
+        self.written_bytes = 0
+
+    def declare(self, path: str, array: Array) -> None:
+        """This writer has chunks of that array; some other may have the rest."""
+        self._arrays[path] = array
+        self._sums[path] = {}
+        if array.chunks == 0:
+            self.store.put(f"{path}/zarr.json", [array.zarr_json()])
+
+    def put(self, path: str, chunk: int, data: Buffer) -> None:
+        """Write one chunk: the row-major bytes of its rows; the last one may be short, and is filled up with zeros."""
+        array = self._arrays[path]
+        view = memoryview(data).cast("B")
+        room = bytes(array.chunk_bytes - len(view))
+        rows = min(array.chunk_rows, array.rows - chunk * array.chunk_rows)
+        if len(view) != rows * array.row_bytes:
+            raise CheckpointError(f"{path}: chunk {chunk} has {len(view)} bytes, expected {rows * array.row_bytes}")
+        self._sums[path][chunk] = _checksum_of_both(view, room)
+        self.store.put(f"{path}/{array.key(chunk)}", [view, room] if room else [view])
+        if chunk == 0:
+            self.store.put(f"{path}/zarr.json", [array.zarr_json()])
+        self.written_bytes += array.chunk_bytes
+
+    def part(self) -> dict[str, Any]:
+        """What this writer has put, as JSON values."""
+        return {
+            path: {**array.to_json(), "checksums": {str(n): s for n, s in self._sums[path].items()}}
+            for path, array in self._arrays.items()
+        }
+
+    def finish(self, writer: str) -> None:
+        """All of this writer's chunks are put: make them stable, and say so in its part."""
+        self.store.flush()
+        self.store.commit(f"{PARTS}/{writer}.json", json.dumps(self.part(), separators=(",", ":")).encode())
+
+
+def _checksum_of_both(data: memoryview, padding: bytes) -> str:
+    if not padding:
+        return checksum(data)
+    import xxhash
+
+    state = xxhash.xxh3_64(data)
+    state.update(padding)
+    return state.hexdigest()
+
+
+def read_parts(store: Store) -> dict[str, Array]:
+    """What all parts of a checkpoint that is being written have, as far as it is whole: path -> array."""
+    arrays: dict[str, Array] = {}
+    sums: dict[str, dict[int, str]] = {}
+    for name in sorted(store.sizes(PARTS)):
+        data = store.get(name)
+        if data is None or not name.endswith(".json"):
+            continue
+        for path, raw in json.loads(data).items():
+            numbered: Mapping[str, str] = raw.pop("checksums")
+            arrays[path] = Array.from_json({**raw, "checksums": ()})
+            sums.setdefault(path, {}).update((int(number), told) for number, told in numbered.items())
+    whole = {}
+    for path, array in arrays.items():
+        if len(sums[path]) == array.chunks:
+            whole[path] = replace(array, checksums=tuple(sums[path][n] for n in range(array.chunks)))
+    return whole
+
+
+def commit(store: Store, manifest: Manifest) -> None:
+    """Make the checkpoint exist: after checking that every file is there and of its size.
+
+    Raises CheckpointError, naming the first that is not. Writes the groups' metadata too.
+    """
+    folders = {room_and_name(path)[0] for path in manifest.arrays}
+    for folder in sorted({"", *ROOMS} | folders):
+        store.put(f"{folder}/zarr.json".lstrip("/"), [group_json()])
+    store.flush()
+    found = store.sizes()
+    for path, _, size in manifest.files():
+        if found.get(path) != size:
+            got = f"{found[path]} bytes" if path in found else "nothing"
+            raise CheckpointError(f"{store.url}/{path}: expected {size} bytes, found {got}: not committed", path)
+    store.commit(NAME, manifest.to_bytes())
+
+
+def try_commit(store: Store, manifest: Manifest, expected: Iterable[str]) -> bool:
+    """Commit if the parts there are make up all the `expected` arrays; returns whether they did."""
+    arrays = read_parts(store)
+    wanted = sorted(expected)
+    if any(path not in arrays for path in wanted):
+        return False
+    commit(store, replace(manifest, arrays={path: arrays[path] for path in wanted}))
+    store.remove(PARTS)
+    return True
+
+
+def retain(store: Store, *, count: int, age_s: float, now_s: float) -> list[str]:
+    """Remove checkpoints beyond the newest `count` that are also older than `age_s`; and what was never committed.
+
+    An attempt that is not committed is left alone until a newer checkpoint is. Returns what was removed.
+    """
+    attempts = sorted((parsed, name) for name in store.folders() if (parsed := parse_folder(name)))
+    committed = [(at, name) for (at, _), name in attempts if store.inside(name).get(NAME, 0, 1) is not None]
+    if not committed:
+        return []
+    newest_s = committed[-1][0]
+    good = {name for _, name in committed}
+    kept = {name for at, name in committed[-count:]} | {name for at, name in committed if now_s - at < age_s}
+    doomed = [name for (at, _), name in attempts if name not in kept and (name in good or at < newest_s)]
+    for name in doomed:
+        store.remove(f"{name}/{NAME}")  # first: what is removed in part must not be there for a reader
+        store.remove(name)
+    return doomed
