@@ -192,6 +192,8 @@ class CoordinatorServer:
             self._to_worker(effect.worker, _plan_message(effect))
         elif isinstance(effect, e.AbortGeneration):
             self._to_worker(effect.worker, json.dumps({"kind": "abort", "generation": effect.generation}))
+        elif isinstance(effect, e.AskSave):
+            self._to_worker(effect.worker, json.dumps({"kind": "save"}))
         elif isinstance(effect, e.StartWorkers):
             self._send(effect.node, start=self._start_message(effect))
         elif isinstance(effect, e.KillWorkers):
@@ -265,7 +267,7 @@ def worker_event(worker: e.WorkerId, message: dict[str, Any]) -> e.Event | None:
         job["model"] = ModelSpec.from_json(job["model"])
         for name in ("state_bytes", "gradient_bytes"):
             job[name] = tuple(job[name])
-        return e.WorkerReady(worker, message["peer"], e.Job(**job))
+        return e.WorkerReady(worker, message["peer"], e.Job(**job), tuple(e.Saved(*item) for item in message["saved"]))
     if kind == "reported":
         report = Report.from_json(message["report"])
         return e.WorkerReported(worker, message["generation"], report, message["busy_s"])
@@ -283,6 +285,11 @@ def worker_event(worker: e.WorkerId, message: dict[str, Any]) -> e.Event | None:
         return e.CorruptionFound(worker, **message)
     if kind == "noted":
         return e.WorkerNoted(worker, message["what"], message["fields"])
+    if kind == "saved":
+        saved = e.Saved(message["version"], message["name"], message["agreement"])
+        return e.CheckpointSaved(worker, saved, message["fields"])
+    if kind == "unreadable":
+        return e.CheckpointUnreadable(worker, message["name"], message["why"])
     if kind == "finished":
         return e.WorkerFinished(worker)
     if kind == "raised":

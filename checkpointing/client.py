@@ -225,6 +225,22 @@ class KeeperLink:
             except OSError:
                 return None
 
+    def save(self, request: str) -> None:
+        """Have a part of a checkpoint saved (a `SaveRequest`, as JSON). Raises OSError if the keeper is away."""
+        with self._lock:
+            self._ask({"op": "save", "request": request}, [])
+
+    def saves(self, writer: str) -> dict[str, Any] | None:
+        """{"results", "open"}: what became of that writer's saves since the last time, and names of those under way.
+
+        A result is {"name", "committed", "error", "seconds"}. None if the keeper is away.
+        """
+        with self._lock:
+            try:
+                return self._ask({"op": "saves", "writer": writer}, [])
+            except OSError:
+                return None
+
     def _ask(self, request: dict[str, Any], fds: list[int]) -> dict[str, Any]:
         line = json.dumps(request).encode() + b"\n"
         sent = socket.send_fds(self._socket, [line[:1]], fds) if fds else 0

@@ -14,14 +14,10 @@ import torch
 from torch import Tensor
 
 from .copying import CheckedCopy, tensor_bytes
+from .record_format import ALIGN, aligned, items
 
-_ALIGN = 64
-_ZEROS = memoryview(bytes(_ALIGN))
+_ZEROS = memoryview(bytes(ALIGN))
 ShardState = Mapping[str, Any]  # name -> Tensor, number or None
-
-
-def _aligned(size: int) -> int:
-    return -(-size // _ALIGN) * _ALIGN
 
 
 class Record:
@@ -38,8 +34,8 @@ class Record:
                 items.append([name, None, value])
         head = json.dumps(items, separators=(",", ":")).encode()
         head = len(head).to_bytes(8, "little") + head
-        self._head = head + bytes(_aligned(len(head)) - len(head))  # padding too: equal states, equal checksums
-        self.length = len(self._head) + sum(_aligned(t.numel() * t.element_size()) for t in self._tensors)
+        self._head = head + bytes(aligned(len(head)) - len(head))  # padding too: equal states, equal checksums
+        self.length = len(self._head) + sum(aligned(t.numel() * t.element_size()) for t in self._tensors)
 
     def write(self, out: memoryview, seed: int = 0) -> int:
         """Write the record to the first `length` bytes of `out`; returns their xxh3_64, taken on the way."""
@@ -55,8 +51,8 @@ class Record:
             size = tensor.numel() * tensor.element_size()
             if size:
                 yield at, tensor_bytes(tensor)
-            yield at + size, _ZEROS[: _aligned(size) - size]
-            at += _aligned(size)
+            yield at + size, _ZEROS[: aligned(size) - size]
+            at += aligned(size)
 
     @property
     def device(self) -> torch.device:
@@ -73,8 +69,8 @@ class Record:
             size = tensor.numel() * tensor.element_size()
             if size:
                 out[at : at + size].copy_(tensor.reshape(-1).view(torch.uint8), non_blocking=True)
-            room[at + size : at + _aligned(size)] = 0
-            at += _aligned(size)
+            room[at + size : at + aligned(size)] = 0
+            at += aligned(size)
 
 
 def record_bytes(state: ShardState) -> int:
@@ -84,22 +80,14 @@ def record_bytes(state: ShardState) -> int:
 
 def read_record(data: bytes) -> dict[str, Any]:
     """The state in a record; tensors are new and on the CPU. Raises ValueError if it is malformed."""
-    size = int.from_bytes(data[:8], "little")
-    try:
-        items = json.loads(data[8 : 8 + size])
-    except ValueError as error:
-        raise ValueError(f"a shard record does not begin with its contents: {error}") from None
     state: dict[str, Any] = {}
-    offset = _aligned(8 + size)
-    for name, dtype, rest in items:
-        if dtype is None:
-            state[name] = rest
+    for item in items(data):
+        if not item.dtype:
+            state[item.name] = item.value
             continue
-        tensor = torch.empty(rest, dtype=getattr(torch, dtype))
-        count = tensor.numel()
-        if count:
-            raw = torch.frombuffer(bytearray(data[offset : offset + count * tensor.element_size()]), dtype=tensor.dtype)
+        tensor = torch.empty(item.value.shape, dtype=getattr(torch, item.dtype))
+        if tensor.numel():
+            raw = torch.frombuffer(bytearray(item.value.tobytes()), dtype=tensor.dtype)
             tensor.view(-1).copy_(raw)
-        state[name] = tensor
-        offset += _aligned(count * tensor.element_size())
+        state[item.name] = tensor
     return state

@@ -21,6 +21,8 @@ from ..resharding.placement import Placement
 from .keeper import Keeper, Membership, Superseded
 from .parity import ParityStore
 from .protector import Protector
+from .saver import Saver
+from .saving import SaveRequest
 from .segment import Entry
 
 MAX_REQUEST_BYTES = 64 << 20
@@ -85,6 +87,7 @@ class KeeperServer:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._tcp = socket.create_server((host, port), family=family, backlog=64)
         self.port: int = self._tcp.getsockname()[1]
+        self.saver = Saver(f"{host}:{self.port}", token)
 
     def serve(self) -> None:
         """Accept until the process ends."""
@@ -161,6 +164,10 @@ class KeeperServer:
             keeper.sealed(request["protected"])
             if request["protect"]:
                 self.protector.want(request["generation"], request["version"], request["protected"])
+        elif operation == "save":
+            self.saver.save(SaveRequest.from_json(request["request"]))
+        elif operation == "saves":
+            return self.saver.results(request["writer"])
         elif operation == "state":
             complete, before = self.protector.state()
             return {"complete": complete, "before": before, "incidents": keeper.take_incidents()}

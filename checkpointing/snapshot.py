@@ -50,6 +50,7 @@ class Snapshots:
         self.checksums: dict[int, int] = {}  # shard -> xxh3 of its newest record
         self.version: dict[int, int] = {}  # shard -> newest version written or being written
         self.protected = -1  # the newest version that all members know to outlive lost nodes
+        self.saving = -1  # the version that a checkpoint is being made of
         self.waited_s = 0.0
         self.spread_s = 0.0  # a copy takes this long if nobody waits for it, so as not to crowd out the compute
         self._hurry = threading.Event()
@@ -84,11 +85,18 @@ class Snapshots:
         return self._numbers
 
     def begin(
-        self, version: int, states: Callable[[int], ShardState], shards: Iterable[int], *, protect: bool = False
+        self,
+        version: int,
+        states: Callable[[int], ShardState],
+        shards: Iterable[int],
+        *,
+        protect: bool = False,
+        then: Callable[[], None] | None = None,
     ) -> None:
         """Start copying `version` of the shards; their memory must not change before `wait` returns.
 
-        With `protect` it is to outlive nodes too: keepers then make parity of it, behind all this.
+        With `protect` it is to outlive nodes too: keepers then make parity of it, behind all this. `then` is called,
+        in the thread that copies, when all is sealed.
         """
         if self._link is None:
             return
@@ -104,7 +112,7 @@ class Snapshots:
                 self._pinned.after_compute(record.device)
                 break
         self._pending = self._pool.submit(
-            self._copy, self._generation, version, snapshots, self._pending, protect=protect
+            self._copy, self._generation, version, snapshots, self._pending, protect=protect, then=then
         )
 
     def _copy(
@@ -115,6 +123,7 @@ class Snapshots:
         earlier: Future[None] | None,
         *,
         protect: bool,
+        then: Callable[[], None] | None,
     ) -> None:
         if earlier is not None:
             earlier.result()
@@ -127,10 +136,12 @@ class Snapshots:
                 self._hurry.wait(ahead_s)
         assert self._link is not None
         self._link.sealed(generation, version, self.protected, protect=protect)
+        if then is not None:
+            then()
 
     def _write(self, shard: int, version: int, record: Record) -> None:
         number, segment = self._home[shard]
-        slot = segment.free_slot(shard, (self.protected, version - 1))
+        slot = segment.free_slot(shard, (self.protected, version - 1, self.saving))
         entry = segment.entries[shard]
         start = segment.open_slot(shard, slot, record.length)
         room = self._bytes[number][start : start + entry.state_bytes]
@@ -223,8 +234,11 @@ class Snapshots:
     def forget(self, *, nodes: bool = False) -> None:
         """Let go of segments none of whose shards is still needed here. Call when their new owners protect them.
 
-        With `nodes` (they may be lost), a shard is needed until a version of its new owner outlives them.
+        With `nodes` (they may be lost), a shard is needed until a version of its new owner outlives them. What a
+        checkpoint is being made of is needed, too.
         """
+        if self.saving >= 0:
+            return
         for shard in [s for s, version in self._leaving.items() if not nodes or self.protected >= version]:
             del self._leaving[shard]
             self._home.pop(shard, None)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import os
 import random
 import socket
 import sys
 import traceback
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Concatenate, Literal, NoReturn, ParamSpec
 
@@ -42,6 +43,13 @@ def elastic(
     on_loss: str = "checkpoint",
     verify_every: int = 100,
     on_corruption: str = "repair",
+    checkpoint: str = "",
+    checkpoint_every: int = 1000,
+    checkpoint_keep: int = 2,
+    checkpoint_keep_s: float = 0.0,
+    checkpoint_options: Mapping[str, Any] | None = None,
+    resume: str = "auto",
+    on_damage: str = "stop",
 ) -> Callable[[Callable[Concatenate[Run, P], Any]], Callable[P, None]]:
     """Make `train(run, ...)` a job that survives lost workers: `@elastic(steps=..., ...)`.
 
@@ -54,6 +62,12 @@ def elastic(
     (a share of the step's time) allows. `on_loss`, when more is lost: "checkpoint", "neighbors" (lossy), "stop".
     `verify_every`: steps between comparisons of the replicas of each parameter, 0 for never; `on_corruption`: what is
     done about one that differs, "repair" or "evict".
+
+    `checkpoint`: the URL of a folder (any fsspec file system, whose options are `checkpoint_options`) in which a
+    checkpoint is saved `checkpoint_every` steps, and after the last one; at least `checkpoint_keep` are kept, and each
+    for `checkpoint_keep_s` seconds. `resume`: "auto", go on from the newest one there; "never"; or the URL of one to
+    start from when there is none yet. `on_damage`: whether a damaged one may be passed over for the one before it,
+    "older", or ends the job, "stop".
 
     Call the decorated function without `run`. Under `everstep run` it is one worker of the job; started by itself it
     runs alone. A mistake in these raises no traceback of ours: it ends the script with one line.
@@ -79,6 +93,13 @@ def elastic(
                     on_loss=on_loss,
                     verify_every=verify_every,
                     on_corruption=on_corruption,
+                    checkpoint=checkpoint,
+                    checkpoint_every=checkpoint_every,
+                    checkpoint_keep=checkpoint_keep,
+                    checkpoint_keep_s=checkpoint_keep_s,
+                    checkpoint_options=json.dumps(dict(checkpoint_options or {})),
+                    resume=resume,
+                    on_damage=on_damage,
                 )
                 settings = resolve(declared)
                 with _run(settings, context, membership) as run:

@@ -31,6 +31,7 @@ from ..comms.communicator import Communicator, all_gather, barrier
 from ..resharding.layout import Layout
 from ..resharding.units import Shard
 from .backups import Backups
+from .checkpoints import Checkpoints
 from .exchange import Exchange
 from .membership import Membership, Orders
 from .order import DataOrder, derive_seed
@@ -40,6 +41,7 @@ from .protection import Protection
 from .replicas import Odd, Replicas, Share, decide, disputed, odd_ones
 from .settings import Settings
 from .stack import LayerStack
+from .stateful import encode
 from .steps import StepState
 from .zero import ShardedOptimizer
 
@@ -94,6 +96,8 @@ class Engine:
         self.protection = Protection(settings, snapshots, membership)
         self.backups = Backups(optimizer.user, stack, comm, snapshots, self.exchange)
         self.replicas = Replicas(stack, snapshots, self.backups, self.exchange, settings.verify_every)
+        whose = {"optimizer": type(optimizer.user).__name__, "samples": len(dataset)}
+        self.checkpoints = Checkpoints(settings, stack, snapshots, membership, whose)
         self.registered: dict[str, Any] = {}  # objects with state_dict / load_state_dict
         self.loops = False  # the user's own loop computes the micro-batches
         self.record_bytes = [optimizer.state_bytes(shard) for shard in stack.spec.shards]
@@ -173,7 +177,10 @@ class Engine:
         self.progress.mark(Phase.AGREE, state.step)
         self.snapshots.wait(self._patient)
         self.protection.wait(state.step, self._patient)
-        proposal = self.membership.proposed(last=state.step + 1 == self.settings.steps)
+        last = state.step + 1 == self.settings.steps
+        if last:
+            self.checkpoints.conclude(self._patient)  # so that there is room for one of the end
+        proposal = self.membership.proposed(last=last)
         mine = {
             "norms": {str(i): float(torch.linalg.vector_norm(g)) for i, g in self.gradients.items() if self._counts(i)},
             "max_norm": self.max_norm,
@@ -181,6 +188,7 @@ class Engine:
             "join": proposal.plan.generation if proposal else 0,
             "digest": self._owned_digest(),
             "protection": self.protection.share(state.step),
+            "checkpoint": self.checkpoints.share(layout.generation),
             "replicas": self.replicas.share() if self.replicas.due(state.step) else {},
         }
         table = all_gather(self.comm, state.step, 0, json.dumps(mine).encode())
@@ -213,6 +221,7 @@ class Engine:
                 [share["protection"] for share in shares],
                 speaks=self.rank == min(self.comm.members),
             ),
+            **self.checkpoints.agreed(state.step, [share["checkpoint"] for share in shares]),
         }
         if proposal is not None and all(share["join"] == proposal.plan.generation for share in shares):
             self.switch = proposal
@@ -287,13 +296,18 @@ class Engine:
 
     def _registered(self, step: int) -> dict[str, Any]:
         """The registered objects' states at the end of `step`: when it is computed again, what they were then."""
-        states = {name: item.state_dict() for name, item in self.registered.items()}
+        states = self.states_of_registered()
         known = self._registered_at.get(step, {}) if step <= self.shown else {}
         states.update({name: state for name, state in known.items() if name not in self.driven})
         self._registered_at[step] = states
-        for old in [n for n in self._registered_at if n < self.snapshots.protected - 1]:
+        versions = [v for v in (self.snapshots.protected, self.checkpoints.newest) if v >= 0]
+        for old in [n for n in self._registered_at if n < min(versions, default=step) - 1]:
             del self._registered_at[old]
         return states
+
+    def states_of_registered(self) -> dict[str, Any]:
+        """The states of the registered objects now, as JSON values."""
+        return {name: encode(item.state_dict(), name) for name, item in self.registered.items()}
 
     def _layer_norms(self, norms: dict[int, float]) -> dict[int, float]:
         """The squared norm of each layer's gradient: how much a neighbour counts where one has to stand in."""
@@ -337,12 +351,20 @@ class Engine:
             self.stack.hold(layout.stage_of(self.rank).start, layout.stage_of(self.rank).stop)
         for advance in self.on_commit:
             advance()
-        self.protect(anyway=self.ended())
+        self._save_or_protect(terms, agreement, layout)
         if step > self.shown:
             self.results.append(Step(step, terms["loss"], terms["norm"]))
             self.shown = step
         self.tell_committed(terms, agreement)
         self.begin_step(layout)
+
+    def _save_or_protect(self, terms: dict[str, Any], agreement: str, layout: Layout) -> None:
+        """Protect this version, and, if that was agreed, have a checkpoint made of it."""
+        if self.checkpoints.link is None:
+            self.checkpoints.save_alone(terms, layout, self._state_of)
+            self.protect(anyway=self.ended())
+        else:
+            self.protect(anyway=self.ended(), then=self.checkpoints.begin(terms, layout, self.rank))
 
     def tell_committed(self, terms: dict[str, Any], agreement: str) -> None:
         """Tell the coordinator that the step of these terms is committed: a line of the ledger."""
@@ -355,10 +377,11 @@ class Engine:
         self.state = StepState.begin(self.version, self.rank, self.settings.micro_batches, layout.segments())
         self.pipeline.begin_step()
 
-    def protect(self, *, anyway: bool = False) -> None:
+    def protect(self, *, anyway: bool = False, then: Callable[[], None] | None = None) -> None:
         """Have the keeper hold this version of every owned shard; copied while the next step computes.
 
         Whether it is to outlive nodes too is a matter of the interval, or, in the first version of a generation, not.
+        `then` is called when it is there.
         """
         self.snapshots.protect(
             (s.index, self.record_bytes[s.index], self.gradient_bytes(s))
@@ -368,7 +391,7 @@ class Engine:
         protect = self.protection.begins(self.version, anyway=anyway)
         self.snapshots.spread_s = PACE * self.protection.step_s
         shards = sorted(self.owned | self.backups.level)
-        self.snapshots.begin(self.version, self._state_of, shards, protect=protect)
+        self.snapshots.begin(self.version, self._state_of, shards, protect=protect, then=then)
 
     def _state_of(self, shard: int) -> ShardState:
         return (self.optimizer if shard in self.owned else self.backups.copies).state(shard)
@@ -381,6 +404,7 @@ class Engine:
         """Past the last step: return when its version is whole here, parity included."""
         self.snapshots.wait(self._patient)
         self.protection.wait(self.version + 1, self._patient)
+        self.checkpoints.conclude(self._patient)
 
     def ended(self) -> bool:
         """Whether every step is committed."""

@@ -8,16 +8,16 @@ import socket
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..comms.communicator import Aborted, Peer
 from ..resharding.placement import Placement
-from ..resharding.plan import Plan, Report, plan_start
+from ..resharding.plan import Plan, Report, plan_resume, plan_start
 from ..resharding.planners import initial_layout
 from .errors import JobEnded
-from .protocol.events import Job
+from .protocol.events import Job, Saved
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,16 @@ class Membership(ABC):
 
     def __init__(self) -> None:
         self.on_abort: Callable[[], None] = lambda: None
+        self.save_asked = False  # somebody wants a checkpoint now
+        self.alone = False  # no coordinator decides what to do about trouble
 
     @abstractmethod
     def declare(self) -> None:
         """This script is elastic."""
 
     @abstractmethod
-    def ready(self, peer: Peer, job: Job) -> None:
-        """This worker has built its model."""
+    def ready(self, peer: Peer, job: Job, saved: Sequence[Saved]) -> None:
+        """This worker has built its model, and found these checkpoints, newest first."""
 
     @abstractmethod
     def orders(self, on_wait: Callable[[], None]) -> Orders:
@@ -78,16 +80,21 @@ class Solo(Membership):
 
     def __init__(self) -> None:
         super().__init__()
+        self.alone = True
         self._orders: Orders | None = None
 
     def declare(self) -> None:
         pass
 
-    def ready(self, peer: Peer, job: Job) -> None:
+    def ready(self, peer: Peer, job: Job, saved: Sequence[Saved]) -> None:
         # One process holds all layers, whatever `stages` says: the layout changes no numbers.
         layout = initial_layout(job.model, [0], 1, job.micro_batches)
         nowhere = Placement(generation=1, width=0, losses=0, wanted=0, stripes=())
-        self._orders = Orders(plan_start(layout), {0: peer}, {}, nowhere, {0: ""})
+        plan = plan_start(layout)
+        if saved:
+            newest = saved[0]
+            plan = plan_resume(job.model, layout, newest.version, newest.agreement, newest.name)
+        self._orders = Orders(plan, {0: peer}, {}, nowhere, {0: ""})
 
     def orders(self, on_wait: Callable[[], None]) -> Orders:
         assert self._orders is not None
@@ -141,6 +148,8 @@ class AgentMembership(Membership):
                 self.on_abort()
             elif kind == "plan":
                 self._take(message)
+            elif kind == "save":
+                self.save_asked = True
             elif kind == "end":
                 self._ended = True
                 self.on_abort()
@@ -166,8 +175,9 @@ class AgentMembership(Membership):
     def declare(self) -> None:
         self.tell("elastic")
 
-    def ready(self, peer: Peer, job: Job) -> None:
-        self.tell("ready", peer=asdict(peer), job={**asdict(job), "model": job.model.to_json()})
+    def ready(self, peer: Peer, job: Job, saved: Sequence[Saved]) -> None:
+        found = [list(item) for item in saved]
+        self.tell("ready", peer=asdict(peer), job={**asdict(job), "model": job.model.to_json()}, saved=found)
 
     def orders(self, on_wait: Callable[[], None]) -> Orders:
         with self._changed:

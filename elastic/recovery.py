@@ -15,13 +15,18 @@ import torch
 
 from ..checkpointing.record import read_record
 from ..checkpointing.restore import Fetched, Sources
+from ..checkpointing.universal.manifest import CheckpointError
+from ..checkpointing.universal.store import StoreError
 from ..comms.communicator import Aborted, Key, Kind
 from ..resharding.neighbors import stand_ins
 from ..resharding.plan import Plan, Report, Span
 from .backups import Copies, backup_ranks
 from .engine import Engine
+from .errors import UsageError
 from .membership import Orders
 from .progress import Phase
+from .resume import CheckpointStates
+from .stateful import decode
 from .steps import StepState
 from .zero import ShardedOptimizer
 
@@ -109,9 +114,11 @@ class Recovery:
         if not fresh and not back and engine.owned_version == version - 1:
             engine.update(agreement)
         was_current = not fresh and not back and engine.values_version == version
-        seeded = version == 0 and engine.pristine
+        seeded = version == 0 and engine.pristine and not plan.checkpoint
         engine.pristine = seeded
         self._take_places(orders, version, anew=fresh or back, seeded=seeded)
+        if plan.checkpoint:
+            self._read_checkpoint(plan, version)
         self._restore(plan, engine.optimizer, engine.owned, version, agreement)
         self._restore(plan, engine.backups.copies, engine.backups.level, version, agreement)
         if engine.rank in plan.refresh:
@@ -142,7 +149,7 @@ class Recovery:
         """The keeper of this node hears of the generation, and of the parity it holds in it."""
         engine, plan = self.engine, orders.plan
         engine.protection.enter(plan.generation, orders.placement, joins=plan.version is None)
-        engine.snapshots.protected = max(engine.snapshots.protected, plan.protected)
+        engine.snapshots.protected = -1 if plan.checkpoint else max(engine.snapshots.protected, plan.protected)
         placement = orders.placement
         if engine.settings.protection == "replay":  # workers do it, not keepers
             placement = replace(placement, stripes=())
@@ -211,6 +218,32 @@ class Recovery:
         if replays:
             optimizer.update(replays, terms["groups"], terms["scale"])
         held.update(found)
+
+    def _read_checkpoint(self, plan: Plan, version: int) -> None:
+        """Read what is owned here from the checkpoint that all go on from.
+
+        If it is damaged, the coordinator is told, and decides.
+
+        Raises Aborted when the generation ends.
+        """
+        engine = self.engine
+        try:
+            states = CheckpointStates(engine.settings, engine.stack, plan.checkpoint)
+            states.load_constants()
+            for optimizer, held in ((engine.optimizer, engine.owned), (engine.backups.copies, engine.backups.level)):
+                for shard in optimizer.owned:
+                    optimizer.load(shard.index, states.state(shard))
+                    held.add(shard.index)
+                    self._patient()
+            engine.checkpoints.resumed(version)
+            return
+        except (CheckpointError, StoreError) as error:
+            if self.engine.membership.alone:
+                raise UsageError(str(error)) from None
+            engine.membership.tell("unreadable", name=plan.checkpoint, why=str(error))
+        while True:
+            self._patient()
+            time.sleep(0.01)
 
     def _make_up(self, plan: Plan, optimizer: ShardedOptimizer, index: int, version: int, agreement: str) -> None:
         """A shard that is gone for good: the average of its neighbours', weighted by the norms of their gradients.
@@ -306,8 +339,9 @@ class Recovery:
         engine.optimizer.set_hyper_parameters(terms["groups"])
         for name, state in terms["registered"].items():
             if name in engine.registered and (not back or engine.loops or name in engine.driven):
-                engine.registered[name].load_state_dict(state)
+                engine.registered[name].load_state_dict(decode(state))
         if advance:
             engine.protection.adopt(terms)
-            for step in engine.on_commit:
-                step()
+            for _ in range(terms.get("advance", 1)):
+                for step in engine.on_commit:
+                    step()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -27,9 +26,11 @@ from .progress import Progress
 from .protocol.events import Job
 from .protocol.protection import state_slots
 from .recovery import Recovery
+from .resume import Resumption
 from .schedule import ScheduledRate
 from .settings import Settings, WorkerContext
 from .stack import LayerStack
+from .stateful import encode
 from .zero import ShardedOptimizer, check_optimizer, is_elementwise
 
 Loss = Callable[[Any, Any], Tensor]
@@ -161,14 +162,14 @@ class Run:
         self._trained().max_norm = float(max_norm)
 
     def register_state(self, name: str, item: Any) -> None:
-        """Keep an object with `state_dict()` / `load_state_dict()` in step on workers that join later.
+        """Keep an object with `state_dict()` / `load_state_dict()` in step: on workers that join later, on resuming.
 
-        Its state must be made of JSON values, and change in the same way on every rank.
+        Its state may hold numbers, text, lists, tuples, dictionaries, bytes, tensors and arrays. It must be small,
+        since it is agreed on in every step, and change in the same way on every rank.
         """
-        try:
-            json.dumps(item.state_dict())
-        except (AttributeError, TypeError) as error:
-            raise UsageError(f"register_state({name!r}): state_dict() must give JSON values ({error})") from None
+        if not callable(getattr(item, "state_dict", None)) or not callable(getattr(item, "load_state_dict", None)):
+            raise UsageError(f"register_state({name!r}): a {type(item).__name__} has no state_dict and load_state_dict")
+        encode(item.state_dict(), f"register_state({name!r})")
         if name in self._registered:
             raise UsageError(f"register_state({name!r}): that name is taken")
         self._registered[name] = item
@@ -241,7 +242,7 @@ class Run:
         link, slots, context = None, 2, self._context
         if context is not None:
             link = KeeperLink(context.keeper_name, context.token, context.rank, context.incarnation)
-            slots = state_slots(settings.protection, context.max_nodes)
+            slots = state_slots(settings.protection, context.max_nodes, checkpoints=bool(settings.checkpoint))
         engine = Engine(
             settings=settings,
             stack=stack,
@@ -260,10 +261,11 @@ class Run:
             engine.on_commit.append(rate.advance)
             self.register_state("scheduler", rate)
             engine.driven.add("scheduler")
+        engine.checkpoints.link = link
         engine.registered = self._registered
         engine.birth = {
             "groups": engine.optimizer.hyper_parameters(),
-            "registered": {name: item.state_dict() for name, item in self._registered.items()},
+            "registered": engine.states_of_registered(),
         }
         self._engine = engine
         token, node = (context.token, context.node) if context else ("", "")
@@ -280,10 +282,14 @@ class Run:
             protection=settings.protection,
             node_losses=settings.node_losses,
             on_loss=settings.on_loss,
+            checkpoints=bool(settings.checkpoint),
+            on_damage=settings.on_damage,
             state_bytes=tuple(engine.record_bytes),
             gradient_bytes=tuple(engine.gradient_bytes(shard) for shard in stack.spec.shards),
         )
-        self._membership.ready(self._peer, job)
+        first = context is None or context.rank == 0
+        saved = Resumption(settings, stack, engine.birth, len(dataset)).find() if first else []
+        self._membership.ready(self._peer, job, saved)
         self._recovery.enter()
         return engine
 

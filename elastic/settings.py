@@ -32,12 +32,19 @@ class Settings:
     on_loss: str = "checkpoint"  # when more is lost than is protected: checkpoint | neighbors | stop
     verify_every: int = 100  # steps between comparisons of the replicas of a parameter; 0: never
     on_corruption: str = "repair"  # of a replica that differs: repair | evict
+    checkpoint: str = ""  # the URL of the folder in which checkpoints are saved, and looked for; empty: none are
+    checkpoint_every: int = 1000  # steps
+    checkpoint_keep: int = 2  # how many are kept at least
+    checkpoint_keep_s: float = 0.0  # and for how long, if that is more
+    checkpoint_options: str = "{}"  # of the fsspec file system, as JSON
+    resume: str = "auto"  # auto: from the newest there; never; or the URL of one to start from when there is none
+    on_damage: str = "stop"  # what is done about a damaged checkpoint: stop | older
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise UsageError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        for name, least in (("node_losses", 1), ("verify_every", 0)):
+        for name, least in (("node_losses", 1), ("verify_every", 0), ("checkpoint_every", 1), ("checkpoint_keep", 1)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise UsageError(f"{name} must be a whole number of at least {least}, got {value!r}")
@@ -49,6 +56,13 @@ class Settings:
                 f"snapshot_budget must be a share of a step's time, more than 0, such as 0.02; got "
                 f"{self.snapshot_budget!r}"
             )
+        if self.resume not in ("auto", "never") and "/" not in self.resume:
+            raise UsageError(f'resume must be "auto", "never" or the URL of a checkpoint, got {self.resume!r}')
+        try:
+            if not isinstance(json.loads(self.checkpoint_options), dict):
+                raise ValueError("it is no object")
+        except ValueError as error:
+            raise UsageError(f"checkpoint_options must be a JSON object: {error}") from None
         for name in ("steps", "global_batch_size", "micro_batch_size", "stages"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -68,7 +82,10 @@ CHOICES = {
     "protection": ("parity", "replay", "replicate", "none"),
     "on_loss": ("checkpoint", "neighbors", "stop"),
     "on_corruption": ("repair", "evict"),
+    "on_damage": ("stop", "older"),
 }
+TEXTS = ("checkpoint", "checkpoint_options", "resume")
+NUMBERS = ("snapshot_budget", "checkpoint_keep_s")
 
 
 def resolve(declared: Settings) -> Settings:
@@ -101,11 +118,11 @@ def _from_file(path: Path, names: set[str]) -> dict[str, Any]:
 
 
 def _value(name: str, variable: str, text: str) -> int | float | str:
-    if name in CHOICES:
+    if name in CHOICES or name in TEXTS:
         return text
     if name == "snapshot_every" and text == "auto":
         return 0
-    if name == "snapshot_budget":
+    if name in NUMBERS:
         try:
             return float(text)
         except ValueError:

@@ -85,6 +85,7 @@ class Plan:
     changed.
     `work`: the segments of the interrupted step that are still to run; `started`: those of them whose forward is done.
     `kept`: the segments whose gradients are held.
+    `checkpoint`: the name of the checkpoint that everything is read from; empty if it is in memory.
     """
 
     layout: Layout
@@ -98,6 +99,7 @@ class Plan:
     kept: tuple[Segment, ...] = ()
     protected: int = -1
     substitutes: tuple[int, ...] = ()
+    checkpoint: str = ""
 
     @property
     def generation(self) -> int:
@@ -121,6 +123,7 @@ class Plan:
             kept=tuple(Segment(*s) for s in raw["kept"]),
             protected=raw["protected"],
             substitutes=tuple(raw["substitutes"]),
+            checkpoint=raw["checkpoint"],
         )
 
     @property
@@ -234,6 +237,20 @@ def plan_rollback(
         fresh=layout.ranks,
         work=layout.segments(),
         protected=version,
+    )
+
+
+def plan_resume(spec: ModelSpec, layout: Layout, version: int, agreement: str, checkpoint: str) -> Plan:
+    """The plan by which all go on from a checkpoint of `version`: every shard is read from it, by its owner."""
+    return Plan(
+        layout=layout,
+        version=version,
+        agreement=agreement,
+        gains=tuple(Gain(s.index, layout.owners[s.index], layout.owners[s.index]) for s in spec.shards),
+        refresh=layout.ranks,
+        fresh=layout.ranks,
+        work=layout.segments(),
+        checkpoint=checkpoint,
     )
 
 

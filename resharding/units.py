@@ -96,8 +96,9 @@ class ModelSpec:
         limit = min(MAX_SHARD_BYTES, max(MIN_SHARD_BYTES, share))
         rows = max(1, limit // (row * parameter.item_bytes))
         pieces = math.ceil(parameter.rows / rows)
-        bounds = [parameter.rows * i // pieces * row for i in range(pieces + 1)]
-        return list(itertools.pairwise(bounds))
+        even = math.ceil(parameter.rows / pieces)  # all equal but the last: a shard is a chunk of a checkpoint's array
+        bounds = [*range(0, parameter.rows, even), parameter.rows]
+        return [(first * row, last * row) for first, last in itertools.pairwise(bounds)]
 
     def home(self, shard: Shard) -> int:
         """The layer a shard is dealt with: the first that holds its parameter."""

@@ -40,7 +40,7 @@ class Checkpoint:
         stop = array.rows if stop is None else stop
         shape = (stop - start, *array.shape[1:]) if array.shape else ()
         out = np.empty(shape, numpy_dtype(array.dtype))
-        room = memoryview(out.reshape(-1).view(np.uint8))
+        room = out.reshape(-1).view(np.uint8).data
         if out.size:
             for number in range(start // array.chunk_rows, -(-stop // array.chunk_rows)):
                 first = number * array.chunk_rows

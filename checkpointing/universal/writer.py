@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .manifest import NAME, ROOMS, Array, CheckpointError, Manifest, checksum, group_json, room_and_name
@@ -38,12 +38,13 @@ class ChunkWriter:
         self.store = store
         self._arrays: dict[str, Array] = {}
         self._sums: dict[str, dict[int, str]] = {}
+        self.scalars: dict[str, dict[str, dict[str, Any]]] = {}
         self.written_bytes = 0
 
     def declare(self, path: str, array: Array) -> None:
         """This writer has chunks of that array; some other may have the rest."""
         self._arrays[path] = array
-        self._sums[path] = {}
+        self._sums.setdefault(path, {})
         if array.chunks == 0:
             self.store.put(f"{path}/zarr.json", [array.zarr_json()])
 
@@ -61,12 +62,21 @@ class ChunkWriter:
             self.store.put(f"{path}/zarr.json", [array.zarr_json()])
         self.written_bytes += array.chunk_bytes
 
+    def has(self, path: str, chunk: int) -> bool:
+        """Whether this writer has put that chunk."""
+        return chunk in self._sums.get(path, ())
+
+    def scalar(self, state: str, name: str, dtype: str, value: float) -> None:
+        """An optimizer state of a parameter that is one number."""
+        self.scalars.setdefault(state, {})[name] = {"dtype": dtype, "value": value}
+
     def part(self) -> dict[str, Any]:
         """What this writer has put, as JSON values."""
-        return {
+        arrays = {
             path: {**array.to_json(), "checksums": {str(n): s for n, s in self._sums[path].items()}}
             for path, array in self._arrays.items()
         }
+        return {"arrays": arrays, "scalars": self.scalars}
 
     def finish(self, writer: str) -> None:
         """All of this writer's chunks are put: make them stable, and say so in its part."""
@@ -84,23 +94,37 @@ def _checksum_of_both(data: memoryview, padding: bytes) -> str:
     return state.hexdigest()
 
 
-def read_parts(store: Store) -> dict[str, Array]:
-    """What all parts of a checkpoint that is being written have, as far as it is whole: path -> array."""
+@dataclass
+class Parts:
+    """What the writers of a checkpoint have put so far: `arrays` that are whole, paths of others, and scalars."""
+
+    arrays: dict[str, Array] = field(default_factory=dict)
+    torn: set[str] = field(default_factory=set)
+    scalars: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+
+
+def read_parts(store: Store) -> Parts:
+    """All parts of a checkpoint that is being written, put together."""
     arrays: dict[str, Array] = {}
     sums: dict[str, dict[int, str]] = {}
+    parts = Parts()
     for name in sorted(store.sizes(PARTS)):
         data = store.get(name)
         if data is None or not name.endswith(".json"):
             continue
-        for path, raw in json.loads(data).items():
+        part = json.loads(data)
+        for path, raw in part["arrays"].items():
             numbered: Mapping[str, str] = raw.pop("checksums")
             arrays[path] = Array.from_json({**raw, "checksums": ()})
             sums.setdefault(path, {}).update((int(number), told) for number, told in numbered.items())
-    whole = {}
+        for state, values in part["scalars"].items():
+            parts.scalars.setdefault(state, {}).update(values)
     for path, array in arrays.items():
         if len(sums[path]) == array.chunks:
-            whole[path] = replace(array, checksums=tuple(sums[path][n] for n in range(array.chunks)))
-    return whole
+            parts.arrays[path] = replace(array, checksums=tuple(sums[path][n] for n in range(array.chunks)))
+        else:
+            parts.torn.add(path)
+    return parts
 
 
 def commit(store: Store, manifest: Manifest) -> None:
@@ -121,12 +145,12 @@ def commit(store: Store, manifest: Manifest) -> None:
 
 
 def try_commit(store: Store, manifest: Manifest, expected: Iterable[str]) -> bool:
-    """Commit if the parts there are make up all the `expected` arrays; returns whether they did."""
-    arrays = read_parts(store)
-    wanted = sorted(expected)
-    if any(path not in arrays for path in wanted):
+    """Commit if the parts make up all the `expected` arrays, and any others they have; returns whether they did."""
+    parts = read_parts(store)
+    if parts.torn or any(path not in parts.arrays for path in expected):
         return False
-    commit(store, replace(manifest, arrays={path: arrays[path] for path in wanted}))
+    arrays = dict(sorted(parts.arrays.items()))
+    commit(store, replace(manifest, arrays=arrays, scalars={**manifest.scalars, **parts.scalars}))
     store.remove(PARTS)
     return True
 

@@ -13,6 +13,7 @@ from typing import Any
 from ...resharding.layout import Layout
 from ...resharding.plan import Plan, plan_join
 from . import events as e
+from .checkpoints import give_up_saving, saved, stop_requested, unreadable
 from .forming import last_call, node_joined
 from .losing import heartbeat, node_lost, silent_node
 from .outcome import Effects, Outcome, current, fail, with_workers
@@ -49,7 +50,8 @@ def _ticked(state: State, event: e.Ticked, now: float) -> Outcome:
     state, effects = last_call(state, now)
     if effects:
         return state, effects
-    return silent_node(state, now)
+    state, effects = give_up_saving(state, now)
+    return (state, effects) if effects else silent_node(state, now)
 
 
 # ---------------------------------------------------------------- workers
@@ -70,6 +72,7 @@ def _ready(state: State, event: e.WorkerReady, now: float) -> Outcome:
     state = with_workers(state, replace(worker, status=Status.READY, peer=event.peer))
     state = replace(state, elastic=True, job=event.job)
     if state.phase is Phase.LAUNCHED:
+        state = replace(state, saved=event.saved or state.saved)
         return begin_training(state) if all_ready(state) else (state, [])
     if state.phase is Phase.RECOVERING:
         return plan_if_complete(state, now)
@@ -174,8 +177,11 @@ def _noted(state: State, event: e.WorkerNoted, now: float) -> Outcome:
 
 def _enter_in_ledger(state: State, layout: Layout, event: e.WorkerCommitted) -> Outcome:
     """A line for a new step; for one that was computed again, whether it came out the same."""
-    kept = {n: text for n, text in state.agreements.items() if n >= state.protected - 1}
-    digests = {n: digest for n, digest in state.digests.items() if n >= state.protected - 1}
+    oldest = state.protected - 1 if state.protected >= 0 else event.step  # nothing before it can be gone back to
+    kept = {n: text for n, text in state.agreements.items() if n >= oldest}
+    if state.saved:  # but a checkpoint, which has its own agreement
+        oldest = min(oldest, state.saved[0].version)
+    digests = {n: digest for n, digest in state.digests.items() if n >= oldest}
     state = replace(state, agreements={**kept, event.step: event.agreement})
     if event.step <= state.recorded:
         same = digests.get(event.step, event.digest) == event.digest
@@ -237,10 +243,6 @@ def _raised(state: State, event: e.WorkerRaised, now: float) -> Outcome:
     return fail(state, event.message, event.traceback, event.worker.rank)
 
 
-def _stop_requested(state: State, event: e.StopRequested, now: float) -> Outcome:
-    return fail(state, event.why)
-
-
 _HANDLERS: dict[type[Any], Callable[[State, Any, float], Outcome]] = {
     e.NodeJoined: node_joined,
     e.NodeLost: node_lost,
@@ -258,6 +260,8 @@ _HANDLERS: dict[type[Any], Callable[[State, Any, float], Outcome]] = {
     e.WorkerNoted: _noted,
     e.WorkerFinished: _finished,
     e.WorkerRaised: _raised,
-    e.StopRequested: _stop_requested,
+    e.CheckpointSaved: saved,
+    e.CheckpointUnreadable: unreadable,
+    e.StopRequested: stop_requested,
     e.Ticked: _ticked,
 }

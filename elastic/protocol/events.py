@@ -36,8 +36,29 @@ class Job:
     protection: str = "parity"  # parity | replay | replicate | none
     node_losses: int = 1  # how many nodes may be lost at once
     on_loss: str = "stop"  # checkpoint | neighbors | stop
+    checkpoints: bool = False  # whether it saves any
+    on_damage: str = "stop"  # what is done about a damaged checkpoint: stop | older
     state_bytes: tuple[int, ...] = ()  # of each shard's record
     gradient_bytes: tuple[int, ...] = ()  # of each shard's reduced gradient
+
+
+class Saved(NamedTuple):
+    """A committed checkpoint: the version, its name, and what was agreed in step version - 1."""
+
+    version: int
+    name: str
+    agreement: str
+
+
+class Stopping(NamedTuple):
+    """The job is to end, and waits for a checkpoint of a version after step `committed`, until `deadline_s`."""
+
+    why: str
+    committed: int
+    deadline_s: float
+
+
+REMEMBERED_CHECKPOINTS = 8
 
 
 # ---------------------------------------------------------------- events
@@ -82,6 +103,7 @@ class WorkerReady:
     worker: WorkerId
     peer: Mapping[str, Any]
     job: Job
+    saved: tuple[Saved, ...] = ()  # the checkpoints there are, newest first; the lowest rank looks
 
 
 @dataclass(frozen=True)
@@ -180,6 +202,24 @@ class WorkerNoted:
 
 
 @dataclass(frozen=True)
+class CheckpointSaved:
+    """A checkpoint is committed. `fields`: how long it took, how large it is."""
+
+    worker: WorkerId
+    saved: Saved
+    fields: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class CheckpointUnreadable:
+    """A member cannot read the checkpoint `name` that it was to go on from."""
+
+    worker: WorkerId
+    name: str
+    why: str
+
+
+@dataclass(frozen=True)
 class WorkerFinished:
     """The user's function returned."""
 
@@ -220,6 +260,8 @@ Event = (
     | WorkerIdled
     | WorkerCommitted
     | WorkerNoted
+    | CheckpointSaved
+    | CheckpointUnreadable
     | WorkerFinished
     | WorkerRaised
     | StopRequested
@@ -272,6 +314,13 @@ class CarryOut:
 
 
 @dataclass(frozen=True)
+class AskSave:
+    """Tell a worker that a checkpoint is wanted, as soon as the members can agree on one."""
+
+    worker: WorkerId
+
+
+@dataclass(frozen=True)
 class RefuseNode:
     node: str
     why: str
@@ -311,4 +360,15 @@ class Record:
     fields: Mapping[str, Any] = field(default_factory=dict)
 
 
-Effect = StartWorkers | KillWorkers | AbortGeneration | CarryOut | RefuseNode | FenceNode | TellNode | EndJob | Record
+Effect = (
+    StartWorkers
+    | KillWorkers
+    | AbortGeneration
+    | CarryOut
+    | AskSave
+    | RefuseNode
+    | FenceNode
+    | TellNode
+    | EndJob
+    | Record
+)

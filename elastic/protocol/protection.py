@@ -8,7 +8,8 @@ from dataclasses import replace
 from ...resharding.layout import Layout
 from ...resharding.neighbors import stand_ins
 from ...resharding.placement import Placement, place
-from ...resharding.plan import Report
+from ...resharding.plan import Plan, Report, plan_resume
+from ...resharding.planners import change_layout
 from . import events as e
 from .state import Recovery, State
 
@@ -20,9 +21,10 @@ MODES = ("parity", "replay", "replicate", "none")
 POLICIES = ("checkpoint", "neighbors", "stop")
 
 
-def state_slots(protection: str, max_nodes: int) -> int:
-    """How many versions of a shard's state its keeper holds."""
-    return STATE_SLOTS if protection in ("parity", "replicate") and max_nodes > 1 else LOCAL_STATE_SLOTS
+def state_slots(protection: str, max_nodes: int, *, checkpoints: bool) -> int:
+    """How many versions of a shard's state its keeper holds; one more where one may be being saved."""
+    nodes = protection in ("parity", "replicate") and max_nodes > 1
+    return (STATE_SLOTS if nodes else LOCAL_STATE_SLOTS) + checkpoints
 
 
 def placement_for(state: State, layout: Layout) -> Placement:
@@ -52,7 +54,7 @@ def memory_needed(state: State, layout: Layout, placement: Placement) -> dict[st
     """Bytes of protection per node: its shards' slots, and the parity it holds for others."""
     job = state.job
     assert job is not None
-    slots = state_slots(job.protection, state.config.max_nodes)
+    slots = state_slots(job.protection, state.config.max_nodes, checkpoints=job.checkpoints)
     needed = dict.fromkeys(state.nodes, 0)
     for shard, owner in enumerate(layout.owners[: len(job.state_bytes)]):
         held = slots * job.state_bytes[shard] + GRADIENT_SLOTS * job.gradient_bytes[shard]
@@ -168,3 +170,24 @@ def stand_in(state: State, job: e.Job, recovery: Recovery, newest: int) -> tuple
     if len(stand_ins(job.model, substitutes)) < len(substitutes):
         return -1, recovery
     return version, replace(recovery, substitutes=substitutes)
+
+
+def resumable(state: State, recovery: Recovery, newest: int) -> bool:
+    """Whether the job may go back to its newest checkpoint, when no memory has what is needed.
+
+    Going on from where it has only just been resumed is no loss, whatever `on_loss` says.
+    """
+    job = state.job
+    if job is None or not state.saved:
+        return False
+    return job.on_loss == "checkpoint" or recovery.ceiling == -1 or newest <= state.saved[0].version
+
+
+def resume_plan(state: State, ranks: list[int]) -> tuple[State, Plan]:
+    """The plan by which all go on from the newest checkpoint, and the state that has given up what came after."""
+    assert state.job is not None
+    assert state.layout is not None
+    newest = state.saved[0]
+    layout = change_layout(state.job.model, state.layout, ranks, state.generation)
+    plan = plan_resume(state.job.model, layout, newest.version, newest.agreement, newest.name)
+    return replace(state, protected=-1, agreements={newest.version - 1: newest.agreement}), plan

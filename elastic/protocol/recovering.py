@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from ...resharding.layout import LayoutError
-from ...resharding.plan import Plan, PlanError, Report, plan_recovery, plan_rollback, plan_start
+from ...resharding.plan import Plan, PlanError, Report, plan_recovery, plan_resume, plan_rollback, plan_start
 from ...resharding.planners import change_layout, initial_layout
 from . import events as e
 from .outcome import Effects, Outcome, current, fail, start_workers, with_workers
@@ -15,6 +15,8 @@ from .protection import (
     memory_needed,
     placement_for,
     protected_now,
+    resumable,
+    resume_plan,
     stand_in,
     statements,
     still_missing,
@@ -186,10 +188,15 @@ def plan_if_complete(state: State, now: float) -> Outcome:
     version = target(state, recovery, newest, by_node)
     if version < 0 and job.on_loss == "neighbors":
         version, recovery = stand_in(state, job, recovery, newest)
-    if version < 0 or (version < newest and version > 0 and version - 1 not in state.agreements):
+    gone = version < 0 or (version < newest and version > 0 and version - 1 not in state.agreements)
+    if gone and not resumable(state, recovery, newest):
         return fail(state, _everything_gone(state, recovery, newest))
     try:
-        plan = _recovery_plan(state, job, reports, version if version < furthest else None)
+        if gone:
+            state, plan = resume_plan(state, sorted(report.rank for report in reports))
+            recovery = replace(recovery, ceiling=None, lacking=(), substitutes=())
+        else:
+            plan = _recovery_plan(state, job, reports, version if version < furthest else None)
         plan = replace(plan, protected=max(plan.protected, min(version, protected_now(state, by_node))))
         plan = replace(plan, substitutes=recovery.substitutes)
     except (LayoutError, PlanError) as error:
@@ -201,7 +208,7 @@ def plan_if_complete(state: State, now: float) -> Outcome:
     losses = tuple(loss._replace(planned=True) for loss in recovery.losses)
     recovery = replace(recovery, planned_s=now, lost_steps=lost_steps, losses=losses, planned=plan.version)
     state = replace(state, recovery=recovery)
-    if plan.version < furthest:
+    if plan.version < furthest or plan.checkpoint:
         state = replace(
             state,
             committed=plan.version - 1,
@@ -250,7 +257,9 @@ def _everything_gone(state: State, recovery: Recovery, newest: int) -> str:
     where = ", ".join(recovery.nodes_lost) or "nodes that are still there"
     assert state.job is not None
     policy = {
-        "checkpoint": "; on_loss='checkpoint': the job has no checkpoint to go back to",
+        "checkpoint": "; on_loss='checkpoint': no checkpoint of the job has been saved yet"
+        if state.job.checkpoints
+        else "; on_loss='checkpoint': the job saves none (checkpoint=URL)",
         "neighbors": "; on_loss='neighbors' could not stand in for them",
     }.get(state.job.on_loss, "")
     return (
@@ -273,7 +282,14 @@ def begin_training(state: State) -> Outcome:
     except LayoutError as error:
         return fail(state, str(error))
     layout = replace(layout, generation=state.generation + 1)
-    return enter(state, plan_start(layout), "started", {"layout": layout.describe()})
+    if not state.saved:
+        return enter(state, plan_start(layout), "started", {"layout": layout.describe()})
+    newest = state.saved[0]
+    plan = plan_resume(job.model, layout, newest.version, newest.agreement, newest.name)
+    last = newest.version - 1
+    state = replace(state, committed=last, recorded=last, agreed=last, agreement=newest.agreement)
+    fields = {"layout": layout.describe(), "checkpoint": newest.name, "version": newest.version}
+    return enter(state, plan, "started", fields)
 
 
 def enter(state: State, plan: Plan, event: str, fields: dict[str, Any]) -> Outcome:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from ...resharding.layout import Layout
 from ...resharding.placement import Placement
 from ...resharding.plan import Plan, Report
-from .events import Job, WorkerId
+from .events import Job, Saved, Stopping, WorkerId
 
 
 class Phase(enum.Enum):
@@ -43,6 +43,7 @@ class Config:
     last_call_s: float = 1.0
     join_timeout_s: float = 600.0
     heartbeat_timeout_s: float = 1.5  # the least; longer for a node that has shown longer gaps
+    stop_grace_s: float = 20.0  # how long a job that is to stop may take to save a checkpoint
     crash_limit: int = 5  # deaths of one rank without a committed step between them
 
 
@@ -131,6 +132,8 @@ class State:
     protected: int = -1  # the newest version that is known to outlive nodes
     agreements: Mapping[int, str] = field(default_factory=dict)  # step -> what was agreed, from protected - 1 on
     digests: Mapping[int, str] = field(default_factory=dict)  # step -> digest in the ledger, likewise
+    saved: tuple[Saved, ...] = ()  # committed checkpoints, newest first
+    stopping: Stopping | None = None
     rolled_back: int = 0  # the generation of the last return to an older version
 
     def members(self) -> tuple[Worker, ...]:

@@ -256,7 +256,7 @@ class Cluster:
             job=self.job,
             board=self.board,
             node=node,
-            state_slots=state_slots(self.job.protection, self.state.config.max_nodes),
+            state_slots=state_slots(self.job.protection, self.state.config.max_nodes, checkpoints=False),
             interval=self.interval,
             send=lambda source, to, generation, key, data: self._send(worker, to, (source, generation, key, data)),
             tell=lambda event: self._tell(uplink, event),

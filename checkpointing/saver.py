@@ -1,0 +1,138 @@
+"""The saver: a process beside a node's keeper that writes checkpoints from what the keeper holds.
+
+Apart from the workers, so that training never waits for storage; apart from the keeper, so that a storage library that
+hangs or grows takes nothing along. Requests come as lines on standard input, what became of them goes to standard
+output. It ends with its keeper.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from .client import KeeperClient, KeeperRefused
+from .saving import Gone, SaveRequest, save_part
+from .universal.manifest import CheckpointError
+from .universal.store import StoreError
+
+WRITERS = 2  # requests that are carried out at the same time: those of the node's workers
+REMEMBERED = 64  # results that no worker has asked for
+
+
+class Saver:
+    """A keeper's handle on its saver: starts one when there is something to save, and knows what became of it."""
+
+    def __init__(self, address: str, token: str) -> None:
+        self._address = address
+        self._token = token
+        self._lock = threading.Lock()
+        self._feeding = threading.Lock()  # a pipe may be full: whoever asks for results does not wait for that
+        self._process: subprocess.Popen[bytes] | None = None
+        self._open: dict[tuple[str, str], None] = {}  # (writer, name) under way
+        self._results: dict[str, list[dict[str, Any]]] = {}  # writer -> what it has not been told
+
+    def save(self, request: SaveRequest) -> None:
+        """Begin; `results` tells the end."""
+        with self._lock:
+            if (request.writer, request.name) in self._open:
+                return  # said again, after the worker had lost its connection
+            self._open[(request.writer, request.name)] = None
+        threading.Thread(target=self._feed, args=(request,), name="everstep-save", daemon=True).start()
+
+    def _feed(self, request: SaveRequest) -> None:
+        try:
+            with self._feeding:
+                process = self._process or self._start()
+                assert process.stdin is not None
+                process.stdin.write(request.to_json().encode() + b"\n")
+                process.stdin.flush()
+        except OSError as error:
+            with self._lock:
+                self._end(request.writer, {"name": request.name, "error": f"the saver cannot run: {error}"})
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "everstep.checkpointing.saver", self._address]
+        environment = {**os.environ, "EVERSTEP_TOKEN": self._token}
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+        self._process = process
+        threading.Thread(target=self._listen, args=(process,), name="everstep-saver", daemon=True).start()
+        return process
+
+    def _listen(self, process: subprocess.Popen[bytes]) -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            result = json.loads(line)
+            with self._lock:
+                self._end(result.pop("writer"), result)
+        status = process.wait()
+        with self._lock:
+            if self._process is process:
+                self._process = None
+            for writer, name in list(self._open):
+                self._end(writer, {"name": name, "error": f"the process that saves it ended with status {status}"})
+
+    def _end(self, writer: str, result: dict[str, Any]) -> None:
+        self._open.pop((writer, result["name"]), None)
+        waiting = self._results.setdefault(writer, [])
+        waiting.append({"seconds": 0.0, "bytes": 0, "committed": False, "error": "", **result})
+        del waiting[:-REMEMBERED]
+
+    def results(self, writer: str) -> dict[str, Any]:
+        """{"results": what has ended since the last time it was asked, "open": names of what has not}."""
+        with self._lock:
+            under_way = [name for who, name in self._open if who == writer]
+            return {"results": self._results.pop(writer, []), "open": under_way}
+
+
+def _fetcher(address: str, token: str, version: int) -> Any:
+    """A function that fetches records at `version` from the keeper, over a connection of its own."""
+    client = KeeperClient(address, token)
+
+    def fetch(shards: Sequence[int]) -> Mapping[int, bytes]:
+        found, _ = client.fetch(list(shards), version, replay=False)
+        return {shard: blobs[0] for shard, (_, blobs) in found.items()}
+
+    return client, fetch
+
+
+def _carry_out(request: SaveRequest, address: str, token: str) -> dict[str, Any]:
+    started = time.monotonic()
+    result: dict[str, Any] = {"writer": request.writer, "name": request.name}
+    try:
+        client, fetch = _fetcher(address, token, request.version)
+        with contextlib.closing(client):
+            result["committed"] = save_part(request, fetch)
+    except (StoreError, CheckpointError, Gone, KeeperRefused, OSError, ValueError) as error:
+        result["error"] = str(error)
+    return {**result, "seconds": time.monotonic() - started}
+
+
+def main() -> None:
+    """Run a saver for the keeper at the address given; ends with its standard input."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    address, token = sys.argv[1], os.environ.pop("EVERSTEP_TOKEN")
+    lock = threading.Lock()
+
+    def one(line: bytes) -> None:
+        result = _carry_out(SaveRequest.from_json(line), address, token)
+        with lock:
+            sys.stdout.write(json.dumps(result) + "\n")
+            sys.stdout.flush()
+
+    with ThreadPoolExecutor(WRITERS, thread_name_prefix="everstep-save") as pool:
+        for line in sys.stdin.buffer:
+            pool.submit(one, line)
+        os._exit(0)  # the keeper is gone: there is nothing left to save from
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,283 @@
+"""A worker's part in checkpoints: when one is due is agreed in the step; saving is somebody else's work.
+
+The saver of each node writes what its workers own, from keeper memory, while training goes on; whoever is last
+commits. A save that fails is told, counted, and tried again when the next one is due.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ..checkpointing.client import KeeperLink
+from ..checkpointing.record import Record, ShardState
+from ..checkpointing.saving import Parameter, Piece, SaveRequest, finish, save_part
+from ..checkpointing.snapshot import Snapshots
+from ..checkpointing.universal.manifest import Array, CheckpointError, chunk_shape, path_of
+from ..checkpointing.universal.store import StoreError, open_store
+from ..checkpointing.universal.writer import ChunkWriter, folder_name
+from ..comms.tensors import raw
+from ..resharding.layout import Layout
+from ..resharding.units import ParameterSpec, Shard
+from .membership import Membership
+from .settings import Settings
+from .stack import LayerStack
+
+FINISH_PATIENCE_S = 120.0  # how long a job that is trained waits for its last checkpoint
+CONSTANT_CHUNK_BYTES = 16 << 20
+
+
+class Checkpoints:
+    """When this job's state is saved, and what this rank does for it. Does nothing in a job that saves none."""
+
+    def __init__(
+        self, settings: Settings, stack: LayerStack, snapshots: Snapshots, membership: Membership, run: dict[str, Any]
+    ) -> None:
+        self._settings = settings
+        self._stack = stack
+        self._snapshots = snapshots
+        self._membership = membership
+        self._run = run  # whose checkpoints they are: what the manifest says of it
+        self.link: KeeperLink | None = None
+        self.newest = -1  # the newest version that is known to be saved
+        self.failures = 0
+        self._asked_after: int | None = None  # the newest version that was saved when somebody asked for another
+        self._open: dict[str, str] = {}  # writer -> name, of what is being saved
+        self._terms: dict[str, tuple[int, str]] = {}  # name -> version, agreement
+        self._attempt: tuple[int, int] = (0, 0)  # version and generation of the last one that began
+        self._results: list[dict[str, Any]] = []  # of saves in this process
+        self._handed_over = ""  # the last name that the keeper was told of
+        self._lock = threading.Lock()
+
+    @property
+    def active(self) -> bool:
+        """Whether the job saves checkpoints."""
+        return bool(self._settings.checkpoint)
+
+    # ------------------------------------------------------------ agreeing
+
+    def share(self, generation: int) -> dict[str, Any]:
+        """What this rank adds to the agreement of a step."""
+        if not self.active:
+            return {}
+        self.poll()
+        version, attempted_in = self._attempt
+        return {
+            "free": not self._open,
+            "asked": self._asked(),
+            "newest": self.newest,
+            "tried": version,
+            "again": version > self.newest and attempted_in not in (0, generation),
+            "at": time.time(),
+            "unique": secrets.token_hex(4),
+        }
+
+    def agreed(self, step: int, shares: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """What the members' shares (lowest rank first) mean: whether, and as what, the state after `step` is saved."""
+        if not self.active:
+            return {"save": "", "saved": -1}
+        version = step + 1
+        every, tried = self._settings.checkpoint_every, max(share["tried"] for share in shares)
+        due = version // every > tried // every or version == self._settings.steps
+        due = due or any(share["asked"] or share["again"] for share in shares)
+        newest = max(share["newest"] for share in shares)
+        begins = due and version > newest and all(share["free"] for share in shares)
+        name = folder_name(version, shares[0]["at"], shares[0]["unique"]) if begins else ""
+        return {"save": name, "saved": newest}
+
+    def _asked(self) -> bool:
+        """Whether somebody asked for a checkpoint, and has had none since."""
+        if self._membership.save_asked and self._asked_after is None:
+            self._asked_after = self.newest
+        if self._asked_after is not None and self.newest > self._asked_after:
+            self._membership.save_asked, self._asked_after = False, None
+        return self._asked_after is not None
+
+    # ------------------------------------------------------------ saving
+
+    def begin(self, terms: dict[str, Any], layout: Layout, rank: int) -> Callable[[], None] | None:
+        """What was agreed: if the version after the step is saved, what is to be called when it is in the keeper."""
+        self.newest = max(self.newest, terms.get("saved", -1))
+        name, version = terms.get("save", ""), terms["step"] + 1
+        if not name:
+            return None
+        kept = json.dumps({**terms, "protected": -1}, sort_keys=True)  # in the run that resumes, nothing outlives yet
+        self._attempt = (version, layout.generation)
+        self._terms[name] = (version, kept)
+        writer = f"rank-{rank}"
+        request = self._request(name, version, kept, layout, rank, writer)
+        self._snapshots.saving = version
+        self._open[writer] = name
+        if rank == layout.ranks[0] and any(True for _ in self._stack.constants()):
+            constants = f"{writer}-constants"
+            self._open[constants] = name
+            self._in_thread(request, constants, lambda: self._save_constants(request, constants))
+        return lambda: self._hand_over(request)
+
+    def _hand_over(self, request: SaveRequest) -> None:
+        assert self.link is not None
+        try:
+            self.link.save(request.to_json())
+            self._handed_over = request.name
+        except OSError as error:
+            self._ended({"writer": request.writer, "name": request.name, "error": str(error)})
+
+    def save_alone(self, terms: dict[str, Any], layout: Layout, states: Callable[[int], ShardState]) -> None:
+        """Without the launcher there is no keeper: the state is copied here, and a thread of this process saves it."""
+        then = self.begin(terms, layout, 0)
+        if then is None:
+            return
+        request = self._request(terms["save"], terms["step"] + 1, self._terms[terms["save"]][1], layout, 0, "rank-0")
+        records: dict[int, bytearray] = {}
+        for piece in request.pieces:
+            record = Record(states(piece.shard))
+            records[piece.shard] = bytearray(record.length)
+            record.write(memoryview(records[piece.shard]))
+        views = {shard: memoryview(data) for shard, data in records.items()}
+        self._in_thread(request, "rank-0", lambda: save_part(request, lambda shards: {s: views[s] for s in shards}))
+
+    def _in_thread(self, request: SaveRequest, writer: str, action: Callable[[], bool]) -> None:
+        def work() -> None:
+            started = time.monotonic()
+            result: dict[str, Any] = {"writer": writer, "name": request.name, "committed": False, "error": ""}
+            try:
+                result["committed"] = action()
+            except (StoreError, CheckpointError, OSError) as error:
+                result["error"] = str(error)
+            self._ended({**result, "seconds": time.monotonic() - started})
+
+        threading.Thread(target=work, name="everstep-checkpoint", daemon=True).start()
+
+    def _ended(self, result: dict[str, Any]) -> None:
+        with self._lock:
+            self._results.append(result)
+
+    def _save_constants(self, request: SaveRequest, name: str) -> bool:
+        """Frozen parameters and buffers: every rank has them, and the lowest one writes them."""
+        folder = open_store(request.url, request.options).inside(request.name)
+        writer = ChunkWriter(folder)
+        for path, tensor in constants(self._stack):
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            shape = tuple(tensor.shape)
+            array = Array(shape, dtype, chunk_shape(shape, dtype, CONSTANT_CHUNK_BYTES))
+            writer.declare(path, array)
+            for number in range(array.chunks):
+                first = number * array.chunk_rows
+                rows = tensor[first : first + array.chunk_rows] if shape else tensor
+                writer.put(path, number, raw(rows))
+        writer.finish(name)
+        return finish(request, folder)
+
+    def _request(self, name: str, version: int, agreement: str, layout: Layout, rank: int, writer: str) -> SaveRequest:
+        settings, spec = self._settings, self._stack.spec
+        first: dict[int, Shard] = {}
+        pieces: list[Piece] = []
+        for shard in spec.shards:
+            number = shard.index - first.setdefault(shard.parameter, shard).index
+            if layout.owners[shard.index] == rank:
+                pieces.append(Piece(shard.index, shard.parameter, number, shard.elements))
+        parameters = tuple(
+            Parameter(p.name, "buffers" if self._stack.averaged(i) else "params", p.shape, _rows(p, first[i]))
+            for i, p in enumerate(spec.parameters)
+        )
+        expected = [path_of(p.room, p.name) for p in parameters] + [path for path, _ in constants(self._stack)]
+        return SaveRequest(
+            url=settings.checkpoint,
+            options=json.loads(settings.checkpoint_options),
+            name=name,
+            writer=writer,
+            version=version,
+            parameters=parameters,
+            pieces=tuple(pieces),
+            expected=tuple(expected),
+            manifest=self._manifest(version, agreement, layout),
+            keep=settings.checkpoint_keep,
+            keep_s=settings.checkpoint_keep_s,
+        )
+
+    def _manifest(self, version: int, agreement: str, layout: Layout) -> dict[str, Any]:
+        settings, spec = self._settings, self._stack.spec
+        terms = json.loads(agreement)
+        registered = dict(terms["registered"])
+        return {
+            "step": version,
+            "tied": self._stack.aliases,
+            "layers": {p.name: list(p.layers) for p in spec.parameters},
+            "optimizer": {"name": self._run["optimizer"], "groups": terms["groups"]},
+            "scheduler": registered.get("scheduler"),
+            "registered": registered,
+            "data": {
+                "samples": self._run["samples"],
+                "global_batch_size": settings.global_batch_size,
+                "micro_batch_size": settings.micro_batch_size,
+                "seed": settings.seed,
+                "position": version * settings.global_batch_size,
+            },
+            "run": {"layout": layout.describe(), "world_size": len(layout.ranks), "generation": layout.generation},
+            "agreement": agreement,
+        }
+
+    # ------------------------------------------------------------ what became of it
+
+    def poll(self) -> None:
+        """Look whether saves have ended. What failed is told; it costs training nothing else."""
+        if not self._open:
+            return
+        handed_over = self._handed_over
+        with self._lock:
+            results, self._results = self._results, []
+        for writer, name in list(self._open.items()):
+            told = self.link.saves(writer) if self.link is not None and not writer.endswith("-constants") else None
+            if told is not None:
+                results += [{"writer": writer, **result} for result in told["results"]]
+                known = any(r["writer"] == writer and r["name"] == name for r in results)
+                if not known and name not in told["open"] and name == handed_over:
+                    lost = "the snapshot keeper that had it saved was lost"
+                    results.append({"writer": writer, "name": name, "error": lost})
+        for result in results:
+            self._take(result)
+        if not self._open:
+            self._snapshots.saving = -1
+
+    def _take(self, result: dict[str, Any]) -> None:
+        writer, name = result["writer"], result["name"]
+        if self._open.get(writer) != name:
+            return
+        del self._open[writer]
+        version, agreement = self._terms[name]
+        if result.get("error"):
+            self.failures += 1
+            fields = {"version": version, "name": name, "why": result["error"], "failures": self.failures}
+            self._membership.tell("noted", what="checkpoint_failed", fields=fields)
+        elif result.get("committed"):
+            self.newest = max(self.newest, version)
+            fields = {"seconds": round(result.get("seconds", 0.0), 3)}
+            self._membership.tell("saved", version=version, name=name, agreement=agreement, fields=fields)
+        self._terms = {n: t for n, t in self._terms.items() if n in self._open.values()}
+
+    def resumed(self, version: int) -> None:
+        """The job goes on from a checkpoint of `version`."""
+        self.newest = version
+        self._attempt = (version, 0)
+
+    def conclude(self, on_wait: Callable[[], None]) -> None:
+        """Wait for what is still being saved; not for ever."""
+        deadline = time.monotonic() + FINISH_PATIENCE_S
+        while self._open and time.monotonic() < deadline:
+            on_wait()
+            time.sleep(0.01)
+            self.poll()
+
+
+def _rows(parameter: ParameterSpec, shard: Shard) -> int:
+    return max(1, shard.elements * parameter.rows // max(1, parameter.elements))
+
+
+def constants(stack: LayerStack) -> list[tuple[str, Any]]:
+    """(path, tensor) of what training does not change: frozen parameters, and buffers that are no statistics."""
+    frozen = {name for name, _ in stack.model.named_parameters(remove_duplicate=False)}
+    return [(path_of("frozen" if name in frozen else "buffers", name), tensor) for name, tensor in stack.constants()]

@@ -1,0 +1,71 @@
+"""The job's checkpoints as the coordinator knows them: which there are, and saving one more before a stop."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from . import events as e
+from .outcome import Effects, Outcome, current, fail
+from .recovering import begin_recovery
+from .state import Phase, State
+
+
+def saved(state: State, event: e.CheckpointSaved, now: float) -> Outcome:
+    """A checkpoint is committed: the newest there is. A stop that waited for it happens now."""
+    known = any(item.name == event.saved.name for item in state.saved)
+    if current(state, event.worker) is None or known:
+        return state, []
+    newer = [item for item in state.saved if item.version >= event.saved.version]
+    older = [item for item in state.saved if item.version < event.saved.version]
+    state = replace(state, saved=(*newer, event.saved, *older)[: e.REMEMBERED_CHECKPOINTS])
+    fields = {"version": event.saved.version, "name": event.saved.name, **event.fields}
+    effects: Effects = [e.Record("checkpoint_saved", fields)]
+    if state.stopping is not None and event.saved.version > state.stopping.committed:
+        state, ended = fail(state, f"{state.stopping.why}; its state after {event.saved.version} steps is saved")
+        return state, [*effects, *ended]
+    return state, effects
+
+
+def unreadable(state: State, event: e.CheckpointUnreadable, now: float) -> Outcome:
+    """The checkpoint that was to be gone on from is damaged: take the one before it, if that is allowed."""
+    job = state.job
+    if current(state, event.worker) is None or not any(item.name == event.name for item in state.saved):
+        return state, []
+    assert job is not None
+    record = e.Record("checkpoint_unreadable", {"name": event.name, "rank": event.worker.rank, "why": event.why})
+    state = replace(state, saved=tuple(item for item in state.saved if item.name != event.name))
+    if job.on_damage == "stop" or not state.saved:
+        advice = (
+            "there is no older one"
+            if job.on_damage == "older"
+            else "on_damage='older' would go on from the one before it"
+        )
+        state, effects = fail(state, f"{event.why} ({advice})")
+        return state, [record, *effects]
+    state, effects = begin_recovery(state, None, now, why=f"checkpoint {event.name} is damaged")
+    assert state.recovery is not None
+    state = replace(state, recovery=replace(state.recovery, ceiling=-1))  # nothing is whole, in any memory
+    return state, [record, *effects]
+
+
+def stop_requested(state: State, event: e.StopRequested, now: float) -> Outcome:
+    """Somebody wants the job to end: at once, or, where it has checkpoints, when one more is saved."""
+    job = state.job
+    trained = job is not None and state.committed + 1 >= job.steps
+    if job is None or not job.checkpoints or state.phase not in (Phase.RUNNING, Phase.RECOVERING) or trained:
+        return fail(state, event.why)
+    if state.stopping is not None:
+        return state, []
+    state = replace(state, stopping=e.Stopping(event.why, state.committed, now + state.config.stop_grace_s))
+    record = e.Record("stopping", {"why": event.why, "committed": state.committed})
+    asked: Effects = [e.AskSave(worker.id) for worker in state.members()]
+    told: Effects = [e.TellNode(node, f"{event.why}: saving a checkpoint before the job ends") for node in state.nodes]
+    return state, [record, *asked, *told]
+
+
+def give_up_saving(state: State, now: float) -> Outcome:
+    """The end of a stop's grace."""
+    stopping = state.stopping
+    if stopping is None or now < stopping.deadline_s or state.phase is Phase.DONE:
+        return state, []
+    return fail(state, f"{stopping.why}; no checkpoint was saved in the {state.config.stop_grace_s:g} s there were")

@@ -1,0 +1,183 @@
+"""Going on from a checkpoint: which ones there are, whether one fits this job, and a shard's state out of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..checkpointing.universal.manifest import CheckpointError, Manifest, path_of
+from ..checkpointing.universal.reader import Checkpoint, committed, load, open_checkpoint
+from ..checkpointing.universal.store import StoreError, open_store
+from ..resharding.units import Shard
+from .checkpoints import constants
+from .errors import UsageError
+from .protocol.events import Saved
+from .settings import Settings
+from .stack import LayerStack
+
+REMEMBERED_CHUNKS = 6
+CANDIDATES = 3  # checkpoints that may be fallen back to
+
+
+class Resumption:
+    """Finds checkpoints for a job, and refuses those that would not continue it with the same numbers."""
+
+    def __init__(self, settings: Settings, stack: LayerStack, birth: dict[str, Any], samples: int) -> None:
+        self._settings = settings
+        self._stack = stack
+        self._birth = birth
+        self._samples = samples
+
+    def find(self) -> list[Saved]:
+        """The checkpoints that the job may go on from, newest first. Raises UsageError for one that does not fit."""
+        settings = self._settings
+        if settings.resume == "never":
+            return []
+        try:
+            found = self._own() if settings.checkpoint else []
+            if not found and settings.resume != "auto":
+                found = [self._entry(open_checkpoint(settings.resume, _options(settings)), settings.resume)]
+        except (CheckpointError, StoreError) as error:
+            raise UsageError(f"resume: {error}") from None
+        return found
+
+    def _own(self) -> list[Saved]:
+        """Of the job's own folder."""
+        settings = self._settings
+        store = open_store(settings.checkpoint, _options(settings))
+        found: list[Saved] = []
+        for name in committed(store)[:CANDIDATES]:
+            try:
+                checkpoint = load(store.inside(name))
+            except CheckpointError:
+                if settings.on_damage == "stop":
+                    raise
+                continue
+            if checkpoint is not None:
+                found.append(self._entry(checkpoint, name))
+        return found
+
+    def _entry(self, checkpoint: Checkpoint, name: str) -> Saved:
+        manifest = checkpoint.manifest
+        for problem in self._problems(manifest):
+            raise UsageError(f"{checkpoint.url} does not continue this job: {problem}")
+        return Saved(manifest.step, name, manifest.agreement or self._first_agreement(manifest.step))
+
+    def _problems(self, manifest: Manifest) -> list[str]:
+        problems: list[str] = []
+        for index, parameter in enumerate(self._stack.spec.parameters):
+            room = "buffers" if self._stack.averaged(index) else "params"
+            array = manifest.arrays.get(path_of(room, resolve(manifest, room, parameter.name)))
+            if array is None:
+                problems.append(f"it has no {room}/{parameter.name}")
+            elif array.shape != parameter.shape:
+                problems.append(f"{parameter.name} has the shape {array.shape} there, and {parameter.shape} here")
+            elif manifest.agreement and array.dtype != parameter.dtype:
+                problems.append(f"{parameter.name} is {array.dtype} there, and {parameter.dtype} here")
+        ours = {"global_batch_size": self._settings.global_batch_size, "samples": self._samples}
+        ours |= {"micro_batch_size": self._settings.micro_batch_size, "seed": self._settings.seed}
+        for name, value in ours.items():
+            theirs = manifest.data.get(name, value)
+            if theirs != value:
+                problems.append(f"{name} was {theirs}, and is {value} now: the data would come in another order")
+        return problems
+
+    def _first_agreement(self, step: int) -> str:
+        """Of a checkpoint that another framework wrote: the settings are the script's, the scheduler is stepped up."""
+        if step == 0:
+            return ""
+        unknown = {"loss": None, "norm": None, "scale": None, "layers": {}, "digest": ""}
+        terms: dict[str, Any] = {"step": step - 1, **unknown, **self._birth}
+        return json.dumps({**terms, "protected": -1, "every": 1, "advance": step}, sort_keys=True)
+
+
+def resolve(manifest: Manifest, room: str, name: str) -> str:
+    """The name under which a parameter is stored: its own, or that of the one it is tied to."""
+    if path_of(room, name) in manifest.arrays:
+        return name
+    owners = {**manifest.tied, **{owner: alias for alias, owner in manifest.tied.items()}}
+    return owners.get(name, name)
+
+
+def _options(settings: Settings) -> Mapping[str, Any]:
+    options: dict[str, Any] = json.loads(settings.checkpoint_options)
+    return options
+
+
+class CheckpointStates:
+    """The states of shards, and the constants, out of a checkpoint. Raises CheckpointError or StoreError."""
+
+    def __init__(self, settings: Settings, stack: LayerStack, name: str) -> None:
+        self._stack = stack
+        if "/" in name:
+            self._checkpoint = open_checkpoint(name, _options(settings))
+        else:
+            found = load(open_store(settings.checkpoint, _options(settings)).inside(name))
+            if found is None:
+                raise CheckpointError(f"{settings.checkpoint}/{name}: there is no manifest any more")
+            self._checkpoint = found
+        self._checkpoint = _Remembering(self._checkpoint.store, self._checkpoint.manifest)
+
+    def state(self, shard: Shard) -> dict[str, Any]:
+        """A shard's parameter values ("value") and optimizer state, as a keeper would give it."""
+        manifest, spec = self._checkpoint.manifest, self._stack.spec
+        parameter = spec.parameters[shard.parameter]
+        room = "buffers" if self._stack.averaged(shard.parameter) else "params"
+        name = resolve(manifest, room, parameter.name)
+        state = {"value": self._rows(path_of(room, name), shard)}
+        for item in manifest.states if room == "params" else ():
+            if path_of(f"optimizer/{item}", name) in manifest.arrays:
+                state[item] = self._rows(path_of(f"optimizer/{item}", name), shard)
+        for item, values in manifest.scalars.items():
+            if name in values:
+                state[item] = _number(values[name])
+        return state
+
+    def _rows(self, path: str, shard: Shard) -> Tensor:
+        array, parameter = self._checkpoint.array(path), self._stack.spec.parameters[shard.parameter]
+        if array.shape != parameter.shape:  # a state of a shape of its own
+            return tensor_of(self._checkpoint.read(path))
+        row = max(1, parameter.elements // max(1, parameter.rows))
+        part = tensor_of(self._checkpoint.read(path, shard.start // row, -(-shard.stop // row)))
+        return part if self._stack.spec.whole else part.reshape(-1)
+
+    def load_constants(self) -> None:
+        """Read frozen parameters and buffers into the model; what the checkpoint lacks stays as it was built."""
+        for path, tensor in constants(self._stack):
+            if path in self._checkpoint.manifest.arrays:
+                with torch.no_grad():
+                    tensor.copy_(tensor_of(self._checkpoint.read(path)))
+
+
+@dataclass(frozen=True)
+class _Remembering(Checkpoint):
+    """Keeps the last few chunks: where another framework's are larger than shards, each serves several."""
+
+    held: dict[tuple[str, int], bytes] = field(default_factory=dict)
+
+    def chunk(self, path: str, number: int) -> bytes:
+        data = self.held.pop((path, number), None)
+        self.held[(path, number)] = data if data is not None else super().chunk(path, number)
+        while len(self.held) > REMEMBERED_CHUNKS:
+            del self.held[next(iter(self.held))]
+        return self.held[(path, number)]
+
+
+def tensor_of(array: np.ndarray) -> Tensor:
+    """A numpy array as a tensor that shares its memory; bfloat16 and fp8 too."""
+    dtype = getattr(torch, str(array.dtype))
+    if not array.size:
+        return torch.empty(array.shape, dtype=dtype)
+    return torch.from_numpy(array.reshape(-1).view(np.uint8)).view(dtype).view(array.shape)
+
+
+def _number(scalar: Mapping[str, Any]) -> Any:
+    if not scalar["dtype"]:
+        return scalar["value"]
+    return torch.tensor(scalar["value"], dtype=getattr(torch, scalar["dtype"]))
