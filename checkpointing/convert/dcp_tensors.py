@@ -1,0 +1,77 @@
+"""Tensors of a torch distributed checkpoint: boxes of them, put together of the chunks that they are stored in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ..universal.dtypes import numpy_dtype
+from . import safetensors_file, torchfile
+from .content import ConversionError, Lazy
+from .dcp_metadata import Chunk, Index, Tensor
+from .filetensor import FileTensor
+
+_ZIP = b"PK\x03\x04"
+
+
+def lazy(tensor: Tensor) -> Lazy:
+    """The whole tensor."""
+    return box(tensor, (0,) * len(tensor.shape), tensor.shape, tensor.shape)
+
+
+def box(tensor: Tensor, offsets: tuple[int, ...], sizes: tuple[int, ...], shape: tuple[int, ...]) -> Lazy:
+    """The box at `offsets` of `sizes`, as a tensor of `shape`, which has as many elements."""
+    return Lazy(shape, tensor.dtype, lambda: read_box(tensor, offsets, sizes).reshape(shape), tensor.name)
+
+
+def read_box(tensor: Tensor, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> np.ndarray:
+    """The elements of a box of a tensor. Reads no more of the chunks than the rows that it needs."""
+    out = np.empty(sizes, numpy_dtype(tensor.dtype))
+    for chunk in tensor.chunks:
+        low = tuple(max(a, b) for a, b in zip(offsets, chunk.offsets, strict=True))
+        high = tuple(min(a + n, b + m) for a, n, b, m in zip(offsets, sizes, chunk.offsets, chunk.sizes, strict=True))
+        if any(end <= begin for begin, end in zip(low, high, strict=True)):
+            continue
+        source = [(a - o, b - o) for a, b, o in zip(low, high, chunk.offsets, strict=True)]
+        target = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, offsets, strict=True))
+        out[target] = _part(stored(tensor, chunk), source)
+    return out
+
+
+def stored(tensor: Tensor, chunk: Chunk) -> FileTensor:
+    """A chunk, where it lies in its file. Raises ConversionError if the file does not hold what the index says."""
+    span = chunk.span
+    if safetensors_file.begins(span.file):
+        found: Any = safetensors_file.read_header(span.file).tensors.get(tensor.name)
+    else:
+        found = torchfile.load_span(span.file, span.offset, span.length)
+    if not isinstance(found, FileTensor):
+        raise ConversionError(f"{span.file} at byte {span.offset}: expected {tensor.name}, a tensor; it holds none")
+    if found.shape != chunk.sizes or found.dtype != tensor.dtype:
+        raise ConversionError(
+            f"{span.file} at byte {span.offset}: holds {found.dtype} {list(found.shape)}; the index says that it is "
+            f"{tensor.name} at {list(chunk.offsets)}, {tensor.dtype} {list(chunk.sizes)}"
+        )
+    return found
+
+
+def _part(found: FileTensor, ranges: list[tuple[int, int]]) -> np.ndarray:
+    """A box of a stored chunk: the contiguous run that holds it is read, and what is not of the box is cut off."""
+    if not found.is_contiguous:
+        return found.read()[tuple(slice(*each) for each in ranges)]
+    start, inner = 0, found.elements
+    for axis, (begin, end) in enumerate(ranges):
+        inner //= found.shape[axis]
+        start += begin * inner
+        if end - begin > 1 or axis == len(ranges) - 1:
+            run = found.part(start, (end - begin) * inner).read()
+            rows = run.reshape((1,) * axis + (end - begin, *found.shape[axis + 1 :]))
+            return rows[(slice(None),) * (axis + 1) + tuple(slice(*each) for each in ranges[axis + 1 :])]
+    return found.read()  # no axes: one number
+
+
+def load_object(index: Index, name: str) -> Any:
+    """An object of the checkpoint that is no tensor, read without trust."""
+    span = index.objects[name]
+    return torchfile.load_span(span.file, span.offset, span.length)

@@ -1,0 +1,148 @@
+"""Writing torch distributed checkpoints: one file for each tensor, in parallel, and `.metadata` when all are there."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..universal.dtypes import numpy_dtype
+from .dcp_metadata import NAME
+from .work import Piece, Work
+
+_COPIES = 3  # of a tensor in memory while it is written: as read, converted, and the bytes of the file
+
+
+@dataclass(frozen=True)
+class Part:
+    """A box of the tensor `name`, whose whole shape is `shape`; `read` gives its elements, of `sizes`, as `dtype`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.sizes, dtype=np.int64)) * numpy_dtype(self.dtype).itemsize
+
+
+@dataclass(frozen=True)
+class Object:
+    """Something that is no tensor, stored as torch.save stores it."""
+
+    name: str
+    value: Any
+
+
+def write_checkpoint(
+    out: Path,
+    parts: Iterable[Part],
+    objects: Iterable[Object],
+    work: Work,
+    paths: dict[str, tuple[str | int, ...]] | None = None,
+) -> None:
+    """Write them into `out`. `paths`: where each name is in the nested dictionary that a reader will get."""
+    out.mkdir(parents=True, exist_ok=True)
+    parts, objects = list(parts), list(objects)
+    files = {(part.name, part.offsets): f"__0_{at}.distcp" for at, part in enumerate(parts)}
+    work.run(
+        Piece(file, part.nbytes * _COPIES, _writer(out / file, part))
+        for part, file in zip(parts, files.values(), strict=True)
+    )
+    spans = _write_objects(out / f"__0_{len(parts)}.distcp", objects)
+    _write_index(out, parts, files, spans, paths)
+
+
+def _writer(path: Path, part: Part) -> Callable[[], None]:
+    def do() -> None:
+        import torch
+
+        with path.open("wb") as stream:
+            torch.save(tensor_of(part.read().reshape(part.sizes), part.dtype), stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    return do
+
+
+def tensor_of(array: np.ndarray, dtype: str) -> Any:
+    """A torch tensor over the memory of an array whose element type torch calls `dtype`."""
+    import torch
+
+    array = np.require(array, requirements=["C", "W"])
+    if array.dtype.kind in "fiubc" and array.dtype.isbuiltin:
+        return torch.from_numpy(array)
+    raw = torch.from_numpy(array.reshape(-1).view(f"uint{array.dtype.itemsize * 8}"))
+    return raw.view(getattr(torch, dtype)).reshape(array.shape)
+
+
+def _write_objects(path: Path, objects: list[Object]) -> dict[str, tuple[str, int, int]]:
+    """{name: (file, offset, length)} of the objects, all in one file."""
+    import torch
+
+    spans = {}
+    with path.open("wb") as stream:
+        for each in objects:
+            data = io.BytesIO()
+            torch.save(each.value, data)
+            spans[each.name] = (path.name, stream.tell(), data.tell())
+            stream.write(data.getbuffer())
+        stream.flush()
+        os.fsync(stream.fileno())
+    return spans
+
+
+def _write_index(
+    out: Path,
+    parts: list[Part],
+    files: dict[tuple[str, tuple[int, ...]], str],
+    spans: dict[str, tuple[str, int, int]],
+    paths: dict[str, tuple[str | int, ...]] | None,
+) -> None:
+    import torch
+    from torch.distributed.checkpoint import metadata as of
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+    entries: dict[str, Any] = {}
+    storage: dict[Any, Any] = {}
+    for part in parts:
+        properties = of.TensorProperties(dtype=getattr(torch, part.dtype))
+        entry = entries.setdefault(
+            part.name, of.TensorStorageMetadata(properties=properties, size=torch.Size(part.shape), chunks=[])
+        )
+        at = len(entry.chunks)
+        entry.chunks.append(of.ChunkStorageMetadata(torch.Size(part.offsets), torch.Size(part.sizes)))
+        file = files[part.name, part.offsets]
+        length = (out / file).stat().st_size
+        storage[of.MetadataIndex(part.name, part.offsets, at)] = _StorageInfo(file, 0, length)
+    for name, (file, offset, length) in spans.items():
+        entries[name] = of.BytesStorageMetadata()
+        storage[of.MetadataIndex(name)] = _StorageInfo(file, offset, length)
+    known = {field.name for field in fields(of.Metadata)}
+    values: dict[str, Any] = {
+        "planner_data": paths,
+        "storage_data": storage,
+        "storage_meta": of.StorageMeta(),
+        "version": "1.0.0",
+    }
+    save(out / NAME, of.Metadata(entries, **{key: value for key, value in values.items() if key in known}))
+
+
+def save(path: Path, value: Any) -> None:
+    """Pickle a value so that the file is there whole or not at all."""
+    import pickle
+
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as stream:
+        pickle.dump(value, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.replace(path)

@@ -1,0 +1,59 @@
+"""Values of other frameworks' checkpoints as JSON and back, tuples, types and numbers' arrays included."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .filetensor import FileTensor
+from .unpickling import Dtype, Record
+
+_LARGEST_TENSOR_BYTES = 4096
+
+
+def encode(value: Any, dropped: list[str], where: str = "") -> Any:
+    """`value` as JSON. What cannot be is None, and is listed in `dropped` by its path."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, dict):
+        if all(isinstance(key, str) and not key.startswith("$") for key in value):
+            return {key: encode(each, dropped, f"{where}.{key}") for key, each in value.items()}
+        return {"$dict": [[encode(k, dropped, where), encode(v, dropped, f"{where}.{k}")] for k, v in value.items()]}
+    if isinstance(value, list | tuple):
+        items = [encode(each, dropped, f"{where}.{at}") for at, each in enumerate(value)]
+        return items if isinstance(value, list) else {"$tuple": items}
+    if isinstance(value, Dtype):
+        return {"$dtype": value.name}
+    if isinstance(value, FileTensor) and value.nbytes <= _LARGEST_TENSOR_BYTES:
+        array = value.read()
+        numbers = array.astype("float64") if "float" in value.dtype else array
+        return {"$tensor": {"dtype": value.dtype, "shape": list(value.shape), "values": numbers.ravel().tolist()}}
+    if isinstance(value, Record) and value.kind == "argparse.Namespace":
+        return {"$namespace": encode(value.fields, dropped, where)}
+    dropped.append(f"{where.lstrip('.')} ({getattr(value, 'kind', type(value).__name__)})")
+    return None
+
+
+def decode(value: Any) -> Any:
+    """What `encode` made JSON of, with torch's own types; imports torch where there is one."""
+    if isinstance(value, list):
+        return [decode(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    if "$tuple" in value:
+        return tuple(decode(each) for each in value["$tuple"])
+    if "$dict" in value:
+        return {decode(key): decode(each) for key, each in value["$dict"]}
+    if "$namespace" in value:
+        from argparse import Namespace
+
+        return Namespace(**decode(value["$namespace"]))
+    if "$dtype" in value:
+        import torch
+
+        return getattr(torch, value["$dtype"])
+    if "$tensor" in value:
+        import torch
+
+        tensor = value["$tensor"]
+        return torch.tensor(tensor["values"], dtype=getattr(torch, tensor["dtype"])).reshape(tensor["shape"])
+    return {key: decode(each) for key, each in value.items()}

@@ -1,0 +1,197 @@
+"""Checkpoints of Megatron-core's dist_checkpointing (`torch_dist`), as Megatron-LM and NeMo save them.
+
+Settings: `spec` = local or transformer_engine, where the checkpoint does not say how its modules were named;
+`vocabulary` = rows to keep of embeddings that were padded (kept padded otherwise, as the live modules are).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from . import dcp_tensors, json_values
+from .content import Content, ConversionError, Lazy, Scalar
+from .dcp_metadata import Index, Tensor, read_index
+from .formats import Options
+from .megatron_common import (
+    Chain,
+    Common,
+    backend,
+    chains,
+    iteration_folder,
+    kept,
+    naming,
+    read_common,
+)
+from .megatron_names import Naming, expand, layer_of
+from .megatron_optimizer import MAIN, OPTIMIZER_KEY, Source, States, find_states, model_tensors
+from .megatron_write import write
+
+__all__ = ["detect", "read", "write"]
+
+EXTRA = "megatron"
+PADDED = ("embedding.word_embeddings.weight", "output_layer.weight")
+TIED = {"output_layer.weight": "embedding.word_embeddings.weight"}
+
+
+def detect(path: Path) -> bool:
+    """Whether `path` is such a checkpoint, or the folder of several."""
+    if not path.is_dir():
+        return False
+    try:
+        folder = iteration_folder(path)
+        return bool(backend(folder)) or (folder / "common.pt").exists()
+    except ConversionError:
+        return any(path.glob("iter_*/common.pt")) or any(path.glob("iter_*/metadata.json"))
+
+
+def read(path: Path, options: Options) -> Content:
+    """The checkpoint at `path`; the latest, if it is a folder of several."""
+    folder = iteration_folder(path)
+    written_by = backend(folder)
+    if written_by not in ("", "torch_dist"):
+        raise ConversionError(f"{folder}: its tensors are stored by {written_by!r}; expected torch_dist")
+    index = read_index(folder)
+    common = read_common(folder, index)
+    found = chains(common, index)
+    states = find_states(index, common, found)
+    reading = _Reading(index, common, naming(common, index, options.settings), states)
+    content = Content(step=common.iteration)
+    for key, tensor in model_tensors(index).items():
+        reading.add(content, key, tensor)
+    _settings(content, common, found, options)
+    content.extra[EXTRA] = _extra(index, common, reading.naming)
+    return content
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """The making of a Content from a checkpoint's tensors."""
+
+    index: Index
+    common: Common
+    naming: Naming
+    states: dict[str, States]
+
+    def add(self, content: Content, key: str, tensor: Tensor) -> None:
+        """Everything that a key of the model holds."""
+        states = self.states.get(key)
+        model = Source(tensor.dtype, lambda offsets, sizes: dcp_tensors.read_box(tensor, offsets, sizes), key)
+        for name, place in expand(key, tensor.shape, self.naming):
+            shape = tensor.shape[len(place.index) :]
+
+            def whole(source: Source, index: tuple[int, ...] = place.index, shape: tuple[int, ...] = shape) -> Lazy:
+                offsets, sizes = (*index, *(0,) * len(shape)), (*(1,) * len(index), *shape)
+                return Lazy(shape, source.dtype, lambda: source.read(offsets, sizes).reshape(shape), source.origin)
+
+            content.notes[name] = place.rule
+            layer = layer_of(name)
+            if layer is not None:
+                content.layers[name] = layer
+            if states is None:
+                room = _room(content, name, tensor, trained=bool(self.states))
+                room[name] = whole(model)
+                continue
+            self._trained(content, name, whole, states, model)
+
+    def _trained(
+        self, content: Content, name: str, whole: Callable[[Source], Lazy], states: States, model: Source
+    ) -> None:
+        main = states.sources.get(MAIN)
+        content.params[name] = whole(main or model)
+        if main is not None and main.dtype != model.dtype:
+            content.dtypes[name] = model.dtype
+        for state, source in states.sources.items():
+            if state != MAIN:
+                content.optimizer.setdefault(state, {})[name] = whole(source)
+        step = states.chain.step
+        if step is not None:
+            dtype = "float32" if isinstance(step, float) else "int64"
+            content.scalars.setdefault("step", {})[name] = Scalar(dtype, step)
+
+
+def _room(content: Content, name: str, tensor: Tensor, *, trained: bool) -> dict[str, Lazy]:
+    """Where a tensor that no optimizer has belongs."""
+    weight = name.rpartition(".")[2].startswith(("weight", "bias", "layer_norm_"))
+    if not weight:
+        return content.buffers
+    return content.frozen if trained else content.params
+
+
+def _settings(content: Content, common: Common, found: list[Chain], options: Options) -> None:
+    """The optimizer's groups, the schedule, what is tied, and padding that is to go."""
+    untied = common.args.get("untie_embeddings_and_output_weights")
+    for alias, name in TIED.items():
+        if alias not in content.params and name in content.params and untied is not True:
+            content.tied[alias] = name
+    for chain in found:
+        for group in chain.groups:
+            members = [name for name in content.params if _belongs(name, content.params[name], chain, group, found)]
+            settings = {key: json_values.encode(value, common.dropped, key) for key, value in group.items()}
+            content.groups.append({"params": members, **settings})
+    schedule = common.values.get("opt_param_scheduler")
+    if isinstance(schedule, dict):
+        content.scheduler = json_values.encode(schedule, common.dropped, "opt_param_scheduler")
+    if "vocabulary" in options.settings:
+        _strip(content, int(options.settings["vocabulary"]))
+
+
+def _belongs(name: str, tensor: Lazy, chain: Chain, group: dict[str, object], found: list[Chain]) -> bool:
+    """Whether a parameter is in a group. Megatron stores no members: vectors and biases are those without decay."""
+    if len(found) > 1 and (".experts." in name and ".shared_experts." not in name) != chain.expert:
+        return False
+    without_decay = name.endswith(".bias") or len(tensor.shape) == 1
+    return len(chain.groups) == 1 or without_decay == (group.get("wd_mult") == 0.0)
+
+
+def _strip(content: Content, rows: int) -> None:
+    for room in (content.params, *content.optimizer.values()):
+        for name in PADDED:
+            if name in room and room[name].shape[0] > rows:
+                room[name] = _first_rows(room[name], rows)
+                content.notes[name] += f"; cut to {rows} rows"
+
+
+def _first_rows(tensor: Lazy, rows: int) -> Lazy:
+    def read() -> np.ndarray:
+        return np.ascontiguousarray(tensor.read()[:rows])
+
+    return replace(tensor, shape=(rows, *tensor.shape[1:]), read=read)
+
+
+def _extra(index: Index, common: Common, naming: Naming) -> dict[str, object]:
+    values = kept(common)
+    objects = sorted(name for name in index.objects if not OPTIMIZER_KEY.match(name))
+    empty, dropped = [], []
+    for name in objects:
+        if "_extra_state/" in name and _is_empty(index, name):
+            empty.append(name)
+        elif not name.startswith("common_state/"):
+            dropped.append(name)
+    return {
+        "common": values,
+        "vocab_size": common.args.get("vocab_size"),
+        "padded_vocab_size": common.args.get("padded_vocab_size"),
+        "stacked": naming.stacked,
+        "empty": empty,
+        "dropped": [*common.dropped, *dropped],
+    }
+
+
+def _is_empty(index: Index, name: str) -> bool:
+    """Whether an extra state holds nothing, as all do where nothing is computed in eight bits."""
+    try:
+        return not any(_leaves(dcp_tensors.load_object(index, name)))
+    except ConversionError:
+        return False
+
+
+def _leaves(value: object) -> Iterator[bool]:
+    if isinstance(value, list | tuple):
+        for each in value:
+            yield from _leaves(each)
+    else:
+        yield value is not None
