@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 USAGE = """usage: everstep COMMAND ...
 
   run          run a training script on this node (every torchrun flag, see everstep run --help)
   coordinator  coordinate a job from a process of its own
   status       what a coordinator knows of its job
+  convert      bring a checkpoint of another framework into the universal form, or out of it
+  inspect      what is in a checkpoint
+  verify       check every byte of a checkpoint against its manifest
+  diff         compare two checkpoints, of any formats
   demo         lose workers on purpose, and compare with a run that lost none
 """
 
@@ -29,6 +34,11 @@ def main(arguments: list[str] | None = None) -> int:
         from .agents.status import status
 
         return status(rest)
+    if command in ("convert", "inspect", "verify", "diff"):
+        from . import checkpoints
+
+        action: Callable[[list[str]], int] = getattr(checkpoints, command)
+        return action(rest)
     if command == "demo":
         from .demo.command import demo
 

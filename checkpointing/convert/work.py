@@ -30,9 +30,14 @@ class Work:
     """
 
     def __init__(
-        self, folder: Path, *, threads: int, budget_bytes: int, on_done: Callable[[Piece], None] = lambda piece: None
+        self,
+        folder: Path | None,
+        *,
+        threads: int,
+        budget_bytes: int,
+        on_done: Callable[[Piece], None] = lambda piece: None,
     ) -> None:
-        self._journal = folder / JOURNAL
+        self._journal = folder / JOURNAL if folder is not None else None
         self._threads = threads
         self._budget = budget_bytes
         self._on_done = on_done
@@ -40,9 +45,18 @@ class Work:
         self._lock = threading.Condition()
         self._in_use = 0
 
+    @classmethod
+    def unrecorded(cls, threads: int, budget_bytes: int, on_done: Callable[[Piece], None]) -> Work:
+        """Without a journal: what is done is known from elsewhere."""
+        return cls(None, threads=threads, budget_bytes=budget_bytes, on_done=on_done)
+
+    def skip(self, piece: Piece) -> None:
+        """A piece that an earlier attempt has done."""
+        self._on_done(piece)
+
     def _read(self) -> set[str]:
         done: set[str] = set()
-        if self._journal.exists():
+        if self._journal is not None and self._journal.exists():
             for line in self._journal.read_text().splitlines():
                 try:
                     done.add(json.loads(line))
@@ -93,6 +107,8 @@ class Work:
         line = (json.dumps(key) + "\n").encode()
         with self._lock:
             self._done.add(key)
+            if self._journal is None:
+                return
             handle = os.open(self._journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
             try:
                 os.write(handle, line)
@@ -101,4 +117,5 @@ class Work:
 
     def close(self) -> None:
         """All is done: the journal goes."""
-        self._journal.unlink(missing_ok=True)
+        if self._journal is not None:
+            self._journal.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ nothing here needs either.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import shutil
 import tempfile
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 Buffer = bytes | bytearray | memoryview
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class StoreError(OSError):
@@ -88,7 +90,6 @@ class LocalStore:
         self.folder = folder
         self.url = str(folder)
         self._made: set[Path] = set()
-        self._unflushed: list[int] = []
 
     def _parent(self, path: str) -> Path:
         file = self.folder / path
@@ -102,7 +103,6 @@ class LocalStore:
             handle = os.open(self._parent(path), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
             try:
                 _write_all(handle, pieces)
-                os.fsync(handle)
             finally:
                 os.close(handle)
 
@@ -161,15 +161,27 @@ class LocalStore:
         with _telling("remove", self.folder / path):
             target = self.folder / path
             self._made = {folder for folder in self._made if not folder.is_relative_to(target)}
-            if target.is_dir():
+            if path == "" and target.is_dir():
+                for entry in target.iterdir():
+                    self.remove(entry.name)
+            elif target.is_dir():
                 shutil.rmtree(target)
             else:
                 target.unlink(missing_ok=True)
 
     def flush(self) -> None:
+        """One call for the file system: measured, as fast for a few large files as one fsync each, and several times
+        faster for many small ones.
+        """
+        if not self.folder.is_dir():
+            return
         with _telling("synchronise", self.folder):
-            for folder in sorted(self._made, reverse=True):
-                self._flush_folder(folder)
+            handle = os.open(self.folder, os.O_RDONLY)
+            try:
+                if _libc.syncfs(handle):
+                    raise OSError(ctypes.get_errno(), "syncfs failed")
+            finally:
+                os.close(handle)
 
     def inside(self, folder: str) -> LocalStore:
         return LocalStore(self.folder / folder)

@@ -81,7 +81,11 @@ class ChunkWriter:
     def finish(self, writer: str) -> None:
         """All of this writer's chunks are put: make them stable, and say so in its part."""
         self.store.flush()
-        self.store.commit(f"{PARTS}/{writer}.json", json.dumps(self.part(), separators=(",", ":")).encode())
+        self.say(writer)
+
+    def say(self, writer: str) -> None:
+        """Say what is put so far, for a later attempt to find. It is not made stable: `commit` does that."""
+        self.store.put(f"{PARTS}/{writer}.json", [json.dumps(self.part(), separators=(",", ":")).encode()])
 
 
 def _checksum_of_both(data: memoryview, padding: bytes) -> str:
@@ -112,7 +116,10 @@ def read_parts(store: Store) -> Parts:
         data = store.get(name)
         if data is None or not name.endswith(".json"):
             continue
-        part = json.loads(data)
+        try:
+            part = json.loads(data)
+        except ValueError:
+            continue  # it is being written, or its writer was killed
         for path, raw in part["arrays"].items():
             numbered: Mapping[str, str] = raw.pop("checksums")
             arrays[path] = Array.from_json({**raw, "checksums": ()})
