@@ -15,7 +15,8 @@ from ..universal.dtypes import numpy_dtype
 from .dcp_metadata import NAME
 from .work import Piece, Work
 
-_COPIES = 3  # of a tensor in memory while it is written: as read, converted, and the bytes of the file
+_COPIES = 2  # of a tensor in memory while it is written: as read, and converted
+_SMALL_BYTES = 1 << 16  # tensors up to here share a file
 
 
 @dataclass(frozen=True)
@@ -51,23 +52,31 @@ def write_checkpoint(
 ) -> None:
     """Write them into `out`. `paths`: where each name is in the nested dictionary that a reader will get."""
     out.mkdir(parents=True, exist_ok=True)
-    parts, objects = list(parts), list(objects)
-    files = {(part.name, part.offsets): f"__0_{at}.distcp" for at, part in enumerate(parts)}
+    parts = list(parts)
+    large = [part for part in parts if part.nbytes > _SMALL_BYTES]
+    small = [part for part in parts if part.nbytes <= _SMALL_BYTES]
+    files = [f"__0_{at + 1}.distcp" for at in range(len(large))]
     work.run(
-        Piece(file, part.nbytes * _COPIES, _writer(out / file, part))
-        for part, file in zip(parts, files.values(), strict=True)
+        Piece(file, part.nbytes * _COPIES, _writer(out / file, part)) for part, file in zip(large, files, strict=True)
     )
-    spans = _write_objects(out / f"__0_{len(parts)}.distcp", objects)
-    _write_index(out, parts, files, spans, paths)
+    spans: _Spans = {
+        (part.name, part.offsets): (file, 0, (out / file).stat().st_size)
+        for part, file in zip(large, files, strict=True)
+    }
+    named = list(objects)
+    _write_small(out / "__0_0.distcp", small, named, spans)
+    _write_index(out, parts, named, spans, paths)
+
+
+_Spans = dict[tuple[str, tuple[int, ...] | None], tuple[str, int, int]]  # (name, offsets) -> (file, offset, length)
 
 
 def _writer(path: Path, part: Part) -> Callable[[], None]:
     def do() -> None:
         import torch
 
-        with path.open("wb") as stream:
-            torch.save(tensor_of(part.read().reshape(part.sizes), part.dtype), stream)
-            stream.flush()
+        torch.save(tensor_of(part.read().reshape(part.sizes), part.dtype), path)
+        with path.open("rb+") as stream:
             os.fsync(stream.fileno())
 
     return do
@@ -84,27 +93,31 @@ def tensor_of(array: np.ndarray, dtype: str) -> Any:
     return raw.view(getattr(torch, dtype)).reshape(array.shape)
 
 
-def _write_objects(path: Path, objects: list[Object]) -> dict[str, tuple[str, int, int]]:
-    """{name: (file, offset, length)} of the objects, all in one file."""
+def _write_small(path: Path, parts: list[Part], objects: list[Object], spans: _Spans) -> None:
+    """Write small tensors and objects into one file, and note in `spans` where they are."""
     import torch
 
-    spans = {}
     with path.open("wb") as stream:
-        for each in objects:
+
+        def add(name: str, offsets: tuple[int, ...] | None, value: Any) -> None:
             data = io.BytesIO()
-            torch.save(each.value, data)
-            spans[each.name] = (path.name, stream.tell(), data.tell())
+            torch.save(value, data)
+            spans[name, offsets] = (path.name, stream.tell(), data.tell())
             stream.write(data.getbuffer())
+
+        for part in parts:
+            add(part.name, part.offsets, tensor_of(part.read().reshape(part.sizes), part.dtype))
+        for each in objects:
+            add(each.name, None, each.value)
         stream.flush()
         os.fsync(stream.fileno())
-    return spans
 
 
 def _write_index(
     out: Path,
     parts: list[Part],
-    files: dict[tuple[str, tuple[int, ...]], str],
-    spans: dict[str, tuple[str, int, int]],
+    objects: list[Object],
+    spans: _Spans,
     paths: dict[str, tuple[str | int, ...]] | None,
 ) -> None:
     import torch
@@ -120,12 +133,10 @@ def _write_index(
         )
         at = len(entry.chunks)
         entry.chunks.append(of.ChunkStorageMetadata(torch.Size(part.offsets), torch.Size(part.sizes)))
-        file = files[part.name, part.offsets]
-        length = (out / file).stat().st_size
-        storage[of.MetadataIndex(part.name, part.offsets, at)] = _StorageInfo(file, 0, length)
-    for name, (file, offset, length) in spans.items():
-        entries[name] = of.BytesStorageMetadata()
-        storage[of.MetadataIndex(name)] = _StorageInfo(file, offset, length)
+        storage[of.MetadataIndex(part.name, part.offsets, at)] = _StorageInfo(*spans[part.name, part.offsets])
+    for each in objects:
+        entries[each.name] = of.BytesStorageMetadata()
+        storage[of.MetadataIndex(each.name)] = _StorageInfo(*spans[each.name, None])
     known = {field.name for field in fields(of.Metadata)}
     values: dict[str, Any] = {
         "planner_data": paths,

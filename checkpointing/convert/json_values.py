@@ -7,7 +7,7 @@ from typing import Any
 from .filetensor import FileTensor
 from .unpickling import Dtype, Record
 
-_LARGEST_TENSOR_BYTES = 4096
+_LARGEST_TENSOR_BYTES = 16384
 
 
 def encode(value: Any, dropped: list[str], where: str = "") -> Any:
@@ -31,6 +31,25 @@ def encode(value: Any, dropped: list[str], where: str = "") -> Any:
         return {"$namespace": encode(value.fields, dropped, where)}
     dropped.append(f"{where.lstrip('.')} ({getattr(value, 'kind', type(value).__name__)})")
     return None
+
+
+def settings(values: dict[str, Any], dropped: list[str]) -> dict[str, Any]:
+    """An optimizer's settings as plain JSON: its pairs are lists, as every format has them."""
+    return plain({name: encode(value, dropped, name) for name, value in values.items()})
+
+
+def plain(encoded: dict[str, Any]) -> dict[str, Any]:
+    """Encoded settings whose tuples are lists."""
+    return {
+        name: value["$tuple"] if isinstance(value, dict) and "$tuple" in value else value
+        for name, value in encoded.items()
+    }
+
+
+def decode_settings(values: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `settings`: what torch's optimizers keep as a tuple is one again."""
+    decoded = {name: decode(value) for name, value in values.items()}
+    return {name: tuple(value) if name == "betas" else value for name, value in decoded.items()}
 
 
 def decode(value: Any) -> Any:

@@ -130,8 +130,7 @@ def _settings(content: Content, common: Common, found: list[Chain], options: Opt
     for chain in found:
         for group in chain.groups:
             members = [name for name in content.params if _belongs(name, content.params[name], chain, group, found)]
-            settings = {key: json_values.encode(value, common.dropped, key) for key, value in group.items()}
-            content.groups.append({"params": members, **settings})
+            content.groups.append({"params": members, **json_values.settings(group, common.dropped)})
     schedule = common.values.get("opt_param_scheduler")
     if isinstance(schedule, dict):
         content.scheduler = json_values.encode(schedule, common.dropped, "opt_param_scheduler")

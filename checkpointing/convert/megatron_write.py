@@ -161,9 +161,7 @@ def _optimizer(content: Content) -> dict[Any, Any]:
     step = steps.pop() if steps else content.step
     chains: dict[int, list[dict[str, Any]]] = {0: [], 1: []}
     for group in content.groups:
-        values = {key: json_values.decode(value) for key, value in group.items() if key != "params"}
-        if "betas" in values:
-            values["betas"] = tuple(values["betas"])
+        values = json_values.decode_settings({key: value for key, value in group.items() if key != "params"})
         expert = bool(values.get("is_expert_parallel") or any(map(_is_expert, group.get("params", ()))))
         known = _GROUP | {"is_expert_parallel": expert, "wd_mult": float(values.get("weight_decay") != 0.0)}
         chains[int(expert)].append(known | values | {"step": step})
