@@ -1,0 +1,220 @@
+"""Checkpoints of DeepSpeed engines: without ZeRO and with each of its stages; pipelines, model parallelism, experts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .content import Content, ConversionError, Lazy, Scalar
+from .deepspeed_files import (
+    Files,
+    Sizes,
+    check_complete,
+    check_same,
+    entries,
+    find,
+    holds_files,
+    plain,
+    read_state,
+    sizes,
+    tag_folder,
+)
+from .deepspeed_modules import Module, divided_module, expert_tensors, pipeline_layers, whole_module
+from .deepspeed_partitions import FP32, Experts, Held, counted_states, partitioned_states
+from .deepspeed_rules import INFO, Shardings, for_state
+from .deepspeed_unpartitioned import unpartitioned
+from .filetensor import FileTensor
+from .formats import Options
+from .sharding import Replicated
+
+# What of a model state is understood here; the rest is what the user gave to save with it.
+_OWN = frozenset(
+    {
+        *("module", "buffer_names", "optimizer", "param_shapes", "frozen_param_shapes", "shared_params"),
+        *("frozen_param_fragments", "lr_scheduler", "data_sampler", "random_ltd", "sparse_tensor_module_names"),
+        *("ds_config", "ds_version", "skipped_steps", "global_steps", "global_samples", "dp_world_size"),
+        *("mp_world_size", "checkpoint_parallel_dimensions", "num_experts", "ds_autoep_layers"),
+    }
+)
+_KEPT = ("ds_version", "ds_config", "skipped_steps", "global_samples", "dp_world_size", "mp_world_size", "num_experts")
+_OF_OPTIMIZER = ("loss_scaler", "dynamic_loss_scale", "overflow", "clip_grad")
+
+
+def detect(path: Path) -> bool:
+    """Whether `path` is a folder of DeepSpeed's save_checkpoint, or a tag in it."""
+    try:
+        if not path.is_dir() or (path / "zero").is_dir():
+            return False
+        if holds_files(path):
+            return True
+        latest = path / "latest"
+        if not latest.is_file():
+            return False
+        tag = latest.read_text().strip()
+        return holds_files(path / tag) or not any(entry.is_dir() for entry in entries(path))
+    except (OSError, UnicodeDecodeError, ConversionError):
+        return False
+
+
+def read(path: Path, options: Options) -> Content:
+    """The checkpoint at `path`: a folder with `latest`, or one tag's. Settings: `frozen`, for those without ZeRO."""
+    folder = tag_folder(path)
+    files = find(folder)
+    states = {path: read_state(path) for path in (files.models or files.model_parts).values()}
+    layout = sizes(states[files.first], files)
+    check_complete(files, layout)
+    for key in ("global_steps", "ds_version", "dp_world_size", "mp_world_size"):
+        check_same(states, key)
+    first = states[files.first]
+    optimizers = {path: _optimizer_state(path, first) for path in files.optimizers.values()}
+    modules = _modules(files, layout, states)
+    held = _held(files, layout, states, optimizers, modules, options)
+    shardings = Shardings(_info(first, optimizers.values()), layout.tensor, options.rules, folder)
+    content = Content(step=int(first["global_steps"]))
+    _merge(content, layout, held, modules, shardings)
+    _fill(content, first, next(iter(optimizers.values()), {}), modules, expert_tensors(files))
+    return content
+
+
+def _optimizer_state(path: Path, model: dict[str, Any]) -> dict[str, Any]:
+    state = read_state(path)
+    if state.get("ds_version") != model.get("ds_version"):
+        raise ConversionError(
+            f"{path}: mixed checkpoints: written by DeepSpeed {state.get('ds_version')}, and the model states by "
+            f"{model.get('ds_version')}"
+        )
+    inner = state.get("optimizer_state_dict")
+    if not isinstance(inner, dict):
+        raise ConversionError(f"{path}: has no optimizer_state_dict")
+    return inner
+
+
+def _info(model: dict[str, Any], optimizers: Any) -> dict[str, Any] | None:
+    for state in (model, *optimizers):
+        if state.get(INFO):
+            info: dict[str, Any] = state[INFO]
+            return info
+    return None
+
+
+def _modules(files: Files, layout: Sizes, states: dict[Path, dict[str, Any]]) -> list[Module]:
+    """The modules of the model-parallel ranks, in order."""
+    if files.model_parts:
+        paths = [[files.model_parts[data, rank] for data in range(layout.data)] for rank in range(layout.model)]
+        return [divided_module({path: states[path] for path in ours}) for ours in paths]
+    layers = pipeline_layers(files)
+    return [
+        whole_module(files.models[rank], states[files.models[rank]], layers.get(rank % layout.tensor, {}))
+        for rank in range(layout.model)
+    ]
+
+
+def _held(
+    files: Files,
+    layout: Sizes,
+    states: dict[Path, dict[str, Any]],
+    optimizers: dict[Path, dict[str, Any]],
+    modules: Sequence[Module],
+    options: Options,
+) -> list[Held]:
+    """What the optimizers hold, for the model-parallel ranks in order."""
+    if not files.optimizers:
+        if layout.model > 1:
+            raise ConversionError(f"{files.folder}: model parallelism without ZeRO is not read")
+        path = files.first
+        return [unpartitioned(path, states[path], modules[0], options.settings.get("frozen"))]
+    config = states[files.first].get("ds_config")
+    experts = Experts(isinstance(config, dict) and bool(config.get("use_data_before_expert_parallelism")))
+    made = []
+    for rank, module in enumerate(modules):
+        ours = {files.optimizers[data, rank]: optimizers[files.optimizers[data, rank]] for data in range(layout.data)}
+        if files.model_parts:
+            made.append(counted_states(ours, module.shapes))
+        else:
+            made.append(partitioned_states(ours, module.shapes, experts))
+    return made
+
+
+def _merge(
+    content: Content, layout: Sizes, held: Sequence[Held], modules: Sequence[Module], shardings: Shardings
+) -> None:
+    """Put the ranks' pieces together, tensor-parallel ranks first and then the stages of the pipeline."""
+    stages: dict[tuple[str, str], list[Lazy]] = {}
+    for stage in range(layout.pipeline):
+        ranks = range(stage * layout.tensor, (stage + 1) * layout.tensor)
+        for state in {state for rank in ranks for state in held[rank].tensors}:
+            named = [held[rank].tensors.get(state, {}) for rank in ranks]
+            for name in named[0]:
+                pieces = [_of_rank(named, name, rank, state) for rank in range(layout.tensor)]
+                sharding, why = shardings.of(name)
+                whole = for_state(sharding, state, name).consolidate(name, pieces)
+                stages.setdefault((state, name), []).append(whole)
+                if state == FP32:
+                    content.notes[name] = f"{held[ranks[0]].notes[name]}; {why}"
+        for rank in ranks:
+            for state, scalars in held[rank].scalars.items():
+                _merge_scalars(content.scalars.setdefault(state, {}), scalars, state)
+        for room, of_stage in (("buffers", "buffers"), ("frozen", "frozen")):
+            found = [getattr(modules[rank], of_stage) for rank in ranks]
+            for name in found[0]:
+                pieces = [_of_rank(found, name, rank, room) for rank in range(layout.tensor)]
+                sharding = shardings.buffer(name) if room == "buffers" else shardings.of(name)[0]
+                getattr(content, room)[name] = sharding.consolidate(name, pieces)
+        for rank in ranks[:1]:
+            content.tied.update(modules[rank].tied)
+            content.layers.update(modules[rank].layers)
+        _merge_groups(content.groups, held[ranks[0]].groups)
+    for (state, name), copies in stages.items():
+        if len(copies) > 1:
+            content.notes[name] += f"; {len(copies)} stages of the pipeline hold it: checked equal"
+        tensor = Replicated().consolidate(name, copies) if len(copies) > 1 else copies[0]
+        if state == FP32:
+            content.params[name] = tensor
+        else:
+            content.optimizer.setdefault(state, {})[name] = tensor
+
+
+def _of_rank(named: Sequence[dict[str, Lazy]], name: str, rank: int, what: str) -> Lazy:
+    if name not in named[rank]:
+        raise ConversionError(f"{name}: tensor-parallel rank 0 has {what} of it, and rank {rank} has not")
+    return named[rank][name]
+
+
+def _merge_scalars(made: dict[str, Scalar], found: dict[str, Scalar], state: str) -> None:
+    for name, value in found.items():
+        if made.setdefault(name, value) != value:
+            raise ConversionError(f"mixed checkpoints: {state} of {name} is {made[name].value} and {value.value}")
+
+
+def _merge_groups(made: list[dict[str, Any]], found: Sequence[dict[str, Any]]) -> None:
+    """The groups of another stage of the pipeline: the same settings, other parameters."""
+    if not made:
+        made.extend(dict(group) for group in found)
+        return
+    for group, more in zip(made, found, strict=True):
+        group["params"] = list(dict.fromkeys([*group["params"], *more["params"]]))
+
+
+def _fill(
+    content: Content,
+    model: dict[str, Any],
+    optimizer: dict[str, Any],
+    modules: Sequence[Module],
+    experts: dict[str, FileTensor],
+) -> None:
+    """What goes with the tensors: types, scheduler, and what is kept without being understood."""
+    own = [*(module.tensors for module in modules), experts]
+    types = {name: tensor.dtype for tensors in own for name, tensor in tensors.items()}
+    content.dtypes = {
+        name: types[name] for name, tensor in content.params.items() if types.get(name, tensor.dtype) != tensor.dtype
+    }
+    scheduler = model.get("lr_scheduler")
+    content.scheduler = plain(scheduler) if isinstance(scheduler, dict) else None
+    client = {key: plain(value) for key, value in model.items() if key not in _OWN and key != INFO}
+    content.extra["deepspeed"] = {
+        **{key: plain(model[key]) for key in _KEPT if model.get(key) is not None},
+        **({INFO: plain(model[INFO])} if model.get(INFO) else {}),
+        "optimizer": {key: plain(optimizer[key]) for key in _OF_OPTIMIZER if key in optimizer},
+        "client_state": client,
+    }
