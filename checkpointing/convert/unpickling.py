@@ -115,8 +115,8 @@ class Unpickler(pickle.Unpickler):
             return self._records.setdefault(kind, record(kind))
         if module == "torch" and name in NAMES:
             return Dtype(name)
-        if module in ("torch", "torch.storage") and name in _STORAGES:
-            return Dtype(_STORAGES[name])
+        if module in ("torch", "torch.storage") and name in STORAGES:
+            return Dtype(STORAGES[name])
         raise ConversionError(
             f"{self._where}: refused: its pickle asks for {module}.{name}, which is not among what a checkpoint may "
             "hold; nothing of it was executed"
@@ -243,7 +243,7 @@ _RECORDS: dict[str, tuple[str, ...]] = {
     "megatron.core.rerun_state_machine": ("RerunDiagnostic", "RerunMode", "RerunState", "RerunValidationStatus"),
     "transformer_engine.common.recipe": ("DelayedScaling", "Format", "_FormatHelper"),
 }
-_STORAGES = {
+STORAGES = {
     "UntypedStorage": "uint8",
     "DoubleStorage": "float64",
     "FloatStorage": "float32",
