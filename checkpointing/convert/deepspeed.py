@@ -15,7 +15,6 @@ from .deepspeed_files import (
     entries,
     find,
     holds_files,
-    plain,
     read_state,
     sizes,
     tag_folder,
@@ -26,7 +25,9 @@ from .deepspeed_rules import INFO, Shardings, for_state
 from .deepspeed_unpartitioned import unpartitioned
 from .filetensor import FileTensor
 from .formats import Options
+from .json_values import encode
 from .sharding import Replicated
+from .unpickling import Record
 
 # What of a model state is understood here; the rest is what the user gave to save with it.
 _OWN = frozenset(
@@ -74,6 +75,7 @@ def read(path: Path, options: Options) -> Content:
     content = Content(step=int(first["global_steps"]))
     _merge(content, layout, held, modules, shardings)
     _fill(content, first, next(iter(optimizers.values()), {}), modules, expert_tensors(files))
+    content.extra["deepspeed"]["tensor_parallel"] = layout.tensor
     return content
 
 
@@ -155,16 +157,8 @@ def _merge(
         for rank in ranks:
             for state, scalars in held[rank].scalars.items():
                 _merge_scalars(content.scalars.setdefault(state, {}), scalars, state)
-        for room, of_stage in (("buffers", "buffers"), ("frozen", "frozen")):
-            found = [getattr(modules[rank], of_stage) for rank in ranks]
-            for name in found[0]:
-                pieces = [_of_rank(found, name, rank, room) for rank in range(layout.tensor)]
-                sharding = shardings.buffer(name) if room == "buffers" else shardings.of(name)[0]
-                getattr(content, room)[name] = sharding.consolidate(name, pieces)
-        for rank in ranks[:1]:
-            content.tied.update(modules[rank].tied)
-            content.layers.update(modules[rank].layers)
-        _merge_groups(content.groups, held[ranks[0]].groups)
+        merge_rooms(content, [modules[rank] for rank in ranks], shardings)
+        merge_groups(content.groups, held[ranks[0]].groups)
     for (state, name), copies in stages.items():
         if len(copies) > 1:
             content.notes[name] += f"; {len(copies)} stages of the pipeline hold it: checked equal"
@@ -173,6 +167,19 @@ def _merge(
             content.params[name] = tensor
         else:
             content.optimizer.setdefault(state, {})[name] = tensor
+
+
+def merge_rooms(content: Content, modules: Sequence[Module], shardings: Shardings) -> None:
+    """Buffers, frozen and tied parameters of one stage, from the modules of its tensor-parallel ranks."""
+    for room, found, of in (
+        (content.buffers, [module.buffers for module in modules], shardings.buffer),
+        (content.frozen, [module.frozen for module in modules], lambda name: shardings.of(name)[0]),
+    ):
+        for name in found[0]:
+            pieces = [_of_rank(found, name, rank, "a tensor") for rank in range(len(modules))]
+            room[name] = of(name).consolidate(name, pieces)
+    content.tied.update(modules[0].tied)
+    content.layers.update(modules[0].layers)
 
 
 def _of_rank(named: Sequence[dict[str, Lazy]], name: str, rank: int, what: str) -> Lazy:
@@ -187,7 +194,7 @@ def _merge_scalars(made: dict[str, Scalar], found: dict[str, Scalar], state: str
             raise ConversionError(f"mixed checkpoints: {state} of {name} is {made[name].value} and {value.value}")
 
 
-def _merge_groups(made: list[dict[str, Any]], found: Sequence[dict[str, Any]]) -> None:
+def merge_groups(made: list[dict[str, Any]], found: Sequence[dict[str, Any]]) -> None:
     """The groups of another stage of the pipeline: the same settings, other parameters."""
     if not made:
         made.extend(dict(group) for group in found)
@@ -209,12 +216,21 @@ def _fill(
     content.dtypes = {
         name: types[name] for name, tensor in content.params.items() if types.get(name, tensor.dtype) != tensor.dtype
     }
+    fill_extra(content, model, optimizer)
+
+
+def fill_extra(content: Content, model: dict[str, Any], optimizer: dict[str, Any]) -> None:
+    """What a model state and an optimizer's say besides tensors: the scheduler, and what is kept only."""
+    dropped: list[str] = []
     scheduler = model.get("lr_scheduler")
-    content.scheduler = plain(scheduler) if isinstance(scheduler, dict) else None
-    client = {key: plain(value) for key, value in model.items() if key not in _OWN and key != INFO}
+    content.scheduler = encode(scheduler, dropped, "lr_scheduler") if isinstance(scheduler, dict) else None
+    client = {key: value for key, value in model.items() if key not in _OWN and key != INFO}
+    kept = {key: optimizer[key] for key in _OF_OPTIMIZER if key in optimizer}
+    fields = {key: value.fields if isinstance(value, Record) else value for key, value in kept.items()}
     content.extra["deepspeed"] = {
-        **{key: plain(model[key]) for key in _KEPT if model.get(key) is not None},
-        **({INFO: plain(model[INFO])} if model.get(INFO) else {}),
-        "optimizer": {key: plain(optimizer[key]) for key in _OF_OPTIMIZER if key in optimizer},
-        "client_state": client,
+        **{key: encode(model[key], dropped, key) for key in _KEPT if model.get(key) is not None},
+        **({INFO: encode(model[INFO], dropped, INFO)} if model.get(INFO) else {}),
+        "optimizer": encode(fields, dropped, "optimizer"),
+        "client_state": encode(client, dropped, "client_state"),
+        "dropped": dropped,
     }

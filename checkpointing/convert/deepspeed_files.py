@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .content import ConversionError
-from .filetensor import FileTensor
-from .torchfile import Dtype, Record, load
+from .torchfile import load
 
 _MODEL = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 _MODEL_PART = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_model_states\.pt")
@@ -162,18 +161,3 @@ def check_same(states: dict[Path, dict[str, Any]], key: str) -> Any:
                 f"{other.get(key)!r} in {path.name}"
             )
     return state.get(key)
-
-
-def plain(value: Any) -> Any:
-    """As JSON has it: numbers, text, lists and dictionaries; of records their fields; without tensors."""
-    if isinstance(value, bool | int | float | str) or value is None:
-        return value
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items() if not isinstance(item, FileTensor)}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [plain(item) for item in value if not isinstance(item, FileTensor)]
-    if isinstance(value, Record):
-        return plain(value.fields or list(value.arguments))
-    if isinstance(value, Dtype):
-        return value.name
-    return repr(value)

@@ -14,8 +14,8 @@ import numpy as np
 
 from ..universal.dtypes import numpy_dtype
 from .content import ConversionError, Lazy, Scalar
-from .deepspeed_files import plain
 from .filetensor import FileTensor
+from .json_values import settings
 
 FP32 = "fp32"
 Shapes = dict[str, tuple[int, ...]]
@@ -127,7 +127,7 @@ def _group_states(
 
 def settings_of(group: dict[str, Any], names: list[str]) -> dict[str, Any]:
     """The settings of an optimizer's group, with the names of its parameters."""
-    return {**{key: plain(value) for key, value in group.items() if key != "params"}, "params": names}
+    return {**settings({key: value for key, value in group.items() if key != "params"}, []), "params": names}
 
 
 @dataclass(frozen=True)

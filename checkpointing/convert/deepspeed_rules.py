@@ -49,6 +49,11 @@ class Shardings:
         self._lists, self._vocabulary, self._unsupported = self._tables() if info else (Table[ShardRule](()),) * 3
         self._affine = self._maps() if info else Table[ShardRule](())
 
+    @property
+    def knows(self) -> bool:
+        """Whether anything but the default is told."""
+        return self._knows or bool(self._user.rules)
+
     def of(self, name: str) -> tuple[Sharding, str]:
         """The way a parameter was cut, and why. Raises ConversionError if two rules say, or none."""
         match = _one(self._user, name, self._where)

@@ -163,7 +163,8 @@ class _Pickler:
         self._save("cpu")
         self._save(tensor.elements if kind else tensor.nbytes)
         self._out.append(b"tQ")
-        for value in (0, tensor.shape, contiguous(tensor.shape), False, OrderedDict()):
+        arguments: tuple[Any, ...] = (0, tensor.shape, contiguous(tensor.shape), False, OrderedDict())
+        for value in arguments:
             self._save(value)
         if not kind:
             self._save(Dtype(tensor.dtype))

@@ -1,0 +1,191 @@
+"""Writing DeepSpeed's universal checkpoints, which its engines load at any number of ranks (`load_universal`)."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..universal.dtypes import numpy_dtype
+from .affine import Affine
+from .casting import cast
+from .content import Content, ConversionError, Lazy, Scalar
+from .deepspeed_rules import INFO, Shardings, Stripped
+from .formats import Options
+from .sharding import Fused, Replicated, Sharding, Vocabulary
+from .torchwriting import Instance, Size, save
+from .unpickling import Dtype
+from .work import Piece, Work
+
+LATEST = "latest_universal"
+_VERSION = "0.19.8"  # of DeepSpeed, for what did not come from it
+_SMALL_BYTES = 1 << 20
+
+
+def write(content: Content, out: Path, options: Options, work: Work) -> None:
+    """Write `out`/latest_universal and the folder it names. Parameters are stored in float32, as DeepSpeed has them."""
+    tag = f"global_step{content.step}_universal"
+    folder = out / tag
+    (folder / "zero").mkdir(parents=True, exist_ok=True)
+    extra = content.extra.get("deepspeed", {})
+    info = extra.get(INFO)
+    ranks = max(int(extra.get("tensor_parallel", 1)), 2)  # how they are cut is told even if they were not
+    shardings = Shardings(decoded(info) if info else None, ranks, options.rules, out)
+    pieces = [_parameter(content, name, folder, shardings) for name in content.params]
+    state = _model_state(content, extra)
+    whole = _largest(content)
+    pieces.append(Piece("mp_rank_00_model_states.pt", whole, _saving(folder / "mp_rank_00_model_states.pt", state)))
+    name = "zero_pp_rank_0_mp_rank_00_model_states.pt"  # what an engine with ZeRO-3 looks for
+    pieces.append(Piece(name, _SMALL_BYTES, _saving(folder / name, {**state, "module": OrderedDict()})))
+    optimizer = _optimizer_state(content, extra)
+    pieces.append(Piece("optimizer_state.pt", _SMALL_BYTES, _saving(folder / "zero" / "optimizer_state.pt", optimizer)))
+    work.run(pieces)
+    work.run([Piece(LATEST, 0, lambda: (out / LATEST).write_text(tag))])
+
+
+def _saving(path: Path, value: Any) -> Any:
+    return lambda: save(path, value)
+
+
+def _largest(content: Content) -> int:
+    return 2 * max((tensor.nbytes for _, _, tensor in content.tensors()), default=0)
+
+
+def _parameter(content: Content, name: str, folder: Path, shardings: Shardings) -> Piece:
+    """The folder of one parameter. Raises ConversionError for a name that is no folder's."""
+    if "/" in name or "\0" in name or name in ("", ".", "..", "optimizer_state.pt"):
+        raise ConversionError(f"{name!r}: a parameter of this name has no place in a DeepSpeed universal checkpoint")
+    place = folder / "zero" / name
+    tensor = content.params[name]
+    keys = _keys(shardings.of(name)[0]) if shardings.knows else {"cat_dim": 0}
+    files: dict[str, Any] = {"fp32.pt": {"param": as_float32(tensor), **keys}}
+    for state, found in content.optimizer.items():
+        if name in found:
+            files[f"{state}.pt"] = {"param": found[name], **keys}
+    for state, numbers in content.scalars.items():
+        if name in numbers:
+            files[f"{state}.pt"] = number(numbers[name])
+
+    def do() -> None:
+        place.mkdir(exist_ok=True)
+        for file, value in files.items():
+            save(place / file, value)
+
+    return Piece(f"zero/{name}", 2 * tensor.elements * 4, do)
+
+
+def _keys(sharding: Sharding) -> dict[str, Any]:
+    """What a file tells DeepSpeed of how to cut its parameter again."""
+    if isinstance(sharding, Stripped):
+        return {**_keys(sharding.inner), "vocab_tensor": True}
+    if isinstance(sharding, Vocabulary):
+        return {"cat_dim": 0, "vocab_tensor": True}
+    if isinstance(sharding, Fused) and sharding.parts > 1:
+        return {"cat_dim": sharding.dim, "param_n_sub_params": sharding.parts}
+    if isinstance(sharding, Fused) and (sharding.sizes or sharding.widths):
+        shape = list(sharding.view or (-1,) * (sharding.dim + 1))
+        sizes = sharding.sizes or tuple(sum(part) for part in sharding.widths)
+        fields = {"patterns": [], "shape": (*shape[: sharding.dim], sizes, *shape[sharding.dim + 1 :])}
+        module = "deepspeed.checkpoint.universal_checkpoint"
+        return {"sub_param_shape": Instance(module, "SubparamShape", {**fields, "partition_dim": sharding.dim})}
+    if isinstance(sharding, Fused):
+        return {"cat_dim": sharding.dim}
+    return {} if isinstance(sharding, Replicated | Affine) else {"cat_dim": 0}
+
+
+def as_float32(tensor: Lazy) -> Lazy:
+    return as_dtype(tensor, "float32")
+
+
+def as_dtype(tensor: Lazy, dtype: str) -> Lazy:
+    if tensor.dtype == dtype:
+        return tensor
+    return Lazy(tensor.shape, dtype, lambda: cast(tensor.read(), dtype), tensor.origin)
+
+
+def number(value: Scalar) -> Any:
+    """A number as the tensor that torch's optimizers keep it in."""
+    array = np.array(value.value, numpy_dtype(value.dtype))
+    return Lazy((), value.dtype, lambda: array, "step")
+
+
+def decoded(value: Any) -> Any:
+    """Of JSON that stands for other values (see json_values), the values as they are written here."""
+    if isinstance(value, list):
+        return [decoded(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if "$tuple" in value:
+        return tuple(decoded(item) for item in value["$tuple"])
+    if "$dict" in value:
+        return {decoded(key): decoded(item) for key, item in value["$dict"]}
+    if "$dtype" in value:
+        return Dtype(value["$dtype"])
+    if "$tensor" in value:
+        tensor = value["$tensor"]
+        array = np.array(tensor["values"]).astype(numpy_dtype(tensor["dtype"])).reshape(tensor["shape"])
+        return Lazy(array.shape, tensor["dtype"], lambda: array, "a value")
+    return {key: decoded(item) for key, item in value.items()}
+
+
+def _settings(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    made = []
+    for index, group in enumerate(groups):
+        found = {key: decoded(value) for key, value in group.items() if key != "params"}
+        if isinstance(found.get("betas"), list):
+            found["betas"] = tuple(found["betas"])
+        made.append({**found, "params": [index]})
+    return made
+
+
+def _optimizer_state(content: Content, extra: dict[str, Any]) -> dict[str, Any]:
+    """What is not of one parameter. Both as ZeRO-1 and 2 look for it, and as ZeRO-3 does."""
+    kept = {key: value for key, value in extra.get("optimizer", {}).items() if key != "loss_scaler"}
+    groups = _settings(content.groups or [{"params": list(content.params)}])
+    steps = list(content.scalars.get("step", {}).values())
+    state = {index: {"step": number(steps[0])} for index in range(len(groups))} if steps else {}
+    return {
+        "dynamic_loss_scale": False,
+        "overflow": False,
+        **decoded(kept),
+        "ds_version": extra.get("ds_version", _VERSION),
+        "param_groups": groups,
+        "optimizer_state_dict": {"state": state, "param_groups": groups},
+    }
+
+
+def _model_state(content: Content, extra: dict[str, Any]) -> dict[str, Any]:
+    """What an engine reads beside the parameters; the module is whole, in the types that it computes in."""
+    low = {name: as_dtype(tensor, content.dtypes.get(name, tensor.dtype)) for name, tensor in content.params.items()}
+    module = OrderedDict({**low, **content.frozen, **content.buffers})
+    module.update({alias: module[owner] for alias, owner in content.tied.items() if owner in module})
+    grouped = [group["params"] for group in content.groups] or [list(content.params)]
+    return {
+        **decoded(extra.get("client_state", {})),
+        "module": module,
+        "buffer_names": list(content.buffers),
+        "optimizer": None,
+        "param_shapes": [_shapes(content.params, names) for names in grouped],
+        "frozen_param_shapes": _shapes(content.frozen, list(content.frozen)) if content.frozen else None,
+        "shared_params": dict(content.tied),
+        "frozen_param_fragments": None,
+        "lr_scheduler": decoded(content.scheduler),
+        "data_sampler": None,
+        "random_ltd": None,
+        "skipped_steps": int(extra.get("skipped_steps", 0)),
+        "global_steps": content.step,
+        "global_samples": int(extra.get("global_samples", 0)),
+        "dp_world_size": 1,
+        "mp_world_size": 1,
+        "checkpoint_parallel_dimensions": {"pp_degree": 1, "tp_degree": 1},
+        "ds_config": decoded(extra.get("ds_config", {})),
+        "ds_version": extra.get("ds_version", _VERSION),
+        INFO: decoded(extra.get(INFO)) or {"universal_checkpoint_version": 0.2},
+    }
+
+
+def _shapes(tensors: dict[str, Lazy], names: Sequence[str]) -> OrderedDict[str, Size]:
+    return OrderedDict((name, Size(tensors[name].shape)) for name in names if name in tensors)
