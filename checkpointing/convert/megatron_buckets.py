@@ -287,9 +287,9 @@ def _lay_out(members: list[_Member], buckets: list[Tensor], where: str) -> list[
     found = []
     at, begin = 0, 0
     for member in reversed(members):
-        if at < len(buckets) and begin == buckets[at].shape[0]:
-            at, begin = at + 1, 0
         begin = -(-begin // _ALIGNMENT) * _ALIGNMENT
+        if at < len(buckets) and begin >= buckets[at].shape[0]:
+            at, begin = at + 1, 0
         if at == len(buckets) or begin + member.part.elements > buckets[at].shape[0]:
             raise ConversionError(f"{where}: {member.key} does not fit where it should be; its order is not known")
         found.append((member, buckets[at], begin))

@@ -11,6 +11,7 @@ import numpy as np
 from . import dcp_tensors, megatron_buckets
 from .content import ConversionError
 from .dcp_metadata import Index, Tensor
+from .megatron_buckets import is_expert
 from .megatron_common import Chain, Common
 
 OPTIMIZER_KEY = re.compile(r"^(?:chained_\d+\.)?optimizer\.")
@@ -48,7 +49,7 @@ def find_states(index: Index, common: Common, chains: list[Chain]) -> dict[str, 
         if chain.sharding == "dp_reshardable":
             members = _buckets(index, common, chain, single=len(chains) == 1)
         elif chain.sharding in ("", "fully_reshardable", "fully_sharded_model_space"):
-            members = _named(index, chain.prefix)
+            members = _named(index, chain)
         else:
             raise ConversionError(
                 f"{index.folder}: the optimizer is stored as {chain.sharding!r}; expected fully_reshardable, "
@@ -58,12 +59,17 @@ def find_states(index: Index, common: Common, chains: list[Chain]) -> dict[str, 
     return found
 
 
-def _named(index: Index, prefix: str) -> dict[str, dict[str, Source]]:
-    """Forms that keep a tensor of the parameter's shape for each state."""
+def _named(index: Index, chain: Chain) -> dict[str, dict[str, Source]]:
+    """Forms that keep a tensor of the parameter's shape for each state, under the optimizer's prefix or without."""
+    prefix = chain.prefix + "optimizer.state."
+    if not any(name.startswith(prefix) for name in index.tensors):
+        prefix = "optimizer.state."
     found: dict[str, dict[str, Source]] = {}
     for name, tensor in index.tensors.items():
         match = _STATE.match(name)
-        if match is None or not name.startswith(prefix + "optimizer.state."):
+        if match is None or not name.startswith(prefix):
+            continue
+        if chain.prefix and not prefix.startswith(chain.prefix) and is_expert(match["key"]) != chain.expert:
             continue
         model = index.tensors.get(match["key"])
         if model is None or model.shape != tensor.shape:
@@ -81,11 +87,7 @@ def _reader(tensor: Tensor) -> Callable[[tuple[int, ...], tuple[int, ...]], np.n
 def _buckets(index: Index, common: Common, chain: Chain, *, single: bool) -> dict[str, dict[str, Source]]:
     """The form that keeps the distributed optimizer's flat buckets."""
     world = megatron_buckets.world(common)
-    model = {
-        key: tensor
-        for key, tensor in model_tensors(index).items()
-        if single or megatron_buckets.is_expert(key) == chain.expert
-    }
+    model = {key: tensor for key, tensor in model_tensors(index).items() if single or is_expert(key) == chain.expert}
     slabs = megatron_buckets.locate(index, model, chain, world)
     found: dict[str, dict[str, Source]] = {}
     for (key, state), parts in slabs.items():

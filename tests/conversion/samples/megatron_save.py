@@ -1,6 +1,6 @@
 """Train tiny Megatron GPTs, save each in every form, and write down what their processes held.
 
-Usage: megatron_save.py FOLDER. Makes FOLDER/<case>/{iter_0000003, latest_..., truth.pt}.
+Usage: megatron_save.py FOLDER. Makes FOLDER/<case>/{iter_0000003, latest_..., truth.pt}, and FOLDER/<case>/legacy.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ def main(root: Path) -> None:
         model, optimizer, config = build(case, seed=1)
         train(case, model, optimizer, steps=3)
         megatron_state.save(case, model, optimizer, root / case.name)
+        if not case.experts:
+            megatron_state.save_legacy(case, model, optimizer, root / case.name / "legacy")
         truth = megatron_state.gather(case, model, optimizer, config)
         if dist.get_rank() == 0:
             torch.save(truth, root / case.name / "truth.pt")

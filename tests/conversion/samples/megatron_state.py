@@ -140,6 +140,8 @@ def arguments(case: Case) -> Namespace:
         params_dtype=torch.bfloat16 if case.bf16 else torch.float32,
         iteration=3,
         consumed_train_samples=24,
+        overlap_grad_reduce=case.bucket is not None,
+        ddp_bucket_size=case.bucket,
     )
 
 
@@ -190,6 +192,30 @@ def save(case: Case, model: Any, optimizer: Any, root: Path) -> None:
         folder.mkdir(parents=True)
     dist.barrier()
     dist_checkpointing.save(sharded(case, model, optimizer, loading=False), folder)
+    if dist.get_rank() == 0:
+        (root / "latest_checkpointed_iteration.txt").write_text("3")
+    dist.barrier()
+
+
+def save_legacy(case: Case, model: Any, optimizer: Any, root: Path) -> None:
+    """What Megatron-LM's own saving (which megatron-core lacks) does with `--ckpt-format torch`, of live objects."""
+    pp, tp = parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_tensor_model_parallel_rank()
+    name = f"mp_rank_{tp:02d}" + (f"_{pp:03d}" if case.pp > 1 else "")
+    folder = root / "iter_0000003" / name
+    if parallel_state.get_data_parallel_rank() == 0:
+        folder.mkdir(parents=True)
+        state = {
+            "args": arguments(case),
+            "checkpoint_version": 3.0,
+            "iteration": 3,
+            "model": model.module.state_dict_for_save_checkpoint(),
+            "optimizer": optimizer.state_dict(),
+            "opt_param_scheduler": scheduler(optimizer).state_dict(),
+            "rng_state": [{"random_rng_state": (3, (1, 2), None), "torch_rng_state": torch.get_rng_state()}],
+        }
+        torch.save(state, folder / "model_optim_rng.pt")
+    if case.sharding:
+        optimizer.save_parameter_state(str(folder / "distrib_optim.pt"))
     if dist.get_rank() == 0:
         (root / "latest_checkpointed_iteration.txt").write_text("3")
     dist.barrier()
