@@ -226,7 +226,10 @@ def fill_extra(content: Content, model: dict[str, Any], optimizer: dict[str, Any
     content.scheduler = encode(scheduler, dropped, "lr_scheduler") if isinstance(scheduler, dict) else None
     client = {key: value for key, value in model.items() if key not in _OWN and key != INFO}
     kept = {key: optimizer[key] for key in _OF_OPTIMIZER if key in optimizer}
-    fields = {key: value.fields if isinstance(value, Record) else value for key, value in kept.items()}
+    fields = {
+        key: {"class": value.kind.rpartition(".")[2], "fields": value.fields} if isinstance(value, Record) else value
+        for key, value in kept.items()
+    }
     content.extra["deepspeed"] = {
         **{key: encode(model[key], dropped, key) for key in _KEPT if model.get(key) is not None},
         **({INFO: encode(model[INFO], dropped, INFO)} if model.get(INFO) else {}),

@@ -143,14 +143,15 @@ def _settings(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _optimizer_state(content: Content, extra: dict[str, Any]) -> dict[str, Any]:
     """What is not of one parameter. Both as ZeRO-1 and 2 look for it, and as ZeRO-3 does."""
-    kept = {key: value for key, value in extra.get("optimizer", {}).items() if key != "loss_scaler"}
+    kept = {key: decoded(value) for key, value in extra.get("optimizer", {}).items()}
+    scaler = kept.pop("loss_scaler", None) or {}
+    if scaler.get("class") in ("LossScaler", "DynamicLossScaler"):
+        kept["loss_scaler"] = Instance("deepspeed.runtime.fp16.loss_scaler", scaler["class"], scaler["fields"])
     groups = _settings(content.groups or [{"params": list(content.params)}])
     steps = list(content.scalars.get("step", {}).values())
     state = {index: {"step": number(steps[0])} for index in range(len(groups))} if steps else {}
     return {
-        "dynamic_loss_scale": False,
-        "overflow": False,
-        **decoded(kept),
+        **kept,
         "ds_version": extra.get("ds_version", _VERSION),
         "param_groups": groups,
         "optimizer_state_dict": {"state": state, "param_groups": groups},

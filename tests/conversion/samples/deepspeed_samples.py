@@ -3,7 +3,11 @@
     deepspeed_samples.py OUT WORLD VARIANT...
 
 Every variant trains a tiny model for three steps in OUT/<variant>/, saves it, and leaves truth_<rank>.pt: the full
-fp32 parameters, both moments, the step, buffers and frozen parameters, as gathered from the live engine.
+fp32 parameters, both moments, the step, buffers and frozen parameters, as gathered from the live engine. Those named
+load-... load the universal checkpoint that is in their folder, and leave the truth of the engine that did. With a
+world of 0, DeepSpeed's own converter makes a universal checkpoint of each variant.
+
+There is no fp16: DeepSpeed has none on CPU. Its files differ from bf16's in their names' prefix and one type only.
 """
 
 from __future__ import annotations
@@ -141,7 +145,8 @@ def truth(engine: deepspeed.DeepSpeedEngine) -> dict:
         found["fp32"][name] = safe_get_full_fp32_param(parameter).clone()
         for key in ("exp_avg", "exp_avg_sq"):
             found[key][name] = safe_get_full_optimizer_state(parameter, key).clone()
-    found["buffers"] = {name: buffer.clone() for name, buffer in engine.module.named_buffers()}
+    persistent = {name for name, _ in engine.module.named_buffers()} & engine.module.state_dict().keys()
+    found["buffers"] = {name: buffer.clone() for name, buffer in engine.module.named_buffers() if name in persistent}
     found["step"] = engine.global_steps
     return found
 
@@ -272,14 +277,28 @@ VARIANTS = {
 }
 
 
-VARIANTS |= {
-    f"load-z{stage}-{dtype}-{world}": lambda out, rank, stage=stage, dtype=dtype: loaded(
+LOADS = {
+    f"load-z{stage}-{dtype}": lambda out, rank, stage=stage, dtype=dtype: loaded(
         out, rank, stage, {"fp32": "float32", "bf16": "bfloat16"}[dtype]
     )
     for stage in (1, 2, 3)
     for dtype in ("fp32", "bf16")
-    for world in (1, 2)
 }
+
+
+def to_universal(out: Path) -> None:
+    """DeepSpeed's own conversion, beside the checkpoint."""
+    from argparse import Namespace
+
+    from deepspeed.checkpoint.ds_to_universal import main
+
+    tag = out / (out / "latest").read_text()
+    main(
+        Namespace(
+            input_folder=str(tag), output_folder=f"{tag}_universal", num_extract_workers=1, num_merge_workers=1,
+            keep_temp_folder=False, strict=True, inject_missing_state=False,
+        )
+    )  # fmt: skip
 
 
 def worker(rank: int, world: int, out: Path, names: list[str]) -> None:
@@ -293,7 +312,7 @@ def worker(rank: int, world: int, out: Path, names: list[str]) -> None:
         folder = out / name
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            VARIANTS[name](folder, rank)
+            {**VARIANTS, **LOADS}[name](folder, rank)
         except BaseException as error:
             raise RuntimeError(f"{name} on rank {rank}: {error!r}") from error
         dist.barrier()
@@ -304,6 +323,10 @@ def main() -> None:
     import socket
 
     out, world, names = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
+    if not world:
+        for name in names:
+            to_universal(out / name)
+        return
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         os.environ["SAMPLES_PORT"] = str(free.getsockname()[1])
