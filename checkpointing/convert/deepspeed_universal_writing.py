@@ -16,7 +16,7 @@ from .content import Content, ConversionError, Lazy, Scalar
 from .deepspeed_rules import INFO, Shardings, Stripped
 from .formats import Options
 from .sharding import Fused, Replicated, Sharding, Vocabulary
-from .torchwriting import Instance, Size, save
+from .torchwriting import Instance, Size, save, save_all
 from .unpickling import Dtype
 from .work import Piece, Work
 
@@ -71,8 +71,7 @@ def _parameter(content: Content, name: str, folder: Path, shardings: Shardings) 
 
     def do() -> None:
         place.mkdir(exist_ok=True)
-        for file, value in files.items():
-            save(place / file, value)
+        save_all({place / file: value for file, value in files.items()})
 
     return Piece(f"zero/{name}", 2 * tensor.elements * 4, do)
 
@@ -104,6 +103,10 @@ def as_dtype(tensor: Lazy, dtype: str) -> Lazy:
     if tensor.dtype == dtype:
         return tensor
     return Lazy(tensor.shape, dtype, lambda: cast(tensor.read(), dtype), tensor.origin)
+
+
+def _emptied(dtype: str) -> Lazy:
+    return Lazy((0,), dtype, lambda: np.empty(0, numpy_dtype(dtype)), "emptied")
 
 
 def number(value: Scalar) -> Any:
@@ -159,9 +162,11 @@ def _optimizer_state(content: Content, extra: dict[str, Any]) -> dict[str, Any]:
 
 
 def _model_state(content: Content, extra: dict[str, Any]) -> dict[str, Any]:
-    """What an engine reads beside the parameters; the module is whole, in the types that it computes in."""
-    low = {name: as_dtype(tensor, content.dtypes.get(name, tensor.dtype)) for name, tensor in content.params.items()}
-    module = OrderedDict({**low, **content.frozen, **content.buffers})
+    """What an engine reads beside the parameters, whose values it takes from their own files: here they are empty, as
+    ZeRO-3 leaves them, and tell the type that the module computes in.
+    """
+    emptied = {name: _emptied(content.dtypes.get(name, tensor.dtype)) for name, tensor in content.params.items()}
+    module = OrderedDict({**emptied, **content.frozen, **content.buffers})
     module.update({alias: module[owner] for alias, owner in content.tied.items() if owner in module})
     grouped = [group["params"] for group in content.groups] or [list(content.params)]
     return {

@@ -6,9 +6,11 @@ import os
 import struct
 import zipfile
 from collections import OrderedDict
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -41,17 +43,28 @@ def save(path: Path, value: Any) -> None:
 
     A `Lazy` is read when its turn comes and let go. Equal objects (the same `Lazy` twice) are one storage.
     """
+    save_all({path: value})
+
+
+def save_all(files: Mapping[Path, Any]) -> None:
+    """As `save`, for several files: synchronised together at the end, which takes fewer turns of the disk."""
+    with ExitStack() as opened:
+        handles = [(_save(opened.enter_context(path.open("wb")), value)) for path, value in files.items()]
+        for handle in handles:
+            os.fsync(handle)
+
+
+def _save(file: BinaryIO, value: Any) -> int:
     pickler = _Pickler()
     data = pickler.dump(value)
-    with path.open("wb") as file:
-        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-            archive.writestr(_entry("data.pkl"), data)
-            archive.writestr(_entry("byteorder"), b"little")
-            for number, tensor in enumerate(pickler.tensors):
-                _write(archive, number, tensor)
-            archive.writestr(_entry("version"), b"3\n")
-        file.flush()
-        os.fsync(file.fileno())
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr(_entry("data.pkl"), data)
+        archive.writestr(_entry("byteorder"), b"little")
+        for number, tensor in enumerate(pickler.tensors):
+            _write(archive, number, tensor)
+        archive.writestr(_entry("version"), b"3\n")
+    file.flush()
+    return file.fileno()
 
 
 def _entry(name: str) -> zipfile.ZipInfo:
