@@ -89,6 +89,8 @@ def read_index(folder: Path) -> Index:
         raise ConversionError(f"{path}: holds {type(root).__name__}; expected torch.distributed.checkpoint's Metadata")
     try:
         return _index(folder, fields)
+    except ConversionError:
+        raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ConversionError(f"{path}: not as torch.distributed.checkpoint writes it: {error!r}") from error
 

@@ -130,6 +130,7 @@ def _chain(prefix: str, stored: dict[str, Any], index: Index) -> Chain:
         step = step.read().item()
     for group in groups:
         step = group.get("step", step)
+    groups = [{name: value for name, value in group.items() if name != "step"} for group in groups]
     expert = bool(groups) and all(group.get("is_expert_parallel") for group in groups)
     return Chain(prefix, expert, step, groups, sharding)
 

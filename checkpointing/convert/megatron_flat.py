@@ -30,10 +30,15 @@ class Member:
 
 
 def groups_of(optimizer: dict[str, Any]) -> list[dict[str, Any]]:
-    """The settings of an optimizer's groups, without their members."""
-    inner = optimizer.get("optimizer", optimizer)
-    groups = inner.get("param_groups", [])
-    return [{key: value for key, value in group.items() if key != "params"} for group in groups]
+    """The settings of an optimizer's groups, without their members and the step."""
+    groups = optimizer.get("optimizer", optimizer).get("param_groups", [])
+    return [{key: value for key, value in group.items() if key not in ("params", "step")} for group in groups]
+
+
+def step_of(optimizer: dict[str, Any]) -> float | int | None:
+    """The step, where it is kept with the settings, as the distributed optimizer does."""
+    groups = optimizer.get("optimizer", optimizer).get("param_groups", [])
+    return next((group["step"] for group in groups if "step" in group), None)
 
 
 def is_decayed(name: str, shape: tuple[int, ...]) -> bool:

@@ -20,7 +20,7 @@ from .content import Content, ConversionError, Lazy, Scalar
 from .filetensor import FileTensor
 from .formats import Options
 from .megatron_common import iteration_folder
-from .megatron_flat import MAIN, Member, bucket_elements, flat, groups_of, is_decayed, listed
+from .megatron_flat import MAIN, Member, bucket_elements, flat, groups_of, is_decayed, listed, step_of
 from .patterns import Match, Table, describe
 from .rulefile import ShardRule, built_in, read_rules
 from .unpickling import Record
@@ -55,9 +55,8 @@ def read(path: Path, options: Options) -> Content:
     return content
 
 
-_Parts = dict[
-    int, list[dict[str, FileTensor]]
-]  # pipeline stage -> of each tensor rank, by state, the weight as "model"
+# pipeline stage -> of each tensor rank, by state; the weight is "model"
+_Parts = dict[int, list[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -78,10 +77,8 @@ class _Rank:
     def chunks(self) -> list[dict[str, Any]]:
         if "model" in self.values:
             return [self.values["model"]]
-        found = []
-        while f"model{len(found)}" in self.values:
-            found.append(self.values[f"model{len(found)}"])
-        return found
+        numbers = [key.removeprefix("model") for key in self.values if re.fullmatch(r"model\d+", str(key))]
+        return [self.values[f"model{number}"] for number in sorted(numbers, key=int)]
 
     def argument(self, name: str) -> int:
         return int(self.args.get(name) or 1)
@@ -101,28 +98,32 @@ class _Rank:
     def tensors(self, offsets: dict[tuple[int, int], int]) -> dict[str, dict[str, Any]]:
         """Of each parameter, the weight ("model") and what the optimizer has, by state."""
         chunks = [self.members(chunk, offsets) for chunk in range(len(self.chunks))]
-        everyone = [member for members in chunks for member in members]
-        states: dict[str, dict[str, Any]] = {}
+        states = self._states(chunks)
+        return {
+            member.name: {"model": member.weight, **states.get(member.name, {})}
+            for members in chunks
+            for member in members
+        }
+
+    def _states(self, chunks: list[list[Member]]) -> dict[str, dict[str, Any]]:
         optimizer = self.values.get("optimizer")
-        if isinstance(optimizer, dict):
-            file = self.folder / _FLAT
-            if file.exists():
-                stored = torchfile.load(file)
-                for at, members in enumerate(chunks):
-                    if at not in stored:
-                        raise ConversionError(f"{file}: no buffer {at}; expected one for each of {len(chunks)} chunks")
-                    bucket = bucket_elements(self.args, self.pp, at)
-                    states |= flat(members, stored[at], bucket, str(file))
-            elif (optimizer.get("optimizer", optimizer)).get("state") or self.args.get("use_distributed_optimizer"):
-                if self.args.get("use_distributed_optimizer"):
-                    raise ConversionError(f"{file}: not there; expected the state of the distributed optimizer")
-                states = listed(everyone, optimizer, str(self.folder / _MODEL))
-        elif optimizer is not None:
+        if optimizer is None:
+            return {}
+        if not isinstance(optimizer, dict):
             raise ConversionError(
                 f"{self.folder / _MODEL}: {len(optimizer)} optimizers, as a model with experts has; expected one: "
                 "save it as torch_dist (--ckpt-format torch_dist) with Megatron"
             )
-        return {member.name: {"model": member.weight, **states.get(member.name, {})} for member in everyone}
+        file = self.folder / _FLAT
+        if not self.args.get("use_distributed_optimizer") and not file.exists():
+            return listed([member for members in chunks for member in members], optimizer, str(self.folder / _MODEL))
+        stored = torchfile.load(file)
+        states: dict[str, dict[str, Any]] = {}
+        for at, members in enumerate(chunks):
+            if not isinstance(stored, dict) or at not in stored:
+                raise ConversionError(f"{file}: no buffer {at}; expected one for each of {len(chunks)} chunks")
+            states |= flat(members, stored[at], bucket_elements(self.args, self.pp, at), str(file))
+        return states
 
 
 def _ranks(folder: Path) -> list[_Rank]:
@@ -197,9 +198,7 @@ def _join(content: Content, parts: dict[str, _Parts], first: _Rank, options: Opt
         match = _rule(tables, name)
         content.notes[name] = f"{describe(match)}: {match.rule.sharding.describe()}"
         whole = {
-            state: match.rule.sharding.consolidate(
-                name, [rank[state].lazy(_origin(name, rank[state])) for rank in ranks]
-            )
+            state: match.rule.sharding.consolidate(name, [_lazy(name, rank[state]) for rank in ranks])
             for state, tensor in ranks[0].items()
             if isinstance(tensor, FileTensor) and (tensor.shape or not ranks[0]["model"].shape)
         }
@@ -209,8 +208,8 @@ def _join(content: Content, parts: dict[str, _Parts], first: _Rank, options: Opt
         _add(content, name, whole, ranks[0], first)
 
 
-def _origin(name: str, tensor: FileTensor) -> str:
-    return f"{tensor.path.parent.name}/{tensor.path.name}:{name}"
+def _lazy(name: str, tensor: FileTensor) -> Lazy:
+    return tensor.lazy(f"{tensor.path.parent.name}/{tensor.path.name}:{name}")
 
 
 def _add(content: Content, name: str, whole: dict[str, Lazy], stored: dict[str, Any], first: _Rank) -> None:
@@ -225,8 +224,8 @@ def _add(content: Content, name: str, whole: dict[str, Lazy], stored: dict[str, 
     if isinstance(step, FileTensor):
         step = step.read().item()
     optimizer = first.values.get("optimizer")
-    for group in groups_of(optimizer) if isinstance(optimizer, dict) else ():
-        step = group.get("step", step)
+    if isinstance(optimizer, dict) and step is None:
+        step = step_of(optimizer)
     if whole:
         step = first.iteration if step is None else step
         content.scalars.setdefault("step", {})[name] = Scalar("float32" if isinstance(step, float) else "int64", step)

@@ -29,6 +29,7 @@ def main(root: Path) -> None:
         start(case)
         model, optimizer, config = build(case, seed=1)
         train(case, model, optimizer, steps=3)
+        megatron_state.scheduler(optimizer)  # sets the optimizer's rates
         megatron_state.save(case, model, optimizer, root / case.name)
         if not case.experts:
             megatron_state.save_legacy(case, model, optimizer, root / case.name / "legacy")

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 warnings.filterwarnings("ignore")
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402
+from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: E402
 from megatron.core.distributed import (  # noqa: E402
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -196,6 +197,7 @@ def one_process(rank: int, world: int, address: str, job: Callable[[], None]) ->
     torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment]
     moe_utils.te_general_gemm = None  # not defined without Transformer Engine
     tensor_parallel.random.CudaRNGStatesTracker.fork = lambda *_, **__: nullcontext()  # type: ignore[method-assign]
+    filesystem_async._results_queue = mp.get_context("fork").Manager().Queue()  # spawned, it imports all anew
     DistributedOptimizer._set_main_param_and_optimizer_states = keep_step  # type: ignore[method-assign]
     dist.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=world)
     with OnCpu():

@@ -1,0 +1,62 @@
+"""Whether what was read of a checkpoint is what live processes held, and the writing of contents for tests."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from everstep.checkpointing.convert import formats
+from everstep.checkpointing.convert.content import Content, Lazy
+from everstep.checkpointing.convert.formats import Options
+from everstep.checkpointing.convert.work import Work
+
+BUDGET_BYTES = 1 << 28
+
+
+def read(name: str, path: Path, **settings: str) -> Content:
+    return formats.load(name).read(path, Options(settings=settings))
+
+
+def write(name: str, content: Content, out: Path, **settings: str) -> Path:
+    out.mkdir(parents=True)
+    work = Work(out, threads=2, budget_bytes=BUDGET_BYTES)
+    formats.load(name).write(content, out, Options(settings=settings), work)
+    work.close()
+    return out
+
+
+def held(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def assert_tensors(found: Mapping[str, Lazy], truth: Mapping[str, torch.Tensor], what: str) -> None:
+    """The same names, shapes, types and bits."""
+    assert set(found) == set(truth), what
+    for name, tensor in found.items():
+        expected = truth[name]
+        assert (tensor.shape, tensor.dtype) == (tuple(expected.shape), str(expected.dtype).removeprefix("torch.")), name
+        array = tensor.read()
+        assert array.shape == tensor.shape
+        assert np.ascontiguousarray(array).tobytes() == held(expected), f"{what}: {name}"
+
+
+def assert_equal_contents(one: Content, other: Content) -> None:
+    """Two contents hold the same, bit for bit; where the tensors come from may differ."""
+    rooms = [{(room, name): tensor for room, name, tensor in each.tensors()} for each in (one, other)]
+    assert rooms[0].keys() == rooms[1].keys()
+    for key, tensor in rooms[0].items():
+        twin = rooms[1][key]
+        assert (tensor.shape, tensor.dtype) == (twin.shape, twin.dtype), key
+        assert tensor.read().tobytes() == twin.read().tobytes(), key
+    for attribute in ("step", "scalars", "tied", "dtypes", "scheduler"):
+        assert getattr(one, attribute) == getattr(other, attribute), attribute
+    groups = [[{**group, "params": sorted(group["params"])} for group in each.groups] for each in (one, other)]
+    assert groups[0] == groups[1]
+
+
+def load_truth(path: Path) -> dict[str, Any]:
+    truth: dict[str, Any] = torch.load(path, weights_only=True)
+    return truth
