@@ -29,8 +29,20 @@ from .node import AgentError, NodeAgent, NodeConfig, Outcome
 CONNECT_TIMEOUT_S = 60.0  # torchrun waits as long for its store
 DEFAULT_PORT = 29400
 REJOIN_S = 60.0
-_OVERRIDES = ("steps", "stages", "global-batch-size", "micro-batch-size", "seed", "node-losses", "verify-every")
-_CHOSEN = ("protection", "snapshot-every", "snapshot-budget", "on-loss", "on-corruption")
+_OVERRIDES = (
+    *("steps", "stages", "global-batch-size", "micro-batch-size", "seed", "node-losses", "verify-every"),
+    *("checkpoint-every", "checkpoint-keep"),
+)
+_CHOSEN = (
+    *("protection", "snapshot-every", "snapshot-budget", "on-loss", "on-corruption"),
+    *("checkpoint", "checkpoint-keep-s", "checkpoint-options", "resume", "on-damage"),
+)
+_STOP_GRACE: dict[str, Any] = {
+    "type": float,
+    "default": Config().stop_grace_s,
+    "metavar": "SECONDS",
+    "help": "how long a job that is told to stop may take to save a checkpoint",
+}
 
 
 class LaunchError(Exception):
@@ -69,6 +81,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="how long this node's keeper waits for a new agent after its own was killed",
     )
+    own.add_argument("--es-stop-grace", **_STOP_GRACE)
     own.add_argument("--es-events", metavar="FILE", help="append every event of the job to FILE, one JSON a line")
     own.add_argument("--es-config", metavar="FILE", help="TOML file with an [everstep] table of settings")
     own.add_argument(
@@ -204,6 +217,7 @@ def _coordinate(command: Command, job: str, stack: contextlib.ExitStack) -> str:
         max_nodes=command.torch.max_nodes,
         max_restarts=command.torch.max_restarts,
         join_timeout_s=_join_timeout(command),
+        stop_grace_s=command.own.es_stop_grace,
     )
     try:
         server = CoordinatorServer(job, config, f"{host}:{port}", events=events, store_host=host)
@@ -321,12 +335,13 @@ def coordinate(arguments: Sequence[str]) -> int:
     parse.add_argument("--nnodes", default="1", metavar="N or MIN:MAX")
     parse.add_argument("--rdzv-id", default="none")
     parse.add_argument("--max-restarts", type=int, default=0)
+    parse.add_argument("--es-stop-grace", **_STOP_GRACE)
     parse.add_argument("--es-events", metavar="FILE")
     own = parse.parse_args(list(arguments))
     try:
         host, port = _endpoint(own.bind)
         low, high = _node_range(own.nnodes)
-        config = Config(min_nodes=low, max_nodes=high, max_restarts=own.max_restarts)
+        config = Config(min_nodes=low, max_nodes=high, max_restarts=own.max_restarts, stop_grace_s=own.es_stop_grace)
         with contextlib.ExitStack() as stack:
             events = stack.enter_context(_open_events(own.es_events)) if own.es_events else None
             server = CoordinatorServer(own.rdzv_id, config, f"{host}:{port}", events=events, store_host=host)

@@ -20,13 +20,18 @@ _ZEROS = memoryview(bytes(ALIGN))
 ShardState = Mapping[str, Any]  # name -> Tensor, number or None
 
 
+def _place(item: tuple[str, Any]) -> tuple[bool, str]:
+    """The values first, then the states by name: equal states have equal records, wherever they come from."""
+    return item[0] != "value", item[0]
+
+
 class Record:
     """A shard's state, ready to be written: `length` bytes."""
 
     def __init__(self, state: ShardState) -> None:
         items: list[list[Any]] = []
         self._tensors: list[Tensor] = []
-        for name, value in state.items():
+        for name, value in sorted(state.items(), key=_place):
             if isinstance(value, Tensor):
                 items.append([name, str(value.dtype).removeprefix("torch."), list(value.shape)])
                 self._tensors.append(value.detach())

@@ -78,7 +78,8 @@ class Saver:
             if self._process is process:
                 self._process = None
             for writer, name in list(self._open):
-                self._end(writer, {"name": name, "error": f"the process that saves it ended with status {status}"})
+                why = f"the process that saves it ended with status {status}"
+                self._end(writer, {"name": name, "error": why, "lost": True})
 
     def _end(self, writer: str, result: dict[str, Any]) -> None:
         self._open.pop((writer, result["name"]), None)

@@ -20,8 +20,8 @@ from .universal.store import Store, StoreError, open_store
 from .universal.writer import ChunkWriter, retain, try_commit
 
 T = TypeVar("T")
-TRIES = 6
-FIRST_RETRY_S = 0.25  # then twice as long each time: eight seconds in all
+TRIES = 5
+FIRST_RETRY_S = 0.25  # then twice as long each time: four seconds in all; object stores retry by themselves besides
 SHARDS_AT_ONCE = 8  # whose records are in memory together
 
 

@@ -28,6 +28,7 @@ from .settings import Settings
 from .stack import LayerStack
 
 FINISH_PATIENCE_S = 120.0  # how long a job that is trained waits for its last checkpoint
+TRIES = 3  # of a save whose saver, or keeper, is lost
 CONSTANT_CHUNK_BYTES = 16 << 20
 
 
@@ -50,6 +51,8 @@ class Checkpoints:
         self._terms: dict[str, tuple[int, str]] = {}  # name -> version, agreement
         self._attempt: tuple[int, int] = (0, 0)  # version and generation of the last one that began
         self._results: list[dict[str, Any]] = []  # of saves in this process
+        self._requests: dict[str, SaveRequest] = {}  # what the saver was asked, by name
+        self._again = 0  # how often it was asked again
         self._handed_over = ""  # the last name that the keeper was told of
         self._lock = threading.Lock()
 
@@ -116,6 +119,7 @@ class Checkpoints:
             constants = f"{writer}-constants"
             self._open[constants] = name
             self._in_thread(request, constants, lambda: self._save_constants(request, constants))
+        self._requests[name], self._again = request, 0
         return lambda: self._hand_over(request)
 
     def _hand_over(self, request: SaveRequest) -> None:
@@ -186,7 +190,7 @@ class Checkpoints:
         )
         expected = [path_of(p.room, p.name) for p in parameters] + [path for path, _ in constants(self._stack)]
         return SaveRequest(
-            url=settings.checkpoint,
+            url=open_store(settings.checkpoint, json.loads(settings.checkpoint_options)).url,
             options=json.loads(settings.checkpoint_options),
             name=name,
             writer=writer,
@@ -237,7 +241,7 @@ class Checkpoints:
                 known = any(r["writer"] == writer and r["name"] == name for r in results)
                 if not known and name not in told["open"] and name == handed_over:
                     lost = "the snapshot keeper that had it saved was lost"
-                    results.append({"writer": writer, "name": name, "error": lost})
+                    results.append({"writer": writer, "name": name, "error": lost, "lost": True})
         for result in results:
             self._take(result)
         if not self._open:
@@ -253,11 +257,17 @@ class Checkpoints:
             self.failures += 1
             fields = {"version": version, "name": name, "why": result["error"], "failures": self.failures}
             self._membership.tell("noted", what="checkpoint_failed", fields=fields)
+            request = self._requests.get(name)
+            if result.get("lost") and request is not None and self._again < TRIES:  # who was at it is gone, that is all
+                self._again += 1
+                self._open[writer] = name
+                self._hand_over(request)
         elif result.get("committed"):
             self.newest = max(self.newest, version)
             fields = {"seconds": round(result.get("seconds", 0.0), 3)}
             self._membership.tell("saved", version=version, name=name, agreement=agreement, fields=fields)
         self._terms = {n: t for n, t in self._terms.items() if n in self._open.values()}
+        self._requests = {n: r for n, r in self._requests.items() if n in self._open.values()}
 
     def resumed(self, version: int) -> None:
         """The job goes on from a checkpoint of `version`."""

@@ -287,7 +287,7 @@ def begin_training(state: State) -> Outcome:
     newest = state.saved[0]
     plan = plan_resume(job.model, layout, newest.version, newest.agreement, newest.name)
     last = newest.version - 1
-    state = replace(state, committed=last, recorded=last, agreed=last, agreement=newest.agreement)
+    state = replace(state, committed=last, agreed=last, agreement=newest.agreement)
     fields = {"layout": layout.describe(), "checkpoint": newest.name, "version": newest.version}
     return enter(state, plan, "started", fields)
 

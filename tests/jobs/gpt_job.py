@@ -47,6 +47,8 @@ def train(run):
                 "world_size": run.world_size,
             }
             log.write(json.dumps(line) + "\n")
+            if config.get("dump") and run.rank == 0:
+                torch.save(run.full_state_dict(), out / f"at-{run.step}.pt")
             if (out / "slow").exists():  # the test waits for something, and the steps are to last
                 time.sleep(SLOW_S)
     state = run.full_state_dict()
