@@ -23,11 +23,14 @@ from .deepspeed_modules import Module, divided_module, expert_tensors, pipeline_
 from .deepspeed_partitions import FP32, Experts, Held, counted_states, partitioned_states
 from .deepspeed_rules import INFO, Shardings, for_state
 from .deepspeed_unpartitioned import unpartitioned
+from .deepspeed_writing import write
 from .filetensor import FileTensor
 from .formats import Options
 from .json_values import encode
 from .sharding import Replicated
 from .unpickling import Record
+
+__all__ = ["detect", "fill_extra", "merge_groups", "merge_rooms", "read", "write"]
 
 # What of a model state is understood here; the rest is what the user gave to save with it.
 _OWN = frozenset(

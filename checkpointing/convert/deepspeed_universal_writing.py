@@ -21,7 +21,7 @@ from .unpickling import Dtype
 from .work import Piece, Work
 
 LATEST = "latest_universal"
-_VERSION = "0.19.8"  # of DeepSpeed, for what did not come from it
+VERSION = "0.19.8"  # of DeepSpeed, for what did not come from it
 _SMALL_BYTES = 1 << 20
 
 
@@ -35,7 +35,7 @@ def write(content: Content, out: Path, options: Options, work: Work) -> None:
     ranks = max(int(extra.get("tensor_parallel", 1)), 2)  # how they are cut is told even if they were not
     shardings = Shardings(decoded(info) if info else None, ranks, options.rules, out)
     pieces = [_parameter(content, name, folder, shardings) for name in content.params]
-    state = _model_state(content, extra)
+    state = model_state(content, extra, _emptied_module(content), 1)
     whole = _largest(content)
     pieces.append(Piece("mp_rank_00_model_states.pt", whole, _saving(folder / "mp_rank_00_model_states.pt", state)))
     name = "zero_pp_rank_0_mp_rank_00_model_states.pt"  # what an engine with ZeRO-3 looks for
@@ -134,7 +134,12 @@ def decoded(value: Any) -> Any:
     return {key: decoded(item) for key, item in value.items()}
 
 
-def _settings(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def grouped(content: Content) -> list[dict[str, Any]]:
+    """The groups of the optimizer; one of all parameters, if none are known."""
+    return content.groups or [{"params": list(content.params)}]
+
+
+def settings_of_groups(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     made = []
     for index, group in enumerate(groups):
         found = {key: decoded(value) for key, value in group.items() if key != "params"}
@@ -144,37 +149,44 @@ def _settings(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return made
 
 
-def _optimizer_state(content: Content, extra: dict[str, Any]) -> dict[str, Any]:
-    """What is not of one parameter. Both as ZeRO-1 and 2 look for it, and as ZeRO-3 does."""
+def kept_settings(extra: dict[str, Any]) -> dict[str, Any]:
+    """What an optimizer's wrapper keeps beside its tensors, of a checkpoint that came from DeepSpeed."""
     kept = {key: decoded(value) for key, value in extra.get("optimizer", {}).items()}
     scaler = kept.pop("loss_scaler", None) or {}
     if scaler.get("class") in ("LossScaler", "DynamicLossScaler"):
         kept["loss_scaler"] = Instance("deepspeed.runtime.fp16.loss_scaler", scaler["class"], scaler["fields"])
-    groups = _settings(content.groups or [{"params": list(content.params)}])
+    return {**kept, "ds_version": extra.get("ds_version", VERSION)}
+
+
+def _optimizer_state(content: Content, extra: dict[str, Any]) -> dict[str, Any]:
+    """What is not of one parameter. Both as ZeRO-1 and 2 look for it, and as ZeRO-3 does."""
+    groups = settings_of_groups(grouped(content))
     steps = list(content.scalars.get("step", {}).values())
     state = {index: {"step": number(steps[0])} for index in range(len(groups))} if steps else {}
     return {
-        **kept,
-        "ds_version": extra.get("ds_version", _VERSION),
+        **kept_settings(extra),
         "param_groups": groups,
         "optimizer_state_dict": {"state": state, "param_groups": groups},
     }
 
 
-def _model_state(content: Content, extra: dict[str, Any]) -> dict[str, Any]:
-    """What an engine reads beside the parameters, whose values it takes from their own files: here they are empty, as
-    ZeRO-3 leaves them, and tell the type that the module computes in.
+def _emptied_module(content: Content) -> dict[str, Lazy]:
+    """The types that the module computes in, in tensors as empty as ZeRO-3 leaves them: an engine takes the values from
+    the parameters' own files.
     """
-    emptied = {name: _emptied(content.dtypes.get(name, tensor.dtype)) for name, tensor in content.params.items()}
-    module = OrderedDict({**emptied, **content.frozen, **content.buffers})
+    return {name: _emptied(content.dtypes.get(name, tensor.dtype)) for name, tensor in content.params.items()}
+
+
+def model_state(content: Content, extra: dict[str, Any], weights: dict[str, Lazy], ranks: int) -> dict[str, Any]:
+    """What mp_rank_00_model_states.pt holds, with these weights of what is trained."""
+    module = OrderedDict({**weights, **content.frozen, **content.buffers})
     module.update({alias: module[owner] for alias, owner in content.tied.items() if owner in module})
-    grouped = [group["params"] for group in content.groups] or [list(content.params)]
     return {
         **decoded(extra.get("client_state", {})),
         "module": module,
         "buffer_names": list(content.buffers),
         "optimizer": None,
-        "param_shapes": [_shapes(content.params, names) for names in grouped],
+        "param_shapes": [_shapes(content.params, names) for names in (group["params"] for group in grouped(content))],
         "frozen_param_shapes": _shapes(content.frozen, list(content.frozen)) if content.frozen else None,
         "shared_params": dict(content.tied),
         "frozen_param_fragments": None,
@@ -184,11 +196,11 @@ def _model_state(content: Content, extra: dict[str, Any]) -> dict[str, Any]:
         "skipped_steps": int(extra.get("skipped_steps", 0)),
         "global_steps": content.step,
         "global_samples": int(extra.get("global_samples", 0)),
-        "dp_world_size": 1,
+        "dp_world_size": ranks,
         "mp_world_size": 1,
         "checkpoint_parallel_dimensions": {"pp_degree": 1, "tp_degree": 1},
         "ds_config": decoded(extra.get("ds_config", {})),
-        "ds_version": extra.get("ds_version", _VERSION),
+        "ds_version": extra.get("ds_version", VERSION),
         INFO: decoded(extra.get(INFO)) or {"universal_checkpoint_version": 0.2},
     }
 

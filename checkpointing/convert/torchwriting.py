@@ -6,7 +6,7 @@ import os
 import struct
 import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from ..universal.dtypes import numpy_dtype
 from .content import ConversionError, Lazy
 from .filetensor import contiguous
 from .unpickling import STORAGES, Dtype
@@ -36,6 +37,23 @@ class Instance:
     module: str
     name: str
     fields: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A flat tensor that is too large to be held: `chunks` gives its elements run by run, in order."""
+
+    elements: int
+    dtype: str
+    chunks: Callable[[], Iterator[np.ndarray]]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.elements,)
+
+    @property
+    def nbytes(self) -> int:
+        return self.elements * numpy_dtype(self.dtype).itemsize
 
 
 def save(path: Path, value: Any) -> None:
@@ -71,7 +89,16 @@ def _entry(name: str) -> zipfile.ZipInfo:
     return zipfile.ZipInfo(f"{_ROOT}/{name}")
 
 
-def _write(archive: zipfile.ZipFile, number: int, tensor: Lazy) -> None:
+def _write(archive: zipfile.ZipFile, number: int, tensor: Lazy | Stream) -> None:
+    if isinstance(tensor, Stream):
+        written = 0
+        with archive.open(_entry(f"data/{number}"), "w", force_zip64=tensor.nbytes >= 1 << 31) as entry:
+            for chunk in tensor.chunks():
+                entry.write(np.ascontiguousarray(chunk).reshape(-1).view(np.uint8).data)
+                written += chunk.nbytes
+        if written != tensor.nbytes:
+            raise ConversionError(f"a flat tensor of {tensor.nbytes} bytes was given {written}")
+        return
     array = tensor.read()
     if array.shape != tensor.shape or array.nbytes != tensor.nbytes:
         raise ConversionError(f"{tensor.origin}: gave {array.dtype}{list(array.shape)}; expected {list(tensor.shape)}")
@@ -84,7 +111,7 @@ class _Pickler:
     """Protocol 2, of the few kinds of values that there are. Tensors are numbered in the order they are met."""
 
     def __init__(self) -> None:
-        self.tensors: list[Lazy] = []
+        self.tensors: list[Lazy | Stream] = []
         self._numbers: dict[int, int] = {}
         self._out: list[bytes] = []
 
@@ -104,7 +131,7 @@ class _Pickler:
         elif isinstance(value, str):
             data = value.encode()
             self._out.append(b"X" + struct.pack("<I", len(data)) + data)
-        elif isinstance(value, Lazy):
+        elif isinstance(value, Lazy | Stream):
             self._tensor(value)
         elif isinstance(value, Dtype):
             self._global("torch", value.name)
@@ -163,7 +190,7 @@ class _Pickler:
         self._save(value.fields)
         self._out.append(b"b")
 
-    def _tensor(self, tensor: Lazy) -> None:
+    def _tensor(self, tensor: Lazy | Stream) -> None:
         if id(tensor) not in self._numbers:
             self._numbers[id(tensor)] = len(self.tensors)
             self.tensors.append(tensor)

@@ -10,7 +10,8 @@ import pytest
 import torch
 from everstep.checkpointing.convert import deepspeed, deepspeed_universal
 from everstep.checkpointing.convert.content import Content, ConversionError, Lazy
-from everstep.checkpointing.convert.formats import Options, detect
+from everstep.checkpointing.convert.formats import Format, Options, detect
+from everstep.checkpointing.convert.torchfile import load
 from everstep.checkpointing.convert.work import Work
 
 from tests.jobs.peers import run_peer
@@ -141,10 +142,10 @@ def test_deepspeeds_own_conversion_is_read(variant: str, samples: Path) -> None:
         assert content.dtypes == original.dtypes
 
 
-def written(content: Content, out: Path, options: Options | None = None) -> Path:
+def written(content: Content, out: Path, module: Format = deepspeed_universal, **settings: str) -> Path:
     out.mkdir()
     work = Work(out, threads=2, budget_bytes=1 << 20)
-    deepspeed_universal.write(content, out, options or Options(), work)
+    module.write(content, out, Options(settings=settings), work)
     work.close()
     return out
 
@@ -163,6 +164,44 @@ def test_a_round_trip_gives_the_bytes_back(variant: str, samples: Path, tmp_path
         assert back[key] == kept[key], key
 
 
+@pytest.mark.parametrize("variant", ["z1-fp32", "z1-bf16", "z2-bf16"])
+def test_partitions_are_written_as_deepspeed_cuts_them(variant: str, samples: Path, tmp_path: Path) -> None:
+    """Of as many ranks: every rank's flat partitions, moments and maps are those of the original's files."""
+    content = deepspeed.read(samples / variant, Options())
+    out = written(content, tmp_path / "out", deepspeed, dp="2", stage=variant[1])
+    for path in sorted((samples / variant / "global_step3").glob("*_optim_states.pt")):
+        ours, theirs = (load(folder / "global_step3" / path.name) for folder in (out, samples / variant))
+        ours, theirs = ours["optimizer_state_dict"], theirs["optimizer_state_dict"]
+        for key in ("group_paddings", "partition_count", "clip_grad"):
+            assert ours[key] == theirs[key], key
+        for index, flat in enumerate(theirs["single_partition_of_fp32_groups"]):
+            assert ours["single_partition_of_fp32_groups"][index].read().tobytes() == flat.read().tobytes()
+            one, other = (each["base_optimizer_state"]["state"][index] for each in (ours, theirs))
+            assert one.keys() == other.keys()
+            for key, tensor in other.items():
+                assert (one[key].shape, one[key].dtype) == (tensor.shape, tensor.dtype)
+                end = flat.elements if tensor.shape else 1  # what pads the moments is never read
+                assert one[key].read().reshape(-1)[:end].tobytes() == tensor.read().reshape(-1)[:end].tobytes(), key
+            maps = [each["param_slice_mappings"][index] for each in (ours, theirs)]
+            first, second = ({name: address.fields for name, address in found.items()} for found in maps)
+            assert first == second
+    check(deepspeed.read(out, Options()), expected(samples / variant))
+
+
+@pytest.mark.parametrize(("variant", "ranks"), [("z3-bf16", 1), ("z3-fp32", 3), ("z1-bf16", 16)])
+def test_plain_checkpoints_of_any_number_of_ranks(variant: str, ranks: int, samples: Path, tmp_path: Path) -> None:
+    out = written(deepspeed.read(samples / variant, Options()), tmp_path / "out", deepspeed, dp=str(ranks))
+    assert detect(out) == "deepspeed"
+    assert len(list(out.glob("*/*_optim_states.pt"))) == ranks
+    again = deepspeed.read(out, Options())
+    check(again, expected(samples / variant))
+    assert steps(again) == {3.0}
+    for settings, message in (({"dp": "none"}, "dp=none: expected a number"), ({"stage": "3"}, "from 1 to 2")):
+        with pytest.raises(ConversionError, match=message):
+            deepspeed.write(again, tmp_path, Options(settings=settings), Work(tmp_path, threads=1, budget_bytes=1))
+
+
+RESUMES = {"resume-z1-fp32": "z1-fp32", "resume-z2-bf16": "z3-bf16"}
 LOADS = {"load-z1-fp32": "z1-fp32", "load-z2-bf16": "z1-bf16", "load-z1-bf16": "z3-bf16", "load-z3-bf16": "z2-bf16"}
 
 
@@ -170,20 +209,22 @@ LOADS = {"load-z1-fp32": "z1-fp32", "load-z2-bf16": "z1-bf16", "load-z1-bf16": "
 def loads(samples: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Engines of one rank and another stage that loaded what we wrote of checkpoints of two."""
     out = tmp_path_factory.mktemp("loads")
-    for load, variant in LOADS.items():
-        written(deepspeed.read(samples / variant, Options()), out / load)
-    run_peer(SCRIPT, out, "1", *LOADS)
+    for name, variant in LOADS.items():
+        written(deepspeed.read(samples / variant, Options()), out / name)
+    for name, variant in RESUMES.items():
+        written(deepspeed.read(samples / variant, Options()), out / name, deepspeed, dp="1")
+    run_peer(SCRIPT, out, "1", *LOADS, *RESUMES)
     return out
 
 
-@pytest.mark.parametrize("load", LOADS)
-def test_engines_of_another_size_load_what_is_written(load: str, loads: Path, samples: Path) -> None:
-    truth = expected(samples / LOADS[load])
-    (found,) = truths(loads / load)
+@pytest.mark.parametrize("name", [*LOADS, *RESUMES])
+def test_engines_of_another_size_load_what_is_written(name: str, loads: Path, samples: Path) -> None:
+    truth = expected(samples / {**LOADS, **RESUMES}[name])
+    (found,) = truths(loads / name)
     assert found["fp32"].keys() == truth["fp32"].keys()
     for key in ("fp32", "exp_avg", "exp_avg_sq"):
-        for name, tensor in truth[key].items():
-            assert raw(found[key][name]) == raw(tensor), f"{key} of {name}"
+        for parameter, tensor in truth[key].items():
+            assert raw(found[key][parameter]) == raw(tensor), f"{key} of {parameter}"
     assert found["step"] == 3
     assert found["scheduler"] == {"last_batch_iteration": 2}
 

@@ -170,12 +170,12 @@ def zero(out: Path, rank: int, stage: int, dtype: str, **more) -> None:
     save(engine, out, rank)
 
 
-def loaded(out: Path, rank: int, stage: int, dtype: str, **more) -> None:
-    """An engine at this world size that loads the universal checkpoint in OUT/<variant>/."""
+def loaded(out: Path, rank: int, stage: int, dtype: str, universal: bool = True, **more) -> None:
+    """An engine at this world size that loads the checkpoint in OUT/<variant>/, universal or not."""
     torch.manual_seed(7)
     model = Net().to(getattr(torch, dtype))
     optimizer = torch.optim.AdamW(groups(model), lr=0.5)
-    settings = {**config(stage, dtype, **more), "checkpoint": {"load_universal": True}}
+    settings = {**config(stage, dtype, **more), "checkpoint": {"load_universal": universal}}
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     path, client = engine.load_checkpoint(str(out))
     assert path is not None
@@ -283,6 +283,9 @@ LOADS = {
     )
     for stage in (1, 2, 3)
     for dtype in ("fp32", "bf16")
+} | {
+    "resume-z1-fp32": lambda out, rank: loaded(out, rank, 1, "float32", universal=False),
+    "resume-z2-bf16": lambda out, rank: loaded(out, rank, 2, "bfloat16", universal=False),
 }
 
 
