@@ -11,6 +11,7 @@ import numpy as np
 
 from ..universal.dtypes import numpy_dtype
 from .content import ConversionError, Lazy
+from .sharding import same_bits
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,7 @@ class Affine:
         if block.scale != 1:
             values = values / values.dtype.type(block.scale)
         to, done = block.view(out, block.whole), block.view(written, block.whole)
-        before = np.ascontiguousarray(to[done])
-        if before.size and before.tobytes() != np.ascontiguousarray(values[done]).tobytes():
+        if done.any() and not (same_bits(to, values) if done.all() else same_bits(to[done], values[done])):
             raise ConversionError(f"{name}: ranks {list(block.holders)} hold a block differently; first seen on {rank}")
         to[...] = values
         done[...] = True

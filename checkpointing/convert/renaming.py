@@ -14,6 +14,7 @@ from typing import Literal, Protocol, TypeVar
 import numpy as np
 
 from ..universal.dtypes import numpy_dtype
+from .casting import cast
 from .content import Content, ConversionError, Lazy
 from .patterns import Pattern, Table
 
@@ -220,11 +221,13 @@ def rename(
     groups = _groups(rules, direction, names, variables or {})
     made = Content(
         step=content.step,
-        params=_tensors(groups, content.params, direction, cast=True),
-        optimizer={state: _tensors(groups, found, direction) for state, found in content.optimizer.items()},
+        params=_tensors(groups, content.params, direction, states=False),
+        optimizer={
+            state: _tensors(groups, found, direction, states=True) for state, found in content.optimizer.items()
+        },
         scalars={state: _values(groups, found, state) for state, found in content.scalars.items()},
-        buffers=_tensors(groups, content.buffers, direction, cast=True),
-        frozen=_tensors(groups, content.frozen, direction, cast=True),
+        buffers=_tensors(groups, content.buffers, direction, states=False),
+        frozen=_tensors(groups, content.frozen, direction, states=False),
         dtypes=_values(groups, content.dtypes, "dtype"),
         layers=_values(groups, content.layers, "layer"),
         scheduler=content.scheduler,
@@ -284,7 +287,7 @@ def _present(group: _Group, found: Mapping[str, T], what: str) -> bool:
     return bool(here)
 
 
-def _tensors(groups: list[_Group], found: dict[str, Lazy], direction: Direction, cast: bool = False) -> dict[str, Lazy]:
+def _tensors(groups: list[_Group], found: dict[str, Lazy], direction: Direction, *, states: bool) -> dict[str, Lazy]:
     made: dict[str, Lazy] = {}
     for group in groups:
         if not group.targets or not _present(group, found, "tensor beside the others"):
@@ -295,7 +298,7 @@ def _tensors(groups: list[_Group], found: dict[str, Lazy], direction: Direction,
             tensors = change(group.sources[0], tensors)
         if len(tensors) != len(group.targets):
             raise ConversionError(f"{group.note}: makes {len(tensors)} tensors")
-        if cast and group.rule.dtype:
+        if group.rule.dtype and not states:
             tensors = [_cast(tensor, group.rule.dtype) for tensor in tensors]
         made.update(zip(group.targets, tensors, strict=True))
     return made
@@ -304,7 +307,7 @@ def _tensors(groups: list[_Group], found: dict[str, Lazy], direction: Direction,
 def _cast(tensor: Lazy, dtype: str) -> Lazy:
     if tensor.dtype == dtype:
         return tensor
-    return replace(tensor, dtype=dtype, read=lambda: tensor.read().astype(numpy_dtype(dtype)))
+    return replace(tensor, dtype=dtype, read=lambda: cast(tensor.read(), dtype))
 
 
 def _values(groups: list[_Group], found: dict[str, T], what: str) -> dict[str, T]:

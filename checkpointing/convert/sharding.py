@@ -37,6 +37,14 @@ def even(size: int, ranks: int) -> list[int]:
     return [size // ranks + (rank < size % ranks) for rank in range(ranks)]
 
 
+def same_bits(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two arrays of one type are equal bit for bit: NaN is itself, and zeros of two signs differ."""
+    if one.dtype.kind == "c":
+        return same_bits(one.real, other.real) and same_bits(one.imag, other.imag)
+    bits = np.dtype(f"u{one.itemsize}")
+    return bool(np.array_equal(one.view(bits), other.view(bits)))
+
+
 def _same_dtype(name: str, pieces: Sequence[Lazy]) -> str:
     if not pieces:
         raise ConversionError(f"{name}: no piece of it was found")
@@ -66,7 +74,7 @@ class Replicated:
         def read() -> np.ndarray:
             first = pieces[0].read()
             for rank, piece in enumerate(pieces[1:], 1):
-                if piece.read().tobytes() != first.tobytes():
+                if not same_bits(piece.read(), first):
                     raise ConversionError(
                         f"{name}: replicated, but rank {rank} ({piece.origin}) differs from rank 0 ({pieces[0].origin})"
                     )

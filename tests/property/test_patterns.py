@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from everstep.checkpointing.convert.sharding import (
     Replicated,
     Vocabulary,
     even,
+    same_bits,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -347,3 +349,35 @@ def test_what_the_rules_do_not_cover_is_listed() -> None:
     del dropped.optimizer["exp_avg"]["model.layers.7.mlp.up_proj.weight"]
     with pytest.raises(ConversionError, match=r"mlp\.up_proj\.weight has no tensor beside the others"):
         rename(rules, "a to b", dropped, variables)
+
+
+def test_types_and_uneven_joins(tmp_path: Path) -> None:
+    """A type is of parameters, not of moments; parts of different sizes need to be told on the way back."""
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        '[[name]]\na = ["q.{n}", "k.{n}"]\nb = "qk.{n}"\nhow = "concat"\nsizes = [4, 2]\ndim = 1\ndtype = "bfloat16"\n'
+    )
+    rules = read_rules(path).names
+    content = Content(step=1, params={"q.0": lazy(numbered(2, 4)), "k.0": lazy(numbered(2, 2))})
+    content.optimizer = {"exp_avg": dict(content.params)}
+    joined = rename(rules, "a to b", content)
+    assert joined.params["qk.0"].dtype == "bfloat16"
+    assert joined.optimizer["exp_avg"]["qk.0"].dtype == "float32"
+    whole = np.concatenate([numbered(2, 4), numbered(2, 2)], axis=1)
+    same(joined.params["qk.0"], whole)
+    back = rename(rules, "b to a", joined)
+    equal(Content(step=1, params=back.params, optimizer=back.optimizer), content)
+
+
+@given(st.sampled_from(["float32", "int16", "uint8", "complex128", "complex64", "float64"]), st.integers(0, 3))
+def test_bits_are_compared(dtype: str, at: int) -> None:
+    one = (np.arange(4) - 2).astype(dtype)
+    one[at] = 0
+    other = one.copy()
+    assert same_bits(one, other)
+    assert same_bits(one[::2], other[::2])
+    if one.dtype.kind in "fc":
+        other[at] = -0.0
+        assert not same_bits(one, other)
+        other[at] = one[at] = np.nan
+        assert same_bits(one, other)
