@@ -56,10 +56,11 @@ class ChunkWriter:
         rows = min(array.chunk_rows, array.rows - chunk * array.chunk_rows)
         if len(view) != rows * array.row_bytes:
             raise CheckpointError(f"{path}: chunk {chunk} has {len(view)} bytes, expected {rows * array.row_bytes}")
-        self._sums[path][chunk] = _checksum_of_both(view, room)
+        told = _checksum_of_both(view, room)
         self.store.put(f"{path}/{array.key(chunk)}", [view, room] if room else [view])
         if chunk == 0:
             self.store.put(f"{path}/zarr.json", [array.zarr_json()])
+        self._sums[path][chunk] = told
         self.written_bytes += array.chunk_bytes
 
     def has(self, path: str, chunk: int) -> bool:
