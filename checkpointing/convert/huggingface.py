@@ -29,9 +29,9 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _OLD_SINGLE = "pytorch_model.bin"
 _OLD_INDEX = "pytorch_model.bin.index.json"
-_CONFIGS = ("config.json", "generation_config.json")
+_CONFIGS = {"config": "config.json", "generation_config": "generation_config.json"}
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings|shared)\.weight$")
-_HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
+_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output_layer)\.weight$")
 _BUFFER = re.compile(r"(^|\.)(running_mean|running_var|num_batches_tracked|inv_freq|masked_bias|.*_cached)$")
 _WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
@@ -51,9 +51,9 @@ def read(path: Path, options: Options) -> Content:
     """The model in the folder `path`, or in one file."""
     folder = path if path.is_dir() else path.parent
     found = _Found.of(path)
-    config = _json(folder / "config.json") if (folder / "config.json").exists() else {}
+    configs = {key: _json(folder / name) for key, name in _CONFIGS.items() if (folder / name).exists()}
     content = Content(step=0)
-    tied = _tied(found, config)
+    tied = _tied(found, configs.get("config", {}))
     for name, tensor in found.tensors.items():
         if name in tied:
             content.notes[name] = f"tied to {tied[name]}"
@@ -63,8 +63,7 @@ def read(path: Path, options: Options) -> Content:
         room[name] = tensor.lazy(f"{tensor.path.name}:{name}")
         content.notes[name] = f"{name} in {tensor.path.name}"
     content.tied = tied
-    configs = {name: _json(folder / name) for name in _CONFIGS if (folder / name).exists()}
-    content.extra[EXTRA] = {"configs": configs}
+    content.extra[EXTRA] = configs
     return content
 
 
@@ -179,11 +178,13 @@ def write(content: Content, out: Path, options: Options, work: Work) -> None:
 
 def _weights(content: Content) -> dict[str, Lazy]:
     """What the module's state dictionary holds; the rows that Megatron pads embeddings with are left."""
-    rows = content.extra.get("megatron", {}).get("vocab_size")
+    kept = content.extra.get("megatron", {})
+    rows, padded = kept.get("vocab_size"), kept.get("padded_vocab_size")
     weights = {**content.params, **content.frozen, **content.buffers}
-    for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
-        if rows and name in weights and weights[name].shape[0] > rows:
-            weights[name] = _first_rows(weights[name], int(rows))
+    if rows and padded and rows < padded:
+        for name, tensor in weights.items():
+            if (_EMBEDDING.search(name) or _HEAD.search(name)) and tensor.shape[0] == padded:
+                weights[name] = _first_rows(tensor, int(rows))
     return weights
 
 
@@ -260,7 +261,9 @@ def _placing(path: Path, offset: int, data: Callable[[], Any]) -> Callable[[], N
 
 
 def _configs(content: Content, options: Options) -> dict[str, Any]:
-    configs = {name: dict(value) for name, value in content.extra.get(EXTRA, {}).get("configs", {}).items()}
+    """What the other files of the model hold, by their names."""
+    kept = content.extra.get(EXTRA, {})
+    configs = {file: dict(kept[key]) for key, file in _CONFIGS.items() if key in kept}
     if "config" in options.settings:
         configs["config.json"] = _json(Path(options.settings["config"]))
     if "config.json" in configs and "dtype" in options.settings:

@@ -171,9 +171,7 @@ def _extra(index: Index, common: Common, naming: Naming) -> dict[str, object]:
         elif not name.startswith("common_state/"):
             dropped.append(name)
     return {
-        "common": values,
-        "vocab_size": common.args.get("vocab_size"),
-        "padded_vocab_size": common.args.get("padded_vocab_size"),
+        **values,
         "stacked": naming.stacked,
         "empty": empty,
         "dropped": [*common.dropped, *dropped],

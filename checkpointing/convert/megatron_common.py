@@ -16,6 +16,7 @@ from .megatron_names import Naming
 from .unpickling import Record
 
 TRACKER = "latest_checkpointed_iteration.txt"
+SPEC = "everstep_spec"  # what we note in what we write: how the live modules were named
 _OBJECT = "common_state/shard_0_1"  # where megatron-core 0.20 keeps what common.pt held
 
 
@@ -87,7 +88,7 @@ def _checked(folder: Path, values: dict[str, Any]) -> Common:
 
 def naming(common: Common, index: Index, settings: dict[str, str]) -> Naming:
     """How the live modules are named: as the user said, else as the arguments say, else by what was stored."""
-    implementation = settings.get("spec") or common.args.get("transformer_impl")
+    implementation = settings.get("spec") or common.args.get("transformer_impl") or common.values.get(SPEC)
     if implementation not in (None, "local", "transformer_engine"):
         raise ConversionError(f"spec is {implementation!r}; expected local or transformer_engine")
     if implementation is None:
@@ -147,6 +148,11 @@ def _of_buckets(prefix: str, index: Index) -> dict[str, Any]:
 
 def kept(common: Common) -> dict[str, Any]:
     """What is not understood, as JSON, to be written back."""
-    skipped = ("optimizer", "rng_state", "opt_param_scheduler")
+    skipped = ("args", "optimizer", "rng_state", "opt_param_scheduler")
     rest = {key: value for key, value in common.values.items() if key not in skipped}
-    return {key: json_values.encode(value, common.dropped, key) for key, value in rest.items()}
+    return {
+        "args": json_values.encode(common.args, common.dropped, "args"),
+        "common": {key: json_values.encode(value, common.dropped, key) for key, value in rest.items()},
+        "vocab_size": common.args.get("vocab_size"),
+        "padded_vocab_size": common.args.get("padded_vocab_size"),
+    }

@@ -260,9 +260,9 @@ def _settings(content: Content, first: _Rank) -> None:
     schedule = first.values.get("opt_param_scheduler")
     if isinstance(schedule, dict):
         content.scheduler = json_values.encode(schedule, dropped, "opt_param_scheduler")
-    common = {key: first.values[key] for key in ("args", "checkpoint_version", "iteration") if key in first.values}
     content.extra[EXTRA] = {
-        "common": {key: json_values.encode(value, dropped, key) for key, value in common.items()},
+        "args": json_values.encode(first.args, dropped, "args"),
+        "common": {key: first.values[key] for key in ("checkpoint_version", "iteration") if key in first.values},
         "vocab_size": first.args.get("vocab_size"),
         "padded_vocab_size": first.args.get("padded_vocab_size"),
         "dropped": [*dropped, "rng_state"],

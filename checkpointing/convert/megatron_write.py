@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from .casting import cast
 from .content import Content, ConversionError, Lazy
 from .dcp_writing import Object, Part, write_checkpoint
 from .formats import Options
+from .megatron_common import SPEC
 from .megatron_names import Naming, Place, naming_of, place
 from .work import Work
 
@@ -45,7 +47,7 @@ def write(content: Content, out: Path, options: Options, work: Work) -> None:
     layout = _Layout(naming, _shapes(content, naming))
     padding = _padding(kept, options)
     write_checkpoint(folder, _parts(content, layout, padding), _objects(content, layout, kept), work)
-    _write_common(folder, content, kept)
+    _write_common(folder, content, naming, kept)
     _replace(folder / "metadata.json", lambda path: path.write_text(json.dumps(_METADATA)))
     _replace(out / "latest_checkpointed_iteration.txt", lambda path: path.write_text(str(content.step)))
 
@@ -139,12 +141,15 @@ def _objects(content: Content, layout: _Layout, kept: dict[str, Any]) -> Iterato
         yield Object(name, [None])
 
 
-def _write_common(folder: Path, content: Content, kept: dict[str, Any]) -> None:
+def _write_common(folder: Path, content: Content, naming: Naming, kept: dict[str, Any]) -> None:
     import torch
 
     common = json_values.decode(kept.get("common", {}))
+    if "args" in kept:
+        common["args"] = Namespace(**json_values.decode(kept["args"]))
     common.setdefault("checkpoint_version", 3.0)
     common["iteration"] = content.step
+    common[SPEC] = "local" if naming.local else "transformer_engine"
     if content.scheduler is not None:
         common["opt_param_scheduler"] = json_values.decode(content.scheduler)
     if content.optimizer:

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from everstep.checkpointing.convert import formats
+from everstep.checkpointing.convert import driver, formats
 from everstep.checkpointing.convert.content import Content, Lazy
+from everstep.checkpointing.convert.driver import Conversion
 from everstep.checkpointing.convert.formats import Options
 from everstep.checkpointing.convert.work import Work
 
@@ -26,6 +27,15 @@ def write(name: str, content: Content, out: Path, **settings: str) -> Path:
     formats.load(name).write(content, out, Options(settings=settings), work)
     work.close()
     return out
+
+
+def through_universal(source: Path, out: Path, to: str) -> Content:
+    """What is read of a checkpoint after it went into the universal form and out of it, its format found out."""
+    for begin, end, form in ((source, out / "universal", driver.UNIVERSAL), (out / "universal", out / "back", to)):
+        conversion = Conversion(source=str(begin), destination=str(end), to=form)
+        driver.convert(conversion, driver.prepare(conversion))
+    assert driver.format_of(str(out / "back")) == to
+    return read(to, out / "back")
 
 
 def held(tensor: torch.Tensor) -> bytes:

@@ -13,7 +13,7 @@ import torch.distributed.checkpoint as dcp
 from everstep.checkpointing.convert.content import Content, ConversionError, Lazy, Scalar
 
 from ..jobs.peers import run_peer
-from .comparing import assert_equal_contents, assert_tensors, held, load_truth, read, write
+from .comparing import assert_equal_contents, assert_tensors, held, load_truth, read, through_universal, write
 
 SCRIPT = Path(__file__).parent / "samples" / "fsdp_samples.py"
 STEPS = 3
@@ -84,6 +84,12 @@ def test_round_trip_returns_the_bytes(loaded: Path, case: str) -> None:
     first, second = read("dcp", loaded / case / "checkpoint"), read("dcp", loaded / case / "converted")
     assert_equal_contents(first, second)
     assert first.extra == second.extra
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_round_trip_through_universal_returns_the_bytes(saved: Path, tmp_path: Path, case: str) -> None:
+    source = saved / case / "checkpoint"
+    assert_equal_contents(read("dcp", source), through_universal(source, tmp_path, "dcp"))
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -182,5 +188,5 @@ def test_refuses_files_outside(saved: Path, tmp_path: Path) -> None:
     folder = damaged(saved, tmp_path / "bad")
     data = (folder / ".metadata").read_bytes()
     (folder / ".metadata").write_bytes(data.replace(b"__1_0.distcp", b"../../../xyz"))
-    with pytest.raises(ConversionError, match="scale is at .*expected a file in the checkpoint's folder"):
+    with pytest.raises(ConversionError, match=r"scale is at .*expected a file in the checkpoint's folder"):
         read("dcp", folder)

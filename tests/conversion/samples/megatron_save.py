@@ -17,9 +17,9 @@ CASES = (
     Case("plain", tp=2, pp=2),
     Case("single", tp=2, bf16=False, swiglu=False, tied=False, layers=2),
     Case("reshardable", tp=2, sharding="fully_reshardable", tied=False),
-    Case("buckets", tp=2, pp=2, sharding="dp_reshardable"),
-    Case("small-buckets", pp=2, sharding="dp_reshardable", tied=False, bucket=8000),
-    Case("experts", pp=2, ep=2, experts=4, sharding="fully_reshardable"),
+    Case("buckets", tp=2, pp=2, sharding="dp_reshardable", layers=2),
+    Case("small-buckets", pp=2, sharding="dp_reshardable", tied=False, layers=2, bucket=4000),
+    Case("experts", pp=2, ep=2, experts=4, sharding="fully_reshardable", layers=2),
     Case("expert-buckets", ep=2, experts=4, sharding="dp_reshardable", layers=2),
 )
 
