@@ -35,7 +35,7 @@ def read_box(tensor: Tensor, offsets: tuple[int, ...], sizes: tuple[int, ...]) -
             continue
         source = [(a - o, b - o) for a, b, o in zip(low, high, chunk.offsets, strict=True)]
         target = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, offsets, strict=True))
-        out[target] = _part(stored(tensor, chunk), source)
+        _fill(out[(*target, ...)], stored(tensor, chunk), source)
     return out
 
 
@@ -56,19 +56,28 @@ def stored(tensor: Tensor, chunk: Chunk) -> FileTensor:
     return found
 
 
-def _part(found: FileTensor, ranges: list[tuple[int, int]]) -> np.ndarray:
-    """A box of a stored chunk: the contiguous run that holds it is read, and what is not of the box is cut off."""
+def _fill(out: np.ndarray, found: FileTensor, ranges: list[tuple[int, int]]) -> None:
+    """Read a box of a stored chunk into `out`, without a copy if both are runs of memory.
+
+    Otherwise the run of the file that holds the box is read, and what is not of the box is left.
+    """
     if not found.is_contiguous:
-        return found.read()[tuple(slice(*each) for each in ranges)]
+        out[...] = found.read()[tuple(slice(*each) for each in ranges)]
+        return
     start, inner = 0, found.elements
+    axis = 0
     for axis, (begin, end) in enumerate(ranges):
         inner //= found.shape[axis]
         start += begin * inner
-        if end - begin > 1 or axis == len(ranges) - 1:
-            run = found.part(start, (end - begin) * inner).read()
-            rows = run.reshape((1,) * axis + (end - begin, *found.shape[axis + 1 :]))
-            return rows[(slice(None),) * (axis + 1) + tuple(slice(*each) for each in ranges[axis + 1 :])]
-    return found.read()  # no axes: one number
+        if end - begin > 1:
+            break
+    begin, end = ranges[axis] if ranges else (0, 1)
+    run = found.part(start, (end - begin) * inner)
+    if run.elements == out.size and out.flags.c_contiguous:
+        run.read_into(out)
+        return
+    rows = run.read().reshape((1,) * axis + (end - begin, *found.shape[axis + 1 :]))
+    out[...] = rows[(slice(None),) * (axis + 1) + tuple(slice(*each) for each in ranges[axis + 1 :])]
 
 
 def load_object(index: Index, name: str) -> Any:
