@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from ..universal.dtypes import NAMES
 from . import torchfile
+from .boxes import Boxes
 from .content import ConversionError
 
 NAME = ".metadata"
@@ -62,6 +64,10 @@ class Tensor:
     dtype: str
     shape: tuple[int, ...]
     chunks: tuple[Chunk, ...]
+
+    @cached_property
+    def boxes(self) -> Boxes[Chunk]:
+        return Boxes(self.chunks)
 
 
 @dataclass

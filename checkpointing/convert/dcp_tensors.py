@@ -28,14 +28,9 @@ def box(tensor: Tensor, offsets: tuple[int, ...], sizes: tuple[int, ...], shape:
 def read_box(tensor: Tensor, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> np.ndarray:
     """The elements of a box of a tensor. Reads no more of the chunks than the rows that it needs."""
     out = np.empty(sizes, numpy_dtype(tensor.dtype))
-    for chunk in tensor.chunks:
-        low = tuple(max(a, b) for a, b in zip(offsets, chunk.offsets, strict=True))
-        high = tuple(min(a + n, b + m) for a, n, b, m in zip(offsets, sizes, chunk.offsets, chunk.sizes, strict=True))
-        if any(end <= begin for begin, end in zip(low, high, strict=True)):
-            continue
-        source = [(a - o, b - o) for a, b, o in zip(low, high, chunk.offsets, strict=True)]
-        target = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, offsets, strict=True))
-        _fill(out[(*target, ...)], stored(tensor, chunk), source)
+    for chunk, source, target in tensor.boxes.meeting(offsets, sizes):
+        place: Any = (*target, ...)  # a view even where there are no axes
+        _fill(out[place], stored(tensor, chunk), source)
     return out
 
 

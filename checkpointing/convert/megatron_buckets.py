@@ -10,11 +10,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from ..universal.dtypes import numpy_dtype
 from . import dcp_tensors
+from .boxes import Boxes
 from .content import ConversionError
 from .dcp_metadata import Index, Tensor
 from .megatron_common import Chain, Common
@@ -94,18 +96,16 @@ class Slabs:
     shape: tuple[int, ...]
     parts: tuple[Slab, ...]
 
+    @cached_property
+    def _boxes(self) -> Boxes[Slab]:
+        return Boxes(self.parts)
+
     def read(self, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> np.ndarray:
         out = np.empty(sizes, numpy_dtype(self.parts[0].bucket.dtype))
         filled = 0
-        for slab in self.parts:
-            low = [max(a, b) for a, b in zip(offsets, slab.offsets, strict=True)]
-            high = [min(a + n, b + m) for a, n, b, m in zip(offsets, sizes, slab.offsets, slab.sizes, strict=True)]
-            if any(end <= begin for begin, end in zip(low, high, strict=True)):
-                continue
+        for slab, source, target in self._boxes.meeting(offsets, sizes):
             flat = dcp_tensors.read_box(slab.bucket, (slab.start,), (int(np.prod(slab.sizes, dtype=np.int64)),))
-            source = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, slab.offsets, strict=True))
-            target = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, offsets, strict=True))
-            out[target] = flat.reshape(slab.sizes)[source]
+            out[target] = flat.reshape(slab.sizes)[tuple(slice(*each) for each in source)]
             filled += out[target].size
         if filled != out.size:
             raise ConversionError(
@@ -270,7 +270,7 @@ def _position(text: str, order: tuple[str, ...], key: str) -> int:
 
 def _boxes(tensor: Tensor, index: tuple[int, ...], rank: int, ranks: int) -> _Part:
     """What one of `ranks` tensor-parallel ranks had of a tensor at `index`: the chunks tell how it was split."""
-    chunks = sorted((chunk.offsets, chunk.sizes) for chunk in tensor.chunks if chunk.offsets[: len(index)] == index)
+    chunks = [(chunk.offsets, chunk.sizes) for chunk in tensor.boxes.beginning(index)]
     if len(chunks) == 1:
         return _Part((chunks[0],), copy=rank > 0)
     if len(chunks) == ranks:
