@@ -177,24 +177,24 @@ class Manifest:
         try:
             raw = json.loads(data)
         except ValueError as error:
-            raise CheckpointError(f"{where}: the manifest is damaged: {error}", NAME) from None
+            raise CheckpointError(f"{where}/{NAME} is damaged: {error}", NAME) from None
         if not isinstance(raw, dict) or raw.get("format") != FORMAT:
-            raise CheckpointError(f"{where}: {NAME} is not the manifest of an everstep checkpoint", NAME)
+            raise CheckpointError(f"{where}/{NAME} is not the manifest of an everstep checkpoint", NAME)
         if raw.get("version") != VERSION:
             raise CheckpointError(
-                f"{where}: written in version {raw.get('version')!r} of the format; this everstep reads version "
+                f"{where}/{NAME} is written in version {raw.get('version')!r} of the format; this everstep reads version "
                 f"{VERSION}: use a newer everstep"
             )
         told = raw.pop("checksum", None)
         found = checksum(_canonical(raw))
         if told != found:
-            raise CheckpointError(f"{where}: {NAME} was changed: its checksum is {found}, expected {told}", NAME)
+            raise CheckpointError(f"{where}/{NAME} was changed: its checksum is {found}, expected {told}", NAME)
         known = {item.name for item in fields(cls)}
         values = {name: value for name, value in raw.items() if name in known}
         values["arrays"] = {path: Array.from_json(array) for path, array in raw["arrays"].items()}
         manifest = cls(**values)
         for problem in manifest.problems():
-            raise CheckpointError(f"{where}: {NAME}: {problem}", NAME)
+            raise CheckpointError(f"{where}/{NAME}: {problem}", NAME)
         return manifest
 
     def problems(self) -> Iterator[str]:
