@@ -6,6 +6,7 @@ Settings: `spec` = local or transformer_engine, where the checkpoint does not sa
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 from . import dcp_tensors, json_values
 from .content import Content, ConversionError, Lazy, Scalar
 from .dcp_metadata import Index, Tensor, read_index
+from .filetensor import FileTensor
 from .formats import Options
 from .megatron_common import (
     Chain,
@@ -33,6 +35,7 @@ from .megatron_write import write
 __all__ = ["detect", "read", "write"]
 
 EXTRA = "megatron"
+_SHARD = re.compile(r"(?P<key>.+)/shard_(?P<index>[\d.]+)_(?P<shape>[\d.]+)")
 PADDED = ("embedding.word_embeddings.weight", "output_layer.weight")
 TIED = {"output_layer.weight": "embedding.word_embeddings.weight"}
 
@@ -162,18 +165,23 @@ def _first_rows(tensor: Lazy, rows: int) -> Lazy:
 
 
 def _extra(index: Index, common: Common, naming: Naming) -> dict[str, object]:
+    """What is kept to be written back, and what is not kept."""
     values = kept(common)
-    objects = sorted(name for name in index.objects if not OPTIMIZER_KEY.match(name))
-    empty, dropped = [], []
-    for name in objects:
-        if "_extra_state/" in name and _is_empty(index, name):
-            empty.append(name)
-        elif not name.startswith("common_state/"):
-            dropped.append(name)
+    states: dict[str, list[int]] = {}  # extra states: key -> how many there are on each axis
+    dropped = []
+    for name in index.objects:
+        shard = _SHARD.fullmatch(name)
+        if shard is None or not shard["key"].endswith("_extra_state"):
+            if not OPTIMIZER_KEY.match(name) and not name.startswith("common_state/"):
+                dropped.append(name)
+        elif shard["key"] not in states:
+            states[shard["key"]] = [int(size) for size in shard["shape"].split(".")]
+            if not _is_empty(index, name):
+                dropped.append(f"{shard['key']}/*")
     return {
         **values,
         "stacked": naming.stacked,
-        "empty": empty,
+        "extra_states": states,
         "dropped": [*common.dropped, *dropped],
     }
 
@@ -190,5 +198,7 @@ def _leaves(value: object) -> Iterator[bool]:
     if isinstance(value, list | tuple):
         for each in value:
             yield from _leaves(each)
+    elif isinstance(value, FileTensor):
+        yield value.elements > 0
     else:
         yield value is not None

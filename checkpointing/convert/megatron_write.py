@@ -22,7 +22,7 @@ from .megatron_common import SPEC
 from .megatron_names import Naming, Place, naming_of, place
 from .work import Work
 
-_LINEAR = re.compile(r"^(.*(?:linear_\w+))\.weight$")  # the modules that have an extra state
+_LINEAR = re.compile(r".*\.linear_\w+\.weight\d*")  # the modules that have an extra state
 _METADATA = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -128,17 +128,17 @@ def _is_expert(name: str) -> bool:
 
 
 def _objects(content: Content, layout: _Layout, kept: dict[str, Any]) -> Iterator[Object]:
-    """The empty extra states that Megatron's linear modules ask for."""
-    names = set(kept.get("empty", ()))
-    if not names:
+    """The extra states that Megatron's modules ask for, all empty."""
+    states = {key: tuple(axes) for key, axes in kept.get("extra_states", {}).items()}
+    if not states:
         for name in content.params:
-            linear = _LINEAR.match(name)
-            where = place(f"{linear[1]}.weight", layout.naming) if linear else None
-            if where is not None and where.index:
-                index, axes = (".".join(map(str, each)) for each in (where.index, layout.axes[where.key]))
-                names.add(f"{where.key.removesuffix('weight')}_extra_state/shard_{index}_{axes}")
-    for name in sorted(names):
-        yield Object(name, [None])
+            if _LINEAR.match(name):
+                key = place(name, layout.naming).key
+                states[f"{key.removesuffix('weight')}_extra_state"] = layout.axes[key]
+    for key, axes in states.items():
+        shape = ".".join(map(str, axes or (1,)))
+        for index in np.ndindex(*(axes or (1,))):
+            yield Object(f"{key}/shard_{'.'.join(map(str, index))}_{shape}", [None])
 
 
 def _write_common(folder: Path, content: Content, naming: Naming, kept: dict[str, Any]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,20 @@ def through_universal(source: Path, out: Path, to: str) -> Content:
         driver.convert(conversion, driver.prepare(conversion))
     assert driver.format_of(str(out / "back")) == to
     return read(to, out / "back")
+
+
+def assert_read_alone(source: Path, form: str) -> None:
+    """A checkpoint's format is found out and all of it read by a process that imports neither torch nor its library."""
+    program = (
+        "import sys; from everstep.checkpointing.convert import driver;"
+        "conversion = driver.Conversion(source=sys.argv[1], destination='', to='universal');"
+        "assert driver.format_of(sys.argv[1]) == sys.argv[2], driver.format_of(sys.argv[1]);"
+        "[tensor.read() for _, _, tensor in driver.prepare(conversion).tensors()];"
+        "foreign = {'torch', 'megatron', 'safetensors', 'transformers', 'deepspeed'} & set(sys.modules);"
+        "assert not foreign, foreign"
+    )
+    done = subprocess.run([sys.executable, "-c", program, source, form], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
 
 
 def held(tensor: torch.Tensor) -> bytes:

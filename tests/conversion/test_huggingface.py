@@ -12,7 +12,16 @@ import torch
 from everstep.checkpointing.convert.content import Content, ConversionError, Lazy
 
 from ..jobs.peers import run_peer
-from .comparing import assert_equal_contents, assert_tensors, held, load_truth, read, through_universal, write
+from .comparing import (
+    assert_equal_contents,
+    assert_read_alone,
+    assert_tensors,
+    held,
+    load_truth,
+    read,
+    through_universal,
+    write,
+)
 
 SCRIPT = Path(__file__).parent / "samples" / "transformers_samples.py"
 TIED = {"tied": "model.embed_tokens.weight", "pickled": "model.embed_tokens.weight", "gpt2": "transformer.wte.weight"}
@@ -67,6 +76,11 @@ def test_round_trip_through_universal_returns_the_bytes(saved: Path, tmp_path: P
     content = read("hf", source)
     assert_equal_contents(content, through_universal(source, tmp_path, "hf"))
     assert (tmp_path / "back" / "config.json").exists()
+
+
+def test_reads_alone(saved: Path) -> None:
+    assert_read_alone(saved / "tied" / "model", "hf")
+    assert_read_alone(saved / "pickled" / "model", "hf")
 
 
 def test_shards_are_no_larger_than_asked(loaded: Path) -> None:

@@ -13,7 +13,16 @@ import torch
 from everstep.checkpointing.convert.content import ConversionError
 
 from ..jobs.peers import run_peer
-from .comparing import assert_equal_contents, assert_tensors, held, load_truth, read, through_universal, write
+from .comparing import (
+    assert_equal_contents,
+    assert_read_alone,
+    assert_tensors,
+    held,
+    load_truth,
+    read,
+    through_universal,
+    write,
+)
 
 SAMPLES = Path(__file__).parent / "samples"
 STEPS = 3
@@ -72,6 +81,14 @@ def test_reads_what_the_processes_held(saved: Path, case: str) -> None:
 def test_reads_what_legacy_processes_held(saved: Path, case: str) -> None:
     content = read("megatron-legacy", saved / case / "legacy")
     assert_is_truth(content, load_truth(saved / case / "truth.pt"))
+
+
+@pytest.mark.parametrize(
+    ("folder", "form"),
+    [("experts", "megatron"), ("buckets/iter_0000003", "megatron"), ("buckets/legacy", "megatron-legacy")],
+)
+def test_reads_alone(saved: Path, folder: str, form: str) -> None:
+    assert_read_alone(saved / folder, form)
 
 
 def test_both_forms_are_one_content(saved: Path) -> None:

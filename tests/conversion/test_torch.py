@@ -13,7 +13,16 @@ import torch.distributed.checkpoint as dcp
 from everstep.checkpointing.convert.content import Content, ConversionError, Lazy, Scalar
 
 from ..jobs.peers import run_peer
-from .comparing import assert_equal_contents, assert_tensors, held, load_truth, read, through_universal, write
+from .comparing import (
+    assert_equal_contents,
+    assert_read_alone,
+    assert_tensors,
+    held,
+    load_truth,
+    read,
+    through_universal,
+    write,
+)
 
 SCRIPT = Path(__file__).parent / "samples" / "fsdp_samples.py"
 STEPS = 3
@@ -64,6 +73,10 @@ def test_reads_models_alone(saved: Path, case: str) -> None:
         everything["head.weight"] = everything["embedding.weight"]  # nothing says that they are one
     assert_tensors({**content.params, **content.buffers}, everything, case)
     assert not content.optimizer
+
+
+def test_reads_alone(saved: Path) -> None:
+    assert_read_alone(saved / "nested" / "checkpoint", "dcp")
 
 
 @pytest.mark.parametrize("case", [*WITH_OPTIMIZER, "bare"])
