@@ -1,0 +1,33 @@
+"""More nodes are lost than are protected from: the job goes on from its newest checkpoint, and ends the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from everstep.checkpointing.universal.reader import open_checkpoint
+
+from tests.jobs.cluster import Cluster
+from tests.jobs.hosts import Hosts
+
+
+@pytest.mark.parametrize(("protection", "lost"), [("parity", (1, 2)), ("none", (2,))], ids=["parity", "none"])
+def test_more_is_lost_than_was_protected_but_there_is_a_checkpoint(protection, lost, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    flags = [f"--es-protection={protection}", f"--es-checkpoint={folder}", "--es-checkpoint-every=10"]
+    with Hosts(3) as hosts:
+        job = Cluster(hosts, tmp_path, steps=120, stages=2, flags=flags)
+        job.start()
+        with job.slowly():
+            job.until(lambda: job.events("checkpoint_saved"), 60, "a checkpoint is saved")
+            job.advance(2)
+            saved = job.events("checkpoint_saved")[-1]["version"]
+            hosts.kill(*lost)
+            job.until(lambda: job.events("planned"), 60, "the others go on")
+        job.see_to_the_end(120)
+        result = job.check()
+    assert job.events("planned")[0]["summary"].count(f"version {saved}") == 1, job.events("planned")[0]
+    again = [event["step"] for event in result.named("committed_again")]
+    assert again, "steps since the checkpoint are computed again"
+    print(f"{protection}: lost {lost}, back to {saved}, {len(again)} steps computed again, all the same")
+    assert open_checkpoint(str(folder)).manifest.step == 120
