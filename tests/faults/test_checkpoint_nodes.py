@@ -14,20 +14,21 @@ from tests.jobs.hosts import Hosts
 @pytest.mark.parametrize(("protection", "lost"), [("parity", (1, 2)), ("none", (2,))], ids=["parity", "none"])
 def test_more_is_lost_than_was_protected_but_there_is_a_checkpoint(protection, lost, tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
-    flags = [f"--es-protection={protection}", f"--es-checkpoint={folder}", "--es-checkpoint-every=10"]
+    flags = [f"--es-protection={protection}", f"--es-checkpoint={folder}", "--es-checkpoint-every=5"]
     with Hosts(3) as hosts:
-        job = Cluster(hosts, tmp_path, steps=120, stages=2, flags=flags)
+        job = Cluster(hosts, tmp_path, steps=60, stages=2, flags=flags)
         job.start()
         with job.slowly():
             job.until(lambda: job.events("checkpoint_saved"), 60, "a checkpoint is saved")
             job.advance(2)
-            saved = job.events("checkpoint_saved")[-1]["version"]
             hosts.kill(*lost)
+            saved = job.events("checkpoint_saved")[-1]["version"]
             job.until(lambda: job.events("planned"), 60, "the others go on")
         job.see_to_the_end(120)
         result = job.check()
-    assert job.events("planned")[0]["summary"].count(f"version {saved}") == 1, job.events("planned")[0]
+    plans = [event["summary"] for event in result.named("planned")]
+    assert any(f"; version {saved}, " in plan for plan in plans), plans
     again = [event["step"] for event in result.named("committed_again")]
     assert again, "steps since the checkpoint are computed again"
     print(f"{protection}: lost {lost}, back to {saved}, {len(again)} steps computed again, all the same")
-    assert open_checkpoint(str(folder)).manifest.step == 120
+    assert open_checkpoint(str(folder)).manifest.step == 60
