@@ -20,8 +20,7 @@ from .universal.store import Store, StoreError, open_store
 from .universal.writer import ChunkWriter, retain, try_commit
 
 T = TypeVar("T")
-TRIES = 5
-FIRST_RETRY_S = 0.25  # then twice as long each time: four seconds in all; object stores retry by themselves besides
+FIRST_RETRY_S = 0.25  # then twice as long each time
 SHARDS_AT_ONCE = 8  # whose records are in memory together
 
 
@@ -97,18 +96,18 @@ def save_part(request: SaveRequest, fetch: Fetch, pause: Callable[[float], None]
             if piece.shard not in records:
                 raise Gone(f"version {request.version} of shard {piece.shard} is no longer in any memory")
             found = items(records[piece.shard])
-            _retried(lambda piece=piece, found=found: _put(writer, request, piece, found), pause)  # type: ignore[misc]
-    _retried(lambda: writer.finish(request.writer), pause)
+            _retried(folder, lambda piece=piece, found=found: _put(writer, request, piece, found), pause)  # type: ignore[misc]
+    _retried(folder, lambda: writer.finish(request.writer), pause)
     return finish(request, folder, pause)
 
 
 def finish(request: SaveRequest, folder: Store, pause: Callable[[float], None] = time.sleep) -> bool:
     """Commit if all parts are there; then let older checkpoints go. Returns whether it did."""
     manifest = replace(Manifest(**request.manifest), saved_at=time.time())
-    if not _retried(lambda: try_commit(folder, manifest, request.expected), pause):
+    if not _retried(folder, lambda: try_commit(folder, manifest, request.expected), pause):
         return folder.get(NAME, 0, 1) is not None
     store = open_store(request.url, request.options)
-    _retried(lambda: retain(store, count=request.keep, age_s=request.keep_s, now_s=time.time()), pause)
+    _retried(folder, lambda: retain(store, count=request.keep, age_s=request.keep_s, now_s=time.time()), pause)
     return True
 
 
@@ -134,13 +133,13 @@ def _put(writer: ChunkWriter, request: SaveRequest, piece: Piece, found: Sequenc
                 writer.put(path, chunk, item.value.reshape(-1).view(np.uint8).data)
 
 
-def _retried(action: Callable[[], T], pause: Callable[[float], None]) -> T:
+def _retried(store: Store, action: Callable[[], T], pause: Callable[[float], None]) -> T:
     """Storage fails now and then: try again, a bounded number of times, ever later."""
-    for attempt in range(TRIES):
+    for attempt in range(store.tries):
         try:
             return action()
         except (StoreError, CheckpointError):
-            if attempt == TRIES - 1:
+            if attempt == store.tries - 1:
                 raise
             pause(FIRST_RETRY_S * 2**attempt)
     raise AssertionError("unreachable")

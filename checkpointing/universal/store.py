@@ -23,9 +23,13 @@ class StoreError(OSError):
 
 
 class Store(Protocol):
-    """A folder of files. Paths are relative, with `/`. All methods raise StoreError; any thread may call them."""
+    """A folder of files. Paths are relative, with `/`. All methods raise StoreError; any thread may call them.
+
+    `tries`: how often it is worth to try what failed; few where the library has tried several times itself.
+    """
 
     url: str
+    tries: int
 
     def put(self, path: str, pieces: Iterable[Buffer]) -> None:
         """Write a file. It is on stable storage once `flush` has returned; until then it may be there in part."""
@@ -84,6 +88,8 @@ def _telling(what: str, where: object) -> Iterator[None]:
 
 class LocalStore:
     """A folder of the local file system."""
+
+    tries = 5
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -201,6 +207,8 @@ def _write_all(handle: int, pieces: Iterable[Buffer]) -> None:
 
 class ObjectStore:
     """A folder of an fsspec file system. A put is whole and stable when it returns."""
+
+    tries = 2
 
     def __init__(self, system: Any, root: str, url: str) -> None:
         self._system = system
