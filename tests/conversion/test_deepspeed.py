@@ -16,21 +16,15 @@ from everstep.checkpointing.convert.work import Work
 
 from tests.jobs.peers import run_peer
 
+from .conftest import FOUR, PARALLEL, PLAIN, UNIVERSAL
+
 SCRIPT = Path(__file__).parent / "samples" / "deepspeed_samples.py"
-PLAIN = ["z0-fp32", "z0-bf16", "z1-fp32", "z1-bf16", "z2-bf16", "z3-fp32", "z3-bf16"]
-PARALLEL = ["tp2-z1-bf16", "tp2-z3-bf16"]
-FOUR = ["moe-z1-bf16", "pp2-dp2-bf16"]  # a pipeline leaves a grid behind, so it comes last
-UNIVERSAL = ["z1-bf16", "z2-bf16", "z3-bf16", "tp2-z1-bf16", "tp2-z3-bf16", "pp2-dp2-bf16"]  # DeepSpeed converts these
 FROZEN = Options(settings={"frozen": "^frozen"})
 
 
 @pytest.fixture(scope="session")
-def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("deepspeed")
-    run_peer(SCRIPT, out, "2", *PLAIN, *PARALLEL)
-    run_peer(SCRIPT, out, "4", *FOUR)
-    run_peer(SCRIPT, out, "0", *UNIVERSAL)
-    return out
+def samples(deepspeed_samples: Path) -> Path:
+    return deepspeed_samples
 
 
 def raw(tensor: torch.Tensor) -> bytes:

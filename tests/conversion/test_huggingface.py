@@ -29,10 +29,8 @@ CASES = ("sharded", *TIED)
 
 
 @pytest.fixture(scope="session")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("transformers")
-    run_peer(SCRIPT, "save", root)
-    return root
+def saved(transformers_samples: Path) -> Path:
+    return transformers_samples
 
 
 @pytest.fixture(scope="session")

@@ -33,11 +33,8 @@ OUTPUT, EMBEDDING = "output_layer.weight", "embedding.word_embeddings.weight"
 
 
 @pytest.fixture(scope="session")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for each case, with a checkpoint in both forms and what the live processes held."""
-    root = tmp_path_factory.mktemp("megatron")
-    run_peer(SAMPLES / "megatron_save.py", root)
-    return root
+def saved(megatron_samples: Path) -> Path:
+    return megatron_samples
 
 
 @pytest.fixture(scope="session")

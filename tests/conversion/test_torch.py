@@ -31,10 +31,8 @@ CASES = (*WITH_OPTIMIZER, "bare", "safetensors")
 
 
 @pytest.fixture(scope="session")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("fsdp")
-    run_peer(SCRIPT, "save", root)
-    return root
+def saved(fsdp_samples: Path) -> Path:
+    return fsdp_samples
 
 
 @pytest.fixture(scope="session")

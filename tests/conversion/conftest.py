@@ -1,0 +1,50 @@
+"""Checkpoints that the frameworks themselves wrote, each made once for all the tests of a session."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.jobs.peers import run_peer
+
+SCRIPTS = Path(__file__).parent / "samples"
+PLAIN = ["z0-fp32", "z0-bf16", "z1-fp32", "z1-bf16", "z2-bf16", "z3-fp32", "z3-bf16"]
+PARALLEL = ["tp2-z1-bf16", "tp2-z3-bf16"]
+FOUR = ["moe-z1-bf16", "pp2-dp2-bf16"]  # a pipeline leaves a grid behind, so it comes last
+UNIVERSAL = ["z1-bf16", "z2-bf16", "z3-bf16", "tp2-z1-bf16", "tp2-z3-bf16", "pp2-dp2-bf16"]  # DeepSpeed converts these
+
+
+@pytest.fixture(scope="session")
+def deepspeed_samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for each variant: its checkpoint, DeepSpeed's own conversion of it, and what the engines held."""
+    out = tmp_path_factory.mktemp("deepspeed")
+    script = SCRIPTS / "deepspeed_samples.py"
+    run_peer(script, out, "2", *PLAIN, *PARALLEL)
+    run_peer(script, out, "4", *FOUR)
+    run_peer(script, out, "0", *UNIVERSAL)
+    return out
+
+
+@pytest.fixture(scope="session")
+def megatron_samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for each case, with a checkpoint in both forms and what the live processes held."""
+    root = tmp_path_factory.mktemp("megatron")
+    run_peer(SCRIPTS / "megatron_save.py", root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def fsdp_samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for each case: the checkpoint that torch wrote, and what the live processes held."""
+    root = tmp_path_factory.mktemp("fsdp")
+    run_peer(SCRIPTS / "fsdp_samples.py", "save", root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def transformers_samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for each case: the model that transformers saved, and what it held."""
+    root = tmp_path_factory.mktemp("transformers")
+    run_peer(SCRIPTS / "transformers_samples.py", "save", root)
+    return root
