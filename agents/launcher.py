@@ -1,167 +1,37 @@
-"""`everstep run`: torchrun's command line, with our coordinator, agents and workers behind it."""
+"""A node of `everstep run`, and `everstep coordinator`: our coordinator and agent behind torchrun's command line."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import logging
 import os
 import signal
 import socket
 import sys
 import uuid
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from torch.distributed.launcher.api import LaunchConfig
-from torch.distributed.run import config_from_args, get_args_parser
-
 from ..comms.rpc import AgentStream, Unreachable
-from ..elastic.protocol.liveness import FLOOR_S
 from ..elastic.protocol.state import Config
+from .command import CHOSEN, DEFAULT_PORT, OVERRIDES, STOP_GRACE, Command, LaunchError, node_range
 from .coordinator import CoordinatorServer, PortTaken
 from .logs import WorkerLogs, discard
 from .memory import available, parse_size
 from .node import AgentError, NodeAgent, NodeConfig, Outcome
+from .preloader import Preloader
 
 CONNECT_TIMEOUT_S = 60.0  # torchrun waits as long for its store
-DEFAULT_PORT = 29400
 REJOIN_S = 60.0
-_OVERRIDES = (
-    *("steps", "stages", "global-batch-size", "micro-batch-size", "seed", "node-losses", "verify-every"),
-    *("checkpoint-every", "checkpoint-keep"),
-)
-_CHOSEN = (
-    *("protection", "snapshot-every", "snapshot-budget", "on-loss", "on-corruption"),
-    *("checkpoint", "checkpoint-keep-s", "checkpoint-options", "resume", "on-damage"),
-)
-_STOP_GRACE: dict[str, Any] = {
-    "type": float,
-    "default": Config().stop_grace_s,
-    "metavar": "SECONDS",
-    "help": "how long a job that is told to stop may take to save a checkpoint",
-}
 
 
-class LaunchError(Exception):
-    """A command line that cannot be carried out."""
-
-
-@dataclass(frozen=True)
-class Command:
-    """A parsed command line: torch's part and ours."""
-
-    torch: LaunchConfig
-    program: dict[str, Any]
-    own: argparse.Namespace
-    node_rank: int
-    endpoint: str  # empty: one node, with a coordinator of its own
-    log_dir_chosen: bool  # else torch makes one, of which nothing need stay
-
-
-def parser() -> argparse.ArgumentParser:
-    """Torchrun's own parser, with our flags added."""
-    parse: argparse.ArgumentParser = get_args_parser()
-    parse.prog = "everstep run"
-    parse.description = "Run a training script on this node. Every torchrun flag is accepted; ours begin with --es-."
-    own = parse.add_argument_group("everstep")
-    for name in _OVERRIDES:
-        own.add_argument(f"--es-{name}", type=int, metavar="N", help=f"overrides {name.replace('-', '_')}")
-    for name in _CHOSEN:
-        own.add_argument(f"--es-{name}", metavar="VALUE", help=f"overrides {name.replace('-', '_')}")
-    own.add_argument(
-        "--es-keeper-memory", default="", metavar="SIZE", help="memory of this node for protection, such as 8GiB"
-    )
-    own.add_argument(
-        "--es-keeper-linger",
-        type=float,
-        default=os.environ.get("EVERSTEP_KEEPER_LINGER", "30"),
-        metavar="SECONDS",
-        help="how long this node's keeper waits for a new agent after its own was killed",
-    )
-    own.add_argument("--es-stop-grace", **_STOP_GRACE)
-    own.add_argument("--es-events", metavar="FILE", help="append every event of the job to FILE, one JSON a line")
-    own.add_argument("--es-config", metavar="FILE", help="TOML file with an [everstep] table of settings")
-    own.add_argument(
-        "--es-preload", default="", metavar="MODULES", help="comma-separated modules to import before forks"
-    )
-    own.add_argument("--es-hang-timeout", type=float, default=FLOOR_S, metavar="SECONDS", help="least hang timeout")
-    own.add_argument("--es-tcp", action="store_true", help="do not share memory between ranks of one host")
-    return parse
-
-
-def parse_command(arguments: Sequence[str]) -> Command:
-    """Parse a command line. Raises LaunchError for what torch's configuration refuses."""
-    parsed = parser().parse_args(list(arguments))
-    if not (parsed.module or parsed.no_python) and not Path(parsed.training_script).is_file():
-        raise LaunchError(f"no such script: {parsed.training_script}")
-    _node_range(parsed.nnodes)
-    with _quiet_torch():
-        try:
-            config, target, rest = config_from_args(parsed)
-        except (AssertionError, ValueError) as error:
-            raise LaunchError(str(error)) from None
-    own = argparse.Namespace(**{k: v for k, v in vars(parsed).items() if k.startswith("es_")})
-    program = _program(parsed, target, rest)
-    endpoint = _chosen_endpoint(parsed, config.max_nodes)
-    return Command(config, program, own, int(parsed.node_rank), endpoint, bool(parsed.log_dir))
-
-
-def _node_range(text: str) -> tuple[int, int]:
-    """The least and the greatest number of nodes in N or MIN:MAX."""
-    low, _, high = str(text).partition(":")
-    if not low.isdigit() or not (high or low).isdigit() or not 0 < int(low) <= int(high or low):
-        raise LaunchError(f"--nnodes must be N or MIN:MAX, got {text!r}")
-    return int(low), int(high or low)
-
-
-def _chosen_endpoint(parsed: argparse.Namespace, max_nodes: int) -> str:
-    """Where the user wants the nodes to meet; empty for a job of one node that names no place."""
-    if parsed.standalone:
-        return ""
-    if parsed.rdzv_endpoint:
-        return str(parsed.rdzv_endpoint)
-    if parsed.master_port is None and max_nodes == 1:
-        return ""
-    return f"{parsed.master_addr}:{parsed.master_port or DEFAULT_PORT}"
-
-
-def _program(parsed: argparse.Namespace, target: Any, rest: list[str]) -> dict[str, Any]:
-    """What a worker runs. `rest` is torch's command after the interpreter: flags, script, arguments."""
-    script = parsed.training_script
-    arguments = list(rest[rest.index(script) + 1 :]) if script in rest else list(rest)
-    if parsed.no_python:
-        return {"kind": "command", "target": str(target), "arguments": arguments}
-    if parsed.module:
-        return {"kind": "module", "target": script, "arguments": arguments}
-    return {"kind": "script", "target": script, "arguments": arguments}
-
-
-@contextlib.contextmanager
-def _quiet_torch() -> Iterator[None]:
-    """Torch's launcher warns of defaults (OMP_NUM_THREADS=1) that are documented here."""
-    logger = logging.getLogger("torch.distributed.run")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+def launch(command: Command, preloader: Preloader) -> int:
+    """Run a node of a job to its end; returns the exit status. Raises LaunchError for what keeps it from running."""
     try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-def run(arguments: Sequence[str]) -> int:
-    """Run a node of a job to its end; returns the exit status."""
-    try:
-        outcome = _run_node(parse_command(arguments))
-    except (LaunchError, AgentError) as error:
-        print(f"everstep: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:  # before the agent listens to signals
-        print("everstep: error: stopped by SIGINT", file=sys.stderr)
-        return 1
-    return _conclude(outcome)
+        return _conclude(_run_node(command, preloader))
+    except AgentError as error:
+        raise LaunchError(str(error)) from None
 
 
 def _conclude(outcome: Outcome) -> int:
@@ -175,7 +45,7 @@ def _conclude(outcome: Outcome) -> int:
     return 1
 
 
-def _run_node(command: Command) -> Outcome:
+def _run_node(command: Command, preloader: Preloader) -> Outcome:
     outcome = None
     try:
         with contextlib.ExitStack() as stack:
@@ -184,7 +54,8 @@ def _run_node(command: Command) -> Outcome:
                 job = uuid.uuid4().hex[:12] if job == "none" else job
             address = _coordinate(command, job, stack)
             first = _connect(address, _join_timeout(command))
-            agent = NodeAgent(_node_config(command, job, address), lambda wait_s: AgentStream(address, wait_s), first)
+            config = _node_config(command, job, address)
+            agent = NodeAgent(config, lambda wait_s: AgentStream(address, wait_s), first, preloader)
             _stop_on_signals(agent, _signals(command))
             outcome = agent.run()
             return outcome
@@ -265,7 +136,7 @@ def _is_local(host: str) -> bool:
 def _node_config(command: Command, job: str, address: str) -> NodeConfig:
     torch, own = command.torch, command.own
     environment = {**os.environ, "TORCHELASTIC_SIGNALS_TO_HANDLE": _signals(command)}
-    for name in (*_OVERRIDES, *_CHOSEN):
+    for name in (*OVERRIDES, *CHOSEN):
         value = getattr(own, f"es_{name.replace('-', '_')}")
         if value is not None:
             environment[f"EVERSTEP_{name.replace('-', '_').upper()}"] = str(value)
@@ -282,7 +153,6 @@ def _node_config(command: Command, job: str, address: str) -> NodeConfig:
         program=command.program,
         logs=logs,
         environment=environment,
-        preload=tuple(name for name in own.es_preload.split(",") if name),
         role=torch.role,
         max_restarts=torch.max_restarts,
         max_nodes=torch.max_nodes,
@@ -335,12 +205,12 @@ def coordinate(arguments: Sequence[str]) -> int:
     parse.add_argument("--nnodes", default="1", metavar="N or MIN:MAX")
     parse.add_argument("--rdzv-id", default="none")
     parse.add_argument("--max-restarts", type=int, default=0)
-    parse.add_argument("--es-stop-grace", **_STOP_GRACE)
+    parse.add_argument("--es-stop-grace", **STOP_GRACE)
     parse.add_argument("--es-events", metavar="FILE")
     own = parse.parse_args(list(arguments))
     try:
         host, port = _endpoint(own.bind)
-        low, high = _node_range(own.nnodes)
+        low, high = node_range(own.nnodes)
         config = Config(min_nodes=low, max_nodes=high, max_restarts=own.max_restarts, stop_grace_s=own.es_stop_grace)
         with contextlib.ExitStack() as stack:
             events = stack.enter_context(_open_events(own.es_events)) if own.es_events else None

@@ -56,7 +56,6 @@ class NodeConfig:
     program: Mapping[str, Any]
     logs: WorkerLogs
     environment: Mapping[str, str]
-    preload: tuple[str, ...] = ()
     role: str = "default"
     max_restarts: int = 0
     max_nodes: int = 1
@@ -87,6 +86,7 @@ class NodeAgent:
         config: NodeConfig,
         connect: Callable[[float], AgentStream],
         first: AgentStream,
+        preloader: Preloader,
         on_started: Callable[[], None] | None = None,
     ) -> None:
         self.config = config
@@ -99,7 +99,7 @@ class NodeAgent:
         self.token = ""
         self.outcome: Outcome | None = None
         self._keeper: KeeperProcess | None = None
-        self._preloader: Preloader | None = None
+        self._preloader: Preloader | None = preloader
         self._waiting: list[tuple[WorkerProcess, pb.StartWorkers]] = []  # to be forked
         self._asked: dict[WorkerId, pb.StartWorkers] = {}  # the preloaded process was asked to fork these
         self._failures = Failures(config.role)
@@ -118,7 +118,7 @@ class NodeAgent:
     def run(self) -> Outcome:
         """Serve until the job ends, then leave nothing behind."""
         try:
-            self._start_preloader()
+            self._watch_preloader()
             self._say_hello()
             threading.Thread(target=self._beat, name="everstep-heartbeat", daemon=True).start()
             while not self._done():
@@ -334,8 +334,8 @@ class NodeAgent:
             ) from None
         return self._keeper
 
-    def _start_preloader(self) -> None:
-        self._preloader = Preloader(self.config.preload)
+    def _watch_preloader(self) -> None:
+        assert self._preloader is not None
         self._selector.register(self._preloader, selectors.EVENT_READ, self._preloader_spoke)
 
     def _preloader_spoke(self) -> None:
@@ -359,15 +359,16 @@ class NodeAgent:
     def _preloader_died(self) -> None:
         """Its workers die with it, and are reported one by one; who was not forked yet waits for the next one."""
         assert self._preloader is not None
-        self._selector.unregister(self._preloader)
-        was_ready, status = self._preloader.ready, self._preloader.close()
-        self._preloader = None
-        if not was_ready:
+        former, self._preloader = self._preloader, None
+        self._selector.unregister(former)
+        status = former.close()
+        if not former.ready:
             raise AgentError(f"the process that workers are forked from ended with status {status} before it was ready")
         self._waiting += [(self.workers[worker], start) for worker, start in self._asked.items()]
         self._asked.clear()
         if self.outcome is None:
-            self._start_preloader()
+            self._preloader = Preloader.start(former.modules)
+            self._watch_preloader()
 
     def _fork_waiting(self) -> None:
         """Fork what can be: workers of a restart wait until those of the last attempt are gone."""
@@ -403,7 +404,7 @@ class NodeAgent:
             "fds": [_CONTROL_FD, _PROGRESS_FD],
         }
         self._asked[worker.id] = start
-        preloader.fork(request, [worker.theirs.fileno(), worker.page_fd])
+        preloader.request(request, [worker.theirs.fileno(), worker.page_fd])
 
     def _context(self, worker: WorkerProcess, start: pb.StartWorkers) -> WorkerContext:
         return WorkerContext(

@@ -1,8 +1,9 @@
 """The preloaded process: has imported torch and trained one tiny step, and forks workers that start at once.
 
 A fresh interpreter takes seconds to its first optimizer step (torch alone imports for several); a fork of this
-process takes milliseconds. It stays single-threaded, touches no device, and dies with its node agent; its forks die
-with it. Requests and answers are JSON datagrams on a socket pair.
+process takes milliseconds. The first one of a node is itself a fork of the launcher, which imports torch too. It stays
+single-threaded, touches no device, and dies with its node agent; its forks die with it. Requests and answers are JSON
+datagrams on a socket pair.
 """
 
 from __future__ import annotations
@@ -20,20 +21,24 @@ import socket
 import sys
 import threading
 import traceback
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
-from ..comms.process import die_with_parent
+from ..comms.process import die_with_parent, process_name, rename_process
+from .compiler import defer_compiler
 
 REQUEST_BYTES = 1 << 20
+NAME = "es-preloaded"  # of the process, as `ps` and `top` show it
 
 
-def warm_up(modules: list[str]) -> None:
-    """Import what workers will need and run one optimizer step: the first imports torch's compiler stack."""
+def warm_up(modules: Sequence[str]) -> None:
+    """Import what workers will need and run one optimizer step; torch's compiler comes when it is needed."""
     import torch
 
     importlib.import_module("everstep.elastic.decorator")
     for name in modules:
         importlib.import_module(name)
+    defer_compiler()
     torch.set_num_threads(1)
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(model.parameters())
@@ -44,14 +49,14 @@ def warm_up(modules: list[str]) -> None:
 class Preloaded:
     """Answers fork requests of one node agent until it goes away."""
 
-    def __init__(self, channel: socket.socket) -> None:
+    def __init__(self, channel: socket.socket, workers_name: str) -> None:
         self._channel = channel
+        self._workers_name = workers_name
         self._wake, self._woken = socket.socketpair()
         for end in (self._wake, self._woken):
             end.setblocking(False)
         signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda number, frame: None)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def serve(self) -> None:
         self._tell({"kind": "ready"})
@@ -92,6 +97,7 @@ class Preloaded:
         code = 1
         try:
             die_with_parent()
+            rename_process(self._workers_name)
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -184,17 +190,27 @@ def _print_users_traceback() -> None:
     traceback.print_exception(kind, error, trace)
 
 
-def main() -> None:
-    """Warm up and serve: `python -m everstep.agents.preload FD [MODULE ...]`."""
-    die_with_parent()
-    channel = socket.socket(fileno=int(sys.argv[1]))
+def serve(channel: socket.socket, modules: Sequence[str]) -> NoReturn:
+    """Become the preloaded process: warm up and serve."""
+    status = 1
     try:
-        warm_up(sys.argv[2:])
+        die_with_parent()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the agent decides what it means
+        name = process_name()
+        rename_process(NAME)
+        warm_up(modules)
+        Preloaded(channel, name).serve()
+        status = 0
     except ImportError as error:
         channel.send(json.dumps({"kind": "failed", "why": str(error)}).encode())
-        sys.exit(1)
-    Preloaded(channel).serve()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
 
 
-if __name__ == "__main__":
-    main()
+if __name__ == "__main__":  # python -m everstep.agents.preload FD [MODULE ...]
+    serve(socket.socket(fileno=int(sys.argv[1])), sys.argv[2:])

@@ -6,33 +6,77 @@ import contextlib
 import json
 import os
 import select
+import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from .preload import serve
+
 ANSWER_BYTES = 1 << 16
+_ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+
+
+@contextlib.contextmanager
+def single_threaded() -> Iterator[None]:
+    """Libraries that are imported meanwhile start no threads, so that the process can be forked."""
+    before = {name: os.environ.get(name) for name in _ONE_THREAD}
+    os.environ.update(_ONE_THREAD)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 class Preloader:
     """One preloaded process. Requests may be made once it said that it is ready; nothing here decides anything."""
 
-    def __init__(self, modules: Sequence[str]) -> None:
-        self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        command = [sys.executable, "-m", "everstep.agents.preload", str(theirs.fileno()), *modules]
-        threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-        self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env={**os.environ, **threads})
-        theirs.close()
+    def __init__(
+        self, modules: Sequence[str], pid: int, channel: socket.socket, process: subprocess.Popen[bytes] | None = None
+    ) -> None:
+        self.modules = tuple(modules)
+        self.pid = pid
         self.ready = False
+        self._channel = channel
+        self._process = process  # None for a fork of this one
+        self._status: int | None = None
+
+    @classmethod
+    def fork(cls, modules: Sequence[str]) -> Preloader:
+        """Make it of this process, which has imported torch: saves a second. Only before there are threads."""
+        ours, theirs = _channel()
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        pid = os.fork()
+        if pid == 0:
+            ours.close()
+            os.environ.update(_ONE_THREAD)
+            serve(theirs, modules)  # does not return
+        theirs.close()
+        return cls(modules, pid, ours)
+
+    @classmethod
+    def start(cls, modules: Sequence[str]) -> Preloader:
+        """Start it as a process of its own."""
+        ours, theirs = _channel()
+        command = [sys.executable, "-m", "everstep.agents.preload", str(theirs.fileno()), *modules]
+        process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env={**os.environ, **_ONE_THREAD})
+        theirs.close()
+        return cls(modules, process.pid, ours, process)
 
     def fileno(self) -> int:
         return self._channel.fileno()
 
-    def fork(self, request: Mapping[str, Any], fds: Sequence[int]) -> None:
+    def request(self, worker: Mapping[str, Any], fds: Sequence[int]) -> None:
         """Ask for a worker. If the process is dying, `answer` tells so; nothing is raised here."""
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            socket.send_fds(self._channel, [json.dumps(request).encode()], fds)
+            socket.send_fds(self._channel, [json.dumps(worker).encode()], fds)
 
     def answer(self) -> dict[str, Any] | None:
         """What it said; {} if it said nothing, None if it is gone."""
@@ -53,7 +97,17 @@ class Preloader:
         return bool(select.select([self._channel], [], [], timeout_s)[0])
 
     def close(self) -> int:
-        """Kill it; its forks die with it. Returns its exit status."""
-        self.process.kill()
-        self._channel.close()
-        return self.process.wait()
+        """Kill it; its forks die with it. Returns its exit status, also when asked again."""
+        if self._status is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)  # the number is its own until it is waited for, here
+            self._channel.close()
+            if self._process is not None:
+                self._status = self._process.wait()
+            else:
+                self._status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self._status
+
+
+def _channel() -> tuple[socket.socket, socket.socket]:
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

@@ -20,6 +20,16 @@ def die_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def process_name() -> str:
+    """The name of this process that `ps` and `top` show (proc(5), comm)."""
+    return Path("/proc/self/comm").read_text().removesuffix("\n")
+
+
+def rename_process(name: str) -> None:
+    """Give this process another name, of at most 15 bytes."""
+    Path("/proc/self/comm").write_text(name)
+
+
 def host_id() -> str:
     """Equal for processes that share a kernel and a network namespace, and so can meet at an abstract unix socket.
 

@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
     if command == "run":
-        from .agents.launcher import run
+        from .agents.run import run
 
         return run(rest)
     if command == "coordinator":

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+from everstep.agents.preload import NAME as PRELOADED
 
-from tests.jobs.cluster import PRELOADED, Cluster
+from tests.jobs.cluster import Cluster
 from tests.jobs.hosts import COORDINATOR, Hosts
 
 KEEPER = "everstep.checkpointing.service"
@@ -57,7 +58,8 @@ def usages(job: Cluster) -> dict[int, Usage]:
     for host in (*job.hosts.hosts, COORDINATOR):
         workers = job.workers_of(host)
         for pid in job.hosts.pids(host):
-            command = psutil.Process(pid).cmdline()
+            process = psutil.Process(pid)
+            command = [process.name(), *process.cmdline()]
             kinds = {KEEPER: "keeper", PRELOADED: "preloaded process", "coordinator": "coordinator", "run": "launcher"}
             kind = "worker" if pid in workers else next(kind for has, kind in kinds.items() if has in command)
             found[pid] = Usage.of(pid, f"{kind} of host {host}")

@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
+from everstep.agents.preload import NAME as PRELOADED
 
 from tests.jobs import (
     JOBS,
@@ -73,8 +74,12 @@ def children(launcher: subprocess.Popen[str], has: str) -> list[psutil.Process]:
 
 
 def workers(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
-    (preloaded,) = [p for p in psutil.Process(launcher.pid).children() if "everstep.agents.preload" in p.cmdline()]
-    return preloaded.children()
+    return preloaded_of(launcher).children()
+
+
+def preloaded_of(launcher: subprocess.Popen[str]) -> psutil.Process:
+    (preloaded,) = [p for p in psutil.Process(launcher.pid).children() if p.name() == PRELOADED]
+    return preloaded
 
 
 def test_two_nodes_lose_a_worker_each(tmp_path: Path) -> None:
@@ -235,8 +240,8 @@ def test_the_preloaded_process_is_killed(tmp_path: Path) -> None:
     """Its workers die with it; all start again from what the keeper holds."""
 
     def disturb(launcher: subprocess.Popen[str]) -> None:
-        (preloaded,) = [p for p in psutil.Process(launcher.pid).children() if "everstep.agents.preload" in p.cmdline()]
-        preloaded.kill()
+        assert preloaded_of(launcher).num_threads() == 1, "what is forked while it has threads may hang"
+        preloaded_of(launcher).kill()
 
     result = disturbed(tmp_path, disturb, 60)
     assert_same_run(result, reference(60))

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from everstep.agents.preload import NAME as PRELOADED
 
 from tests.jobs import Result, assert_same_run, run_job
 from tests.jobs.hosts import HostJob, Hosts
 
-PRELOADED = "everstep.agents.preload"  # workers are forks of it
 _CHANGES = ("started", "planned", "joined", "node_lost", "worker_died")
 
 
@@ -130,7 +130,7 @@ class Cluster(HostJob):
             with contextlib.suppress(psutil.NoSuchProcess):
                 process = psutil.Process(pid)
                 parent = process.parent()
-                if parent is not None and PRELOADED in parent.cmdline():
+                if parent is not None and parent.name() == PRELOADED:
                     found[pid] = process
         return found
 

@@ -1,0 +1,150 @@
+"""The command line of `everstep run`: torchrun's, with our flags added."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.launcher.api import LaunchConfig
+from torch.distributed.run import config_from_args, get_args_parser
+
+from ..elastic.protocol.liveness import FLOOR_S
+from ..elastic.protocol.state import Config
+
+DEFAULT_PORT = 29400
+OVERRIDES = (
+    *("steps", "stages", "global-batch-size", "micro-batch-size", "seed", "node-losses", "verify-every"),
+    *("checkpoint-every", "checkpoint-keep"),
+)
+CHOSEN = (
+    *("protection", "snapshot-every", "snapshot-budget", "on-loss", "on-corruption"),
+    *("checkpoint", "checkpoint-keep-s", "checkpoint-options", "resume", "on-damage"),
+)
+STOP_GRACE: dict[str, Any] = {
+    "type": float,
+    "default": Config().stop_grace_s,
+    "metavar": "SECONDS",
+    "help": "how long a job that is told to stop may take to save a checkpoint",
+}
+
+
+class LaunchError(Exception):
+    """A command line that cannot be carried out."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A parsed command line: torch's part and ours."""
+
+    torch: LaunchConfig
+    program: dict[str, Any]
+    own: argparse.Namespace
+    node_rank: int
+    endpoint: str  # empty: one node, with a coordinator of its own
+    log_dir_chosen: bool  # else torch makes one, of which nothing need stay
+
+
+def parser() -> argparse.ArgumentParser:
+    """Torchrun's own parser, with our flags added."""
+    parse: argparse.ArgumentParser = get_args_parser()
+    parse.prog = "everstep run"
+    parse.description = "Run a training script on this node. Every torchrun flag is accepted; ours begin with --es-."
+    own = parse.add_argument_group("everstep")
+    for name in OVERRIDES:
+        own.add_argument(f"--es-{name}", type=int, metavar="N", help=f"overrides {name.replace('-', '_')}")
+    for name in CHOSEN:
+        own.add_argument(f"--es-{name}", metavar="VALUE", help=f"overrides {name.replace('-', '_')}")
+    own.add_argument(
+        "--es-keeper-memory", default="", metavar="SIZE", help="memory of this node for protection, such as 8GiB"
+    )
+    own.add_argument(
+        "--es-keeper-linger",
+        type=float,
+        default=os.environ.get("EVERSTEP_KEEPER_LINGER", "30"),
+        metavar="SECONDS",
+        help="how long this node's keeper waits for a new agent after its own was killed",
+    )
+    own.add_argument("--es-stop-grace", **STOP_GRACE)
+    own.add_argument("--es-events", metavar="FILE", help="append every event of the job to FILE, one JSON a line")
+    own.add_argument("--es-config", metavar="FILE", help="TOML file with an [everstep] table of settings")
+    own.add_argument(
+        "--es-preload", default="", metavar="MODULES", help="comma-separated modules to import before forks"
+    )
+    own.add_argument("--es-hang-timeout", type=float, default=FLOOR_S, metavar="SECONDS", help="least hang timeout")
+    own.add_argument("--es-tcp", action="store_true", help="do not share memory between ranks of one host")
+    return parse
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse a command line, touching no device. Raises LaunchError for what is refused so far."""
+    parsed = parser().parse_args(list(arguments))
+    if not (parsed.module or parsed.no_python) and not Path(parsed.training_script).is_file():
+        raise LaunchError(f"no such script: {parsed.training_script}")
+    node_range(parsed.nnodes)
+    return parsed
+
+
+def preloads(parsed: argparse.Namespace) -> list[str]:
+    """The modules to import before workers are forked."""
+    return [name for name in parsed.es_preload.split(",") if name]
+
+
+def configure(parsed: argparse.Namespace) -> Command:
+    """What a parsed command line asks for; torch may count devices. Raises LaunchError for what torch refuses."""
+    with _quiet_torch():
+        try:
+            config, target, rest = config_from_args(parsed)
+        except (AssertionError, ValueError) as error:
+            raise LaunchError(str(error)) from None
+    own = argparse.Namespace(**{k: v for k, v in vars(parsed).items() if k.startswith("es_")})
+    program = _program(parsed, target, rest)
+    endpoint = _chosen_endpoint(parsed, config.max_nodes)
+    return Command(config, program, own, int(parsed.node_rank), endpoint, bool(parsed.log_dir))
+
+
+def node_range(text: str) -> tuple[int, int]:
+    """The least and the greatest number of nodes in N or MIN:MAX."""
+    low, _, high = str(text).partition(":")
+    if not low.isdigit() or not (high or low).isdigit() or not 0 < int(low) <= int(high or low):
+        raise LaunchError(f"--nnodes must be N or MIN:MAX, got {text!r}")
+    return int(low), int(high or low)
+
+
+def _chosen_endpoint(parsed: argparse.Namespace, max_nodes: int) -> str:
+    """Where the user wants the nodes to meet; empty for a job of one node that names no place."""
+    if parsed.standalone:
+        return ""
+    if parsed.rdzv_endpoint:
+        return str(parsed.rdzv_endpoint)
+    if parsed.master_port is None and max_nodes == 1:
+        return ""
+    return f"{parsed.master_addr}:{parsed.master_port or DEFAULT_PORT}"
+
+
+def _program(parsed: argparse.Namespace, target: Any, rest: list[str]) -> dict[str, Any]:
+    """What a worker runs. `rest` is torch's command after the interpreter: flags, script, arguments."""
+    script = parsed.training_script
+    arguments = list(rest[rest.index(script) + 1 :]) if script in rest else list(rest)
+    if parsed.no_python:
+        return {"kind": "command", "target": str(target), "arguments": arguments}
+    if parsed.module:
+        return {"kind": "module", "target": script, "arguments": arguments}
+    return {"kind": "script", "target": script, "arguments": arguments}
+
+
+@contextlib.contextmanager
+def _quiet_torch() -> Iterator[None]:
+    """Torch's launcher warns of defaults (OMP_NUM_THREADS=1) that are documented here."""
+    logger = logging.getLogger("torch.distributed.run")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,97 @@
+"""Torch's compiler, imported when something needs it: importing `torch._dynamo` takes as long as importing torch.
+
+Every optimizer of torch imports it on its first use, for two functions only: `graph_break()`, which does nothing
+outside of compiled code, and, through `torch._compile`, `disable(f)`, which then only calls f. A stand-in in
+`sys.modules` answers these two. Whatever else is asked of it, and every import of one of its parts, imports the real
+module first, by the ordinary machinery, so that nobody who compiles can tell the difference.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+NAME = "torch._dynamo"
+_DECORATORS = "torch._compile"  # keeps what `disable(f)` returned in f.__dynamo_disable
+_lock = threading.Lock()
+_disabled: list[Callable[..., Any]] = []  # what was given back as it is by the stand-in's `disable`
+
+
+def defer_compiler() -> None:
+    """Put the stand-in in the place of `torch._dynamo`, unless that has been imported already."""
+    import torch
+
+    if NAME in sys.modules:
+        return
+    spec = importlib.util.find_spec(NAME)
+    assert spec is not None
+    sys.modules[NAME] = stand_in = _StandIn(NAME)
+    vars(stand_in).update(__spec__=spec, __file__=spec.origin, __path__=spec.submodule_search_locations)
+    sys.meta_path.insert(0, _Parts())
+    torch._dynamo = stand_in
+
+
+def _real() -> ModuleType:
+    """The real module; imports it in place of the stand-in."""
+    with _lock:
+        if isinstance(sys.modules.get(NAME), _StandIn):
+            del sys.modules[NAME]
+    module = importlib.import_module(NAME)
+    while _disabled:
+        vars(_disabled.pop()).pop("__dynamo_disable", None)  # the decorator asks the real one
+    return module
+
+
+class _StandIn(ModuleType):
+    """`torch._dynamo` before it is needed."""
+
+    def graph_break(self, *args: Any, **options: Any) -> None:
+        """Nothing is compiled, so there is no graph to break."""
+        if sys.modules.get(NAME) is not self:  # the caller took hold of this one before
+            _real().graph_break(*args, **options)
+
+    def disable(self, *args: Any, **options: Any) -> Any:
+        """The function itself, for torch's own decorators."""
+        decorates = sys._getframe(1).f_globals.get("__name__") == _DECORATORS
+        if not decorates or sys.modules.get(NAME) is not self:
+            return _real().disable(*args, **options)
+        _disabled.append(args[0])
+        return args[0]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)  # who looks at all modules does not need this one
+        return getattr(_real(), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(_real(), name, value)
+
+
+class _Parts(MetaPathFinder, Loader):
+    """Imports the real module before a part of it: the import of a part has only looked at the stand-in."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """A specification of a part that has been imported: most have come with the whole."""
+        if not name.startswith(f"{NAME}.") or not isinstance(sys.modules.get(NAME), _StandIn):
+            return None
+        _real()
+        part = importlib.import_module(name)
+        del sys.modules[name]  # else it would be executed again; who imports it meanwhile waits for us
+        return ModuleSpec(name, self, loader_state=(part, part.__spec__))
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        """The part, as it is."""
+        part: ModuleType = spec.loader_state[0]
+        return part
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Give it back its own specification, which importlib has replaced by ours."""
+        assert module.__spec__ is not None
+        module.__spec__ = module.__spec__.loader_state[1]
