@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
@@ -13,13 +16,14 @@ import numpy as np
 
 from .checkpointing.convert import driver
 from .checkpointing.convert.content import Content, ConversionError, Lazy
-from .checkpointing.convert.formats import MODULES, Options
-from .checkpointing.convert.work import Piece
-from .checkpointing.universal.manifest import CheckpointError
+from .checkpointing.convert.formats import MODULES, READ_ONLY, READ_SETTINGS, Options
+from .checkpointing.convert.work import NOBODY, Watch
+from .checkpointing.universal.manifest import CheckpointError, path_of
 from .checkpointing.universal.reader import open_checkpoint
 from .checkpointing.universal.store import StoreError
 
 FORMATS = ("universal", *MODULES)
+TARGETS = tuple(name for name in FORMATS if name not in READ_ONLY)
 BUDGET_MIB = driver.DEFAULT_BUDGET_BYTES >> 20
 
 
@@ -40,12 +44,27 @@ def _options(text: list[str]) -> dict[str, str]:
 def _run(command: Callable[[list[str]], int], arguments: list[str]) -> int:
     """Run a command; a user's mistake, or a damaged checkpoint, is one line."""
     try:
-        return command(arguments)
+        status = command(arguments)
+        sys.stdout.flush()
+        return status
     except (_Failed, ConversionError, CheckpointError, StoreError) as error:
-        print(f"everstep: error: {error}", file=sys.stderr)
+        _tell("error", str(error))
         return 1
-    except BrokenPipeError:
+    except BrokenPipeError:  # whoever read has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except KeyboardInterrupt:
+        _tell("error", "interrupted; the same conversion, begun again, goes on where it was")
+        return 128 + signal.SIGINT
+
+
+def _tell(kind: str, text: str) -> None:
+    print(f"everstep: {kind}: {_line(text)}", file=sys.stderr)
+
+
+def _line(text: str) -> str:
+    """As one line without control characters: names in checkpoints may have any."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 # ---------------------------------------------------------------- convert
@@ -60,7 +79,7 @@ def _convert(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="everstep convert", description=convert.__doc__)
     parser.add_argument("source", metavar="SRC", help="a folder, a file, or the URL of a universal checkpoint")
     parser.add_argument("destination", metavar="DST", help="what is made: a folder, or a URL with --to universal")
-    parser.add_argument("--to", required=True, choices=FORMATS)
+    parser.add_argument("--to", required=True, choices=TARGETS)
     parser.add_argument("--from", dest="origin", default="", choices=FORMATS, help="found out if not given")
     parser.add_argument("--rules", action="append", default=[], metavar="FILE", help="how shards make tensors")
     parser.add_argument(
@@ -87,14 +106,17 @@ def _convert(arguments: list[str]) -> int:
         **limits,
     )
     content = driver.prepare(conversion)
+    for warning in content.warnings:
+        _tell("warning", warning)
     if given.explain:
         for line in driver.explain(content):
-            print(line)
+            print(_line(line))
     if given.dry_run:
+        driver.check_free(conversion)
         print(f"would write {_summary(content)} to {given.destination}", file=sys.stderr)
         return 0
-    with _progress(content) as on_piece:
-        driver.convert(conversion, content, on_piece)
+    with _progress() as watch:
+        driver.convert(conversion, content, watch)
     print(f"wrote {_summary(content)} to {given.destination}", file=sys.stderr)
     return 0
 
@@ -114,19 +136,26 @@ def _bytes(count: float) -> str:
 
 
 @contextlib.contextmanager
-def _progress(content: Content, stream: TextIO = sys.stderr) -> Iterator[Callable[[Piece], None]]:
+def _progress(stream: TextIO | None = None) -> Iterator[Watch]:
     """A bar, where somebody looks."""
+    stream = stream or sys.stderr
     if not stream.isatty():
-        yield lambda piece: None
+        yield NOBODY
         return
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import BarColumn, DownloadColumn, Progress, TaskProgressColumn, TimeRemainingColumn
+    from rich.progress import TransferSpeedColumn as Speed
 
-    total = sum(2 * tensor.nbytes for _, _, tensor in content.tensors())
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (BarColumn(), TaskProgressColumn(), DownloadColumn(), Speed(), TimeRemainingColumn())
     with Progress(*columns, console=Console(file=stream)) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda piece: bar.advance(task, piece.nbytes)
+        task = bar.add_task("", total=0)
+        lock = threading.Lock()
+
+        def planned(nbytes: int) -> None:
+            with lock:
+                bar.update(task, total=(bar.tasks[0].total or 0) + nbytes)
+
+        yield Watch(planned, lambda piece: bar.advance(task, piece.nbytes))
 
 
 # ---------------------------------------------------------------- inspect
@@ -141,12 +170,10 @@ def _inspect(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="everstep inspect", description=inspect.__doc__)
     parser.add_argument("checkpoint")
     parser.add_argument("--from", dest="origin", default="", choices=FORMATS)
-    parser.add_argument("--rules", action="append", default=[], metavar="FILE")
+    _add_reading(parser)
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args(arguments)
-    origin = driver.format_of(given.checkpoint, given.origin)
-    options = Options(rules=tuple(driver.rule_path(rule) for rule in given.rules))
-    content = driver.read(given.checkpoint, origin, options)
+    origin, content = _read(given.checkpoint, given.origin, given)
     found = _described(given.checkpoint, origin, content)
     if given.json:
         print(json.dumps(found))
@@ -155,16 +182,71 @@ def _inspect(arguments: list[str]) -> int:
     for key in ("run", "data", "optimizer", "tied"):
         if found.get(key):
             print(f"  {key}: {json.dumps(found[key])}")
-    for tensor in found["tensors"]:
-        shape = "x".join(map(str, tensor["shape"])) or "scalar"
-        print(f"  {tensor['path']}  {tensor['dtype']} {shape}  {_bytes(tensor['bytes'])}")
+    for line in _tree(_nested(found["tensors"])):
+        print(_line(line))
     return 0
+
+
+_Branch = dict[str, Any]  # "name." -> what is below it, "name" -> the description of a tensor
+
+
+def _nested(tensors: list[dict[str, Any]]) -> _Branch:
+    root: _Branch = {}
+    for tensor in tensors:
+        at = root
+        *above, last = [*tensor["room"].split("/"), *tensor["name"].split(".")]
+        for part in above:
+            at = at.setdefault(f"{part}.", {})
+        at[last] = tensor
+    return root
+
+
+def _tree(branch: _Branch, indent: str = "  ") -> Iterator[str]:
+    """Lines of a tree; what has only one thing below it shares a line with that."""
+    for name, below in branch.items():
+        if not name.endswith("."):
+            yield f"{indent}{name}  {_told(below)}"
+            continue
+        while len(below) == 1 and next(iter(below)).endswith("."):
+            name += next(iter(below))
+            below = below[next(iter(below))]
+        yield f"{indent}{name.removesuffix('.')}"
+        yield from _tree(below, indent + "  ")
+
+
+def _told(tensor: dict[str, Any]) -> str:
+    text = f"{tensor['dtype']} {'x'.join(map(str, tensor['shape'])) or 'scalar'}  {_bytes(tensor['bytes'])}"
+    if "checksums" not in tensor:
+        return f"{text}  from {tensor['origin']}"
+    sums = tensor["checksums"]
+    chunks = "x".join(map(str, tensor["chunk"])) or "scalar"
+    return f"{text}  {len(sums)} x {chunks}  xxh3 {' '.join(sums[:1])}{' ...' if len(sums) > 1 else ''}"
+
+
+def _add_reading(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rules", action="append", default=[], metavar="FILE", help="how shards make tensors")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of a format")
+
+
+def _read(where: str, origin: str, given: argparse.Namespace) -> tuple[str, Content]:
+    """The format of a checkpoint, and what it holds."""
+    rules, settings = tuple(driver.rule_path(rule) for rule in given.rules), _options(given.set)
+    driver.check_settings(settings, [name for names in READ_SETTINGS.values() for name in names])
+    origin = driver.format_of(where, origin)
+    return origin, driver.read(where, origin, Options(rules=rules, settings=settings))
 
 
 def _described(where: str, origin: str, content: Content) -> dict[str, Any]:
     tensors: list[dict[str, Any]] = []
     for room, name, tensor in content.tensors():
-        entry = {"path": f"{room}/{name}", "dtype": tensor.dtype, "shape": list(tensor.shape), "bytes": tensor.nbytes}
+        entry = {
+            "path": f"{room}/{name}",
+            "room": room,
+            "name": name,
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "bytes": tensor.nbytes,
+        }
         tensors.append({**entry, "origin": tensor.origin})
     scalars = {
         state: {name: scalar.value for name, scalar in values.items()} for state, values in content.scalars.items()
@@ -175,9 +257,11 @@ def _described(where: str, origin: str, content: Content) -> dict[str, Any]:
     if origin == driver.UNIVERSAL:
         checkpoint = open_checkpoint(where)
         manifest = checkpoint.manifest
-        sums = {path: list(array.checksums) for path, array in manifest.arrays.items()}
+        for tensor in tensors:
+            array = manifest.arrays[path_of(tensor["room"], tensor["name"])]
+            tensor |= {"chunk": list(array.chunk), "checksums": list(array.checksums)}
         found |= {"url": checkpoint.url, "run": manifest.run, "data": manifest.data, "optimizer": manifest.optimizer}
-        found |= {"saved_at": manifest.saved_at, "checksums": sums}
+        found["saved_at"] = manifest.saved_at
     return found
 
 
@@ -202,7 +286,7 @@ def _verify(arguments: list[str]) -> int:
         print(json.dumps({**found, "bytes": sum(sizes), "problems": problems}))
     else:
         for problem in problems:
-            print(problem)
+            print(_line(problem))
         verdict = f"{len(problems)} problems" if problems else "whole"
         print(f"{checkpoint.url}: step {checkpoint.manifest.step}, {len(sizes)} files, {_bytes(sum(sizes))}: {verdict}")
     return 1 if problems else 0
@@ -221,19 +305,22 @@ def _diff(arguments: list[str]) -> int:
     parser.add_argument("a", metavar="A")
     parser.add_argument("b", metavar="B")
     parser.add_argument("--params", action="store_true", help="compare parameters alone, not the optimizer's state")
+    _add_reading(parser)
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args(arguments)
-    sides = [driver.read(where, driver.format_of(where), Options()) for where in (given.a, given.b)]
+    sides = [_read(where, "", given)[1] for where in (given.a, given.b)]
     rows = list(_differences(*sides, only_params=given.params))
+    others = [] if given.params else list(_other_differences(*sides))
     same = sum(row["equal"] for row in rows)
+    equal = same == len(rows) and not others
     if given.json:
-        print(json.dumps({"a": given.a, "b": given.b, "equal": same == len(rows), "tensors": rows}))
+        print(json.dumps({"a": given.a, "b": given.b, "equal": equal, "tensors": rows, "others": others}))
     else:
-        for row in rows:
+        for row in [*rows, *others]:
             if not row["equal"]:
-                print(f"{row['path']}: {row['why']}")
+                print(_line(f"{row['path']}: {row['why']}"))
         print(f"{same} of {len(rows)} tensors are equal, bit for bit")
-    return 0 if same == len(rows) else 1
+    return 0 if equal else 1
 
 
 def _differences(a: Content, b: Content, *, only_params: bool) -> Iterator[dict[str, Any]]:
@@ -242,8 +329,25 @@ def _differences(a: Content, b: Content, *, only_params: bool) -> Iterator[dict[
         if only_params and room != "params":
             continue
         yield {"path": f"{room}/{name}", **_compared(ours.get((room, name)), theirs.get((room, name)))}
-    if not only_params and a.step != b.step:
+
+
+def _other_differences(a: Content, b: Content) -> Iterator[dict[str, Any]]:
+    """What is no tensor and differs: the step, numbers of the optimizer, what is tied."""
+    if a.step != b.step:
         yield {"path": "step", "equal": False, "why": f"{a.step} and {b.step}"}
+    numbers = [
+        {
+            f"scalars/{state}/{name}": number.value
+            for state, values in side.scalars.items()
+            for name, number in values.items()
+        }
+        | {f"tied/{alias}": owner for alias, owner in side.tied.items()}
+        for side in (a, b)
+    ]
+    for path in sorted(numbers[0].keys() | numbers[1].keys()):
+        ours, theirs = (side.get(path, "nothing") for side in numbers)
+        if ours != theirs:
+            yield {"path": path, "equal": False, "why": f"{ours} and {theirs}"}
 
 
 def _compared(a: Lazy | None, b: Lazy | None) -> dict[str, Any]:
@@ -255,6 +359,7 @@ def _compared(a: Lazy | None, b: Lazy | None) -> dict[str, Any]:
     if a.dtype == b.dtype and x.tobytes() == y.tobytes():
         return {"equal": True, "why": "", "max_difference": 0.0}
     wide = np.complex128 if x.dtype.kind == "c" or y.dtype.kind == "c" else np.float64
-    largest = float(np.max(np.abs(x.astype(wide) - y.astype(wide)))) if x.size else 0.0
+    with np.errstate(invalid="ignore", over="ignore"):  # of infinities
+        largest = float(np.max(np.abs(x.astype(wide) - y.astype(wide)))) if x.size else 0.0
     types = f"{a.dtype} and {b.dtype}, " if a.dtype != b.dtype else ""
     return {"equal": False, "why": f"{types}differ by {largest:.6g} at most", "max_difference": largest}

@@ -69,6 +69,7 @@ class Content:
     scheduler: dict[str, Any] | None = None
     extra: dict[str, Any] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)  # parameter -> the rule that made it, for `--explain`
+    warnings: list[str] = field(default_factory=list)  # lines that the user should see
 
     def tensors(self) -> Iterator[tuple[str, str, Lazy]]:
         """Every tensor as (room, name, tensor); rooms: "params", "optimizer/<state>", "buffers", "frozen"."""

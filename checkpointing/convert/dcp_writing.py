@@ -51,7 +51,7 @@ def write_checkpoint(
     paths: dict[str, tuple[str | int, ...]] | None = None,
 ) -> None:
     """Write them into `out`. `paths`: where each name is in the nested dictionary that a reader will get."""
-    out.mkdir(parents=True, exist_ok=True)
+    work.make(out)
     parts = list(parts)
     large = [part for part in parts if part.nbytes > _SMALL_BYTES]
     small = [part for part in parts if part.nbytes <= _SMALL_BYTES]

@@ -29,7 +29,7 @@ def write(content: Content, out: Path, options: Options, work: Work) -> None:
     """Write `out`/latest_universal and the folder it names. Parameters are stored in float32, as DeepSpeed has them."""
     tag = f"global_step{content.step}_universal"
     folder = out / tag
-    (folder / "zero").mkdir(parents=True, exist_ok=True)
+    work.make(folder / "zero")
     extra = content.extra.get("deepspeed", {})
     info = extra.get(INFO)
     ranks = max(int(extra.get("tensor_parallel", 1)), 2)  # how they are cut is told even if they were not

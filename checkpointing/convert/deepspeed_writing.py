@@ -63,7 +63,7 @@ def write(content: Content, out: Path, options: Options, work: Work) -> None:
         raise ConversionError(f"in no group of the optimizer: {', '.join(left)}")
     extra = content.extra.get("deepspeed", {})
     folder = out / f"global_step{content.step}"
-    folder.mkdir(parents=True, exist_ok=True)
+    work.make(folder)
     types = {name: content.dtypes.get(name, tensor.dtype) for name, tensor in content.params.items()}
     weights = {name: as_dtype(tensor, types[name]) for name, tensor in content.params.items()}
     state = model_state(content, extra, weights, ranks)

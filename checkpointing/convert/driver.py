@@ -6,11 +6,12 @@ URL the manifest is written last. What a killed conversion has done is not done 
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,17 +21,17 @@ from ..universal.manifest import CheckpointError
 from ..universal.reader import load as load_universal
 from ..universal.reader import open_checkpoint
 from ..universal.store import LocalStore, StoreError, open_store
-from . import universal
+from ..universal.writer import PARTS
+from . import placing, universal
 from .content import Content, ConversionError
-from .formats import Options, detect, load
+from .formats import READ_ONLY, READ_SETTINGS, WRITE_SETTINGS, Options, detect, load
+from .patterns import Pattern
 from .renaming import Direction, rename
-from .rulefile import RuleFile, built_in, read_rules
-from .work import Piece, Work
+from .rulefile import BUILT_IN, RuleFile, built_in, read_rules
+from .work import NOBODY, Plan, Planned, Watch, Work
 
 DEFAULT_BUDGET_BYTES = 256 << 20
 UNIVERSAL = "universal"
-_PARTIAL = ".everstep-partial"
-_REPLACED = ".everstep-replaced"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +48,10 @@ class Conversion:
     force: bool = False
     threads: int = field(default_factory=lambda: min(8, os.cpu_count() or 1))
     budget_bytes: int = DEFAULT_BUDGET_BYTES
+
+    def __post_init__(self) -> None:
+        for name in ("source", "destination"):  # a URL of the local file system is a path
+            object.__setattr__(self, name, getattr(self, name).removeprefix("file://"))
 
     @property
     def options(self) -> Options:
@@ -68,11 +73,18 @@ def format_of(source: str, origin: str = "") -> str:
         if "://" in source or error.damaged or (Path(source) / MANIFEST).exists():
             raise ConversionError(str(error)) from None
     except StoreError as error:
-        if "://" in source:
+        if "://" in source or isinstance(error.__cause__, PermissionError):
             raise ConversionError(str(error)) from None
     else:
         return UNIVERSAL
-    return detect(Path(source))
+    try:
+        return detect(Path(source))
+    except OSError as error:
+        raise _unreadable(source, error) from None
+
+
+def _unreadable(source: str, error: OSError) -> ConversionError:
+    return ConversionError(f"cannot read {error.filename or source}: {error.strerror or error}")
 
 
 def read(source: str, origin: str, options: Options) -> Content:
@@ -85,17 +97,75 @@ def read(source: str, origin: str, options: Options) -> Content:
         return load(origin).read(Path(source), options)
     except (CheckpointError, StoreError) as error:
         raise ConversionError(str(error)) from None
-    except PermissionError as error:
-        raise ConversionError(f"{error.filename}: permission denied") from None
+    except OSError as error:
+        raise _unreadable(source, error) from None
 
 
 def prepare(conversion: Conversion) -> Content:
-    """What would be written: read, and renamed if that is asked for."""
+    """What would be written: read, and renamed if that is asked for. Raises ConversionError if it cannot be."""
+    rules = [read_rules(path) for path in conversion.options.rules]
+    names = read_rules(rule_path(conversion.names)) if conversion.names else None
     origin = format_of(conversion.source, conversion.origin)
+    known = (*READ_SETTINGS.get(origin, ()), *WRITE_SETTINGS.get(conversion.to, ()))
+    check_settings(conversion.settings, (*known, *(names.variables if names else ())))
     content = read(conversion.source, origin, conversion.options)
-    if conversion.names:
-        content = renamed(content, read_rules(rule_path(conversion.names)), conversion.settings)
+    if names:
+        before = _all_names(content)
+        content = renamed(content, names, conversion.settings)
+        content.warnings += _unused(names, before)
+    for file in rules:
+        content.warnings += _unused(file, _all_names(content) + (before if names else []))
+    _plan(conversion, content)
     return content
+
+
+def check_settings(settings: Iterable[str], known: Iterable[str]) -> None:
+    """Raise ConversionError for a setting that means nothing here."""
+    known = list(known)
+    for name in settings:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            meant = f" (did you mean {close[0]!r}?)" if close else ""
+            raise ConversionError(
+                f"--set {name}: there is no such setting here{meant}; there are {', '.join(known) or 'none'}"
+            )
+
+
+def _all_names(content: Content) -> list[str]:
+    return [*content.params, *content.buffers, *content.frozen, *content.tied]
+
+
+def _unused(file: RuleFile, names: list[str]) -> list[str]:
+    """Lines about rules of the user's that match nothing; those that come with everstep are for many models."""
+    if file.path.parent == BUILT_IN:
+        return []
+    rules: list[tuple[str, tuple[Pattern, ...]]] = [(rule.where, rule.patterns) for rule in file.shards]
+    rules += [(rule.where, (*rule.a, *rule.b)) for rule in file.names]
+    return [
+        f"{where}: matches no name"
+        for where, patterns in rules
+        if not any(pattern.match(name) for pattern in patterns for name in names)
+    ]
+
+
+def _plan(conversion: Conversion, content: Content) -> None:
+    """Raise ConversionError for what would be found out on writing, before anything is written."""
+    if conversion.to in READ_ONLY:
+        raise ConversionError(f"{conversion.to} checkpoints are read, and not written")
+    if "://" in conversion.destination:
+        if conversion.to != UNIVERSAL:
+            raise ConversionError(f"{conversion.destination}: only universal checkpoints are written to a URL")
+    elif "://" not in conversion.source:
+        placing.check_apart(Path(conversion.source), _target(conversion))
+    if conversion.to == UNIVERSAL:
+        universal.manifest_of(content).to_bytes()
+        return
+    with contextlib.suppress(Planned):
+        load(conversion.to).write(content, _target(conversion), conversion.options, Plan())
+
+
+def _target(conversion: Conversion) -> Path:
+    return Path(os.path.abspath(conversion.destination))
 
 
 def renamed(content: Content, rules: RuleFile, settings: Mapping[str, str]) -> Content:
@@ -150,13 +220,28 @@ def explain(content: Content) -> Iterator[str]:
         yield f"tied  {alias} -> {owner}"
 
 
-def convert(conversion: Conversion, content: Content, on_piece: Callable[[Piece], None] = lambda piece: None) -> None:
+def check_free(conversion: Conversion) -> None:
+    """Raise ConversionError if there is something at the destination that may not be replaced."""
+    if "://" not in conversion.destination:
+        placing.check_free(_target(conversion), force=conversion.force)
+        return
+    store = open_store(conversion.destination)
+    if load_universal(store) is not None:
+        if not conversion.force:
+            raise ConversionError(f"{conversion.destination} has a checkpoint already: --force replaces it")
+    elif not universal.is_attempt(store) and (store.folders() or store.sizes()):
+        raise ConversionError(
+            f"{conversion.destination}: has files that are of no checkpoint: give a folder that is empty, or new"
+        )
+
+
+def convert(conversion: Conversion, content: Content, watch: Watch = NOBODY) -> None:
     """Write `content` where it is to be. Raises ConversionError; the destination is then as it was."""
     try:
         if "://" in conversion.destination:
-            _convert_to_url(conversion, content, on_piece)
+            _convert_to_url(conversion, content, watch)
         else:
-            _convert_to_folder(conversion, content, on_piece)
+            _convert_to_folder(conversion, content, watch)
     except (StoreError, CheckpointError) as error:
         raise ConversionError(str(error)) from None
     except OSError as error:
@@ -165,70 +250,55 @@ def convert(conversion: Conversion, content: Content, on_piece: Callable[[Piece]
 
 
 def _identity(conversion: Conversion) -> dict[str, Any]:
-    """What makes an earlier attempt one at the same conversion: source as it is now, target, rules."""
+    """What makes an earlier attempt one at the same conversion: source as it is now, target, rules, settings."""
     path = Path(conversion.source)
     files = []
     if "://" not in conversion.source:
         found = sorted(path.rglob("*")) if path.is_dir() else [path]
         files = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in found if file.is_file()]
     rules = [rule_path(rule).read_text() for rule in (*conversion.rules, *filter(None, [conversion.names]))]
-    text = json.dumps([files, rules, sorted(conversion.settings.items())])
+    text = json.dumps([files, rules, sorted(conversion.settings.items()), conversion.origin])
     return {"source": conversion.source, "to": conversion.to, "state": hashlib.sha256(text.encode()).hexdigest()}
 
 
-def _work(conversion: Conversion, folder: Path, on_piece: Callable[[Piece], None]) -> Work:
-    return Work(folder, threads=conversion.threads, budget_bytes=conversion.budget_bytes, on_done=on_piece)
-
-
-def _convert_to_url(conversion: Conversion, content: Content, on_piece: Callable[[Piece], None]) -> None:
-    if conversion.to != UNIVERSAL:
-        raise ConversionError(f"{conversion.destination}: only universal checkpoints are written to a URL")
+def _convert_to_url(conversion: Conversion, content: Content, watch: Watch) -> None:
+    check_free(conversion)
     store = open_store(conversion.destination)
     if load_universal(store) is not None:
-        if not conversion.force:
-            raise ConversionError(f"{conversion.destination} has a checkpoint already: --force replaces it")
         store.remove(MANIFEST)
         store.remove("")
-    universal.write(
-        content, store, Work.unrecorded(conversion.threads, conversion.budget_bytes, on_piece), _identity(conversion)
-    )
+    work = Work.unrecorded(conversion.threads, conversion.budget_bytes, watch)
+    universal.write(content, store, work, _identity(conversion))
 
 
-def _convert_to_folder(conversion: Conversion, content: Content, on_piece: Callable[[Piece], None]) -> None:
-    target = Path(conversion.destination).absolute()
-    if target.exists() and not conversion.force and (not target.is_dir() or any(target.iterdir())):
-        raise ConversionError(f"{target} exists already: --force replaces it")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + _PARTIAL)
+def _convert_to_folder(conversion: Conversion, content: Content, watch: Watch) -> None:
+    target = _target(conversion)
     identity = _identity(conversion)
-    marker = partial.with_name(partial.name + ".json")
-    if not partial.exists() or not marker.exists() or marker.read_text() != json.dumps(identity):
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        marker.write_text(json.dumps(identity))
+    with placing.attempt(target, identity) as attempt:
+        if not attempt.is_in_place:
+            placing.check_free(target, force=conversion.force)
+            if not attempt.is_whole:
+                attempt.begin()
+                try:
+                    _write(conversion, content, attempt.partial, identity, watch)
+                except ValueError:  # what is bad in the source; what is wrong with the disk may be gone on with
+                    attempt.clear()
+                    raise
+                attempt.finish()
+            attempt.put_in_place()
+        attempt.clear()
+
+
+def _write(conversion: Conversion, content: Content, partial: Path, identity: Mapping[str, Any], watch: Watch) -> None:
     if conversion.to == UNIVERSAL:
-        unrecorded = Work.unrecorded(conversion.threads, conversion.budget_bytes, on_piece)
-        universal.write(content, LocalStore(partial), unrecorded, identity)
+        store = LocalStore(partial)
+        if load_universal(store) is None:  # else an earlier attempt was killed when all was done
+            work = Work.unrecorded(conversion.threads, conversion.budget_bytes, watch)
+            universal.write(content, store, work, identity)
+        store.remove(PARTS)
     else:
-        work = _work(conversion, partial, on_piece)
+        work = Work(partial, threads=conversion.threads, budget_bytes=conversion.budget_bytes, watch=watch)
         load(conversion.to).write(content, partial, conversion.options, work)
         work.close()
-    _put_in_place(partial, target)
-    marker.unlink(missing_ok=True)
-
-
-def _put_in_place(partial: Path, target: Path) -> None:
-    replaced = target.with_name(target.name + _REPLACED)
-    shutil.rmtree(replaced, ignore_errors=True)
-    if target.exists():
-        os.replace(target, replaced)
-    os.replace(partial, target)
-    handle = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-    if replaced.is_dir():
-        shutil.rmtree(replaced)
-    else:
-        replaced.unlink(missing_ok=True)
+    if _identity(conversion) != identity:
+        raise ConversionError(f"{conversion.source} has changed while it was converted: convert it again")

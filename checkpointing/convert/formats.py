@@ -46,11 +46,21 @@ MODULES = {
 }
 
 
+READ_ONLY = ("megatron-legacy",)
+# What may be set, by format: on reading it, and on writing it. Each module tells what its settings mean.
+READ_SETTINGS = {"deepspeed": ("frozen",), "megatron": ("spec", "vocabulary")}
+WRITE_SETTINGS = {
+    "deepspeed": ("dp", "stage"),
+    "megatron": ("padded_vocabulary",),
+    "hf": ("max_shard_size", "dtype", "config"),
+}
+
+
 def load(name: str) -> Format:
     """The module of a format. Raises ConversionError for a name that is none."""
     if name not in MODULES:
         raise ConversionError(f"{name!r} is not a format: expected one of universal, {', '.join(MODULES)}")
-    module: Format = import_module(f".{MODULES[name]}", __package__)  # type: ignore[assignment]
+    module: Format = import_module(f".{MODULES[name]}", __package__)
     return module
 
 

@@ -161,10 +161,11 @@ def _json(path: Path) -> dict[str, Any]:
 
 def write(content: Content, out: Path, options: Options, work: Work) -> None:
     """Write the weights of `content`, in what the module computes in; tied ones once, the optimizer not at all."""
-    out.mkdir(parents=True, exist_ok=True)
+    work.make(out)
     tensors = _weights(content)
     dtypes = {name: _dtype(content, name, tensor, options) for name, tensor in tensors.items()}
     shards = _shards(tensors, dtypes, _bytes(options.settings.get("max_shard_size", "5GB")))
+    configs = _configs(content, options)
     names = [SINGLE] if len(shards) == 1 else [_shard_name(at, len(shards)) for at in range(len(shards))]
     work.run(_pieces(content, out, dict(zip(names, shards, strict=True)), tensors, dtypes))
     if len(shards) > 1:
@@ -172,7 +173,7 @@ def write(content: Content, out: Path, options: Options, work: Work) -> None:
         metadata = {"total_parameters": sum(each.elements for each in tensors.values()), "total_size": total}
         where = {name: file for file, members in zip(names, shards, strict=True) for name in members}
         _write_json(out / INDEX, {"metadata": metadata, "weight_map": dict(sorted(where.items()))})
-    for name, config in _configs(content, options).items():
+    for name, config in configs.items():
         _write_json(out / name, config)
 
 

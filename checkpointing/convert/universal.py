@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -59,9 +60,7 @@ def _room(checkpoint: Checkpoint, room: str) -> dict[str, Lazy]:
     found = {}
     for name, array in checkpoint.manifest.names(room).items():
         path = path_of(room, name)
-        found[name] = Lazy(
-            array.shape, array.dtype, lambda path=path: checkpoint.read(path), f"{checkpoint.url}/{path}"
-        )  # type: ignore[misc]
+        found[name] = Lazy(array.shape, array.dtype, partial(checkpoint.read, path), f"{checkpoint.url}/{path}")
     return found
 
 
@@ -86,6 +85,11 @@ def manifest_of(content: Content) -> Manifest:
         extra={name: value for name, value in content.extra.items() if name != "everstep"},
         saved_at=time.time(),
     )
+
+
+def is_attempt(store: Store) -> bool:
+    """Whether what is in `store` was written by `write`, which has not come to its end."""
+    return store.get(_SOURCE) is not None
 
 
 def write(content: Content, store: Store, work: Work, source: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ import json
 import os
 import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,21 @@ class Piece:
     do: Callable[[], object]
 
 
+def _untold(value: object) -> None:
+    """Nobody looks."""
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Who is told how far it is: of bytes that are to be done, and of pieces that are."""
+
+    planned: Callable[[int], None] = _untold
+    done: Callable[[Piece], None] = _untold
+
+
+NOBODY = Watch()
+
+
 class Work:
     """Runs pieces on threads; at most `budget_bytes` of them at a time, or one that is larger.
 
@@ -35,24 +50,30 @@ class Work:
         *,
         threads: int,
         budget_bytes: int,
-        on_done: Callable[[Piece], None] = lambda piece: None,
+        watch: Watch = NOBODY,
     ) -> None:
         self._journal = folder / JOURNAL if folder is not None else None
         self._threads = threads
         self._budget = budget_bytes
-        self._on_done = on_done
+        self._watch = watch
         self._done = self._read()
         self._lock = threading.Condition()
         self._in_use = 0
 
     @classmethod
-    def unrecorded(cls, threads: int, budget_bytes: int, on_done: Callable[[Piece], None]) -> Work:
+    def unrecorded(cls, threads: int, budget_bytes: int, watch: Watch = NOBODY) -> Work:
         """Without a journal: what is done is known from elsewhere."""
-        return cls(None, threads=threads, budget_bytes=budget_bytes, on_done=on_done)
+        return cls(None, threads=threads, budget_bytes=budget_bytes, watch=watch)
+
+    def make(self, folder: Path) -> Path:
+        """Make a folder for what is to be written, with those above it."""
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
 
     def skip(self, piece: Piece) -> None:
         """A piece that an earlier attempt has done."""
-        self._on_done(piece)
+        self._watch.planned(piece.nbytes)
+        self._watch.done(piece)
 
     def _read(self) -> set[str]:
         done: set[str] = set()
@@ -66,20 +87,31 @@ class Work:
 
     def run(self, pieces: Iterable[Piece]) -> None:
         """Do all that is not done yet. Raises what a piece raised, after those under way have ended."""
+        pieces = list(pieces)
+        self._watch.planned(sum(piece.nbytes for piece in pieces))
         failed = threading.Event()
+        futures: list[Future[None]] = []
         with ThreadPoolExecutor(self._threads, thread_name_prefix="everstep-convert") as pool:
-            futures = []
-            for piece in pieces:
-                if piece.key in self._done:
-                    self._on_done(piece)
-                    continue
-                self._enter(piece)
-                if failed.is_set():
-                    self._leave(piece)
-                    break
-                futures.append(pool.submit(self._one, piece, failed))
+            try:
+                self._submit(pieces, pool, futures, failed)
+            except BaseException:  # somebody at the keyboard
+                failed.set()
+                raise
         for future in futures:
             future.result()
+
+    def _submit(
+        self, pieces: list[Piece], pool: ThreadPoolExecutor, futures: list[Future[None]], failed: threading.Event
+    ) -> None:
+        for piece in pieces:
+            if piece.key in self._done:
+                self._watch.done(piece)
+                continue
+            self._enter(piece)
+            if failed.is_set():
+                self._leave(piece)
+                break
+            futures.append(pool.submit(self._one, piece, failed))
 
     def _enter(self, piece: Piece) -> None:
         with self._lock:
@@ -94,9 +126,11 @@ class Work:
 
     def _one(self, piece: Piece, failed: threading.Event) -> None:
         try:
+            if failed.is_set():
+                return
             piece.do()
             self._note(piece.key)
-            self._on_done(piece)
+            self._watch.done(piece)
         except BaseException:
             failed.set()
             raise
@@ -119,3 +153,23 @@ class Work:
         """All is done: the journal goes."""
         if self._journal is not None:
             self._journal.unlink(missing_ok=True)
+
+
+class Planned(Exception):
+    """All that is to be written is known, and nothing was."""
+
+
+class Plan(Work):
+    """Stands in for the work where only the planning of it is wanted: names, shapes and settings are looked at."""
+
+    def __init__(self) -> None:
+        super().__init__(None, threads=1, budget_bytes=1)
+
+    def make(self, folder: Path) -> Path:
+        """The folder, which is not made."""
+        return folder
+
+    def run(self, pieces: Iterable[Piece]) -> None:
+        """Raises Planned, once all pieces are known."""
+        list(pieces)
+        raise Planned

@@ -182,8 +182,8 @@ class Manifest:
             raise CheckpointError(f"{where}/{NAME} is not the manifest of an everstep checkpoint", NAME)
         if raw.get("version") != VERSION:
             raise CheckpointError(
-                f"{where}/{NAME} is written in version {raw.get('version')!r} of the format; this everstep reads version "
-                f"{VERSION}: use a newer everstep"
+                f"{where}/{NAME} is written in version {raw.get('version')!r} of the format; this everstep reads "
+                f"version {VERSION}: use a newer everstep"
             )
         told = raw.pop("checksum", None)
         found = checksum(_canonical(raw))
