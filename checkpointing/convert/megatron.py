@@ -23,6 +23,7 @@ from .megatron_common import (
     Common,
     backend,
     chains,
+    configuration,
     iteration_folder,
     kept,
     naming,
@@ -67,6 +68,8 @@ def read(path: Path, options: Options) -> Content:
         reading.add(content, key, tensor)
     _settings(content, common, found, options)
     content.extra[EXTRA] = _extra(index, common, reading.naming)
+    if came_from := configuration(common):
+        content.extra["hf"] = came_from
     return content
 
 

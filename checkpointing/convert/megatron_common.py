@@ -17,6 +17,7 @@ from .unpickling import Record
 
 TRACKER = "latest_checkpointed_iteration.txt"
 SPEC = "everstep_spec"  # what we note in what we write: how the live modules were named
+HF = "everstep_hf"  # and, as JSON, the configuration of the Hugging Face model that they were converted from
 _OBJECT = "common_state/shard_0_1"  # where megatron-core 0.20 keeps what common.pt held
 
 
@@ -146,9 +147,18 @@ def _of_buckets(prefix: str, index: Index) -> dict[str, Any]:
     return {"optimizer": value}
 
 
+def configuration(common: Common) -> dict[str, Any]:
+    """That of the Hugging Face model which the checkpoint was converted from, if it was."""
+    try:
+        found = json.loads(common.values.get(HF, "{}"))
+    except (TypeError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def kept(common: Common) -> dict[str, Any]:
     """What is not understood, as JSON, to be written back."""
-    skipped = ("args", "optimizer", "rng_state", "opt_param_scheduler")
+    skipped = ("args", "optimizer", "rng_state", "opt_param_scheduler", HF)
     rest = {key: value for key, value in common.values.items() if key not in skipped}
     return {
         "args": json_values.encode(common.args, common.dropped, "args"),

@@ -18,7 +18,7 @@ from .casting import cast
 from .content import Content, ConversionError, Lazy
 from .dcp_writing import Object, Part, write_checkpoint
 from .formats import Options
-from .megatron_common import SPEC
+from .megatron_common import HF, SPEC
 from .megatron_names import Naming, Place, naming_of, place
 from .work import Work
 
@@ -37,17 +37,18 @@ def write(content: Content, out: Path, options: Options, work: Work) -> None:
     """Write `content` as the only iteration in `out`; its names are those of Megatron's live modules."""
     if not any(name.startswith("decoder.") for name in content.params):
         raise ConversionError(
-            f"{out}: the parameters' names are not Megatron's (decoder.layers.0...., embedding....), but "
-            f"{next(iter(content.params), 'none')!r} and the like; expected a checkpoint of a Megatron model"
+            f"the parameters' names are not Megatron's (decoder.layers.0...., embedding....), but "
+            f"{next(iter(content.params), 'none')!r} and the like; expected those of a Megatron model: see --names"
         )
     kept = content.extra.get("megatron", {})
     naming = naming_of(content.params)
     folder = out / f"iter_{content.step:07d}"
-    folder.mkdir(parents=True, exist_ok=True)
+    work.make(folder)
     layout = _Layout(naming, _shapes(content, naming))
     padding = _padding(kept, options)
+    common = _common(content, naming, kept)
     write_checkpoint(folder, _parts(content, layout, padding), _objects(content, layout, kept), work)
-    _write_common(folder, content, naming, kept)
+    _write_common(folder, common)
     _replace(folder / "metadata.json", lambda path: path.write_text(json.dumps(_METADATA)))
     _replace(out / "latest_checkpointed_iteration.txt", lambda path: path.write_text(str(content.step)))
 
@@ -141,10 +142,9 @@ def _objects(content: Content, layout: _Layout, kept: dict[str, Any]) -> Iterato
             yield Object(f"{key}/shard_{'.'.join(map(str, index))}_{shape}", [None])
 
 
-def _write_common(folder: Path, content: Content, naming: Naming, kept: dict[str, Any]) -> None:
-    import torch
-
-    common = json_values.decode(kept.get("common", {}))
+def _common(content: Content, naming: Naming, kept: dict[str, Any]) -> dict[str, Any]:
+    """What is kept beside the tensors."""
+    common: dict[str, Any] = json_values.decode(kept.get("common", {}))
     if "args" in kept:
         common["args"] = Namespace(**json_values.decode(kept["args"]))
     common.setdefault("checkpoint_version", 3.0)
@@ -154,7 +154,15 @@ def _write_common(folder: Path, content: Content, naming: Naming, kept: dict[str
         common["opt_param_scheduler"] = json_values.decode(content.scheduler)
     if content.optimizer:
         common["optimizer"] = _optimizer(content)
+    if "hf" in content.extra:
+        common[HF] = json.dumps(content.extra["hf"])
     common["content_metadata"] = {"distrib_optim_sharding_type": "fully_reshardable"}
+    return common
+
+
+def _write_common(folder: Path, common: dict[str, Any]) -> None:
+    import torch
+
     _replace(folder / "common.pt", lambda path: torch.save(common, path))
 
 
