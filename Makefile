@@ -51,12 +51,13 @@ check: setup
 		--cache-dir "$(CURDIR)/.mypy_cache" --python-executable "$(CURDIR)/$(BIN)/python" -p everstep
 
 # The benchmarks compare with peers; torchft is optional and is named in the result when it is missing.
-bench: setup
+bench: setup peers
 	$(BIN)/pip install --quiet --constraint constraints.txt --group test --group bench
 	$(BIN)/python tests/bench/recovery.py --json
 	$(BIN)/python tests/bench/overhead.py --json
 	$(BIN)/python tests/bench/edit.py --json
 	$(BIN)/python tests/bench/snapshot.py --json
+	$(BIN)/python tests/bench/checkpoint.py --json
 
 clean:
 	rm -rf $(VENV) $(VENV)-peers build everstep.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

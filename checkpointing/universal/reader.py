@@ -40,31 +40,50 @@ class Checkpoint:
         stop = array.rows if stop is None else stop
         shape = (stop - start, *array.shape[1:]) if array.shape else ()
         out = np.empty(shape, numpy_dtype(array.dtype))
-        room = out.reshape(-1).view(np.uint8).data
-        if out.size:
-            for number in range(start // array.chunk_rows, -(-stop // array.chunk_rows)):
-                first = number * array.chunk_rows
-                low, high = max(start, first), min(stop, first + array.chunk_rows)
-                data = memoryview(self.chunk(path, number))
-                row = array.row_bytes
-                room[(low - start) * row : (high - start) * row] = data[(low - first) * row : (high - first) * row]
+        self.read_into(path, out, start)
         return out
+
+    def read_into(self, path: str, out: np.ndarray, start: int = 0) -> None:
+        """Read the rows from `start` on into `out`, which is contiguous, of the array's type, and says how many.
+
+        A chunk that is wanted whole is read into place, and checked there: `out` is of no use after an error.
+        """
+        array = self.array(path)
+        if not out.size:
+            return
+        room, row = out.reshape(-1).view(np.uint8).data, array.row_bytes
+        stop = start + (len(out) if array.shape else 1)
+        for number in range(start // array.chunk_rows, -(-stop // array.chunk_rows)):
+            first = number * array.chunk_rows
+            low, high = max(start, first), min(stop, first + array.chunk_rows)
+            place = room[(low - start) * row : (high - start) * row]
+            if len(place) == array.chunk_bytes:
+                self._fill(f"{path}/{array.key(number)}", array.checksums[number], place)
+            else:
+                place[:] = memoryview(self.chunk(path, number))[(low - first) * row : (high - first) * row]
 
     def chunk(self, path: str, number: int) -> bytes:
         """A chunk's file, checked."""
         array = self.array(path)
         return self._checked(f"{path}/{array.key(number)}", array.checksums[number], array.chunk_bytes)
 
+    def _fill(self, file: str, told: str, place: memoryview) -> None:
+        size = self.store.get_into(file, place)
+        self._check(file, told, size, len(place), place)
+
     def _checked(self, file: str, told: str, size: int) -> bytes:
         data = self.store.get(file)
-        if data is None:
+        self._check(file, told, None if data is None else len(data), size, data or b"")
+        return data or b""
+
+    def _check(self, file: str, told: str, got: int | None, size: int, data: bytes | memoryview) -> None:
+        if got is None:
             raise CheckpointError(f"{self.url}/{file} is missing", file)
-        if len(data) != size:
-            raise CheckpointError(f"{self.url}/{file} is damaged: {len(data)} bytes, expected {size}", file)
+        if got != size:
+            raise CheckpointError(f"{self.url}/{file} is damaged: {got} bytes, expected {size}", file)
         found = checksum(data)
         if found != told:
             raise CheckpointError(f"{self.url}/{file} is damaged: its checksum is {found}, expected {told}", file)
-        return data
 
     def verify(self, on_file: Callable[[int], None] = lambda nbytes: None) -> Iterator[str]:
         """Check every file of the checkpoint; gives a line for each that is damaged, missing, or does not belong."""

@@ -1,0 +1,17 @@
+"""Run a command and print its wall time and the largest memory of any of its processes, as JSON.
+
+A process of its own, and a small one: the kernel counts what a process was before it became the command.
+"""
+
+import json
+import resource
+import subprocess
+import sys
+import time
+
+started = time.perf_counter()
+done = subprocess.run(sys.argv[1:], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+seconds = time.perf_counter() - started
+if done.returncode:
+    sys.exit(done.stdout.decode()[-2000:])
+print(json.dumps({"seconds": seconds, "rss_mib": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024}))
