@@ -56,8 +56,9 @@ def _largest(content: Content) -> int:
 
 def _parameter(content: Content, name: str, folder: Path, shardings: Shardings) -> Piece:
     """The folder of one parameter. Raises ConversionError for a name that is no folder's."""
-    if "/" in name or "\0" in name or name in ("", ".", "..", "optimizer_state.pt"):
-        raise ConversionError(f"{name!r}: a parameter of this name has no place in a DeepSpeed universal checkpoint")
+    for each in (name, *content.optimizer, *content.scalars):
+        if "/" in each or "\0" in each or each in ("", ".", "..", "optimizer_state.pt"):
+            raise ConversionError(f"{each!r}: what has this name has no place in a DeepSpeed universal checkpoint")
     place = folder / "zero" / name
     tensor = content.params[name]
     keys = _keys(shardings.of(name)[0]) if shardings.knows else {"cat_dim": 0}

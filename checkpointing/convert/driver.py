@@ -99,6 +99,11 @@ def read(source: str, origin: str, options: Options) -> Content:
         raise ConversionError(str(error)) from None
     except OSError as error:
         raise _unreadable(source, error) from None
+    except ConversionError:
+        raise
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        # Values of strangers: what is absent or of another kind than its library writes, wherever a reader looks.
+        raise ConversionError(f"{source}: not laid out as {origin} checkpoints are: {error!r}") from error
 
 
 def prepare(conversion: Conversion) -> Content:

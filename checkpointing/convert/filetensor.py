@@ -112,6 +112,8 @@ class FileTensor:
                 if not count:
                     raise ConversionError(f"{self.path}: ends at byte {at}, inside a tensor; {len(left)} more expected")
                 left, at = left[count:], at + count
+        except OSError as error:
+            raise ConversionError(f"{self.path}: cannot be read: {error.strerror}") from error
         finally:
             os.close(handle)
 

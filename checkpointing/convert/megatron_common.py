@@ -74,6 +74,8 @@ def read_common(folder: Path, index: Index) -> Common:
         values = values.fields
     if not isinstance(values, dict):
         raise ConversionError(f"{folder}: its common state is a {type(values).__name__}; expected a dictionary")
+    if not all(isinstance(key, str) for key in values):
+        raise ConversionError(f"{folder}: its common state has keys that are no names: {list(values)[:4]}")
     return _checked(folder, values)
 
 

@@ -101,7 +101,9 @@ class _Archive:
                 self.pickle = archive.read(self._root + "data.pkl")
                 if self._root + "byteorder" in self._entries:
                     self._check_order(archive.read(self._root + "byteorder"))
-        except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError) as error:
+        except ConversionError:
+            raise
+        except Exception as error:  # zipfile has many, and others for names that are no text
             what = "torn: it begins as a file of torch.save" if begins[:2] == b"PK" else "not a file of torch.save"
             raise ConversionError(f"{where}: {what} ({error})") from error
 

@@ -15,7 +15,7 @@ from ..universal.manifest import Array, Manifest, chunk_shape, path_of
 from ..universal.reader import Checkpoint
 from ..universal.store import Store
 from ..universal.writer import PARTS, ChunkWriter, read_parts, try_commit
-from .content import Content, Lazy, Scalar
+from .content import Content, ConversionError, Lazy, Scalar
 from .work import Piece, Work
 
 CHUNK_BYTES = 16 << 20
@@ -105,6 +105,8 @@ def write(content: Content, store: Store, work: Work, source: Mapping[str, Any])
     pieces = []
     expected = []
     for number, (room, name, tensor) in enumerate(content.tensors()):
+        if not name:
+            raise ConversionError(f"{tensor.origin}: a tensor in {room} has no name")
         path = path_of(room, name)
         expected.append(path)
         if path not in arrays:

@@ -134,7 +134,8 @@ def _tensor(storage: Storage, start: int, shape: tuple[int, ...], strides: tuple
     tensor = FileTensor(
         storage.path, storage.offset, storage.nbytes, storage.dtype, tuple(shape), tuple(strides), start
     )
-    if len(tensor.shape) != len(tensor.strides) or min((start, *tensor.shape, *tensor.strides)) < 0:
+    numbers = (start, *tensor.shape, *tensor.strides)
+    if len(tensor.shape) != len(tensor.strides) or not all(isinstance(n, int) and n >= 0 for n in numbers):
         raise ConversionError(f"{storage.path}: a tensor of shape {tensor.shape} with strides {tensor.strides}")
     if tensor.elements:
         ends = start + 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.strides, strict=True))

@@ -20,6 +20,7 @@ from .dtypes import NAMES, numpy_dtype, stored_name
 FORMAT = "everstep-checkpoint"
 VERSION = 1
 NAME = "manifest.json"
+_ZARR = "zarr.json"
 ROOMS = ("params", "optimizer", "buffers", "frozen")
 
 
@@ -37,20 +38,26 @@ def checksum(data: bytes | bytearray | memoryview) -> str:
 
 
 def node(name: str) -> str:
-    """A tensor's name as the name of a zarr node: itself, but for `/`, `%` and a leading `__`."""
+    """A tensor's name as the name of a zarr node: itself, but for `/`, `%`, and what zarr has reserved."""
     quoted = quote(name, safe="".join(chr(c) for c in range(33, 127) if chr(c) not in "/%"))
+    if not name.strip(".") or name == _ZARR:  # nothing but dots is no name of a folder of ours
+        return quoted.replace(".", "%2E")
     return quoted.replace("_", "%5F", 1) if name.startswith("__") else quoted
 
 
 def path_of(room: str, name: str) -> str:
-    """The path of a tensor's array: `params/<name>`, `optimizer/<state>/<name>`, ..."""
-    return f"{room}/{node(name)}"
+    """The path of a tensor's array: `params/<name>`, `optimizer/<state>/<name>`, ...
+
+    Names of tensors and of states may be anything, for foreign checkpoints say them; a path never leaves its room.
+    """
+    first, separator, state = room.partition("/")
+    return f"{first}/{node(state)}/{node(name)}" if separator else f"{first}/{node(name)}"
 
 
 def room_and_name(path: str) -> tuple[str, str]:
     """The reverse of `path_of`."""
     room, _, name = path.rpartition("/")
-    return room, unquote(name)
+    return unquote(room), unquote(name)
 
 
 @dataclass(frozen=True)
@@ -191,9 +198,13 @@ class Manifest:
             raise CheckpointError(f"{where}/{NAME} was changed: its checksum is {found}, expected {told}", NAME)
         known = {item.name for item in fields(cls)}
         values = {name: value for name, value in raw.items() if name in known}
-        values["arrays"] = {path: Array.from_json(array) for path, array in raw["arrays"].items()}
-        manifest = cls(**values)
-        for problem in manifest.problems():
+        try:
+            values["arrays"] = {path: Array.from_json(array) for path, array in raw["arrays"].items()}
+            manifest = cls(**values)
+            problem = next(manifest.problems(), None)
+        except (LookupError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{where}/{NAME}: is not laid out as a manifest: {error!r}", NAME) from None
+        if problem is not None:
             raise CheckpointError(f"{where}/{NAME}: {problem}", NAME)
         return manifest
 
@@ -202,6 +213,8 @@ class Manifest:
         for path, array in self.arrays.items():
             if path.partition("/")[0] not in ROOMS:
                 yield f"array {path}: expected it in one of {', '.join(ROOMS)}"
+            elif path != path_of(*room_and_name(path)):
+                yield f"array {path}: is not the path of any tensor"
             if array.dtype not in NAMES:
                 yield f"array {path}: element type {array.dtype!r} is not known"
             elif len(array.chunk) != len(array.shape) or (array.shape[1:] != array.chunk[1:] and 0 not in array.shape):

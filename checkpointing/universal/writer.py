@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from .manifest import NAME, ROOMS, Array, CheckpointError, Manifest, checksum, group_json, room_and_name
+from .manifest import NAME, ROOMS, Array, CheckpointError, Manifest, checksum, group_json
 from .store import Buffer, Store
 
 PARTS = "parts"
@@ -140,7 +140,7 @@ def commit(store: Store, manifest: Manifest) -> None:
 
     Raises CheckpointError, naming the first that is not. Writes the groups' metadata too.
     """
-    folders = {room_and_name(path)[0] for path in manifest.arrays}
+    folders = {path.rpartition("/")[0] for path in manifest.arrays}
     for folder in sorted({"", *ROOMS} | folders):
         store.put(f"{folder}/zarr.json".lstrip("/"), [group_json()])
     store.flush()
