@@ -11,6 +11,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..checkpointing.client import KeeperLink
@@ -32,6 +33,21 @@ TRIES = 3  # of a save whose saver, or keeper, is lost
 CONSTANT_CHUNK_BYTES = 16 << 20
 
 
+@dataclass
+class _Waiting:
+    """A version that is to be saved, and what of it is still missing. `records`: its shards', where no keeper is."""
+
+    name: str
+    version: int
+    terms: dict[str, Any]
+    layout: Layout
+    rank: int
+    sealed: bool = False
+    after: dict[str, Any] | None = None
+    started: bool = False
+    records: dict[int, memoryview] = field(default_factory=dict)
+
+
 class Checkpoints:
     """When this job's state is saved, and what this rank does for it. Does nothing in a job that saves none."""
 
@@ -51,6 +67,7 @@ class Checkpoints:
         self._terms: dict[str, tuple[int, str]] = {}  # name -> version, agreement
         self._attempt: tuple[int, int] = (0, 0)  # version and generation of the last one that began
         self._results: list[dict[str, Any]] = []  # of saves in this process
+        self._waiting: _Waiting | None = None
         self._requests: dict[str, SaveRequest] = {}  # what the saver was asked, by name
         self._again = 0  # how often it was asked again
         self._handed_over = ""  # the last name that the keeper was told of
@@ -103,24 +120,79 @@ class Checkpoints:
     # ------------------------------------------------------------ saving
 
     def begin(self, terms: dict[str, Any], layout: Layout, rank: int) -> Callable[[], None] | None:
-        """What was agreed: if the version after the step is saved, what is to be called when it is in the keeper."""
+        """What was agreed: if the version after the step is saved, what is to be called when it is in the keeper.
+
+        It is saved when it is there, and `settle` has told what the user's code has made of the step.
+        """
         self.newest = max(self.newest, terms.get("saved", -1))
         name, version = terms.get("save", ""), terms["step"] + 1
         if not name:
             return None
-        kept = json.dumps({**terms, "protected": -1}, sort_keys=True)  # in the run that resumes, nothing outlives yet
         self._attempt = (version, layout.generation)
-        self._terms[name] = (version, kept)
-        writer = f"rank-{rank}"
-        request = self._request(name, version, kept, layout, rank, writer)
         self._snapshots.saving = version
-        self._open[writer] = name
-        if rank == layout.ranks[0] and any(True for _ in self._stack.constants()):
+        self._open[f"rank-{rank}"] = name
+        waiting = self._waiting = _Waiting(name, version, terms, layout, rank)
+
+        def sealed() -> None:
+            with self._lock:
+                waiting.sealed = True
+            self._start(waiting)
+
+        return sealed
+
+    def begin_alone(self, terms: dict[str, Any], layout: Layout, states: Callable[[int], ShardState]) -> None:
+        """Without the launcher there is no keeper: the state is copied here, and a thread of this process saves it."""
+        sealed = self.begin(terms, layout, 0)
+        if sealed is None:
+            return
+        assert self._waiting is not None
+        for shard in self._stack.spec.shards:
+            record = Record(states(shard.index))
+            data = self._waiting.records[shard.index] = memoryview(bytearray(record.length))
+            record.write(data)
+        sealed()
+
+    def settle(self, after: dict[str, Any]) -> None:
+        """The user's code has run for the last step, and the next one begins: how it left things ("groups", "users")."""
+        waiting = self._waiting
+        if waiting is not None:
+            with self._lock:
+                waiting.after = after
+            self._waiting = None
+            self._start(waiting)
+
+    @property
+    def unsettled(self) -> bool:
+        """Whether a version that is to be saved waits for `settle`."""
+        return self._waiting is not None
+
+    def abandon(self) -> None:
+        """An older version is gone back to: what was to be saved will be again."""
+        waiting, self._waiting = self._waiting, None
+        if waiting is not None:
+            self._open.clear()
+            self._snapshots.saving = -1
+
+    def _start(self, waiting: _Waiting) -> None:
+        with self._lock:
+            if not waiting.sealed or waiting.after is None or waiting.started:
+                return
+            waiting.started = True
+        # In the run that resumes, nothing outlives nodes yet.
+        agreement = json.dumps({**waiting.terms, "after": waiting.after, "protected": -1}, sort_keys=True)
+        self._terms[waiting.name] = (waiting.version, agreement)
+        writer = f"rank-{waiting.rank}"
+        request = self._request(waiting, agreement, writer)
+        if waiting.rank == waiting.layout.ranks[0] and any(True for _ in self._stack.constants()):
             constants = f"{writer}-constants"
-            self._open[constants] = name
+            self._open[constants] = waiting.name
             self._in_thread(request, constants, lambda: self._save_constants(request, constants))
-        self._requests[name], self._again = request, 0
-        return lambda: self._hand_over(request)
+        if self.link is None:
+            records = waiting.records
+            self._in_thread(request, writer, lambda: save_part(request, lambda shards: {s: records[s] for s in shards}))
+            return
+        self._requests[waiting.name], self._again = request, 0
+        self._hand_over(request)
 
     def _hand_over(self, request: SaveRequest) -> None:
         assert self.link is not None
@@ -129,20 +201,6 @@ class Checkpoints:
             self._handed_over = request.name
         except OSError as error:
             self._ended({"writer": request.writer, "name": request.name, "error": str(error)})
-
-    def save_alone(self, terms: dict[str, Any], layout: Layout, states: Callable[[int], ShardState]) -> None:
-        """Without the launcher there is no keeper: the state is copied here, and a thread of this process saves it."""
-        then = self.begin(terms, layout, 0)
-        if then is None:
-            return
-        request = self._request(terms["save"], terms["step"] + 1, self._terms[terms["save"]][1], layout, 0, "rank-0")
-        records: dict[int, bytearray] = {}
-        for piece in request.pieces:
-            record = Record(states(piece.shard))
-            records[piece.shard] = bytearray(record.length)
-            record.write(memoryview(records[piece.shard]))
-        views = {shard: memoryview(data) for shard, data in records.items()}
-        self._in_thread(request, "rank-0", lambda: save_part(request, lambda shards: {s: views[s] for s in shards}))
 
     def _in_thread(self, request: SaveRequest, writer: str, action: Callable[[], bool]) -> None:
         def work() -> None:
@@ -176,13 +234,13 @@ class Checkpoints:
         writer.finish(name)
         return finish(request, folder)
 
-    def _request(self, name: str, version: int, agreement: str, layout: Layout, rank: int, writer: str) -> SaveRequest:
+    def _request(self, waiting: _Waiting, agreement: str, writer: str) -> SaveRequest:
         settings, spec = self._settings, self._stack.spec
         first: dict[int, Shard] = {}
         pieces: list[Piece] = []
         for shard in spec.shards:
             number = shard.index - first.setdefault(shard.parameter, shard).index
-            if layout.owners[shard.index] == rank:
+            if waiting.layout.owners[shard.index] == waiting.rank:
                 pieces.append(Piece(shard.index, shard.parameter, number, shard.elements))
         parameters = tuple(
             Parameter(p.name, "buffers" if self._stack.averaged(i) else "params", p.shape, _rows(p, first[i]))
@@ -192,13 +250,13 @@ class Checkpoints:
         return SaveRequest(
             url=open_store(settings.checkpoint, json.loads(settings.checkpoint_options)).url,
             options=json.loads(settings.checkpoint_options),
-            name=name,
+            name=waiting.name,
             writer=writer,
-            version=version,
+            version=waiting.version,
             parameters=parameters,
             pieces=tuple(pieces),
             expected=tuple(expected),
-            manifest=self._manifest(version, agreement, layout),
+            manifest=self._manifest(waiting.version, agreement, waiting.layout),
             keep=settings.checkpoint_keep,
             keep_s=settings.checkpoint_keep_s,
         )
@@ -206,12 +264,12 @@ class Checkpoints:
     def _manifest(self, version: int, agreement: str, layout: Layout) -> dict[str, Any]:
         settings, spec = self._settings, self._stack.spec
         terms = json.loads(agreement)
-        registered = dict(terms["registered"])
+        registered = {**terms["registered"], **terms["after"]["users"]}
         return {
             "step": version,
             "tied": self._stack.aliases,
             "layers": {p.name: list(p.layers) for p in spec.parameters},
-            "optimizer": {"name": self._run["optimizer"], "groups": terms["groups"]},
+            "optimizer": {"name": self._run["optimizer"], "groups": terms["after"]["groups"]},
             "scheduler": registered.get("scheduler"),
             "registered": registered,
             "data": {

@@ -141,6 +141,7 @@ class Engine:
 
     def compute(self) -> None:
         """Run this rank's remaining segments of the step."""
+        self.settle()
         layout, state = self.current()
         stages_from_here = sum(stage.start >= layout.stage_of(self.rank).start for stage in layout.stages)
         self.pipeline.run(state, depth=stages_from_here + _SLACK)
@@ -309,6 +310,12 @@ class Engine:
         """The states of the registered objects now, as JSON values."""
         return {name: encode(item.state_dict(), name) for name, item in self.registered.items()}
 
+    def after_users(self) -> dict[str, Any]:
+        """What the user's code has made of what it may change between steps: settings, and states it registered."""
+        states = self.states_of_registered()
+        users = {name: state for name, state in states.items() if name not in self.driven}
+        return {"groups": self.optimizer.hyper_parameters(), "users": users}
+
     def _layer_norms(self, norms: dict[int, float]) -> dict[int, float]:
         """The squared norm of each layer's gradient: how much a neighbour counts where one has to stand in."""
         spec = self.stack.spec
@@ -361,7 +368,7 @@ class Engine:
     def _save_or_protect(self, terms: dict[str, Any], agreement: str, layout: Layout) -> None:
         """Protect this version, and, if that was agreed, have a checkpoint made of it."""
         if self.checkpoints.link is None:
-            self.checkpoints.save_alone(terms, layout, self._state_of)
+            self.checkpoints.begin_alone(terms, layout, self._state_of)
             self.protect(anyway=self.ended())
         else:
             self.protect(anyway=self.ended(), then=self.checkpoints.begin(terms, layout, self.rank))
@@ -400,8 +407,14 @@ class Engine:
         """How many bytes the reduced gradient of a shard takes."""
         return shard.elements * self.exchange.accumulation(shard).itemsize
 
+    def settle(self) -> None:
+        """The user's code has run for the last step: what it made of it goes with this version."""
+        if self.checkpoints.unsettled:
+            self.checkpoints.settle(self.after_users())
+
     def conclude(self) -> None:
         """Past the last step: return when its version is whole here, parity included."""
+        self.settle()
         self.snapshots.wait(self._patient)
         self.protection.wait(self.version + 1, self._patient)
         self.checkpoints.conclude(self._patient)

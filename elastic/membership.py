@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sys
 import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..comms.communicator import Aborted, Peer
 from ..resharding.placement import Placement
 from ..resharding.plan import Plan, Report, plan_resume, plan_start
 from ..resharding.planners import initial_layout
-from .errors import JobEnded
+from .errors import JobEnded, UsageError
 from .protocol.events import Job, Saved
 
 
@@ -37,7 +38,6 @@ class Membership(ABC):
     def __init__(self) -> None:
         self.on_abort: Callable[[], None] = lambda: None
         self.save_asked = False  # somebody wants a checkpoint now
-        self.alone = False  # no coordinator decides what to do about trouble
 
     @abstractmethod
     def declare(self) -> None:
@@ -80,8 +80,9 @@ class Solo(Membership):
 
     def __init__(self) -> None:
         super().__init__()
-        self.alone = True
         self._orders: Orders | None = None
+        self._saved: list[Saved] = []  # the checkpoints that may be gone on from, newest first
+        self._older = False  # whether one that is damaged may be passed over
 
     def declare(self) -> None:
         pass
@@ -90,18 +91,25 @@ class Solo(Membership):
         # One process holds all layers, whatever `stages` says: the layout changes no numbers.
         layout = initial_layout(job.model, [0], 1, job.micro_batches)
         nowhere = Placement(generation=1, width=0, losses=0, wanted=0, stripes=())
-        plan = plan_start(layout)
+        self._saved, self._older = list(saved), job.on_damage == "older"
+        self._orders = Orders(plan_start(layout), {0: peer}, {}, nowhere, {0: ""})
+        self._job = job
         if saved:
-            newest = saved[0]
-            plan = plan_resume(job.model, layout, newest.version, newest.agreement, newest.name)
-        self._orders = Orders(plan, {0: peer}, {}, nowhere, {0: ""})
+            self._resume(1)
+
+    def _resume(self, generation: int) -> None:
+        """Go on from the newest checkpoint that there still is."""
+        assert self._orders is not None
+        newest, layout = self._saved[0], replace(self._orders.plan.layout, generation=generation)
+        plan = plan_resume(self._job.model, layout, newest.version, newest.agreement, newest.name)
+        self._orders = replace(self._orders, plan=plan)
 
     def orders(self, on_wait: Callable[[], None]) -> Orders:
         assert self._orders is not None
         return self._orders
 
     def report(self, make: Callable[[int], Report]) -> None:
-        raise AssertionError("nobody aborts a worker that is alone")
+        """Nobody asks; the next plan is there."""
 
     def proposed(self, last: bool) -> Orders | None:
         return None
@@ -110,7 +118,16 @@ class Solo(Membership):
         return False
 
     def tell(self, kind: str, **fields: Any) -> None:
-        pass
+        if kind == "unreadable":
+            self._saved = [item for item in self._saved if item.name != fields["name"]]
+            if not self._older or not self._saved:
+                raise UsageError(fields["why"])
+            assert self._orders is not None
+            print(f"everstep: {fields['why']}: the checkpoint before it is used", file=sys.stderr, flush=True)
+            self._resume(self._orders.plan.generation + 1)
+            self.on_abort()
+        elif kind == "noted" and fields["what"] == "checkpoint_failed":
+            print(f"everstep: a checkpoint could not be saved: {fields['fields']['why']}", file=sys.stderr, flush=True)
 
     def wait_for_end(self, on_wait: Callable[[], None]) -> bool:
         return True

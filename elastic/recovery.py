@@ -21,8 +21,7 @@ from ..comms.communicator import Aborted, Key, Kind
 from ..resharding.neighbors import stand_ins
 from ..resharding.plan import Plan, Report, Span
 from .backups import Copies, backup_ranks
-from .engine import Engine
-from .errors import UsageError
+from .engine import Engine, Step
 from .membership import Orders
 from .progress import Phase
 from .resume import CheckpointStates
@@ -43,6 +42,7 @@ class Recovery:
         self.token = token
         self.node = node
         self.fresh = fresh  # has nothing of the job yet
+        self._after: dict[str, Any] = {}  # how the user's code has left things where the guide is
         self.keepers: dict[str, str] = {}  # node -> address, our own first
 
     def recover(self) -> None:
@@ -110,6 +110,7 @@ class Recovery:
         self._enter_protection(orders)  # not before a member has: this node's keeper may serve others of the last one
         engine.progress.mark(Phase.JOIN if fresh else Phase.RESTORE, version)
         if back:
+            engine.checkpoints.abandon()
             self._forget_all(version, agreement)
         if not fresh and not back and engine.owned_version == version - 1:
             engine.update(agreement)
@@ -136,14 +137,31 @@ class Recovery:
         engine = self.engine
         if self.fresh and plan.guide is not None:
             message = json.loads(bytes(engine.comm.receive(plan.guide, _GUIDE)))
+            self._after = message["after"]
+            engine.results = [Step(*step) for step in message["unseen"]]
             return message["version"], message["agreement"]
         version = engine.version if plan.version is None else plan.version
         agreement = engine.agreement if plan.version is None else plan.agreement
         if engine.rank == plan.guide:
-            message = json.dumps({"version": version, "agreement": agreement}).encode()
+            told = {"version": version, "agreement": agreement, "after": self._after_users(version)}
+            message = json.dumps({**told, "unseen": self._unseen(version, agreement)}).encode()
             for rank in plan.fresh:
                 engine.comm.send(rank, _GUIDE, [message])
         return version, agreement
+
+    def _after_users(self, version: int) -> dict[str, Any]:
+        """How the user's code has left things here; the settings only if they are those of `version` already."""
+        after = self.engine.after_users()
+        return after if self.engine.version == version else {"users": after["users"]}
+
+    def _unseen(self, version: int, agreement: str) -> list[list[Any]]:
+        """The steps before `version` that the user's code here has not seen yet, so that it has not run for them."""
+        engine = self.engine
+        steps = [[step.index, step.loss, step.gradient_norm] for step in engine.results]
+        if engine.version < version and agreement:
+            terms = json.loads(agreement)
+            steps.append([terms["step"], terms["loss"], terms["norm"]])
+        return steps
 
     def _enter_protection(self, orders: Orders) -> None:
         """The keeper of this node hears of the generation, and of the parity it holds in it."""
@@ -163,6 +181,8 @@ class Recovery:
         engine = self.engine
         terms: dict[str, Any] = json.loads(agreement) if agreement else {}
         self._catch_up(terms or engine.birth, back=True, advance=bool(terms))
+        if engine.loops:  # the user's own loop computes again, and begins where it had left things then
+            self._leave_as_users(terms.get("after", {}))
         engine.version = engine.owned_version = version
         engine.values_version = -1
         engine.owned = set()
@@ -238,8 +258,6 @@ class Recovery:
             engine.checkpoints.resumed(version)
             return
         except (CheckpointError, StoreError) as error:
-            if self.engine.membership.alone:
-                raise UsageError(str(error)) from None
             engine.membership.tell("unreadable", name=plan.checkpoint, why=str(error))
         while True:
             self._patient()
@@ -312,6 +330,8 @@ class Recovery:
             engine.agreed, engine.agreement = version - 1, agreement
             if terms:
                 self._catch_up(terms, back=False, advance=True)
+            self._leave_as_users(self._after or terms.get("after", {}))
+            engine.shown = max([engine.shown, *(step.index for step in engine.results)])
         if terms and (fresh or back):  # all who committed the step may have died before they could say so
             engine.tell_committed(terms, agreement)
         if was_current and engine.state is not None and plan.version is not None:
@@ -328,6 +348,15 @@ class Recovery:
         engine.state = StepState.begin(version, engine.rank, engine.settings.micro_batches, plan.work)
         engine.state.kept = plan.kept
         engine.pipeline.begin_step()
+
+    def _leave_as_users(self, after: dict[str, Any]) -> None:
+        """The user's code has run elsewhere for the steps before this one: take over what it made of them."""
+        engine = self.engine
+        if "groups" in after:
+            engine.optimizer.set_hyper_parameters(after["groups"])
+        for name, state in after.get("users", {}).items():
+            if name in engine.registered:
+                engine.registered[name].load_state_dict(decode(state))
 
     def _catch_up(self, terms: dict[str, Any], *, back: bool, advance: bool) -> None:
         """Bring the registered objects (the scheduler) to the version that the others are at, or go back to.
