@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import hashlib
+import importlib.util
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,7 +25,7 @@ from ..universal.store import LocalStore, StoreError, open_store
 from ..universal.writer import PARTS
 from . import placing, universal
 from .content import Content, ConversionError
-from .formats import READ_ONLY, READ_SETTINGS, WRITE_SETTINGS, Options, detect, load
+from .formats import READ_ONLY, READ_SETTINGS, WRITE_SETTINGS, WRITTEN_BY_TORCH, Options, detect, load
 from .patterns import Pattern
 from .renaming import Direction, rename
 from .rulefile import BUILT_IN, RuleFile, built_in, read_rules
@@ -157,16 +158,28 @@ def _plan(conversion: Conversion, content: Content) -> None:
     """Raise ConversionError for what would be found out on writing, before anything is written."""
     if conversion.to in READ_ONLY:
         raise ConversionError(f"{conversion.to} checkpoints are read, and not written")
+    if conversion.to in WRITTEN_BY_TORCH and not _has_torch():
+        raise ConversionError(f"{conversion.to} checkpoints are written by torch, and torch is not installed")
     if "://" in conversion.destination:
         if conversion.to != UNIVERSAL:
             raise ConversionError(f"{conversion.destination}: only universal checkpoints are written to a URL")
     elif "://" not in conversion.source:
         placing.check_apart(Path(conversion.source), _target(conversion))
     if conversion.to == UNIVERSAL:
-        universal.manifest_of(content).to_bytes()
+        try:
+            universal.manifest_of(content).to_bytes()
+        except TypeError as error:
+            raise ConversionError(f"{conversion.source}: what it holds beside tensors is no JSON: {error}") from error
         return
     with contextlib.suppress(Planned):
         load(conversion.to).write(content, _target(conversion), conversion.options, Plan())
+
+
+def _has_torch() -> bool:
+    try:
+        return importlib.util.find_spec("torch") is not None
+    except ImportError:
+        return False
 
 
 def _target(conversion: Conversion) -> Path:

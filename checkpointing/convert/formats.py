@@ -47,6 +47,7 @@ MODULES = {
 
 
 READ_ONLY = ("megatron-legacy",)
+WRITTEN_BY_TORCH = ("megatron", "dcp")
 # What may be set, by format: on reading it, and on writing it. Each module tells what its settings mean.
 READ_SETTINGS = {"deepspeed": ("frozen",), "megatron": ("spec", "vocabulary")}
 WRITE_SETTINGS = {
