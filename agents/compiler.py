@@ -38,6 +38,11 @@ def defer_compiler() -> None:
     torch._dynamo = stand_in
 
 
+def load_compiler() -> None:
+    """Import the real module now."""
+    _real()
+
+
 def _real() -> ModuleType:
     """The real module; imports it in place of the stand-in."""
     with _lock:

@@ -24,8 +24,8 @@ import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from ..comms.process import die_with_parent, process_name, rename_process
-from .compiler import defer_compiler
+from ..comms.process import die_with_parent, leave, process_name, rename_process
+from .compiler import defer_compiler, load_compiler
 
 REQUEST_BYTES = 1 << 20
 NAME = "es-preloaded"  # of the process, as `ps` and `top` show it
@@ -86,6 +86,8 @@ class Preloaded:
             self._tell({"kind": "exited", "pid": pid, "status": os.waitstatus_to_exitcode(status)})
 
     def _fork(self, request: dict[str, Any], fds: list[int]) -> None:
+        if request["environment"]["TORCHELASTIC_RESTART_COUNT"] != "0":
+            load_compiler()  # an ordinary script, started over and over: its DDP needs it each time
         pid = os.fork()
         if pid == 0:
             self._become_worker(request, fds)
@@ -206,10 +208,7 @@ def serve(channel: socket.socket, modules: Sequence[str]) -> NoReturn:
     except BaseException:
         traceback.print_exc()
     finally:
-        with contextlib.suppress(Exception):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(status)
+        leave(status)
 
 
 if __name__ == "__main__":  # python -m everstep.agents.preload FD [MODULE ...]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
+import sys
 from pathlib import Path
+from typing import NoReturn
 
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -28,6 +31,14 @@ def process_name() -> str:
 def rename_process(name: str) -> None:
     """Give this process another name, of at most 15 bytes."""
     Path("/proc/self/comm").write_text(name)
+
+
+def leave(status: int) -> NoReturn:
+    """End this process, and do not take its modules apart first: where torch is one, that takes a third of a second."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it, or it is closed
+            stream.flush()
+    os._exit(status)
 
 
 def host_id() -> str:

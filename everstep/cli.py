@@ -24,12 +24,14 @@ def main(arguments: list[str] | None = None) -> int:
     command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
     if command == "run":
         from .agents.run import run
+        from .comms.process import leave
 
-        return run(rest)
+        leave(run(rest))
     if command == "coordinator":
         from .agents.launcher import coordinate
+        from .comms.process import leave
 
-        return coordinate(rest)
+        leave(coordinate(rest))
     if command == "status":
         from .agents.status import status
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.jobs import assert_same_run, run_job, wait_until
+from tests.jobs import assert_same_run, reference, slowly, wait_until
 from tests.jobs.hosts import HostJob, Hosts
 
-STEPS = 260
+STEPS = 60
 
 
 def keepers(hosts: Hosts, host: int) -> list[psutil.Process]:
@@ -28,15 +28,16 @@ def test_a_keeper_outlives_its_agent(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         job.launch(0, 1, 2, flags=flags)
         job.reaches(5)
         (keeper,) = keepers(hosts, 1)
-        os.kill(hosts.launchers[1].pid, signal.SIGKILL)
-        wait_until(lambda: job.events("node_lost"), 20, "the node is lost")
-        wait_until(lambda: len(hosts.pids(1)) == 1, 10, "all but its keeper are gone")
-        job.launch(1, flags=flags)
-        wait_until(lambda: job.events("joined"), 60, "the node is back")
+        with slowly(tmp_path):
+            os.kill(hosts.launchers[1].pid, signal.SIGKILL)
+            wait_until(lambda: job.events("node_lost"), 20, "the node is lost")
+            wait_until(lambda: len(hosts.pids(1)) == 1, 10, "all but its keeper are gone")
+            job.launch(1, flags=flags)
+            wait_until(lambda: job.events("joined"), 60, "the node is back")
         assert [p.pid for p in keepers(hosts, 1)] == [keeper.pid]
         result = job.result()
         wait_until(lambda: not keeper.is_running(), 10, "the keeper ends with its job")
-    assert_same_run(result, run_job(nproc=1, steps=STEPS))
+    assert_same_run(result, reference(STEPS))
 
 
 def test_a_keeper_that_nobody_takes_over_ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

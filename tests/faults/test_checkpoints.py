@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
-from functools import lru_cache
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -27,18 +27,13 @@ from tests.jobs import (
     finish,
     launch,
     read_result,
+    reference,
     run_job,
     wait_until,
 )
 
 LAYOUTS = {"1x4": (1, 4), "2x2": (2, 4), "4x1": (4, 4), "uneven": (2, 3), "1": (1, 1), "6": (3, 6)}
 STEPS = 8
-
-
-@lru_cache(maxsize=4)
-def reference(steps: int = STEPS) -> Result:
-    """The run that was never stopped."""
-    return run_job(nproc=2, steps=steps, timeout_s=90)
 
 
 def checkpointing(folder: Path | str, *more: str) -> list[str]:
@@ -78,11 +73,15 @@ def test_what_one_layout_saved_every_other_goes_on_from(saved, tmp_path):
     first = tmp_path / "first"
     assert trained(saved, first, 4).status == 0
     assert open_checkpoint(str(first)).manifest.step == 4
-    for name in LAYOUTS:
-        if name != saved:
-            folder = tmp_path / name
-            shutil.copytree(first, folder)
-            assert_continues(trained(name, folder, STEPS), 4, STEPS)
+
+    def go_on(name):
+        folder = tmp_path / name
+        shutil.copytree(first, folder)
+        return folder, trained(name, folder, STEPS)
+
+    with ThreadPoolExecutor(2) as pool:
+        for folder, result in pool.map(go_on, [name for name in LAYOUTS if name != saved]):
+            assert_continues(result, 4, STEPS)
             assert open_checkpoint(str(folder)).manifest.step == STEPS
 
 
@@ -115,7 +114,7 @@ def test_a_save_that_fails_never_stops_training(tmp_path):
     (tmp_path / "file").write_text("")
     flags = [f"--es-checkpoint={tmp_path}/file/checkpoints", "--es-checkpoint-every=2", "--es-resume=never"]
     result = run_job(nproc=2, steps=STEPS, flags=flags)
-    assert_same_run(result, reference())
+    assert_same_run(result, reference(STEPS))
     failed = result.named("checkpoint_failed")
     assert failed, result.output
     assert all("file" in event["why"] and "cannot write" in event["why"] for event in failed)
@@ -143,7 +142,7 @@ def test_the_saver_may_be_killed(tmp_path):
     output = finish(job, 60)
     assert killed
     result = read_result(out, job.returncode, output)
-    assert_same_run(result, reference())
+    assert_same_run(result, reference(STEPS))
     assert any("ended with status" in event["why"] for event in result.named("checkpoint_failed"))
     newest = open_checkpoint(str(folder))
     assert newest.manifest.step == STEPS
@@ -215,9 +214,9 @@ def test_lost_workers_and_checkpoints_do_not_disturb_each_other(tmp_path):
     steps, folder = 64, tmp_path / "checkpoints"
     flags = [f"--es-checkpoint={folder}", "--es-checkpoint-every=1", "--es-checkpoint-keep=100"]
     result = run_job(nproc=4, stages=2, steps=steps, faults=faults, flags=flags, timeout_s=150)
-    assert_same_run(result, reference(steps))
+    undisturbed = reference(steps, dump=True)
+    assert_same_run(result, undisturbed)
     assert len(result.named("worker_died")) == len(faults)
-    undisturbed = run_job(nproc=2, steps=steps, dump=True, timeout_s=90)
     store = open_store(str(folder))
     names = committed(store)
     print(f"{len(names)} checkpoints; failed: {[e['why'] for e in result.named('checkpoint_failed')]}")
@@ -242,7 +241,7 @@ def test_a_full_disk_is_told_and_survived(tmp_path):
     try:
         flags = [f"--es-checkpoint={mount}/checkpoints", "--es-checkpoint-every=4"]
         result = run_job(nproc=2, steps=STEPS, flags=flags)
-        assert_same_run(result, reference())
+        assert_same_run(result, reference(STEPS))
         assert "No space left on device" in result.named("checkpoint_failed")[0]["why"]
     finally:
         subprocess.run(["umount", mount], check=True)

@@ -16,6 +16,7 @@ from tests.jobs.hosts import Hosts
 
 PHASES = ("compute", "reduce", "agree", "update", "commit", "recover", "restore", "join")
 PERIOD = 30
+STEPS = 120  # where the test waits for nodes: 35 at most for each time
 
 
 def node_fault(rank: int, life: int, phase: str) -> dict[str, object]:
@@ -46,9 +47,9 @@ def test_a_node_dies_in_every_phase(stages: int, tmp_path: Path) -> None:
     phases = [*first[:4], *again, first[4]]  # only a second life can join
     faults = [node_fault(rank, life, phase) for (rank, life), phase in zip(lives, phases, strict=True)]
     with Hosts(5) as hosts:
-        job = Cluster(hosts, tmp_path, steps=260, stages=stages)
+        job = Cluster(hosts, tmp_path, steps=180, stages=stages)
         job.start(faults=faults + worker_faults(40))
-        job.see_to_the_end(200)
+        job.see_all_lives(200)
         result = job.check()
     lost = result.named("node_lost")
     back = [event["lost_steps"] for event in result.named("recovered") if event["nodes"]]
@@ -75,9 +76,8 @@ def test_two_nodes_at_once(protection: str, rounds: list[tuple[int, int]], tmp_p
     """
     rng = random.Random(6)
     faults = pair((1, 2), ("compute", "reduce"), 4) + pair((3, 4), ("agree", "update"), 12)
-    steps = 60 + 60 * len(rounds)
     with Hosts(6) as hosts:
-        job = Cluster(hosts, tmp_path, steps=steps, flags=["--es-node-losses=2", f"--es-protection={protection}"])
+        job = Cluster(hosts, tmp_path, steps=STEPS, flags=["--es-node-losses=2", f"--es-protection={protection}"])
         job.start(faults=faults)
         job.reaches(13)
         for number, (first, second) in enumerate(rounds):
@@ -100,7 +100,7 @@ def test_two_nodes_at_once(protection: str, rounds: list[tuple[int, int]], tmp_p
 def test_nodes_of_several_workers(tmp_path: Path) -> None:
     """Each node in turn is lost with its two workers, at the same moment as one worker of another node."""
     with Hosts(3) as hosts:
-        job = Cluster(hosts, tmp_path, steps=150, stages=2)
+        job = Cluster(hosts, tmp_path, steps=STEPS, stages=2)
         job.start(workers=2)
         for host in (2, 0, 1):
             job.await_whole()

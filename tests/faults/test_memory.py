@@ -99,6 +99,8 @@ def recoveries(job: Cluster, count: int, rng: random.Random) -> None:
         before = losses()
         if number % 10 == 5:
             job.hosts.kill(2)
+            job.until(lambda lost=before: losses() > lost, 30, "the loss is noticed")
+            job.await_whole()
         else:
             psutil.Process(rng.choice(sorted(set(job.workers_of(*job.hosts.hosts)) - {survivor}))).kill()
         job.until(

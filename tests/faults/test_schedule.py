@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import random
-from functools import lru_cache
 
 import pytest
 
-from tests.jobs import Result, assert_same_run, run_job
+from tests.jobs import assert_same_run, reference, run_job
 
 PHASES = ("compute", "reduce", "agree", "update", "commit", "recover", "restore", "join")
 LAYOUTS = {"1x4": (1, 4), "2x2": (2, 4), "4x1": (4, 4), "uneven": (2, 3)}
@@ -30,19 +29,13 @@ def schedule(workers: int, seed: int) -> list[dict[str, object]]:
     return faults
 
 
-@lru_cache(maxsize=8)
-def reference(tied: bool, steps: int) -> Result:
-    """The undisturbed run; its layout does not matter to its bytes, which is itself checked."""
-    return run_job(nproc=2, stages=1, steps=steps, tied=tied, timeout_s=90)
-
-
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_kill_every_rank_in_every_phase(name: str) -> None:
     stages, workers = LAYOUTS[name]
-    steps, tied = 60, name == "2x2"
+    steps, config = 60, {"tied": True} if name == "2x2" else {}
     faults = schedule(workers, SEED)
-    result = run_job(nproc=workers, stages=stages, steps=steps, tied=tied, faults=faults, timeout_s=200)
-    assert_same_run(result, reference(tied, steps))
+    result = run_job(nproc=workers, stages=stages, steps=steps, faults=faults, timeout_s=200, **config)
+    assert_same_run(result, reference(steps, **config))
     killed = {(e["rank"], e["phase"]) for e in result.named("worker_died")}
     print(f"{name}: {len(result.named('worker_died'))} kills, phases {sorted({p for _, p in killed})}")
     missed = {(rank, phase) for rank in range(workers) for phase in PHASES} - killed

@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from functools import lru_cache
 from pathlib import Path
 
 import psutil
 import pytest
 from everstep.comms.process import host_id
 
-from tests.jobs import Result, assert_same_run, run_job, wait_until
+from tests.jobs import assert_same_run, reference, wait_until
 from tests.jobs.hosts import COORDINATOR, HostJob, Hosts, available
 from tests.jobs.networks import NAMESPACES, own_namespaces
 
 STEPS = 14
-
-
-@lru_cache(maxsize=1)
-def reference() -> Result:
-    return run_job(nproc=2, steps=STEPS)
 
 
 KINDS = pytest.mark.parametrize("namespaces", [True, False], ids=["namespaces", "loopback"])
@@ -36,7 +30,7 @@ def test_three_hosts_lose_a_worker(tmp_path: Path, namespaces: bool) -> None:
         result = job.result()
         assert job.coordinator.wait(timeout=10) == 0
         assert not hosts.pids(*hosts.hosts, COORDINATOR)
-    assert_same_run(result, reference())
+    assert_same_run(result, reference(STEPS))
     assert {event["host"] for event in result.named("node_joined")} == {hosts.address(host) for host in hosts.hosts}
     assert len(result.named("worker_died")) == 1
     assert sorted(len({line["pid"] for line in lines}) for lines in result.workers.values()) == [1, 1, 1, 1]

@@ -10,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,8 @@ from tests.jobs import (
     finish,
     launch,
     read_result,
-    run_job,
+    reference,
+    slowly,
     wait_until,
 )
 
@@ -59,11 +59,6 @@ class Job:
     def result(self, *launchers: subprocess.Popen[str]) -> Result:
         outputs = [finish(launcher) for launcher in launchers]
         return read_result(self.out, max(abs(p.returncode) for p in launchers), "\n".join(outputs))
-
-
-@lru_cache(maxsize=4)
-def reference(steps: int) -> Result:
-    return run_job(nproc=2, steps=steps)
 
 
 def children(launcher: subprocess.Popen[str], has: str) -> list[psutil.Process]:
@@ -106,7 +101,7 @@ def test_two_nodes_lose_a_worker_each(tmp_path: Path) -> None:
 
 def test_a_separate_coordinator_and_a_node_that_joins(tmp_path: Path) -> None:
     """`everstep coordinator` and two nodes, found by --master-addr and --node-rank; a third joins while they train."""
-    job, port = Job(tmp_path, {"steps": 400}), free_port()
+    job, port = Job(tmp_path, {"steps": 60}), free_port()
     coordinator = subprocess.Popen(
         [
             *(sys.executable, "-m", "everstep", "coordinator"),
@@ -124,9 +119,11 @@ def test_a_separate_coordinator_and_a_node_that_joins(tmp_path: Path) -> None:
         flags = ["--nnodes=2:3", "--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={port}"]
         nodes = [job.node(*flags, f"--node-rank={rank}") for rank in range(2)]
         wait_until(lambda: job.committed(1), 60, "two steps")
-        nodes.append(job.node(*flags, "--node-rank=2"))
+        with slowly(tmp_path):
+            nodes.append(job.node(*flags, "--node-rank=2"))
+            wait_until(lambda: job.named("joined"), 60, "the third one trains")
         result = job.result(*nodes)
-        assert_same_run(result, reference(400))
+        assert_same_run(result, reference(60))
         assert result.named("joined")
         sizes = {line["world_size"] for lines in result.workers.values() for line in lines}
         assert sizes == {2, 3}
@@ -208,7 +205,8 @@ def disturbed(tmp_path: Path, disturb: Callable[[subprocess.Popen[str]], None], 
     job = Job(tmp_path, {"steps": steps})
     launcher = job.node("--nproc-per-node=2", f"--log-dir={tmp_path}/logs")
     wait_until(lambda: job.committed(3), 60, "four steps")
-    disturb(launcher)
+    with slowly(tmp_path):
+        disturb(launcher)
     return job.result(launcher)
 
 
@@ -227,8 +225,8 @@ def test_the_keeper_is_killed_and_then_a_worker(tmp_path: Path) -> None:
         wait_until(lambda: len(job_steps(tmp_path)) > before + 4, 20, "more steps")
         workers(launcher)[0].kill()
 
-    result = disturbed(tmp_path, disturb, 250)
-    assert_same_run(result, reference(250))
+    result = disturbed(tmp_path, disturb, 60)
+    assert_same_run(result, reference(60))
     assert len(result.named("worker_died")) == 1
 
 

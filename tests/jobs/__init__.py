@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -9,8 +10,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +145,12 @@ def run_job(
     return read_result(out, process.returncode, output)
 
 
+@lru_cache(maxsize=16)
+def reference(steps: int, **config: Any) -> Result:
+    """The undisturbed run; its layout does not matter to its bytes, which other tests show. Run once for all tests."""
+    return run_job(nproc=2, steps=steps, **config)
+
+
 def read_result(out: Path, status: int, output: str) -> Result:
     """What a job left in its folder."""
     events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
@@ -150,6 +158,17 @@ def read_result(out: Path, status: int, output: str) -> Result:
         path.name: [json.loads(line) for line in path.read_text().splitlines()] for path in out.glob("worker-*.jsonl")
     }
     return Result(status, output, events, out, workers)
+
+
+@contextlib.contextmanager
+def slowly(out: Path) -> Iterator[None]:
+    """Steps of the job that writes there take longer meanwhile, so that there are some left for what comes then."""
+    slow = out / "slow"
+    slow.touch()
+    try:
+        yield
+    finally:
+        slow.unlink()
 
 
 def same(found: Any, expected: Any) -> bool:

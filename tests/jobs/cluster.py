@@ -6,24 +6,17 @@ import contextlib
 import re
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 from everstep.agents.preload import NAME as PRELOADED
 
-from tests.jobs import Result, assert_same_run, run_job
+from tests.jobs import Result, assert_same_run, reference, slowly
 from tests.jobs.hosts import HostJob, Hosts
 
 _CHANGES = ("started", "planned", "joined", "node_lost", "worker_died")
-
-
-@lru_cache(maxsize=8)
-def reference(steps: int, **config: Any) -> Result:
-    """The undisturbed run; its layout does not matter to its bytes, which other tests show."""
-    return run_job(nproc=2, steps=steps, timeout_s=120, **config)
 
 
 class Cluster(HostJob):
@@ -75,6 +68,16 @@ class Cluster(HostJob):
         """Start again what is killed, until the job has ended."""
         self.until(lambda: self.events("ended"), timeout_s, "the job has ended")
 
+    def see_all_lives(self, timeout_s: float) -> None:
+        """To the end, but slowly while a node is away: what happens to it in its next life is to happen in time."""
+        deadline = time.monotonic() + timeout_s
+        while not self.events("ended"):
+            self.until(
+                lambda: self.events("ended") or not self.complete(), deadline - time.monotonic(), "the job has ended"
+            )
+            with self.slowly():
+                self.within(deadline - time.monotonic(), self.complete)
+
     def nodes(self) -> dict[str, str]:
         """Address -> node, of the nodes that are in the job now."""
         found: dict[str, str] = {}
@@ -84,6 +87,11 @@ class Cluster(HostJob):
             elif event["event"] == "node_lost" and found.get(event["host"]) == event["node"]:
                 del found[event["host"]]
         return found
+
+    def complete(self) -> bool:
+        """Whether every host has a node in the job."""
+        members = self.nodes()
+        return all(self.hosts.address(host) in members for host in self.hosts.hosts)
 
     def protected(self) -> bool:
         """Whether a version outlives nodes that was made since the last change of the membership."""
@@ -103,15 +111,9 @@ class Cluster(HostJob):
         last = max((i for i, event in enumerate(events) if event["event"] in _CHANGES), default=-1)
         return [event for event in events[last + 1 :] if event["event"] == "committed"]
 
-    @contextlib.contextmanager
-    def slowly(self) -> Iterator[None]:
+    def slowly(self) -> contextlib.AbstractContextManager[None]:
         """Steps take longer meanwhile, so that there are some left for what comes then."""
-        slow = self.out / "slow"
-        slow.touch()
-        try:
-            yield
-        finally:
-            slow.unlink()
+        return slowly(self.out)
 
     def await_whole(self, timeout_s: float = 90.0) -> None:
         """Wait until the next loss may come."""
