@@ -82,6 +82,7 @@ class CoordinatorServer:
                 if state.job and state.placement
                 else None,
                 "exposure": self._exposure(),
+                "checkpoint": {"steps": state.saved[0].version, "name": state.saved[0].name} if state.saved else None,
                 "nodes": sorted(state.nodes),
                 "workers": {str(w.id.rank): w.status.value for w in state.workers.values()},
             }

@@ -153,7 +153,7 @@ class Checkpoints:
         sealed()
 
     def settle(self, after: dict[str, Any]) -> None:
-        """The user's code has run for the last step, and the next one begins: how it left things ("groups", "users")."""
+        """The next step begins: how the user's code has left things after the last one ("groups", "users")."""
         waiting = self._waiting
         if waiting is not None:
             with self._lock:
