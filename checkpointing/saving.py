@@ -54,6 +54,7 @@ class SaveRequest:
     options: Mapping[str, Any]
     name: str
     writer: str
+    writers: int  # how many there are
     version: int
     parameters: tuple[Parameter, ...]
     pieces: tuple[Piece, ...]
@@ -104,7 +105,7 @@ def save_part(request: SaveRequest, fetch: Fetch, pause: Callable[[float], None]
 def finish(request: SaveRequest, folder: Store, pause: Callable[[float], None] = time.sleep) -> bool:
     """Commit if all parts are there; then let older checkpoints go. Returns whether it did."""
     manifest = replace(Manifest(**request.manifest), saved_at=time.time())
-    if not _retried(folder, lambda: try_commit(folder, manifest, request.expected), pause):
+    if not _retried(folder, lambda: try_commit(folder, manifest, request.expected, request.writers), pause):
         return folder.get(NAME, 0, 1) is not None
     store = open_store(request.url, request.options)
     _retried(folder, lambda: retain(store, count=request.keep, age_s=request.keep_s, now_s=time.time()), pause)

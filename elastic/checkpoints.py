@@ -252,6 +252,7 @@ class Checkpoints:
             options=json.loads(settings.checkpoint_options),
             name=waiting.name,
             writer=writer,
+            writers=len(waiting.layout.ranks) + any(True for _ in self._stack.constants()),
             version=waiting.version,
             parameters=parameters,
             pieces=tuple(pieces),

@@ -152,8 +152,13 @@ def commit(store: Store, manifest: Manifest) -> None:
     store.commit(NAME, manifest.to_bytes())
 
 
-def try_commit(store: Store, manifest: Manifest, expected: Iterable[str]) -> bool:
-    """Commit if the parts make up all the `expected` arrays, and any others they have; returns whether they did."""
+def try_commit(store: Store, manifest: Manifest, expected: Iterable[str], writers: int = 1) -> bool:
+    """Commit if the parts make up all the `expected` arrays, and any others they have; returns whether they did.
+
+    With fewer parts than `writers` they are not even read: of many writers, only the last ones read what all have put.
+    """
+    if len(store.sizes(PARTS)) < writers:
+        return False
     parts = read_parts(store)
     if parts.torn or any(path not in parts.arrays for path in expected):
         return False
