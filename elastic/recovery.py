@@ -135,6 +135,8 @@ class Recovery:
     def _find_place(self, plan: Plan) -> tuple[int, str]:
         """The version the plan brings us to, and what was agreed in the step before it."""
         engine = self.engine
+        if self.fresh:  # what the guide of a plan told that was aborted since may be of another version
+            self._after, engine.results = {}, []
         if self.fresh and plan.guide is not None:
             message = json.loads(bytes(engine.comm.receive(plan.guide, _GUIDE)))
             self._after = message["after"]
