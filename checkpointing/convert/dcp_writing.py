@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -72,14 +72,40 @@ _Spans = dict[tuple[str, tuple[int, ...] | None], tuple[str, int, int]]  # (name
 
 
 def _writer(path: Path, part: Part) -> Callable[[], None]:
-    def do() -> None:
-        import torch
+    return lambda: save_with_torch(path, tensor_of(part.read().reshape(part.sizes), part.dtype))
 
-        torch.save(tensor_of(part.read().reshape(part.sizes), part.dtype), path)
-        with path.open("rb+") as stream:
-            os.fsync(stream.fileno())
 
-    return do
+class _Kept:
+    """A file, for torch to write to: of what goes wrong torch tells no more than that something did."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def save_with_torch(path: Path, value: Any) -> None:
+    """torch.save, synchronised. Raises OSError for what the disk refuses."""
+    import torch
+
+    with path.open("wb", buffering=0) as stream:
+        kept = _Kept(stream)
+        try:
+            torch.save(value, kept)  # type: ignore[arg-type]
+        except (RuntimeError, OSError):
+            if kept.error is None:
+                raise
+            raise OSError(kept.error.errno, kept.error.strerror, str(path)) from None
+        os.fsync(stream.fileno())
 
 
 def tensor_of(array: np.ndarray, dtype: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -72,6 +73,9 @@ def detect(path: Path) -> str:
     for name in MODULES:
         if load(name).detect(path):
             return name
+    for each in path.iterdir() if path.is_dir() else ():
+        if not os.access(each, os.R_OK, effective_ids=True):  # perhaps what would have told
+            raise ConversionError(f"cannot read {each}: permission denied")
     raise ConversionError(
         f"{path}: not a checkpoint of any known format (universal, {', '.join(MODULES)}); "
         "if it is one, name it with --from"

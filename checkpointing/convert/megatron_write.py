@@ -16,7 +16,7 @@ import numpy as np
 from . import json_values
 from .casting import cast
 from .content import Content, ConversionError, Lazy
-from .dcp_writing import Object, Part, write_checkpoint
+from .dcp_writing import Object, Part, save_with_torch, write_checkpoint
 from .formats import Options
 from .megatron_common import HF, SPEC
 from .megatron_names import Naming, Place, naming_of, place
@@ -84,7 +84,19 @@ def _shapes(content: Content, naming: Naming) -> dict[str, tuple[int, ...]]:
         if len({each.index for each in found}) != int(np.prod(sizes, dtype=np.int64)):
             raise ConversionError(f"{key}: {len(found)} parts for layers and experts {list(sizes)}; expected every one")
         axes[key] = sizes
+    _check_alike(content, naming)
     return axes
+
+
+def _check_alike(content: Content, naming: Naming) -> None:
+    """Raise ConversionError if what is to be stacked has different shapes."""
+    first: dict[str, tuple[str, Lazy]] = {}
+    for name, tensor in (*content.params.items(), *content.buffers.items(), *content.frozen.items()):
+        other, twin = first.setdefault(place(name, naming).key, (name, tensor))
+        if tensor.shape != twin.shape:
+            raise ConversionError(
+                f"{name} has shape {list(tensor.shape)}, and {other} has {list(twin.shape)}: Megatron stacks them"
+            )
 
 
 def _padding(kept: dict[str, Any], options: Options) -> int:
@@ -161,9 +173,7 @@ def _common(content: Content, naming: Naming, kept: dict[str, Any]) -> dict[str,
 
 
 def _write_common(folder: Path, common: dict[str, Any]) -> None:
-    import torch
-
-    _replace(folder / "common.pt", lambda path: torch.save(common, path))
+    _replace(folder / "common.pt", lambda path: save_with_torch(path, common))
 
 
 def _optimizer(content: Content) -> dict[Any, Any]:
