@@ -170,6 +170,11 @@ def test_a_dry_run_writes_nothing(source: Path, tmp_path: Path, run: Commands) -
 def test_a_dry_run_finds_what_writing_would(model: Path, run: Commands) -> None:
     for arguments in (["--dry-run"], []):
         assert "the parameters' names are not Megatron's" in run.refused(model, *arguments, to="megatron")
+        alike = {f"decoder.layers.{n}.mlp.linear_fc2.weight": (4, 4 + n) for n in range(2)}
+        other = safetensors(model.parent / "alike" / "model.safetensors", alike)
+        assert "has shape [4, 5], and decoder.layers.0.mlp.linear_fc2.weight has [4, 4]" in run.refused(
+            other, *arguments, to="megatron"
+        )
         assert "expected a number of bytes" in run.refused(model, "--set", "max_shard_size=5XB", *arguments, to="hf")
         assert "no.json: cannot be read" in run.refused(model, "--set", "config=no.json", *arguments, to="hf")
         assert "dp=x: expected a number" in run.refused(model, "--set", "dp=x", *arguments, to="deepspeed")
