@@ -12,7 +12,10 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import metadata
 from typing import Any
+
+import torch
 
 from ..checkpointing.client import KeeperLink
 from ..checkpointing.record import Record, ShardState
@@ -60,6 +63,7 @@ class Checkpoints:
         self._membership = membership
         self._run = run  # whose checkpoints they are: what the manifest says of it
         self.link: KeeperLink | None = None
+        self.run_id = secrets.token_hex(8)  # equal on all ranks of a run
         self.newest = -1  # the newest version that is known to be saved
         self.failures = 0
         self._asked_after: int | None = None  # the newest version that was saved when somebody asked for another
@@ -280,7 +284,14 @@ class Checkpoints:
                 "seed": settings.seed,
                 "position": version * settings.global_batch_size,
             },
-            "run": {"layout": layout.describe(), "world_size": len(layout.ranks), "generation": layout.generation},
+            "run": {
+                "id": self.run_id,
+                "layout": layout.describe(),
+                "world_size": len(layout.ranks),
+                "generation": layout.generation,
+                "everstep": metadata.version("everstep"),
+                "torch": torch.__version__,
+            },
             "agreement": agreement,
         }
 

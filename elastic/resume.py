@@ -92,7 +92,7 @@ class Resumption:
         """Of a checkpoint that another framework wrote: the settings are the script's, the scheduler is stepped up."""
         if step == 0:
             return ""
-        unknown = {"loss": None, "norm": None, "scale": None, "layers": {}, "digest": ""}
+        unknown: dict[str, Any] = {"loss": None, "norm": None, "scale": None, "layers": {}, "digest": ""}
         terms: dict[str, Any] = {"step": step - 1, **unknown, **self._birth}
         return json.dumps({**terms, "protected": -1, "every": 1, "advance": step}, sort_keys=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -262,6 +263,8 @@ class Run:
             self.register_state("scheduler", rate)
             engine.driven.add("scheduler")
         engine.checkpoints.link = link
+        if context is not None:  # the token is a secret; what it hashes to names the run
+            engine.checkpoints.run_id = hashlib.sha256(context.token.encode()).hexdigest()[:16]
         engine.registered = self._registered
         engine.birth = {
             "groups": engine.optimizer.hyper_parameters(),

@@ -194,10 +194,10 @@ def _nested(tensors: list[dict[str, Any]]) -> _Branch:
     root: _Branch = {}
     for tensor in tensors:
         at = root
-        *above, last = [*tensor["room"].split("/"), *tensor["name"].split(".")]
-        for part in above:
+        parts = f"{tensor['room'].replace('/', '.')}.{tensor['name']}".split(".")
+        for part in parts[:-1]:
             at = at.setdefault(f"{part}.", {})
-        at[last] = tensor
+        at[parts[-1]] = tensor
     return root
 
 
@@ -257,9 +257,10 @@ def _described(where: str, origin: str, content: Content) -> dict[str, Any]:
     if origin == driver.UNIVERSAL:
         checkpoint = open_checkpoint(where)
         manifest = checkpoint.manifest
-        for tensor in tensors:
-            array = manifest.arrays[path_of(tensor["room"], tensor["name"])]
-            tensor |= {"chunk": list(array.chunk), "checksums": list(array.checksums)}
+        described: dict[str, Any]
+        for described in tensors:
+            array = manifest.arrays[path_of(described["room"], described["name"])]
+            described |= {"chunk": list(array.chunk), "checksums": list(array.checksums)}
         found |= {"url": checkpoint.url, "run": manifest.run, "data": manifest.data, "optimizer": manifest.optimizer}
         found["saved_at"] = manifest.saved_at
     return found
