@@ -4,11 +4,11 @@
 
 *Save*: float32 arrays from memory into a folder, synchronised with the disk: ours (checksums, manifest, commit) beside
 one plain file written and fsynced, zarr-python (with our chunks and no compression, and as it comes),
-torch.distributed.checkpoint, torch.save and safetensors, which get an fsync of every file too. *Load*: all arrays back, into place where the format can; files are in the page cache, as
-after a restart on the same machine. *Convert*: a ZeRO-1 checkpoint of two ranks of DeepSpeed beside its
-`ds_to_universal`, and a DCP checkpoint beside `dcp_to_torch_save`: whole commands, wall time, largest memory of a
-process, bytes written. Contenders take turns, the order rotates, figures are medians of the rounds, ratios are of one
-round's neighbours.
+torch.distributed.checkpoint, torch.save and safetensors, which get an fsync of every file too. *Load*: all arrays back,
+into place where the format can; files are in the page cache, as after a restart on the same machine. *Convert*: a
+ZeRO-1 checkpoint of two ranks of DeepSpeed beside its `ds_to_universal`, and a DCP checkpoint beside
+`dcp_to_torch_save`: whole commands, wall time, largest memory of a process, bytes written. Contenders take turns, the
+order rotates, figures are medians of the rounds, ratios are of one round's neighbours.
 """
 
 from __future__ import annotations
