@@ -27,8 +27,6 @@ from tests.jobs import (
 )
 from tests.jobs.object_store import BUCKET, object_store
 
-# aiohttp's sessions in s3fs are closed by nobody when a file system is let go.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 URL = f"s3://{BUCKET}/job"
 SHAPE = (300, 100)
 

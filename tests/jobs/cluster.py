@@ -100,9 +100,10 @@ class Cluster(HostJob):
 
     def whole(self) -> bool:
         """Whether all hosts train, and a version outlives nodes that was made since they do."""
-        if not self.protected():
+        since = self._since_changes()  # once: the job goes on meanwhile
+        if not since or since[-1]["protected"] <= since[0]["step"]:
             return False
-        stages = re.findall(r"ranks ([\d,]+)", self._since_changes()[-1]["layout"])
+        stages = re.findall(r"ranks ([\d,]+)", since[-1]["layout"])
         ranks = {rank for stage in stages for rank in stage.split(",")}
         return len(ranks) == len(self.hosts.hosts) * self.workers
 
