@@ -54,6 +54,8 @@ class Snapshots:
         self.waited_s = 0.0
         self.spread_s = 0.0  # a copy takes this long if nobody waits for it, so as not to crowd out the compute
         self._hurry = threading.Event()
+        self.on_copied: Callable[[int, int, float], None] = lambda started_ns, length, busy_s: None
+        """Called, in the thread that copies, when a version is sealed: with its bytes, and the time less the pauses."""
 
     def enter(self, generation: int, placement: Placement, addresses: Mapping[str, str], sizes: list[int]) -> None:
         """Go to a new generation. `sizes`: bytes of each shard's record at most."""
@@ -128,12 +130,16 @@ class Snapshots:
         if earlier is not None:
             earlier.result()
         total, done, started = sum(record.length for record in records.values()), 0, time.monotonic()
+        started_ns, paused_s = time.monotonic_ns(), 0.0
         for shard, record in records.items():
             self._write(shard, version, record)
             done += record.length
             ahead_s = self.spread_s * done / total - (time.monotonic() - started)
             if ahead_s > 0:
+                pause = time.monotonic()
                 self._hurry.wait(ahead_s)
+                paused_s += time.monotonic() - pause
+        self.on_copied(started_ns, total, time.monotonic() - started - paused_s)
         assert self._link is not None
         self._link.sealed(generation, version, self.protected, protect=protect)
         if then is not None:

@@ -6,8 +6,9 @@ import contextlib
 import hmac
 import os
 import socket
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .frames import (
     HEADER_BYTES,
@@ -40,6 +41,7 @@ class _Partial:
     header: Header  # of its first part
     data: memoryview
     received: int = 0
+    began_ns: int = field(default_factory=time.monotonic_ns)
 
     def accepts(self, header: Header) -> bool:
         first = self.header
@@ -224,7 +226,7 @@ class InLink(Link):
             raise CorruptFrame(f"the checksum of {part} does not match")
         if partial.received == len(partial.data):
             first = partial.header
-            self._local.mailbox.put(first.generation, first.source, first.key, partial.data)
+            self._local.mailbox.put(first.generation, first.source, first.key, partial.data, partial.began_ns)
             self._partial = None
 
     def _return_credit(self) -> None:

@@ -42,11 +42,14 @@ class Mailbox:
 
     def __init__(self) -> None:
         self.arrivals = 0  # grows with every message, so that a waiting caller knows when to look again
+        self.began_ns: dict[tuple[int, Key], int] = {}  # when the first of a message that is here had come
         self._boxes: dict[int, dict[tuple[int, Key], memoryview]] = {}
 
-    def put(self, generation: int, source: int, key: Key, data: memoryview) -> None:
-        """A message has arrived in full."""
+    def put(self, generation: int, source: int, key: Key, data: memoryview, began_ns: int = 0) -> None:
+        """A message has arrived in full; its first bytes came at `began_ns` (CLOCK_MONOTONIC), if that is known."""
         self.arrivals += 1
+        if began_ns:
+            self.began_ns[source, key] = began_ns
         self._boxes.setdefault(generation, {})[source, key] = data
 
     def find(self, generation: int, wanted: Collection[tuple[int, Key]]) -> tuple[int, Key] | None:
@@ -64,6 +67,7 @@ class Mailbox:
         """Drop the messages of every generation before `generation`."""
         for old in [g for g in self._boxes if g < generation]:
             del self._boxes[old]
+        self.began_ns.clear()
 
 
 class SharedMailbox:

@@ -57,6 +57,7 @@ class MeshCommunicator(Communicator):
         self._aborted = False
         self._damaging = False
         self._closed = False
+        self.began_ns = 0  # when the first bytes of the message last received had come (CLOCK_MONOTONIC)
         self._mailbox = Mailbox()
         self._local = Local(
             rank, incarnation, token_digest(token), self._mailbox, lambda: self.generation, self._report_corruption
@@ -125,6 +126,7 @@ class MeshCommunicator(Communicator):
 
         self._wait(arrived)
         assert name is not None
+        self.began_ns = self._mailbox.began_ns.pop(name, 0)
         return (*name, self._mailbox.take(self.generation, name))
 
     def ready(self, wanted: Collection[tuple[int, Key]]) -> tuple[int, Key] | None:

@@ -18,13 +18,13 @@ from typing import Any, Concatenate, Literal, NoReturn, ParamSpec
 import numpy as np
 import torch
 
-from ..comms.mesh import MeshCommunicator
 from ..comms.process import keep_freed_memory
 from .errors import JobEnded, UsageError
 from .membership import AgentMembership, Membership, Solo
 from .progress import Fault, Progress
 from .run import Run
 from .settings import Settings, WorkerContext, resolve, threads
+from .timed import TimedMesh
 
 P = ParamSpec("P")
 
@@ -123,7 +123,8 @@ def _run(settings: Settings, context: WorkerContext | None, membership: Membersh
     incarnation = context.incarnation if context else 0
     faults = Fault.parse(os.environ.get(Fault.VARIABLE, ""))
     progress = Progress(context.progress_fd if context else None, rank, incarnation, faults)
-    comm = MeshCommunicator(
+    comm = TimedMesh(
+        progress.telemetry,
         rank,
         incarnation,
         host=context.host if context else "127.0.0.1",

@@ -43,6 +43,7 @@ from .settings import Settings
 from .stack import LayerStack
 from .stateful import encode
 from .steps import StepState
+from .telemetry import Spent
 from .zero import ShardedOptimizer
 
 PACE = 0.3  # of a step's time, over which its snapshot is spread
@@ -91,6 +92,8 @@ class Engine:
             seed=settings.seed,
         )
         progress.damage = self._damage
+        self.telemetry = progress.telemetry
+        snapshots.on_copied = self._copied
         self.pipeline = Pipeline(stack, comm, progress, settings.seed, self.fetch, loss_fn)
         self.exchange = Exchange(stack, comm)
         self.protection = Protection(settings, snapshots, membership)
@@ -149,13 +152,22 @@ class Engine:
     def complete(self) -> None:
         """Reduce, agree, update and commit the step whose micro-batches are done."""
         layout, state = self.current()
+        span, began_ns = self.telemetry.span, time.monotonic_ns()
         self._reduce(layout, state)
+        span(Spent.REDUCE, began_ns)
+        began_ns = time.monotonic_ns()
         self._agree(layout, state)
+        span(Spent.AGREE, began_ns)
         self.snapshots.forget(nodes=self.protection.nodes)  # all who own a shard now have it in their keepers
         self.update(self.agreement)
         self.values_version = -1
+        began_ns = time.monotonic_ns()
         self.exchange.publish(state.step + 1, layout, layout.ranks)
+        span(Spent.PUBLISH, began_ns)
         self.commit(self.agreement)
+
+    def _copied(self, started_ns: int, length: int, busy_s: float) -> None:
+        self.telemetry.span(Spent.SNAPSHOT, started_ns, amount=length, value=busy_s)
 
     def _reduce(self, layout: Layout, state: StepState) -> None:
         self.progress.mark(Phase.REDUCE, state.step, finished=len(state.held))
@@ -176,12 +188,16 @@ class Engine:
     def _agree(self, layout: Layout, state: StepState) -> None:
         """Exchange norms and losses. Who returns knows that every owner's gradient and snapshot are in its keeper."""
         self.progress.mark(Phase.AGREE, state.step)
+        began_ns = time.monotonic_ns()
         self.snapshots.wait(self._patient)
         self.protection.wait(state.step, self._patient)
+        self.telemetry.span(Spent.BLOCKED, began_ns)
         last = state.step + 1 == self.settings.steps
         if last:
             self.checkpoints.conclude(self._patient)  # so that there is room for one of the end
         proposal = self.membership.proposed(last=last)
+        if proposal is not None and proposal.plan.generation <= layout.generation:
+            proposal = None  # entered already
         mine = {
             "norms": {str(i): float(torch.linalg.vector_norm(g)) for i, g in self.gradients.items() if self._counts(i)},
             "max_norm": self.max_norm,
@@ -224,9 +240,11 @@ class Engine:
             ),
             **self.checkpoints.agreed(state.step, [share["checkpoint"] for share in shares]),
         }
-        if proposal is not None and all(share["join"] == proposal.plan.generation for share in shares):
+        last = state.step + 1 == self.settings.steps
+        may = proposal is not None and not (last and proposal.plan.leaving)  # the end lets go of who leaves
+        if may and all(share["join"] == proposal.plan.generation for share in shares):
             self.switch = proposal
-        elif proposal is not None and state.step + 1 == self.settings.steps:
+        elif proposal is not None and last:
             self.membership.tell("idled", generation=proposal.plan.generation)
         self.agreement = json.dumps(agreement, sort_keys=True)
         self.agreed = state.step
@@ -341,9 +359,11 @@ class Engine:
         """Run the optimizer on the owned shards, as agreed."""
         terms = json.loads(agreement)
         self.progress.mark(Phase.UPDATE, terms["step"])
+        began_ns = time.monotonic_ns()
         self.pipeline.base_statistics = {}  # the next version's are written now
         self.optimizer.update(self.gradients, terms["groups"], terms["scale"])
         self.backups.update(terms["groups"], terms["scale"])
+        self.telemetry.span(Spent.UPDATE, began_ns)
         self.owned_version = terms["step"] + 1
         self.pristine = False
 
@@ -354,6 +374,7 @@ class Engine:
         step = terms["step"]
         self.values_version = self.version = step + 1
         self.progress.mark(Phase.COMMIT, step, finished=0)
+        began_ns = time.monotonic_ns()
         if step == 0:
             self.stack.hold(layout.stage_of(self.rank).start, layout.stage_of(self.rank).stop)
         for advance in self.on_commit:
@@ -364,6 +385,8 @@ class Engine:
             self.shown = step
         self.tell_committed(terms, agreement)
         self.begin_step(layout)
+        self.telemetry.span(Spent.COMMIT, began_ns)
+        self.telemetry.committed(terms["loss"], self.settings.global_batch_size)
 
     def _save_or_protect(self, terms: dict[str, Any], agreement: str, layout: Layout) -> None:
         """Protect this version, and, if that was agreed, have a checkpoint made of it."""

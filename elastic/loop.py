@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,7 +11,9 @@ from torch.optim import Optimizer
 from ..resharding.plan import Span
 from .engine import Engine
 from .errors import UsageError
+from .pipeline import tokens_and_samples
 from .progress import Phase
+from .telemetry import Spent
 
 Guard = Callable[..., None]
 
@@ -24,6 +27,7 @@ class Batches:
         self._switch = switch
         self._open: Span | None = None  # handed out, gradient not yet taken
         self._versions: list[tuple[str, Any, int]] = []
+        self._handed_out_ns = 0
 
     def __iter__(self) -> Iterator[Any]:
         engine = self._engine
@@ -59,11 +63,17 @@ class Batches:
             _, state = engine.current()
             span = state.todo[0]
             engine.progress.mark(Phase.COMPUTE, state.step, finished=len(state.held))
+            started_ns = time.monotonic_ns()
             ready.append(engine.fetch(state.step, span.micro_batch))
+            tokens, samples = tokens_and_samples(ready[0])
+            engine.progress.telemetry.span(
+                Spent.FETCH, started_ns, micro_batch=span.micro_batch, amount=tokens, value=samples
+            )
             engine.pipeline.restore_statistics(0)
             engine.pipeline.seed_forward(state.step, span.micro_batch)
             self._versions = [(n, b, b._version) for n, b in engine.stack.layers[0].other_buffers]
             self._open = span
+            self._handed_out_ns = time.monotonic_ns()
 
         self._guard(fetch)
         return (ready[0],) if self._open is not None else None
@@ -81,6 +91,7 @@ class Batches:
             return
         state.todo.remove(span)
         engine.pipeline.harvest(state, span, {0: engine.pipeline.take_statistics(0)})
+        engine.progress.telemetry.span(Spent.COMPUTE, self._handed_out_ns, micro_batch=span.micro_batch)
         engine.progress.mark(Phase.COMPUTE, state.step, finished=len(state.held))
         self._guard(self._complete_if_done)
         engine.progress.leave()

@@ -7,7 +7,8 @@ and the random numbers of a layer are a function of (seed, step, micro-batch, la
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from .order import derive_seed
 from .progress import Phase, Progress
 from .stack import LayerStack
 from .steps import Graph, StepState
+from .telemetry import Spent
 
 Batch = tuple[Any, Any]
 
@@ -96,8 +98,12 @@ class Pipeline:
         value: Any
         targets: Any = None
         is_last = span.stop == len(self.stack.layers)
+        telemetry, started_ns = self.progress.telemetry, time.monotonic_ns()
         if data is None or is_last:
             first, targets = self.fetch(state.step, span.micro_batch)
+            counted = tokens_and_samples(first) if data is None else (0, 0.0)
+            telemetry.span(Spent.FETCH, started_ns, micro_batch=span.micro_batch, amount=counted[0], value=counted[1])
+            started_ns = time.monotonic_ns()
         if data is None:
             value = first
         else:
@@ -115,6 +121,7 @@ class Pipeline:
             _check_loss(value)
             state.losses[span.micro_batch] = float(value.detach())
         outputs = list(value) if isinstance(value, tuple | list) else [value]
+        telemetry.span(Spent.FORWARD, started_ns, micro_batch=span.micro_batch)
         state.todo.remove(span)
         graph = Graph(inputs, outputs, statistics)
         if is_last:
@@ -188,6 +195,7 @@ class Pipeline:
 
     def _finish(self, state: StepState, span: Span, graph: Graph, gradients: Sequence[Tensor | None] | None) -> None:
         """The backward of a span: its gradients become leaves of the sums, the input's goes upstream."""
+        started_ns = time.monotonic_ns()
         pairs = [
             (output, gradient)
             for output, gradient in zip(graph.outputs, gradients or [None] * len(graph.outputs), strict=True)
@@ -196,6 +204,7 @@ class Pipeline:
         if pairs:
             torch.autograd.backward([o for o, _ in pairs], [g for _, g in pairs])
         self.harvest(state, span, graph.statistics)
+        self.progress.telemetry.span(Spent.BACKWARD, started_ns, micro_batch=span.micro_batch)
         if span.start > 0:
             found = [t.grad if t is not None else None for t in graph.inputs]
             state.input_gradients[(span.start, span.micro_batch)] = found
@@ -247,6 +256,18 @@ def seed_torch(seed: int) -> None:
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.manual_seed(seed)
+
+
+def tokens_and_samples(inputs: Any) -> tuple[int, float]:
+    """How many tokens (0 if it is no text: whole numbers in two dimensions) and samples a micro-batch's inputs are."""
+    parts = (
+        inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, tuple | list) else (inputs,)
+    )
+    tensor = next((part for part in parts if isinstance(part, Tensor)), None)
+    if tensor is None or not tensor.dim():
+        return 0, 0.0
+    text = tensor.dim() == 2 and not tensor.is_floating_point() and not tensor.is_complex()
+    return (tensor.numel() if text else 0), float(tensor.shape[0])
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -1,5 +1,7 @@
 """A worker's progress page: a few words of memory shared with its node agent, and the place where faults are injected.
 
+The same memory has, after the page, the ring of what the worker spends its time on (`telemetry`).
+
 The counter rises with everything the worker does, and while it waits; a counter that stands still is a hung worker.
 What stands in the page outlives a killed worker: the agent reads there what it was doing.
 """
@@ -19,6 +21,8 @@ from dataclasses import dataclass
 
 import psutil
 
+from .telemetry import SHARED_BYTES, Spent, Telemetry
+
 _PAGE = struct.Struct(
     "<QqqqqQ"
 )  # counter, step, phase, finished micro-batches, training, time of an injected fault (ns)
@@ -37,6 +41,7 @@ class Phase(enum.IntEnum):
     RESTORE = 7
     JOIN = 8
     END = 9
+    LEAVE = 10
 
 
 @dataclass(frozen=True)
@@ -75,9 +80,9 @@ class Fault:
 
 
 def create_page() -> int:
-    """A descriptor of a new progress page."""
+    """A descriptor of a new progress page, and of the ring of spans behind it."""
     fd = os.memfd_create("everstep-progress", os.MFD_CLOEXEC)
-    os.ftruncate(fd, mmap.PAGESIZE)
+    os.ftruncate(fd, SHARED_BYTES)
     return fd
 
 
@@ -90,12 +95,14 @@ class Progress:
     """The worker's side of its page."""
 
     def __init__(self, fd: int | None, rank: int, incarnation: int, faults: list[Fault]) -> None:
-        self._memory = mmap.mmap(-1 if fd is None else fd, mmap.PAGESIZE)
+        self._memory = mmap.mmap(-1 if fd is None else fd, SHARED_BYTES)
+        self.telemetry = Telemetry(self._memory)
         self._counter = 0
         self._place = (-1, Phase.START)
         self._finished = 0
         self._stepped = False  # past the first step, which may take longer than any other
         self._outside = True  # in the user's own code between steps, which may take what it likes
+        self._left_ns = time.monotonic_ns()
         self._faults = [f for f in faults if f.rank == rank and f.incarnation == incarnation]
         self._seen: dict[Fault, int] = {}
         self.damage: Callable[[str], None] = lambda kind: None
@@ -115,17 +122,21 @@ class Progress:
     def leave(self) -> None:
         """The user's own code goes on between steps: evaluating, saving, building a model."""
         self._counter += 1
-        self._outside = True
+        if not self._outside:
+            self._outside, self._left_ns = True, time.monotonic_ns()
         self._write()
 
     def mark(self, phase: Phase, step: int, *, finished: int | None = None) -> None:
         """Enter a phase of a step; `finished` micro-batches of it are done here."""
         self._counter += 1
         self._place = (step, phase)
+        self.telemetry.step = step
         if finished is not None:
             self._finished = finished
         self._stepped = self._stepped or step > 0
-        self._outside = False
+        if self._outside:
+            self._outside = False
+            self.telemetry.span(Spent.OUTSIDE, self._left_ns)
         self._write()
         if self._faults:
             self._inject(phase, step)

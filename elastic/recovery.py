@@ -22,11 +22,13 @@ from ..resharding.neighbors import stand_ins
 from ..resharding.plan import Plan, Report, Span
 from .backups import Copies, backup_ranks
 from .engine import Engine, Step
+from .errors import JobEnded
 from .membership import Orders
 from .progress import Phase
 from .resume import CheckpointStates
 from .stateful import decode
 from .steps import StepState
+from .telemetry import Spent
 from .zero import ShardedOptimizer
 
 KEEPER_PATIENCE_S = 5.0  # how long a keeper that cannot be reached is waited for: it may be starting again
@@ -49,6 +51,8 @@ class Recovery:
         """After `Aborted`: report, wait for the plan, carry it out; start again if it happens again."""
         engine = self.engine
         engine.progress.mark(Phase.RECOVER, engine.version)
+        engine.telemetry.interrupted()
+        began_ns = time.monotonic_ns()
         engine.switch = None
         while True:
             engine.membership.report(self.make_report)
@@ -56,6 +60,7 @@ class Recovery:
                 self.carry_out(engine.membership.orders(engine.progress.tick))
             except Aborted:
                 continue
+            engine.telemetry.span(Spent.RECOVER, began_ns)
             return
 
     def enter(self) -> None:
@@ -65,6 +70,21 @@ class Recovery:
             self.carry_out(engine.membership.orders(engine.progress.tick))
         except Aborted:
             self.recover()
+
+    def leave(self, orders: Orders) -> None:
+        """The others go on without this rank. It stays for a recovery that still counts it in, until it is let go.
+
+        Raises JobEnded then, and Aborted in that case.
+        """
+        engine = self.engine
+        engine.progress.mark(Phase.LEAVE, engine.version)
+        engine.settle()
+        engine.snapshots.wait(engine.progress.tick)
+        engine.checkpoints.conclude(self._patient)
+        engine.membership.tell("switched", generation=orders.plan.generation)
+        if engine.membership.wait_for_end(engine.progress.tick):
+            raise JobEnded
+        raise Aborted(orders.plan.generation)
 
     def make_report(self, generation: int) -> Report:
         """What this worker has."""
@@ -96,12 +116,16 @@ class Recovery:
     def carry_out(self, orders: Orders) -> None:
         """Enter the plan's generation with everything it asks for in place."""
         engine, plan = self.engine, orders.plan
-        started = time.monotonic()
+        started, began_ns = time.monotonic(), time.monotonic_ns()
+        engine.telemetry.generation = plan.generation
+        engine.telemetry.interrupted()
         self.keepers = dict(sorted(orders.keepers.items(), key=lambda item: item[0] != self.node))
         engine.comm.edit(plan.generation, orders.peers)
         if engine.membership.superseded(plan.generation):  # an abort that the edit may have cleared
             raise Aborted(plan.generation)
         edited = time.monotonic()
+        engine.telemetry.span(Spent.EDIT, began_ns)
+        began_ns = time.monotonic_ns()
         engine.snapshots.wait(engine.progress.tick)
         engine.pipeline.end_step()
         fresh = self.fresh
@@ -126,6 +150,8 @@ class Recovery:
             engine.values_version = -1
         engine.exchange.publish(version, plan.layout, plan.refresh)
         self._settle(plan, version, agreement, was_current, back=back)
+        engine.telemetry.span(Spent.RESTORE, began_ns)
+        engine.telemetry.interrupted()
         self.fresh = False
         if plan.generation > 1:
             kind = "switched" if plan.version is None and not fresh else "resumed"
@@ -168,7 +194,8 @@ class Recovery:
     def _enter_protection(self, orders: Orders) -> None:
         """The keeper of this node hears of the generation, and of the parity it holds in it."""
         engine, plan = self.engine, orders.plan
-        engine.protection.enter(plan.generation, orders.placement, joins=plan.version is None)
+        joins = plan.version is None and not plan.leaving
+        engine.protection.enter(plan.generation, orders.placement, joins=joins)
         engine.snapshots.protected = -1 if plan.checkpoint else max(engine.snapshots.protected, plan.protected)
         placement = orders.placement
         if engine.settings.protection == "replay":  # workers do it, not keepers
