@@ -85,6 +85,18 @@ class ParityStore:
         self._blocks: dict[int, Block] = {}
         self._free: dict[int, list[mmap.mmap]] = {}
         self._numbers = 0
+        self._encoded = [0, 0.0]
+
+    def encoded(self, length: int, seconds: float) -> None:
+        """A member of `length` bytes was checked and taken into a block, in `seconds` of one thread."""
+        with self._lock:
+            self._encoded[0] += length
+            self._encoded[1] += seconds
+
+    def work(self) -> dict[str, float]:
+        """What encoding has taken so far: bytes, and seconds of one thread."""
+        with self._lock:
+            return {"encoded_bytes": self._encoded[0], "encode_s": self._encoded[1]}
 
     def open(self, version: int, stripe: Stripe, row: int, capacity: int) -> Block:
         """The block for this row of a stripe at a version: a sealed or begun one of the same shards, or a new one."""

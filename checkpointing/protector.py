@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -144,9 +145,10 @@ class Protector:
             try:
                 client = self._client(membership, flow)
                 for piece, length, checksum in self._collect(client, membership, version, pieces, staging):
-                    data = memoryview(staging)[:length]
+                    data, started = memoryview(staging)[:length], time.monotonic()
                     if checksum_of(data, piece.shard, version) == checksum:
                         piece.block.add(piece.member, data, checksum)
+                        self._store.encoded(length, time.monotonic() - started)
                     else:
                         distrusted[piece.shard] = distrusted.get(piece.shard, 0) + 1
                         detail = f"version {version}, on its way to the parity on {self._keeper.node}"

@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from .client import KeeperClient, KeeperRefused
-from .saving import Gone, SaveRequest, save_part
+from .saving import Gone, SaveRequest, save_part, saved_bytes
 from .universal.manifest import CheckpointError
 from .universal.store import StoreError
 
@@ -112,6 +112,7 @@ def _carry_out(request: SaveRequest, address: str, token: str) -> dict[str, Any]
         client, fetch = _fetcher(address, token, request.version)
         with contextlib.closing(client):
             result["committed"] = save_part(request, fetch)
+        result["bytes"] = saved_bytes(request) if result["committed"] else 0
     except (StoreError, CheckpointError, Gone, KeeperRefused, OSError, ValueError) as error:
         result["error"] = str(error)
     return {**result, "seconds": time.monotonic() - started}

@@ -112,6 +112,16 @@ def finish(request: SaveRequest, folder: Store, pause: Callable[[float], None] =
     return True
 
 
+def saved_bytes(request: SaveRequest) -> int:
+    """The size of all arrays of a committed checkpoint; 0 if that cannot be found out any more."""
+    try:
+        data = open_store(request.url, request.options).inside(request.name).get(NAME)
+        arrays = Manifest.from_bytes(data, request.name).arrays.values() if data is not None else ()
+    except (StoreError, CheckpointError):
+        return 0
+    return sum(array.chunks * array.chunk_bytes for array in arrays)
+
+
 def _put(writer: ChunkWriter, request: SaveRequest, piece: Piece, found: Sequence[Item]) -> None:
     parameter = request.parameters[piece.parameter]
     for item in found:

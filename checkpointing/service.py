@@ -193,7 +193,7 @@ class KeeperServer:
             _answer(connection, {"length": None if data is None else len(data)})
             connection.sendall(data or b"")
         elif operation == "held":
-            _answer(connection, {**self.keeper.held(), "parity_bytes": self.store.bytes})
+            _answer(connection, {**self.keeper.held(), "parity_bytes": self.store.bytes, **self.store.work()})
         else:
             _answer(connection, {"error": f"unknown operation {operation!r}"})
 

@@ -19,7 +19,7 @@ import torch
 
 from ..checkpointing.client import KeeperLink
 from ..checkpointing.record import Record, ShardState
-from ..checkpointing.saving import Parameter, Piece, SaveRequest, finish, save_part
+from ..checkpointing.saving import Parameter, Piece, SaveRequest, finish, save_part, saved_bytes
 from ..checkpointing.snapshot import Snapshots
 from ..checkpointing.universal.manifest import Array, CheckpointError, chunk_shape, path_of
 from ..checkpointing.universal.store import StoreError, open_store
@@ -212,6 +212,7 @@ class Checkpoints:
             result: dict[str, Any] = {"writer": writer, "name": request.name, "committed": False, "error": ""}
             try:
                 result["committed"] = action()
+                result["bytes"] = saved_bytes(request) if result["committed"] else 0
             except (StoreError, CheckpointError, OSError) as error:
                 result["error"] = str(error)
             self._ended({**result, "seconds": time.monotonic() - started})
@@ -334,7 +335,7 @@ class Checkpoints:
                 self._hand_over(request)
         elif result.get("committed"):
             self.newest = max(self.newest, version)
-            fields = {"seconds": round(result.get("seconds", 0.0), 3)}
+            fields = {"seconds": round(result.get("seconds", 0.0), 3), "bytes": result.get("bytes", 0)}
             self._membership.tell("saved", version=version, name=name, agreement=agreement, fields=fields)
         self._terms = {n: t for n, t in self._terms.items() if n in self._open.values()}
         self._requests = {n: r for n, r in self._requests.items() if n in self._open.values()}
