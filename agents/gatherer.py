@@ -1,0 +1,188 @@
+"""Reads what a node's workers, keeper and host do, about once a second, in a thread of the agent's own.
+
+Workers only write into shared memory; nothing here is ever waited for by them. What is read goes to the agent's metrics
+and, in a bounded message, to the coordinator.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+from ..checkpointing.client import KeeperClient, KeeperRefused
+from ..comms import telemetry_pb2 as pb
+from ..elastic.protocol.events import WorkerId
+from ..elastic.telemetry import SPANS_KEPT, Records, TelemetryReader
+from .host import HostReader
+from .metrics import NodeMetrics
+from .step_times import StepSums
+
+PERIOD_S = 1.0
+STEPS_PER_RANK = 32  # in one message
+STEPS_PER_MESSAGE = 256
+LINKS_PER_MESSAGE = 64
+
+
+class _Watched:
+    """One worker whose ring is read."""
+
+    def __init__(self, worker: WorkerId, fd: int) -> None:
+        self.id = worker
+        self.reader = TelemetryReader(fd)
+        self.sums = StepSums(worker.rank)
+        self.kept: deque[Records] = deque()  # the newest spans, for traces
+        self.kept_records = 0
+
+    def read(self) -> list[pb.StepTimes]:
+        records = self.reader.read()
+        if len(records):
+            self.kept.append(records)
+            self.kept_records += len(records)
+            while self.kept_records - len(self.kept[0]) >= SPANS_KEPT:
+                self.kept_records -= len(self.kept.popleft())
+        return self.sums.add(records)
+
+
+class Gatherer:
+    """`watch` and `ended` are told by the agent; `send` gets a message about once a second, from another thread.
+
+    `keeper` says where the node's keeper is, and the token to speak with it; None while there is none.
+    """
+
+    def __init__(
+        self,
+        send: Callable[[pb.Telemetry], None],
+        keeper: Callable[[], tuple[str, str] | None] = lambda: None,
+        *,
+        metrics: NodeMetrics | None = None,
+        keeper_limit_bytes: int = 0,
+        address: str = "",
+        period_s: float = PERIOD_S,
+    ) -> None:
+        self._send = send
+        self._where_keeper_is = keeper
+        self._metrics = metrics
+        self._keeper_limit_bytes = keeper_limit_bytes
+        self._address = address
+        self._period_s = period_s
+        self._lock = threading.Lock()
+        self._watched: dict[WorkerId, _Watched] = {}
+        self._finished: list[pb.StepTimes] = []  # not sent yet
+        self._missed_spans = 0  # of workers that have ended
+        self._left_out = 0
+        self._keeper: KeeperClient | None = None
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="everstep-gatherer", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def watch(self, worker: WorkerId, fd: int) -> None:
+        """A worker was started; `fd` is its progress page's, which may be closed when this returns."""
+        with self._lock:
+            self._watched[worker] = _Watched(worker, fd)
+
+    def ended(self, worker: WorkerId) -> None:
+        """A worker is gone: what it left is read for the last time."""
+        with self._lock:
+            watched = self._watched.pop(worker, None)
+            if watched is not None:
+                self._read(watched)
+                self._missed_spans += watched.reader.missed
+                watched.reader.close()
+                if self._metrics is not None:
+                    self._metrics.worker_ended(worker.rank)
+
+    def spans(self) -> dict[int, list[Records]]:
+        """Rank -> the newest spans of each worker here, oldest first: what a trace is made of."""
+        with self._lock:
+            for watched in self._watched.values():
+                self._read(watched)
+            return {watched.id.rank: list(watched.kept) for watched in self._watched.values()}
+
+    def close(self) -> None:
+        """Stop reading."""
+        self._closing.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=2 * self._period_s)
+        with self._lock:
+            for watched in self._watched.values():
+                watched.reader.close()
+            self._watched.clear()
+        if self._keeper is not None:
+            self._keeper.close()
+
+    def _run(self) -> None:
+        host = HostReader()
+        while not self._closing.wait(self._period_s):
+            message = self.gather(host)
+            self._send(message)
+        host.close()
+
+    def gather(self, host: HostReader) -> pb.Telemetry:
+        """Read everything once; returns what the coordinator is told."""
+        reading, gpus = host.read(self._ask_keeper(), self._keeper_limit_bytes), host.gpus()
+        with self._lock:
+            for watched in self._watched.values():
+                self._read(watched)
+            links = [link for watched in self._watched.values() for link in watched.sums.links()]
+            steps = self._bounded()
+            missed = self._missed_spans + sum(watched.reader.missed for watched in self._watched.values())
+        if self._metrics is not None:
+            self._metrics.host(reading, gpus, missed)
+        links.sort(key=lambda link: link.send_s + link.receive_s + link.wait_s, reverse=True)
+        return pb.Telemetry(
+            at_s=time.monotonic(),
+            unix_s=time.time(),
+            steps=steps,
+            links=links[:LINKS_PER_MESSAGE],
+            host=reading,
+            gpus=gpus,
+            missed_spans=missed,
+            left_out=self._left_out,
+            metrics=self._address,
+        )
+
+    def _read(self, watched: _Watched) -> None:
+        ended = watched.read()
+        self._left_out += max(0, len(ended) - STEPS_PER_RANK)
+        self._finished += ended[-STEPS_PER_RANK:]
+        if self._metrics is not None:
+            self._metrics.worker(watched.id.rank, watched.sums.totals, ended)
+
+    def _bounded(self) -> list[pb.StepTimes]:
+        steps, self._finished = self._finished, []
+        self._left_out += max(0, len(steps) - STEPS_PER_MESSAGE)
+        return steps[-STEPS_PER_MESSAGE:]
+
+    def _ask_keeper(self) -> dict[str, float] | None:
+        """What the keeper holds; None while it is away."""
+        place = self._where_keeper_is()
+        try:
+            if self._keeper is not None and (place is None or place[0] != self._keeper.address):
+                self._forget_keeper()
+            if place is None:
+                return None
+            if self._keeper is None:
+                self._keeper = KeeperClient(*place, on_wait=self._patient)
+            return self._keeper.ask({"op": "held"})
+        except (OSError, ValueError, KeeperRefused, _Closing):
+            self._forget_keeper()
+            return None
+
+    def _patient(self) -> None:
+        if self._closing.is_set():
+            raise _Closing
+
+    def _forget_keeper(self) -> None:
+        if self._keeper is not None:
+            with contextlib.suppress(OSError):
+                self._keeper.close()
+            self._keeper = None
+
+
+class _Closing(Exception):
+    """The agent ends."""

@@ -1,0 +1,80 @@
+"""A small HTTP server: pages by path, made when they are asked for. Metrics are one of them."""
+
+from __future__ import annotations
+
+import contextlib
+import http.server
+import socket
+import socketserver
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+REQUEST_TIMEOUT_S = 10.0  # of a client that says nothing
+
+
+class Page(NamedTuple):
+    """What is answered."""
+
+    content_type: str
+    body: bytes
+
+
+class AddressTaken(Exception):
+    """What a user must know when pages cannot be served."""
+
+
+class PageServer:
+    """Serves GET requests for `pages` (path -> its maker) at HOST:PORT (no host: loopback, port 0: any) until `close`.
+
+    Raises AddressTaken, whose text names the address, when it cannot listen there.
+    """
+
+    def __init__(self, address: str, pages: Mapping[str, Callable[[], Page]]) -> None:
+        host, separator, port = address.rpartition(":")
+        if not separator or not port.isdigit() or int(port) > 65535:
+            raise AddressTaken(f"{address!r} is no HOST:PORT")
+        handler = type("Handler", (_Handler,), {"pages": dict(pages)})
+        try:
+            self._server = _Server((host.strip("[]") or "127.0.0.1", int(port)), handler)
+        except (OSError, OverflowError) as error:
+            raise AddressTaken(f"{address}: {getattr(error, 'strerror', None) or error}") from None
+        self.address = f"{host or '127.0.0.1'}:{self._server.server_address[1]}"
+        threading.Thread(target=self._server.serve_forever, args=(0.2,), name="everstep-pages", daemon=True).start()
+
+    def close(self) -> None:
+        """Stop serving."""
+        self._server.shutdown()
+        self._server.server_close()
+
+
+class _Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
+    daemon_threads = True
+    allow_reuse_address = True
+
+    def __init__(self, address: tuple[str, int], handler: Any) -> None:
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        super().__init__(address, handler)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that went away is no news."""
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    pages: Mapping[str, Callable[[], Page]]
+    timeout = REQUEST_TIMEOUT_S
+    server_version = "everstep"
+    sys_version = ""
+
+    def do_GET(self) -> None:
+        maker = self.pages.get(self.path.partition("?")[0])
+        page = maker() if maker is not None else Page("text/plain; charset=utf-8", b"there is no such page\n")
+        with contextlib.suppress(ConnectionError):
+            self.send_response(200 if maker is not None else 404)
+            self.send_header("Content-Type", page.content_type)
+            self.send_header("Content-Length", str(len(page.body)))
+            self.end_headers()
+            self.wfile.write(page.body)
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
+        """Requests are no news."""
