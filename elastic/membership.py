@@ -60,7 +60,7 @@ class Membership(ABC):
 
     @abstractmethod
     def proposed(self, last: bool) -> Orders | None:
-        """A join plan that waits for the members to switch. `last`: no further step will ask."""
+        """A join or leave that waits for the members to switch. `last`: no further step will ask."""
 
     @abstractmethod
     def superseded(self, generation: int) -> bool:

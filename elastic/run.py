@@ -305,12 +305,15 @@ class Run:
             self._recovery.recover()
 
     def _switch(self) -> None:
-        """Enter the generation of a join plan that everybody agreed on."""
+        """Enter the generation of a join or leave that everybody agreed on."""
         engine, recovery = self._trained(), self._recovery
         assert recovery is not None
         assert engine.switch is not None
         orders, engine.switch = engine.switch, None
-        recovery.carry_out(orders)
+        if engine.rank in orders.plan.leaving:
+            recovery.leave(orders)
+        else:
+            recovery.carry_out(orders)
 
     def _serve(self) -> None:
         """After the user's function: help others recover until the job ends."""

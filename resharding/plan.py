@@ -76,7 +76,7 @@ class Gain(NamedTuple):
 class Plan:
     """What all members do to enter `layout.generation`.
 
-    `version`: the state all are brought to; None when it is the version at which the members switch (a join).
+    `version`: the state all are brought to; None when it is the version at which the members switch (a join, a leave).
     `agreement`: what was agreed in step version - 1, for owners that have still to carry it out.
     `gains`: shards to restore. `refresh`: ranks that need every value of their layers from the owners.
     `fresh`: ranks of which nothing is used: they have nothing yet, or go back to an older version. The lowest other
@@ -86,6 +86,7 @@ class Plan:
     `work`: the segments of the interrupted step that are still to run; `started`: those of them whose forward is done.
     `kept`: the segments whose gradients are held.
     `checkpoint`: the name of the checkpoint that everything is read from; empty if it is in memory.
+    `leaving`: ranks that are in the layout before, and agree on the switch, but are no members any more after it.
     """
 
     layout: Layout
@@ -100,6 +101,7 @@ class Plan:
     protected: int = -1
     substitutes: tuple[int, ...] = ()
     checkpoint: str = ""
+    leaving: tuple[int, ...] = ()
 
     @property
     def generation(self) -> int:
@@ -124,6 +126,7 @@ class Plan:
             protected=raw["protected"],
             substitutes=tuple(raw["substitutes"]),
             checkpoint=raw["checkpoint"],
+            leaving=tuple(raw["leaving"]),
         )
 
     @property
@@ -155,7 +158,18 @@ def plan_start(layout: Layout) -> Plan:
 
 def plan_join(spec: ModelSpec, old: Layout, joiners: Collection[int], generation: int) -> Plan:
     """The plan by which `joiners` become members at a step boundary, while nobody stops."""
-    layout = change_layout(spec, old, {*old.ranks, *joiners}, generation)
+    return _plan_switch(spec, old, change_layout(spec, old, {*old.ranks, *joiners}, generation))
+
+
+def plan_leave(spec: ModelSpec, old: Layout, leavers: Collection[int], generation: int) -> Plan:
+    """The plan by which `leavers` hand over at a step boundary and are members no more, while nobody stops.
+
+    Raises LayoutError when nobody would be left.
+    """
+    return _plan_switch(spec, old, change_layout(spec, old, set(old.ranks) - set(leavers), generation))
+
+
+def _plan_switch(spec: ModelSpec, old: Layout, layout: Layout) -> Plan:
     gains = tuple(
         Gain(s.index, layout.owners[s.index], old.owners[s.index])
         for s in spec.shards
@@ -165,7 +179,13 @@ def plan_join(spec: ModelSpec, old: Layout, joiners: Collection[int], generation
         rank for rank in layout.ranks if rank not in old.ranks or not _covers(old.stage_of(rank), layout.stage_of(rank))
     )
     return Plan(
-        layout=layout, version=None, gains=gains, refresh=refresh, fresh=tuple(sorted(joiners)), work=layout.segments()
+        layout=layout,
+        version=None,
+        gains=gains,
+        refresh=refresh,
+        fresh=tuple(rank for rank in layout.ranks if rank not in old.ranks),
+        work=layout.segments(),
+        leaving=tuple(rank for rank in old.ranks if rank not in layout.ranks),
     )
 
 

@@ -14,6 +14,7 @@ from ...resharding.layout import Layout
 from ...resharding.plan import Plan, plan_join
 from . import events as e
 from .checkpoints import give_up_saving, saved, stop_requested, unreadable
+from .draining import cannot_leave, drain_requested, handed_over, offer_leave, release, withdraw_leave
 from .forming import last_call, node_joined
 from .losing import heartbeat, node_lost, silent_node
 from .outcome import Effects, Outcome, current, fail, with_workers
@@ -50,8 +51,11 @@ def _ticked(state: State, event: e.Ticked, now: float) -> Outcome:
     state, effects = last_call(state, now)
     if effects:
         return state, effects
-    state, effects = give_up_saving(state, now)
-    return (state, effects) if effects else silent_node(state, now)
+    for due in (give_up_saving, cannot_leave, silent_node):
+        state, effects = due(state, now)
+        if effects:
+            return state, effects
+    return offer_leave(state)
 
 
 # ---------------------------------------------------------------- workers
@@ -76,7 +80,7 @@ def _ready(state: State, event: e.WorkerReady, now: float) -> Outcome:
         return begin_training(state) if all_ready(state) else (state, [])
     if state.phase is Phase.RECOVERING:
         return plan_if_complete(state, now)
-    return _prepare_join(state, now)
+    return _prepare_switch(state, now)
 
 
 def _difference(ours: e.Job, theirs: e.Job, rank: int) -> str:
@@ -104,11 +108,17 @@ def _difference(ours: e.Job, theirs: e.Job, rank: int) -> str:
 # ---------------------------------------------------------------- joins
 
 
-def _prepare_join(state: State, now: float) -> Outcome:
-    """Offer a plan that takes in every ready worker; the members switch to it by themselves at a step boundary."""
-    joiners = sorted(w.id.rank for w in state.workers.values() if w.status is Status.READY)
-    if state.phase is not Phase.RUNNING or state.join is not None or not joiners:
+def _prepare_switch(state: State, now: float) -> Outcome:
+    """Offer a plan that takes in every ready worker, or else one without the nodes that are leaving.
+
+    The members switch to it by themselves at a step boundary.
+    """
+    ready = [w for w in state.workers.values() if w.status is Status.READY]
+    joiners = sorted(w.id.rank for w in ready if w.node not in state.leaving or w.owes_end)
+    if state.phase is not Phase.RUNNING or state.join is not None:
         return state, []
+    if not joiners:
+        return offer_leave(state)
     assert state.job is not None
     assert state.layout is not None
     if any(w.status is Status.FINISHED for w in state.members()):
@@ -122,11 +132,15 @@ def _prepare_join(state: State, now: float) -> Outcome:
 
 def _switched(state: State, event: e.WorkerSwitched, now: float) -> Outcome:
     plan = state.join
-    if plan is None or event.generation != plan.generation or current(state, event.worker) is None:
+    if current(state, event.worker) is None:
         return state, []
-    state, joined = _let_in(state, plan)
-    state, effects = _prepare_join(state, now)
-    return state, [*joined, *effects]
+    state, switched = handed_over(state, event)
+    if plan is None or event.generation != plan.generation:
+        return state, switched
+    if not plan.leaving:
+        state, switched = _let_in(state, plan)
+    state, effects = _prepare_switch(state, now)
+    return state, [*switched, *effects]
 
 
 def _let_in(state: State, plan: Plan) -> Outcome:
@@ -148,7 +162,7 @@ def _let_in(state: State, plan: Plan) -> Outcome:
 def _idled(state: State, event: e.WorkerIdled, now: float) -> Outcome:
     if state.join is None or event.generation != state.join.generation or current(state, event.worker) is None:
         return state, []
-    return begin_recovery(state, None, now)
+    return (withdraw_leave(state), []) if state.join.leaving else begin_recovery(state, None, now)
 
 
 # ---------------------------------------------------------------- progress and end
@@ -168,7 +182,8 @@ def _committed(state: State, event: e.WorkerCommitted, now: float) -> Outcome:
     if state.phase is Phase.RUNNING and state.recovery is not None:
         effects.append(recovered(state.recovery, event.step, now))
         state = replace(state, recovery=None)
-    return _end_if_finished(state, effects)
+    state, released = release(state, event)
+    return _end_if_finished(state, [*effects, *released])
 
 
 def _noted(state: State, event: e.WorkerNoted, now: float) -> Outcome:
@@ -177,7 +192,8 @@ def _noted(state: State, event: e.WorkerNoted, now: float) -> Outcome:
 
 def _enter_in_ledger(state: State, layout: Layout, event: e.WorkerCommitted) -> Outcome:
     """A line for a new step; for one that was computed again, whether it came out the same."""
-    oldest = state.protected - 1 if state.protected >= 0 else event.step  # nothing before it can be gone back to
+    # Nothing before it can be gone back to. Of the first version that outlives nodes one hears two steps later.
+    oldest = state.protected - 1 if state.protected >= 0 else event.step - 2
     kept = {n: text for n, text in state.agreements.items() if n >= oldest}
     if state.saved:  # but a checkpoint, which has its own agreement
         oldest = min(oldest, state.saved[0].version)
@@ -203,13 +219,15 @@ def _finished(state: State, event: e.WorkerFinished, now: float) -> Outcome:
     if worker is None or worker.status not in (Status.READY, Status.MEMBER):
         return state, []
     effects: Effects = []
+    if state.join is not None and state.join.leaving:
+        state = withdraw_leave(state)
     if worker.status is Status.READY and state.join is not None:
         # It joined at the last step's end, and says so before any of those who let it in.
         state, effects = _let_in(state, state.join)
     state = with_workers(state, replace(worker, status=Status.FINISHED, owes_end=False))
     if state.phase is Phase.RUNNING and _all_finished(state):
         return replace(state, phase=Phase.DONE), [*effects, e.EndJob(True)]
-    state, more = begin_recovery(state, None, now) if state.join is not None else _prepare_join(state, now)
+    state, more = begin_recovery(state, None, now) if state.join is not None else _prepare_switch(state, now)
     return state, [*effects, *more]
 
 
@@ -263,5 +281,6 @@ _HANDLERS: dict[type[Any], Callable[[State, Any, float], Outcome]] = {
     e.CheckpointSaved: saved,
     e.CheckpointUnreadable: unreadable,
     e.StopRequested: stop_requested,
+    e.DrainRequested: drain_requested,
     e.Ticked: _ticked,
 }

@@ -165,7 +165,7 @@ class WorkerResumed:
 
 @dataclass(frozen=True)
 class WorkerSwitched:
-    """A member entered a join plan's generation at a step boundary."""
+    """A member entered a switch's generation at a step boundary, or, where that plan leaves it out, left with it."""
 
     worker: WorkerId
     generation: int
@@ -173,7 +173,7 @@ class WorkerSwitched:
 
 @dataclass(frozen=True)
 class WorkerIdled:
-    """A member is past the last step, so a join plan will not be reached by stepping."""
+    """A member is past the last step, so a switch will not be reached by stepping."""
 
     worker: WorkerId
     generation: int
@@ -241,6 +241,14 @@ class StopRequested:
 
 
 @dataclass(frozen=True)
+class DrainRequested:
+    """A node is to go away (preemption, maintenance): it wants to hand over first, and then to leave the job."""
+
+    node: str
+    why: str
+
+
+@dataclass(frozen=True)
 class Ticked:
     """Time passed."""
 
@@ -265,6 +273,7 @@ Event = (
     | WorkerFinished
     | WorkerRaised
     | StopRequested
+    | DrainRequested
     | Ticked
 )
 
@@ -327,6 +336,14 @@ class RefuseNode:
 
 
 @dataclass(frozen=True)
+class ReleaseNode:
+    """Nothing that a node holds is needed any more: it is out of the job, and ends with success."""
+
+    node: str
+    why: str
+
+
+@dataclass(frozen=True)
 class FenceNode:
     """Tell a node that was declared lost, should it still hear us, that it is out: it stops, and may join again."""
 
@@ -367,6 +384,7 @@ Effect = (
     | CarryOut
     | AskSave
     | RefuseNode
+    | ReleaseNode
     | FenceNode
     | TellNode
     | EndJob

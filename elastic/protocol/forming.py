@@ -13,7 +13,7 @@ def node_joined(state: State, event: e.NodeJoined, now: float) -> Outcome:
     """A node registered: count it in while forming, start workers on it while running."""
     if event.node in state.nodes:
         return state, []
-    if len(state.nodes) >= state.config.max_nodes:
+    if len(state.nodes.keys() - state.leaving.keys()) >= state.config.max_nodes:
         return state, [e.RefuseNode(event.node, f"the job has its {state.config.max_nodes} nodes already")]
     if state.phase is not Phase.FORMING and not state.elastic:
         return state, [e.RefuseNode(event.node, "the job is running and its script is not elastic")]

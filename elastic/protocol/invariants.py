@@ -82,7 +82,8 @@ def _check_plans(before: State, after: State, orders: Sequence[e.CarryOut]) -> N
         _expect(generation == after.generation, f"plan {generation} in generation {after.generation}")
         _expect(len({order.plan.digest for order in group}) == 1, f"generation {generation} has several plans")
         ranks = [order.worker.rank for order in group]
-        _expect(sorted(ranks) == sorted(plan.layout.ranks), f"plan {generation} went to {ranks}: {plan.layout.ranks}")
+        meant = sorted((*plan.layout.ranks, *plan.leaving))
+        _expect(sorted(ranks) == meant, f"plan {generation} went to {ranks}, and is for {meant}")
         for order in group:
             _expect(after.workers[order.worker.rank].id == order.worker, f"a plan for {order.worker}, who is gone")
             _expect(set(order.peers) == set(plan.layout.ranks), f"peers {sorted(order.peers)}: {plan.layout.ranks}")
@@ -120,7 +121,11 @@ def check_state(state: State) -> None:
     if state.join is not None:
         _expect(state.join.generation == state.generation, "the join is of another generation")
         joiners = [r for r in state.join.layout.ranks if state.workers[r].status is Status.READY]
-        _expect(bool(joiners), "a join that nobody joins")
+        _expect(bool(joiners or state.join.leaving), "a switch that nobody joins or leaves with")
+    _expect(state.leaving.keys() <= state.nodes.keys(), f"{list(state.leaving)} leave, of {list(state.nodes)}")
+    for rank, worker in state.workers.items():
+        if worker.status is Status.LEFT and state.phase is Phase.RUNNING and state.layout is not None:
+            _expect(rank not in state.layout.ranks, f"rank {rank} has left, and is in the layout")
     if state.job is not None and state.layout is not None:
         check_layout(state.job.model, state.layout)
 

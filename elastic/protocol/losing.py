@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from . import events as e
+from .leaving import still_needed
 from .outcome import Outcome, fail
 from .recovering import all_ready, begin_recovery, begin_training, plan_if_complete
 from .state import Node, Phase, State, Status
@@ -54,7 +55,7 @@ def node_lost(state: State, event: e.NodeLost, now: float) -> Outcome:
     ranks = sorted(w.id.rank for w in state.workers.values() if w.node == event.node)
     fields = {"node": event.node, "host": lost.host, "ranks": ranks, "why": event.why}
     told: list[e.Effect] = [e.Record("node_lost", fields), e.FenceNode(event.node, event.why)]
-    gone = _without(state, event.node)
+    gone = without_node(state, event.node)
     if state.phase is Phase.FORMING:
         return gone, told
     where = f"node {event.node} ({lost.host}) with ranks {ranks} is lost ({event.why})"
@@ -69,7 +70,7 @@ def node_lost(state: State, event: e.NodeLost, now: float) -> Outcome:
     return state, [*told, *effects]
 
 
-def _without(state: State, node: str) -> State:
+def without_node(state: State, node: str) -> State:
     """The state without a node and its workers; their ranks are free for a node that comes."""
     vacant = {w.id.rank: w.id.incarnation for w in state.workers.values() if w.node == node}
     return replace(
@@ -77,6 +78,7 @@ def _without(state: State, node: str) -> State:
         nodes={name: other for name, other in state.nodes.items() if name != node},
         workers={rank: w for rank, w in state.workers.items() if w.node != node},
         vacant={**state.vacant, **vacant},
+        leaving={name: leaving for name, leaving in state.leaving.items() if name != node},
     )
 
 
@@ -92,7 +94,8 @@ def _lost_in_training(before: State, state: State, event: e.NodeLost, now: float
     held = [
         w
         for w in before.workers.values()
-        if w.node == event.node and (w.status in (Status.MEMBER, Status.FINISHED) or w.id.rank in joining)
+        if w.node == event.node
+        and (w.status in (Status.MEMBER, Status.FINISHED) or w.id.rank in joining or still_needed(before, w))
     ]
     recovery = before.recovery if before.phase is Phase.RECOVERING else None
     if not held and recovery is None:

@@ -10,6 +10,7 @@ from ...resharding.layout import LayoutError
 from ...resharding.plan import Plan, PlanError, Report, plan_recovery, plan_resume, plan_rollback, plan_start
 from ...resharding.planners import change_layout, initial_layout
 from . import events as e
+from .leaving import nobody_left, still_needed, without_the_left
 from .outcome import Effects, Outcome, current, fail, start_workers, with_workers
 from .protection import (
     memory_needed,
@@ -50,17 +51,10 @@ def died(state: State, event: e.WorkerDied, now: float) -> Outcome:
         why = f"rank {worker.id.rank} died {deaths} times without a committed step between ({event.cause}): giving up"
         state, effects = fail(state, why, rank=worker.id.rank)
         return state, [record, *effects]
-    trained = worker.status is Status.MEMBER and state.job is not None and state.committed + 1 >= state.job.steps
-    heir = Worker(
-        e.WorkerId(worker.id.rank, worker.id.incarnation + 1),
-        worker.node,
-        deaths=deaths,
-        owes_end=trained or worker.owes_end,
-    )
-    was_member = worker.status in (Status.MEMBER, Status.FINISHED)
+    was_member = worker.status in (Status.MEMBER, Status.FINISHED) or still_needed(state, worker)
     joining = state.join is not None and worker.id.rank in state.join.layout.ranks
-    state = with_workers(state, heir)
-    replaced: Effects = [record, start_workers(state, worker.node, heir.id)]
+    state, effects = _replaced(state, worker)
+    replaced: Effects = [record, *effects]
     if state.phase is Phase.RECOVERING:
         assert state.recovery is not None
         if worker.id not in state.recovery.awaited:
@@ -69,6 +63,23 @@ def died(state: State, event: e.WorkerDied, now: float) -> Outcome:
         return state, replaced
     state, more = begin_recovery(state, event, now)
     return state, [*more, *replaced]
+
+
+def _replaced(state: State, worker: Worker) -> Outcome:
+    """Start the heir of a worker that died; none on a node that is leaving, unless all that is left is the end."""
+    rank, incarnation = worker.id
+    trained = worker.status is Status.MEMBER and state.job is not None and state.committed + 1 >= state.job.steps
+    if worker.node in state.leaving and not trained:
+        others = {r: other for r, other in state.workers.items() if r != rank}
+        return replace(state, workers=others, vacant={**state.vacant, rank: incarnation}), []
+    heir = Worker(
+        e.WorkerId(rank, incarnation + 1),
+        worker.node,
+        deaths=worker.deaths + 1,
+        owes_end=trained or worker.owes_end,
+    )
+    state = with_workers(state, heir)
+    return state, [start_workers(state, worker.node, heir.id)]
 
 
 def lacking(state: State, event: e.WorkerLacking, now: float) -> Outcome:
@@ -172,13 +183,17 @@ def plan_if_complete(state: State, now: float) -> Outcome:
     live = {w.id for w in state.workers.values()}
     if any(worker not in recovery.reports for worker in recovery.awaited & live):
         return state, []
-    reports = [report for worker, report in recovery.reports.items() if worker in live]
+    state, reports = without_the_left(
+        state, recovery.join, [report for worker, report in recovery.reports.items() if worker in live]
+    )
     reported = {report.rank for report in reports}
     ready = [w for w in state.workers.values() if w.status is Status.READY and w.id.rank not in reported]
     reports += [Report(rank=w.id.rank, generation=0, fresh=True) for w in ready]
     starting = any(w.status is Status.STARTING for w in state.workers.values())
     if starting and all(report.fresh for report in reports):
         return state, []  # nobody is left who was training: start, with all replacements, from what the keepers hold
+    if not reports:
+        return fail(state, nobody_left(state))
     furthest = max([state.agreed, *(report.agreed for report in reports)]) + 1
     # Some may not have carried out a rollback yet: what they agreed on before was given up.
     newest = max([state.agreed, *(r.agreed for r in reports if r.generation >= state.rolled_back)]) + 1
@@ -206,7 +221,7 @@ def plan_if_complete(state: State, now: float) -> Outcome:
     if plan.version != recovery.step:  # the interrupted step had been agreed on, or all of it is computed again
         recovery = replace(recovery, lost_micro_batches=0)
     losses = tuple(loss._replace(planned=True) for loss in recovery.losses)
-    recovery = replace(recovery, planned_s=now, lost_steps=lost_steps, losses=losses, planned=plan.version)
+    recovery = replace(recovery, planned_s=now, lost_steps=lost_steps, losses=losses, planned=plan.version, join=None)
     state = replace(state, recovery=recovery)
     if plan.version < furthest or plan.checkpoint:
         state = replace(
@@ -312,7 +327,7 @@ def enter(state: State, plan: Plan, event: str, fields: dict[str, Any]) -> Outco
 
 
 def carry_out(state: State, plan: Plan) -> Outcome:
-    """Give a plan to its members, with the placement of parity from then on."""
+    """Give a plan to its members, and those who leave by it, with the placement of parity from then on."""
     before = state.placement
     placement = placement_for(state, plan.layout)
     in_force = state.layout.generation if state.layout else 0
@@ -331,10 +346,12 @@ def carry_out(state: State, plan: Plan) -> Outcome:
     if not as_before:
         told = statements(state, placement, needed)
     members = [state.workers[rank] for rank in plan.layout.ranks]
+    leavers = [state.workers[rank] for rank in plan.leaving]
     peers = {w.id.rank: w.peer for w in members if w.peer is not None}
     keepers = {name: node.keeper for name, node in state.nodes.items()}
     nodes = {w.id.rank: w.node for w in members}
-    return state, [*(e.CarryOut(w.id, plan, peers, keepers, placement, nodes) for w in members), *told]
+    orders = [e.CarryOut(w.id, plan, peers, keepers, placement, nodes) for w in (*members, *leavers)]
+    return state, [*orders, *told]
 
 
 def resumed(state: State, event: e.WorkerResumed, now: float) -> State:

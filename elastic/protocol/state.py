@@ -31,6 +31,7 @@ class Status(enum.Enum):
     MEMBER = "member"
     FINISHED = "finished"  # still a member; the user's function returned
     EXITED = "exited"  # classic: ended with status 0
+    LEFT = "left"  # handed over, and is no member any more; its node is still asked for what it held
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +68,17 @@ class Worker:
     deaths: int = 0  # of its rank since the last commit
     since: int = 0  # the version at which it became a member: until the next one, all it owns is held elsewhere too
     owes_end: bool = False  # its rank died after the last step, in what the user's function does then
+
+
+class Leaving(NamedTuple):
+    """A node that hands over. `concluded`: its ranks that have nothing under way any more.
+
+    `since`: a step that was committed without it; -1 as long as it has members, or none was.
+    """
+
+    why: str
+    concluded: tuple[int, ...] = ()
+    since: int = -1
 
 
 class Loss(NamedTuple):
@@ -115,13 +127,14 @@ class State:
     nodes: Mapping[str, Node] = field(default_factory=dict)
     workers: Mapping[int, Worker] = field(default_factory=dict)
     vacant: Mapping[int, int] = field(default_factory=dict)  # rank -> its last incarnation; its node is lost
+    leaving: Mapping[str, Leaving] = field(default_factory=dict)  # nodes that hand over
     ticked_s: float = 0.0
     elastic: bool = False
     restarts: int = 0
     job: Job | None = None
     generation: int = 0
     layout: Layout | None = None
-    join: Plan | None = None  # prepared, not yet switched to
+    join: Plan | None = None  # a join or a leave: prepared, not yet switched to
     recovery: Recovery | None = None
     placement: Placement | None = None  # of parity, in the newest generation
     placements: Mapping[int, Placement] = field(default_factory=dict)  # by generation: the layout's, and the join's

@@ -23,6 +23,7 @@ from .world import Pipe, Process, World
 TICK_S = 0.1
 HEARTBEAT_S = 0.5
 LATE_S = 1.0  # longer than anything is on its way
+ASKED = "asked to leave"
 
 
 @dataclass
@@ -82,6 +83,8 @@ class Cluster:
         self.nodes: dict[str, Node] = {}
         self.board = Board(world, timing.keeper_s)
         self.outcome: e.EndJob | None = None
+        self.released = 0  # nodes that handed over
+        self.stays = True  # somebody, after those that were asked to leave
         self.on_mark: Callable[[e.WorkerId, str, int], None] = lambda worker, phase, step: None
         world.after(TICK_S, self._tick)
 
@@ -98,7 +101,7 @@ class Cluster:
             return
         world, slow = self.world, self.timing.slow
         stream = Pipe(world, self._from_node, slow, lambda: self.nodes[node].silent_s)
-        orders = Pipe(world, lambda effect: self._to_node(node), slow, lambda: self.nodes[node].silent_s)
+        orders = Pipe(world, lambda effect: self._to_node(node, effect), slow, lambda: self.nodes[node].silent_s)
         self.nodes[node] = Node(node, slots, stream, orders)
         self.board.add(node)
         self.happened(e.NodeJoined(node, f"host-{node}", slots, node))
@@ -113,9 +116,14 @@ class Cluster:
         if self.outcome is None:
             self.happened(event)
 
-    def _to_node(self, node: str) -> None:
+    def _to_node(self, node: str, effect: object) -> None:
         """The node hears that it is out."""
-        self._go_down(node, "its node is fenced")
+        self._go_down(node, "its node is let go" if isinstance(effect, e.ReleaseNode) else "its node is fenced")
+
+    def drain(self, node: str) -> None:
+        """A node is asked to go, and says so."""
+        if self.outcome is None and self.nodes[node].up:
+            self.nodes[node].stream.send(e.DrainRequested(node, ASKED))
 
     def doubtful(self) -> set[str]:
         """The nodes that are gone, or silent, or were so lately that they may yet be declared lost."""
@@ -183,6 +191,7 @@ class Cluster:
         if effects:
             self.log.append(f"{self.world.now:.4f} {brief(event)} -> {', '.join(map(brief, effects))}")
         self._check_fence(before, event, effects)
+        self._check_drain(before, event)
         self.ledger.told(self.state, effects)
         for effect in effects:
             self._carry_out(effect)
@@ -196,6 +205,17 @@ class Cluster:
             return
         if self.state is not before or effects:
             raise AssertionError(f"{brief(event)} of the lost node {running.node} was acted on")
+
+    def _check_drain(self, before: State, event: e.Event) -> None:
+        """Who leaves neither stops nor ends anything, as long as there is somebody to hand over to."""
+        leaves = {event.node} if isinstance(event, e.DrainRequested) else set()
+        self.stays = bool(self.state.nodes.keys() - self.state.leaving.keys() - leaves)
+        if leaves and self.stays:
+            waits = before.phase is Phase.LAUNCHED and not before.elastic  # nobody knows yet whether it can
+            if self.state.phase is Phase.DONE and before.phase is not Phase.DONE and not waits:
+                raise AssertionError(f"{brief(event)} ended the job")
+            if self.state.phase is Phase.RECOVERING and before.phase is not Phase.RECOVERING:
+                raise AssertionError(f"{brief(event)} aborted the generation")
 
     def agreed(self, worker: e.WorkerId, step: int, agreement: str) -> None:
         """A worker passed the agreement of a step; on a node that is out, in no generation that others enter."""
@@ -236,8 +256,11 @@ class Cluster:
         elif isinstance(effect, e.KillWorkers):
             for worker in effect.workers:
                 self._end(worker, "the job restarts")
-        elif isinstance(effect, e.FenceNode):
+        elif isinstance(effect, e.FenceNode | e.ReleaseNode):
             self.nodes[effect.node].orders.send(effect)
+            if isinstance(effect, e.ReleaseNode):
+                self.released += 1
+                self.promise.released(effect.node, len(self.state.nodes))
         elif isinstance(effect, e.EndJob):
             self.outcome = effect
             for running in list(self.running.values()):

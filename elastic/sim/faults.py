@@ -11,6 +11,7 @@ from ..protocol.state import Phase
 from .cluster import Cluster
 
 PHASES = ("compute", "reduce", "agree", "update", "commit", "recover", "restore", "join", "end")
+DRAIN_PHASES = (*PHASES, "leave")
 NODE_PHASES = (*PHASES, "protect")
 AGAIN_S = 0.05  # until a fault that would break the promise looks again whether it may strike
 PATIENCE_S = 30.0  # how long it does
@@ -37,6 +38,11 @@ class NodeFault(Fault):
     alone: bool = False  # and unreachable for other nodes too
     back_s: float = 0.0  # so long after it another node comes in its place; 0: none does
     careful: bool = True  # strikes only where the promise allows it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drain(Fault):
+    """`victims` nodes are asked to hand over and leave; that of the worker that entered `phase` among them."""
 
 
 def draw(rng: random.Random, workers: int, horizon_s: float) -> list[Fault]:
@@ -77,6 +83,16 @@ def draw_nodes(rng: random.Random, losses: int, horizon_s: float) -> list[Fault]
     return faults
 
 
+def draw_drains(rng: random.Random, horizon_s: float) -> list[Fault]:
+    """Some nodes that are asked to leave: one after another, or several at once."""
+    drains: list[Fault] = []
+    for _ in range(rng.choice((1, 1, 2, 3))):
+        at_s, phase, after = _occasion(rng, DRAIN_PHASES, horizon_s)
+        spread_s = rng.choice((0.0, 0.01, 0.3))
+        drains.append(Drain(victims=rng.choice((1, 1, 2)), at_s=at_s, phase=phase, after=after, spread_s=spread_s))
+    return drains
+
+
 def _occasion(rng: random.Random, phases: tuple[str, ...], horizon_s: float) -> tuple[float, str, int]:
     if rng.random() < 0.5:
         return rng.uniform(0.0, horizon_s), "", 0
@@ -95,6 +111,7 @@ class Injector:
         self._came = 0
         self.last_s = 0.0
         self.struck = 0  # nodes
+        self.asked = 0  # to leave
         cluster.on_mark = lambda worker, phase, step: self._marked(worker, cluster.running[worker].node, phase)
         cluster.board.on_protect = lambda node, version: self._marked(None, node, "protect")
         for fault in faults:
@@ -112,6 +129,9 @@ class Injector:
         if isinstance(fault, NodeFault):
             self._strike_nodes(fault, node, self._world.now + PATIENCE_S)
             return
+        if isinstance(fault, Drain):
+            self._strike_drains(fault, node, self._world.now + PATIENCE_S)
+            return
         alive = self._cluster.alive()
         self._world.random.shuffle(alive)
         if worker in alive:
@@ -122,6 +142,22 @@ class Injector:
         for victim in alive[: fault.victims]:
             delay_s = 0.0 if victim == worker else self._world.between(0.0, fault.spread_s)
             self._world.after(delay_s, functools.partial(self._cluster.kill, victim, cause, fault.detected_s))
+
+    def _strike_drains(self, fault: Drain, first: str, until_s: float) -> None:
+        """Nodes are asked to leave, as many as can with one to stay; again later, where the job has yet to start."""
+        cluster, world = self._cluster, self._world
+        if cluster.outcome is not None or world.now > until_s:
+            return
+        staying = [n for n in cluster.state.nodes if n not in cluster.state.leaving and n not in cluster.doubtful()]
+        if cluster.state.layout is None or len(staying) < 2:
+            world.after(AGAIN_S, functools.partial(self._strike_drains, fault, first, until_s))
+            return
+        world.random.shuffle(staying)
+        staying.sort(key=lambda node: node != first)
+        self.last_s = max(self.last_s, world.now + fault.spread_s + 10.0)
+        for node in staying[: min(fault.victims, len(staying) - 1)]:
+            self.asked += 1
+            world.after(world.between(0.0, fault.spread_s), functools.partial(cluster.drain, node))
 
     # ------------------------------------------------------------ nodes
 

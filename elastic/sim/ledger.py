@@ -97,6 +97,11 @@ class Promise:
         self._doomed.discard(node)
         self.broken = self.broken or len(self._lost) > self._allowed
 
+    def released(self, node: str, staying: int) -> None:
+        """A node has handed over what it held; of those that stay, one has to be left."""
+        self._doomed.discard(node)
+        self._allowed = min(self._allowed, staying - 1)
+
     def came_back(self, node: str) -> None:
         """A node that was silent is heard again, and was not declared lost."""
         if not self.broken:

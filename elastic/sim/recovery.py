@@ -128,7 +128,8 @@ class Recovery:
 
     def _enter_protection(self, orders: e.CarryOut) -> None:
         worker, plan = self.worker, orders.plan
-        worker.protection.enter(plan.generation, orders.placement, joins=plan.version is None)
+        joins = plan.version is None and not plan.leaving
+        worker.protection.enter(plan.generation, orders.placement, joins=joins)
         worker.snapshots.protected = max(worker.snapshots.protected, plan.protected)
         worker.snapshots.enter(plan.generation, orders.placement)
 

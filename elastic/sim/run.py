@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from ...resharding.units import ModelSpec, ParameterSpec
 from ..protocol import events as e
 from ..protocol.state import Config
-from .cluster import Cluster, Timing
-from .faults import Fault, Injector, NodeFault, draw, draw_nodes
+from .cluster import ASKED, Cluster, Timing
+from .faults import Drain, Fault, Injector, NodeFault, draw, draw_drains, draw_nodes
 from .values import Reference, reference
 from .world import World
 
@@ -35,6 +35,7 @@ class Shape:
     losses: int = 1  # how many nodes may be lost at once
     interval: int = 1  # every how many steps a version is made to outlive nodes; 0: it changes all the time
     loses_nodes: bool = False
+    drains: bool = False  # nodes are asked to leave
 
 
 SHAPES = {
@@ -50,6 +51,9 @@ SHAPES = {
     "4 nodes": Shape(stages=2, workers=4, nodes=4, steps=9, losses=2, tied=True, loses_nodes=True),
     "4 nodes, seldom": Shape(workers=5, nodes=4, steps=12, losses=2, interval=3, loses_nodes=True),
     "5 nodes": Shape(stages=2, workers=5, nodes=5, steps=10, interval=0, late_slots=1, loses_nodes=True),
+    "3 nodes, leaving": Shape(workers=3, nodes=3, steps=12, late_slots=1, drains=True),
+    "4 nodes, leaving": Shape(stages=2, workers=6, nodes=4, steps=12, interval=3, drains=True, loses_nodes=True),
+    "5 nodes, leaving": Shape(workers=5, nodes=5, steps=14, losses=2, tied=True, drains=True, loses_nodes=True),
     "6 nodes": Shape(stages=3, workers=6, nodes=6, steps=10, losses=2, loses_nodes=True),
 }
 
@@ -62,6 +66,8 @@ class Outcome:
     why: str  # it ended early; empty if it succeeded
     broken: bool  # more was lost than the job must survive
     nodes_lost: int
+    nodes_asked: int  # to leave
+    nodes_left: int
     virtual_s: float
     generations: int
     events: tuple[tuple[float, e.Event], ...]
@@ -102,7 +108,7 @@ def simulate(seed: int, shape: Shape, *, faults: list[Fault] | None = None, timi
         node_losses=shape.losses,
     )
     config = Config(
-        min_nodes=shape.nodes,
+        min_nodes=1 if shape.drains else shape.nodes,
         max_nodes=shape.nodes + bool(shape.late_slots),
         crash_limit=10**6,
         max_restarts=10**6,
@@ -122,7 +128,7 @@ def simulate(seed: int, shape: Shape, *, faults: list[Fault] | None = None, timi
             keeper_s = rng.choice(((0.0002, 0.002), (0.0005, 0.01), (0.005, 0.05)))
             timing = replace(timing, keeper_s=keeper_s)
     cluster = Cluster(world, config, job, timing, _expected(shape), shape.interval)
-    cluster.promise.deaths = any(not isinstance(fault, NodeFault) for fault in faults)
+    cluster.promise.deaths = any(not isinstance(fault, NodeFault | Drain) for fault in faults)
     injector = Injector(cluster, faults)
     slots = [shape.workers * (i + 1) // shape.nodes - shape.workers * i // shape.nodes for i in range(shape.nodes)]
     for number, count in enumerate(slots):
@@ -140,6 +146,8 @@ def simulate(seed: int, shape: Shape, *, faults: list[Fault] | None = None, timi
         why=cluster.outcome.why,
         broken=cluster.promise.broken,
         nodes_lost=injector.struck,
+        nodes_asked=injector.asked,
+        nodes_left=cluster.released,
         virtual_s=world.now,
         generations=cluster.state.generation,
         events=tuple(cluster.events),
@@ -148,10 +156,11 @@ def simulate(seed: int, shape: Shape, *, faults: list[Fault] | None = None, timi
 
 
 def _faults(rng: random.Random, shape: Shape, horizon_s: float) -> list[Fault]:
+    drains = draw_drains(rng, horizon_s) if shape.drains else []
     if not shape.loses_nodes:
-        return draw(rng, shape.workers, horizon_s)
+        return [*drains, *draw(rng, shape.workers, horizon_s)]
     deaths = draw(rng, shape.workers, horizon_s) if rng.random() < 0.5 else []
-    return [*draw_nodes(rng, shape.losses, horizon_s), *deaths]
+    return [*drains, *draw_nodes(rng, shape.losses, horizon_s), *deaths]
 
 
 def _run(world: World, cluster: Cluster, injector: Injector, horizon_s: float) -> None:
@@ -159,6 +168,8 @@ def _run(world: World, cluster: Cluster, injector: Injector, horizon_s: float) -
         if cluster.outcome is not None and not cluster.outcome.succeeded:
             if cluster.promise.broken and any(text in cluster.outcome.why for text in GONE):
                 return
+            if not cluster.stays and ASKED in cluster.outcome.why:
+                return  # those who were to go on are lost, or leave, too
             raise AssertionError(f"the job failed: {cluster.outcome.why}")
         if cluster.outcome is not None and cluster.done():
             break

@@ -6,6 +6,9 @@ from ...resharding.plan import Plan
 from ..protocol import events as e
 
 
+_LEAVES = e.DrainRequested | e.ReleaseNode
+
+
 def brief(item: e.Event | e.Effect) -> str:
     """An event or effect in a few characters."""
     if isinstance(item, e.Record):
@@ -16,7 +19,7 @@ def brief(item: e.Event | e.Effect) -> str:
     parts += [f"g{item.generation}"] if hasattr(item, "generation") else []
     if isinstance(item, e.StartWorkers | e.KillWorkers):
         parts += [item.node, *map(str, item.workers)]
-    if isinstance(item, e.NodeJoined | e.NodeLost | e.HeartbeatReceived | e.RefuseNode | e.FenceNode):
+    if isinstance(item, e.NodeJoined | e.NodeLost | e.HeartbeatReceived | e.RefuseNode | e.FenceNode | _LEAVES):
         parts.append(item.node)
     if isinstance(item, e.WorkerCommitted):
         parts.append(f"step {item.step}")
@@ -32,6 +35,7 @@ def brief_plan(plan: Plan) -> str:
     parts = [f"g{plan.generation}", version, plan.layout.describe()]
     parts += [f"fresh {','.join(map(str, plan.fresh))}"] if plan.fresh else []
     parts += [f"refresh {','.join(map(str, plan.refresh))}"] if plan.refresh else []
+    parts += [f"leaving {','.join(map(str, plan.leaving))}"] if plan.leaving else []
     parts += [f"{len(plan.gains)} gains", f"{len(plan.work)} to run ({len(plan.started)} started)"]
     parts += [f"{len(plan.kept)} kept"]
     parts += [f"protected {plan.protected}"] if plan.protected >= 0 else []

@@ -122,7 +122,8 @@ class SimWorker:
         """Do the next thing in the training loop; True if nothing is left to be done."""
         if self.switch is not None:
             orders, self.switch = self.switch, None
-            yield from self._guarded(self.recovery.carry_out(orders))
+            leaves = self.rank in orders.plan.leaving
+            yield from self._guarded(self._leave(orders) if leaves else self.recovery.carry_out(orders))
         elif self.version < self.job.steps:
             yield from self._guarded(self._one_step())
             yield self.around.world.between(0.0, self.around.forward_s)  # the user's code between steps
@@ -137,6 +138,15 @@ class SimWorker:
             yield from action
         except Aborted:
             yield from self.recovery.recover()
+
+    def _leave(self, orders: e.CarryOut) -> Steps[None]:
+        """The others go on without this rank: be there for a recovery that still counts it in, until it is let go."""
+        self.mark("leave")
+        yield from self.snapshots.wait()
+        self.around.tell(e.WorkerSwitched(self.id, orders.plan.generation))
+        if (yield from self.control.wait_for_end()):
+            raise JobEnded
+        raise Aborted
 
     def _conclude(self) -> Steps[None]:
         """Past the last step: return when its version is whole here, parity included."""
@@ -203,6 +213,8 @@ class SimWorker:
         yield from self.protection.wait(state.step, self.links.check)
         last = state.step + 1 == self.job.steps
         proposal = self.control.proposed(last)
+        if proposal is not None and self.layout is not None and proposal.plan.generation <= self.layout.generation:
+            proposal = None  # entered already
         mine = {
             "norms": self.gradients,
             "join": proposal.plan.generation if proposal else 0,
@@ -210,7 +222,8 @@ class SimWorker:
         }
         table = yield from self.links.all_gather((state.step,), mine)
         gradients = {shard: gradient for share in table.values() for shard, gradient in share["norms"].items()}
-        if proposal is not None and all(share["join"] == proposal.plan.generation for share in table.values()):
+        ready = proposal is not None and not (last and proposal.plan.leaving)  # the end lets go of who leaves
+        if ready and all(share["join"] == proposal.plan.generation for share in table.values()):
             self.switch = proposal
         elif proposal is not None and last:
             self.around.tell(e.WorkerIdled(self.id, proposal.plan.generation))

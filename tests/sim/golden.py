@@ -6,6 +6,7 @@ from pathlib import Path
 
 from everstep.elastic.protocol import events as e
 
+from .golden_draining import SCRIPTS as DRAINING_SCRIPTS
 from .golden_nodes import NODE_SCRIPTS
 from .script import Script, w
 
@@ -209,6 +210,7 @@ SCRIPTS = (
     crash_loop,
     death_after_the_last_step,
     *NODE_SCRIPTS,
+    *DRAINING_SCRIPTS,
 )
 
 

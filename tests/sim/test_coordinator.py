@@ -18,7 +18,7 @@ from everstep.elastic.sim.worker import SimWorker
 from . import golden
 
 SEEDS = range(30)
-WORKERS_ONLY = [name for name, shape in SHAPES.items() if not shape.loses_nodes]
+WORKERS_ONLY = [name for name, shape in SHAPES.items() if not (shape.loses_nodes or shape.drains)]
 
 
 @pytest.mark.parametrize("script", golden.SCRIPTS, ids=lambda script: script.__name__)

@@ -1,0 +1,121 @@
+"""A planned departure: a node hands over while all go on, and is let go when nobody needs it any more.
+
+    asked -> a plan without its ranks is offered -> all enter that at a step boundary; new owners fetch from its keeper
+          -> a version that was made since is safe without it -> it ends, with success
+
+Nothing is aborted and nothing is computed again. Until the last arrow its loss is that of any other node.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ...resharding.plan import plan_leave
+from . import events as e
+from .checkpoints import stop_requested
+from .leaving import concluded, left, nobody_left
+from .losing import without_node
+from .outcome import Effects, Outcome
+from .recovering import all_ready, begin_training, carry_out
+from .state import Leaving, Phase, State, Status
+
+
+def drain_requested(state: State, event: e.DrainRequested, now: float) -> Outcome:
+    """A node wants to leave. Where the others cannot go on without it, the job is to save and end."""
+    if event.node not in state.nodes or event.node in state.leaving or state.stopping is not None:
+        return state, []
+    staying = state.nodes.keys() - state.leaving.keys() - {event.node}
+    if len(staying) < max(1, state.config.min_nodes) or not (state.elastic or state.phase is Phase.FORMING):
+        return stop_requested(state, e.StopRequested(event.why), now)
+    state = replace(state, leaving={**state.leaving, event.node: Leaving(event.why)})
+    record = e.Record("draining", {"node": event.node, "why": event.why, "ranks": _ranks(state, event.node)})
+    if state.phase in (Phase.FORMING, Phase.LAUNCHED):  # it holds nothing yet
+        state, effects = _let_go(state, event.node)
+        if state.phase is Phase.LAUNCHED and state.job is not None and all_ready(state):
+            state, more = begin_training(state)
+            effects += more
+        return state, [record, *effects]
+    told = e.TellNode(event.node, f"{event.why}: this node hands over to the others, and then leaves the job")
+    state, effects = offer_leave(state)
+    return state, [record, told, *effects]
+
+
+def _ranks(state: State, node: str) -> list[int]:
+    return sorted(worker.id.rank for worker in state.workers.values() if worker.node == node)
+
+
+def offer_leave(state: State) -> Outcome:
+    """Offer a plan without the ranks of the nodes that leave; the members switch to it at a step boundary.
+
+    Not past the last step: then the end, which is near, lets them go.
+    """
+    job, layout = state.job, state.layout
+    if not state.leaving or state.phase is not Phase.RUNNING or state.join is not None or state.stopping is not None:
+        return state, []
+    assert job is not None
+    assert layout is not None
+    ending = state.committed + 2 >= job.steps or any(w.status is Status.FINISHED for w in state.members())
+    leavers = [rank for rank in layout.ranks if state.workers[rank].node in state.leaving]
+    if ending or not leavers or len(leavers) == len(layout.ranks):
+        return state, []
+    plan = plan_leave(job.model, layout, leavers, state.generation + 1)
+    record = e.Record("leave_prepared", {"generation": plan.generation, "ranks": leavers})
+    state, orders = carry_out(replace(state, generation=plan.generation, join=plan), plan)
+    return state, [*orders, record]
+
+
+def withdraw_leave(state: State) -> State:
+    """The last step was agreed on without the switch: nobody will enter it."""
+    return replace(state, join=None)
+
+
+def handed_over(state: State, event: e.WorkerSwitched) -> Outcome:
+    """Somebody has entered the generation that leaves ranks out, or has left with it; then so will the others."""
+    plan, effects = state.join, Effects()
+    if plan is not None and plan.leaving and event.generation == plan.generation:
+        state = replace(left(state, plan.leaving), layout=plan.layout, join=None)
+        fields = {"generation": plan.generation, "ranks": list(plan.leaving), "layout": plan.layout.describe()}
+        effects = [e.Record("handed_over", fields)]
+    return concluded(state, [event.worker.rank]), effects
+
+
+def release(state: State, event: e.WorkerCommitted) -> Outcome:
+    """Let go of the nodes that nobody needs any more, now that this step is committed.
+
+    Whoever commits a step in a generation without them knows that all its shards are in the keepers of that generation;
+    and what is protected since then is protected without them.
+    """
+    layout, effects = state.layout, Effects()
+    if not state.leaving or state.phase is not Phase.RUNNING or layout is None or event.generation < layout.generation:
+        return state, []
+    members = {*layout.ranks, *(state.join.layout.ranks if state.join is not None else ())}
+    protects = bool(state.placements[layout.generation].stripes)
+    for node, leaving in list(state.leaving.items()):
+        ranks = _ranks(state, node)
+        since = -1 if members & set(ranks) else leaving.since if leaving.since >= 0 else event.step
+        state = replace(state, leaving={**state.leaving, node: leaving._replace(since=since)})
+        under_way = [r for r in ranks if state.workers[r].status is Status.LEFT and r not in leaving.concluded]
+        if since >= 0 and not under_way and (state.protected >= since or not protects):
+            state, more = _let_go(state, node)
+            effects += more
+    return state, effects
+
+
+def _let_go(state: State, node: str) -> Outcome:
+    """A node is out of the job, with what it held."""
+    why, host, ranks = state.leaving[node].why, state.nodes[node].host, _ranks(state, node)
+    state = without_node(state, node)
+    placements = {
+        generation: placement
+        for generation, placement in state.placements.items()
+        if all(node not in (*stripe.nodes, *stripe.parity) for stripe in placement.stripes)
+    }
+    record = e.Record("node_left", {"node": node, "host": host, "ranks": ranks, "why": why})
+    return replace(state, placements=placements), [record, e.ReleaseNode(node, f"{why}; the others go on")]
+
+
+def cannot_leave(state: State, now: float) -> Outcome:
+    """Those who were to go on are lost: who is left saves, and ends."""
+    if not state.leaving or state.stopping is not None or state.nodes.keys() - state.leaving.keys():
+        return state, []
+    return stop_requested(state, e.StopRequested(nobody_left(state)), now)

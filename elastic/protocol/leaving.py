@@ -1,0 +1,48 @@
+"""Members that become none while others go on: who has left, and what of a recovery's reports is still theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+
+from ...resharding.plan import Plan, Report
+from .outcome import with_workers
+from .state import State, Status, Worker
+
+
+def left(state: State, ranks: Collection[int]) -> State:
+    """These ranks are members no more: others have entered a generation without them."""
+    leavers = [state.workers[rank] for rank in ranks if rank in state.workers]
+    return with_workers(state, *(replace(worker, status=Status.LEFT, owes_end=False) for worker in leavers))
+
+
+def concluded(state: State, ranks: Collection[int]) -> State:
+    """These ranks, which have left, have nothing under way any more: no part of a checkpoint, say."""
+    leaving = dict(state.leaving)
+    for worker in [state.workers[rank] for rank in ranks if rank in state.workers]:
+        known = leaving.get(worker.node)
+        if known is not None and worker.status is Status.LEFT and worker.id.rank not in known.concluded:
+            leaving[worker.node] = known._replace(concluded=(*known.concluded, worker.id.rank))
+    return replace(state, leaving=leaving)
+
+
+def without_the_left(state: State, join: Plan | None, reports: list[Report]) -> tuple[State, list[Report]]:
+    """The reports of members, after a switch that some may have entered, and others not.
+
+    Once anybody has, those whom that plan leaves out have left: the others may be any number of steps further.
+    """
+    if join is None or all(report.generation < join.generation for report in reports):
+        return state, reports
+    gone = {report.rank for report in reports if report.rank in join.leaving and report.generation < join.generation}
+    return concluded(left(state, gone), gone), [report for report in reports if report.rank not in gone]
+
+
+def still_needed(state: State, worker: Worker) -> bool:
+    """Whether members may wait for something from one who has left: until a step is committed without it."""
+    return worker.status is Status.LEFT and worker.node in state.leaving and state.leaving[worker.node].since < 0
+
+
+def nobody_left(state: State) -> str:
+    """Why a job ends whose nodes all leave, or are lost."""
+    why = next((leaving.why for leaving in state.leaving.values()), "all members are lost")
+    return f"{why}, and no node is left to go on"
