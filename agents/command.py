@@ -33,6 +33,17 @@ STOP_GRACE: dict[str, Any] = {
     "help": "how long a job that is told to stop may take to save a checkpoint",
 }
 
+STORE: dict[str, Any] = {
+    "default": "",
+    "metavar": "FILE or URL",
+    "help": "where the coordinator keeps its state: a file (SQLite), or etcd://HOST:PORT[,HOST:PORT...]",
+}
+INSECURE_NETWORK: dict[str, Any] = {
+    "action": "store_true",
+    "help": "bind addresses that other hosts reach, without certificates: for networks where everybody is trusted",
+}
+COORDINATOR_WAIT_S = 300.0
+
 
 class LaunchError(Exception):
     """A command line that cannot be carried out."""
@@ -71,6 +82,15 @@ def parser() -> argparse.ArgumentParser:
         help="how long this node's keeper waits for a new agent after its own was killed",
     )
     own.add_argument("--es-stop-grace", **STOP_GRACE)
+    own.add_argument("--es-store", **STORE)
+    own.add_argument("--es-insecure-network", **INSECURE_NETWORK)
+    own.add_argument(
+        "--es-coordinator-wait",
+        type=float,
+        default=COORDINATOR_WAIT_S,
+        metavar="SECONDS",
+        help="how long this node's workers may make no progress without a coordinator before they are stopped",
+    )
     own.add_argument("--es-events", metavar="FILE", help="append every event of the job to FILE, one JSON a line")
     own.add_argument("--es-config", metavar="FILE", help="TOML file with an [everstep] table of settings")
     own.add_argument(

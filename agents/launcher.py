@@ -4,19 +4,33 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import os
 import signal
 import socket
 import sys
+import tempfile
+import urllib.parse
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from ..comms.rpc import AgentStream, Unreachable
+from ..comms.attach import Attachment, Unreachable
+from ..comms.security import TRUST, Security, SecurityError
 from ..elastic.protocol.state import Config
-from .command import CHOSEN, DEFAULT_PORT, OVERRIDES, STOP_GRACE, Command, LaunchError, node_range
-from .coordinator import CoordinatorServer, PortTaken
+from .command import (
+    CHOSEN,
+    DEFAULT_PORT,
+    INSECURE_NETWORK,
+    OVERRIDES,
+    STOP_GRACE,
+    STORE,
+    Command,
+    LaunchError,
+    node_range,
+)
+from .coordinating import END_S, CoordinatorFailed, CoordinatorProcess, Task, serve
 from .logs import WorkerLogs, discard
 from .memory import available, parse_size
 from .node import AgentError, NodeAgent, NodeConfig, Outcome
@@ -24,6 +38,7 @@ from .preloader import Preloader
 
 CONNECT_TIMEOUT_S = 60.0  # torchrun waits as long for its store
 REJOIN_S = 60.0
+ETCD = "etcd://"
 
 
 def launch(command: Command, preloader: Preloader) -> int:
@@ -52,37 +67,72 @@ def _run_node(command: Command, preloader: Preloader) -> Outcome:
             job = str(command.torch.run_id)
             if not command.endpoint:
                 job = uuid.uuid4().hex[:12] if job == "none" else job
-            address = _coordinate(command, job, stack)
-            first = _connect(address, _join_timeout(command))
-            config = _node_config(command, job, address)
-            agent = NodeAgent(config, lambda wait_s: AgentStream(address, wait_s), first, preloader)
+            security = _security(command)
+            addresses, coordinator = _coordinate(command, job, security, stack)
+            link = Attachment(addresses, job, security)
+            address = _reach(link, _join_timeout(command))
+            agent = NodeAgent(_node_config(command, job, address), link, preloader)
             _stop_on_signals(agent, _signals(command))
             outcome = agent.run()
+            if coordinator is not None:
+                _see_off(coordinator, agent, outcome)
             return outcome
     finally:
         if not command.log_dir_chosen and command.torch.logs_specs is not None:
             discard(command.torch.logs_specs, succeeded=outcome is not None and outcome.succeeded)
 
 
-def _connect(address: str, join_timeout_s: float) -> AgentStream:
+def _security(command: Command) -> Security:
+    if command.own.es_insecure_network:
+        os.environ[TRUST] = "1"
+    try:
+        return Security.of(os.environ)
+    except SecurityError as error:
+        raise LaunchError(str(error)) from None
+
+
+def _reach(link: Attachment, join_timeout_s: float) -> str:
     timeout_s = min(CONNECT_TIMEOUT_S, join_timeout_s)
     try:
-        return AgentStream(address, timeout_s)
-    except Unreachable:
+        return link.reach(timeout_s)
+    except Unreachable as error:
         raise LaunchError(
-            f"no coordinator answers at {address} within {timeout_s:g} s: check --rdzv-endpoint, and that the first "
+            f"no coordinator answers at {error} within {timeout_s:g} s: check --rdzv-endpoint, and that the first "
             "node is up (if the port is in use by something else, choose another)"
         ) from None
 
 
-def _coordinate(command: Command, job: str, stack: contextlib.ExitStack) -> str:
-    """The coordinator's address; starts it here if this is the node to have it."""
-    host, port = _endpoint(command.endpoint) if command.endpoint else ("127.0.0.1", 0)
-    if not _is_local(host):
-        return f"{host}:{port}"
-    events = None
+def _see_off(coordinator: CoordinatorProcess, agent: NodeAgent, outcome: Outcome) -> None:
+    """The coordinator ends when all nodes have heard that the job is over; others may need it longer than we do."""
+    try:
+        if not coordinator.wait(END_S) and outcome.succeeded:
+            print("everstep: this node is done, and goes on coordinating the others", file=sys.stderr)
+            agent.on_stop = lambda why: coordinator.close()
+            coordinator.wait(None)
+    except KeyboardInterrupt:
+        coordinator.close()
+
+
+def _coordinate(
+    command: Command, job: str, security: Security, stack: contextlib.ExitStack
+) -> tuple[list[str], CoordinatorProcess | None]:
+    """The coordinators' addresses; starts one here if this is a node to have one."""
+    endpoints = [_endpoint(one) for one in command.endpoint.split(",")] if command.endpoint else [("127.0.0.1", 0)]
+    addresses = [f"{host}:{port}" for host, port in endpoints]
+    if len(endpoints) > 1 and not command.own.es_store.startswith(ETCD):
+        raise LaunchError(
+            f"--rdzv-endpoint names {len(endpoints)} coordinators, which can only stand by for one another with a "
+            f"store that they share: give --es-store={ETCD}HOST:PORT"
+        )
+    host, port = next(((host, port) for host, port in endpoints if _is_local(host)), ("", 0))
+    if not host:
+        return addresses, None
     if command.own.es_events:
-        events = stack.enter_context(_open_events(command.own.es_events))
+        _open_events(command.own.es_events).close()
+    store = command.own.es_store
+    if not store:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="everstep-", ignore_cleanup_errors=True))
+        store = f"{folder}/store.sqlite"
     config = Config(
         min_nodes=command.torch.min_nodes,
         max_nodes=command.torch.max_nodes,
@@ -90,14 +140,17 @@ def _coordinate(command: Command, job: str, stack: contextlib.ExitStack) -> str:
         join_timeout_s=_join_timeout(command),
         stop_grace_s=command.own.es_stop_grace,
     )
+    task = Task(job=job, config=config, host=host, port=port, store=store, events=command.own.es_events or "")
     try:
-        server = CoordinatorServer(job, config, f"{host}:{port}", events=events, store_host=host)
-    except PortTaken:
-        if command.torch.max_nodes == 1:
+        coordinator = CoordinatorProcess(task, security)
+    except CoordinatorFailed as error:
+        if error.taken and command.torch.max_nodes == 1:
             raise LaunchError(f"{host}:{port} is in use: choose another port in --rdzv-endpoint") from None
-        return f"{host}:{port}"  # another node on this host was first
-    stack.callback(server.close)
-    return f"{host}:{server.port}"
+        if error.taken:
+            return addresses, None  # another node on this host was first
+        raise LaunchError(str(error)) from None
+    stack.callback(coordinator.close)
+    return [f"{host}:{coordinator.port}" if port == 0 else address for address in addresses], coordinator
 
 
 def _join_timeout(command: Command) -> float:
@@ -159,6 +212,7 @@ def _node_config(command: Command, job: str, address: str) -> NodeConfig:
         memory_bytes=_keeper_memory(own.es_keeper_memory),
         keeper_linger_s=own.es_keeper_linger,
         rejoin_s=min(_join_timeout(command), REJOIN_S),
+        coordinator_wait_s=command.own.es_coordinator_wait,
         hang_timeout_s=own.es_hang_timeout,
         shutdown_timeout_s=float(getattr(torch, "shutdown_timeout", 30)),
         shared_memory=not own.es_tcp,
@@ -207,21 +261,35 @@ def coordinate(arguments: Sequence[str]) -> int:
     parse.add_argument("--max-restarts", type=int, default=0)
     parse.add_argument("--es-stop-grace", **STOP_GRACE)
     parse.add_argument("--es-events", metavar="FILE")
+    parse.add_argument("--es-store", **STORE)
+    parse.add_argument("--es-insecure-network", **INSECURE_NETWORK)
     own = parse.parse_args(list(arguments))
+    logging.basicConfig(format="everstep: %(message)s", level=logging.INFO)
     try:
         host, port = _endpoint(own.bind)
         low, high = node_range(own.nnodes)
         config = Config(min_nodes=low, max_nodes=high, max_restarts=own.max_restarts, stop_grace_s=own.es_stop_grace)
-        with contextlib.ExitStack() as stack:
-            events = stack.enter_context(_open_events(own.es_events)) if own.es_events else None
-            server = CoordinatorServer(own.rdzv_id, config, f"{host}:{port}", events=events, store_host=host)
-            stack.callback(server.close)
-            print(f"coordinator of job {own.rdzv_id} at {host}:{server.port}", flush=True)
-            server.ended.wait()
-    except PortTaken as error:
-        print(f"everstep: error: {error} is in use: choose another port in --bind", file=sys.stderr)
-        return 2
-    except LaunchError as error:
+        if own.es_events:
+            _open_events(own.es_events).close()
+        if own.es_insecure_network:
+            os.environ[TRUST] = "1"
+        store = own.es_store or str(default_store(own.rdzv_id, host, port))
+        task = Task(job=own.rdzv_id, config=config, host=host, port=port, store=store, events=own.es_events or "")
+
+        def serves(port: int) -> None:
+            print(f"coordinator of job {own.rdzv_id} at {host}:{port}", flush=True)
+
+        return serve(task, Security.of(os.environ), serves)
+    except CoordinatorFailed as error:
+        hint = ": choose another port in --bind" if error.taken else ""
+        print(f"everstep: error: {error}{hint}", file=sys.stderr)
+    except (LaunchError, SecurityError) as error:
         print(f"everstep: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return 2
+
+
+def default_store(job: str, host: str, port: int) -> Path:
+    """Where `everstep coordinator` keeps a job's state, so that the same command finds it again."""
+    folder = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "everstep"
+    name = f"{host}-{port}" if job == "none" else job
+    return folder / f"{urllib.parse.quote(name, safe='')}.sqlite"

@@ -84,7 +84,7 @@ class JobMetrics(_Metrics):
 
     def __init__(self, job: str) -> None:
         super().__init__()
-        info = self.gauge("everstep_job_info", "1; which job, and which version of everstep", "job", "version")
+        info = self.gauge("everstep_job_info", "1; which job, and which version of everstep", "run", "version")
         info.labels(job, metadata.version("everstep")).set(1)
         self.phase = self.gauge("everstep_job_phase", "1 for the phase that the job is in", "phase")
         self._training()
@@ -165,7 +165,7 @@ class NodeMetrics(_Metrics):
 
     def __init__(self, job: str, node: str) -> None:
         super().__init__()
-        info = self.gauge("everstep_agent_info", "1; which node of which job", "job", "node", "version")
+        info = self.gauge("everstep_agent_info", "1; which node of which job", "run", "node", "version")
         info.labels(job, node, metadata.version("everstep")).set(1)
         self._rising = _Rising()
         self._workers()

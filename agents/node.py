@@ -7,18 +7,18 @@ is here is fork, watch, fence, pass on.
 from __future__ import annotations
 
 import contextlib
+import json
 import selectors
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..comms import everstep_pb2 as pb
+from ..comms.attach import Aborted, Attachment, Broken
 from ..comms.process import host_id
-from ..comms.rpc import AgentStream, Unreachable
 from ..elastic.progress import Phase
 from ..elastic.protocol.events import WorkerId
 from ..elastic.protocol.liveness import FLOOR_S
@@ -29,13 +29,11 @@ from .keeper import KeeperCannotServe, KeeperProcess, NameTaken, obtain
 from .keeper import start as start_keeper
 from .logs import WorkerLogs
 from .preloader import Preloader
+from .torchstore import TorchStores
 from .workers import WorkerProcess
 
-HEARTBEAT_S = 0.25
-BUSY_S = 10.0  # an agent whose loop has not turned for so long does not say that it is alive
-FENCE_S = 5.0  # without a word from the coordinator: this node may be cut off, and stops
-RETRY_S = 1.0
 WATCH_S = 0.05
+ALONE_S = 2.0  # without a word from a coordinator: there may be none
 STATUS_S = 0.05  # how long a dead worker's exit status is waited for
 END_GRACE_S = 3.0  # of an elastic worker; a classic one has `shutdown_timeout_s`
 
@@ -61,6 +59,7 @@ class NodeConfig:
     max_nodes: int = 1
     memory_bytes: int = 0  # for protection; 0: not known
     rejoin_s: float = 60.0  # how long a node that was fenced tries to come back
+    coordinator_wait_s: float = 300.0  # how long it keeps workers that make no progress while there is no coordinator
     keeper_linger_s: float = 30.0  # how long its keeper waits for another agent after this one died
     hang_timeout_s: float = FLOOR_S
     shared_memory: bool = True
@@ -84,16 +83,15 @@ class NodeAgent:
     def __init__(
         self,
         config: NodeConfig,
-        connect: Callable[[float], AgentStream],
-        first: AgentStream,
+        link: Attachment,
         preloader: Preloader,
         on_started: Callable[[], None] | None = None,
     ) -> None:
         self.config = config
-        self.stream: AgentStream | None = None
+        self.link = link
         self.node = config.node
-        self._connect = connect
         self._lives = 0  # how often this node has joined
+        self.on_stop: Callable[[str], None] = lambda why: None  # asked to stop when the job is over here already
         self.on_started = on_started or (lambda: None)
         self.workers: dict[WorkerId, WorkerProcess] = {}
         self.token = ""
@@ -106,12 +104,12 @@ class NodeAgent:
         self._first_rank = 0
         self._stop_why = ""
         self._selector = selectors.DefaultSelector()
-        self._turned_s = self._heard_s = time.monotonic()
+        self._stores = TorchStores(config.host)
+        self._rejoining = False  # has asked to be taken in again
+        self._steps_alone: dict[WorkerId, int] = {}
+        self._alone_s = 0.0  # since when there has been neither a coordinator nor progress
         self._fenced_s = 0.0  # since when this node has been out
-        self._retry_s = 0.0
         self._ending_s = 0.0
-        self._closing = threading.Event()
-        self._attach(first)
 
     # ------------------------------------------------------------ life
 
@@ -119,10 +117,10 @@ class NodeAgent:
         """Serve until the job ends, then leave nothing behind."""
         try:
             self._watch_preloader()
-            self._say_hello()
-            threading.Thread(target=self._beat, name="everstep-heartbeat", daemon=True).start()
+            self._selector.register(self.link.wake_fd, selectors.EVENT_READ, self._link_woke)
+            self.link.start(self._new_name())
             while not self._done():
-                self._turned_s = time.monotonic()
+                self.link.alive()
                 for key, _ in self._selector.select(WATCH_S):
                     key.data()
                 self._watch()
@@ -133,27 +131,13 @@ class NodeAgent:
         finally:
             self._close()
 
-    def _attach(self, stream: AgentStream) -> None:
-        self.stream = stream
-        self._heard_s = time.monotonic()
-        self._selector.register(stream.wake_fd, selectors.EVENT_READ, self._stream_woke)
-
-    def _say_hello(self) -> None:
+    def _new_name(self) -> str:
         self._lives += 1
         self.node = self.config.node if self._lives == 1 else f"{self.config.node}-{self._lives}"
-        self._send(hello=pb.Hello(job=self.config.job, node=self.node, protocol=1))
-        if self._stop_why:
-            self.stop(self._stop_why)  # again: what is said before the hello does not count
+        return self.node
 
     def _send(self, **body: Any) -> None:
-        if self.stream is not None:
-            self.stream.send(**body)
-
-    def _beat(self) -> None:
-        """A thread of its own says that this node is alive, so that a busy moment of the loop is no loss."""
-        while not self._closing.wait(HEARTBEAT_S):
-            if self.token and time.monotonic() - self._turned_s < BUSY_S:
-                self._send(heartbeat=pb.Heartbeat())
+        self.link.send(**body)
 
     def _done(self) -> bool:
         if self.outcome is None:
@@ -171,7 +155,6 @@ class NodeAgent:
         return not self.workers
 
     def _close(self) -> None:
-        self._closing.set()
         for worker in self.workers.values():
             worker.kill("the agent ends")
             worker.close()
@@ -179,19 +162,14 @@ class NodeAgent:
             self._preloader.close()
         self._end_keeper()
         self.config.logs.close()
-        self._detach()
+        self._stores.close()
         self._selector.close()
+        self.link.close()
 
     def _end_keeper(self) -> None:
         if self._keeper is not None:
             self._keeper.kill()
             self._keeper = None
-
-    def _detach(self) -> None:
-        stream, self.stream = self.stream, None
-        if stream is not None:
-            self._selector.unregister(stream.wake_fd)
-            stream.close()
 
     # ------------------------------------------------------------ fenced, and back
 
@@ -199,7 +177,6 @@ class NodeAgent:
         """This node is out of the job: stop all that it runs, and ask to be taken in again."""
         self._say(f"this node was lost to the job ({why}): its workers are stopped, and it asks to join again")
         self.token = ""
-        self._detach()
         for worker, _ in self._waiting:
             del self.workers[worker.id]
             worker.close()
@@ -211,24 +188,24 @@ class NodeAgent:
         self._fenced_s = time.monotonic()
 
     def _rejoin(self, now: float) -> None:
-        """Try to reach the coordinator again; the job is over for this node when that takes too long."""
-        if self.workers or self.outcome is not None or now < self._retry_s:
+        """Once all is stopped, join by another name; the job is over for this node when that takes too long."""
+        if self.workers or self.outcome is not None:
             return
         if self._stop_why or now - self._fenced_s > self.config.rejoin_s:
             why = self._stop_why or f"no coordinator could be reached for {self.config.rejoin_s:g} s"
             self.outcome = Outcome(False, f"this node was lost to the job, and {why}")
-            return
-        self._retry_s = now + RETRY_S
-        with contextlib.suppress(Unreachable):
-            self._attach(self._connect(RETRY_S))
-            self._fenced_s = 0.0
-            self._say_hello()
+        elif not self._rejoining:
+            self._rejoining = True
+            self.link.rename(self._new_name())
 
     def _say(self, text: str) -> None:
         print(f"everstep: {text}", file=sys.stderr, flush=True)
 
     def stop(self, why: str) -> None:
         """Ask the coordinator to end the job; asked twice, end this node at once. Safe in a signal handler."""
+        if self.outcome is not None:
+            self.on_stop(why)
+            return
         if self._stop_why and self.token:
             self._end_at_once(why)
         self._stop_why = why
@@ -241,24 +218,27 @@ class NodeAgent:
 
     # ------------------------------------------------------------ the coordinator's orders
 
-    def _stream_woke(self) -> None:
-        stream = self.stream
-        for message in stream.received() if stream is not None else ():
-            if stream is not self.stream:
-                return  # fenced by the message before
-            self._heard_s = time.monotonic()
-            if isinstance(message, str):
-                self._stream_broke(message)
+    def _link_woke(self) -> None:
+        for message in self.link.received():
+            if isinstance(message, Broken):
+                if self.outcome is None and self.token:
+                    self._say(f"the coordinator is gone ({message.why}); training goes on, and it is looked for")
+            elif isinstance(message, Aborted):
+                self._abort(message.generation)
             else:
                 body = message.WhichOneof("body")
                 getattr(self, f"_on_{body}")(getattr(message, body))
 
-    def _stream_broke(self, why: str) -> None:
-        if self.outcome is None:
-            self._end_at_once(f"the coordinator is gone: {why}")
+    def _abort(self, generation: int) -> None:
+        """What every worker here is about to be told; the order itself follows."""
+        line = json.dumps({"kind": "abort", "generation": generation}).encode()
+        for worker in self.workers.values():
+            if worker.pid:
+                worker.send(line)
 
     def _on_welcome(self, message: pb.Welcome) -> None:
         self.token = message.token
+        self._fenced_s, self._rejoining = 0.0, False
         keeper = f"{self.config.host}:{self._obtain_keeper().port}"
         config = self.config
         ready = pb.NodeReady(
@@ -267,14 +247,12 @@ class NodeAgent:
             keeper=keeper,
             order=config.order if self._lives == 1 else -1,
             memory_bytes=config.memory_bytes,
+            stores=[self._stores.open(), self._stores.open()],
         )
         self._send(ready=ready)
 
-    def _on_heartbeat(self, message: pb.Heartbeat) -> None:
-        """The coordinator is there."""
-
     def _on_fence(self, message: pb.Fence) -> None:
-        if self.outcome is None:
+        if self.outcome is None and not self._fenced_s:
             self._fence(message.why)
 
     def _on_notice(self, message: pb.Notice) -> None:
@@ -285,6 +263,8 @@ class NodeAgent:
 
     def _on_start(self, message: pb.StartWorkers) -> None:
         self.on_started()
+        if message.restart_count and message.group_rank == 0:
+            self._send(store=pb.StoreOpened(port=self._stores.open()))
         for item in message.workers:
             worker = WorkerProcess.prepare(WorkerId(item.rank, item.incarnation))
             self.workers[worker.id] = worker
@@ -488,8 +468,8 @@ class NodeAgent:
         if self._fenced_s:
             self._rejoin(now)
             return
-        if self.token and self.outcome is None and now - self._heard_s > FENCE_S:
-            self._fence(f"no word from the coordinator for {now - self._heard_s:.1f} s")
+        if self._alone_too_long(now):
+            self._fence(f"no word from a coordinator for {now - self.link.heard_s:.0f} s, and no progress")
             return
         if self._keeper is not None and self._keeper.gone() and self.outcome is None:
             self._obtain_keeper()  # on the same port and name: workers hand it their segments again
@@ -499,6 +479,19 @@ class NodeAgent:
             if worker.pid and worker.check(now, self.config.hang_timeout_s):
                 stood = now - worker.pulse.changed_s
                 worker.kill(f"hung: no progress for {stood:.1f} s in {Phase(worker.reading().phase).name.lower()}")
+
+    def _alone_too_long(self, now: float) -> bool:
+        """Whether this node has been cut off for so long, from coordinator and members both, that it may as well stop.
+
+        While its workers commit steps it is not cut off: then only the coordinator is away, and will be back.
+        """
+        if not self.token or self.outcome is not None or now - self.link.heard_s < ALONE_S:
+            self._alone_s = 0.0
+            return False
+        steps = {worker.id: worker.reading().step for worker in self.workers.values() if worker.pid}
+        if not self._alone_s or steps != self._steps_alone:
+            self._alone_s, self._steps_alone = now, steps
+        return now - self._alone_s > self.config.coordinator_wait_s
 
 
 _CONTROL_FD, _PROGRESS_FD = 240, 241

@@ -117,7 +117,7 @@ class Observer:
         live = self._state().nodes
         with self._lock:
             found = {node: seen.telemetry.metrics for node, seen in self._seen.items() if node in live}
-        groups = [{"targets": [at], "labels": {"node": node}} for node, at in sorted(found.items()) if at]
+        groups = [{"targets": [at], "labels": {"run": self.job, "node": node}} for node, at in sorted(found.items()) if at]
         return Page("application/json", json.dumps(groups).encode())
 
     def view(self, steps: int = 200, rank_steps: int = 1) -> dict[str, Any]:

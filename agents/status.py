@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 
 from ..comms.rpc import Unreachable, get_status
+from ..comms.security import Security, SecurityError
 
 TIMEOUT_S = 5.0
 
@@ -19,9 +21,12 @@ def status(arguments: Sequence[str]) -> int:
     parse.add_argument("--json", action="store_true")
     own = parse.parse_args(list(arguments))
     try:
-        text = get_status(own.endpoint, TIMEOUT_S)
+        text = get_status(own.endpoint, TIMEOUT_S, Security.of(os.environ))
     except Unreachable:
         print(f"everstep: error: no coordinator answers at {own.endpoint} within {TIMEOUT_S:g} s", file=sys.stderr)
+        return 2
+    except SecurityError as error:
+        print(f"everstep: error: {error}", file=sys.stderr)
         return 2
     if own.json:
         print(text)

@@ -15,48 +15,68 @@ class WorkerId(_message.Message):
     def __init__(self, rank: _Optional[int] = ..., incarnation: _Optional[int] = ...) -> None: ...
 
 class AttachRequest(_message.Message):
-    __slots__ = ("hello", "ready", "heartbeat", "from_worker", "died", "stop")
+    __slots__ = ("number", "hello", "ready", "heartbeat", "from_worker", "died", "stop", "store")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
     HELLO_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
     FROM_WORKER_FIELD_NUMBER: _ClassVar[int]
     DIED_FIELD_NUMBER: _ClassVar[int]
     STOP_FIELD_NUMBER: _ClassVar[int]
+    STORE_FIELD_NUMBER: _ClassVar[int]
+    number: int
     hello: Hello
     ready: NodeReady
     heartbeat: Heartbeat
     from_worker: FromWorker
     died: WorkerDied
     stop: StopRequest
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., ready: _Optional[_Union[NodeReady, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., from_worker: _Optional[_Union[FromWorker, _Mapping]] = ..., died: _Optional[_Union[WorkerDied, _Mapping]] = ..., stop: _Optional[_Union[StopRequest, _Mapping]] = ...) -> None: ...
+    store: StoreOpened
+    def __init__(self, number: _Optional[int] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., ready: _Optional[_Union[NodeReady, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., from_worker: _Optional[_Union[FromWorker, _Mapping]] = ..., died: _Optional[_Union[WorkerDied, _Mapping]] = ..., stop: _Optional[_Union[StopRequest, _Mapping]] = ..., store: _Optional[_Union[StoreOpened, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("job", "node", "protocol")
+    __slots__ = ("job", "node", "protocol", "returning", "received", "token_digest")
     JOB_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    RETURNING_FIELD_NUMBER: _ClassVar[int]
+    RECEIVED_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_DIGEST_FIELD_NUMBER: _ClassVar[int]
     job: str
     node: str
     protocol: int
-    def __init__(self, job: _Optional[str] = ..., node: _Optional[str] = ..., protocol: _Optional[int] = ...) -> None: ...
+    returning: bool
+    received: int
+    token_digest: str
+    def __init__(self, job: _Optional[str] = ..., node: _Optional[str] = ..., protocol: _Optional[int] = ..., returning: _Optional[bool] = ..., received: _Optional[int] = ..., token_digest: _Optional[str] = ...) -> None: ...
 
 class NodeReady(_message.Message):
-    __slots__ = ("host", "slots", "keeper", "order", "memory_bytes")
+    __slots__ = ("host", "slots", "keeper", "order", "memory_bytes", "stores")
     HOST_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
     KEEPER_FIELD_NUMBER: _ClassVar[int]
     ORDER_FIELD_NUMBER: _ClassVar[int]
     MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    STORES_FIELD_NUMBER: _ClassVar[int]
     host: str
     slots: int
     keeper: str
     order: int
     memory_bytes: int
-    def __init__(self, host: _Optional[str] = ..., slots: _Optional[int] = ..., keeper: _Optional[str] = ..., order: _Optional[int] = ..., memory_bytes: _Optional[int] = ...) -> None: ...
+    stores: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, host: _Optional[str] = ..., slots: _Optional[int] = ..., keeper: _Optional[str] = ..., order: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., stores: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class StoreOpened(_message.Message):
+    __slots__ = ("port",)
+    PORT_FIELD_NUMBER: _ClassVar[int]
+    port: int
+    def __init__(self, port: _Optional[int] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("received",)
+    RECEIVED_FIELD_NUMBER: _ClassVar[int]
+    received: int
+    def __init__(self, received: _Optional[int] = ...) -> None: ...
 
 class FromWorker(_message.Message):
     __slots__ = ("worker", "json")
@@ -93,7 +113,8 @@ class StopRequest(_message.Message):
     def __init__(self, why: _Optional[str] = ...) -> None: ...
 
 class AttachResponse(_message.Message):
-    __slots__ = ("welcome", "refused", "start", "kill", "to_worker", "end", "heartbeat", "fence", "notice")
+    __slots__ = ("number", "welcome", "refused", "start", "kill", "to_worker", "end", "heartbeat", "fence", "notice")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     REFUSED_FIELD_NUMBER: _ClassVar[int]
     START_FIELD_NUMBER: _ClassVar[int]
@@ -103,6 +124,7 @@ class AttachResponse(_message.Message):
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
     FENCE_FIELD_NUMBER: _ClassVar[int]
     NOTICE_FIELD_NUMBER: _ClassVar[int]
+    number: int
     welcome: Welcome
     refused: Refused
     start: StartWorkers
@@ -112,7 +134,7 @@ class AttachResponse(_message.Message):
     heartbeat: Heartbeat
     fence: Fence
     notice: Notice
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., start: _Optional[_Union[StartWorkers, _Mapping]] = ..., kill: _Optional[_Union[KillWorkers, _Mapping]] = ..., to_worker: _Optional[_Union[ToWorker, _Mapping]] = ..., end: _Optional[_Union[EndJob, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., fence: _Optional[_Union[Fence, _Mapping]] = ..., notice: _Optional[_Union[Notice, _Mapping]] = ...) -> None: ...
+    def __init__(self, number: _Optional[int] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., start: _Optional[_Union[StartWorkers, _Mapping]] = ..., kill: _Optional[_Union[KillWorkers, _Mapping]] = ..., to_worker: _Optional[_Union[ToWorker, _Mapping]] = ..., end: _Optional[_Union[EndJob, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., fence: _Optional[_Union[Fence, _Mapping]] = ..., notice: _Optional[_Union[Notice, _Mapping]] = ...) -> None: ...
 
 class Fence(_message.Message):
     __slots__ = ("why",)
@@ -127,10 +149,12 @@ class Notice(_message.Message):
     def __init__(self, text: _Optional[str] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("token",)
+    __slots__ = ("token", "received")
     TOKEN_FIELD_NUMBER: _ClassVar[int]
+    RECEIVED_FIELD_NUMBER: _ClassVar[int]
     token: str
-    def __init__(self, token: _Optional[str] = ...) -> None: ...
+    received: int
+    def __init__(self, token: _Optional[str] = ..., received: _Optional[int] = ...) -> None: ...
 
 class Refused(_message.Message):
     __slots__ = ("why",)

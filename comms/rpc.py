@@ -1,17 +1,21 @@
-"""The gRPC shell of the control plane: the agent's stream, and the server that coordinators answer on."""
+"""The gRPC shell of the control plane: channels and stubs, and the server that a coordinator answers on.
+
+The server is asyncio: ten thousand idle streams cost memory, and no threads.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
-import queue
-import socket
-import threading
-from collections.abc import Iterator
-from concurrent import futures
-from typing import Any
+from collections.abc import AsyncIterator
+from typing import Any, Protocol
+
+# A coordinator is a fork of its launcher, and starts gRPC after that.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from . import everstep_pb2 as pb
 from .everstep_pb2_grpc import (
@@ -19,81 +23,32 @@ from .everstep_pb2_grpc import (
     CoordinatorServiceStub,
     add_CoordinatorServiceServicer_to_server,
 )
+from .security import NAME, Security
 
-_LIMITS: list[tuple[str, int]] = [
-    ("grpc.max_receive_message_length", 256 << 20),
-    ("grpc.max_send_message_length", 256 << 20),
+MESSAGE_BYTES = 256 << 20  # the largest message: a plan with its placement, for thousands of shards
+OPTIONS: list[tuple[str, Any]] = [
+    ("grpc.max_receive_message_length", MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MESSAGE_BYTES),
 ]
-_PROXY: list[tuple[str, int]] = [("grpc.enable_http_proxy", 0)]
-
-
-def _stub(channel: grpc.Channel) -> Any:
-    return CoordinatorServiceStub(channel)  # type: ignore[no-untyped-call]
+SERVICE = "everstep.v1.CoordinatorService"
+HEALTHY, STANDING_BY = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 class Unreachable(Exception):
     """No coordinator answers at the address."""
 
 
-class AgentStream:
-    """A node agent's stream to the coordinator. `send` is callable from any thread; nothing here blocks.
+def channel_to(address: str, security: Security) -> grpc.Channel:
+    """A channel to a coordinator; mutual TLS where there are certificates."""
+    options = [*OPTIONS, ("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1)]
+    credentials = security.channel_credentials()
+    if credentials is None:
+        return grpc.insecure_channel(address, options=options)
+    return grpc.secure_channel(address, credentials, [*options, ("grpc.ssl_target_name_override", NAME)])
 
-    Messages arrive in a queue; `wake_fd` becomes readable when there are some. The end of the stream arrives as a
-    string that says why.
-    """
 
-    def __init__(self, address: str, connect_timeout_s: float) -> None:
-        self._channel = grpc.insecure_channel(address, options=_LIMITS + _PROXY)
-        try:
-            grpc.channel_ready_future(self._channel).result(timeout=connect_timeout_s)
-        except grpc.FutureTimeoutError:
-            self._channel.close()
-            raise Unreachable(address) from None
-        self._outgoing: queue.SimpleQueue[pb.AttachRequest | None] = queue.SimpleQueue()
-        self._incoming: queue.SimpleQueue[pb.AttachResponse | str] = queue.SimpleQueue()
-        self.wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._call = _stub(self._channel).Attach(iter(self._outgoing.get, None))
-        self._reader = threading.Thread(target=self._read, name="everstep-stream", daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        why = "it closed the stream"
-        try:
-            for message in self._call:
-                self._put(message)
-        except grpc.RpcError as error:
-            details = getattr(error, "details", None)  # an error of a call is a grpc.Call too
-            why = str(details() if details else error)
-        self._put(why)
-
-    def _put(self, message: pb.AttachResponse | str) -> None:
-        self._incoming.put(message)
-        try:
-            os.eventfd_write(self.wake_fd, 1)
-        except OSError:
-            return  # closed
-
-    def received(self) -> Iterator[pb.AttachResponse | str]:
-        """Everything that has come."""
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self.wake_fd)
-        while True:
-            try:
-                yield self._incoming.get_nowait()
-            except queue.Empty:
-                return
-
-    def send(self, **body: Any) -> None:
-        """Send an AttachRequest with this body."""
-        self._outgoing.put(pb.AttachRequest(**body))
-
-    def close(self) -> None:
-        """End the stream."""
-        self._outgoing.put(None)
-        self._call.cancel()
-        self._channel.close()
-        self._reader.join(timeout=5)
-        os.close(self.wake_fd)
+def stub(channel: grpc.Channel) -> Any:
+    return CoordinatorServiceStub(channel)  # type: ignore[no-untyped-call]
 
 
 class Session:
@@ -101,65 +56,112 @@ class Session:
 
     def __init__(self) -> None:
         self.node = ""
-        self.outgoing: queue.SimpleQueue[pb.AttachResponse | None] = queue.SimpleQueue()
+        self._outgoing: asyncio.Queue[pb.AttachResponse | None] = asyncio.Queue()
 
-    def send(self, **body: Any) -> None:
-        self.outgoing.put(pb.AttachResponse(**body))
+    def send(self, message: pb.AttachResponse) -> None:
+        self._outgoing.put_nowait(message)
 
     def end(self) -> None:
         """Let the stream end after what is queued."""
-        self.outgoing.put(None)
+        self._outgoing.put_nowait(None)
+
+    async def messages(self) -> AsyncIterator[pb.AttachResponse]:
+        while (message := await self._outgoing.get()) is not None:
+            yield message
+
+
+class Shell(Protocol):
+    """What a server needs of a coordinator; all of it is called in the event loop."""
+
+    def refusal(self) -> str:
+        """Why this is not the coordinator to ask just now; empty if it is."""
+
+    def deliver(self, session: Session, request: pb.AttachRequest) -> None:
+        """A message from an agent."""
+
+    def lost(self, session: Session, why: str) -> None:
+        """An agent's stream ended."""
+
+    def status(self) -> str:
+        """A summary, as JSON."""
 
 
 class Servicer(CoordinatorServiceServicer):
-    """Turns streams into calls: `attach(session, hello)` at first, then `deliver(session, message)`, then `lost`."""
+    """Turns streams into calls of a shell."""
 
-    def __init__(self, shell: Any) -> None:
+    def __init__(self, shell: Shell) -> None:
         self._shell = shell
 
-    def Attach(self, request_iterator: Iterator[pb.AttachRequest], context: Any) -> Iterator[pb.AttachResponse]:
+    async def Attach(self, requests: AsyncIterator[pb.AttachRequest], context: Any) -> None:
+        await self._available(context)
         session = Session()
-        reader = threading.Thread(target=self._read, args=(session, request_iterator), daemon=True)
-        reader.start()
-        context.add_callback(session.end)
-        yield from iter(session.outgoing.get, None)
-
-    def _read(self, session: Session, requests: Iterator[pb.AttachRequest]) -> None:
-        why = "its stream ended"
+        reader = asyncio.create_task(self._read(session, requests))
         try:
-            for request in requests:
-                self._shell.deliver(session, request)
-        except Exception as error:  # grpc raises bare Exception subclasses when a stream breaks
-            why = f"its stream broke ({type(error).__name__})"
-        self._shell.lost(session, why)
-        session.end()
+            async for message in session.messages():
+                await context.write(message)
+        finally:
+            reader.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await reader
+            self._shell.lost(session, "its stream ended")
 
-    def GetStatus(self, request: pb.GetStatusRequest, context: Any) -> pb.GetStatusResponse:
+    async def _read(self, session: Session, requests: AsyncIterator[pb.AttachRequest]) -> None:
+        try:
+            async for request in requests:
+                self._shell.deliver(session, request)
+        except grpc.RpcError:
+            pass  # the stream broke, which its end below tells
+        finally:
+            session.end()
+
+    async def GetStatus(self, request: pb.GetStatusRequest, context: Any) -> pb.GetStatusResponse:
+        await self._available(context)
         return pb.GetStatusResponse(json=self._shell.status())
 
-
-def serve(address: str, shell: Any, max_agents: int = 256) -> tuple[grpc.Server, int] | None:
-    """Serve a coordinator at `host:port` (port 0: any); None if the port is taken."""
-    options = [*_LIMITS, ("grpc.so_reuseport", 0)]
-    server = grpc.server(futures.ThreadPoolExecutor(max_agents + 8), options=options)
-    add_CoordinatorServiceServicer_to_server(Servicer(shell), server)  # type: ignore[no-untyped-call]
-    host, _, number = address.rpartition(":")
-    try:
-        socket.create_server((host, int(number))).close()  # gRPC would log a line of its own
-        port = server.add_insecure_port(address)
-    except (RuntimeError, OSError):
-        return None
-    if port == 0:
-        return None
-    server.start()
-    return server, port
+    async def _available(self, context: Any) -> None:
+        why = self._shell.refusal()
+        if why:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, why)
 
 
-def get_status(address: str, timeout_s: float) -> str:
-    """The coordinator's status, as JSON."""
-    with grpc.insecure_channel(address, options=_PROXY) as channel:
+class Server:
+    """A coordinator's gRPC server, with the standard health service (grpc.health.v1)."""
+
+    def __init__(self, shell: Shell, security: Security) -> None:
+        self.aio = grpc.aio.server(options=[*OPTIONS, ("grpc.so_reuseport", 0)])
+        self._security = security
+        self._health = health.aio.HealthServicer()
+        add_CoordinatorServiceServicer_to_server(Servicer(shell), self.aio)  # type: ignore[no-untyped-call]
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self.aio)
+
+    async def start(self, address: str) -> int:
+        """Serve at `host:port`; returns the port, or 0 if it is taken."""
+        credentials = self._security.server_credentials()
         try:
-            response = _stub(channel).GetStatus(pb.GetStatusRequest(), timeout=timeout_s)
+            if credentials is None:
+                port = self.aio.add_insecure_port(address)
+            else:
+                port = self.aio.add_secure_port(address, credentials)
+        except RuntimeError:
+            return 0
+        if port:
+            await self.aio.start()
+        return port
+
+    async def tell_health(self, *, leads: bool) -> None:
+        """What the health service answers: of the process, that it lives; of the service, whether it leads."""
+        await self._health.set("", HEALTHY)
+        await self._health.set(SERVICE, HEALTHY if leads else STANDING_BY)
+
+    async def stop(self, grace_s: float) -> None:
+        await self.aio.stop(grace_s)
+
+
+def get_status(address: str, timeout_s: float, security: Security) -> str:
+    """The coordinator's status, as JSON."""
+    with channel_to(address, security) as channel:
+        try:
+            response = stub(channel).GetStatus(pb.GetStatusRequest(), timeout=timeout_s)
         except grpc.RpcError:
             raise Unreachable(address) from None
         return str(response.json)

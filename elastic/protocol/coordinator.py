@@ -15,8 +15,8 @@ from ...resharding.plan import Plan, plan_join
 from . import events as e
 from .checkpoints import give_up_saving, saved, stop_requested, unreadable
 from .draining import cannot_leave, drain_requested, handed_over, offer_leave, release, withdraw_leave
-from .forming import last_call, node_joined
-from .losing import heartbeat, node_lost, silent_node
+from .forming import last_call, node_joined, store_opened
+from .losing import heartbeats, node_lost, returned, silent_node
 from .outcome import Effects, Outcome, current, fail, with_workers
 from .recovering import (
     all_ready,
@@ -264,7 +264,9 @@ def _raised(state: State, event: e.WorkerRaised, now: float) -> Outcome:
 _HANDLERS: dict[type[Any], Callable[[State, Any, float], Outcome]] = {
     e.NodeJoined: node_joined,
     e.NodeLost: node_lost,
-    e.HeartbeatReceived: heartbeat,
+    e.HeartbeatsReceived: heartbeats,
+    e.StoreOpened: store_opened,
+    e.CoordinatorReturned: returned,
     e.WorkerDeclaredElastic: _declared_elastic,
     e.WorkerReady: _ready,
     e.WorkerDied: died,

@@ -74,6 +74,7 @@ class NodeJoined:
     keeper: str
     order: int = -1  # the user's --node-rank, -1 if not given
     memory_bytes: int = 0  # 0: not known
+    stores: tuple[int, ...] = ()  # ports of torch stores for the first attempts, should it be the first node
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,25 @@ class NodeLost:
 
 
 @dataclass(frozen=True)
-class HeartbeatReceived:
+class HeartbeatsReceived:
+    """These nodes are alive."""
+
+    nodes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class StoreOpened:
+    """A node has opened torch's store for one more attempt."""
+
     node: str
+    port: int
+
+
+@dataclass(frozen=True)
+class CoordinatorReturned:
+    """A coordinator took up where another one had stopped: nodes have this long to be heard of."""
+
+    grace_s: float
 
 
 @dataclass(frozen=True)
@@ -256,7 +274,9 @@ class Ticked:
 Event = (
     NodeJoined
     | NodeLost
-    | HeartbeatReceived
+    | HeartbeatsReceived
+    | StoreOpened
+    | CoordinatorReturned
     | WorkerDeclaredElastic
     | WorkerReady
     | WorkerDied
@@ -289,6 +309,9 @@ class StartWorkers:
     workers: tuple[WorkerId, ...]
     world_size: int
     restart_count: int
+    master: tuple[str, int] = ("", 0)  # torch's store: host and port
+    group_rank: int = 0
+    group_world_size: int = 1
 
 
 @dataclass(frozen=True)

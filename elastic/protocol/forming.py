@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from . import events as e
 from .outcome import Outcome, fail, start_workers
-from .state import Node, Phase, State, Worker
+from .state import Heard, Node, Phase, State, Worker
 
 
 def node_joined(state: State, event: e.NodeJoined, now: float) -> Outcome:
@@ -18,8 +18,10 @@ def node_joined(state: State, event: e.NodeJoined, now: float) -> Outcome:
     if state.phase is not Phase.FORMING and not state.elastic:
         return state, [e.RefuseNode(event.node, "the job is running and its script is not elastic")]
     order = event.order if event.order >= 0 else len(state.nodes)
-    node = Node(event.node, event.host, event.slots, event.keeper, now, memory_bytes=event.memory_bytes)
+    stores = {state.restarts + number: port for number, port in enumerate(event.stores)}
+    node = Node(event.node, event.host, event.slots, event.keeper, event.memory_bytes, stores)
     nodes = {**state.nodes, event.node: node}
+    state = replace(state, heard={**state.heard, event.node: Heard(now)})
     record = e.Record("node_joined", {"node": event.node, "host": event.host, "slots": event.slots, "order": order})
     if state.phase is not Phase.FORMING:
         state, effects = add_workers(replace(state, nodes=nodes), node)
@@ -34,6 +36,17 @@ def node_joined(state: State, event: e.NodeJoined, now: float) -> Outcome:
         state, effects = launch(state)
         return state, [record, *effects]
     return state, [record]
+
+
+def store_opened(state: State, event: e.StoreOpened, now: float) -> Outcome:
+    """A node's store for the next attempt that it has none for; those of attempts that are over are forgotten."""
+    node = state.nodes.get(event.node)
+    if node is None:
+        return state, []
+    number = max(node.stores, default=state.restarts - 1) + 1
+    stores = {attempt: port for attempt, port in node.stores.items() if attempt >= state.restarts}
+    node = replace(node, stores={**stores, number: event.port})
+    return replace(state, nodes={**state.nodes, node.name: node}), []
 
 
 def launch(state: State) -> Outcome:

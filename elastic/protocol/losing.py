@@ -8,7 +8,7 @@ from . import events as e
 from .leaving import still_needed
 from .outcome import Outcome, fail
 from .recovering import all_ready, begin_recovery, begin_training, plan_if_complete
-from .state import Node, Phase, State, Status
+from .state import Heard, Phase, State, Status
 
 GAP_FACTOR = 4.0  # times the longest silence that a node has shown and come back from
 GAP_MEMORY = 0.99  # how slowly that is forgotten, per heartbeat
@@ -16,21 +16,26 @@ FORMING_TIMEOUT_S = 10.0  # before training starts a node may be busy importing
 SLEPT_S = 1.0  # ticks further apart than this: it was the coordinator that slept
 
 
-def heartbeat(state: State, event: e.HeartbeatReceived, now: float) -> Outcome:
-    """A node is alive."""
-    node = state.nodes.get(event.node)
-    if node is None:
-        return state, []
-    gap_s = max(now - node.heard_s, node.gap_s * GAP_MEMORY)
-    return replace(state, nodes={**state.nodes, node.name: replace(node, heard_s=now, gap_s=gap_s)}), []
+def heartbeats(state: State, event: e.HeartbeatsReceived, now: float) -> Outcome:
+    """Nodes are alive."""
+    heard = dict(state.heard)
+    for node in event.nodes:
+        if node in state.nodes:
+            before = heard.get(node, Heard(now))
+            heard[node] = Heard(max(now, before.at_s), max(now - before.at_s, before.gap_s * GAP_MEMORY))
+    return replace(state, heard=heard), []
 
 
-def timeout_s(state: State, node: Node) -> float:
-    """How long a node may be silent now."""
+def returned(state: State, event: e.CoordinatorReturned, now: float) -> Outcome:
+    """The coordinator is another one: how long it has heard nothing says nothing."""
+    heard = {node: Heard(now + event.grace_s) for node in state.nodes}
+    return replace(state, heard=heard, ticked_s=now), []
+
+
+def least_timeout_s(state: State) -> float:
+    """How long any node may be silent now."""
     least = state.config.heartbeat_timeout_s
-    if state.phase not in (Phase.RUNNING, Phase.RECOVERING):
-        least = max(least, FORMING_TIMEOUT_S)
-    return max(least, min(GAP_FACTOR * node.gap_s, 4 * least))
+    return least if state.phase in (Phase.RUNNING, Phase.RECOVERING) else max(least, FORMING_TIMEOUT_S)
 
 
 def silent_node(state: State, now: float) -> Outcome:
@@ -38,12 +43,13 @@ def silent_node(state: State, now: float) -> Outcome:
     slept_s = now - state.ticked_s if state.ticked_s else 0.0
     state = replace(state, ticked_s=now)
     if slept_s > SLEPT_S:
-        nodes = {name: replace(node, heard_s=node.heard_s + slept_s) for name, node in state.nodes.items()}
-        return replace(state, nodes=nodes), []
-    for node in state.nodes.values():
-        if now - node.heard_s > timeout_s(state, node):
-            why = f"no heartbeat for {now - node.heard_s:.1f} s"
-            return node_lost(state, e.NodeLost(node.name, why), now)
+        heard = {name: Heard(at_s + slept_s, gap_s) for name, (at_s, gap_s) in state.heard.items()}
+        return replace(state, heard=heard), []
+    least = least_timeout_s(state)
+    for name, (at_s, gap_s) in state.heard.items():
+        silent_s = now - at_s
+        if silent_s > least and silent_s > min(GAP_FACTOR * gap_s, 4 * least):
+            return node_lost(state, e.NodeLost(name, f"no heartbeat for {silent_s:.1f} s"), now)
     return state, []
 
 
@@ -76,6 +82,7 @@ def without_node(state: State, node: str) -> State:
     return replace(
         state,
         nodes={name: other for name, other in state.nodes.items() if name != node},
+        heard={name: heard for name, heard in state.heard.items() if name != node},
         workers={rank: w for rank, w in state.workers.items() if w.node != node},
         vacant={**state.vacant, **vacant},
         leaving={name: leaving for name, leaving in state.leaving.items() if name != node},

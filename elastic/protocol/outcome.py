@@ -25,7 +25,10 @@ def with_workers(state: State, *workers: Worker) -> State:
 def start_workers(state: State, node: str, only: e.WorkerId | None = None) -> e.StartWorkers:
     """The order to start the workers of a node, or `only` one of them."""
     started = tuple(w.id for w in state.workers.values() if w.node == node and only in (None, w.id))
-    return e.StartWorkers(node, started, len(state.workers), state.restarts)
+    names = list(state.nodes)
+    first = state.nodes[names[0]]
+    master = (first.host, first.stores.get(state.restarts, 0))
+    return e.StartWorkers(node, started, len(state.workers), state.restarts, master, names.index(node), len(names))
 
 
 def fail(state: State, why: str, detail: str = "", rank: int = -1) -> Outcome:

@@ -54,9 +54,15 @@ class Node:
     host: str
     slots: int
     keeper: str
-    heard_s: float
-    gap_s: float = 0.0  # the longest silence it has shown, slowly forgotten
     memory_bytes: int = 0
+    stores: Mapping[int, int] = field(default_factory=dict)  # attempt -> port of torch's store on it
+
+
+class Heard(NamedTuple):
+    """When a node was last heard of."""
+
+    at_s: float
+    gap_s: float = 0.0  # the longest silence it has shown, slowly forgotten
 
 
 @dataclass(frozen=True)
@@ -125,6 +131,7 @@ class State:
     phase: Phase = Phase.FORMING
     formed_s: float = 0.0  # when forming began, then when the minimum was reached
     nodes: Mapping[str, Node] = field(default_factory=dict)
+    heard: Mapping[str, Heard] = field(default_factory=dict)
     workers: Mapping[int, Worker] = field(default_factory=dict)
     vacant: Mapping[int, int] = field(default_factory=dict)  # rank -> its last incarnation; its node is lost
     leaving: Mapping[str, Leaving] = field(default_factory=dict)  # nodes that hand over

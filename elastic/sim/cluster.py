@@ -109,7 +109,7 @@ class Cluster:
 
     def _beat(self, node: str) -> None:
         if self.outcome is None and self.nodes[node].up:
-            self.nodes[node].stream.send(e.HeartbeatReceived(node))
+            self.nodes[node].stream.send(e.HeartbeatsReceived((node,)))
             self.world.after(HEARTBEAT_S, lambda: self._beat(node))
 
     def _from_node(self, event: Any) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from ...resharding.plan import Plan
 from ..protocol import events as e
 
-
 _LEAVES = e.DrainRequested | e.ReleaseNode
 
 
@@ -19,8 +18,10 @@ def brief(item: e.Event | e.Effect) -> str:
     parts += [f"g{item.generation}"] if hasattr(item, "generation") else []
     if isinstance(item, e.StartWorkers | e.KillWorkers):
         parts += [item.node, *map(str, item.workers)]
-    if isinstance(item, e.NodeJoined | e.NodeLost | e.HeartbeatReceived | e.RefuseNode | e.FenceNode | _LEAVES):
+    if isinstance(item, e.NodeJoined | e.NodeLost | e.RefuseNode | e.FenceNode | _LEAVES):
         parts.append(item.node)
+    if isinstance(item, e.HeartbeatsReceived):
+        parts += item.nodes
     if isinstance(item, e.WorkerCommitted):
         parts.append(f"step {item.step}")
     if isinstance(item, e.EndJob):

@@ -153,7 +153,7 @@ def too_few_nodes() -> Script:
     s = Script(min_nodes=2, max_nodes=3, join_timeout_s=30.0)
     s.node()
     for _ in range(2):
-        s(e.HeartbeatReceived("n0"), 20.0)
+        s(e.HeartbeatsReceived(("n0",)), 20.0)
         s(e.Ticked())
     return s
 
@@ -162,7 +162,7 @@ def node_lost() -> Script:
     s = Script(min_nodes=2, max_nodes=2)
     s.node("n0")
     s.node("n1")
-    s(e.HeartbeatReceived("n0"), 4.0)
+    s(e.HeartbeatsReceived(("n0",)), 4.0)
     s(e.Ticked(), 2.0)
     return s
 

@@ -54,7 +54,7 @@ def node_falls_silent() -> Script:
     s = _trained()
     while "n1" in s.state.nodes:
         for node in ("n0", "n2"):
-            s(e.HeartbeatReceived(node), 0.2)
+            s(e.HeartbeatsReceived((node,)), 0.2)
         s(e.Ticked())
     s(e.WorkerCommitted(w(1), 3, "a3", generation=1, protected=2))
     s(e.WorkerFinished(w(1)))

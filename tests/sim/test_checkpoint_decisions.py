@@ -126,7 +126,7 @@ def test_a_stop_waits_for_a_checkpoint_but_not_for_ever():
     s(e.StopRequested("stopped by SIGTERM"))
     found = []
     for _ in range(300):
-        s(e.HeartbeatReceived("n0"))
+        s(e.HeartbeatsReceived(("n0",)))
         found = ends(s(e.Ticked()))
         if found:
             break

@@ -1,0 +1,222 @@
+"""A coordinator as a process: by itself (`everstep coordinator`), or beside a launcher, which starts it again."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..comms.process import die_with_parent, rename_process
+from ..comms.security import Security, SecurityError
+from ..elastic.protocol.state import Config
+from .coordinator import Coordinator, PortTaken
+from .store import SqliteStore, Store, StoreError, Superseded
+
+NAME = "es-coordinator"
+START_S = 60.0  # until it serves
+CRASHES, CRASHING_S = 5, 10.0  # so many in so short a time, and it is not started again
+END_S = 15.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What a coordinator is to do; survives the way to another process."""
+
+    job: str
+    config: Config
+    host: str
+    port: int
+    store: str  # a file, or etcd://HOST:PORT[,HOST:PORT...]
+    events: str = ""
+    metrics: str = ""
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Task:
+        raw = json.loads(text)
+        return cls(**{**raw, "config": Config(**raw["config"])})
+
+
+class CoordinatorFailed(Exception):
+    """A coordinator that cannot serve: why, for the user. `taken`: its address is in use."""
+
+    def __init__(self, why: str, *, taken: bool = False) -> None:
+        super().__init__(why)
+        self.taken = taken
+
+
+def serve(task: Task, security: Security, on_ready: Callable[[int], None]) -> int:
+    """Coordinate until the job is over; returns the exit status. Raises CoordinatorFailed."""
+    try:
+        return asyncio.run(_serve(task, security, on_ready))
+    except PortTaken as error:
+        raise CoordinatorFailed(f"{error} is in use", taken=True) from None
+    except (StoreError, SecurityError) as error:
+        raise CoordinatorFailed(str(error)) from None
+
+
+async def _serve(task: Task, security: Security, on_ready: Callable[[int], None]) -> int:
+    events = Path(task.events) if task.events else None
+    coordinator = Coordinator(task.job, task.config, security, events=events)
+    store: Store | None = None
+    over = False
+    try:
+        port = await coordinator.serve(task.host, task.port)
+        store = await asyncio.to_thread(_open_store, task)
+        on_ready(port)
+        await coordinator.lead(store)
+        over = True
+        return 0
+    finally:
+        await coordinator.stop()
+        if store is not None:
+            await asyncio.to_thread(store.close, forget=over)
+
+
+def _open_store(task: Task) -> Store:
+    return SqliteStore(Path(task.store), task.job)
+
+
+# ---------------------------------------------------------------- beside a launcher
+
+
+class CoordinatorProcess:
+    """A child that coordinates; when it dies it is started again, on the same address and with the same store."""
+
+    def __init__(self, task: Task, security: Security) -> None:
+        """Fork it: only before this process has threads. Raises CoordinatorFailed."""
+        self._task, self._security = task, security
+        self._ending = threading.Event()
+        self._process: subprocess.Popen[bytes] | None = None  # once it is not the fork any more
+        self._pid, ready = self._fork()
+        self.port = self._await(ready)
+        self._task = Task(**{**vars(task), "port": self.port})
+        self._watch = threading.Thread(target=self._keep_up, name="everstep-coordinating", daemon=True)
+        self._watch.start()
+
+    @property
+    def pid(self) -> int:
+        return self._pid
+
+    def wait(self, timeout_s: float | None) -> bool:
+        """Until it has ended, because the job has; whether that came in time."""
+        self._watch.join(timeout_s)
+        return not self._watch.is_alive()
+
+    def close(self) -> None:
+        """End it now."""
+        self._ending.set()
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._pid, signal.SIGKILL)
+        self._watch.join(END_S)
+
+    def _fork(self) -> tuple[int, int]:
+        ours, theirs = os.pipe()
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        pid = os.fork()
+        if pid == 0:
+            os.close(ours)
+            os.environ.update(self._security.environment())
+            _child(self._task, theirs)  # does not return
+        os.close(theirs)
+        return pid, ours
+
+    def _start(self) -> tuple[int, int]:
+        """As a process of its own: by now this one has threads."""
+        ours, theirs = os.pipe()
+        command = [sys.executable, "-m", "everstep.agents.coordinating", str(theirs), self._task.to_json()]
+        environment = {**os.environ, **self._security.environment()}
+        self._process = subprocess.Popen(command, pass_fds=[theirs], env=environment)
+        os.close(theirs)
+        return self._process.pid, ours
+
+    def _wait(self) -> int:
+        if self._process is not None:
+            return self._process.wait()
+        return os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
+
+    def _await(self, ready: int) -> int:
+        """The port it serves on. Raises CoordinatorFailed."""
+        with os.fdopen(ready) as pipe:
+            if not select.select([pipe], [], [], START_S)[0]:
+                raise CoordinatorFailed(f"the coordinator does not serve after {START_S:g} s")
+            line = pipe.readline()
+        if not line:
+            raise CoordinatorFailed("the coordinator ended before it served")
+        answer: Mapping[str, Any] = json.loads(line)
+        if "why" in answer:
+            raise CoordinatorFailed(answer["why"], taken=answer["taken"])
+        return int(answer["port"])
+
+    def _keep_up(self) -> None:
+        crashes: list[float] = []
+        while True:
+            status = self._wait()
+            if self._ending.is_set() or status == 0:
+                return
+            crashes = [at_s for at_s in crashes if time.monotonic() - at_s < CRASHING_S] + [time.monotonic()]
+            if len(crashes) >= CRASHES:
+                why = f"the coordinator has died {CRASHES} times within {CRASHING_S:g} s"
+                print(f"everstep: error: {why}", file=sys.stderr)
+                return
+            try:
+                self._pid, ready = self._start()
+                if self._ending.is_set():
+                    os.kill(self._pid, signal.SIGKILL)
+                self._await(ready)
+            except CoordinatorFailed as error:
+                print(f"everstep: the coordinator is to be started again: {error}", file=sys.stderr)
+
+
+def _child(task: Task, ready: int) -> None:
+    """The life of a coordinator beside a launcher. Does not return."""
+    die_with_parent()
+    rename_process(NAME)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_IGN)  # the launcher decides what they mean
+    status = 1
+    try:
+        with os.fdopen(ready, "w", buffering=1) as pipe:
+            security = Security.of(os.environ)
+
+            def serves(port: int) -> None:
+                pipe.write(json.dumps({"port": port}) + "\n")
+                pipe.close()
+
+            try:
+                status = serve(task, security, serves)
+            except CoordinatorFailed as error:
+                if pipe.closed:
+                    print(f"everstep: the coordinator: {error}", file=sys.stderr)
+                else:
+                    pipe.write(json.dumps({"why": str(error), "taken": error.taken}) + "\n")
+            except Superseded as error:
+                print(f"everstep: the coordinator: {error}", file=sys.stderr)
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def main() -> None:
+    """The child, where it is not a fork: descriptor to say that it serves, task."""
+    logging.basicConfig(format="everstep: %(message)s", level=logging.INFO)
+    _child(Task.from_json(sys.argv[2]), int(sys.argv[1]))
+
+
+if __name__ == "__main__":
+    main()
