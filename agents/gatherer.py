@@ -14,10 +14,12 @@ from collections.abc import Callable
 
 from ..checkpointing.client import KeeperClient, KeeperRefused
 from ..comms import telemetry_pb2 as pb
+from ..comms.security import Security
 from ..elastic.protocol.events import WorkerId
 from ..elastic.telemetry import SPANS_KEPT, Records, TelemetryReader
 from .host import HostReader
-from .metrics import NodeMetrics
+from .metrics import CONTENT_TYPE, NodeMetrics
+from .pages import Page, PageServer
 from .step_times import StepSums
 
 PERIOD_S = 1.0
@@ -49,24 +51,30 @@ class _Watched:
 class Gatherer:
     """`watch` and `ended` are told by the agent; `send` gets a message about once a second, from another thread.
 
-    `keeper` says where the node's keeper is, and the token to speak with it; None while there is none.
+    `keeper` says where the node's keeper is, and the token to speak with it; None while there is none. Metrics are
+    served at `serve_at` (host:port), if that is given. Raises AddressTaken if they cannot be.
     """
 
     def __init__(
         self,
+        job: str,
+        node: str,
         send: Callable[[pb.Telemetry], None],
         keeper: Callable[[], tuple[str, str] | None] = lambda: None,
         *,
-        metrics: NodeMetrics | None = None,
         keeper_limit_bytes: int = 0,
-        address: str = "",
+        serve_at: str = "",
+        security: Security | None = None,
         period_s: float = PERIOD_S,
     ) -> None:
         self._send = send
         self._where_keeper_is = keeper
-        self._metrics = metrics
+        self._metrics = NodeMetrics(job, node)
         self._keeper_limit_bytes = keeper_limit_bytes
-        self._address = address
+        self._pages: PageServer | None = None
+        if serve_at:
+            pages = {"/metrics": lambda: Page(CONTENT_TYPE, self._metrics.page())}
+            self._pages = PageServer(serve_at, pages, security or Security())
         self._period_s = period_s
         self._lock = threading.Lock()
         self._watched: dict[WorkerId, _Watched] = {}
@@ -76,6 +84,11 @@ class Gatherer:
         self._keeper: KeeperClient | None = None
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="everstep-gatherer", daemon=True)
+
+    @property
+    def url(self) -> str:
+        """Where metrics are served; empty if they are not."""
+        return f"{self._pages.url}/metrics" if self._pages is not None else ""
 
     def start(self) -> None:
         self._thread.start()
@@ -93,8 +106,7 @@ class Gatherer:
                 self._read(watched)
                 self._missed_spans += watched.reader.missed
                 watched.reader.close()
-                if self._metrics is not None:
-                    self._metrics.worker_ended(worker.rank)
+                self._metrics.worker_ended(worker.rank)
 
     def spans(self) -> dict[int, list[Records]]:
         """Rank -> the newest spans of each worker here, oldest first: what a trace is made of."""
@@ -106,6 +118,8 @@ class Gatherer:
     def close(self) -> None:
         """Stop reading."""
         self._closing.set()
+        if self._pages is not None:
+            self._pages.close()
         if self._thread.is_alive():
             self._thread.join(timeout=2 * self._period_s)
         with self._lock:
@@ -131,8 +145,7 @@ class Gatherer:
             links = [link for watched in self._watched.values() for link in watched.sums.links()]
             steps = self._bounded()
             missed = self._missed_spans + sum(watched.reader.missed for watched in self._watched.values())
-        if self._metrics is not None:
-            self._metrics.host(reading, gpus, missed)
+        self._metrics.host(reading, gpus, missed)
         links.sort(key=lambda link: link.send_s + link.receive_s + link.wait_s, reverse=True)
         return pb.Telemetry(
             at_s=time.monotonic(),
@@ -143,15 +156,14 @@ class Gatherer:
             gpus=gpus,
             missed_spans=missed,
             left_out=self._left_out,
-            metrics=self._address,
+            metrics=self._pages.address if self._pages is not None else "",
         )
 
     def _read(self, watched: _Watched) -> None:
         ended = watched.read()
         self._left_out += max(0, len(ended) - STEPS_PER_RANK)
         self._finished += ended[-STEPS_PER_RANK:]
-        if self._metrics is not None:
-            self._metrics.worker(watched.id.rank, watched.sums.totals, ended)
+        self._metrics.worker(watched.id.rank, watched.sums.totals, ended)
 
     def _bounded(self) -> list[pb.StepTimes]:
         steps, self._finished = self._finished, []

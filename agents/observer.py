@@ -47,9 +47,19 @@ class RankSeries:
 
 
 class Observer:
-    """Watches one job. `state` reads the coordinator's state, which is immutable; thread-safe."""
+    """Watches one job; thread-safe.
 
-    def __init__(self, job: str, state: Callable[[], State], clock: Callable[[], float] = time.monotonic) -> None:
+    `state` reads the coordinator's state, which is immutable; `state_clock` is the clock of the times in it, and
+    `clock` that of the event log.
+    """
+
+    def __init__(
+        self,
+        job: str,
+        state: Callable[[], State],
+        state_clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.job = job
         self.metrics = JobMetrics(job)
         self.series = Series()
@@ -58,6 +68,7 @@ class Observer:
         self.quarantined = 0  # nodes kept out; whoever decides that sets it
         self._state = state
         self._clock = clock
+        self._state_clock = state_clock
         self._lock = threading.RLock()
         self._seen: dict[str, _NodeSeen] = {}
         self._hosts: dict[str, str] = {}  # node -> host, of nodes that may be gone
@@ -117,7 +128,9 @@ class Observer:
         live = self._state().nodes
         with self._lock:
             found = {node: seen.telemetry.metrics for node, seen in self._seen.items() if node in live}
-        groups = [{"targets": [at], "labels": {"run": self.job, "node": node}} for node, at in sorted(found.items()) if at]
+        groups = [
+            {"targets": [at], "labels": {"run": self.job, "node": node}} for node, at in sorted(found.items()) if at
+        ]
         return Page("application/json", json.dumps(groups).encode())
 
     def view(self, steps: int = 200, rank_steps: int = 1) -> dict[str, Any]:
@@ -170,7 +183,7 @@ class Observer:
                 "node": name,
                 "host": node.host,
                 "slots": node.slots,
-                "silence_s": max(0.0, now - heard.at_s) if heard else None,
+                "silence_s": max(0.0, self._state_clock() - heard.at_s) if heard else None,
                 "metrics": seen.telemetry.metrics if seen else "",
                 "reading": _fields(host) if host is not None else None,
                 "gpus": [_fields(gpu) for gpu in seen.telemetry.gpus] if seen and host is not None else [],
@@ -302,7 +315,9 @@ class Observer:
         metrics.exposure.set(_or_nan(exposure["seconds"] if exposure else None))
         saves = state.job is not None and state.job.checkpoints and running
         metrics.checkpoint_age.set(now - (self._checkpoint_s or series.started_s) if saves else math.nan)
-        silences = [max(0.0, now - heard.at_s) for name, heard in state.heard.items() if name in state.nodes]
+        silences = [
+            max(0.0, self._state_clock() - heard.at_s) for name, heard in state.heard.items() if name in state.nodes
+        ]
         metrics.silence.set(max(silences, default=0.0))
         metrics.gap.set(max((heard.gap_s for heard in state.heard.values()), default=0.0))
         metrics.nodes.set(len(state.nodes))

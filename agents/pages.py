@@ -1,4 +1,8 @@
-"""A small HTTP server: pages by path, made when they are asked for. Metrics are one of them."""
+"""A small HTTP server: pages by path, made when they are asked for. Metrics are one of them.
+
+With certificates it is HTTPS, and who asks has to show one of the same authority; without, an address that others can
+reach has to be allowed by name, like any other of ours.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,8 @@ import socketserver
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
+
+from ..comms.security import Security, SecurityError
 
 REQUEST_TIMEOUT_S = 10.0  # of a client that says nothing
 
@@ -30,16 +36,23 @@ class PageServer:
     Raises AddressTaken, whose text names the address, when it cannot listen there.
     """
 
-    def __init__(self, address: str, pages: Mapping[str, Callable[[], Page]]) -> None:
+    def __init__(self, address: str, pages: Mapping[str, Callable[[], Page]], security: Security) -> None:
         host, separator, port = address.rpartition(":")
+        host = host.strip("[]") or "127.0.0.1"
         if not separator or not port.isdigit() or int(port) > 65535:
             raise AddressTaken(f"{address!r} is no HOST:PORT")
         handler = type("Handler", (_Handler,), {"pages": dict(pages)})
         try:
-            self._server = _Server((host.strip("[]") or "127.0.0.1", int(port)), handler)
+            security.check_bind(host)
+            self._server = _Server((host, int(port)), handler)
+        except SecurityError as error:
+            raise AddressTaken(str(error)) from None
         except (OSError, OverflowError) as error:
             raise AddressTaken(f"{address}: {getattr(error, 'strerror', None) or error}") from None
-        self.address = f"{host or '127.0.0.1'}:{self._server.server_address[1]}"
+        self._server.security = security
+        shown = f"[{host}]" if ":" in host else host
+        self.address = f"{shown}:{self._server.server_address[1]}"
+        self.url = f"http{'s' if security.encrypts else ''}://{self.address}"
         threading.Thread(target=self._server.serve_forever, args=(0.2,), name="everstep-pages", daemon=True).start()
 
     def close(self) -> None:
@@ -51,10 +64,16 @@ class PageServer:
 class _Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
     daemon_threads = True
     allow_reuse_address = True
+    security = Security()
 
     def __init__(self, address: tuple[str, int], handler: Any) -> None:
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         super().__init__(address, handler)
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        request.settimeout(REQUEST_TIMEOUT_S)
+        with self.security.accept(request) as connection:
+            super().finish_request(connection, client_address)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that went away is no news."""

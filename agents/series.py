@@ -89,7 +89,7 @@ class Series:
         at_s, again = line["at_s"], line["event"] == "committed_again"
         if not self.started_s:  # a coordinator that came later
             self.started_s = self.committed_s = at_s
-        step_s, typical_s = at_s - self.committed_s, self.typical_s
+        step_s, typical_s = max(0.0, at_s - self.committed_s), self.typical_s
         lost_s = step_s if again else 0.0
         if not again and self._disturbed and typical_s:
             lost_s = max(0.0, step_s - typical_s)

@@ -35,23 +35,27 @@ class Stragglers:
     def compare(self, stages: Iterable[Sequence[int]]) -> None:
         """Compare the ranks of each stage; ranks that are in none are forgotten."""
         ratios: dict[int, float] = {}
+        placed: set[int] = set()
         for ranks in stages:
+            placed.update(ranks)
             known = {rank: self.per_micro_batch_s[rank] for rank in ranks if rank in self.per_micro_batch_s}
             if len(known) >= 2:
                 median_s = sorted(known.values())[(len(known) - 1) // 2]
                 ratios |= {rank: each_s / median_s for rank, each_s in known.items() if median_s > 0}
         for rank, ratio in ratios.items():
             changes = ratio > SLOW_RATIO if rank not in self.slow else ratio < LEVEL_RATIO
-            streak = self._streak.get(rank, 0) + self._steps.pop(rank, 0) if changes else 0
+            seen = min(self._steps.pop(rank, 0), PATIENCE_STEPS // 2)  # one look does not decide
+            streak = self._streak.get(rank, 0) + seen if changes else 0
             if streak >= PATIENCE_STEPS:
                 self.slow ^= {rank}
                 streak = 0
             self._streak[rank] = streak
         self.ratios = ratios
         self.slow &= ratios.keys()
-        for book in (self.per_micro_batch_s, self._streak):
-            for rank in [r for r in book if r not in ratios]:
-                del book[rank]
+        for rank in self.per_micro_batch_s.keys() - placed:
+            del self.per_micro_batch_s[rank]
+            self._streak.pop(rank, None)
+            self._steps.pop(rank, None)
 
     def slowest(self, count: int) -> Mapping[int, float]:
         """The highest ratios, by rank."""

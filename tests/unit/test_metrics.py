@@ -1,0 +1,186 @@
+"""Metrics, dashboards, rules and docs speak of the same things; what is generated is what its code generates."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+from everstep.agents.metrics import CONTENT_TYPE, JobMetrics, NodeMetrics
+from everstep.agents.pages import AddressTaken, Page, PageServer
+from everstep.comms.security import Security
+
+from deploy.grafana import generate as grafana
+from deploy.grafana import model
+from deploy.prometheus import generate as prometheus
+
+ROOT = Path(__file__).parents[2]
+LABELS = {
+    "run",
+    "version",
+    "node",
+    "phase",
+    "reason",
+    "stage",
+    "host",
+    "kind",
+    "where",
+    "rank",
+    "activity",
+    "place",
+    "gpu",
+}
+UNITS = tuple(
+    [
+        "seconds",
+        "bytes",
+        "ratio",
+        "info",
+        "steps",
+        "ranks",
+        "nodes",
+        "layers",
+        "watts",
+        "celsius",
+        "samples",
+        "tokens",
+        "micro_batches",
+        "spans",
+        "versions",
+        "copies",
+        "recoveries",
+        "failures",
+        "restarts",
+        "corruptions",
+        "checkpoints",
+        "heartbeats",
+        "loss",
+        "load",
+        "phase",
+        "generation",
+    ]
+)
+_NAME = re.compile(r"\beverstep_[a-z_]+")
+
+
+def registries() -> tuple[JobMetrics, NodeMetrics]:
+    return JobMetrics("job"), NodeMetrics("job", "node")
+
+
+def series() -> set[str]:
+    """Every name that an expression may use."""
+    found: set[str] = set()
+    for metrics in registries():
+        for metric in metrics.registry.collect():
+            ends = {"counter": ["_total"], "histogram": ["_bucket", "_sum", "_count"]}.get(metric.type, [""])
+            found |= {metric.name + end for end in ends}
+    return found
+
+
+def test_docs_have_a_line_for_each_metric_and_no_other() -> None:
+    lines = re.findall(r"^\| `(everstep_[a-z_]+)` \| (\w+) \|", (ROOT / "docs" / "metrics.md").read_text(), re.M)
+    names = [name for metrics in registries() for name in metrics.names()]
+    assert sorted(name for name, _ in lines) == sorted(names)
+    assert len(set(names)) == len(names)
+    kinds = {
+        m.name + ("_total" if m.type == "counter" else ""): m.type for r in registries() for m in r.registry.collect()
+    }
+    assert dict(lines) == kinds
+
+
+def test_names_and_labels_follow_the_rules() -> None:
+    for metrics in registries():
+        for metric in metrics.registry.collect():
+            assert metric.name.startswith("everstep_")
+            assert metric.name.endswith(UNITS), metric.name
+            assert metric.documentation
+        for collector in metrics.registry._collector_to_names:
+            assert set(collector._labelnames) <= LABELS, collector
+
+
+def test_a_page_is_what_prometheus_reads() -> None:
+    job, node = registries()
+    job.recoveries.labels("node_lost").inc()
+    assert b'everstep_recoveries_total{reason="node_lost"} 1.0\n' in job.page()
+    assert b"_created" not in job.page() + node.page()
+
+
+@pytest.mark.parametrize("dashboard", grafana.DASHBOARDS, ids=lambda dashboard: dashboard.uid)
+def test_dashboards_are_what_the_code_generates(dashboard) -> None:
+    path = grafana.FOLDER / f"{dashboard.uid}.json"
+    assert path.read_text() == model.text(dashboard), "run python -m deploy.grafana.generate"
+    shown = json.loads(path.read_text())
+    places = [panel["gridPos"] for panel in shown["panels"]]
+    assert len({panel["id"] for panel in shown["panels"]}) == len(places)
+    taken = {(x, y) for p in places for x in range(p["x"], p["x"] + p["w"]) for y in range(p["y"], p["y"] + p["h"])}
+    assert len(taken) == sum(p["w"] * p["h"] for p in places), "panels overlap"
+    for panel in shown["panels"]:
+        for target in panel.get("targets", []):
+            assert set(_NAME.findall(target["expr"])) <= series(), target["expr"]
+            assert target["expr"].count('run=~"$run"') == len(_NAME.findall(target["expr"]))
+
+
+def test_rules_are_what_the_code_generates() -> None:
+    assert (prometheus.FOLDER / "everstep.rules.yml").read_text() == prometheus.rules(), (
+        "run python -m deploy.prometheus.generate"
+    )
+    speed = prometheus.Speed()
+    recorded = {recording.record for recording in prometheus.recordings(speed)}
+    for rule in (*prometheus.recordings(speed), *prometheus.alerts(speed)):
+        assert set(_NAME.findall(re.sub(r"everstep:[a-z_:]+", "", rule.expression))) <= series(), rule
+        assert set(re.findall(r"everstep:[a-z_:]+", rule.expression)) <= recorded, rule
+
+
+def test_every_alert_has_a_place_in_the_runbook() -> None:
+    headings = re.findall(r"^## (\w+)$", (ROOT / "docs" / "runbook.md").read_text(), re.M)
+    assert sorted(headings) == sorted(alert.name for alert in prometheus.alerts(prometheus.Speed()))
+    assert [alert.anchor for alert in prometheus.alerts(prometheus.Speed())] == [
+        alert.name.lower() for alert in prometheus.alerts(prometheus.Speed())
+    ]
+
+
+def test_counters_go_on_when_a_worker_is_replaced() -> None:
+    from everstep.agents.step_times import Totals
+
+    metrics = NodeMetrics("job", "node")
+    first, second = Totals(), Totals()
+    first.steps = 10
+    metrics.worker(3, first, [])
+    metrics.worker_ended(3)
+    second.steps = 12
+    metrics.worker(3, second, [])
+    metrics.worker(3, second, [])
+    assert b'everstep_worker_steps_total{rank="3"} 22.0\n' in metrics.page()
+
+
+def test_pages_are_served_and_others_are_not() -> None:
+    server = PageServer("127.0.0.1:0", {"/metrics": lambda: Page(CONTENT_TYPE, b"there\n")}, Security())
+    try:
+        with urllib.request.urlopen(f"{server.url}/metrics?x=1", timeout=5) as answer:
+            assert (answer.read(), answer.headers["Content-Type"]) == (b"there\n", CONTENT_TYPE)
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            urllib.request.urlopen(f"{server.url}/other", timeout=5)
+        with pytest.raises(AddressTaken, match="in use"):
+            PageServer(server.address, {}, Security())
+    finally:
+        server.close()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", int(server.address.rpartition(":")[2])), timeout=5)
+
+
+@pytest.mark.parametrize("address", ["nowhere", "127.0.0.1", "127.0.0.1:http", "127.0.0.1:99999", "192.0.2.1:9400"])
+def test_an_address_that_cannot_be_served_is_an_error(address: str) -> None:
+    with pytest.raises(AddressTaken):
+        PageServer(address, {}, Security())
+
+
+@pytest.mark.parametrize("module", ["agents.observer", "agents.metrics", "agents.gatherer"])
+def test_what_observes_never_imports_torch(module: str) -> None:
+    check = f"import sys, everstep.{module}; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", check], check=True, timeout=60)

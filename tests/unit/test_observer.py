@@ -1,0 +1,216 @@
+"""What the observer makes of a job's event log and its agents' telemetry."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from everstep.agents import series as series_module
+from everstep.agents.observer import RANK_STEPS, Observer
+from everstep.agents.series import Series, reason_of
+from everstep.agents.stragglers import PATIENCE_STEPS, Stragglers
+from everstep.comms import telemetry_pb2 as pb
+from everstep.elastic.protocol import coordinator
+from everstep.elastic.protocol import events as e
+from everstep.elastic.protocol.state import Config, Phase, State, Worker
+from everstep.resharding.layout import Layout, Stage
+from everstep.resharding.units import ModelSpec, ParameterSpec
+
+
+class Job:
+    """A log that a test writes, with a clock that it sets."""
+
+    def __init__(self, ranks: int = 2) -> None:
+        self.now = 100.0
+        stage = Stage(0, 1, tuple(range(ranks)))
+        model = ModelSpec((1.0,), (ParameterSpec("w", (4,), "float32", 4, (0,)),))
+        job = e.Job(steps=50, stages=1, micro_batches=4, global_batch_size=8, model=model, checkpoints=True)
+        self.state: State = replace(
+            coordinator.initial_state(Config(), 0.0),
+            phase=Phase.RUNNING,
+            layout=Layout(1, 4, (stage,), (0,), (stage,)),
+            job=job,
+            workers={rank: Worker(e.WorkerId(rank, 0), "n0") for rank in range(ranks)},
+        )
+        self.observer = Observer("test", lambda: self.state, lambda: self.now, lambda: self.now)
+        self.step = -1
+
+    def line(self, event: str, **fields: Any) -> None:
+        self.observer.heard({"at_s": self.now, "event": event, **fields})
+
+    def commit(self, step_s: float, *, again: int = -1) -> None:
+        self.now += step_s
+        if again >= 0:
+            self.line("committed_again", step=again, digest="", same=True)
+            return
+        self.step += 1
+        self.state = replace(self.state, committed=self.step)
+        self.line("committed", step=self.step, loss=1.0 / (1 + self.step), generation=1, digest="", protected=-1)
+
+    def recovered(self, total_s: float, why: str = "killed by SIGKILL", **fields: Any) -> None:
+        phases = {f"{phase}_s": total_s / 6 for phase in series_module.PHASES}
+        line = {"ranks": [1], "nodes": [], "generation": 2, "interrupted_step": self.step, "lost_steps": 0, **fields}
+        self.line("recovered", why=why, redone_micro_batches=3, total_s=total_s, **phases, **line)
+
+    def value(self, name: str, **labels: str) -> float:
+        self.observer.page()
+        found = self.observer.metrics.registry.get_sample_value(name, labels)
+        assert found is not None, name
+        return found
+
+
+def test_time_that_a_recovery_took_is_lost_and_the_rest_is_not() -> None:
+    job = Job()
+    job.line("started", generation=1)
+    for _ in range(10):
+        job.commit(1.0)
+    job.line("worker_died", rank=1, node="n0", cause="killed by SIGKILL")
+    job.commit(3.0)
+    job.recovered(2.5)
+    job.commit(1.0)
+    assert job.value("everstep_lost_seconds_total") == pytest.approx(2.0)
+    assert job.value("everstep_productive_seconds_total") == pytest.approx(12.0)
+    assert job.value("everstep_goodput_ratio") == pytest.approx(12 / 14)
+    assert job.value("everstep_step_typical_seconds") == 1.0
+    assert job.value("everstep_recoveries_total", reason="worker_died") == 1
+    assert job.value("everstep_recovery_phase_seconds_count", phase="detect", reason="worker_died") == 1
+    assert job.value("everstep_lost_micro_batches_total") == 3
+    assert job.value("everstep_host_failures_total", host="n0", kind="worker_died") == 1
+
+
+def test_a_step_computed_again_is_all_loss() -> None:
+    job = Job()
+    job.line("started", generation=1)
+    for _ in range(5):
+        job.commit(1.0)
+    job.commit(2.0, again=4)
+    assert job.value("everstep_lost_seconds_total") == pytest.approx(2.0)
+    assert job.value("everstep_lost_steps_total") == 1
+    assert job.value("everstep_steps_total") == 5
+
+
+def test_goodput_sinks_while_the_job_stands_still() -> None:
+    job = Job()
+    job.line("started", generation=1)
+    for _ in range(10):
+        job.commit(1.0)
+    job.now += 0.9  # in the middle of a step that is like others
+    assert job.value("everstep_goodput_ratio") == pytest.approx(1.0)
+    job.now += 9.1
+    assert job.value("everstep_goodput_ratio") == pytest.approx(11 / 20)
+    assert job.value("everstep_commit_age_seconds") == pytest.approx(10.0)
+    job.line("ended", succeeded=True, why="")
+    job.now += 1000
+    assert job.value("everstep_training_seconds_total") == pytest.approx(20.0)
+    assert job.value("everstep_commit_age_seconds") == 0
+
+
+@pytest.mark.parametrize(
+    ("why", "fields", "reason"),
+    [
+        ("killed by SIGKILL", {}, "worker_died"),
+        ("hung: no progress for 2.1 s in compute", {}, "worker_hung"),
+        ("node a is lost (no heartbeat for 1.6 s)", {"nodes": ["a"]}, "node_lost"),
+        ("a damaged frame of rank 1", {"ranks": []}, "corruption"),
+        ("version 7 is not whole", {"ranks": []}, "not_whole"),
+        ("checkpoint step-7 is damaged", {"ranks": []}, "checkpoint_damaged"),
+        ("", {"ranks": []}, "other"),
+    ],
+)
+def test_reasons_are_bounded(why: str, fields: dict[str, Any], reason: str) -> None:
+    assert reason_of({"why": why, "ranks": [1], "nodes": [], **fields}) == reason
+
+
+def steps(rank: int, first: int, count: int, compute_s: float) -> list[pb.StepTimes]:
+    fields = {"micro_batches": 2, "tokens": 64, "samples": 4, "step_s": 0.1}
+    return [pb.StepTimes(rank=rank, step=first + n, compute_s=compute_s, **fields) for n in range(count)]
+
+
+def test_telemetry_gives_series_tokens_and_targets() -> None:
+    job = Job()
+    job.line("started", generation=1)
+    job.commit(1.0)
+    assert job.value("everstep_tokens_total") == 0  # how many there are is not known yet
+    told = pb.Telemetry(at_s=5.0, unix_s=1000.0, steps=[*steps(0, 0, 3, 0.05), *steps(1, 0, 3, 0.05)], metrics="h:1")
+    job.observer.told("n0", told)
+    job.commit(1.0)
+    assert job.value("everstep_tokens_total") == 2 * 8 * 16
+    assert job.value("everstep_samples_total") == 16
+    assert json.loads(job.observer.targets().body) == []  # the node is not in the job
+    view = job.observer.view(rank_steps=2)
+    json.dumps(view, allow_nan=False)
+    assert [len(worker["steps"]) for worker in view["workers"]] == [2, 2]
+    assert (view["step"], view["steps"], view["loss"], view["tokens_per_s"]) == (1, 50, 0.5, pytest.approx(128.0))
+
+
+def test_memory_is_bounded() -> None:
+    job = Job()
+    job.line("started", generation=1)
+    for n in range(40):
+        job.observer.told("n0", pb.Telemetry(steps=steps(0, 32 * n, 32, 0.1)))
+    assert len(job.observer.ranks[0].steps) == RANK_STEPS
+    for _ in range(1500):
+        job.commit(0.01)
+        job.line("snapshot_interval", every=1)
+    assert len(job.observer.series.steps) == series_module.STEPS_KEPT
+    assert len(job.observer.series.events) == series_module.EVENTS_KEPT
+    assert len(job.observer.series.commit_times) == series_module.STEPS_KEPT
+    job.state = replace(job.state, workers={1: job.state.workers[1]})
+    job.observer.told("n0", pb.Telemetry())
+    assert list(job.observer.ranks) == []  # of ranks that are gone
+
+
+def test_a_slow_rank_is_called_a_straggler_and_no_longer_when_it_is_level() -> None:
+    job = Job(ranks=3)
+    first = 0
+    for _ in range(4):
+        for rank in range(3):
+            job.observer.told("n0", pb.Telemetry(steps=steps(rank, first, 4, 0.3 if rank == 2 else 0.1)))
+        first += 4
+    assert job.value("everstep_straggler_ranks") == 1
+    assert job.value("everstep_straggler_slowdown_ratio", rank="2") == pytest.approx(3.0)
+    assert [worker["straggler"] for worker in job.observer.view()["workers"]] == [False, False, True]
+    for _ in range(10):
+        for rank in range(3):
+            job.observer.told("n0", pb.Telemetry(steps=steps(rank, first, 4, 0.1)))
+        first += 4
+    assert job.value("everstep_straggler_ranks") == 0
+
+
+def test_a_moment_of_slowness_is_none() -> None:
+    stragglers = Stragglers()
+    for _ in range(50):
+        for rank in range(4):
+            stragglers.add(rank, 1.0, 10)
+    stragglers.compare([range(4)])
+    for _ in range(PATIENCE_STEPS - 1):
+        stragglers.add(3, 9.0, 10)
+        stragglers.compare([range(4)])
+    assert stragglers.ratios[3] > 1.5
+    assert not stragglers.slow
+    stragglers.compare([range(3)])
+    assert 3 not in stragglers.per_micro_batch_s
+
+
+def test_what_means_nothing_is_not_a_number() -> None:
+    job = Job()
+    assert math.isnan(job.value("everstep_exposure_seconds"))
+    assert math.isnan(job.value("everstep_checkpoint_age_seconds"))  # training has not begun
+    job.line("started", generation=1)
+    job.now += 7
+    assert job.value("everstep_checkpoint_age_seconds") == 7
+    job.line("checkpoint_saved", version=3, name="x", seconds=0.5, bytes=1000)
+    job.now += 2
+    assert job.value("everstep_checkpoint_age_seconds") == 2
+    assert job.value("everstep_checkpoint_size_bytes") == 1000
+
+
+def test_a_coordinator_that_took_over_begins_with_what_it_hears() -> None:
+    series = Series()
+    series.commit({"at_s": 50.0, "event": "committed", "step": 7, "loss": None}, 2)
+    series.commit({"at_s": 51.0, "event": "committed", "step": 8, "loss": None}, 2)
+    assert series.training_s(51.0) == 1.0
+    assert series.goodput(51.0) == 1.0
