@@ -29,6 +29,7 @@ from ..elastic.protocol.protection import describe_protection
 from ..elastic.protocol.state import Config, Phase
 from .durable import Channel, Durable
 from .messages import agent_event, order, worker_order
+from .rendezvous_service import Rendezvous
 from .store import Store, StoreError
 
 TICK_S = 0.1
@@ -75,6 +76,8 @@ class Coordinator:
         self._security = security
         self._events = events
         self._server = Server(self, security)
+        self._rendezvous = Rendezvous(job, security, self.refusal)
+        self._rendezvous.serve(self._server.aio)
         self._udp: socket.socket | None = None
         self._durable: Durable | None = None
         self._key = b""
@@ -103,8 +106,11 @@ class Coordinator:
         await self._server.tell_health(leads=False)
         return port
 
-    async def lead(self, store: Store) -> None:
-        """Be the job's coordinator until the job ends, from what the store has. Raises StoreError and Superseded."""
+    async def lead(self, store: Store, on_leading: Callable[[], None] = lambda: None) -> None:
+        """Be the job's coordinator until the job ends, from what the store has. Raises StoreError and Superseded.
+
+        `on_leading` is called once it is written that this one leads.
+        """
         self._durable, state, self._ahead_s = await asyncio.to_thread(
             Durable.load, store, self._config, self._security.token or secrets.token_hex(16)
         )
@@ -117,7 +123,9 @@ class Coordinator:
         first = self._take_over(self._durable) if state is not None else []
         self.standing_by = ""
         await self._server.tell_health(leads=True)
-        await self._work(first)
+        await self._carry_out([effect for event in first for effect in self._decide(event)])
+        on_leading()
+        await self._work()
         await self._see_off()
 
     def _take_over(self, durable: Durable) -> list[e.Event]:
@@ -231,7 +239,7 @@ class Coordinator:
     def _now(self) -> float:
         return time.monotonic() + self._ahead_s
 
-    async def _work(self, events: list[e.Event]) -> None:
+    async def _work(self) -> None:
         """Turn by turn: take in what has come, decide, write, tell. Until the job is over."""
         next_tick = time.monotonic()
         while self.state.phase is not Phase.DONE:
@@ -244,8 +252,6 @@ class Coordinator:
             inbox, self._inbox = self._inbox, []
             effects: list[e.Effect] = []
             try:
-                for event in events:
-                    effects += self._decide(event)
                 for session, item in inbox:
                     effects += self._take(session, item)
                 if time.monotonic() >= next_tick:
@@ -253,7 +259,6 @@ class Coordinator:
                     effects += self._tick()
             except Exception as error:  # a bug of ours: end the job rather than let it stand still
                 effects = [self._fail(error)]
-            events = []
             await self._carry_out(effects)
 
     def _tick(self) -> list[e.Effect]:
@@ -267,6 +272,8 @@ class Coordinator:
             for listener in self.listeners.heartbeats:
                 listener(len(alive))
             effects += self._decide(e.HeartbeatsReceived(alive))
+        if self._rendezvous.over():
+            effects += self._decide(e.RendezvousClosed())
         return effects + self._decide(e.Ticked())
 
     def _decide(self, event: e.Event) -> list[e.Effect]:

@@ -72,9 +72,12 @@ def _run_node(command: Command, preloader: Preloader) -> Outcome:
             link = Attachment(addresses, job, security)
             address = _reach(link, _join_timeout(command))
             agent = NodeAgent(_node_config(command, job, address), link, preloader)
-            _stop_on_signals(agent, _signals(command))
+            others = len(addresses) > (coordinator is not None)  # coordinators, that stay when this node goes
+            _stop_on_signals(agent, _signals(command), leaves=signal.SIGTERM if others else None)
             outcome = agent.run()
-            if coordinator is not None:
+            if coordinator is not None and others and outcome.left:
+                coordinator.close()  # so that one of them takes over
+            elif coordinator is not None:
                 _see_off(coordinator, agent, outcome)
             return outcome
     finally:
@@ -242,9 +245,12 @@ def _signals(command: Command) -> str:
     return str(getattr(command.torch, "signals_to_handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT"))
 
 
-def _stop_on_signals(agent: NodeAgent, names: str) -> None:
+def _stop_on_signals(agent: NodeAgent, names: str, *, leaves: signal.Signals | None) -> None:
+    """Signals stop the job; but on the one of these that `leaves`, this node hands over, and the job goes on."""
+
     def stop(number: int, frame: Any) -> None:
-        agent.stop(f"stopped by {signal.Signals(number).name}")
+        ask = agent.leave if number == leaves else agent.stop
+        ask(f"stopped by {signal.Signals(number).name}")
 
     for name in names.split(","):
         if name.strip() not in signal.Signals.__members__:

@@ -25,6 +25,8 @@ def agent_event(node: str, message: pb.AttachRequest, local: Callable[[float], f
         return e.StoreOpened(node, message.store.port)
     if body == "stop":
         return e.StopRequested(message.stop.why)
+    if body == "drain":
+        return e.DrainRequested(node, message.drain.why)
     if body == "from_worker":
         worker = message.from_worker.worker
         return worker_event(e.WorkerId(worker.rank, worker.incarnation), json.loads(message.from_worker.json))
@@ -91,6 +93,8 @@ def order(effect: e.Effect) -> tuple[str, pb.AttachResponse] | None:
     if isinstance(effect, e.KillWorkers):
         kill = pb.KillWorkers(workers=[proto(worker) for worker in effect.workers])
         return effect.node, pb.AttachResponse(kill=kill)
+    if isinstance(effect, e.ReleaseNode):
+        return effect.node, pb.AttachResponse(end=pb.EndJob(succeeded=True, why=effect.why, rank=-1))
     if isinstance(effect, e.TellNode):
         return effect.node, pb.AttachResponse(notice=pb.Notice(text=effect.text))
     return None

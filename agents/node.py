@@ -69,12 +69,16 @@ class NodeConfig:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How the job ended."""
+    """How the job ended; or, with success and a reason, how it went on without this node (`left`)."""
 
     succeeded: bool
     why: str = ""
     detail: str = ""
     rank: int = -1
+
+    @property
+    def left(self) -> bool:
+        return self.succeeded and bool(self.why)
 
 
 class NodeAgent:
@@ -211,6 +215,14 @@ class NodeAgent:
         self._stop_why = why
         self._send(stop=pb.StopRequest(why=why))
 
+    def leave(self, why: str) -> None:
+        """Ask the coordinator to let this node hand over and go; asked twice, end it at once. Safe like `stop`."""
+        if self.outcome is not None or self._stop_why:
+            self.stop(why)
+            return
+        self._stop_why = why
+        self._send(drain=pb.DrainRequest(why=why))
+
     def _end_at_once(self, why: str) -> None:
         self.outcome = self.outcome or Outcome(False, why)
         for worker in list(self.workers.values()):
@@ -288,6 +300,8 @@ class NodeAgent:
 
     def _on_end(self, message: pb.EndJob) -> None:
         self.outcome = Outcome(message.succeeded, message.why, message.detail, message.rank)
+        if self.outcome.left:
+            self._say(message.why)
         for worker in self.workers.values():
             if worker.id.rank == message.rank:
                 pass_on(worker.error_file, 1)

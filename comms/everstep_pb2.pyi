@@ -15,7 +15,7 @@ class WorkerId(_message.Message):
     def __init__(self, rank: _Optional[int] = ..., incarnation: _Optional[int] = ...) -> None: ...
 
 class AttachRequest(_message.Message):
-    __slots__ = ("number", "hello", "ready", "heartbeat", "from_worker", "died", "stop", "store")
+    __slots__ = ("number", "hello", "ready", "heartbeat", "from_worker", "died", "stop", "store", "drain")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     HELLO_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
@@ -24,6 +24,7 @@ class AttachRequest(_message.Message):
     DIED_FIELD_NUMBER: _ClassVar[int]
     STOP_FIELD_NUMBER: _ClassVar[int]
     STORE_FIELD_NUMBER: _ClassVar[int]
+    DRAIN_FIELD_NUMBER: _ClassVar[int]
     number: int
     hello: Hello
     ready: NodeReady
@@ -32,7 +33,8 @@ class AttachRequest(_message.Message):
     died: WorkerDied
     stop: StopRequest
     store: StoreOpened
-    def __init__(self, number: _Optional[int] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., ready: _Optional[_Union[NodeReady, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., from_worker: _Optional[_Union[FromWorker, _Mapping]] = ..., died: _Optional[_Union[WorkerDied, _Mapping]] = ..., stop: _Optional[_Union[StopRequest, _Mapping]] = ..., store: _Optional[_Union[StoreOpened, _Mapping]] = ...) -> None: ...
+    drain: DrainRequest
+    def __init__(self, number: _Optional[int] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., ready: _Optional[_Union[NodeReady, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., from_worker: _Optional[_Union[FromWorker, _Mapping]] = ..., died: _Optional[_Union[WorkerDied, _Mapping]] = ..., stop: _Optional[_Union[StopRequest, _Mapping]] = ..., store: _Optional[_Union[StoreOpened, _Mapping]] = ..., drain: _Optional[_Union[DrainRequest, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("job", "node", "protocol", "returning", "received", "token_digest")
@@ -107,6 +109,12 @@ class WorkerDied(_message.Message):
     def __init__(self, worker: _Optional[_Union[WorkerId, _Mapping]] = ..., cause: _Optional[str] = ..., clean: _Optional[bool] = ..., step: _Optional[int] = ..., phase: _Optional[str] = ..., finished_micro_batches: _Optional[int] = ..., detected_at_s: _Optional[float] = ..., killed_at_s: _Optional[float] = ...) -> None: ...
 
 class StopRequest(_message.Message):
+    __slots__ = ("why",)
+    WHY_FIELD_NUMBER: _ClassVar[int]
+    why: str
+    def __init__(self, why: _Optional[str] = ...) -> None: ...
+
+class DrainRequest(_message.Message):
     __slots__ = ("why",)
     WHY_FIELD_NUMBER: _ClassVar[int]
     why: str

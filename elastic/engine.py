@@ -241,8 +241,8 @@ class Engine:
             **self.checkpoints.agreed(state.step, [share["checkpoint"] for share in shares]),
         }
         last = state.step + 1 == self.settings.steps
-        may = proposal is not None and not (last and proposal.plan.leaving)  # the end lets go of who leaves
-        if may and all(share["join"] == proposal.plan.generation for share in shares):
+        wanted = proposal is not None and all(share["join"] == proposal.plan.generation for share in shares)
+        if proposal is not None and wanted and not (last and proposal.plan.leaving):  # the end lets go of who leaves
             self.switch = proposal
         elif proposal is not None and last:
             self.membership.tell("idled", generation=proposal.plan.generation)

@@ -15,7 +15,7 @@ from ...resharding.plan import Plan, plan_join
 from . import events as e
 from .checkpoints import give_up_saving, saved, stop_requested, unreadable
 from .draining import cannot_leave, drain_requested, handed_over, offer_leave, release, withdraw_leave
-from .forming import last_call, node_joined, store_opened
+from .forming import last_call, node_joined, rendezvous_closed, store_opened
 from .losing import heartbeats, node_lost, returned, silent_node
 from .outcome import Effects, Outcome, current, fail, with_workers
 from .recovering import (
@@ -284,5 +284,6 @@ _HANDLERS: dict[type[Any], Callable[[State, Any, float], Outcome]] = {
     e.CheckpointUnreadable: unreadable,
     e.StopRequested: stop_requested,
     e.DrainRequested: drain_requested,
+    e.RendezvousClosed: rendezvous_closed,
     e.Ticked: _ticked,
 }

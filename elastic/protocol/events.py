@@ -267,6 +267,11 @@ class DrainRequested:
 
 
 @dataclass(frozen=True)
+class RendezvousClosed:
+    """A job of plain torchrun, whose agents met here, is over, and all of them have gone."""
+
+
+@dataclass(frozen=True)
 class Ticked:
     """Time passed."""
 
@@ -294,6 +299,7 @@ Event = (
     | WorkerRaised
     | StopRequested
     | DrainRequested
+    | RendezvousClosed
     | Ticked
 )
 

@@ -26,7 +26,7 @@ def node_joined(state: State, event: e.NodeJoined, now: float) -> Outcome:
     if state.phase is not Phase.FORMING:
         state, effects = add_workers(replace(state, nodes=nodes), node)
         return state, [record, *effects]
-    formed_s = now if len(nodes) == state.config.min_nodes else state.formed_s
+    formed_s = now if len(nodes) in (1, state.config.min_nodes) else state.formed_s
     if event.order >= 0:
         ordered = list(state.nodes.items())
         ordered.insert(event.order, (event.node, node))
@@ -74,7 +74,7 @@ def add_workers(state: State, node: Node) -> Outcome:
 def last_call(state: State, now: float) -> Outcome:
     """Start with the nodes that are there, or give up, when it is time."""
     config = state.config
-    if state.phase is not Phase.FORMING:
+    if state.phase is not Phase.FORMING or not state.nodes:  # the first is waited for as long as it takes
         return state, []
     if len(state.nodes) >= config.min_nodes:
         return launch(state) if now - state.formed_s >= config.last_call_s else (state, [])
@@ -85,3 +85,8 @@ def last_call(state: State, now: float) -> Outcome:
             " start the others, or lower --nnodes",
         )
     return state, []
+
+
+def rendezvous_closed(state: State, event: e.RendezvousClosed, now: float) -> Outcome:
+    """The job that met here has ended by itself: there is nothing more to coordinate."""
+    return (state, []) if state.nodes else (replace(state, phase=Phase.DONE), [e.EndJob(True)])

@@ -222,8 +222,8 @@ class SimWorker:
         }
         table = yield from self.links.all_gather((state.step,), mine)
         gradients = {shard: gradient for share in table.values() for shard, gradient in share["norms"].items()}
-        ready = proposal is not None and not (last and proposal.plan.leaving)  # the end lets go of who leaves
-        if ready and all(share["join"] == proposal.plan.generation for share in table.values()):
+        wanted = proposal is not None and all(s["join"] == proposal.plan.generation for s in table.values())
+        if proposal is not None and wanted and not (last and proposal.plan.leaving):  # the end lets go of who leaves
             self.switch = proposal
         elif proposal is not None and last:
             self.around.tell(e.WorkerIdled(self.id, proposal.plan.generation))

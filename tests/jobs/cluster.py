@@ -23,10 +23,19 @@ class Cluster(HostJob):
     """The job of `HostJob`, on all hosts, with a version that outlives nodes after every step."""
 
     def __init__(
-        self, hosts: Hosts, out: Path, *, steps: int, stages: int = 1, flags: Sequence[str] = (), **config: Any
+        self,
+        hosts: Hosts,
+        out: Path,
+        *,
+        steps: int,
+        stages: int = 1,
+        flags: Sequence[str] = (),
+        least: int = 0,
+        **config: Any,
     ) -> None:
+        """`least`: how many nodes the job goes on with when others leave; 0: all."""
         count = len(hosts.hosts)
-        super().__init__(hosts, out, nnodes=f"{count}:{count}", steps=steps, stages=stages, **config)
+        super().__init__(hosts, out, nnodes=f"{least or count}:{count}", steps=steps, stages=stages, **config)
         self.steps, self.config = steps, config
         self.flags = ["--es-snapshot-every=1", f"--log-dir={out}/logs", *flags]
         self.workers = 1
@@ -84,7 +93,7 @@ class Cluster(HostJob):
         for event in self.events():
             if event["event"] == "node_joined":
                 found[event["host"]] = event["node"]
-            elif event["event"] == "node_lost" and found.get(event["host"]) == event["node"]:
+            elif event["event"] in ("node_lost", "node_left") and found.get(event["host"]) == event["node"]:
                 del found[event["host"]]
         return found
 
