@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,13 +19,15 @@ from typing import Any
 
 from ..comms.process import die_with_parent, rename_process
 from ..comms.security import Security, SecurityError
+from ..elastic.progress import COORDINATOR
 from ..elastic.protocol.state import Config
 from .coordinator import Coordinator, PortTaken
+from .observer import Observer
+from .pages import AddressTaken, PageServer
 from .store import SqliteStore, Store, StoreError, Superseded
 
-NAME = "es-coordinator"
 START_S = 60.0  # until it serves
-CRASHES, CRASHING_S = 5, 10.0  # so many in so short a time, and it is not started again
+AGAIN_S, LATEST_S = 0.1, 5.0  # one that does not come to serve is tried again: after this, twice this, ...
 END_S = 15.0
 
 
@@ -60,11 +61,16 @@ class CoordinatorFailed(Exception):
 
 
 def serve(task: Task, security: Security, on_ready: Callable[[int], None]) -> int:
-    """Coordinate until the job is over; returns the exit status. Raises CoordinatorFailed."""
+    """Coordinate until the job is over; returns the exit status. Raises CoordinatorFailed.
+
+    `on_ready` is told the port. The process has its name once it leads.
+    """
     try:
         return asyncio.run(_serve(task, security, on_ready))
     except PortTaken as error:
         raise CoordinatorFailed(f"{error} is in use", taken=True) from None
+    except AddressTaken as error:
+        raise CoordinatorFailed(f"--es-coordinator-metrics {error}") from None
     except (StoreError, SecurityError) as error:
         raise CoordinatorFailed(str(error)) from None
 
@@ -72,16 +78,26 @@ def serve(task: Task, security: Security, on_ready: Callable[[int], None]) -> in
 async def _serve(task: Task, security: Security, on_ready: Callable[[int], None]) -> int:
     events = Path(task.events) if task.events else None
     coordinator = Coordinator(task.job, task.config, security, events=events)
+    observer = Observer(task.job, lambda: coordinator.state, coordinator.now)
+    coordinator.listeners.record.append(observer.heard)
+    coordinator.listeners.heartbeats.append(observer.heartbeat)
+    coordinator.listeners.telemetry.append(observer.told)
+    pages: PageServer | None = None
     store: Store | None = None
     over = False
     try:
         port = await coordinator.serve(task.host, task.port)
+        if task.metrics:
+            pages = PageServer(task.metrics, {"/metrics": observer.page, "/targets": observer.targets}, security)
+            print(f"everstep: metrics of the job: {pages.url}/metrics", file=sys.stderr, flush=True)
         store = await asyncio.to_thread(_open_store, task)
         on_ready(port)
-        await coordinator.lead(store)
+        await coordinator.lead(store, lambda: rename_process(COORDINATOR))
         over = True
         return 0
     finally:
+        if pages is not None:
+            pages.close()
         await coordinator.stop()
         if store is not None:
             await asyncio.to_thread(store.close, forget=over)
@@ -164,29 +180,27 @@ class CoordinatorProcess:
         return int(answer["port"])
 
     def _keep_up(self) -> None:
-        crashes: list[float] = []
+        failures = 0
         while True:
             status = self._wait()
             if self._ending.is_set() or status == 0:
                 return
-            crashes = [at_s for at_s in crashes if time.monotonic() - at_s < CRASHING_S] + [time.monotonic()]
-            if len(crashes) >= CRASHES:
-                why = f"the coordinator has died {CRASHES} times within {CRASHING_S:g} s"
-                print(f"everstep: error: {why}", file=sys.stderr)
+            if self._ending.wait(min(AGAIN_S * 2**failures, LATEST_S) if failures else 0):
                 return
             try:
                 self._pid, ready = self._start()
                 if self._ending.is_set():
                     os.kill(self._pid, signal.SIGKILL)
                 self._await(ready)
+                failures = 0
             except CoordinatorFailed as error:
+                failures += 1
                 print(f"everstep: the coordinator is to be started again: {error}", file=sys.stderr)
 
 
 def _child(task: Task, ready: int) -> None:
     """The life of a coordinator beside a launcher. Does not return."""
     die_with_parent()
-    rename_process(NAME)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_IGN)  # the launcher decides what they mean
     status = 1

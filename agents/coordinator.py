@@ -62,6 +62,7 @@ class Listeners:
 
     record: list[Callable[[Mapping[str, Any]], None]] = field(default_factory=list)
     heartbeats: list[Callable[[int], None]] = field(default_factory=list)
+    telemetry: list[Callable[[str, Any], None]] = field(default_factory=list)  # node, pb.Telemetry
 
 
 class Coordinator:
@@ -119,16 +120,16 @@ class Coordinator:
         self._key = beats.key_of(self._durable.token)
         self._names = {beats.name_of(node): node for node in self._durable.channels}
         self._links = {node: Link() for node in self._durable.channels}
-        self.state = state or coordinator.initial_state(self._config, self._now())
+        self.state = state or coordinator.initial_state(self._config, self.now())
         first = self._take_over(self._durable) if state is not None else []
         self.standing_by = ""
         await self._server.tell_health(leads=True)
-        await self._carry_out([effect for event in first for effect in self._decide(event)])
+        await self._carry_out(first)
         on_leading()
         await self._work()
         await self._see_off()
 
-    def _take_over(self, durable: Durable) -> list[e.Event]:
+    def _take_over(self, durable: Durable) -> list[e.Effect]:
         """Go on where another coordinator stopped: its event log is continued, its nodes are waited for."""
         if self._events is not None:
             newest = _newest_number(self._events)
@@ -136,19 +137,20 @@ class Coordinator:
         for line in durable.records:
             self._tell(line)
         log.info("took over job %s at step %d, generation %d", self.job, self.state.committed, self.state.generation)
-        self._record({"event": "coordinator_returned", "nodes": sorted(durable.channels)})
         self._expected_s = time.monotonic() + 2 * RETURN_S
-        return [e.CoordinatorReturned(RETURN_S)]
+        returned = e.Record("coordinator_returned", {"nodes": sorted(durable.channels)})
+        return [returned, *self._decide(e.CoordinatorReturned(RETURN_S))]
 
-    def _abandon(self) -> None:
+    def _abandon(self) -> list[e.Effect]:
         """None of the nodes that the store knows has come back: its job is over, and those who come are another."""
         assert self._durable is not None
         log.warning("no node of the job in the store has come back: it is begun anew")
         for node in list(self._durable.channels):
             self._forget(node)
         self._expected_s = 0.0
-        self._record({"event": "abandoned", "step": self.state.committed})
-        self.state = coordinator.initial_state(self._config, self._now())
+        abandoned = e.Record("abandoned", {"step": self.state.committed})
+        self.state = coordinator.initial_state(self._config, self.now())
+        return [abandoned]
 
     async def stop(self) -> None:
         """Stop serving. Agents take that for a coordinator that will be back."""
@@ -236,7 +238,8 @@ class Coordinator:
 
     # ------------------------------------------------------------ the turns
 
-    def _now(self) -> float:
+    def now(self) -> float:
+        """The clock of the state's times."""
         return time.monotonic() + self._ahead_s
 
     async def _work(self) -> None:
@@ -266,7 +269,7 @@ class Coordinator:
         if self._expected_s and self._alive:
             self._expected_s = 0.0
         elif self._expected_s and time.monotonic() > self._expected_s:
-            self._abandon()
+            effects += self._abandon()
         if self._alive:
             alive, self._alive = tuple(self._alive), set()
             for listener in self.listeners.heartbeats:
@@ -277,7 +280,7 @@ class Coordinator:
         return effects + self._decide(e.Ticked())
 
     def _decide(self, event: e.Event) -> list[e.Effect]:
-        self.state, effects = coordinator.step(self.state, event, self._now())
+        self.state, effects = coordinator.step(self.state, event, self.now())
         return effects
 
     def _fail(self, error: Exception) -> e.EndJob:
@@ -300,6 +303,10 @@ class Coordinator:
             self._alive.add(session.node)
             kept = self._durable.channels[session.node].kept
             session.send(pb.AttachResponse(heartbeat=pb.Heartbeat(received=kept)))
+            return []
+        if item.WhichOneof("body") == "telemetry":
+            for listener in self.listeners.telemetry:
+                listener(session.node, item.telemetry)
             return []
         seen = self._durable.channels[session.node].seen
         if item.number <= seen:
@@ -344,7 +351,9 @@ class Coordinator:
         assert self._durable is not None
         why = self._refusal(hello)
         channel = self._durable.channels.get(hello.node)
-        if why:
+        if why and hello.returning:
+            log.warning("node %s cannot come back: %s", hello.node, why)  # it trains, and looks for its coordinator
+        elif why:
             session.send(pb.AttachResponse(refused=pb.Refused(why=why)))
         elif channel is None and not hello.returning and self._expected_s:
             pass  # it will ask again
@@ -407,7 +416,7 @@ class Coordinator:
         if not self._durable.due():
             return
         seen = {node: channel.seen for node, channel in self._durable.channels.items()}
-        rows = self._durable.gather(self.state, self._now())
+        rows = self._durable.gather(self.state, self.now())
         await self._write(rows, sync=bool(orders))
         self._durable.kept(seen)
         self._abort_at_once(effects)

@@ -25,6 +25,7 @@ from ..elastic.protocol.liveness import FLOOR_S
 from ..elastic.settings import WorkerContext
 from .environment import program_for, torch_environment, worker_environment
 from .failures import Failures, pass_on
+from .gatherer import Gatherer
 from .keeper import KeeperCannotServe, KeeperProcess, NameTaken, obtain
 from .keeper import start as start_keeper
 from .logs import WorkerLogs
@@ -64,6 +65,7 @@ class NodeConfig:
     hang_timeout_s: float = FLOOR_S
     shared_memory: bool = True
     shutdown_timeout_s: float = 30.0
+    metrics: str = ""  # host:port; empty: not served
     host_id: str = field(default_factory=host_id)
 
 
@@ -114,6 +116,17 @@ class NodeAgent:
         self._alone_s = 0.0  # since when there has been neither a coordinator nor progress
         self._fenced_s = 0.0  # since when this node has been out
         self._ending_s = 0.0
+        self._gatherer = Gatherer(
+            config.job,
+            config.node,
+            lambda message: self.link.mention(telemetry=message),
+            self._keeper_place,
+            keeper_limit_bytes=config.memory_bytes,
+            serve_at=config.metrics,
+            security=link.security,
+        )
+        if self._gatherer.url:
+            self._say(f"metrics of this node: {self._gatherer.url}")
 
     # ------------------------------------------------------------ life
 
@@ -123,6 +136,7 @@ class NodeAgent:
             self._watch_preloader()
             self._selector.register(self.link.wake_fd, selectors.EVENT_READ, self._link_woke)
             self.link.start(self._new_name())
+            self._gatherer.start()
             while not self._done():
                 self.link.alive()
                 for key, _ in self._selector.select(WATCH_S):
@@ -139,6 +153,11 @@ class NodeAgent:
         self._lives += 1
         self.node = self.config.node if self._lives == 1 else f"{self.config.node}-{self._lives}"
         return self.node
+
+    def _keeper_place(self) -> tuple[str, str] | None:
+        """The keeper's address, and the token to speak with it."""
+        keeper = self._keeper
+        return (f"{self.config.host}:{keeper.port}", self.token) if keeper is not None and self.token else None
 
     def _send(self, **body: Any) -> None:
         self.link.send(**body)
@@ -159,6 +178,7 @@ class NodeAgent:
         return not self.workers
 
     def _close(self) -> None:
+        self._gatherer.close()
         for worker in self.workers.values():
             worker.kill("the agent ends")
             worker.close()
@@ -259,7 +279,7 @@ class NodeAgent:
             keeper=keeper,
             order=config.order if self._lives == 1 else -1,
             memory_bytes=config.memory_bytes,
-            stores=[self._stores.open(), self._stores.open()],
+            stores=[self._stores.reserve(), self._stores.reserve()],
         )
         self._send(ready=ready)
 
@@ -275,11 +295,14 @@ class NodeAgent:
 
     def _on_start(self, message: pb.StartWorkers) -> None:
         self.on_started()
-        if message.restart_count and message.group_rank == 0:
-            self._send(store=pb.StoreOpened(port=self._stores.open()))
+        if message.group_rank == 0:
+            self._stores.open(message.master_port)
+            if message.restart_count:
+                self._send(store=pb.StoreOpened(port=self._stores.reserve()))
         for item in message.workers:
             worker = WorkerProcess.prepare(WorkerId(item.rank, item.incarnation))
             self.workers[worker.id] = worker
+            self._gatherer.watch(worker.id, worker.page_fd)
             self._waiting.append((worker, message))
         self._fork_waiting()
 
@@ -448,6 +471,7 @@ class NodeAgent:
         del self.workers[worker.id]
         if not worker.silent and self.outcome is None:
             self._report_death(worker)
+        self._gatherer.ended(worker.id)
         worker.close()
         self._fork_waiting()
 

@@ -11,21 +11,35 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 
 class TorchStores:
-    """Stores on this node: one for every attempt, as torchrun has, since torch prefixes no keys by it."""
+    """Stores that this node may have to serve: one for every attempt, as torchrun has; torch prefixes no keys by it.
+
+    Only the first node of a job serves them. Until it does, who connects waits.
+    """
 
     def __init__(self, host: str) -> None:
         self._host = host
+        self._reserved: dict[int, socket.socket] = {}
         self._open: list[TCPStore] = []
 
-    def open(self) -> int:
-        """Open one more, on this node's address only; returns its port."""
+    def reserve(self) -> int:
+        """A port for one more, on this node's address only."""
         family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
         listener = socket.create_server((self._host, 0), family=family, backlog=2048)
         port = int(listener.getsockname()[1])
-        store = TCPStore(self._host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
-        self._open.append(store)
+        self._reserved[port] = listener
         return port
+
+    def open(self, port: int) -> None:
+        """Serve on a port that was reserved; nothing for one that was not, or is open."""
+        listener = self._reserved.pop(port, None)
+        if listener is not None:
+            at = (self._host, port)
+            store = TCPStore(*at, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+            self._open.append(store)
 
     def close(self) -> None:
         """Close them all."""
+        for listener in self._reserved.values():
+            listener.close()
+        self._reserved.clear()
         self._open.clear()

@@ -83,6 +83,7 @@ class Attachment:
         self._aborted = -1
         self._turned_s = 0.0  # when the agent's loop did so last
         self._beat_due = False  # through the stream
+        self._passing: pb.AttachRequest | None = None  # what is of use now or never
         self._closing = threading.Event()
         self._call: Any = None
         self._threads = [
@@ -127,6 +128,16 @@ class Attachment:
         with self._lock:
             self._number += 1
             self._outbox.append(pb.AttachRequest(number=self._number, **body))
+            self._lock.notify_all()
+
+    @property
+    def security(self) -> Security:
+        return self._security
+
+    def mention(self, **body: Any) -> None:
+        """Say something that is of use now or never: it is not said again, and the newest is what goes out."""
+        with self._lock:
+            self._passing = pb.AttachRequest(**body)
             self._lock.notify_all()
 
     @property
@@ -255,18 +266,21 @@ class Attachment:
             with self._lock:
                 while not self._closing.is_set() and self._lives == life:
                     waiting = [m for m in self._outbox if m.number > said] if welcomed.is_set() else []
-                    if waiting or self._beat_due:
+                    if waiting or self._beat_due or (self._passing is not None and welcomed.is_set()):
                         break
                     self._lock.wait()
                 if self._closing.is_set() or self._lives != life:
                     return
                 beat, self._beat_due = self._beat_due and welcomed.is_set(), False
                 received = self._received
+                passing, self._passing = (self._passing, None) if welcomed.is_set() else (None, self._passing)
             if beat:
                 yield pb.AttachRequest(heartbeat=pb.Heartbeat(received=received))
             for message in waiting:
                 said = message.number
                 yield message
+            if passing is not None:
+                yield passing
 
     def _kept(self, number: int) -> None:
         with self._lock:

@@ -22,57 +22,58 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from . import telemetry_pb2 as telemetry__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x0e\x65verstep.proto\x12\x0b\x65verstep.v1\"-\n\x08WorkerId\x12\x0c\n\x04rank\x18\x01 \x01(\x05\x12\x13\n\x0bincarnation\x18\x02 \x01(\x05\"\xfc\x02\n\rAttachRequest\x12\x0e\n\x06number\x18\x0f \x01(\x03\x12#\n\x05hello\x18\x01 \x01(\x0b\x32\x12.everstep.v1.HelloH\x00\x12\'\n\x05ready\x18\x02 \x01(\x0b\x32\x16.everstep.v1.NodeReadyH\x00\x12+\n\theartbeat\x18\x03 \x01(\x0b\x32\x16.everstep.v1.HeartbeatH\x00\x12.\n\x0b\x66rom_worker\x18\x04 \x01(\x0b\x32\x17.everstep.v1.FromWorkerH\x00\x12\'\n\x04\x64ied\x18\x05 \x01(\x0b\x32\x17.everstep.v1.WorkerDiedH\x00\x12(\n\x04stop\x18\x06 \x01(\x0b\x32\x18.everstep.v1.StopRequestH\x00\x12)\n\x05store\x18\x07 \x01(\x0b\x32\x18.everstep.v1.StoreOpenedH\x00\x12*\n\x05\x64rain\x18\x08 \x01(\x0b\x32\x19.everstep.v1.DrainRequestH\x00\x42\x06\n\x04\x62ody\"o\n\x05Hello\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x10\n\x08protocol\x18\x03 \x01(\x05\x12\x11\n\treturning\x18\x04 \x01(\x08\x12\x10\n\x08received\x18\x05 \x01(\x03\x12\x14\n\x0ctoken_digest\x18\x06 \x01(\t\"m\n\tNodeReady\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\r\n\x05slots\x18\x02 \x01(\x05\x12\x0e\n\x06keeper\x18\x03 \x01(\t\x12\r\n\x05order\x18\x04 \x01(\x05\x12\x14\n\x0cmemory_bytes\x18\x05 \x01(\x03\x12\x0e\n\x06stores\x18\x06 \x03(\x05\"\x1b\n\x0bStoreOpened\x12\x0c\n\x04port\x18\x01 \x01(\x05\"\x1d\n\tHeartbeat\x12\x10\n\x08received\x18\x01 \x01(\x03\"A\n\nFromWorker\x12%\n\x06worker\x18\x01 \x01(\x0b\x32\x15.everstep.v1.WorkerId\x12\x0c\n\x04json\x18\x02 \x01(\t\"\xba\x01\n\nWorkerDied\x12%\n\x06worker\x18\x01 \x01(\x0b\x32\x15.everstep.v1.WorkerId\x12\r\n\x05\x63\x61use\x18\x02 \x01(\t\x12\r\n\x05\x63lean\x18\x03 \x01(\x08\x12\x0c\n\x04step\x18\x04 \x01(\x03\x12\r\n\x05phase\x18\x05 \x01(\t\x12\x1e\n\x16\x66inished_micro_batches\x18\x06 \x01(\x05\x12\x15\n\rdetected_at_s\x18\x07 \x01(\x01\x12\x13\n\x0bkilled_at_s\x18\x08 \x01(\x01\"\x1a\n\x0bStopRequest\x12\x0b\n\x03why\x18\x01 \x01(\t\"\x1b\n\x0c\x44rainRequest\x12\x0b\n\x03why\x18\x01 \x01(\t\"\x99\x03\n\x0e\x41ttachResponse\x12\x0e\n\x06number\x18\x0f \x01(\x03\x12\'\n\x07welcome\x18\x01 \x01(\x0b\x32\x14.everstep.v1.WelcomeH\x00\x12\'\n\x07refused\x18\x02 \x01(\x0b\x32\x14.everstep.v1.RefusedH\x00\x12*\n\x05start\x18\x03 \x01(\x0b\x32\x19.everstep.v1.StartWorkersH\x00\x12(\n\x04kill\x18\x04 \x01(\x0b\x32\x18.everstep.v1.KillWorkersH\x00\x12*\n\tto_worker\x18\x05 \x01(\x0b\x32\x15.everstep.v1.ToWorkerH\x00\x12\"\n\x03\x65nd\x18\x06 \x01(\x0b\x32\x13.everstep.v1.EndJobH\x00\x12+\n\theartbeat\x18\x07 \x01(\x0b\x32\x16.everstep.v1.HeartbeatH\x00\x12#\n\x05\x66\x65nce\x18\x08 \x01(\x0b\x32\x12.everstep.v1.FenceH\x00\x12%\n\x06notice\x18\t \x01(\x0b\x32\x13.everstep.v1.NoticeH\x00\x42\x06\n\x04\x62ody\"\x14\n\x05\x46\x65nce\x12\x0b\n\x03why\x18\x01 \x01(\t\"\x16\n\x06Notice\x12\x0c\n\x04text\x18\x01 \x01(\t\"*\n\x07Welcome\x12\r\n\x05token\x18\x01 \x01(\t\x12\x10\n\x08received\x18\x02 \x01(\x03\"\x16\n\x07Refused\x12\x0b\n\x03why\x18\x01 \x01(\t\"\xb9\x01\n\x0cStartWorkers\x12&\n\x07workers\x18\x01 \x03(\x0b\x32\x15.everstep.v1.WorkerId\x12\x12\n\nworld_size\x18\x02 \x01(\x05\x12\x15\n\rrestart_count\x18\x03 \x01(\x05\x12\x13\n\x0bmaster_addr\x18\x04 \x01(\t\x12\x13\n\x0bmaster_port\x18\x05 \x01(\x05\x12\x12\n\ngroup_rank\x18\x06 \x01(\x05\x12\x18\n\x10group_world_size\x18\x07 \x01(\x05\"5\n\x0bKillWorkers\x12&\n\x07workers\x18\x01 \x03(\x0b\x32\x15.everstep.v1.WorkerId\"?\n\x08ToWorker\x12%\n\x06worker\x18\x01 \x01(\x0b\x32\x15.everstep.v1.WorkerId\x12\x0c\n\x04json\x18\x02 \x01(\t\"F\n\x06\x45ndJob\x12\x11\n\tsucceeded\x18\x01 \x01(\x08\x12\x0b\n\x03why\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\x12\x0c\n\x04rank\x18\x04 \x01(\x05\"\x12\n\x10GetStatusRequest\"!\n\x11GetStatusResponse\x12\x0c\n\x04json\x18\x01 \x01(\t2\xa7\x01\n\x12\x43oordinatorService\x12\x45\n\x06\x41ttach\x12\x1a.everstep.v1.AttachRequest\x1a\x1b.everstep.v1.AttachResponse(\x01\x30\x01\x12J\n\tGetStatus\x12\x1d.everstep.v1.GetStatusRequest\x1a\x1e.everstep.v1.GetStatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x0e\x65verstep.proto\x12\x0b\x65verstep.v1\x1a\x0ftelemetry.proto\"-\n\x08WorkerId\x12\x0c\n\x04rank\x18\x01 \x01(\x05\x12\x13\n\x0bincarnation\x18\x02 \x01(\x05\"\xa9\x03\n\rAttachRequest\x12\x0e\n\x06number\x18\x0f \x01(\x03\x12#\n\x05hello\x18\x01 \x01(\x0b\x32\x12.everstep.v1.HelloH\x00\x12\'\n\x05ready\x18\x02 \x01(\x0b\x32\x16.everstep.v1.NodeReadyH\x00\x12+\n\theartbeat\x18\x03 \x01(\x0b\x32\x16.everstep.v1.HeartbeatH\x00\x12.\n\x0b\x66rom_worker\x18\x04 \x01(\x0b\x32\x17.everstep.v1.FromWorkerH\x00\x12\'\n\x04\x64ied\x18\x05 \x01(\x0b\x32\x17.everstep.v1.WorkerDiedH\x00\x12(\n\x04stop\x18\x06 \x01(\x0b\x32\x18.everstep.v1.StopRequestH\x00\x12)\n\x05store\x18\x07 \x01(\x0b\x32\x18.everstep.v1.StoreOpenedH\x00\x12*\n\x05\x64rain\x18\x08 \x01(\x0b\x32\x19.everstep.v1.DrainRequestH\x00\x12+\n\ttelemetry\x18\x0c \x01(\x0b\x32\x16.everstep.v1.TelemetryH\x00\x42\x06\n\x04\x62ody\"o\n\x05Hello\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x10\n\x08protocol\x18\x03 \x01(\x05\x12\x11\n\treturning\x18\x04 \x01(\x08\x12\x10\n\x08received\x18\x05 \x01(\x03\x12\x14\n\x0ctoken_digest\x18\x06 \x01(\t\"m\n\tNodeReady\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\r\n\x05slots\x18\x02 \x01(\x05\x12\x0e\n\x06keeper\x18\x03 \x01(\t\x12\r\n\x05order\x18\x04 \x01(\x05\x12\x14\n\x0cmemory_bytes\x18\x05 \x01(\x03\x12\x0e\n\x06stores\x18\x06 \x03(\x05\"\x1b\n\x0bStoreOpened\x12\x0c\n\x04port\x18\x01 \x01(\x05\"\x1d\n\tHeartbeat\x12\x10\n\x08received\x18\x01 \x01(\x03\"A\n\nFromWorker\x12%\n\x06worker\x18\x01 \x01(\x0b\x32\x15.everstep.v1.WorkerId\x12\x0c\n\x04json\x18\x02 \x01(\t\"\xba\x01\n\nWorkerDied\x12%\n\x06worker\x18\x01 \x01(\x0b\x32\x15.everstep.v1.WorkerId\x12\r\n\x05\x63\x61use\x18\x02 \x01(\t\x12\r\n\x05\x63lean\x18\x03 \x01(\x08\x12\x0c\n\x04step\x18\x04 \x01(\x03\x12\r\n\x05phase\x18\x05 \x01(\t\x12\x1e\n\x16\x66inished_micro_batches\x18\x06 \x01(\x05\x12\x15\n\rdetected_at_s\x18\x07 \x01(\x01\x12\x13\n\x0bkilled_at_s\x18\x08 \x01(\x01\"\x1a\n\x0bStopRequest\x12\x0b\n\x03why\x18\x01 \x01(\t\"\x1b\n\x0c\x44rainRequest\x12\x0b\n\x03why\x18\x01 \x01(\t\"\x99\x03\n\x0e\x41ttachResponse\x12\x0e\n\x06number\x18\x0f \x01(\x03\x12\'\n\x07welcome\x18\x01 \x01(\x0b\x32\x14.everstep.v1.WelcomeH\x00\x12\'\n\x07refused\x18\x02 \x01(\x0b\x32\x14.everstep.v1.RefusedH\x00\x12*\n\x05start\x18\x03 \x01(\x0b\x32\x19.everstep.v1.StartWorkersH\x00\x12(\n\x04kill\x18\x04 \x01(\x0b\x32\x18.everstep.v1.KillWorkersH\x00\x12*\n\tto_worker\x18\x05 \x01(\x0b\x32\x15.everstep.v1.ToWorkerH\x00\x12\"\n\x03\x65nd\x18\x06 \x01(\x0b\x32\x13.everstep.v1.EndJobH\x00\x12+\n\theartbeat\x18\x07 \x01(\x0b\x32\x16.everstep.v1.HeartbeatH\x00\x12#\n\x05\x66\x65nce\x18\x08 \x01(\x0b\x32\x12.everstep.v1.FenceH\x00\x12%\n\x06notice\x18\t \x01(\x0b\x32\x13.everstep.v1.NoticeH\x00\x42\x06\n\x04\x62ody\"\x14\n\x05\x46\x65nce\x12\x0b\n\x03why\x18\x01 \x01(\t\"\x16\n\x06Notice\x12\x0c\n\x04text\x18\x01 \x01(\t\"*\n\x07Welcome\x12\r\n\x05token\x18\x01 \x01(\t\x12\x10\n\x08received\x18\x02 \x01(\x03\"\x16\n\x07Refused\x12\x0b\n\x03why\x18\x01 \x01(\t\"\xb9\x01\n\x0cStartWorkers\x12&\n\x07workers\x18\x01 \x03(\x0b\x32\x15.everstep.v1.WorkerId\x12\x12\n\nworld_size\x18\x02 \x01(\x05\x12\x15\n\rrestart_count\x18\x03 \x01(\x05\x12\x13\n\x0bmaster_addr\x18\x04 \x01(\t\x12\x13\n\x0bmaster_port\x18\x05 \x01(\x05\x12\x12\n\ngroup_rank\x18\x06 \x01(\x05\x12\x18\n\x10group_world_size\x18\x07 \x01(\x05\"5\n\x0bKillWorkers\x12&\n\x07workers\x18\x01 \x03(\x0b\x32\x15.everstep.v1.WorkerId\"?\n\x08ToWorker\x12%\n\x06worker\x18\x01 \x01(\x0b\x32\x15.everstep.v1.WorkerId\x12\x0c\n\x04json\x18\x02 \x01(\t\"F\n\x06\x45ndJob\x12\x11\n\tsucceeded\x18\x01 \x01(\x08\x12\x0b\n\x03why\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\x12\x0c\n\x04rank\x18\x04 \x01(\x05\"\x12\n\x10GetStatusRequest\"!\n\x11GetStatusResponse\x12\x0c\n\x04json\x18\x01 \x01(\t2\xa7\x01\n\x12\x43oordinatorService\x12\x45\n\x06\x41ttach\x12\x1a.everstep.v1.AttachRequest\x1a\x1b.everstep.v1.AttachResponse(\x01\x30\x01\x12J\n\tGetStatus\x12\x1d.everstep.v1.GetStatusRequest\x1a\x1e.everstep.v1.GetStatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'everstep_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_WORKERID']._serialized_start=31
-  _globals['_WORKERID']._serialized_end=76
-  _globals['_ATTACHREQUEST']._serialized_start=79
-  _globals['_ATTACHREQUEST']._serialized_end=459
-  _globals['_HELLO']._serialized_start=461
-  _globals['_HELLO']._serialized_end=572
-  _globals['_NODEREADY']._serialized_start=574
-  _globals['_NODEREADY']._serialized_end=683
-  _globals['_STOREOPENED']._serialized_start=685
-  _globals['_STOREOPENED']._serialized_end=712
-  _globals['_HEARTBEAT']._serialized_start=714
-  _globals['_HEARTBEAT']._serialized_end=743
-  _globals['_FROMWORKER']._serialized_start=745
-  _globals['_FROMWORKER']._serialized_end=810
-  _globals['_WORKERDIED']._serialized_start=813
-  _globals['_WORKERDIED']._serialized_end=999
-  _globals['_STOPREQUEST']._serialized_start=1001
-  _globals['_STOPREQUEST']._serialized_end=1027
-  _globals['_DRAINREQUEST']._serialized_start=1029
-  _globals['_DRAINREQUEST']._serialized_end=1056
-  _globals['_ATTACHRESPONSE']._serialized_start=1059
-  _globals['_ATTACHRESPONSE']._serialized_end=1468
-  _globals['_FENCE']._serialized_start=1470
-  _globals['_FENCE']._serialized_end=1490
-  _globals['_NOTICE']._serialized_start=1492
-  _globals['_NOTICE']._serialized_end=1514
-  _globals['_WELCOME']._serialized_start=1516
-  _globals['_WELCOME']._serialized_end=1558
-  _globals['_REFUSED']._serialized_start=1560
-  _globals['_REFUSED']._serialized_end=1582
-  _globals['_STARTWORKERS']._serialized_start=1585
-  _globals['_STARTWORKERS']._serialized_end=1770
-  _globals['_KILLWORKERS']._serialized_start=1772
-  _globals['_KILLWORKERS']._serialized_end=1825
-  _globals['_TOWORKER']._serialized_start=1827
-  _globals['_TOWORKER']._serialized_end=1890
-  _globals['_ENDJOB']._serialized_start=1892
-  _globals['_ENDJOB']._serialized_end=1962
-  _globals['_GETSTATUSREQUEST']._serialized_start=1964
-  _globals['_GETSTATUSREQUEST']._serialized_end=1982
-  _globals['_GETSTATUSRESPONSE']._serialized_start=1984
-  _globals['_GETSTATUSRESPONSE']._serialized_end=2017
-  _globals['_COORDINATORSERVICE']._serialized_start=2020
-  _globals['_COORDINATORSERVICE']._serialized_end=2187
+  _globals['_WORKERID']._serialized_start=48
+  _globals['_WORKERID']._serialized_end=93
+  _globals['_ATTACHREQUEST']._serialized_start=96
+  _globals['_ATTACHREQUEST']._serialized_end=521
+  _globals['_HELLO']._serialized_start=523
+  _globals['_HELLO']._serialized_end=634
+  _globals['_NODEREADY']._serialized_start=636
+  _globals['_NODEREADY']._serialized_end=745
+  _globals['_STOREOPENED']._serialized_start=747
+  _globals['_STOREOPENED']._serialized_end=774
+  _globals['_HEARTBEAT']._serialized_start=776
+  _globals['_HEARTBEAT']._serialized_end=805
+  _globals['_FROMWORKER']._serialized_start=807
+  _globals['_FROMWORKER']._serialized_end=872
+  _globals['_WORKERDIED']._serialized_start=875
+  _globals['_WORKERDIED']._serialized_end=1061
+  _globals['_STOPREQUEST']._serialized_start=1063
+  _globals['_STOPREQUEST']._serialized_end=1089
+  _globals['_DRAINREQUEST']._serialized_start=1091
+  _globals['_DRAINREQUEST']._serialized_end=1118
+  _globals['_ATTACHRESPONSE']._serialized_start=1121
+  _globals['_ATTACHRESPONSE']._serialized_end=1530
+  _globals['_FENCE']._serialized_start=1532
+  _globals['_FENCE']._serialized_end=1552
+  _globals['_NOTICE']._serialized_start=1554
+  _globals['_NOTICE']._serialized_end=1576
+  _globals['_WELCOME']._serialized_start=1578
+  _globals['_WELCOME']._serialized_end=1620
+  _globals['_REFUSED']._serialized_start=1622
+  _globals['_REFUSED']._serialized_end=1644
+  _globals['_STARTWORKERS']._serialized_start=1647
+  _globals['_STARTWORKERS']._serialized_end=1832
+  _globals['_KILLWORKERS']._serialized_start=1834
+  _globals['_KILLWORKERS']._serialized_end=1887
+  _globals['_TOWORKER']._serialized_start=1889
+  _globals['_TOWORKER']._serialized_end=1952
+  _globals['_ENDJOB']._serialized_start=1954
+  _globals['_ENDJOB']._serialized_end=2024
+  _globals['_GETSTATUSREQUEST']._serialized_start=2026
+  _globals['_GETSTATUSREQUEST']._serialized_end=2044
+  _globals['_GETSTATUSRESPONSE']._serialized_start=2046
+  _globals['_GETSTATUSRESPONSE']._serialized_end=2079
+  _globals['_COORDINATORSERVICE']._serialized_start=2082
+  _globals['_COORDINATORSERVICE']._serialized_end=2249
 # @@protoc_insertion_point(module_scope)

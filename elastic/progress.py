@@ -28,6 +28,9 @@ _PAGE = struct.Struct(
 )  # counter, step, phase, finished micro-batches, training, time of an injected fault (ns)
 
 
+COORDINATOR = "es-coordinator"  # the name of its process
+
+
 class Phase(enum.IntEnum):
     """What a worker is doing."""
 
@@ -70,7 +73,7 @@ class Fault:
     incarnation: int = 0
     after: int = 0
     period: int = 0
-    kind: str = "kill"  # kill | stop | loop | node (all of it, at one instant) | flip, flip-owned, ... (a bit)
+    kind: str = "kill"  # kill | stop | loop | node (all of it, at one instant) | coordinator | flip, flip-owned, ...
 
     VARIABLE = "EVERSTEP_FAULTS"
 
@@ -158,12 +161,25 @@ class Progress:
             os.kill(os.getpid(), signal.SIGKILL)
         elif fault.kind == "node":
             _kill_node()
+        elif fault.kind == "coordinator":
+            _kill_coordinator()
         elif fault.kind.startswith("flip"):
             self.damage(fault.kind)
         elif fault.kind == "stop":
             os.kill(os.getpid(), signal.SIGSTOP)
         while fault.kind == "loop":
             pass
+
+
+def _kill_coordinator() -> None:
+    """Kill the coordinator that this node's launcher has beside it, as soon as one serves."""
+    launcher = psutil.Process(os.getppid()).parent()
+    assert launcher is not None
+    while not (found := [process for process in launcher.children() if process.name() == COORDINATOR]):
+        time.sleep(0.01)
+    found[0].kill()
+    with contextlib.suppress(psutil.NoSuchProcess):
+        found[0].wait(10)
 
 
 def _kill_node() -> None:

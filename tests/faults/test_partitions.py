@@ -23,7 +23,7 @@ def job(tmp_path: Path) -> Iterator[Cluster]:
     """Three nodes that train."""
     with Hosts(3) as hosts:
         hosts.require("partition", "loss")
-        cluster = Cluster(hosts, tmp_path, steps=STEPS)
+        cluster = Cluster(hosts, tmp_path, steps=STEPS, flags=["--es-coordinator-wait=1"])
         cluster.start()
         cluster.reaches(4)
         yield cluster

@@ -20,6 +20,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -50,6 +51,11 @@ class Hosts:
         self.launchers: dict[int, subprocess.Popen[str]] = {}  # the last one of each host
         self._network = Namespaces(count) if possible and namespaces is not False else Loopback(count)
         self._started: list[subprocess.Popen[str]] = []
+        self._state = tempfile.TemporaryDirectory(prefix="everstep-test-")
+
+    def _environment(self, host: int) -> dict[str, str]:
+        state = {"XDG_STATE_HOME": self._state.name, "EVERSTEP_INSECURE_NETWORK": "1"}
+        return {**self._network.environment(host), **state}
 
     def __enter__(self) -> Hosts:
         return self
@@ -67,6 +73,7 @@ class Hosts:
                     if pipe is not None:
                         pipe.close()
             self._network.close()
+            self._state.cleanup()
 
     def require(self, *abilities: str) -> None:
         """Skip the test, saying why, unless this machine can do all of: "partition", "loss", "delay"."""
@@ -90,6 +97,7 @@ class Hosts:
         """Start `everstep coordinator` on its own host; again after it was killed, at the same endpoint."""
         bind = self.endpoint or f"{self.address(COORDINATOR)}:0"
         command = ["coordinator", f"--bind={bind}", f"--nnodes={nnodes}", *flags]
+        command.append(f"--es-store={self._state.name}/store.sqlite")
         process = self.run(COORDINATOR, sys.executable, "-m", "everstep", *command)
         assert process.stdout is not None
         said = process.stdout.readline()
@@ -112,7 +120,7 @@ class Hosts:
             script,
             list(arguments),
             [*own, *flags],
-            {**self._network.environment(host), **(environment or {})},
+            {**self._environment(host), **(environment or {})},
             inside=self._network.enter(host),
         )
         self._started.append(process)
@@ -126,7 +134,7 @@ class Hosts:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, **self._network.environment(host)},
+            env={**os.environ, **self._environment(host)},
             start_new_session=True,
             preexec_fn=die_with_parent,
         )

@@ -1,0 +1,121 @@
+"""The coordinator is killed: in every phase of a step and of a recovery, with others, and while nobody is there to see.
+
+Training goes on, no step is lost, and what failed meanwhile is handled by the coordinator that comes after it.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.jobs import assert_same_run, reference, run_job
+from tests.jobs.cluster import Cluster
+from tests.jobs.hosts import COORDINATOR, Hosts
+
+STEPS = 40
+STEP_PHASES = ("compute", "reduce", "agree", "update", "commit")
+RECOVERY_PHASES = ("recover", "restore", "join")
+
+
+def kill_coordinator(rank: int, phase: str, step: int = 0, incarnation: int = 0) -> dict[str, Any]:
+    return {"rank": rank, "phase": phase, "step": step, "incarnation": incarnation, "kind": "coordinator"}
+
+
+def run(faults: list[dict[str, Any]], *, nproc: int = 2, stages: int = 1, steps: int = STEPS) -> Any:
+    result = run_job(nproc=nproc, stages=stages, steps=steps, faults=faults)
+    assert_same_run(result, reference(steps))
+    assert [event["step"] for event in result.named("committed")] == list(range(steps)), "the ledger has every step"
+    assert len({event["number"] for event in result.events}) == len(result.events)
+    return result
+
+
+def test_in_every_phase_of_a_step() -> None:
+    """Nobody is lost for it, and no generation ends."""
+    result = run([kill_coordinator(0, phase, 3 + 7 * i) for i, phase in enumerate(STEP_PHASES)])
+    assert len(result.named("coordinator_returned")) == len(STEP_PHASES)
+    assert {event["generation"] for event in result.named("committed")} == {1}
+    assert not result.named("node_lost")
+
+
+def test_in_every_phase_of_a_recovery() -> None:
+    """Rank 1 dies again and again, and each time the coordinator does, in what follows from it."""
+    faults = []
+    for life, phase in enumerate(RECOVERY_PHASES):
+        faults.append({"rank": 1, "phase": "compute", "step": 4 + 9 * life, "incarnation": life})
+        newcomer = phase == "join"
+        faults.append(kill_coordinator(1, phase, 0, life + 1) if newcomer else kill_coordinator(0, phase, 4 + 9 * life))
+    result = run(faults, nproc=2)
+    assert len(result.named("worker_died")) == len(RECOVERY_PHASES)
+    assert len(result.named("coordinator_returned")) == len(RECOVERY_PHASES)
+
+
+def test_together_with_a_worker() -> None:
+    """The worker dies while there is no coordinator; the next one handles it. In every phase of a step."""
+    faults = []
+    for life, phase in enumerate(STEP_PHASES):
+        place = {"phase": phase, "step": 4 + 7 * life, "incarnation": life}
+        faults += [{"rank": 1, "kind": "coordinator", **place}, {"rank": 1, **place}]
+    result = run(faults, nproc=3)
+    assert len(result.named("coordinator_returned")) == len(STEP_PHASES)
+    assert [event["rank"] for event in result.named("worker_died")] == [1] * len(STEP_PHASES)
+    assert len(result.named("recovered")) == len(STEP_PHASES)
+
+
+def test_again_and_again_with_stages() -> None:
+    """Every few steps, in whatever phase it is, in a pipeline that loses workers too."""
+    faults = [kill_coordinator(0, STEP_PHASES[i % 5], 2 * i) for i in range(16)]
+    faults += [{"rank": rank, "phase": "compute", "step": 6 + 8 * rank} for rank in (1, 2, 3)]
+    result = run(faults, nproc=4, stages=2)
+    assert len(result.named("coordinator_returned")) == 16
+    assert len(result.named("worker_died")) == 3
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Iterator[Cluster]:
+    """Three nodes that train, and a coordinator by itself."""
+    with Hosts(3) as hosts:
+        cluster = Cluster(hosts, tmp_path, steps=60)
+        cluster.start()
+        cluster.reaches(4)
+        yield cluster
+
+
+def coordinator_dies(job: Cluster) -> None:
+    job.hosts.kill(COORDINATOR)
+    assert job.coordinator.wait(10) == -signal.SIGKILL
+
+
+def test_a_node_is_lost_while_there_is_no_coordinator(job: Cluster) -> None:
+    """`everstep coordinator`, started again by the same command, finds what it knew, and that a node is missing."""
+    with job.slowly():
+        job.until(job.whole, 60, "the job is whole")
+        coordinator_dies(job)
+        job.away.add(1)
+        job.hosts.kill(1)
+        time.sleep(1.0)  # nobody is there who could tell what happens now
+        job.start_coordinator()
+        job.until(lambda: job.events("node_lost"), 30, "the lost node is noticed")
+        job.until(lambda: job.events("recovered"), 30, "the others have recovered")
+    job.away.clear()
+    job.await_whole()
+    job.see_to_the_end(60)
+    result = job.check()
+    assert [event["host"] for event in result.named("node_lost")] == [job.hosts.address(1)]
+    assert len(result.named("coordinator_returned")) == 1
+
+
+def test_a_coordinator_that_was_only_stopped_meets_its_successor(job: Cluster) -> None:
+    """SIGSTOP, and another one for the same store: the store is in use, which is said, and nothing is harmed."""
+    with job.slowly():
+        job.until(job.whole, 60, "the job is whole")
+        job.hosts.stop(COORDINATOR)
+        with pytest.raises(AssertionError, match="did not start"):
+            job.start_coordinator()
+        job.hosts.cont(COORDINATOR)
+    job.see_to_the_end(60)
+    assert not job.check().named("node_lost")
