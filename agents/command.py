@@ -44,6 +44,12 @@ INSECURE_NETWORK: dict[str, Any] = {
 }
 COORDINATOR_WAIT_S = 300.0
 
+METRICS: dict[str, Any] = {
+    "default": "",
+    "metavar": "HOST:PORT",
+    "help": "serve Prometheus metrics there (port 0: any)",
+}
+
 
 class LaunchError(Exception):
     """A command line that cannot be carried out."""
@@ -92,6 +98,13 @@ def parser() -> argparse.ArgumentParser:
         help="how long this node's workers may make no progress without a coordinator before they are stopped",
     )
     own.add_argument("--es-events", metavar="FILE", help="append every event of the job to FILE, one JSON a line")
+    own.add_argument("--es-metrics", **METRICS)
+    own.add_argument(
+        "--es-coordinator-metrics",
+        default="",
+        metavar="HOST:PORT",
+        help="serve the job's Prometheus metrics there, on the node that has the coordinator",
+    )
     own.add_argument("--es-config", metavar="FILE", help="TOML file with an [everstep] table of settings")
     own.add_argument(
         "--es-preload", default="", metavar="MODULES", help="comma-separated modules to import before forks"

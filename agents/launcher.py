@@ -23,6 +23,7 @@ from .command import (
     CHOSEN,
     DEFAULT_PORT,
     INSECURE_NETWORK,
+    METRICS,
     OVERRIDES,
     STOP_GRACE,
     STORE,
@@ -34,6 +35,7 @@ from .coordinating import END_S, CoordinatorFailed, CoordinatorProcess, Task, se
 from .logs import WorkerLogs, discard
 from .memory import available, parse_size
 from .node import AgentError, NodeAgent, NodeConfig, Outcome
+from .pages import AddressTaken
 from .preloader import Preloader
 
 CONNECT_TIMEOUT_S = 60.0  # torchrun waits as long for its store
@@ -47,6 +49,8 @@ def launch(command: Command, preloader: Preloader) -> int:
         return _conclude(_run_node(command, preloader))
     except AgentError as error:
         raise LaunchError(str(error)) from None
+    except AddressTaken as error:
+        raise LaunchError(f"--es-metrics {error}") from None
 
 
 def _conclude(outcome: Outcome) -> int:
@@ -143,7 +147,15 @@ def _coordinate(
         join_timeout_s=_join_timeout(command),
         stop_grace_s=command.own.es_stop_grace,
     )
-    task = Task(job=job, config=config, host=host, port=port, store=store, events=command.own.es_events or "")
+    task = Task(
+        job=job,
+        config=config,
+        host=host,
+        port=port,
+        store=store,
+        events=command.own.es_events or "",
+        metrics=command.own.es_coordinator_metrics,
+    )
     try:
         coordinator = CoordinatorProcess(task, security)
     except CoordinatorFailed as error:
@@ -219,6 +231,7 @@ def _node_config(command: Command, job: str, address: str) -> NodeConfig:
         hang_timeout_s=own.es_hang_timeout,
         shutdown_timeout_s=float(getattr(torch, "shutdown_timeout", 30)),
         shared_memory=not own.es_tcp,
+        metrics=own.es_metrics,
     )
 
 
@@ -269,6 +282,7 @@ def coordinate(arguments: Sequence[str]) -> int:
     parse.add_argument("--es-events", metavar="FILE")
     parse.add_argument("--es-store", **STORE)
     parse.add_argument("--es-insecure-network", **INSECURE_NETWORK)
+    parse.add_argument("--es-metrics", **METRICS)
     own = parse.parse_args(list(arguments))
     logging.basicConfig(format="everstep: %(message)s", level=logging.INFO)
     try:
@@ -280,7 +294,15 @@ def coordinate(arguments: Sequence[str]) -> int:
         if own.es_insecure_network:
             os.environ[TRUST] = "1"
         store = own.es_store or str(default_store(own.rdzv_id, host, port))
-        task = Task(job=own.rdzv_id, config=config, host=host, port=port, store=store, events=own.es_events or "")
+        task = Task(
+            job=own.rdzv_id,
+            config=config,
+            host=host,
+            port=port,
+            store=store,
+            events=own.es_events or "",
+            metrics=own.es_metrics,
+        )
 
         def serves(port: int) -> None:
             print(f"coordinator of job {own.rdzv_id} at {host}:{port}", flush=True)

@@ -34,7 +34,7 @@ FAILURES = ("worker_died", "worker_hung", "node_lost", "corruption")
 ACTIVITIES = ("compute", "fetch", "wait", "send", "receive", "update", "outside")
 SHOWN_STRAGGLERS = 16  # ranks with a series of their own
 
-disable_created_metrics()
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
 @dataclass
@@ -108,8 +108,10 @@ class JobMetrics(_Metrics):
         self.tokens = self.counter("everstep_tokens", "tokens in committed steps, where inputs are text")
         self.loss = self.gauge("everstep_loss", "mean loss of the last committed step")
         self.productive = self.counter("everstep_productive_seconds", "time that went into steps that were kept")
-        self.training = self.counter("everstep_training_seconds", "time since training began")
-        self.goodput = self.gauge("everstep_goodput_ratio", "productive time over time since training began")
+        self.training = self.counter(
+            "everstep_training_seconds", "time since training began, without a step's at the end"
+        )
+        self.goodput = self.gauge("everstep_goodput_ratio", "productive over training seconds")
 
     def _recoveries(self) -> None:
         self.recoveries = self.counter("everstep_recoveries", "recoveries, until the next commit", "reason")
@@ -119,8 +121,11 @@ class JobMetrics(_Metrics):
         self.recovery_phases = self.histogram(
             "everstep_recovery_phase_seconds", "time in a phase of a recovery", RECOVERY_BUCKETS, "phase", "reason"
         )
-        for reason in REASONS:
+        for reason in REASONS:  # from nothing on, so that the first one is a rise
             self.recoveries.labels(reason)
+            self.recovery_seconds.labels(reason)
+            for phase in RECOVERY_PHASES:
+                self.recovery_phases.labels(phase, reason)
         self.lost_micro_batches = self.counter("everstep_lost_micro_batches", "micro-batches computed again")
         self.lost_steps = self.counter("everstep_lost_steps", "committed steps computed again")
         self.lost_seconds = self.counter("everstep_lost_seconds", "time that recoveries, and redone steps, took")

@@ -125,14 +125,16 @@ class Series:
         return point
 
     def training_s(self, now: float) -> float:
-        """The time since training began, or in which it took place."""
-        return (self.ended_s or now) - self.started_s if self.started_s else 0.0
+        """The time from the start to the last commit, and what the step under way has taken beyond a typical one."""
+        if not self.started_s:
+            return 0.0
+        under_way_s = (self.ended_s or now) - self.committed_s
+        return self.committed_s - self.started_s + max(0.0, under_way_s - self.typical_s)
 
     def goodput(self, now: float) -> float:
-        """The share of the time that went into steps that were kept; the step under way is given a typical time."""
-        total_s = self.training_s(now)
-        under_way_s = min((self.ended_s or now) - self.committed_s, self.typical_s) if self.started_s else 0.0
-        return min(1.0, (self.productive_s + under_way_s) / total_s) if total_s > 0 else 1.0
+        """The share of that time that went into steps that were kept."""
+        training_s = self.training_s(now)
+        return min(1.0, self.productive_s / training_s) if training_s > 0 else 1.0
 
     def rate(self, of: int = TYPICAL_OF) -> float:
         """Steps a second over the last `of` of them; 0 if nothing is known."""

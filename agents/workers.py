@@ -42,7 +42,7 @@ class WorkerProcess:
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         fd = create_page()
-        return cls(worker, ours, theirs, fd, mmap.mmap(fd, mmap.PAGESIZE))
+        return cls(worker, ours, theirs, fd, mmap.mmap(fd, mmap.PAGESIZE, prot=mmap.PROT_READ))
 
     def forked(self, pid: int) -> None:
         """The process exists."""

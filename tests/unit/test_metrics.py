@@ -22,49 +22,13 @@ from deploy.prometheus import generate as prometheus
 
 ROOT = Path(__file__).parents[2]
 LABELS = {
-    "run",
-    "version",
-    "node",
-    "phase",
-    "reason",
-    "stage",
-    "host",
-    "kind",
-    "where",
-    "rank",
-    "activity",
-    "place",
-    "gpu",
+    *("run", "version", "node", "phase", "reason", "stage", "host", "kind", "where"),
+    *("rank", "activity", "place", "gpu"),
 }
-UNITS = tuple(
-    [
-        "seconds",
-        "bytes",
-        "ratio",
-        "info",
-        "steps",
-        "ranks",
-        "nodes",
-        "layers",
-        "watts",
-        "celsius",
-        "samples",
-        "tokens",
-        "micro_batches",
-        "spans",
-        "versions",
-        "copies",
-        "recoveries",
-        "failures",
-        "restarts",
-        "corruptions",
-        "checkpoints",
-        "heartbeats",
-        "loss",
-        "load",
-        "phase",
-        "generation",
-    ]
+UNITS = (
+    *("seconds", "bytes", "ratio", "info", "steps", "ranks", "nodes", "layers", "watts", "celsius", "copies", "spans"),
+    *("samples", "tokens", "micro_batches", "versions", "recoveries", "failures", "restarts", "corruptions"),
+    *("checkpoints", "heartbeats", "loss", "load", "phase", "generation"),
 )
 _NAME = re.compile(r"\beverstep_[a-z_]+")
 

@@ -100,6 +100,6 @@ def test_generated_code_is_what_the_proto_generates(tmp_path) -> None:
     generated = sorted(tmp_path.iterdir())
     names = ["everstep_pb2.py", "everstep_pb2.pyi", "everstep_pb2_grpc.py", "telemetry_pb2.py", "telemetry_pb2.pyi"]
     names += ["rendezvous_pb2.py", "rendezvous_pb2.pyi", "rendezvous_pb2_grpc.py"]
-    assert [path.name for path in generated] == names
+    assert [path.name for path in generated] == sorted(names)
     for path in generated:
         assert path.read_text() == (ROOT / "comms" / path.name).read_text(), f"run comms/generate.sh: {path.name}"
