@@ -113,7 +113,7 @@ class WatchedJob:
         self.out = folder / "out"
         self.out.mkdir()
         self.checkpoints = folder / "checkpoints"
-        rendezvous, coordinator, *agents = free_ports(4)
+        self.rendezvous, coordinator, *agents = free_ports(4)
         self.coordinator = f"127.0.0.1:{coordinator}"
         self.agents = [f"127.0.0.1:{port}" for port in agents]
         self.launchers: list[subprocess.Popen[str]] = []
@@ -122,10 +122,14 @@ class WatchedJob:
         folder.mkdir()
         targets = {"everstep-coordinator": [self.coordinator], "everstep-agents": self.agents}
         self.prometheus = Prometheus(folder, targets)  # first: it takes some seconds to find its targets
+        self._outputs: list[threading.Thread] = []
+
+    def start(self) -> None:
+        """Start the nodes, the one with the coordinator first."""
         arguments = [json.dumps({"out": str(self.out), "steps": STEPS, "stages": 1})]
         for agent in self.agents:
             flags = [
-                *("--nnodes=2", "--nproc-per-node=2", f"--rdzv-endpoint=127.0.0.1:{rendezvous}"),
+                *("--nnodes=2", "--nproc-per-node=2", f"--rdzv-endpoint=127.0.0.1:{self.rendezvous}"),
                 *(f"--es-events={self.out}/events.jsonl", "--es-snapshot-every=1", "--es-keeper-memory=1GiB"),
                 *(f"--es-checkpoint={self.checkpoints}", "--es-checkpoint-every=10"),
                 *(
@@ -136,7 +140,7 @@ class WatchedJob:
             ]
             faults = {"EVERSTEP_FAULTS": json.dumps(FAULTS)}
             self.launchers.append(launch(JOBS / "gpt_job.py", arguments, flags, faults))
-            wait_until(lambda: answers(coordinator), 30, "the first node has the coordinator")
+            wait_until(lambda: answers(self.coordinator), 30, "the first node has the coordinator")
         self._outputs = [threading.Thread(target=p.stdout.read, daemon=True) for p in self.launchers if p.stdout]
         for reader in self._outputs:
             reader.start()
@@ -210,7 +214,7 @@ class WatchedJob:
                 os.killpg(launcher.pid, signal.SIGKILL)
             launcher.wait()
         self.prometheus.close()
-        for launcher, reader in zip(self.launchers, self._outputs, strict=True):
+        for launcher, reader in zip(self.launchers, self._outputs, strict=False):
             reader.join(timeout=10)
             if launcher.stdout:
                 launcher.stdout.close()
@@ -221,14 +225,16 @@ def watched(folder: Path) -> Iterator[WatchedJob]:
     """The job, started; killed at the end, and Prometheus with it."""
     job = WatchedJob(folder)
     try:
+        job.start()
         yield job
     finally:
         job.close()
 
 
-def answers(port: int) -> bool:
-    """Whether somebody listens on a port of loopback."""
-    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+def answers(address: str) -> bool:
+    """Whether somebody listens at HOST:PORT."""
+    host, _, port = address.rpartition(":")
+    with contextlib.suppress(OSError), socket.create_connection((host, int(port)), timeout=1):
         return True
     return False
 
