@@ -6,18 +6,24 @@ import argparse
 import contextlib
 import logging
 import os
+import shutil
+import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.distributed.launcher.api import LaunchConfig
-from torch.distributed.run import config_from_args, get_args_parser
+from torch.distributed.run import config_from_args, get_args_parser, run_script_path
 
 from ..elastic.protocol.liveness import FLOOR_S
 from ..elastic.protocol.state import Config
 
 DEFAULT_PORT = 29400
+BACKENDS = ("static", "c10d", "everstep")
+RENDEZVOUS = ("join_timeout", "last_call_timeout")  # of --rdzv-conf; torch adds the others by itself
 OVERRIDES = (
     *("steps", "stages", "global-batch-size", "micro-batch-size", "seed", "node-losses", "verify-every"),
     *("checkpoint-every", "checkpoint-keep"),
@@ -119,7 +125,16 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parsed = parser().parse_args(list(arguments))
     if not (parsed.module or parsed.no_python) and not Path(parsed.training_script).is_file():
         raise LaunchError(f"no such script: {parsed.training_script}")
-    node_range(parsed.nnodes)
+    _, most = node_range(parsed.nnodes)
+    if parsed.standalone and most > 1:
+        raise LaunchError(f"--standalone is a job of one node, and --nnodes={parsed.nnodes}: leave one of them out")
+    if parsed.rdzv_backend not in BACKENDS:
+        raise LaunchError(
+            f"--rdzv-backend={parsed.rdzv_backend}: nodes meet at everstep's own coordinator, and {', '.join(BACKENDS)} "
+            "all mean that (several coordinators may share an etcd: --es-store)"
+        )
+    if parsed.event_log_handler != "null":
+        raise LaunchError("--event-log-handler: torch's events are not made; everstep has its own, see --es-events")
     return parsed
 
 
@@ -130,15 +145,37 @@ def preloads(parsed: argparse.Namespace) -> list[str]:
 
 def configure(parsed: argparse.Namespace) -> Command:
     """What a parsed command line asks for; torch may count devices. Raises LaunchError for what torch refuses."""
+    chosen = bool(parsed.log_dir)
+    parsed.log_dir = parsed.log_dir or tempfile.mkdtemp(prefix="torchelastic_")  # as torch would, but not left behind
     with _quiet_torch():
         try:
             config, target, rest = config_from_args(parsed)
-        except (AssertionError, ValueError) as error:
+            _check(config)
+        except (AssertionError, ValueError, LaunchError) as error:
+            if not chosen:
+                shutil.rmtree(parsed.log_dir, ignore_errors=True)
             raise LaunchError(str(error)) from None
     own = argparse.Namespace(**{k: v for k, v in vars(parsed).items() if k.startswith("es_")})
     program = _program(parsed, target, rest)
     endpoint = _chosen_endpoint(parsed, config.max_nodes)
-    return Command(config, program, own, int(parsed.node_rank), endpoint, bool(parsed.log_dir))
+    return Command(config, program, own, int(parsed.node_rank), endpoint, chosen)
+
+
+def _check(config: LaunchConfig) -> None:
+    """Raise LaunchError for what torch takes, and nothing here would heed, or could."""
+    unknown = sorted(config.rdzv_configs.keys() - {*RENDEZVOUS, "rank", "timeout"})
+    if unknown:
+        raise LaunchError(f"--rdzv-conf: there are {' and '.join(RENDEZVOUS)}, not {', '.join(unknown)}")
+    if getattr(config, "numa_options", None) is not None and not torch.cuda.is_available():
+        raise LaunchError("--numa-binding binds workers to the processors near their GPUs, and no GPU is available")
+    parent = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if getattr(config, "virtual_local_rank", False) and parent is not None:
+        count = len(parent.split(","))
+        if count < config.nproc_per_node:
+            raise LaunchError(
+                f"--virtual-local-rank gives each of {config.nproc_per_node} workers a GPU of its own, and "
+                f"CUDA_VISIBLE_DEVICES={parent} names {count}"
+            )
 
 
 def node_range(text: str) -> tuple[int, int]:
@@ -164,8 +201,10 @@ def _program(parsed: argparse.Namespace, target: Any, rest: list[str]) -> dict[s
     """What a worker runs. `rest` is torch's command after the interpreter: flags, script, arguments."""
     script = parsed.training_script
     arguments = list(rest[rest.index(script) + 1 :]) if script in rest else list(rest)
-    if parsed.no_python:
+    if parsed.no_python and not parsed.run_path:
         return {"kind": "command", "target": str(target), "arguments": arguments}
+    if target not in (sys.executable, run_script_path):  # PYTHON_EXEC: another interpreter, which imports all anew
+        return {"kind": "command", "target": str(target), "arguments": list(rest)}
     if parsed.module:
         return {"kind": "module", "target": script, "arguments": arguments}
     return {"kind": "script", "target": script, "arguments": arguments}

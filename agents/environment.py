@@ -9,6 +9,9 @@ from ..comms import everstep_pb2 as pb
 from ..elastic.settings import WorkerContext
 
 
+_LAUNCHERS_OWN = {("GRPC_ENABLE_FORK_SUPPORT", "0")}  # what comms/rpc.py sets for this process
+
+
 def torch_environment(
     start: pb.StartWorkers, *, rank: int, local_rank: int, slots: int, role: str, max_restarts: int, job: str
 ) -> dict[str, str]:
@@ -32,10 +35,18 @@ def torch_environment(
     }
 
 
+def virtual_rank(environment: Mapping[str, str], local_rank: int) -> dict[str, str]:
+    """Torchrun's --virtual-local-rank: every worker is local rank 0, and sees one GPU, its own."""
+    devices = environment.get("CUDA_VISIBLE_DEVICES")
+    own = devices.split(",")[local_rank].strip() if devices is not None else str(local_rank)
+    return {"LOCAL_RANK": "0", "CUDA_VISIBLE_DEVICES": own}
+
+
 def worker_environment(
     inherited: Mapping[str, str], torch: Mapping[str, str], context: WorkerContext
 ) -> dict[str, str]:
     """The whole environment of a worker: the launcher's, torch's variables, and ours."""
+    inherited = {name: value for name, value in inherited.items() if (name, value) not in _LAUNCHERS_OWN}
     kept = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": inherited.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")}
     return {**inherited, **kept, **torch, **context.to_environment()}
 

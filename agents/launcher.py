@@ -145,6 +145,7 @@ def _coordinate(
         max_nodes=command.torch.max_nodes,
         max_restarts=command.torch.max_restarts,
         join_timeout_s=_join_timeout(command),
+        last_call_s=_seconds(command, "last_call_timeout", Config().last_call_s),
         stop_grace_s=command.own.es_stop_grace,
     )
     task = Task(
@@ -169,11 +170,15 @@ def _coordinate(
 
 
 def _join_timeout(command: Command) -> float:
-    text = command.torch.rdzv_configs.get("join_timeout", 600)
+    return _seconds(command, "join_timeout", 600.0)
+
+
+def _seconds(command: Command, name: str, default: float) -> float:
+    text = command.torch.rdzv_configs.get(name, default)
     try:
         return float(text)
     except ValueError:
-        raise LaunchError(f"--rdzv-conf join_timeout must be a number of seconds, got {text!r}") from None
+        raise LaunchError(f"--rdzv-conf {name} must be a number of seconds, got {text!r}") from None
 
 
 def _open_events(path: str) -> TextIO:
@@ -211,7 +216,10 @@ def _node_config(command: Command, job: str, address: str) -> NodeConfig:
     if own.es_config:
         environment["EVERSTEP_CONFIG"] = own.es_config
     assert torch.logs_specs is not None
-    logs = WorkerLogs(torch.logs_specs, torch.nproc_per_node, torch.role, torch.log_line_prefix_template)
+    filters = tuple(getattr(torch, f"duplicate_{name}_filters", None) or () for name in ("stdout", "stderr"))
+    template = torch.log_line_prefix_template
+    logs = WorkerLogs(torch.logs_specs, torch.nproc_per_node, torch.role, template, (filters[0], filters[1]))
+    numa = getattr(torch, "numa_options", None)
     return NodeConfig(
         job=job,
         node=f"{socket.gethostname()}-{os.getpid()}",
@@ -231,6 +239,8 @@ def _node_config(command: Command, job: str, address: str) -> NodeConfig:
         hang_timeout_s=own.es_hang_timeout,
         shutdown_timeout_s=float(getattr(torch, "shutdown_timeout", 30)),
         shared_memory=not own.es_tcp,
+        virtual_local_rank=bool(getattr(torch, "virtual_local_rank", False)),
+        numa_binding=numa.affinity_mode.value if numa is not None else "",
         metrics=own.es_metrics,
     )
 
@@ -262,6 +272,7 @@ def _stop_on_signals(agent: NodeAgent, names: str, *, leaves: signal.Signals | N
     """Signals stop the job; but on the one of these that `leaves`, this node hands over, and the job goes on."""
 
     def stop(number: int, frame: Any) -> None:
+        agent.signal = signal.Signals(number)
         ask = agent.leave if number == leaves else agent.stop
         ask(f"stopped by {signal.Signals(number).name}")
 

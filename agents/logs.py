@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from torch.distributed.elastic.multiprocessing.api import LogsDest, LogsSpecs
 from torch.distributed.elastic.multiprocessing.tail_log import TailLog
@@ -14,8 +15,18 @@ from torch.distributed.elastic.multiprocessing.tail_log import TailLog
 class WorkerLogs:
     """The log destinations of one node's workers, per restart."""
 
-    def __init__(self, specs: LogsSpecs, slots: int, role: str, prefix_template: str | None = None) -> None:
+    def __init__(
+        self,
+        specs: LogsSpecs,
+        slots: int,
+        role: str,
+        prefix_template: str | None = None,
+        filters: tuple[Sequence[str], Sequence[str]] = ((), ()),
+    ) -> None:
+        """`filters`: of teed standard output and error; lines that have one of them go to a file of their own, too."""
         self._specs = specs
+        self._filters = filters
+        self._files: list[TextIO] = []
         self._slots = slots
         self._role = role
         self._prefix_template = prefix_template
@@ -55,12 +66,33 @@ class WorkerLogs:
             (self._destinations.tee_stderrs, sys.stderr),
         ):
             self._tails.append(TailLog(self._role, files, stream, prefixes).start())
+        self._open_filtered(self._destinations, prefixes)
+
+    def _open_filtered(self, destinations: LogsDest, prefixes: dict[int, str] | None) -> None:
+        """Torchrun's --duplicate-stdout-filters, --duplicate-stderr-filters."""
+        for path, teed, needles in (
+            (destinations.filtered_stdout, destinations.tee_stdouts, self._filters[0]),
+            (destinations.filtered_stderr, destinations.tee_stderrs, self._filters[1]),
+        ):
+            if not needles:
+                continue
+            stream = Path(path).open("w", errors="replace", buffering=1)  # noqa: SIM115
+            self._files.append(stream)
+
+            def wanted(line: str, needles: Sequence[str] = needles) -> bool:
+                return any(needle in line for needle in needles)
+
+            tail = TailLog(self._role, teed, stream, prefixes, log_line_filter=wanted)
+            self._tails.append(tail.start())
 
     def close(self) -> None:
         """Print what is left of teed output, and stop."""
         for tail in self._tails:
             tail.stop()
         self._tails.clear()
+        for stream in self._files:
+            stream.close()
+        self._files.clear()
 
 
 def discard(specs: LogsSpecs, *, succeeded: bool) -> None:

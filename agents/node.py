@@ -23,7 +23,7 @@ from ..elastic.progress import Phase
 from ..elastic.protocol.events import WorkerId
 from ..elastic.protocol.liveness import FLOOR_S
 from ..elastic.settings import WorkerContext
-from .environment import program_for, torch_environment, worker_environment
+from .environment import program_for, torch_environment, virtual_rank, worker_environment
 from .failures import Failures, pass_on
 from .gatherer import Gatherer
 from .keeper import KeeperCannotServe, KeeperProcess, NameTaken, obtain
@@ -65,6 +65,8 @@ class NodeConfig:
     hang_timeout_s: float = FLOOR_S
     shared_memory: bool = True
     shutdown_timeout_s: float = 30.0
+    virtual_local_rank: bool = False
+    numa_binding: str = ""  # one of torch's AffinityMode
     metrics: str = ""  # host:port; empty: not served
     host_id: str = field(default_factory=host_id)
 
@@ -109,6 +111,7 @@ class NodeAgent:
         self._failures = Failures(config.role)
         self._first_rank = 0
         self._stop_why = ""
+        self.signal = signal.SIGTERM  # that workers get when the job is stopped: torchrun passes its own on
         self._selector = selectors.DefaultSelector()
         self._stores = TorchStores(config.host)
         self._rejoining = False  # has asked to be taken in again
@@ -330,7 +333,7 @@ class NodeAgent:
                 pass_on(worker.error_file, 1)
             worker.send(b'{"kind":"end"}')
             if not message.succeeded:
-                worker.terminate()
+                worker.terminate(self.signal)
 
     # ------------------------------------------------------------ processes
 
@@ -410,6 +413,8 @@ class NodeAgent:
             job=config.job,
         )
         stdout, stderr, worker.error_file = config.logs.paths(worker.local_rank, torch)
+        if config.virtual_local_rank:
+            torch |= virtual_rank(config.environment, worker.local_rank)
         torch["TORCHELASTIC_ERROR_FILE"] = worker.error_file
         request = {
             "rank": worker.id.rank,
@@ -418,6 +423,7 @@ class NodeAgent:
             "program": program_for(config.program, worker.local_rank),
             "stdout": stdout,
             "stderr": stderr,
+            "numa": [config.numa_binding, worker.local_rank],
             "fds": [_CONTROL_FD, _PROGRESS_FD],
         }
         self._asked[worker.id] = start

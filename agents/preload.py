@@ -112,6 +112,7 @@ class Preloaded:
                 os.close(fd)
             os.environ.clear()
             os.environ.update(request["environment"])
+            _bind(*request["numa"])
             code = run_program(request["program"])
         except BaseException:
             traceback.print_exc()
@@ -128,6 +129,15 @@ class Preloaded:
                 fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
                 os.dup2(fd, stream)
                 os.close(fd)
+
+
+def _bind(mode: str, gpu: int) -> None:
+    """Torchrun's --numa-binding: all threads of this process to the processors near a GPU."""
+    if mode:
+        from torch.numa import binding
+
+        options = binding.NumaOptions(affinity_mode=binding.AffinityMode(mode))
+        binding._maybe_wrap_with_numa_binding(lambda: None, gpu_index=gpu, numa_options=options)()
 
 
 def _unbuffer() -> None:

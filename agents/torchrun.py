@@ -65,8 +65,8 @@ class EverstepRendezvous(RendezvousHandler):
         except SecurityError as error:
             raise ValueError(str(error)) from None
         self._address = _endpoint(parameters.endpoint)
-        self._channel = channel_to(self._address, security)
-        self._stub: Any = RendezvousServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        self._security = security
+        self._connect()
         self._request = pb.MeetRequest(
             job=self._job,
             token_digest=digest_of(security.token) if security.token else "",
@@ -84,6 +84,11 @@ class EverstepRendezvous(RendezvousHandler):
         self._closing = threading.Event()
         self._stays = threading.Thread(target=self._stay, name="everstep-rendezvous", daemon=True)
         atexit.register(self._leave)
+
+    def _connect(self) -> None:
+        """A channel of its own for each attempt: one that has failed waits longer and longer until it tries again."""
+        self._channel = channel_to(self._address, self._security)
+        self._stub: Any = RendezvousServiceStub(self._channel)  # type: ignore[no-untyped-call]
 
     # ------------------------------------------------------------ torch's interface
 
@@ -167,7 +172,12 @@ class EverstepRendezvous(RendezvousHandler):
             self._request.action = action
             if action == pb.MEET_ACTION_JOIN:
                 self._request.round, self._request.rank, self._request.world_size = 0, -1, 0
-            answer = self._stub.Meet(self._request, timeout=CALL_S)
+            try:
+                answer = self._stub.Meet(self._request, timeout=CALL_S)
+            except grpc.RpcError:
+                self._channel.close()
+                self._connect()
+                raise
             if answer.phase == pb.MEET_PHASE_FORMED:
                 self._request.round, self._request.rank = answer.round, answer.rank
                 self._request.world_size = answer.world_size
@@ -200,7 +210,7 @@ class EverstepRendezvous(RendezvousHandler):
 
 def _settings(parameters: RendezvousParameters) -> dict[str, float]:
     """What --rdzv-conf says, by torch's names. Raises ValueError for what is unknown or no time."""
-    unknown = sorted(parameters.config.keys() - DEFAULTS.keys())
+    unknown = sorted(parameters.config.keys() - DEFAULTS.keys() - {"timeout"})  # which torch always adds
     if unknown:
         raise ValueError(f"--rdzv-conf: {BACKEND} knows {', '.join(DEFAULTS)}; not {', '.join(unknown)}")
     settings = {}

@@ -68,10 +68,11 @@ class WorkerProcess:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
 
-    def terminate(self) -> None:
+    def terminate(self, number: signal.Signals = signal.SIGTERM) -> None:
+        """Ask it to end."""
         if self.pidfd >= 0:
             with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self.pidfd, signal.SIGTERM)
+                signal.pidfd_send_signal(self.pidfd, number)
 
     def send(self, line: bytes) -> None:
         """Pass a message on; a worker that has died, or stopped reading, does not hear it."""

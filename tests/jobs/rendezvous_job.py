@@ -1,4 +1,4 @@
-"""An ordinary torch script under plain torchrun: all ranks add themselves up, again and again, until they are enough."""
+"""An ordinary torch script under plain torchrun: all ranks add themselves up, and wait until they are enough."""
 
 import json
 import os
