@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,12 @@ from ..comms.security import Security, SecurityError
 from ..elastic.progress import COORDINATOR
 from ..elastic.protocol.state import Config
 from .coordinator import Coordinator, PortTaken
+from .etcd import EtcdStore, JobOver, is_etcd
 from .observer import Observer
 from .pages import AddressTaken, PageServer
 from .store import SqliteStore, Store, StoreError, Superseded
+
+log = logging.getLogger("everstep.coordinator")
 
 START_S = 60.0  # until it serves
 AGAIN_S, LATEST_S = 0.1, 5.0  # one that does not come to serve is tried again: after this, twice this, ...
@@ -42,6 +45,7 @@ class Task:
     store: str  # a file, or etcd://HOST:PORT[,HOST:PORT...]
     events: str = ""
     metrics: str = ""
+    stood_by: bool = False  # or led: then it ends when the job is over
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -66,7 +70,12 @@ def serve(task: Task, security: Security, on_ready: Callable[[int], None]) -> in
     `on_ready` is told the port. The process has its name once it leads.
     """
     try:
-        return asyncio.run(_serve(task, security, on_ready))
+        while True:
+            try:
+                return asyncio.run(_serve(task, security, on_ready))
+            except Superseded as error:
+                log.warning("%s", error)
+                task = replace(task, stood_by=True)
     except PortTaken as error:
         raise CoordinatorFailed(f"{error} is in use", taken=True) from None
     except AddressTaken as error:
@@ -90,8 +99,14 @@ async def _serve(task: Task, security: Security, on_ready: Callable[[int], None]
         if task.metrics:
             pages = PageServer(task.metrics, {"/metrics": observer.page, "/targets": observer.targets}, security)
             print(f"everstep: metrics of the job: {pages.url}/metrics", file=sys.stderr, flush=True)
-        store = await asyncio.to_thread(_open_store, task)
-        on_ready(port)
+        if is_etcd(task.store):
+            on_ready(port)
+            store = await _elected(task, security, coordinator)
+        else:
+            store = SqliteStore(Path(task.store), task.job)
+            on_ready(port)
+        if store is None:
+            return 0
         await coordinator.lead(store, lambda: rename_process(COORDINATOR))
         over = True
         return 0
@@ -103,8 +118,20 @@ async def _serve(task: Task, security: Security, on_ready: Callable[[int], None]
             await asyncio.to_thread(store.close, forget=over)
 
 
-def _open_store(task: Task) -> Store:
-    return SqliteStore(Path(task.store), task.job)
+async def _elected(task: Task, security: Security, coordinator: Coordinator) -> Store | None:
+    """The store, once this coordinator leads; None if the job was over before."""
+
+    def waits(why: str) -> None:
+        coordinator.standing_by = f"this coordinator stands by: {why}"
+
+    def stand() -> EtcdStore:
+        return EtcdStore(task.store, task.job, security, waits, stood_by=task.stood_by)
+
+    try:
+        return await asyncio.to_thread(stand)
+    except JobOver:
+        log.info("the job is over")
+        return None
 
 
 # ---------------------------------------------------------------- beside a launcher
@@ -219,8 +246,6 @@ def _child(task: Task, ready: int) -> None:
                     print(f"everstep: the coordinator: {error}", file=sys.stderr)
                 else:
                     pipe.write(json.dumps({"why": str(error), "taken": error.taken}) + "\n")
-            except Superseded as error:
-                print(f"everstep: the coordinator: {error}", file=sys.stderr)
     finally:
         sys.stderr.flush()
         os._exit(status)

@@ -36,6 +36,7 @@ TICK_S = 0.1
 REMEMBERED_STEPS = 2000
 CLOCK_TRUST_S = 60.0  # a node's monotonic clock that is further off than this is another machine's
 RETURN_S = 3.0  # how long nodes have to find the coordinator that took over
+SLEPT_S = 1.0  # between turns: this process was stopped, or starved
 END_S = 10.0  # how long a node that is away may take to come and hear that the job is over
 STORE_RETRY_S = 0.5
 DATAGRAMS = 2000  # taken in at a time
@@ -90,6 +91,9 @@ class Coordinator:
         self._ahead_s = 0.0  # of time.monotonic()
         self._committed_s: dict[int, float] = {}  # step -> when
         self._wake = asyncio.Event()
+        self._turned_s = 0.0
+        self._lenient_s = 0.0  # until when a stream that breaks is no loss
+        self._knocked = False  # another one has asked
         self._expected_s = 0.0  # until when nodes of the store are waited for, and no others are taken in
 
     # ------------------------------------------------------------ serving
@@ -138,6 +142,7 @@ class Coordinator:
             self._tell(line)
         log.info("took over job %s at step %d, generation %d", self.job, self.state.committed, self.state.generation)
         self._expected_s = time.monotonic() + 2 * RETURN_S
+        self._lenient_s = time.monotonic() + RETURN_S
         returned = e.Record("coordinator_returned", {"nodes": sorted(durable.channels)})
         return [returned, *self._decide(e.CoordinatorReturned(RETURN_S))]
 
@@ -147,7 +152,7 @@ class Coordinator:
         log.warning("no node of the job in the store has come back: it is begun anew")
         for node in list(self._durable.channels):
             self._forget(node)
-        self._expected_s = 0.0
+        self._expected_s, self._knocked = 0.0, False
         abandoned = e.Record("abandoned", {"step": self.state.committed})
         self.state = coordinator.initial_state(self._config, self.now())
         return [abandoned]
@@ -244,7 +249,8 @@ class Coordinator:
 
     async def _work(self) -> None:
         """Turn by turn: take in what has come, decide, write, tell. Until the job is over."""
-        next_tick = time.monotonic()
+        assert self._durable is not None
+        next_tick = self._turned_s = time.monotonic()
         while self.state.phase is not Phase.DONE:
             try:
                 async with asyncio.timeout(max(0.0, next_tick - time.monotonic())):
@@ -252,6 +258,11 @@ class Coordinator:
             except TimeoutError:
                 pass
             self._wake.clear()
+            if time.monotonic() - self._turned_s > SLEPT_S:
+                self._lenient_s = time.monotonic() + RETURN_S
+                await self._carry_out(self._decide(e.CoordinatorReturned(RETURN_S)))
+            self._turned_s = time.monotonic()
+            self._durable.check()
             inbox, self._inbox = self._inbox, []
             effects: list[e.Effect] = []
             try:
@@ -267,8 +278,8 @@ class Coordinator:
     def _tick(self) -> list[e.Effect]:
         effects: list[e.Effect] = []
         if self._expected_s and self._alive:
-            self._expected_s = 0.0
-        elif self._expected_s and time.monotonic() > self._expected_s:
+            self._expected_s, self._knocked = 0.0, False
+        elif self._knocked and time.monotonic() > self._expected_s:
             effects += self._abandon()
         if self._alive:
             alive, self._alive = tuple(self._alive), set()
@@ -325,6 +336,9 @@ class Coordinator:
         link = self._links.get(session.node)
         if link is None or link.session is not session:
             return []
+        if time.monotonic() < self._lenient_s:
+            link.session = None  # it may have given us up while we slept; if it is gone, its beats are missed
+            return []
         self._forget(session.node)
         return self._decide(e.NodeLost(session.node, why))
 
@@ -356,7 +370,7 @@ class Coordinator:
         elif why:
             session.send(pb.AttachResponse(refused=pb.Refused(why=why)))
         elif channel is None and not hello.returning and self._expected_s:
-            pass  # it will ask again
+            self._knocked = True  # it will ask again
         elif channel is None and hello.returning:
             session.send(pb.AttachResponse(fence=pb.Fence(why="it was gone for too long")))
         elif channel is not None and not self._may_return(hello, channel):
@@ -443,6 +457,7 @@ class Coordinator:
                 if not told:
                     log.warning("nothing can be decided until the store is back: %s", error)
                 told = True
+                self._durable.check()
                 await asyncio.sleep(STORE_RETRY_S)
 
     def _orders(self, effect: e.Effect) -> list[tuple[str, pb.AttachResponse]]:

@@ -19,7 +19,7 @@ from typing import Any
 from ..comms import everstep_pb2 as pb
 from ..elastic.protocol.codec import Unreadable, changed_rows, state_of
 from ..elastic.protocol.state import Config, State
-from .store import Store, StoreError
+from .store import Store, StoreError, Superseded
 
 REMEMBERED_RECORDS = 2000
 
@@ -155,6 +155,11 @@ class Durable:
         rows.update(dict.fromkeys(acknowledged))
         self._rows, self._state = {}, state
         return rows
+
+    def check(self) -> None:
+        """Raises Superseded, if it is known that another coordinator leads."""
+        if self._store.superseded:
+            raise Superseded("another coordinator leads this job: this one stands by again")
 
     def write(self, rows: Mapping[str, bytes | None], *, sync: bool) -> None:
         """Blocks. Raises Superseded and StoreError; then nothing was written, and this coordinator may do nothing."""

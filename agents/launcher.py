@@ -32,6 +32,7 @@ from .command import (
     node_range,
 )
 from .coordinating import END_S, CoordinatorFailed, CoordinatorProcess, Task, serve
+from .etcd import is_etcd
 from .logs import WorkerLogs, discard
 from .memory import available, parse_size
 from .node import AgentError, NodeAgent, NodeConfig, Outcome
@@ -40,7 +41,6 @@ from .preloader import Preloader
 
 CONNECT_TIMEOUT_S = 60.0  # torchrun waits as long for its store
 REJOIN_S = 60.0
-ETCD = "etcd://"
 
 
 def launch(command: Command, preloader: Preloader) -> int:
@@ -126,14 +126,14 @@ def _coordinate(
     """The coordinators' addresses; starts one here if this is a node to have one."""
     endpoints = [_endpoint(one) for one in command.endpoint.split(",")] if command.endpoint else [("127.0.0.1", 0)]
     addresses = [f"{host}:{port}" for host, port in endpoints]
-    if len(endpoints) > 1 and not command.own.es_store.startswith(ETCD):
-        raise LaunchError(
-            f"--rdzv-endpoint names {len(endpoints)} coordinators, which can only stand by for one another with a "
-            f"store that they share: give --es-store={ETCD}HOST:PORT"
-        )
     host, port = next(((host, port) for host, port in endpoints if _is_local(host)), ("", 0))
     if not host:
         return addresses, None
+    if len(endpoints) > 1 and not is_etcd(command.own.es_store):
+        raise LaunchError(
+            f"--rdzv-endpoint names {len(endpoints)} coordinators, which can only stand by for one another with a "
+            "store that they share: give --es-store=etcd://HOST:PORT"
+        )
     if command.own.es_events:
         _open_events(command.own.es_events).close()
     store = command.own.es_store
@@ -160,7 +160,7 @@ def _coordinate(
     try:
         coordinator = CoordinatorProcess(task, security)
     except CoordinatorFailed as error:
-        if error.taken and command.torch.max_nodes == 1:
+        if error.taken and command.torch.max_nodes == 1 and len(endpoints) == 1:
             raise LaunchError(f"{host}:{port} is in use: choose another port in --rdzv-endpoint") from None
         if error.taken:
             return addresses, None  # another node on this host was first

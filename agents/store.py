@@ -23,6 +23,10 @@ class Superseded(Exception):
 class Store(Protocol):
     """A place of one coordinator. Calls block; one at a time."""
 
+    @property
+    def superseded(self) -> bool:
+        """Whether another coordinator is known to lead."""
+
     def load(self) -> dict[str, bytes]:
         """All rows. Raises StoreError."""
 
@@ -38,6 +42,8 @@ class Store(Protocol):
 
 class MemoryStore:
     """For a coordinator that nobody needs to outlive."""
+
+    superseded = False
 
     def __init__(self) -> None:
         self.rows: dict[str, bytes] = {}
@@ -59,6 +65,8 @@ class MemoryStore:
 
 class SqliteStore:
     """A file (SQLite, write-ahead log), held by one process for as long as that lives."""
+
+    superseded = False  # the file is ours until this process ends
 
     def __init__(self, path: Path, job: str) -> None:
         """Open or make it. Raises StoreError."""

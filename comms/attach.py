@@ -29,6 +29,7 @@ from .security import Security, digest_of
 PROTOCOL = 2
 BEAT_S = 0.25
 BUSY_S = 10.0
+SILENT_S = 3.0  # without a word: where there are others, another coordinator is looked for
 QUIET_S = 1.0  # without an echo for so long, beats go through the stream as well
 RETRY_S = 0.2  # between tries to reach a coordinator
 CONNECT_S = 1.0  # for one try
@@ -310,10 +311,21 @@ class Attachment:
                     with self._lock:
                         self._beat_due = True
                         self._lock.notify_all()
+            self._give_up_silent()
             if self._listen(udp, time.monotonic() + BEAT_S):
                 echoed_s = time.monotonic()
         if udp is not None:
             udp.close()
+
+    def _give_up_silent(self) -> None:
+        """A coordinator that says nothing, though its stream lasts, is stopped or cut off: look for another."""
+        if len(self.addresses) == 1:
+            return  # there is none
+        with self._lock:
+            silent = self._attached and time.monotonic() - self.heard_s > SILENT_S
+            call = self._call if silent else None
+        if call is not None:
+            call.cancel()
 
     def _listen(self, udp: socket.socket | None, until_s: float) -> bool:
         """Take in echoes until a time; whether there was one."""

@@ -13,6 +13,7 @@ from .state import Heard, Phase, State, Status
 GAP_FACTOR = 4.0  # times the longest silence that a node has shown and come back from
 GAP_MEMORY = 0.99  # how slowly that is forgotten, per heartbeat
 FORMING_TIMEOUT_S = 10.0  # before training starts a node may be busy importing
+NOBODY_S = 60.0  # for all nodes at once
 SLEPT_S = 1.0  # ticks further apart than this: it was the coordinator that slept
 
 
@@ -46,6 +47,8 @@ def silent_node(state: State, now: float) -> Outcome:
         heard = {name: Heard(at_s + slept_s, gap_s) for name, (at_s, gap_s) in state.heard.items()}
         return replace(state, heard=heard), []
     least = least_timeout_s(state)
+    if all(now - at_s > least for at_s, _ in state.heard.values()):
+        least = max(least, NOBODY_S)  # nobody is heard: more likely it is the coordinator that is cut off
     for name, (at_s, gap_s) in state.heard.items():
         silent_s = now - at_s
         if silent_s > least and silent_s > min(GAP_FACTOR * gap_s, 4 * least):
