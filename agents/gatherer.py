@@ -12,6 +12,8 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+import psutil
+
 from ..checkpointing.client import KeeperClient, KeeperRefused
 from ..comms import telemetry_pb2 as pb
 from ..comms.security import Security
@@ -26,6 +28,7 @@ PERIOD_S = 1.0
 STEPS_PER_RANK = 32  # in one message
 STEPS_PER_MESSAGE = 256
 LINKS_PER_MESSAGE = 64
+MESSAGES_PER_S = 500  # of all nodes together: agents of large jobs speak less often
 
 
 class _Watched:
@@ -79,6 +82,7 @@ class Gatherer:
         self._lock = threading.Lock()
         self._watched: dict[WorkerId, _Watched] = {}
         self._finished: list[pb.StepTimes] = []  # not sent yet
+        self._nodes = 1
         self._missed_spans = 0  # of workers that have ended
         self._left_out = 0
         self._keeper: KeeperClient | None = None
@@ -93,9 +97,10 @@ class Gatherer:
     def start(self) -> None:
         self._thread.start()
 
-    def watch(self, worker: WorkerId, fd: int) -> None:
-        """A worker was started; `fd` is its progress page's, which may be closed when this returns."""
+    def watch(self, worker: WorkerId, fd: int, nodes: int = 1) -> None:
+        """A worker was started in a job of so many nodes; `fd` is its progress page's, and may be closed then."""
         with self._lock:
+            self._nodes = nodes
             self._watched[worker] = _Watched(worker, fd)
 
     def ended(self, worker: WorkerId) -> None:
@@ -131,21 +136,33 @@ class Gatherer:
 
     def _run(self) -> None:
         host = HostReader()
+        due_s = 0.0
         while not self._closing.wait(self._period_s):
-            message = self.gather(host)
-            self._send(message)
+            with contextlib.suppress(OSError, psutil.Error):  # what cannot be read now is read the next time
+                reading, gpus = self.look(host)
+                if time.monotonic() >= due_s:
+                    due_s = time.monotonic() + max(self._period_s, self._nodes / MESSAGES_PER_S) - self._period_s / 2
+                    self._send(self.message(reading, gpus))
         host.close()
 
-    def gather(self, host: HostReader) -> pb.Telemetry:
-        """Read everything once; returns what the coordinator is told."""
+    def look(self, host: HostReader) -> tuple[pb.HostReading, list[pb.GpuReading]]:
+        """Read everything once, for the metrics here."""
         reading, gpus = host.read(self._ask_keeper(), self._keeper_limit_bytes), host.gpus()
         with self._lock:
             for watched in self._watched.values():
                 self._read(watched)
+            self._metrics.host(reading, gpus, self._missed())
+        return reading, gpus
+
+    def _missed(self) -> int:
+        return self._missed_spans + sum(watched.reader.missed for watched in self._watched.values())
+
+    def message(self, reading: pb.HostReading, gpus: list[pb.GpuReading]) -> pb.Telemetry:
+        """What the coordinator is told: all since the last time, within bounds."""
+        with self._lock:
             links = [link for watched in self._watched.values() for link in watched.sums.links()]
-            steps = self._bounded()
-            missed = self._missed_spans + sum(watched.reader.missed for watched in self._watched.values())
-        self._metrics.host(reading, gpus, missed)
+            steps, self._finished = self._finished, []
+            missed = self._missed()
         links.sort(key=lambda link: link.send_s + link.receive_s + link.wait_s, reverse=True)
         return pb.Telemetry(
             at_s=time.monotonic(),
@@ -163,12 +180,9 @@ class Gatherer:
         ended = watched.read()
         self._left_out += max(0, len(ended) - STEPS_PER_RANK)
         self._finished += ended[-STEPS_PER_RANK:]
+        self._left_out += max(0, len(self._finished) - STEPS_PER_MESSAGE)
+        del self._finished[:-STEPS_PER_MESSAGE]
         self._metrics.worker(watched.id.rank, watched.sums.totals, ended)
-
-    def _bounded(self) -> list[pb.StepTimes]:
-        steps, self._finished = self._finished, []
-        self._left_out += max(0, len(steps) - STEPS_PER_MESSAGE)
-        return steps[-STEPS_PER_MESSAGE:]
 
     def _ask_keeper(self) -> dict[str, float] | None:
         """What the keeper holds; None while it is away."""

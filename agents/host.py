@@ -74,7 +74,10 @@ class _Gpus:
         if nvml is None:
             return []
         found = []
-        for index in range(nvml.nvmlDeviceGetCount()):
+        count = 0
+        with contextlib.suppress(nvml.NVMLError):
+            count = nvml.nvmlDeviceGetCount()
+        for index in range(count):
             reading = pb.GpuReading(index=index)
             with contextlib.suppress(nvml.NVMLError):
                 handle = nvml.nvmlDeviceGetHandleByIndex(index)

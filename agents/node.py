@@ -305,7 +305,7 @@ class NodeAgent:
         for item in message.workers:
             worker = WorkerProcess.prepare(WorkerId(item.rank, item.incarnation))
             self.workers[worker.id] = worker
-            self._gatherer.watch(worker.id, worker.page_fd)
+            self._gatherer.watch(worker.id, worker.page_fd, message.group_world_size)
             self._waiting.append((worker, message))
         self._fork_waiting()
 

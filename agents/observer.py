@@ -25,7 +25,8 @@ from .stragglers import Stragglers
 
 RANK_POINTS = 200_000  # steps of ranks kept, of all together
 RANK_STEPS = 256  # of one rank at most
-FRESH_S = 10.0  # telemetry that is older is not what a node does now
+FRESH_S = 60.0  # telemetry that is older is not what a node does now
+COMPARE_S = 1.0  # how often all ranks are looked at together
 
 
 @dataclass
@@ -75,6 +76,7 @@ class Observer:
         self._counted: dict[str, float] = {"training": 0.0}
         self._tokens_per_sample = math.nan
         self._samples_without = 0  # whose tokens are not known yet
+        self._compared_s = 0.0
         self._checkpoint_s = 0.0
         self._checkpoint: Mapping[str, Any] | None = None
 
@@ -105,11 +107,11 @@ class Observer:
                 series.node = node
                 series.steps.append(step)
                 self.stragglers.add(step.rank, step.compute_s, step.micro_batches)
-            self._bound()
             self._learn_tokens(telemetry)
-            layout = self._state().layout
-            if layout is not None and telemetry.steps:
-                self.stragglers.compare(stage.ranks for stage in layout.stages)
+            if now - self._compared_s >= COMPARE_S:
+                self._compared_s = now
+                self._bound()
+                self._compare()
 
     def heartbeat(self, count: int = 1) -> None:
         """Agents said that they are alive."""
@@ -120,6 +122,7 @@ class Observer:
     def page(self) -> Page:
         """The job's metrics, for Prometheus."""
         with self._lock:
+            self._compare()
             self._refresh()
         return Page(CONTENT_TYPE, self.metrics.page())
 
@@ -337,6 +340,11 @@ class Observer:
         for number, stage in enumerate(layout.stages if layout else ()):
             metrics.stage_ranks.labels(str(number)).set(len(stage.ranks))
             metrics.stage_layers.labels(str(number)).set(stage.stop - stage.start)
+
+    def _compare(self) -> None:
+        layout = self._state().layout
+        if layout is not None:
+            self.stragglers.compare(stage.ranks for stage in layout.stages)
 
     def _bound(self) -> None:
         """Keep fewer steps of each rank where there are many, and none of ranks that are gone."""

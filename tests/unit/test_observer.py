@@ -170,6 +170,7 @@ def test_a_slow_rank_is_called_a_straggler_and_no_longer_when_it_is_level() -> N
         for rank in range(3):
             job.observer.told("n0", pb.Telemetry(steps=steps(rank, first, 4, 0.3 if rank == 2 else 0.1)))
         first += 4
+        job.now += 1.0
     assert job.value("everstep_straggler_ranks") == 1
     assert job.value("everstep_straggler_slowdown_ratio", rank="2") == pytest.approx(3.0)
     assert [worker["straggler"] for worker in job.observer.view()["workers"]] == [False, False, True]
@@ -177,6 +178,7 @@ def test_a_slow_rank_is_called_a_straggler_and_no_longer_when_it_is_level() -> N
         for rank in range(3):
             job.observer.told("n0", pb.Telemetry(steps=steps(rank, first, 4, 0.1)))
         first += 4
+        job.now += 1.0
     assert job.value("everstep_straggler_ranks") == 0
 
 
