@@ -6,8 +6,6 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from ..comms import telemetry_pb2 as pb
 from ..elastic.telemetry import Records, Spent
 
@@ -23,6 +21,8 @@ _SUMS = {
     "outside_s": (Spent.OUTSIDE,),
 }
 _KINDS = max(Spent) + 1
+_COMPUTE = frozenset(_SUMS["compute_s"])
+_MOVES = frozenset({Spent.SEND, Spent.WAIT, Spent.RECEIVE})
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Totals:
 class _Open:
     """A step that has not ended."""
 
-    spent_ns: np.ndarray = field(default_factory=lambda: np.zeros(_KINDS))
+    spent_ns: list[int] = field(default_factory=lambda: [0] * _KINDS)
     compute_ns: dict[int, int] = field(default_factory=dict)  # micro-batch -> forward and backward
     tokens: int = 0
     samples: int = 0
@@ -74,90 +74,78 @@ class StepSums:
 
     def add(self, records: Records) -> list[pb.StepTimes]:
         """Take in records in their order; returns the steps that have ended with them."""
-        if not len(records):
-            return []
-        self._count(records)
-        self._add_links(records)
         ended: list[pb.StepTimes] = []
-        bounds = np.flatnonzero(records["kind"] == Spent.STEP)
-        first = 0
-        for at in bounds.tolist():
-            self._take(records[first:at])
-            ended.append(self._end(records[at]))
-            first = at + 1
-        self._take(records[first:])
+        totals, spent = self.totals, [0] * _KINDS
+        for _, start_ns, end_ns, amount, value, step, generation, micro_batch, peer, kind, _, _ in records.tolist():
+            took = end_ns - start_ns
+            spent[kind] += took
+            if kind == Spent.STEP:
+                ended.append(self._end(step, generation, took, end_ns, value))
+                continue
+            found = self._open.get(step)
+            if found is None:
+                found = self._begin(step)
+            found.spent_ns[kind] += took
+            if kind in _COMPUTE:
+                found.compute_ns[micro_batch] = found.compute_ns.get(micro_batch, 0) + took
+            elif kind in _MOVES:
+                self._moved(kind, peer, took, amount)
+            elif kind == Spent.FETCH:
+                found.tokens += amount
+                found.samples += int(value)
+            elif kind == Spent.SNAPSHOT:
+                totals.snapshots += 1
+                totals.snapshot_bytes += amount
+                totals.snapshot_s += value
+        for name, kinds in _SUMS.items():
+            totals.seconds[name] += sum(spent[kind] for kind in kinds) / 1e9
+        totals.recover_s += spent[Spent.RECOVER] / 1e9
         return ended
 
-    def _take(self, records: Records) -> None:
-        for step in np.unique(records["step"]).tolist():
-            part = records[records["step"] == step]
-            found = self._open.setdefault(step, _Open())
-            took = part["end_ns"] - part["start_ns"]
-            found.spent_ns += np.bincount(part["kind"], weights=took, minlength=_KINDS)
-            computed = np.isin(part["kind"], _SUMS["compute_s"])
-            for micro_batch, spent in zip(part["micro_batch"][computed].tolist(), took[computed].tolist(), strict=True):
-                found.compute_ns[micro_batch] = found.compute_ns.get(micro_batch, 0) + spent
-            fetched = part[part["kind"] == Spent.FETCH]
-            found.tokens += int(fetched["amount"].sum())
-            found.samples += int(fetched["value"].sum())
+    def _begin(self, step: int) -> _Open:
+        found = self._open[step] = _Open()
         while len(self._open) > OPEN_STEPS:
             self._open.popitem(last=False)
+        return found
 
-    def _end(self, record: np.void) -> pb.StepTimes:
-        step = int(record["step"])
+    def _moved(self, kind: int, peer: int, took: int, amount: int) -> None:
+        link = self._links.setdefault(peer, _Link()) if peer >= 0 else _Link()
+        if kind == Spent.SEND:
+            link.send_ns += took
+            link.sent_bytes += amount
+            self.totals.sent_bytes += amount
+        elif kind == Spent.RECEIVE:
+            link.receive_ns += took
+            link.received_bytes += amount
+            self.totals.received_bytes += amount
+        else:
+            link.wait_ns += took
+
+    def _end(self, step: int, generation: int, took: int, end_ns: int, loss: float) -> pb.StepTimes:
         found = self._open.pop(step, None) or _Open()
         for older in [n for n in self._open if n < step]:  # interrupted: it had no end of its own here
             del self._open[older]
-        step_s = (int(record["end_ns"]) - int(record["start_ns"])) / 1e9
-        self.totals.steps += 1
-        self.totals.step_s += step_s
-        self.totals.micro_batches += len(found.compute_ns)
-        self.totals.tokens += found.tokens
-        self.totals.samples += found.samples
-        if record["value"] == record["value"]:
-            self.totals.loss = float(record["value"])
-        sums = {name: float(sum(found.spent_ns[kind] for kind in kinds)) / 1e9 for name, kinds in _SUMS.items()}
+        totals = self.totals
+        totals.steps += 1
+        totals.step_s += took / 1e9
+        totals.micro_batches += len(found.compute_ns)
+        totals.tokens += found.tokens
+        totals.samples += found.samples
+        if loss == loss:
+            totals.loss = loss
+        sums = {name: sum(found.spent_ns[kind] for kind in kinds) / 1e9 for name, kinds in _SUMS.items()}
         return pb.StepTimes(
             rank=self.rank,
             step=step,
-            generation=int(record["generation"]),
-            ended_s=int(record["end_ns"]) / 1e9,
-            step_s=step_s,
+            generation=generation,
+            ended_s=end_ns / 1e9,
+            step_s=took / 1e9,
             micro_batches=len(found.compute_ns),
             tokens=found.tokens,
             samples=found.samples,
             longest_s=max(found.compute_ns.values(), default=0) / 1e9,
             **sums,
         )
-
-    def _count(self, records: Records) -> None:
-        """What goes up all the time, interrupted steps included."""
-        totals, took = self.totals, records["end_ns"] - records["start_ns"]
-        spent = np.bincount(records["kind"], weights=took, minlength=_KINDS) / 1e9
-        for name, kinds in _SUMS.items():
-            totals.seconds[name] += float(sum(spent[kind] for kind in kinds))
-        amount = np.bincount(records["kind"], weights=records["amount"], minlength=_KINDS)
-        totals.sent_bytes += int(amount[Spent.SEND])
-        totals.received_bytes += int(amount[Spent.RECEIVE])
-        copies = records[records["kind"] == Spent.SNAPSHOT]
-        totals.snapshots += len(copies)
-        totals.snapshot_bytes += int(copies["amount"].sum())
-        totals.snapshot_s += float(copies["value"].sum())
-        totals.recover_s += float(spent[Spent.RECOVER])
-
-    def _add_links(self, records: Records) -> None:
-        moved = records[np.isin(records["kind"], (Spent.SEND, Spent.WAIT, Spent.RECEIVE)) & (records["peer"] >= 0)]
-        for record in moved.tolist():
-            _, start_ns, end_ns, amount, *_, peer, kind, _, _ = record
-            link = self._links.setdefault(peer, _Link())
-            if kind == Spent.SEND:
-                link.send_ns += end_ns - start_ns
-                link.sent_bytes += amount
-            elif kind == Spent.RECEIVE:
-                link.receive_ns += end_ns - start_ns
-                link.received_bytes += amount
-            else:
-                link.wait_ns += end_ns - start_ns
 
     def links(self) -> Iterator[pb.LinkTimes]:
         """What went to and came from each peer since the last time this was asked."""
