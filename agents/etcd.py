@@ -6,8 +6,8 @@
     /everstep/JOB/snapshot/N/PART   all rows, as of the N-th commit
     /everstep/JOB/over              for a minute after the job's end, for those who stand by
 
-Every write is a transaction on the condition that the leader's key is the one that this coordinator created. So one that
-was stopped, or cut off, and does not know that it was replaced, writes nothing any more; and tells nobody anything, as
+Every write is a transaction on the condition that the leader's key is the one that this coordinator created. So one
+that was stopped, or cut off, and does not know that it was replaced, writes nothing any more; and tells nobody, as
 whatever is told is written first. Commits of any size are possible: parts are written first, and the head last.
 """
 
@@ -35,11 +35,13 @@ PART_BYTES = 512 << 10  # etcd refuses requests of more than 1.5 MiB
 SNAPSHOT_COMMITS = 200
 DEFAULT_PORT = 2379
 
-try:
+
+def _library() -> tuple[Any, type[Exception]]:
+    """The client of the optional library, and the root of its errors. Raises ImportError."""
     from etcd3gw.client import Etcd3Client
-    from etcd3gw.exceptions import ConnectionFailedError, ConnectionTimeoutError, Etcd3Exception
-except ImportError:
-    Etcd3Client = None
+    from etcd3gw.exceptions import Etcd3Exception
+
+    return Etcd3Client, Etcd3Exception
 
 
 def is_etcd(store: str) -> bool:
@@ -52,8 +54,10 @@ class Endpoints:
 
     def __init__(self, url: str, security: Security) -> None:
         """Of `etcd://HOST:PORT,...`; `etcds://` is TLS with this process's certificates. Raises StoreError."""
-        if Etcd3Client is None:
-            raise StoreError(f"{url} needs the etcd client: pip install 'everstep[etcd]'")
+        try:
+            client, self._errors = _library()
+        except ImportError:
+            raise StoreError(f"{url} needs the etcd client: pip install 'everstep[etcd]'") from None
         scheme, _, places = url.partition("://")
         options: dict[str, Any] = {"timeout": TIMEOUT_S, "api_path": "/v3/", "protocol": "http"}
         if scheme == "etcds":
@@ -66,7 +70,7 @@ class Endpoints:
             host, _, port = place.partition(":")
             if not host or not (port or "0").isdigit():
                 raise StoreError(f"--es-store must be etcd://HOST:PORT[,HOST:PORT...], got {url!r}")
-            self._clients.append(Etcd3Client(host=host, port=int(port or DEFAULT_PORT), **options))
+            self._clients.append(client(host=host, port=int(port or DEFAULT_PORT), **options))
         self._url = url
 
     def ask(self, request: Callable[[Any], Any]) -> Any:
@@ -75,7 +79,7 @@ class Endpoints:
         for client in list(self._clients):
             try:
                 answer = request(client)
-            except (ConnectionFailedError, ConnectionTimeoutError, Etcd3Exception) as error:
+            except self._errors as error:
                 why = why or (str(error) or str(getattr(error, "detail_text", "")) or type(error).__name__)[:200]
                 self._clients.append(self._clients.pop(0))  # the next one first
             else:

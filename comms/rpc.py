@@ -130,7 +130,7 @@ class Server:
     def __init__(self, shell: Shell, security: Security) -> None:
         self.aio = grpc.aio.server(options=[*OPTIONS, ("grpc.so_reuseport", 0)])
         self._security = security
-        self._health = health.aio.HealthServicer()
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         add_CoordinatorServiceServicer_to_server(Servicer(shell), self.aio)  # type: ignore[no-untyped-call]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.aio)
 
