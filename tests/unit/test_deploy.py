@@ -1,0 +1,178 @@
+"""What deploy/ has: valid by its schemas, and made of commands that everstep takes."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from everstep.agents.command import parse
+
+ROOT = Path(__file__).parents[2]
+KUBERNETES = ROOT / "deploy" / "kubernetes"
+CHART = KUBERNETES / "chart"
+RENDERED = KUBERNETES / "rendered"
+RUNS = ["plain", "full"]
+VERSION = "1.31"
+
+
+def documents(path: Path) -> list[dict[str, Any]]:
+    return [item for item in yaml.safe_load_all(path.read_text()) if item]
+
+
+def source_hash(name: str) -> str:
+    """Of the chart and the values that a rendered file was made of."""
+    parts = [*sorted((CHART / "templates").iterdir()), CHART / "Chart.yaml", CHART / "values.yaml"]
+    data = b"\0".join(path.read_bytes() for path in [*parts, RENDERED / f"{name}.values.yaml"])
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def job_templates(item: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The Jobs that a JobSet or a training runtime makes."""
+    spec = item["spec"].get("template", {}).get("spec", item["spec"]) if item["kind"] != "JobSet" else item["spec"]
+    for job in spec.get("replicatedJobs", []):
+        yield {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}, "spec": job["template"]["spec"]}
+
+
+def pods(item: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Every pod template in a document."""
+    if item["kind"] == "StatefulSet":
+        yield item["spec"]["template"]
+    for job in job_templates(item) if item["kind"] in ("JobSet", "TrainingRuntime") else ():
+        yield job["spec"]["template"]
+
+
+MANIFESTS = [*sorted(KUBERNETES.glob("*.yaml")), *(RENDERED / f"{name}.yaml" for name in RUNS)]
+
+
+@pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.name)
+def test_manifests_are_valid(path: Path) -> None:
+    """By Kubernetes' own schemas, strictly; what is another project's kind, by the Jobs in it."""
+    try:
+        validate = importlib.import_module("kubernetes_validate").validate
+    except ImportError:
+        pytest.skip("kubernetes-validate is not installed (pip)")
+    for item in documents(path):
+        for known in (
+            [item]
+            if "k8s.io/v1alpha" not in item["apiVersion"] and "kubeflow" not in item["apiVersion"]
+            else (job_templates(item))
+        ):
+            if "restartPolicy" not in str(known) and known["kind"] == "Job":
+                known["spec"]["template"]["spec"]["restartPolicy"] = "Never"  # which Trainer adds
+            validate(known, VERSION, strict=True)
+
+
+@pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.name)
+def test_pods_run_what_everstep_takes(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With PET_* as they are injected; grace for a hand-over; mounts that exist; labels that are selected."""
+    (tmp_path / "train.py").touch()
+    for item in documents(path):
+        for pod in pods(item):
+            (container,) = pod["spec"]["containers"]
+            for mount in container.get("volumeMounts") or []:
+                claims = [c["metadata"]["name"] for c in item["spec"].get("volumeClaimTemplates") or []]
+                assert mount["name"] in [*(v["name"] for v in pod["spec"].get("volumes") or []), *claims]
+            words = [*container.get("command", ["everstep"])[1:], *container.get("args", [])]
+            if words[0] != "run":
+                assert words[0] == "coordinator"
+                continue
+            assert pod["spec"]["terminationGracePeriodSeconds"] >= 120
+            assert pod["metadata"]["labels"]["everstep.dev/role"] == "node"
+            for variable in container["env"]:
+                monkeypatch.setenv(variable["name"], variable.get("value", ""))
+            arguments = [word.replace("/job/train.py", str(tmp_path / "train.py")) for word in words[1:]]
+            if item["kind"] == "TrainingRuntime":
+                arguments = [str(tmp_path / "train.py")]
+            parsed = parse(arguments)
+            assert parsed.rdzv_backend == "everstep"
+            if item["kind"] == "JobSet":
+                assert (parsed.nnodes, parsed.rdzv_endpoint) == ("2:4", "my-job-coordinator:29400")
+
+
+def test_the_train_job_says_more_than_trainer_injects(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Trainer's PET_NNODES=4, PET_MASTER_ADDR and PET_NODE_RANK are taken, and the command line wins."""
+    (tmp_path / "train.py").touch()
+    injected = {
+        "PET_NNODES": "4",
+        "PET_NPROC_PER_NODE": "8",
+        "PET_NODE_RANK": "3",
+        "PET_MASTER_ADDR": "my-job-node-0-0.my-job",
+    }
+    for name, value in {**injected, "PET_MASTER_PORT": "29400", "PET_RDZV_BACKEND": "everstep"}.items():
+        monkeypatch.setenv(name, value)
+    (job,) = [item for item in documents(KUBERNETES / "trainjob.yaml") if item["kind"] == "TrainJob"]
+    arguments = [word.replace("/job/train.py", str(tmp_path / "train.py")) for word in job["spec"]["trainer"]["args"]]
+    parsed = parse(arguments)
+    assert (parsed.nnodes, parsed.nproc_per_node) == ("2:4", "8")
+    assert parsed.rdzv_endpoint == "my-job-coordinator:29400"
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_chart_was_rendered(name: str) -> None:
+    """What is checked in is of the chart as it is; where helm is, it says the same."""
+    path = RENDERED / f"{name}.yaml"
+    first = path.read_text().splitlines()[0]
+    assert first == f"# of {source_hash(name)}", f"render {path.name} again: # of {source_hash(name)}"
+    helm = shutil.which("helm")
+    if helm is not None:
+        command = [helm, "template", "my-job", str(CHART), "--values", str(RENDERED / f"{name}.values.yaml")]
+        text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+        found = sorted(json.dumps(item, sort_keys=True) for item in yaml.safe_load_all(text) if item)
+        assert found == sorted(json.dumps(item, sort_keys=True) for item in documents(path))
+
+
+@pytest.mark.parametrize(
+    ("values", "valid"),
+    [
+        ({"security": {"insecureNetwork": True}}, True),
+        ({"security": {"certificates": "certs"}}, True),
+        ({}, False),  # neither certificates nor trust
+        ({"security": {"insecureNetwork": True}, "nodes": {"least": 0}}, False),
+        ({"security": {"insecureNetwork": True}, "nodes": {"gracePeriodSeconds": 5}}, False),
+        ({"security": {"insecureNetwork": True}, "coordinator": {"replicas": 3}}, False),  # on one volume each
+        ({"security": {"insecureNetwork": True}, "coordinator": {"replicas": 3, "store": "etcd://e:2379"}}, True),
+        ({"security": {"insecureNetwork": True}, "colour": "red"}, False),
+    ],
+)
+def test_the_charts_schema(values: dict[str, Any], valid: bool) -> None:
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    jsonschema.Draft7Validator.check_schema(schema)
+    merged = yaml.safe_load((CHART / "values.yaml").read_text())
+    for name, value in values.items():
+        merged[name] = {**merged.get(name, {}), **value} if isinstance(value, dict) else value
+    assert jsonschema.Draft7Validator(schema).is_valid(merged) == valid
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_values_that_were_rendered_are_valid(name: str) -> None:
+    values = yaml.safe_load((RENDERED / f"{name}.values.yaml").read_text())
+    test_the_charts_schema(values, valid=True)
+
+
+def test_compose_runs_what_everstep_takes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "train.py").touch()
+    file = yaml.safe_load((ROOT / "deploy" / "compose" / "compose.yaml").read_text())
+    nodes = [service for name, service in file["services"].items() if name.startswith("node-")]
+    assert len(nodes) == 3
+    assert all(volume.partition(":")[0] in file["volumes"] for volume in ["state", "results"])
+    for node in nodes:
+        assert node["depends_on"]["coordinator"]["condition"] == "service_healthy"
+        for name, value in node["environment"].items():
+            monkeypatch.setenv(name, value.partition(":-")[2].rstrip("}") if value.startswith("${") else value)
+        parsed = parse([*node["command"][1:-1], str(tmp_path / "train.py")])
+        assert (parsed.nnodes, parsed.rdzv_endpoint, parsed.nproc_per_node) == ("1:3", "coordinator:29400", "1")
+
+
+def test_the_dockerfile_is_of_this_repository() -> None:
+    text = (ROOT / "deploy" / "Dockerfile").read_text()
+    assert 'ENTRYPOINT ["everstep"]' in text
+    assert (ROOT / "constraints.txt").exists()
