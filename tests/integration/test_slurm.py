@@ -38,7 +38,8 @@ def test_a_job_outlives_a_node(tmp_path: Path) -> None:
         wait_until(lambda: named("node_lost"), 30, "a node is lost")
         (tmp_path / "slow").unlink()
         wait_until(lambda: named("ended"), 60, "the job has ended")
-        wait_until(lambda: "COMPLETED" in slurm.run("scontrol", "show", "job", job), 30, "Slurm says so too")
+        wait_until(lambda: "JobState=COMPLET" in slurm.run("scontrol", "show", "job", job), 30, "Slurm says so too")
+        assert "ExitCode=0:0" in slurm.run("scontrol", "show", "job", job)
         (tmp_path / "slow").touch()
     output = (tmp_path / "job.out").read_text()
     assert f"everstep: job slurm-{job}, coordinator at 127.0.0.1:" in output
