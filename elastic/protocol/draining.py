@@ -94,8 +94,11 @@ def release(state: State, event: e.WorkerCommitted) -> Outcome:
         ranks = _ranks(state, node)
         since = -1 if members & set(ranks) else leaving.since if leaving.since >= 0 else event.step
         state = replace(state, leaving={**state.leaving, node: leaving._replace(since=since)})
-        under_way = [r for r in ranks if state.workers[r].status is Status.LEFT and r not in leaving.concluded]
-        if since >= 0 and not under_way and (state.protected >= since or not protects):
+        left_there = [rank for rank in ranks if state.workers[rank].status is Status.LEFT]
+        under_way = [rank for rank in left_there if rank not in leaving.concluded]
+        # A recovery that left it out may have begun at a version that had been protected before, with its help.
+        safe = state.protected >= since + (not left_there) or not protects
+        if since >= 0 and safe and not under_way:
             state, more = _let_go(state, node)
             effects += more
     return state, effects

@@ -58,7 +58,10 @@ def died(state: State, event: e.WorkerDied, now: float) -> Outcome:
     if state.phase is Phase.RECOVERING:
         assert state.recovery is not None
         if worker.id not in state.recovery.awaited:
-            return state, replaced
+            if worker.id.rank in state.workers:
+                return state, replaced
+            state, more = plan_if_complete(state, now)  # it may have been the last that was waited for
+            return state, [*replaced, *more]
     elif not (was_member or joining):
         return state, replaced
     state, more = begin_recovery(state, event, now)

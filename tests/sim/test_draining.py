@@ -34,6 +34,8 @@ def test_seeds(name: str) -> None:
         ("3 nodes, leaving", 391),  # who left died before a member had its last values
         ("3 nodes, leaving", 113),  # a rank of a leaving node has the end still to do
         ("4 nodes, leaving", 29),  # all who were to go on are lost
+        ("3 nodes, leaving", 1097),  # the last one that a recovery waits for dies, and has no heir
+        ("4 nodes, leaving", 804),  # what is protected was so with the help of the node that goes
         ("4 nodes, leaving", 122),  # the first version that outlives nodes is known two steps later
     ],
 )
