@@ -21,6 +21,7 @@ from ..comms.rpc import Session
 from ..comms.security import Security, digest_of
 from ..elastic.protocol import coordinator
 from ..elastic.protocol import events as e
+from ..elastic.protocol.losing import beat_s
 from ..elastic.protocol.state import Config, Phase, State
 from .durable import Channel, Durable
 from .eventlog import EventLog, Listeners
@@ -196,9 +197,7 @@ class Leader:
         if self._links.session(session.node) is not session:
             return []
         if time.monotonic() < self._lenient_s:
-            self._links.detach(
-                session.node
-            )  # it may have given us up while we slept; else its beats are missed
+            self._links.detach(session.node)  # it may have given us up while we slept; else its beats are missed
             return []
         self._links.forget(session.node)
         return self._decide(e.NodeLost(session.node, why))
@@ -253,7 +252,7 @@ class Leader:
     def _welcome(self, session: Session, hello: pb.Hello, channel: Channel) -> None:
         self._links.attach(hello.node, session)
         self._durable.acknowledge(hello.node, hello.received)
-        welcome = pb.Welcome(token=self._durable.token, received=channel.seen)
+        welcome = pb.Welcome(token=self._durable.token, received=channel.seen, beat_s=beat_s(self._config))
         session.send(pb.AttachResponse(welcome=welcome))
         for number in sorted(channel.pending):
             session.send(pb.AttachResponse.FromString(channel.pending[number]))

@@ -8,12 +8,14 @@ from . import events as e
 from .leaving import still_needed
 from .outcome import Outcome, fail
 from .recovering import all_ready, begin_recovery, begin_training, plan_if_complete
-from .state import Heard, Phase, State, Status
+from .state import Config, Heard, Phase, State, Status
 
 GAP_FACTOR = 4.0  # times the longest silence that a node has shown and come back from
 GAP_MEMORY = 0.99  # how slowly that is forgotten, per heartbeat
 FORMING_TIMEOUT_S = 10.0  # before training starts a node may be busy importing
 NOBODY_S = 60.0  # for all nodes at once
+LEAST_BEAT_S, BEATS_PER_S = 0.25, 10_000
+BEATS_MISSED = 6  # one after the other; datagrams may be lost
 SLEPT_S = 1.0  # ticks further apart than this: it was the coordinator that slept
 
 
@@ -33,9 +35,14 @@ def returned(state: State, event: e.CoordinatorReturned, now: float) -> Outcome:
     return replace(state, heard=heard, ticked_s=now), []
 
 
+def beat_s(config: Config) -> float:
+    """The time between a node's heartbeats: all of them together are to be no more than a coordinator can hear."""
+    return max(LEAST_BEAT_S, config.max_nodes / BEATS_PER_S)
+
+
 def least_timeout_s(state: State) -> float:
     """How long any node may be silent now."""
-    least = state.config.heartbeat_timeout_s
+    least = max(state.config.heartbeat_timeout_s, BEATS_MISSED * beat_s(state.config))
     return least if state.phase in (Phase.RUNNING, Phase.RECOVERING) else max(least, FORMING_TIMEOUT_S)
 
 
