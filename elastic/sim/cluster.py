@@ -260,7 +260,7 @@ class Cluster:
             self.nodes[effect.node].orders.send(effect)
             if isinstance(effect, e.ReleaseNode):
                 self.released += 1
-                self.promise.released(effect.node, len(self.state.nodes))
+                self.promise.released(effect.node, len({w.node for w in self.state.members()}))
         elif isinstance(effect, e.EndJob):
             self.outcome = effect
             for running in list(self.running.values()):

@@ -98,7 +98,7 @@ class Promise:
         self.broken = self.broken or len(self._lost) > self._allowed
 
     def released(self, node: str, staying: int) -> None:
-        """A node has handed over what it held; of those that stay, one has to be left."""
+        """A node has handed over what it held; of those that have members, one has to be left."""
         self._doomed.discard(node)
         self._allowed = min(self._allowed, staying - 1)
 
