@@ -17,16 +17,18 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ..comms.attach import Attachment, Unreachable
-from ..comms.security import TRUST, Security, SecurityError
+from ..comms.security import TRUST, Security, SecurityError, explain_unreachable
 from ..elastic.protocol.state import Config
 from .command import (
     CHOSEN,
     DEFAULT_PORT,
     INSECURE_NETWORK,
+    LOG,
     METRICS,
     OVERRIDES,
     STOP_GRACE,
     STORE,
+    WATCHED,
     Command,
     LaunchError,
     node_range,
@@ -103,10 +105,9 @@ def _reach(link: Attachment, join_timeout_s: float) -> str:
     try:
         return link.reach(timeout_s)
     except Unreachable as error:
-        raise LaunchError(
-            f"no coordinator answers at {error} within {timeout_s:g} s: check --rdzv-endpoint, and that the first "
-            "node is up (if the port is in use by something else, choose another)"
-        ) from None
+        hint = "check --rdzv-endpoint, and that the first node is up (if the port is in use by something else, "
+        hint = explain_unreachable(link.addresses[0], link.security) or f"{hint}choose another)"
+        raise LaunchError(f"no coordinator answers at {error} within {timeout_s:g} s: {hint}") from None
 
 
 def _see_off(coordinator: CoordinatorProcess, agent: NodeAgent, outcome: Outcome) -> None:
@@ -156,6 +157,7 @@ def _coordinate(
         store=store,
         events=command.own.es_events or "",
         metrics=command.own.es_coordinator_metrics,
+        log=command.own.es_log,
     )
     try:
         coordinator = CoordinatorProcess(task, security)
@@ -293,7 +295,8 @@ def coordinate(arguments: Sequence[str]) -> int:
     parse.add_argument("--es-events", metavar="FILE")
     parse.add_argument("--es-store", **STORE)
     parse.add_argument("--es-insecure-network", **INSECURE_NETWORK)
-    parse.add_argument("--es-metrics", **METRICS)
+    parse.add_argument("--es-metrics", **{**METRICS, "help": WATCHED})
+    parse.add_argument("--es-log", **{**LOG, "default": "text"})
     own = parse.parse_args(list(arguments))
     logging.basicConfig(format="everstep: %(message)s", level=logging.INFO)
     try:
@@ -313,6 +316,7 @@ def coordinate(arguments: Sequence[str]) -> int:
             store=store,
             events=own.es_events or "",
             metrics=own.es_metrics,
+            log=own.es_log,
         )
 
         def serves(port: int) -> None:

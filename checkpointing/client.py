@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from ..comms.security import Security, own
 from .segment import Segment
 
 SLICE_S = 0.05  # how often a caller that waits is called back
@@ -31,13 +32,19 @@ class KeeperClient:
     `on_wait` is called every 50 ms while it waits, and may raise to give up; the connection is of no more use then.
     """
 
-    def __init__(self, address: str, token: str, on_wait: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        address: str,
+        token: str,
+        on_wait: Callable[[], None] = lambda: None,
+        security: Security | None = None,
+    ) -> None:
         host, _, port = address.rpartition(":")
         self.address = address
         self.closed = False
         self.on_wait = on_wait
         self._buffer = bytearray()
-        self._socket = _connect(host, int(port), on_wait)
+        self._socket = _encrypted(_connect(host, int(port), on_wait), security or own())
         self._send({"token": token})
 
     def _send(self, request: dict[str, Any]) -> None:
@@ -155,6 +162,18 @@ def _connect(host: str, port: int, on_wait: Callable[[], None]) -> socket.socket
         connection.close()
         raise
     return connection
+
+
+def _encrypted(connection: socket.socket, security: Security) -> socket.socket:
+    """TLS, where there are certificates. Raises OSError."""
+    if not security.encrypts:
+        return connection
+    connection.settimeout(CONNECT_S)
+    try:
+        return security.connect(connection)
+    except BaseException:
+        connection.close()
+        raise
 
 
 class KeeperLink:

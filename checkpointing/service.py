@@ -15,8 +15,10 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Callable
 from typing import Any
 
+from ..comms.security import Security, SecurityError, own
 from ..resharding.placement import Placement
 from .keeper import Keeper, Membership, Superseded
 from .parity import ParityStore
@@ -26,6 +28,8 @@ from .saving import SaveRequest
 from .segment import Entry
 
 MAX_REQUEST_BYTES = 64 << 20
+GREETING_BYTES, GREETING_S = 4096, 10.0  # of who has not shown the token yet
+STRANGERS = 256  # such connections at a time
 NICENESS = 10  # compute goes first on a busy machine
 WAIT_SLICE_S = 0.1
 
@@ -72,7 +76,16 @@ class Leash:
 class KeeperServer:
     """Serves one keeper until the process ends."""
 
-    def __init__(self, keeper: Keeper, name: str, host: str, port: int, token: str, leash: Leash | None = None) -> None:
+    def __init__(
+        self,
+        keeper: Keeper,
+        name: str,
+        host: str,
+        port: int,
+        token: str,
+        leash: Leash | None = None,
+        security: Security | None = None,
+    ) -> None:
         self.keeper = keeper
         self.leash = leash or Leash(0.0)
         self.token = token
@@ -85,6 +98,9 @@ class KeeperServer:
             raise OSError("name taken") from error
         self._unix.listen(64)
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._strangers = threading.BoundedSemaphore(STRANGERS)
+        self._security = security or own()
+        self._security.check_bind(host)
         self._tcp = socket.create_server((host, port), family=family, backlog=64)
         self.port: int = self._tcp.getsockname()[1]
         self.saver = Saver(f"{host}:{self.port}", token)
@@ -107,17 +123,38 @@ class KeeperServer:
                 connection, _ = listener.accept()
             except OSError:
                 return  # closed
-            threading.Thread(target=self._converse, args=(connection, local), daemon=True).start()
+            if not self._strangers.acquire(blocking=False):
+                connection.close()  # so many that have not shown the token: that is no job of ours
+                continue
+            threading.Thread(target=self._welcome, args=(connection, local), daemon=True).start()
 
-    def _converse(self, connection: socket.socket, local: bool) -> None:
+    def _welcome(self, connection: socket.socket, local: bool) -> None:
+        greeted = [False]
+
+        def greet() -> None:
+            greeted[0] = True
+            self._strangers.release()
+
+        try:
+            self._converse(connection, local, greet)
+        finally:
+            if not greeted[0]:
+                self._strangers.release()
+
+    def _converse(self, connection: socket.socket, local: bool, greeted: Callable[[], None]) -> None:
         owners: set[tuple[int, int]] = set()
-        with connection, contextlib.suppress(OSError, ValueError, KeyError, TypeError, IndexError):
-            reader = _Lines(connection, fds=local)
+        wrong = (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError)
+        with connection, contextlib.ExitStack() as stack, contextlib.suppress(*wrong):
+            connection.settimeout(GREETING_S)
             if not local:
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            hello = json.loads(reader.line() or b"{}")
-            if not hmac.compare_digest(str(hello.get("token")), self.token):
+                connection = stack.enter_context(self._security.accept(connection))
+            reader = stack.enter_context(_Lines(connection, fds=local))
+            hello = json.loads(reader.line(GREETING_BYTES) or b"{}")
+            if not hmac.compare_digest(str(hello.get("token")).encode(), self.token.encode()):
                 return
+            connection.settimeout(None)
+            greeted()
             while line := reader.line():
                 request = json.loads(line)
                 if request["op"] == "collect":
@@ -229,15 +266,22 @@ class _Lines:
         self._with_fds = fds
         self._fds: list[int] = []
 
-    def line(self) -> bytes:
-        """The next line, without its end; empty when there is none."""
+    def __enter__(self) -> _Lines:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for fd in self._fds:
+            os.close(fd)
+
+    def line(self, limit: int = MAX_REQUEST_BYTES) -> bytes:
+        """The next line, without its end; empty when there is none, or it is longer than `limit` bytes."""
         while (end := self._buffer.find(b"\n")) < 0:
             if self._with_fds:
                 data, fds, _, _ = socket.recv_fds(self._connection, 1 << 16, 4)
                 self._fds.extend(fds)
             else:
                 data = self._connection.recv(1 << 16)
-            if not data or len(self._buffer) > MAX_REQUEST_BYTES:
+            if not data or len(self._buffer) > limit:
                 return b""
             self._buffer += data
         line = bytes(self._buffer[:end])
@@ -264,7 +308,7 @@ def main() -> None:
     try:
         keeper, leash = Keeper(arguments.node), Leash(arguments.linger)
         server = KeeperServer(keeper, arguments.name, arguments.host, arguments.port, token, leash)
-    except OSError as error:
+    except (OSError, SecurityError) as error:
         print(error, flush=True)  # our agent reads it
         sys.exit(1)
     leash.follow(sys.stdin)

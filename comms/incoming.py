@@ -27,6 +27,7 @@ from .links import Link, OnCorruption
 from .mailbox import Mailbox, allocate
 from .poller import Poller
 from .ring import RING_MINIMUM_BYTES, RingReader
+from .tls import TlsSocket
 
 _INBOX_BYTES = 32 * 1024
 _READ_LIMIT_BYTES = 4 << 20  # read from one link before the others, and an abort, have their turn
@@ -67,7 +68,7 @@ class InLink(Link):
     A part counts as received once its checksum was found right; a message is delivered with its last part.
     """
 
-    def __init__(self, sock: socket.socket, local: Local, poller: Poller) -> None:
+    def __init__(self, sock: socket.socket | TlsSocket, local: Local, poller: Poller) -> None:
         super().__init__(sock, poller, local.on_corruption)
         self.hello: Hello | None = None
         self.newest_generation = 0  # that the peer is known to have reached
@@ -95,7 +96,7 @@ class InLink(Link):
     def _on_event(self, events: int) -> None:
         budget = _READ_LIMIT_BYTES
         try:
-            while budget > 0:
+            while budget > 0 or (isinstance(self.sock, TlsSocket) and self.sock.pending()):
                 count, asked = self._read()
                 if count == 0:
                     self.fail("closed by the peer")
@@ -127,7 +128,7 @@ class InLink(Link):
 
     def _read_hello(self) -> tuple[int, int]:
         asked = HELLO_BYTES - self._filled
-        if self._unix:
+        if self._unix and isinstance(self.sock, socket.socket):
             data, fds, _, _ = socket.recv_fds(self.sock, asked, 1)
             self._fds += fds
         else:

@@ -22,6 +22,8 @@ from .frames import HEADER_BYTES, CorruptFrame, FrameKind, Header, Hello, Protoc
 from .mailbox import joined
 from .poller import READ, WRITE, Poller
 from .ring import RingWriter
+from .security import Security
+from .tls import TlsSocket
 
 IOV_LIMIT = 512  # buffers per sendmsg; the kernel's own limit is 1024
 TCP_PIECE_BYTES = 1 << 20  # also bounds what an abort has to copy of a frame that is half sent
@@ -67,7 +69,7 @@ def ask_for_buffers(sock: socket.socket) -> None:
 class Link:
     """What both directions share: a socket in the poll set, open until it breaks or is closed."""
 
-    def __init__(self, sock: socket.socket, poller: Poller, on_corruption: OnCorruption) -> None:
+    def __init__(self, sock: socket.socket | TlsSocket, poller: Poller, on_corruption: OnCorruption) -> None:
         self.sock = sock
         self.broken = False
         self._on_corruption = on_corruption
@@ -107,7 +109,9 @@ class OutLink(Link):
     `keep_rest`, so that a frame once begun is always finished and the stream stays in step.
     """
 
-    def __init__(self, peer: Peer, hello: Hello, poller: Poller, on_corruption: OnCorruption) -> None:
+    def __init__(
+        self, peer: Peer, hello: Hello, poller: Poller, on_corruption: OnCorruption, security: Security
+    ) -> None:
         self.peer = peer
         self.ring = RingWriter(hello.ring_bytes) if hello.ring_bytes else None
         self._queue: deque[memoryview] = deque([memoryview(hello.pack())])
@@ -119,7 +123,8 @@ class OutLink(Link):
         family = socket.AF_UNIX if self.ring else socket.AF_INET6 if ":" in host else socket.AF_INET
         self._target: str | tuple[str, int] = "\0" + peer.local_name if self.ring else (host, int(port))
         super().__init__(socket.socket(family, socket.SOCK_STREAM), poller, on_corruption)
-        if not self.ring:
+        self._security = security
+        if isinstance(self.sock, socket.socket) and not self.ring:
             self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             ask_for_buffers(self.sock)
         self._connect()
@@ -159,7 +164,7 @@ class OutLink(Link):
             try:
                 self._advance(self.sock.sendmsg(list(islice(self._queue, IOV_LIMIT))))
             except BlockingIOError:
-                self._wait_to_write(True)
+                self._wait_to_write(not (isinstance(self.sock, TlsSocket) and self.sock.wants_read))
                 return False
             except OSError as error:
                 self._read_credits()  # perhaps it said why before it closed
@@ -178,6 +183,7 @@ class OutLink(Link):
             self._queue.popleft()
 
     def _connect(self) -> bool:
+        assert isinstance(self.sock, socket.socket)
         code = self.sock.connect_ex(self._target)
         if code == errno.EAGAIN:
             return False  # the peer's backlog is full: the next flush tries again
@@ -188,10 +194,13 @@ class OutLink(Link):
             self.fail(OSError(code, os.strerror(code)))
             return False
         self._connected = True
+        if self._security.encrypts and not self.ring:
+            self.sock = TlsSocket(self.sock, self._security, server=False)
         self._wait_to_write(False)
         if self.ring:
             # The first bytes on an empty socket: taken whole, together with the descriptor.
             try:
+                assert isinstance(self.sock, socket.socket)
                 socket.send_fds(self.sock, [self._queue.popleft()], [self.ring.fd])
             except OSError as error:  # it died after its kernel had let us in
                 self.fail(error)

@@ -21,6 +21,8 @@ from .links import TCP_PIECE_BYTES, OutLink, ask_for_buffers, cut
 from .mailbox import WAIT_SLICE_S, Mailbox, byte_view, joined
 from .poller import Poller
 from .ring import RING_MINIMUM_BYTES, piece_bytes
+from .security import Security, own
+from .tls import TlsSocket
 
 INLINE_LIMIT_BYTES = 2048  # up to here the socket is cheaper than the ring
 UNGREETED_LIMIT = 1024  # connections that have not said hello; the oldest go first
@@ -32,7 +34,8 @@ class MeshCommunicator(Communicator):
 
     `host` is the address to listen on, and for others to connect to; ranks of equal `host_id` must share a network
     namespace, and reach each other through shared memory unless `shared_memory` is off on either. Ranks with another
-    `token` are refused. Every byte is checked on arrival (see `frames`). `ring_bytes` is the shared memory of one link.
+    `token` are refused. `security` is what this process was started with, unless given: with certificates, TCP links
+    are TLS. Every byte is checked on arrival (see `frames`). `ring_bytes` is the shared memory of one link.
     The messages that a rank has not asked for yet are held in its memory, without a limit of their own: the order of a
     training step bounds them.
     """
@@ -48,8 +51,11 @@ class MeshCommunicator(Communicator):
         shared_memory: bool = True,
         ring_bytes: int = 4 << 20,
         on_wait: Callable[[], None] | None = None,
+        security: Security | None = None,
     ) -> None:
         super().__init__(rank, on_wait)
+        self._security = security or own()
+        self._security.check_bind(host)
         if ring_bytes < RING_MINIMUM_BYTES:
             raise ValueError(f"ring_bytes is {ring_bytes}, and must be {RING_MINIMUM_BYTES} at least")
         self._ring_bytes = ring_bytes
@@ -231,7 +237,7 @@ class MeshCommunicator(Communicator):
             self.generation,
             self._ring_bytes if shared else 0,
         )
-        return OutLink(peer, hello, self._poller, self._report_corruption)
+        return OutLink(peer, hello, self._poller, self._report_corruption, self._security)
 
     def _report_corruption(self, source_rank: int, what: str) -> None:
         self.on_corruption(source_rank, what)
@@ -296,7 +302,9 @@ class MeshCommunicator(Communicator):
                 sock, _ = listener.accept()
             except OSError:
                 return  # nobody is left in the backlog, or the one there has gone
-            self._in.append(InLink(sock, self._local, self._poller))
+            encrypted = self._security.encrypts and sock.family != socket.AF_UNIX
+            end = TlsSocket(sock, self._security, server=True) if encrypted else sock
+            self._in.append(InLink(end, self._local, self._poller))
             strangers = [link for link in self._in if link.hello is None]
             if len(strangers) > UNGREETED_LIMIT:
                 strangers[0].close()

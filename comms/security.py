@@ -6,6 +6,7 @@ nothing but loopback addresses may be bound, unless the user says by name that t
 
 from __future__ import annotations
 
+import datetime
 import functools
 import hashlib
 import ipaddress
@@ -48,6 +49,8 @@ class Security:
             assert folder is not None
             if not os.access(folder / name, os.R_OK):
                 raise SecurityError(f"{CERTIFICATES}={folder}: {name} cannot be read (make some: everstep certs DIR)")
+        if folder is not None:
+            _check(folder)
         return cls(_token(environment), folder, environment.get(TRUST, "") == "1")
 
     @property
@@ -88,13 +91,18 @@ class Security:
         """The server's end of a connection; blocks for the handshake. Raises OSError (ssl.SSLError is one)."""
         if self.folder is None:
             return connection
-        return _context(self.folder, ssl.Purpose.CLIENT_AUTH).wrap_socket(connection, server_side=True)
+        return self.context(ssl.Purpose.CLIENT_AUTH).wrap_socket(connection, server_side=True)
 
     def connect(self, connection: socket.socket) -> socket.socket:
         """The client's end of a connection; blocks for the handshake. Raises OSError (ssl.SSLError is one)."""
         if self.folder is None:
             return connection
-        return _context(self.folder, ssl.Purpose.SERVER_AUTH).wrap_socket(connection, server_hostname=NAME)
+        return self.context(ssl.Purpose.SERVER_AUTH).wrap_socket(connection, server_hostname=NAME)
+
+    def context(self, purpose: ssl.Purpose) -> ssl.SSLContext:
+        """For one end of a connection; only with certificates. Raises OSError."""
+        assert self.folder is not None
+        return _context(self.folder, purpose)
 
 
 @functools.cache
@@ -103,8 +111,16 @@ def _context(folder: Path, purpose: ssl.Purpose) -> ssl.SSLContext:
     context = ssl.create_default_context(purpose, cafile=str(authority))
     context.load_cert_chain(certificate, key)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
+    if purpose is ssl.Purpose.CLIENT_AUTH:
+        context.num_tickets = 0  # nothing is to come that nobody waits for
     context.verify_mode = ssl.CERT_REQUIRED
     return context
+
+
+@functools.cache
+def own() -> Security:
+    """What this process was started with. Raises SecurityError."""
+    return Security.of(os.environ)
 
 
 def digest_of(token: str) -> str:
@@ -119,6 +135,48 @@ def is_loopback(host: str) -> bool:
     except OSError:
         return False
     return bool(found) and all(ipaddress.ip_address(str(address).partition("%")[0]).is_loopback for address in found)
+
+
+def _check(folder: Path) -> None:
+    """Raises SecurityError for certificates that nobody would accept."""
+    from cryptography import x509  # costs a while, and is needed only here
+
+    for name in ("ca.pem", "cert.pem"):
+        try:
+            certificate = x509.load_pem_x509_certificate((folder / name).read_bytes())
+        except ValueError as error:
+            raise SecurityError(f"{folder / name} is no certificate in PEM form: {error}") from None
+        now, until = datetime.datetime.now(datetime.UTC), certificate.not_valid_after_utc
+        if now > until:
+            renew = "renew it (everstep certs DIR, on the machine that has ca-key.pem)"
+            raise SecurityError(f"{folder / name} has expired at {until:%Y-%m-%d %H:%M:%S} UTC: {renew}")
+        if now < certificate.not_valid_before_utc:
+            since = f"{certificate.not_valid_before_utc:%Y-%m-%d %H:%M:%S} UTC"
+            raise SecurityError(f"{folder / name} is valid from {since} on: is this machine's clock right?")
+    try:
+        _context(folder, ssl.Purpose.CLIENT_AUTH)
+    except OSError as error:
+        raise SecurityError(f"{folder}: cert.pem and key.pem do not go together, or cannot be used: {error}") from None
+
+
+def explain_unreachable(address: str, security: Security, timeout_s: float = 2.0) -> str:
+    """What may be the matter with a coordinator that cannot be reached; empty if nothing is seen."""
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout_s) as connection:
+            if security.encrypts:
+                with security.connect(connection) as encrypted:
+                    encrypted.recv(1)  # TLS 1.3 tells only now what the server makes of our certificate
+                return ""
+            connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+            if connection.recv(1) == b"\x15":  # a TLS alert
+                return f"it speaks TLS, and this node has no certificates: set {CERTIFICATES}"
+    except ssl.SSLError as error:
+        reason = str(error.reason or error).replace("_", " ").lower()
+        return f"it does not accept our certificate, or we not its ({reason}): take both from one authority"
+    except OSError:
+        return ""
+    return ""
 
 
 def _token(environment: Mapping[str, str]) -> str:
