@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := $(shell find everstep elastic comms checkpointing resharding agents '(' -name '*.py' -o -name '*.toml' ')' -not -path '*/__pycache__/*')
+SOURCES := $(shell find everstep elastic comms checkpointing resharding agents '(' -name '*.py' -o -name '*.toml' -o -name 'page.*' ')' -not -path '*/__pycache__/*')
 
 .PHONY: demo test check bench clean setup peers
 

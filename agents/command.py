@@ -20,6 +20,7 @@ from torch.distributed.run import config_from_args, get_args_parser, run_script_
 
 from ..elastic.protocol.liveness import FLOOR_S
 from ..elastic.protocol.state import Config
+from .story import LOGS
 
 DEFAULT_PORT = 29400
 BACKENDS = ("static", "c10d", "everstep")
@@ -54,6 +55,13 @@ METRICS: dict[str, Any] = {
     "default": "",
     "metavar": "HOST:PORT",
     "help": "serve Prometheus metrics there (port 0: any)",
+}
+
+WATCHED = "serve the job's web page (/) and its Prometheus metrics (/metrics) there"
+LOG: dict[str, Any] = {
+    "default": "off",
+    "choices": LOGS,
+    "help": "a line on standard error for each event of importance, from the node that has the coordinator",
 }
 
 
@@ -109,8 +117,9 @@ def parser() -> argparse.ArgumentParser:
         "--es-coordinator-metrics",
         default="",
         metavar="HOST:PORT",
-        help="serve the job's Prometheus metrics there, on the node that has the coordinator",
+        help=f"{WATCHED}, on the node that has the coordinator",
     )
+    own.add_argument("--es-log", **LOG)
     own.add_argument("--es-config", metavar="FILE", help="TOML file with an [everstep] table of settings")
     own.add_argument(
         "--es-preload", default="", metavar="MODULES", help="comma-separated modules to import before forks"

@@ -26,6 +26,8 @@ from .etcd import EtcdStore, JobOver, is_etcd
 from .observer import Observer
 from .pages import AddressTaken, PageServer
 from .store import SqliteStore, Store, StoreError, Superseded
+from .story import Narrator, set_up_log
+from .web import routes
 
 log = logging.getLogger("everstep.coordinator")
 
@@ -45,6 +47,7 @@ class Task:
     store: str  # a file, or etcd://HOST:PORT[,HOST:PORT...]
     events: str = ""
     metrics: str = ""
+    log: str = "off"  # one of story.LOGS
     stood_by: bool = False  # or led: then it ends when the job is over
 
     def to_json(self) -> str:
@@ -69,6 +72,8 @@ def serve(task: Task, security: Security, on_ready: Callable[[int], None]) -> in
 
     `on_ready` is told the port. The process has its name once it leads.
     """
+    if task.log != "off":
+        set_up_log(task.log)
     try:
         while True:
             try:
@@ -91,14 +96,17 @@ async def _serve(task: Task, security: Security, on_ready: Callable[[int], None]
     coordinator.listeners.record.append(observer.heard)
     coordinator.listeners.heartbeats.append(observer.heartbeat)
     coordinator.listeners.telemetry.append(observer.told)
+    coordinator.viewed = observer.view
+    if task.log != "off":
+        coordinator.listeners.news.append(Narrator(task.log).heard)
     pages: PageServer | None = None
     store: Store | None = None
     over = False
     try:
         port = await coordinator.serve(task.host, task.port)
         if task.metrics:
-            pages = PageServer(task.metrics, {"/metrics": observer.page, "/targets": observer.targets}, security)
-            print(f"everstep: metrics of the job: {pages.url}/metrics", file=sys.stderr, flush=True)
+            pages = PageServer(task.metrics, routes(observer), security)
+            print(f"everstep: the job can be watched: {pages.url} (metrics: /metrics)", file=sys.stderr, flush=True)
         if is_etcd(task.store):
             on_ready(port)
             store = await _elected(task, security, coordinator)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import secrets
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from ..comms import everstep_pb2 as pb
 from ..comms.rpc import Server, Session
@@ -17,12 +19,19 @@ from ..elastic.protocol import coordinator
 from ..elastic.protocol.events import RendezvousClosed
 from ..elastic.protocol.protection import describe_protection
 from ..elastic.protocol.state import Config, State
+from .asked import SpanCollector
 from .durable import Durable
 from .eventlog import EventLog, Listeners
 from .leader import Leader
 from .links import Links
 from .rendezvous_service import Rendezvous
 from .store import Store, StoreError
+from .views import to_json
+
+VIEW_STEPS = 1000  # that anybody may ask for
+
+
+RECEIVED_BYTES = 4 << 20  # of beats that wait to be heard; the system may allow less
 
 
 class PortTaken(Exception):
@@ -36,6 +45,8 @@ class Coordinator:
         self.job = job
         self.listeners = Listeners()
         self.standing_by = "this coordinator has just started: try again"
+        self.viewed: Callable[[int, int], Mapping[str, Any]] = lambda steps, rank_steps: {}  # whoever observes sets it
+        self._spans = SpanCollector(self._order)
         self._config = config
         self._security = security
         self._events = EventLog(events, self.listeners)
@@ -105,8 +116,13 @@ class Coordinator:
         return self.standing_by
 
     def deliver(self, session: Session, request: pb.AttachRequest) -> None:
-        if self._leader is not None:
-            self._leader.put(session, request)
+        if self._leader is None:
+            return
+        if request.WhichOneof("body") == "spans":
+            if self._links is not None and self._links.session(session.node) is session:
+                self._spans.heard(session.node, request.spans)
+            return
+        self._leader.put(session, request)
 
     def lost(self, session: Session, why: str) -> None:
         if self._leader is not None:
@@ -131,6 +147,29 @@ class Coordinator:
                 "workers": {str(w.id.rank): w.status.value for w in state.workers.values()},
             }
         )
+
+    def view(self, steps: int, rank_steps: int) -> str:
+        return to_json(self.viewed(min(steps, VIEW_STEPS), min(rank_steps, VIEW_STEPS)))
+
+    async def trace(self, steps: int) -> AsyncGenerator[pb.GetTraceResponse, None]:
+        first = max(0, self.state.committed + 1 - max(1, steps))
+        clock = {"at_s": time.monotonic(), "unix_s": time.time()}
+        nodes = {name: node.host for name, node in self.state.nodes.items()}
+        head = {"job": self.job, "first_step": first, "nodes": nodes, **clock}
+        yield pb.GetTraceResponse(head=json.dumps(head))
+        async with contextlib.aclosing(self._spans.collect(sorted(nodes), first)) as pieces:
+            async for node, spans in pieces:
+                yield pb.GetTraceResponse(node=node, spans=spans)
+        view = self.viewed(steps, 0)
+        told = {name: view.get(name, []) for name in ("recoveries", "events", "series")}
+        yield pb.GetTraceResponse(tail=json.dumps({**told, "silent": self._spans.silent}))
+
+    def _order(self, node: str, message: pb.AttachResponse) -> bool:
+        """Tell a node something without a number; whether it can be reached."""
+        session = self._links.session(node) if self._links is not None else None
+        if session is not None:
+            session.send(message)
+        return session is not None
 
     def _exposure(self) -> dict[str, float | None] | None:
         """What the loss of a node would take along: versions, and seconds since the one that outlives it was made."""
@@ -159,5 +198,6 @@ def _reserve(host: str, port: int) -> tuple[socket.socket, socket.socket]:
                 break
             continue
         udp.setblocking(False)
+        udp.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVED_BYTES)
         return tcp, udp
     raise PortTaken(f"{host}:{port}")

@@ -17,6 +17,7 @@ class Listeners:
     """Who else wants to know: of every line of the event log, and of messages that are no events."""
 
     record: list[Callable[[Mapping[str, Any]], None]] = field(default_factory=list)
+    news: list[Callable[[Mapping[str, Any]], None]] = field(default_factory=list)  # likewise, but not of old lines
     heartbeats: list[Callable[[int], None]] = field(default_factory=list)
     telemetry: list[Callable[[str, Any], None]] = field(default_factory=list)  # node, pb.Telemetry
 
@@ -39,6 +40,9 @@ class EventLog:
         """These are in the store by now."""
         self._append(lines)
         self._tell(lines)
+        for line in lines:
+            for listener in self._listeners.news:
+                listener(line)
 
     def age_s(self, step: int) -> float | None:
         """How long ago a step was committed."""

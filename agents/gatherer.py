@@ -23,11 +23,13 @@ from .host import HostReader
 from .metrics import CONTENT_TYPE, NodeMetrics
 from .pages import Page, PageServer
 from .step_times import StepSums
+from .tracing import EndedSpans, pieces
 
 PERIOD_S = 1.0
 STEPS_PER_RANK = 32  # in one message
 STEPS_PER_MESSAGE = 256
 LINKS_PER_MESSAGE = 64
+KEEPER_READINGS = 600
 MESSAGES_PER_S = 500  # of all nodes together: agents of large jobs speak less often
 
 
@@ -86,6 +88,9 @@ class Gatherer:
         self._missed_spans = 0  # of workers that have ended
         self._left_out = 0
         self._keeper: KeeperClient | None = None
+        self._keeper_work: deque[pb.KeeperWork] = deque(maxlen=KEEPER_READINGS)
+        self._former = EndedSpans()
+        self._telling = threading.Lock()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="everstep-gatherer", daemon=True)
 
@@ -110,15 +115,28 @@ class Gatherer:
             if watched is not None:
                 self._read(watched)
                 self._missed_spans += watched.reader.missed
+                self._former.add(worker, watched.kept)
                 watched.reader.close()
                 self._metrics.worker_ended(worker.rank)
 
-    def spans(self) -> dict[int, list[Records]]:
-        """Rank -> the newest spans of each worker here, oldest first: what a trace is made of."""
+    def spans(self) -> list[tuple[WorkerId, list[Records]]]:
+        """The newest spans of each worker here, oldest first, and of those that ended lately: what a trace shows."""
         with self._lock:
             for watched in self._watched.values():
                 self._read(watched)
-            return {watched.id.rank: list(watched.kept) for watched in self._watched.values()}
+            alive = [(watched.id, list(watched.kept)) for watched in self._watched.values()]
+            return [*self._former.items(), *alive]
+
+    def tell_spans(self, asked: pb.AskSpans, answer: Callable[[pb.Spans], None]) -> None:
+        """Answer piece by piece, from a thread: not while another answer is being given."""
+
+        def tell() -> None:
+            with self._telling:
+                for piece in pieces(asked, self.spans(), list(self._keeper_work)):
+                    answer(piece)
+
+        if not self._telling.locked():
+            threading.Thread(target=tell, name="everstep-spans", daemon=True).start()
 
     def close(self) -> None:
         """Stop reading."""
@@ -148,6 +166,8 @@ class Gatherer:
     def look(self, host: HostReader) -> tuple[pb.HostReading, list[pb.GpuReading]]:
         """Read everything once, for the metrics here."""
         reading, gpus = host.read(self._ask_keeper(), self._keeper_limit_bytes), host.gpus()
+        work = (time.monotonic(), reading.keeper_bytes, reading.parity_bytes)
+        self._keeper_work.append(pb.KeeperWork(at_s=work[0], bytes=work[1], parity_bytes=work[2]))
         with self._lock:
             for watched in self._watched.values():
                 self._read(watched)

@@ -19,6 +19,7 @@ from typing import Any
 from ..comms import everstep_pb2 as pb
 from ..comms.attach import Aborted, Attachment, Broken
 from ..comms.process import host_id
+from ..comms.telemetry_pb2 import AskSpans
 from ..elastic.progress import Phase
 from ..elastic.protocol.events import WorkerId
 from ..elastic.protocol.liveness import FLOOR_S
@@ -292,6 +293,9 @@ class NodeAgent:
 
     def _on_notice(self, message: pb.Notice) -> None:
         self._say(message.text)
+
+    def _on_ask_spans(self, message: AskSpans) -> None:
+        self._gatherer.tell_spans(message, lambda spans: self.link.answer(spans=spans))
 
     def _on_refused(self, message: pb.Refused) -> None:
         self.outcome = Outcome(False, f"the coordinator refused node {self.node}: {message.why}")

@@ -16,16 +16,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..comms import telemetry_pb2 as pb
-from ..elastic.protocol.protection import describe_protection
 from ..elastic.protocol.state import State
 from .metrics import CONTENT_TYPE, FAILURES, JOB_PHASES, SHOWN_STRAGGLERS, JobMetrics
 from .pages import Page
 from .series import Series, died_of
 from .stragglers import Stragglers
+from .views import Seen, newest, view_of
 
 RANK_POINTS = 200_000  # steps of ranks kept, of all together
 RANK_STEPS = 256  # of one rank at most
-FRESH_S = 60.0  # telemetry that is older is not what a node does now
 COMPARE_S = 1.0  # how often all ranks are looked at together
 
 
@@ -138,85 +137,40 @@ class Observer:
 
     def view(self, steps: int = 200, rank_steps: int = 1) -> dict[str, Any]:
         """Everything there is to show, as JSON values: the last `steps` of the job, `rank_steps` of each rank."""
+        return view_of(self.seen(steps, rank_steps))
+
+    def seen(self, steps: int, rank_steps: int) -> Seen:
+        """What a view is made of, copied quickly: whoever feeds this waits meanwhile."""
         with self._lock:
             state, now, series = self._state(), self._clock(), self.series
             rate = series.rate()
-            batch = state.job.global_batch_size if state.job else 0
-            layout = state.layout
-            return {
-                "job": self.job,
-                "at_s": now,
-                "unix_s": time.time(),
-                "phase": state.phase.value,
-                "generation": layout.generation if layout else 0,
-                "world_size": len(layout.ranks) if layout else 0,
-                "stages": [{"layers": [s.start, s.stop], "ranks": list(s.ranks)} for s in layout.stages]
-                if layout
-                else [],
-                "step": state.committed,
-                "steps": state.job.steps if state.job else None,
-                "loss": series.steps[-1].loss if series.steps else None,
-                "step_s": series.steps[-1].step_s if series.steps else None,
-                "typical_step_s": series.typical_s or None,
-                "commit_age_s": now - series.committed_s if series.committed_s else None,
-                "steps_per_s": rate,
-                "samples_per_s": rate * batch,
-                "tokens_per_s": _number(rate * batch * self._tokens_per_sample),
-                "goodput": series.goodput(now),
-                "lost_s": series.lost_s,
-                "protection": describe_protection(state.job.protection, state.placement)
-                if state.job and state.placement
-                else None,
-                "snapshot_interval": _interval(state),
-                "exposure": self._exposure(state, now),
-                "checkpoint": self._checkpoint_view(now),
-                "nodes": self._nodes_view(state, now),
-                "workers": self._workers_view(state, rank_steps),
-                "series": [point._asdict() for point in list(series.steps)[-steps:]],
-                "recoveries": [{**r._asdict(), "phases": dict(r.phases)} for r in series.recoveries],
-                "events": list(series.events),
-            }
-
-    def _nodes_view(self, state: State, now: float) -> list[dict[str, Any]]:
-        found = []
-        for name, node in state.nodes.items():
-            heard, seen = state.heard.get(name), self._seen.get(name)
-            host = seen.telemetry.host if seen is not None and now - seen.at_s < FRESH_S else None
-            line = {
-                "node": name,
-                "host": node.host,
-                "slots": node.slots,
-                "silence_s": max(0.0, self._state_clock() - heard.at_s) if heard else None,
-                "metrics": seen.telemetry.metrics if seen else "",
-                "reading": _fields(host) if host is not None else None,
-                "gpus": [_fields(gpu) for gpu in seen.telemetry.gpus] if seen and host is not None else [],
-                "links": [_fields(link) for link in seen.telemetry.links] if seen and host is not None else [],
-            }
-            found.append(line)
-        return found
-
-    def _workers_view(self, state: State, rank_steps: int) -> list[dict[str, Any]]:
-        found = []
-        for rank, worker in sorted(state.workers.items()):
-            series = self.ranks.get(rank)
-            recent = list(series.steps)[-rank_steps:] if series is not None and rank_steps else []
-            line = {
-                "rank": rank,
-                "incarnation": worker.id.incarnation,
-                "node": worker.node,
-                "status": worker.status.value,
-                "slowdown": self.stragglers.ratios.get(rank),
-                "straggler": rank in self.stragglers.slow,
-                "steps": [_fields(step) for step in recent],
-            }
-            found.append(line)
-        return found
-
-    def _checkpoint_view(self, now: float) -> dict[str, Any] | None:
-        if self._checkpoint is None:
-            return None
-        fields = {k: v for k, v in self._checkpoint.items() if k not in ("event", "at_s")}
-        return {**fields, "age_s": now - self._checkpoint_s}
+            tokens_per_s = rate * (state.job.global_batch_size if state.job else 0) * self._tokens_per_sample
+            return Seen(
+                job=self.job,
+                state=state,
+                at_s=now,
+                state_at_s=self._state_clock(),
+                typical_s=series.typical_s,
+                committed_s=series.committed_s,
+                started_s=series.started_s,
+                rate=rate,
+                tokens_per_s=tokens_per_s,
+                goodput=series.goodput(now),
+                lost_s=series.lost_s,
+                interval=_interval(state),
+                exposure=self._exposure(state, now),
+                checkpoint=self._checkpoint,
+                checkpoint_s=self._checkpoint_s,
+                told={node: (seen.at_s, seen.telemetry) for node, seen in self._seen.items()},
+                steps=newest(series.steps, steps),
+                rank_steps={rank: newest(of.steps, rank_steps) for rank, of in self.ranks.items()},
+                ratios=dict(self.stragglers.ratios),
+                slow=frozenset(self.stragglers.slow),
+                per_micro_batch_s=dict(self.stragglers.per_micro_batch_s),
+                quarantined=self.quarantined,
+                recoveries=list(series.recoveries),
+                events=list(series.events),
+            )
 
     def _exposure(self, state: State, now: float) -> dict[str, float | None] | None:
         """What the loss of a node would take along; None where nodes are not protected from."""
@@ -360,19 +314,6 @@ class Observer:
 def _interval(state: State) -> int:
     """Steps between versions that outlive nodes, as agreed last; 0 if nothing was."""
     return int(json.loads(state.agreement).get("every", 0)) if state.agreement else 0
-
-
-def _fields(message: Any) -> dict[str, Any]:
-    """A message's own fields, as JSON values."""
-    return {
-        item.name: [_fields(one) for one in value] if item.name == "disks" else value
-        for item in message.DESCRIPTOR.fields
-        if (value := getattr(message, item.name)) is not None
-    }
-
-
-def _number(value: float) -> float | None:
-    return value if value == value and value else None
 
 
 def _or_nan(value: float | None) -> float:

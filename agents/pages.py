@@ -12,6 +12,7 @@ import socket
 import socketserver
 import threading
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from ..comms.security import Security, SecurityError
@@ -24,6 +25,7 @@ class Page(NamedTuple):
 
     content_type: str
     body: bytes
+    headers: Mapping[str, str] = MappingProxyType({})
 
 
 class AddressTaken(Exception):
@@ -92,6 +94,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.send_response(200 if maker is not None else 404)
             self.send_header("Content-Type", page.content_type)
             self.send_header("Content-Length", str(len(page.body)))
+            self.send_header("X-Content-Type-Options", "nosniff")
+            for name, value in page.headers.items():
+                self.send_header(name, value)
             self.end_headers()
             self.wfile.write(page.body)
 

@@ -27,12 +27,13 @@ from .rpc import channel_to, stub
 from .security import Security, digest_of
 
 PROTOCOL = 2
-BEAT_S = 0.25
+BEAT_S = 0.25  # between beats, until the coordinator has said
 BUSY_S = 10.0
 SILENT_S = 3.0  # without a word: where there are others, another coordinator is looked for
 QUIET_S = 1.0  # without an echo for so long, beats go through the stream as well
 RETRY_S = 0.2  # between tries to reach a coordinator
 CONNECT_S = 1.0  # for one try
+ANSWER_MESSAGES = 1024  # that wait to be sent and are of use now or never
 OUTBOX_MESSAGES = 100_000  # kept while there is no coordinator; a node that has more to say ends
 
 
@@ -77,6 +78,7 @@ class Attachment:
         self._outbox: deque[pb.AttachRequest] = deque()
         self._number = 0
         self._received = 0  # the number of the last order
+        self._beat_s = BEAT_S
         self._welcomed = False  # under this name, ever
         self._attached = False  # now
         self._token = ""
@@ -85,6 +87,7 @@ class Attachment:
         self._turned_s = 0.0  # when the agent's loop did so last
         self._beat_due = False  # through the stream
         self._passing: pb.AttachRequest | None = None  # what is of use now or never
+        self._answers: deque[pb.AttachRequest] = deque(maxlen=ANSWER_MESSAGES)  # likewise, and all of it
         self._closing = threading.Event()
         self._call: Any = None
         self._threads = [
@@ -140,6 +143,13 @@ class Attachment:
         with self._lock:
             self._passing = pb.AttachRequest(**body)
             self._lock.notify_all()
+
+    def answer(self, **body: Any) -> None:
+        """Answer what was asked without a number: all pieces go out, in order, on the stream that there is, or none."""
+        with self._lock:
+            if self._attached:
+                self._answers.append(pb.AttachRequest(**body))
+                self._lock.notify_all()
 
     @property
     def overflowed(self) -> bool:
@@ -213,6 +223,7 @@ class Attachment:
                 self._call = None
                 if self._lives == life:
                     self._attached = False
+                self._answers.clear()
                 self._lock.notify_all()
             call.cancel()
             channel.close()
@@ -243,6 +254,7 @@ class Attachment:
                 self._token, self._address = message.welcome.token, address
                 self._attached = True
                 again, self._welcomed = self._welcomed, True
+                self._beat_s = message.welcome.beat_s
                 self._drop(message.welcome.received)
                 welcomed.set()
                 self._lock.notify_all()
@@ -267,21 +279,25 @@ class Attachment:
             with self._lock:
                 while not self._closing.is_set() and self._lives == life:
                     waiting = [m for m in self._outbox if m.number > said] if welcomed.is_set() else []
-                    if waiting or self._beat_due or (self._passing is not None and welcomed.is_set()):
+                    passing = self._passing is not None or bool(self._answers)
+                    if waiting or self._beat_due or (passing and welcomed.is_set()):
                         break
                     self._lock.wait()
                 if self._closing.is_set() or self._lives != life:
                     return
                 beat, self._beat_due = self._beat_due and welcomed.is_set(), False
                 received = self._received
-                passing, self._passing = (self._passing, None) if welcomed.is_set() else (None, self._passing)
+                unnumbered: list[pb.AttachRequest] = []
+                if welcomed.is_set():
+                    unnumbered += [self._passing] if self._passing is not None else []
+                    unnumbered += [self._answers.popleft()] if self._answers else []  # one at a time: a beat is due
+                    self._passing = None
             if beat:
                 yield pb.AttachRequest(heartbeat=pb.Heartbeat(received=received))
             for message in waiting:
                 said = message.number
                 yield message
-            if passing is not None:
-                yield passing
+            yield from unnumbered
 
     def _kept(self, number: int) -> None:
         with self._lock:
@@ -307,12 +323,12 @@ class Attachment:
                 beat = beats.Beat(beats.name_of(self._node), stamp, self._received)
                 with contextlib.suppress(OSError):  # refused, unreachable: the stream tells
                     udp.send(beats.pack_beat(beats.key_of(self._token), beat))
-                if time.monotonic() - echoed_s > QUIET_S and self._attached:
+                if time.monotonic() - echoed_s > max(QUIET_S, 4 * self._beat_s) and self._attached:
                     with self._lock:
                         self._beat_due = True
                         self._lock.notify_all()
             self._give_up_silent()
-            if self._listen(udp, time.monotonic() + BEAT_S):
+            if self._listen(udp, time.monotonic() + self._beat_s):
                 echoed_s = time.monotonic()
         if udp is not None:
             udp.close()
@@ -330,7 +346,7 @@ class Attachment:
     def _listen(self, udp: socket.socket | None, until_s: float) -> bool:
         """Take in echoes until a time; whether there was one."""
         if udp is None:
-            self._closing.wait(BEAT_S)
+            self._closing.wait(self._beat_s)
             return False
         found = False
         while (left_s := until_s - time.monotonic()) > 0 and not self._closing.is_set():

@@ -16,7 +16,7 @@ class WorkerId(_message.Message):
     def __init__(self, rank: _Optional[int] = ..., incarnation: _Optional[int] = ...) -> None: ...
 
 class AttachRequest(_message.Message):
-    __slots__ = ("number", "hello", "ready", "heartbeat", "from_worker", "died", "stop", "store", "drain", "telemetry")
+    __slots__ = ("number", "hello", "ready", "heartbeat", "from_worker", "died", "stop", "store", "drain", "telemetry", "spans")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     HELLO_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
@@ -27,6 +27,7 @@ class AttachRequest(_message.Message):
     STORE_FIELD_NUMBER: _ClassVar[int]
     DRAIN_FIELD_NUMBER: _ClassVar[int]
     TELEMETRY_FIELD_NUMBER: _ClassVar[int]
+    SPANS_FIELD_NUMBER: _ClassVar[int]
     number: int
     hello: Hello
     ready: NodeReady
@@ -37,7 +38,8 @@ class AttachRequest(_message.Message):
     store: StoreOpened
     drain: DrainRequest
     telemetry: _telemetry_pb2.Telemetry
-    def __init__(self, number: _Optional[int] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., ready: _Optional[_Union[NodeReady, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., from_worker: _Optional[_Union[FromWorker, _Mapping]] = ..., died: _Optional[_Union[WorkerDied, _Mapping]] = ..., stop: _Optional[_Union[StopRequest, _Mapping]] = ..., store: _Optional[_Union[StoreOpened, _Mapping]] = ..., drain: _Optional[_Union[DrainRequest, _Mapping]] = ..., telemetry: _Optional[_Union[_telemetry_pb2.Telemetry, _Mapping]] = ...) -> None: ...
+    spans: _telemetry_pb2.Spans
+    def __init__(self, number: _Optional[int] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., ready: _Optional[_Union[NodeReady, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., from_worker: _Optional[_Union[FromWorker, _Mapping]] = ..., died: _Optional[_Union[WorkerDied, _Mapping]] = ..., stop: _Optional[_Union[StopRequest, _Mapping]] = ..., store: _Optional[_Union[StoreOpened, _Mapping]] = ..., drain: _Optional[_Union[DrainRequest, _Mapping]] = ..., telemetry: _Optional[_Union[_telemetry_pb2.Telemetry, _Mapping]] = ..., spans: _Optional[_Union[_telemetry_pb2.Spans, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("job", "node", "protocol", "returning", "received", "token_digest")
@@ -124,7 +126,7 @@ class DrainRequest(_message.Message):
     def __init__(self, why: _Optional[str] = ...) -> None: ...
 
 class AttachResponse(_message.Message):
-    __slots__ = ("number", "welcome", "refused", "start", "kill", "to_worker", "end", "heartbeat", "fence", "notice")
+    __slots__ = ("number", "welcome", "refused", "start", "kill", "to_worker", "end", "heartbeat", "fence", "notice", "ask_spans")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     REFUSED_FIELD_NUMBER: _ClassVar[int]
@@ -135,6 +137,7 @@ class AttachResponse(_message.Message):
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
     FENCE_FIELD_NUMBER: _ClassVar[int]
     NOTICE_FIELD_NUMBER: _ClassVar[int]
+    ASK_SPANS_FIELD_NUMBER: _ClassVar[int]
     number: int
     welcome: Welcome
     refused: Refused
@@ -145,7 +148,8 @@ class AttachResponse(_message.Message):
     heartbeat: Heartbeat
     fence: Fence
     notice: Notice
-    def __init__(self, number: _Optional[int] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., start: _Optional[_Union[StartWorkers, _Mapping]] = ..., kill: _Optional[_Union[KillWorkers, _Mapping]] = ..., to_worker: _Optional[_Union[ToWorker, _Mapping]] = ..., end: _Optional[_Union[EndJob, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., fence: _Optional[_Union[Fence, _Mapping]] = ..., notice: _Optional[_Union[Notice, _Mapping]] = ...) -> None: ...
+    ask_spans: _telemetry_pb2.AskSpans
+    def __init__(self, number: _Optional[int] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., start: _Optional[_Union[StartWorkers, _Mapping]] = ..., kill: _Optional[_Union[KillWorkers, _Mapping]] = ..., to_worker: _Optional[_Union[ToWorker, _Mapping]] = ..., end: _Optional[_Union[EndJob, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., fence: _Optional[_Union[Fence, _Mapping]] = ..., notice: _Optional[_Union[Notice, _Mapping]] = ..., ask_spans: _Optional[_Union[_telemetry_pb2.AskSpans, _Mapping]] = ...) -> None: ...
 
 class Fence(_message.Message):
     __slots__ = ("why",)
@@ -160,12 +164,14 @@ class Notice(_message.Message):
     def __init__(self, text: _Optional[str] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("token", "received")
+    __slots__ = ("token", "received", "beat_s")
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     RECEIVED_FIELD_NUMBER: _ClassVar[int]
+    BEAT_S_FIELD_NUMBER: _ClassVar[int]
     token: str
     received: int
-    def __init__(self, token: _Optional[str] = ..., received: _Optional[int] = ...) -> None: ...
+    beat_s: float
+    def __init__(self, token: _Optional[str] = ..., received: _Optional[int] = ..., beat_s: _Optional[float] = ...) -> None: ...
 
 class Refused(_message.Message):
     __slots__ = ("why",)
@@ -218,11 +224,35 @@ class EndJob(_message.Message):
     def __init__(self, succeeded: _Optional[bool] = ..., why: _Optional[str] = ..., detail: _Optional[str] = ..., rank: _Optional[int] = ...) -> None: ...
 
 class GetStatusRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("steps", "rank_steps")
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    RANK_STEPS_FIELD_NUMBER: _ClassVar[int]
+    steps: int
+    rank_steps: int
+    def __init__(self, steps: _Optional[int] = ..., rank_steps: _Optional[int] = ...) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("json",)
+    __slots__ = ("json", "view")
     JSON_FIELD_NUMBER: _ClassVar[int]
+    VIEW_FIELD_NUMBER: _ClassVar[int]
     json: str
-    def __init__(self, json: _Optional[str] = ...) -> None: ...
+    view: str
+    def __init__(self, json: _Optional[str] = ..., view: _Optional[str] = ...) -> None: ...
+
+class GetTraceRequest(_message.Message):
+    __slots__ = ("steps",)
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    steps: int
+    def __init__(self, steps: _Optional[int] = ...) -> None: ...
+
+class GetTraceResponse(_message.Message):
+    __slots__ = ("head", "node", "spans", "tail")
+    HEAD_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    SPANS_FIELD_NUMBER: _ClassVar[int]
+    TAIL_FIELD_NUMBER: _ClassVar[int]
+    head: str
+    node: str
+    spans: _telemetry_pb2.Spans
+    tail: str
+    def __init__(self, head: _Optional[str] = ..., node: _Optional[str] = ..., spans: _Optional[_Union[_telemetry_pb2.Spans, _Mapping]] = ..., tail: _Optional[str] = ...) -> None: ...

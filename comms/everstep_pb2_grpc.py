@@ -44,6 +44,11 @@ class CoordinatorServiceStub:
                 request_serializer=everstep__pb2.GetStatusRequest.SerializeToString,
                 response_deserializer=everstep__pb2.GetStatusResponse.FromString,
                 _registered_method=True)
+        self.GetTrace = channel.unary_stream(
+                '/everstep.v1.CoordinatorService/GetTrace',
+                request_serializer=everstep__pb2.GetTraceRequest.SerializeToString,
+                response_deserializer=everstep__pb2.GetTraceResponse.FromString,
+                _registered_method=True)
 
 
 class CoordinatorServiceServicer:
@@ -63,6 +68,13 @@ class CoordinatorServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetTrace(self, request, context):
+        """What all ranks did in the last steps, for `everstep trace`: a head, the agents' spans as they come, a tail.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_CoordinatorServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -75,6 +87,11 @@ def add_CoordinatorServiceServicer_to_server(servicer, server):
                     servicer.GetStatus,
                     request_deserializer=everstep__pb2.GetStatusRequest.FromString,
                     response_serializer=everstep__pb2.GetStatusResponse.SerializeToString,
+            ),
+            'GetTrace': grpc.unary_stream_rpc_method_handler(
+                    servicer.GetTrace,
+                    request_deserializer=everstep__pb2.GetTraceRequest.FromString,
+                    response_serializer=everstep__pb2.GetTraceResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -131,6 +148,33 @@ class CoordinatorService:
             '/everstep.v1.CoordinatorService/GetStatus',
             everstep__pb2.GetStatusRequest.SerializeToString,
             everstep__pb2.GetStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetTrace(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/everstep.v1.CoordinatorService/GetTrace',
+            everstep__pb2.GetTraceRequest.SerializeToString,
+            everstep__pb2.GetTraceResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 # A coordinator is a fork of its launcher, and starts gRPC after that.
@@ -30,12 +31,22 @@ OPTIONS: list[tuple[str, Any]] = [
     ("grpc.max_receive_message_length", MESSAGE_BYTES),
     ("grpc.max_send_message_length", MESSAGE_BYTES),
 ]
+# Calls that the event loop has not taken yet. By itself gRPC's core cancels some beyond 1,000, all beyond 3,000; and so
+# many agents may come at once when a coordinator has taken over.
+BURST: list[tuple[str, Any]] = [
+    ("grpc.server.max_pending_requests", 30_000),
+    ("grpc.server.max_pending_requests_hard_limit", 60_000),
+]
 SERVICE = "everstep.v1.CoordinatorService"
 HEALTHY, STANDING_BY = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 class Unreachable(Exception):
     """No coordinator answers at the address."""
+
+
+class Busy(Exception):
+    """One at a time: try again."""
 
 
 def channel_to(address: str, security: Security) -> grpc.Channel:
@@ -83,7 +94,13 @@ class Shell(Protocol):
         """An agent's stream ended."""
 
     def status(self) -> str:
-        """A summary, as JSON."""
+        """A summary, as JSON. Called in another thread."""
+
+    def view(self, steps: int, rank_steps: int) -> str:
+        """All there is to show, as JSON. Called in another thread."""
+
+    def trace(self, steps: int) -> AsyncGenerator[pb.GetTraceResponse, None]:
+        """What all ranks did in the last steps. Raises Busy while it is told to somebody else."""
 
 
 class Servicer(CoordinatorServiceServicer):
@@ -91,15 +108,21 @@ class Servicer(CoordinatorServiceServicer):
 
     def __init__(self, shell: Shell) -> None:
         self._shell = shell
+        self._viewer = ThreadPoolExecutor(1, "everstep-viewer")  # of a large job a view takes a while: one at a time
+        # A task that waits for gRPC is known to nobody but itself: the garbage collector takes it, and ends its stream.
+        self._tasks: set[tuple[asyncio.Task[Any] | None, asyncio.Task[None]]] = set()
 
     async def Attach(self, requests: AsyncIterator[pb.AttachRequest], context: Any) -> None:
         await self._available(context)
         session = Session()
         reader = asyncio.create_task(self._read(session, requests))
+        tasks = (asyncio.current_task(), reader)
+        self._tasks.add(tasks)
         try:
             async for message in session.messages():
                 await context.write(message)
         finally:
+            self._tasks.discard(tasks)
             reader.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await reader
@@ -116,7 +139,19 @@ class Servicer(CoordinatorServiceServicer):
 
     async def GetStatus(self, request: pb.GetStatusRequest, context: Any) -> pb.GetStatusResponse:
         await self._available(context)
-        return pb.GetStatusResponse(json=self._shell.status())
+        loop, wanted = asyncio.get_running_loop(), (request.steps, request.rank_steps)
+        text = await loop.run_in_executor(self._viewer, self._shell.status)
+        view = await loop.run_in_executor(self._viewer, self._shell.view, *wanted) if any(wanted) else ""
+        return pb.GetStatusResponse(json=text, view=view)
+
+    async def GetTrace(self, request: pb.GetTraceRequest, context: Any) -> AsyncIterator[pb.GetTraceResponse]:
+        await self._available(context)
+        try:
+            async with contextlib.aclosing(self._shell.trace(request.steps)) as parts:
+                async for part in parts:
+                    yield part
+        except Busy as error:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
 
     async def _available(self, context: Any) -> None:
         why = self._shell.refusal()
@@ -128,7 +163,7 @@ class Server:
     """A coordinator's gRPC server, with the standard health service (grpc.health.v1)."""
 
     def __init__(self, shell: Shell, security: Security) -> None:
-        self.aio = grpc.aio.server(options=[*OPTIONS, ("grpc.so_reuseport", 0)])
+        self.aio = grpc.aio.server(options=[*OPTIONS, *BURST, ("grpc.so_reuseport", 0)])
         self._security = security
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         add_CoordinatorServiceServicer_to_server(Servicer(shell), self.aio)  # type: ignore[no-untyped-call]
@@ -158,7 +193,7 @@ class Server:
 
 
 def get_status(address: str, timeout_s: float, security: Security) -> str:
-    """The coordinator's status, as JSON."""
+    """The coordinator's summary, as JSON. Raises Unreachable."""
     with channel_to(address, security) as channel:
         try:
             response = stub(channel).GetStatus(pb.GetStatusRequest(), timeout=timeout_s)

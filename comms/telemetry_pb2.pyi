@@ -143,3 +143,45 @@ class GpuReading(_message.Message):
     power_watts: float
     temperature_celsius: float
     def __init__(self, index: _Optional[int] = ..., name: _Optional[str] = ..., busy_ratio: _Optional[float] = ..., memory_used_bytes: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., power_watts: _Optional[float] = ..., temperature_celsius: _Optional[float] = ...) -> None: ...
+
+class AskSpans(_message.Message):
+    __slots__ = ("ticket", "first_step", "limit_bytes")
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    FIRST_STEP_FIELD_NUMBER: _ClassVar[int]
+    LIMIT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ticket: int
+    first_step: int
+    limit_bytes: int
+    def __init__(self, ticket: _Optional[int] = ..., first_step: _Optional[int] = ..., limit_bytes: _Optional[int] = ...) -> None: ...
+
+class Spans(_message.Message):
+    __slots__ = ("ticket", "rank", "incarnation", "at_s", "unix_s", "records", "left_out", "last", "keeper")
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    AT_S_FIELD_NUMBER: _ClassVar[int]
+    UNIX_S_FIELD_NUMBER: _ClassVar[int]
+    RECORDS_FIELD_NUMBER: _ClassVar[int]
+    LEFT_OUT_FIELD_NUMBER: _ClassVar[int]
+    LAST_FIELD_NUMBER: _ClassVar[int]
+    KEEPER_FIELD_NUMBER: _ClassVar[int]
+    ticket: int
+    rank: int
+    incarnation: int
+    at_s: float
+    unix_s: float
+    records: bytes
+    left_out: int
+    last: bool
+    keeper: _containers.RepeatedCompositeFieldContainer[KeeperWork]
+    def __init__(self, ticket: _Optional[int] = ..., rank: _Optional[int] = ..., incarnation: _Optional[int] = ..., at_s: _Optional[float] = ..., unix_s: _Optional[float] = ..., records: _Optional[bytes] = ..., left_out: _Optional[int] = ..., last: _Optional[bool] = ..., keeper: _Optional[_Iterable[_Union[KeeperWork, _Mapping]]] = ...) -> None: ...
+
+class KeeperWork(_message.Message):
+    __slots__ = ("at_s", "bytes", "parity_bytes")
+    AT_S_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    PARITY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    at_s: float
+    bytes: int
+    parity_bytes: int
+    def __init__(self, at_s: _Optional[float] = ..., bytes: _Optional[int] = ..., parity_bytes: _Optional[int] = ...) -> None: ...

@@ -28,7 +28,7 @@ _RECORD = struct.Struct("<QqqqdiiiiiiQ")
 RECORD_BYTES = _RECORD.size
 RING_OFFSET = mmap.PAGESIZE  # page 0 is the progress page
 SHARED_BYTES = RING_OFFSET + -(-RING_RECORDS * RECORD_BYTES // mmap.PAGESIZE) * mmap.PAGESIZE
-_LAYOUT = np.dtype(
+RECORD_LAYOUT = np.dtype(
     [
         ("number", "<u8"),
         ("start_ns", "<i8"),
@@ -44,7 +44,7 @@ _LAYOUT = np.dtype(
         ("again", "<u8"),
     ]
 )
-Records = NDArray[np.void]  # of _LAYOUT
+Records = NDArray[np.void]  # of RECORD_LAYOUT
 
 
 class Spent(enum.IntEnum):
@@ -143,7 +143,7 @@ class TelemetryReader:
     def read(self) -> Records:
         """The whole records that were written since the last time, oldest first."""
         copies = [self._memory[RING_OFFSET : RING_OFFSET + RING_RECORDS * RECORD_BYTES] for _ in range(3)]
-        finished, records, untouched = (np.frombuffer(copy, dtype=_LAYOUT) for copy in copies)
+        finished, records, untouched = (np.frombuffer(copy, dtype=RECORD_LAYOUT) for copy in copies)
         number = records["number"]
         whole = (finished["again"] == number) & (untouched["number"] == number) & (number > self._seen)
         found: Records = np.sort(records[whole], order="number")

@@ -9,7 +9,11 @@ USAGE = """usage: everstep COMMAND ...
 
   run          run a training script on this node (every torchrun flag, see everstep run --help)
   coordinator  coordinate a job from a process of its own
-  status       what a coordinator knows of its job
+  status       what a coordinator knows of its job, on one screen
+  top          the same, live
+  events       what happened to a job, a line each
+  trace        what all ranks did in the last steps, for ui.perfetto.dev
+  certs        make certificates for a cluster that is not trusted
   convert      bring a checkpoint of another framework into the universal form, or out of it
   inspect      what is in a checkpoint
   verify       check every byte of a checkpoint against its manifest
@@ -32,10 +36,23 @@ def main(arguments: list[str] | None = None) -> int:
         from .comms.process import leave
 
         leave(coordinate(rest))
-    if command == "status":
-        from .agents.status import status
+    if command in ("status", "events"):
+        from .agents import status
 
-        return status(rest)
+        show: Callable[[list[str]], int] = getattr(status, command)
+        return show(rest)
+    if command == "top":
+        from .agents.top import top
+
+        return top(rest)
+    if command == "trace":
+        from .agents.trace import trace
+
+        return trace(rest)
+    if command == "certs":
+        from .agents.certs import certs
+
+        return certs(rest)
     if command in ("convert", "inspect", "verify", "diff"):
         from . import checkpoints
 
