@@ -169,8 +169,8 @@ def explain_unreachable(address: str, security: Security, timeout_s: float = 2.0
                     encrypted.recv(1)  # TLS 1.3 tells only now what the server makes of our certificate
                 return ""
             connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
-            if connection.recv(1) == b"\x15":  # a TLS alert
-                return f"it speaks TLS, and this node has no certificates: set {CERTIFICATES}"
+            if connection.recv(1) in (b"", b"\x15"):  # it hangs up, or sends a TLS alert
+                return f"it takes no connections without TLS, and this node has no certificates: set {CERTIFICATES}"
     except ssl.SSLError as error:
         reason = str(error.reason or error).replace("_", " ").lower()
         return f"it does not accept our certificate, or we not its ({reason}): take both from one authority"
