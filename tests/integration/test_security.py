@@ -89,10 +89,11 @@ def takes_no_certificate(port: int, authority: Path) -> bool:
 def test_everything_is_encrypted(certificates: Path, tmp_path: Path, launched: list[subprocess.Popen[str]]) -> None:
     """Two nodes with certificates and a token, no shared memory; a worker is lost. No port talks to strangers."""
     (port,) = free_ports(1)
-    environment = {"EVERSTEP_CERTS": str(certificates), "EVERSTEP_JOB_TOKEN": "the job's own token"}
-    (tmp_path / "slow").touch()
     faults = json.dumps([{"rank": 1, "phase": "compute", "step": 4}])
-    first = node(launched, tmp_path, port, {**environment, "EVERSTEP_FAULTS": faults})
+    secrets = {"EVERSTEP_CERTS": str(certificates), "EVERSTEP_JOB_TOKEN": "the job's own token"}
+    environment = {**secrets, "EVERSTEP_FAULTS": faults}
+    (tmp_path / "slow").touch()
+    first = node(launched, tmp_path, port, environment)
     second = node(launched, tmp_path, port, environment)
     events = tmp_path / "events.jsonl"
     wait_until(lambda: events.exists() and '"recovered"' in events.read_text(), 60, "a worker was lost and replaced")
