@@ -187,10 +187,20 @@ class Leader:
             if item.number != seen + 1:
                 raise ValueError(f"message {item.number} came after {seen}")
             event = agent_event(session.node, item, self._local)
-        except (ValueError, KeyError, TypeError, IndexError) as error:
+            self._check_worker(session.node, item)
+        except Exception as error:  # whatever it is that cannot be read: it is the node's fault, and its alone
             return self._expel(session, f"it said what no agent says: {error!r}")
         self._durable.saw(session.node, item.number)
         return self._decide(event) if event is not None else []
+
+    def _check_worker(self, node: str, message: pb.AttachRequest) -> None:
+        """A node speaks for its own workers. Raises ValueError where it speaks for others."""
+        if message.WhichOneof("body") not in ("died", "from_worker"):
+            return
+        rank = getattr(message, message.WhichOneof("body")).worker.rank
+        known = self.state.workers.get(rank)
+        if known is not None and known.node != node:
+            raise ValueError(f"rank {rank} is a worker of node {known.node}")
 
     def _gone(self, session: Session, why: str) -> list[e.Effect]:
         """A stream that breaks while its coordinator lives is a node that is lost."""
