@@ -366,11 +366,11 @@ def open_fds() -> list[str]:
     return sorted(links)
 
 
-@pytest.mark.parametrize("name", list(BACKENDS))
 def ours_in_shm() -> list[str]:
     return sorted(name for name in os.listdir("/dev/shm") if "everstep" in name)
 
 
+@pytest.mark.parametrize("name", list(BACKENDS))
 def test_nothing_is_left_after_close(name):
     big = noise(6 * MIB)
 
