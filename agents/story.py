@@ -271,6 +271,12 @@ _WORDS: dict[str, tuple[Grade, Callable[[Line], str]]] = {
     "checkpoint_saved": (Grade.NEWS, _saved),
     "checkpoint_failed": (Grade.ALARM, lambda x: f"checkpoint {x.get('name', '')} was not saved: {x['why']}"),
     "checkpoint_unreadable": (Grade.ALARM, lambda x: f"checkpoint {x['name']} cannot be read: {x['why']}"),
+    "straggler_found": (Grade.WARNING, lambda x: f"rank {x['rank']} is slow ({x['what']}): {x['evidence']}"),
+    "straggler_lasts": (Grade.WARNING, lambda x: f"rank {x['rank']} is still slow ({x['what']}): {x['evidence']}"),
+    "straggler_gone": (Grade.NEWS, lambda x: f"rank {x['rank']} is slow no more ({x['what']})"),
+    "node_unhealthy": (Grade.ALARM, lambda x: f"node {x['node']} ({x['host']}) may not join: {x['why']}"),
+    "node_quarantined": (Grade.ALARM, lambda x: f"{x['host']} is kept out for {seconds(x['seconds'])}: {x['why']}"),
+    "node_released": (Grade.NEWS, lambda x: f"{x['host']} may join again"),
     "coordinator_returned": (
         Grade.WARNING,
         lambda x: f"a coordinator took over; {len(x['nodes'])} nodes are awaited",
