@@ -18,6 +18,7 @@ from .draining import cannot_leave, drain_requested, handed_over, offer_leave, r
 from .forming import last_call, node_joined, rendezvous_closed, store_opened
 from .losing import heartbeats, node_lost, returned, silent_node
 from .outcome import Effects, Outcome, current, fail, with_workers
+from .quarantine import keep_out
 from .recovering import (
     all_ready,
     begin_recovery,
@@ -32,6 +33,7 @@ from .recovering import (
     resumed,
 )
 from .state import Config, Phase, State, Status
+from .troubles import count_troubles, node_unhealthy, straggler_found, straggler_gone
 
 
 def initial_state(config: Config, now: float) -> State:
@@ -44,14 +46,15 @@ def step(state: State, event: e.Event, now: float) -> Outcome:
     if state.phase is Phase.DONE:
         return state, []
     handler: Callable[[State, Any, float], Outcome] = _HANDLERS[type(event)]
-    return handler(state, event, now)
+    after, effects = handler(state, event, now)
+    return count_troubles(state, after, effects, now)
 
 
 def _ticked(state: State, event: e.Ticked, now: float) -> Outcome:
     state, effects = last_call(state, now)
     if effects:
         return state, effects
-    for due in (give_up_saving, cannot_leave, silent_node):
+    for due in (give_up_saving, keep_out, cannot_leave, silent_node):
         state, effects = due(state, now)
         if effects:
             return state, effects
@@ -263,6 +266,7 @@ def _raised(state: State, event: e.WorkerRaised, now: float) -> Outcome:
 
 _HANDLERS: dict[type[Any], Callable[[State, Any, float], Outcome]] = {
     e.NodeJoined: node_joined,
+    e.NodeUnhealthy: node_unhealthy,
     e.NodeLost: node_lost,
     e.HeartbeatsReceived: heartbeats,
     e.StoreOpened: store_opened,
@@ -284,6 +288,8 @@ _HANDLERS: dict[type[Any], Callable[[State, Any, float], Outcome]] = {
     e.CheckpointUnreadable: unreadable,
     e.StopRequested: stop_requested,
     e.DrainRequested: drain_requested,
+    e.StragglerFound: straggler_found,
+    e.StragglerGone: straggler_gone,
     e.RendezvousClosed: rendezvous_closed,
     e.Ticked: _ticked,
 }

@@ -75,6 +75,17 @@ class NodeJoined:
     order: int = -1  # the user's --node-rank, -1 if not given
     memory_bytes: int = 0  # 0: not known
     stores: tuple[int, ...] = ()  # ports of torch stores for the first attempts, should it be the first node
+    health: Mapping[str, float] = field(default_factory=dict)  # figures of its health check; empty: it made none
+
+
+@dataclass(frozen=True)
+class NodeUnhealthy:
+    """A node agent's own health check says that it should not take part: it is not in the job, and does not join."""
+
+    node: str
+    host: str
+    why: str
+    health: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -267,6 +278,35 @@ class DrainRequested:
 
 
 @dataclass(frozen=True)
+class StragglerFound:
+    """What is measured says that a rank of this node is slow itself, or a link of it, and holds the others up.
+
+    `again`: it was found before, and still is slow after a while.
+    """
+
+    node: str
+    rank: int
+    what: str  # compute | link
+    factor: float
+    evidence: str
+    peer: int = -1
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    again: bool = False
+
+
+@dataclass(frozen=True)
+class StragglerGone:
+    """A rank, or a link, that was slow is level with the others again, or is not there any more."""
+
+    node: str
+    rank: int
+    what: str
+    evidence: str
+    peer: int = -1
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class RendezvousClosed:
     """A job of plain torchrun, whose agents met here, is over, and all of them have gone."""
 
@@ -278,6 +318,7 @@ class Ticked:
 
 Event = (
     NodeJoined
+    | NodeUnhealthy
     | NodeLost
     | HeartbeatsReceived
     | StoreOpened
@@ -299,6 +340,8 @@ Event = (
     | WorkerRaised
     | StopRequested
     | DrainRequested
+    | StragglerFound
+    | StragglerGone
     | RendezvousClosed
     | Ticked
 )

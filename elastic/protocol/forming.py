@@ -7,6 +7,7 @@ from dataclasses import replace
 from . import events as e
 from .outcome import Outcome, fail, start_workers
 from .state import Heard, Node, Phase, State, Worker
+from .troubles import kept_out
 
 
 def node_joined(state: State, event: e.NodeJoined, now: float) -> Outcome:
@@ -15,14 +16,20 @@ def node_joined(state: State, event: e.NodeJoined, now: float) -> Outcome:
         return state, []
     if len(state.nodes.keys() - state.leaving.keys()) >= state.config.max_nodes:
         return state, [e.RefuseNode(event.node, f"the job has its {state.config.max_nodes} nodes already")]
+    if why := kept_out(state, event.host, now):
+        return state, [
+            e.Record("node_refused", {"node": event.node, "host": event.host, "why": why}),
+            e.RefuseNode(event.node, why),
+        ]
     if state.phase is not Phase.FORMING and not state.elastic:
         return state, [e.RefuseNode(event.node, "the job is running and its script is not elastic")]
     order = event.order if event.order >= 0 else len(state.nodes)
     stores = {state.restarts + number: port for number, port in enumerate(event.stores)}
-    node = Node(event.node, event.host, event.slots, event.keeper, event.memory_bytes, stores)
+    node = Node(event.node, event.host, event.slots, event.keeper, event.memory_bytes, stores, event.health)
     nodes = {**state.nodes, event.node: node}
     state = replace(state, heard={**state.heard, event.node: Heard(now)})
-    record = e.Record("node_joined", {"node": event.node, "host": event.host, "slots": event.slots, "order": order})
+    fields = {"node": event.node, "host": event.host, "slots": event.slots, "order": order}
+    record = e.Record("node_joined", {**fields, **({"health": dict(event.health)} if event.health else {})})
     if state.phase is not Phase.FORMING:
         state, effects = add_workers(replace(state, nodes=nodes), node)
         return state, [record, *effects]

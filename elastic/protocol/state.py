@@ -46,6 +46,9 @@ class Config:
     heartbeat_timeout_s: float = 1.5  # the least; longer for a node that has shown longer gaps
     stop_grace_s: float = 20.0  # how long a job that is to stop may take to save a checkpoint
     crash_limit: int = 5  # deaths of one rank without a committed step between them
+    quarantine_after: int = 0  # troubles of one host, until it is kept out; 0: none ever is
+    quarantine_within_s: float = 3600.0  # of one another
+    quarantine_s: float = 3600.0  # how long it is kept out
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,23 @@ class Node:
     keeper: str
     memory_bytes: int = 0
     stores: Mapping[int, int] = field(default_factory=dict)  # attempt -> port of torch's store on it
+    health: Mapping[str, float] = field(default_factory=dict)  # figures of its health check
+
+
+class Trouble(NamedTuple):
+    """Something that a host failed in, or lagged with."""
+
+    at_s: float
+    what: str  # the event that says so in the log
+    detail: str
+
+
+class Quarantine(NamedTuple):
+    """A host that is kept out of the job."""
+
+    since_s: float
+    until_s: float
+    why: str
 
 
 class Heard(NamedTuple):
@@ -135,6 +155,8 @@ class State:
     workers: Mapping[int, Worker] = field(default_factory=dict)
     vacant: Mapping[int, int] = field(default_factory=dict)  # rank -> its last incarnation; its node is lost
     leaving: Mapping[str, Leaving] = field(default_factory=dict)  # nodes that hand over
+    troubles: Mapping[str, tuple[Trouble, ...]] = field(default_factory=dict)  # host -> the newest, oldest first
+    quarantined: Mapping[str, Quarantine] = field(default_factory=dict)  # hosts that are kept out
     ticked_s: float = 0.0
     elastic: bool = False
     restarts: int = 0

@@ -1,0 +1,61 @@
+"""Hosts that are kept out of the job: their nodes hand over and leave as soon as the job can spare them.
+
+    too many troubles -> quarantined -> its nodes are drained, where enough others stay -> joins are refused -> released
+
+The job never has fewer nodes than `min_nodes` because of this: then it keeps, and takes in, whom it has.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from . import events as e
+from .draining import drain_requested
+from .outcome import Effects, Outcome
+from .state import Phase, State, Status
+from .troubles import spares
+
+WHY = "quarantine: "  # how the reason of a departure begins that nobody asked for
+
+
+def keep_out(state: State, now: float) -> Outcome:
+    """What is due: release hosts whose time is over, and drain a node of one whose is not."""
+    if not state.quarantined:
+        return state, []
+    state, released = _release(state, now)
+    state = _take_back(state)
+    state, drained = _drain_one(state, now)
+    return state, [*released, *drained]
+
+
+def _release(state: State, now: float) -> Outcome:
+    over = [host for host, quarantine in state.quarantined.items() if now >= quarantine.until_s]
+    if not over:
+        return state, []
+    kept = {host: quarantine for host, quarantine in state.quarantined.items() if host not in over}
+    troubles = {host: known for host, known in state.troubles.items() if host not in over}
+    effects: Effects = [e.Record("node_released", {"host": host}) for host in over]
+    return replace(state, quarantined=kept, troubles=troubles), effects
+
+
+def _drain_one(state: State, now: float) -> Outcome:
+    """The first node that can be spared; the next one at another tick."""
+    job = state.job
+    if state.phase is not Phase.RUNNING or job is None or state.stopping is not None or state.join is not None:
+        return state, []
+    if state.committed + 2 >= job.steps or any(w.status is Status.FINISHED for w in state.members()):
+        return state, []  # the end lets it go
+    for name, node in state.nodes.items():
+        quarantine = state.quarantined.get(node.host)
+        if quarantine is not None and name not in state.leaving and spares(state, name):
+            return drain_requested(state, e.DrainRequested(name, f"{WHY}{quarantine.why}"), now)
+    return state, []
+
+
+def _take_back(state: State) -> State:
+    """Those who were to go on without a node are lost: it stays after all, unless it has handed over already."""
+    if state.nodes.keys() - state.leaving.keys() or state.join is not None:
+        return state
+    left = {worker.node for worker in state.workers.values() if worker.status is Status.LEFT}
+    leaving = {name: known for name, known in state.leaving.items() if name in left or not known.why.startswith(WHY)}
+    return replace(state, leaving=leaving) if len(leaving) < len(state.leaving) else state
