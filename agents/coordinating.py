@@ -97,6 +97,7 @@ async def _serve(task: Task, security: Security, on_ready: Callable[[int], None]
     coordinator.listeners.heartbeats.append(observer.heartbeat)
     coordinator.listeners.telemetry.append(observer.told)
     coordinator.viewed = observer.view
+    coordinator.polls.append(observer.poll)
     if task.log != "off":
         coordinator.listeners.news.append(Narrator(task.log).heard)
     pages: PageServer | None = None

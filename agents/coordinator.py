@@ -16,7 +16,7 @@ from ..comms import everstep_pb2 as pb
 from ..comms.rpc import Server, Session
 from ..comms.security import Security
 from ..elastic.protocol import coordinator
-from ..elastic.protocol.events import RendezvousClosed
+from ..elastic.protocol.events import Event, RendezvousClosed
 from ..elastic.protocol.protection import describe_protection
 from ..elastic.protocol.state import Config, State
 from .asked import SpanCollector
@@ -46,6 +46,7 @@ class Coordinator:
         self.listeners = Listeners()
         self.standing_by = "this coordinator has just started: try again"
         self.viewed: Callable[[int, int], Mapping[str, Any]] = lambda steps, rank_steps: {}  # whoever observes sets it
+        self.polls: list[Callable[[], Event | None]] = []  # asked at every tick whether something has happened
         self._spans = SpanCollector(self._order)
         self._config = config
         self._security = security
@@ -95,7 +96,7 @@ class Coordinator:
         self._leader = Leader(
             self.job, self._config, self._security, durable, self._links, self._events, self.listeners
         )
-        self._leader.polls.append(lambda: RendezvousClosed() if self._rendezvous.over() else None)
+        self._leader.polls += [lambda: RendezvousClosed() if self._rendezvous.over() else None, *self.polls]
         self._links.listen()
         self.standing_by = ""
         await self._server.tell_health(leads=True)

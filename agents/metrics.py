@@ -161,7 +161,11 @@ class JobMetrics(_Metrics):
         self.slowdown = self.gauge(
             "everstep_straggler_slowdown_ratio", "compute per micro-batch over the stage's median; the slowest", "rank"
         )
-        self.quarantined = self.gauge("everstep_quarantined_nodes", "nodes kept out of the job")
+        self.slow_links = self.gauge("everstep_straggler_links", "ends of links that are slow themselves")
+        self.stragglers_found = self.counter("everstep_stragglers_found", "slow ranks and links found", "kind")
+        for kind in ("compute", "link"):
+            self.stragglers_found.labels(kind)
+        self.quarantined = self.gauge("everstep_quarantined_nodes", "hosts kept out of the job")
         self.telemetry_left_out = self.counter("everstep_telemetry_left_out_steps", "steps whose times were not sent")
 
 

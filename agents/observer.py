@@ -16,11 +16,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..comms import telemetry_pb2 as pb
+from ..elastic.protocol.events import StragglerFound, StragglerGone
 from ..elastic.protocol.state import State
 from .metrics import CONTENT_TYPE, FAILURES, JOB_PHASES, SHOWN_STRAGGLERS, JobMetrics
 from .pages import Page
 from .series import Series, died_of
-from .stragglers import Stragglers
+from .suspects import Suspects
 from .views import Seen, newest, view_of
 
 RANK_POINTS = 200_000  # steps of ranks kept, of all together
@@ -63,9 +64,9 @@ class Observer:
         self.job = job
         self.metrics = JobMetrics(job)
         self.series = Series()
-        self.stragglers = Stragglers()
+        self.suspects = Suspects()
+        self.stragglers = self.suspects.stragglers
         self.ranks: dict[int, RankSeries] = {}
-        self.quarantined = 0  # nodes kept out; whoever decides that sets it
         self._state = state
         self._clock = clock
         self._state_clock = state_clock
@@ -105,7 +106,8 @@ class Observer:
                 series = self.ranks.setdefault(step.rank, RankSeries(node))
                 series.node = node
                 series.steps.append(step)
-                self.stragglers.add(step.rank, step.compute_s, step.micro_batches)
+            elapsed_s = telemetry.at_s - before.telemetry.at_s if before else 0.0
+            self.suspects.take(telemetry, elapsed_s, now)
             self._learn_tokens(telemetry)
             if now - self._compared_s >= COMPARE_S:
                 self._compared_s = now
@@ -115,6 +117,11 @@ class Observer:
     def heartbeat(self, count: int = 1) -> None:
         """Agents said that they are alive."""
         self.metrics.heartbeats.inc(count)
+
+    def poll(self) -> StragglerFound | StragglerGone | None:
+        """What was found of slow ranks and links since, one at a time: events for the coordinator."""
+        with self._lock:
+            return self.suspects.poll()
 
     # ------------------------------------------------------------ what it is asked
 
@@ -167,7 +174,7 @@ class Observer:
                 ratios=dict(self.stragglers.ratios),
                 slow=frozenset(self.stragglers.slow),
                 per_micro_batch_s=dict(self.stragglers.per_micro_batch_s),
-                quarantined=self.quarantined,
+                findings=self.suspects.findings(),
                 recoveries=list(series.recoveries),
                 events=list(series.events),
             )
@@ -243,6 +250,9 @@ class Observer:
         if line.get("node"):
             self._failed(line["node"], "corruption")
 
+    def _straggler_found(self, line: Mapping[str, Any]) -> None:
+        self.metrics.stragglers_found.labels(line["what"]).inc()
+
     def _saved(self, line: Mapping[str, Any]) -> None:
         self._checkpoint, self._checkpoint_s = line, line["at_s"]
         self.metrics.checkpoints.inc()
@@ -278,7 +288,8 @@ class Observer:
         metrics.silence.set(max(silences, default=0.0))
         metrics.gap.set(max((heard.gap_s for heard in state.heard.values()), default=0.0))
         metrics.nodes.set(len(state.nodes))
-        metrics.quarantined.set(self.quarantined)
+        metrics.quarantined.set(len(state.quarantined))
+        metrics.slow_links.set(sum(finding.what == "link" for finding in self.suspects.findings()))
         metrics.stragglers.set(len(self.stragglers.slow))
         metrics.slowdown.clear()
         for rank, ratio in self.stragglers.slowest(SHOWN_STRAGGLERS).items():
@@ -296,9 +307,7 @@ class Observer:
             metrics.stage_layers.labels(str(number)).set(stage.stop - stage.start)
 
     def _compare(self) -> None:
-        layout = self._state().layout
-        if layout is not None:
-            self.stragglers.compare(stage.ranks for stage in layout.stages)
+        self.suspects.compare(self._state(), self._clock())
 
     def _bound(self) -> None:
         """Keep fewer steps of each rank where there are many, and none of ranks that are gone."""
@@ -326,6 +335,7 @@ _HANDLERS: dict[str, Callable[[Observer, Mapping[str, Any]], None]] = {
     "node_lost": Observer._node_lost,
     "worker_died": Observer._worker_died,
     "corruption": Observer._corruption,
+    "straggler_found": Observer._straggler_found,
     "checkpoint_saved": Observer._saved,
     "checkpoint_failed": lambda observer, line: observer.metrics.checkpoint_failures.inc(),
     "unprotected": lambda observer, line: observer.metrics.unprotected.inc(),

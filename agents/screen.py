@@ -163,11 +163,10 @@ def _whose(recovery: View) -> str:
 def concerns(view: View) -> list[str]:
     """What somebody should look at, with its evidence."""
     found = [
-        f"rank {worker['rank']} (node {worker['node']}) is slow itself: "
-        f"{seconds(worker.get('micro_batch_s'))} of compute a micro-batch, "
-        f"{worker['slowdown'] or 0.0:.2f} times the median of its stage"
-        for worker in view["workers"]
-        if worker["straggler"]
+        f"rank {one['rank']} (node {one['node']}) is slow itself: {one['evidence']}"
+        if one["what"] == "compute"
+        else f"a link is slow: {one['evidence']}"
+        for one in view.get("stragglers", ())
     ]
     amiss: dict[str, list[int]] = {}
     for worker in view["workers"]:
@@ -175,8 +174,12 @@ def concerns(view: View) -> list[str]:
             amiss.setdefault(worker["status"], []).append(worker["rank"])
     found += [f"ranks {ranks_text(ranks)}: {status}" for status, ranks in sorted(amiss.items())]
     found += [f"node {node['node']}: {_amiss(node)}" for node in view["nodes"] if _amiss(node)]
-    if view.get("quarantined"):
-        found.append(f"{view['quarantined']} nodes are kept out of the job")
+    found += [
+        f"host {one['host']} is in quarantine for {seconds(one['left_s'])} more"
+        + (f" (the job needs its node {', '.join(one['nodes'])}, or has it hand over)" if one["nodes"] else "")
+        + f": {one['why']}"
+        for one in view.get("quarantine", ())
+    ]
     age_s, typical_s = view["commit_age_s"], view["typical_step_s"]
     if view["phase"] == "running" and age_s and typical_s and age_s > max(10 * typical_s, 2.0):
         found.append(f"no step was committed for {seconds(age_s)}; one takes {seconds(typical_s)}")

@@ -250,6 +250,7 @@ _WORDS: dict[str, tuple[Grade, Callable[[Line], str]]] = {
     "leave_prepared": (Grade.NEWS, lambda x: f"a plan without {_one(x['ranks'])} is ready"),
     "handed_over": (Grade.NEWS, lambda x: f"{_one(x['ranks'])} have handed over; now {x['layout']}"),
     "worker_died": (Grade.WARNING, _died),
+    "node_refused": (Grade.WARNING, lambda x: f"node {x['node']} ({x['host']}) may not join: {x['why']}"),
     "planned": (Grade.NEWS, lambda x: f"going on: {x['summary']}"),
     "recovered": (Grade.WARNING, _recovered),
     "join_prepared": (Grade.NEWS, lambda x: f"a plan that takes in {_one(x['ranks'])} is ready"),

@@ -17,6 +17,7 @@ from ..comms import telemetry_pb2 as pb
 from ..elastic.protocol.protection import describe_protection
 from ..elastic.protocol.state import State, Worker
 from .series import RecoveryPoint, StepPoint
+from .verdicts import Finding
 
 FRESH_S = 60.0  # telemetry that is older is not what a node does now
 
@@ -48,7 +49,7 @@ class Seen:
     ratios: Mapping[int, float]
     slow: frozenset[int]
     per_micro_batch_s: Mapping[int, float]
-    quarantined: int
+    findings: Sequence[Finding]
     recoveries: Sequence[RecoveryPoint]
     events: Sequence[Mapping[str, Any]]
 
@@ -89,13 +90,37 @@ def view_of(seen: Seen) -> dict[str, Any]:
         "snapshot_interval": seen.interval,
         "exposure": seen.exposure,
         "checkpoint": _checkpoint(seen),
-        "quarantined": seen.quarantined,
+        "quarantined": len(state.quarantined),
+        "quarantine": [_kept_out(seen, host) for host in state.quarantined],
+        "troubles": [_troubles(seen, host) for host in state.troubles],
+        "stragglers": [_straggler(seen, finding) for finding in seen.findings],
         "nodes": [_node(seen, name) for name in state.nodes],
         "workers": [_worker(seen, rank, worker) for rank, worker in sorted(state.workers.items())],
         "series": [point._asdict() for point in seen.steps],
         "recoveries": [{**point._asdict(), "phases": dict(point.phases)} for point in seen.recoveries],
         "events": list(seen.events),
     }
+
+
+def _straggler(seen: Seen, finding: Finding) -> dict[str, Any]:
+    worker = seen.state.workers.get(finding.rank)
+    return {**finding.view(seen.at_s), "node": finding.node or (worker.node if worker else "")}
+
+
+def _kept_out(seen: Seen, host: str) -> dict[str, Any]:
+    """A host in quarantine."""
+    known = seen.state.quarantined[host]
+    nodes = [name for name, node in seen.state.nodes.items() if node.host == host]
+    times = {"for_s": max(0.0, seen.state_at_s - known.since_s), "left_s": max(0.0, known.until_s - seen.state_at_s)}
+    return {"host": host, **times, "why": known.why, "nodes": nodes}
+
+
+def _troubles(seen: Seen, host: str) -> dict[str, Any]:
+    """What a host failed in lately, or lagged with."""
+    known = seen.state.troubles[host]
+    last = known[-1]
+    ago_s = max(0.0, seen.state_at_s - last.at_s)
+    return {"host": host, "count": len(known), "last": last.what, "detail": last.detail, "ago_s": ago_s}
 
 
 def _recovering(seen: Seen) -> dict[str, Any] | None:

@@ -29,7 +29,7 @@ _FOLDER = Path(__file__).parent / "web"
 _COPIED = (
     *("job", "at_s", "unix_s", "phase", "recovering", "generation", "world_size", "stages", "step", "steps", "loss"),
     *("step_s", "typical_step_s", "commit_age_s", "samples_per_s", "tokens_per_s", "goodput", "protection", "exposure"),
-    *("checkpoint", "quarantined"),
+    *("checkpoint", "quarantined", "quarantine", "stragglers"),
 )
 
 

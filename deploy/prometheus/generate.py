@@ -151,11 +151,11 @@ def alerts(speed: Speed) -> Sequence[Alert]:
         ),
         Alert(
             "EverstepStraggler",
-            "everstep_straggler_ranks > 0",
+            "everstep_straggler_ranks > 0 or everstep_straggler_links > 0",
             s.later,
             "ticket",
-            "{{ $value }} rank(s) of run {{ $labels.run }} hold the others up",
-            "Their own compute is slow; everstep_straggler_slowdown_ratio names them.",
+            "{{ $value }} rank(s) or link(s) of run {{ $labels.run }} hold the others up",
+            "straggler_found in the event log names them, with the evidence; everstep_straggler_slowdown_ratio too.",
         ),
         Alert(
             "EverstepHostFailing",

@@ -292,6 +292,7 @@ class StragglerFound:
     peer: int = -1
     fields: Mapping[str, Any] = field(default_factory=dict)
     again: bool = False
+    blamed: bool = True  # it is clear that it is this node; else it does not count against it
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,7 @@ def straggler_gone(state: State, event: e.StragglerGone, now: float) -> Outcome:
 def _fields(event: e.StragglerFound | e.StragglerGone, factor: float | None = None) -> dict[str, Any]:
     fields: dict[str, Any] = {"rank": event.rank, "node": event.node, "what": event.what}
     fields |= {"peer": event.peer} if event.peer >= 0 else {}
+    fields |= {"blamed": False} if isinstance(event, e.StragglerFound) and not event.blamed else {}
     fields |= {"factor": round(factor, 3)} if factor is not None else {}
     return {**fields, "evidence": event.evidence, **event.fields}
 
@@ -73,7 +74,9 @@ def count_troubles(before: State, state: State, effects: Effects, now: float) ->
 
 
 def _host(before: State, fields: Mapping[str, Any]) -> str:
-    """The host that a line of the log is about; empty if it is about none that is known."""
+    """The host that a line of the log speaks against; empty if that is none, or none that is known."""
+    if not fields.get("blamed", True):
+        return ""
     if fields.get("host"):
         return str(fields["host"])
     name, worker = fields.get("node"), before.workers.get(fields.get("rank", -1))

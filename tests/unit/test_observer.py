@@ -11,11 +11,11 @@ import pytest
 from everstep.agents import series as series_module
 from everstep.agents.observer import RANK_STEPS, Observer
 from everstep.agents.series import Series, reason_of
-from everstep.agents.stragglers import PATIENCE_STEPS, Stragglers
+from everstep.agents.suspects import AGAIN_S
 from everstep.comms import telemetry_pb2 as pb
 from everstep.elastic.protocol import coordinator
 from everstep.elastic.protocol import events as e
-from everstep.elastic.protocol.state import Config, Phase, State, Worker
+from everstep.elastic.protocol.state import Config, Phase, Quarantine, State, Trouble, Worker
 from everstep.resharding.layout import Layout, Stage
 from everstep.resharding.units import ModelSpec, ParameterSpec
 
@@ -182,19 +182,84 @@ def test_a_slow_rank_is_called_a_straggler_and_no_longer_when_it_is_level() -> N
     assert job.value("everstep_straggler_ranks") == 0
 
 
-def test_a_moment_of_slowness_is_none() -> None:
-    stragglers = Stragglers()
-    for _ in range(50):
-        for rank in range(4):
-            stragglers.add(rank, 1.0, 10)
-    stragglers.compare([range(4)])
-    for _ in range(PATIENCE_STEPS - 1):
-        stragglers.add(3, 9.0, 10)
-        stragglers.compare([range(4)])
-    assert stragglers.ratios[3] > 1.5
-    assert not stragglers.slow
-    stragglers.compare([range(3)])
-    assert 3 not in stragglers.per_micro_batch_s
+def polled(job: Job) -> list[Any]:
+    found = []
+    while (event := job.observer.poll()) is not None:
+        found.append(event)
+    return found
+
+
+def test_what_is_found_is_said_once_and_again_after_a_while() -> None:
+    """As events for the machine, with the evidence; the view has it as long as it lasts."""
+    job = Job(ranks=3)
+    first = 0
+
+    def train(seconds: int, slow_s: float) -> None:
+        nonlocal first
+        for _ in range(seconds):
+            for rank in range(3):
+                told = steps(rank, first, 4, slow_s if rank == 2 else 0.1)
+                job.observer.told("n0", pb.Telemetry(steps=told))
+            first += 4
+            job.now += 1.0
+
+    train(8, 0.1)
+    assert polled(job) == []
+    train(8, 0.3)
+    (found,) = polled(job)
+    assert isinstance(found, e.StragglerFound)
+    assert (found.node, found.rank, found.what, found.again, found.blamed) == ("n0", 2, "compute", False, True)
+    assert found.fields["compared_s"] == pytest.approx(0.05)
+    assert "the 2 others of its stage 0.05 s" in found.evidence
+    (shown,) = job.observer.view()["stragglers"]
+    assert (shown["rank"], shown["node"], shown["what"]) == (2, "n0", "compute")
+    json.dumps(shown, allow_nan=False)
+    job.line("straggler_found", rank=2, node="n0", what="compute", factor=3.0, evidence=found.evidence)
+    assert job.value("everstep_stragglers_found_total", kind="compute") == 1
+    job.now += AGAIN_S
+    train(2, 0.3)
+    assert [event.again for event in polled(job)] == [True]
+    train(8, 0.1)
+    (gone,) = polled(job)
+    assert isinstance(gone, e.StragglerGone)
+    assert "1.00 times" in gone.evidence
+    assert job.observer.view()["stragglers"] == []
+
+
+def test_a_slow_link_is_found_and_its_ends_are_not() -> None:
+    job = Job(ranks=3)
+    job.state = replace(job.state, workers={rank: Worker(e.WorkerId(rank, 0), f"n{rank}") for rank in range(3)})
+
+    def links(rank: int) -> list[pb.LinkTimes]:
+        return [
+            pb.LinkTimes(rank=rank, peer=peer, received_bytes=10**7, receive_s=0.5 if peer == 1 else 0.05, wait_s=0.3)
+            for peer in range(3)
+            if peer != rank
+        ]
+
+    for second in range(16):
+        for rank in range(3):
+            told = pb.Telemetry(steps=steps(rank, 4 * second, 4, 0.1), links=links(rank), at_s=float(second))
+            job.observer.told(f"n{rank}", told)
+        job.now += 1.0
+    (found,) = polled(job)
+    assert (found.what, found.rank, found.node, found.fields["side"]) == ("link", 1, "n1", "sender")
+    assert found.factor == pytest.approx(10.0, rel=0.1)
+    assert job.value("everstep_straggler_links") == 1
+    assert job.value("everstep_straggler_ranks") == 0
+
+
+def test_hosts_that_are_kept_out_are_shown_with_their_reasons() -> None:
+    job = Job()
+    trouble = Trouble(90.0, "node_lost", "its stream ended")
+    job.state = replace(
+        job.state, troubles={"h": (trouble, trouble)}, quarantined={"h": Quarantine(95.0, 195.0, "2 troubles")}
+    )
+    view = job.observer.view()
+    assert view["quarantined"] == 1
+    assert view["quarantine"] == [{"host": "h", "for_s": 5.0, "left_s": 95.0, "why": "2 troubles", "nodes": []}]
+    assert view["troubles"][0]["count"] == 2
+    assert job.value("everstep_quarantined_nodes") == 1
 
 
 def test_what_means_nothing_is_not_a_number() -> None:

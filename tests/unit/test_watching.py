@@ -20,6 +20,7 @@ from everstep.agents.perfetto import BEHIND, LANES, Trace, lanes
 from everstep.agents.screen import screen
 from everstep.agents.story import Grade, Narrator, ranks_text, seconds, set_up_log, size_text, tell, text_line
 from everstep.agents.tracing import PIECE_RECORDS, EndedSpans, pieces
+from everstep.agents.verdicts import Finding
 from everstep.agents.views import to_json
 from everstep.agents.web import HEAT_CELLS, HEAT_ROWS, NODES, Shown, digest, front_page, heat
 from everstep.comms import everstep_pb2 as pb
@@ -105,11 +106,13 @@ def test_one_screen_says_what_is_wrong_and_shows_the_evidence() -> None:
     job.recover()
     workers = {**job.state.workers, 3: replace(job.state.workers[3], status=Status.STARTING)}
     job.state = replace(job.state, workers=workers, leaving={"n1": Leaving("stopped by SIGTERM")})
-    job.observer.stragglers.slow, job.observer.stragglers.ratios = {9}, {9: 2.5}
+    evidence = "0.025 s of compute a micro-batch for 9 steps, the 15 others of its stage 0.01 s (2.50 times)"
+    job.observer.stragglers.ratios = {9: 2.5}
+    job.observer.stragglers.findings = {9: Finding(what="compute", rank=9, factor=2.5, evidence=evidence)}
     job.now += 30
     text = "\n".join(screen(job.observer.view()))
     for said in (
-        "rank 9 (node n1) is slow itself: 25 ms of compute a micro-batch, 2.50 times the median of its stage",
+        f"rank 9 (node n1) is slow itself: {evidence}",
         "ranks 3: starting",
         "node n1: leaving: stopped by SIGTERM",
         "no step was committed for 30.0 s; one takes 0.50 s",

@@ -1,0 +1,234 @@
+"""Which links are slow themselves: by what a received byte takes, from a message's first byte to its last.
+
+Waiting for the first byte says nothing of a link, it says that the peer was not there yet. Links of a pair of hosts are
+taken together, and compared with the better ones of their kind (between hosts, within a host); where there are too few
+to compare, with their own past. A link counts only while it costs time that matters, and while neither of its ends is
+slow itself: then the bytes come late because the process that sends or takes them stands still.
+
+Which end it is: a host to which, or from which, all its judged links are slow, while the other ends have others that
+are not. With two hosts nobody can tell, and nobody is blamed. A link that only delays (and does not thin out) shows in
+waits, which everybody has, and is not found.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from .verdicts import Finding, Hysteresis, Limits
+
+LIMITS = Limits(slow=3.0, level=2.0, patience=4)  # messages of telemetry
+WINDOWS = 6  # messages of telemetry that count
+LEAST_BYTES = 16 << 10  # in one of them, to count
+LEAST_SHARE = 0.1  # of the time that passes, to matter
+LINKS_KEPT = 20_000
+FORGET_S = 120.0
+
+
+class Pair(NamedTuple):
+    """From one node to another, or within one."""
+
+    source: str
+    target: str
+
+
+class _Window(NamedTuple):
+    received_bytes: int
+    receive_s: float
+    elapsed_s: float
+
+
+@dataclass
+class _Link:
+    heard_s: float = 0.0
+    windows: deque[_Window] = field(default_factory=lambda: deque(maxlen=WINDOWS))
+    new: int = 0
+
+    def byte_s(self) -> float:
+        return sum(w.receive_s for w in self.windows) / max(1, sum(w.received_bytes for w in self.windows))
+
+    def share(self) -> float:
+        return sum(w.receive_s for w in self.windows) / max(1e-9, sum(w.elapsed_s for w in self.windows))
+
+
+@dataclass
+class _Group:
+    """The links of a pair of nodes, as one."""
+
+    rank: int = -1  # that receives by the one that costs most
+    peer: int = -1
+    share: float = 0.0  # of the time, likewise
+    receive_s: float = 0.0
+    received_bytes: int = 0
+    new: int = 0
+    full: bool = False
+    ratio: float = 0.0
+    with_s: float = 0.0
+    against: str = ""
+
+    @property
+    def byte_s(self) -> float:
+        return self.receive_s / max(1, self.received_bytes)
+
+
+class SlowLinks:
+    """`add` what agents tell of links; `compare` them. Bounded by LINKS_KEPT."""
+
+    def __init__(self) -> None:
+        self.findings: dict[tuple[str, ...], Finding] = {}
+        self._links: OrderedDict[tuple[int, int], _Link] = OrderedDict()
+        self._past_s: dict[Pair, float] = {}  # of a byte, the best so far
+        self._hysteresis = Hysteresis(LIMITS)
+        self._blamed: dict[Pair, tuple[str, ...]] = {}  # slow pair -> whom it speaks against
+        self._windows: dict[Pair, int] = {}  # for how many messages it has been slow
+        self._layout: object = None
+
+    def add(self, rank: int, peer: int, received_bytes: int, receive_s: float, elapsed_s: float, now_s: float) -> None:
+        """What a rank received from a peer in the time since it was last asked."""
+        if received_bytes < LEAST_BYTES or elapsed_s <= 0 or peer < 0:
+            return
+        link = self._links.setdefault((rank, peer), _Link())
+        link.windows.append(_Window(received_bytes, receive_s, elapsed_s))
+        link.heard_s = now_s
+        link.new += 1
+        self._links.move_to_end((rank, peer))
+        while len(self._links) > LINKS_KEPT:
+            self._links.popitem(last=False)
+
+    def compare(self, node_of: Mapping[int, str], disturbed: Collection[int], layout: object, now_s: float) -> None:
+        """Compare all pairs. `disturbed`: ranks that are slow themselves; a new `layout` begins anew."""
+        if layout != self._layout:
+            self._layout = layout
+            self._links.clear()
+            self._past_s.clear()
+        groups = self._groups(node_of, disturbed, now_s)
+        for within in (False, True):
+            self._rate({pair: group for pair, group in groups.items() if (pair.source == pair.target) is within})
+        judged = {pair: group for pair, group in groups.items() if group.ratio}
+        nodes = set(node_of.values())
+        self._hysteresis.keep({*judged, *(pair for pair in self._blamed if nodes >= set(pair))})
+        for pair, group in judged.items():
+            least = LEAST_SHARE / 2 if pair in self._hysteresis.slow else LEAST_SHARE
+            ratio = group.ratio if group.share >= least else 0.0
+            if group.new:
+                self._windows[pair] = self._windows.get(pair, 0) + group.new if ratio > LIMITS.level else 0
+                self._hysteresis.see(pair, ratio, group.new)
+        self._find(judged, now_s)
+
+    def _groups(self, node_of: Mapping[int, str], disturbed: Collection[int], now_s: float) -> dict[Pair, _Group]:
+        groups: dict[Pair, _Group] = {}
+        for (rank, peer), link in list(self._links.items()):
+            if now_s - link.heard_s > FORGET_S or rank not in node_of or peer not in node_of:
+                del self._links[rank, peer]
+                continue
+            if rank in disturbed or peer in disturbed:
+                link.windows.clear()
+                link.new = 0
+                continue
+            if not link.windows:
+                continue
+            group = groups.setdefault(Pair(node_of[peer], node_of[rank]), _Group())
+            if link.share() >= group.share:
+                group.rank, group.peer, group.share = rank, peer, link.share()
+            group.receive_s += sum(w.receive_s for w in link.windows)
+            group.received_bytes += sum(w.received_bytes for w in link.windows)
+            group.new = max(group.new, link.new)
+            group.full |= len(link.windows) == WINDOWS
+            link.new = 0
+        return groups
+
+    def _rate(self, groups: Mapping[Pair, _Group]) -> None:
+        """Give each its ratio: to the better quarter of the others, or, where there is one at most, to its past."""
+        ranked = sorted(group.byte_s for group in groups.values())
+        for pair, group in groups.items():
+            past_s = self._past_s.get(pair, 0.0)
+            if len(groups) > 2:
+                quarter = (len(ranked) - 2) // 4
+                with_s = ranked[quarter + (group.byte_s <= ranked[quarter])]
+                against = "others"
+            elif past_s:
+                with_s, against = past_s, "past"
+            else:
+                with_s, against = 0.0, ""
+            if group.full:
+                self._past_s[pair] = min(past_s or group.byte_s, group.byte_s)
+            if with_s > 0:
+                group.ratio, group.with_s, group.against = group.byte_s / with_s, with_s, against
+
+    def _find(self, judged: Mapping[Pair, _Group], now_s: float) -> None:
+        slow = {pair for pair in judged if pair in self._hysteresis.slow} | {
+            pair for pair in self._blamed if pair in self._hysteresis.slow
+        }
+        for pair in slow - self._blamed.keys():
+            self._blamed[pair] = _blame(pair, judged)
+        for pair in [pair for pair in self._blamed if pair not in slow]:
+            del self._blamed[pair]
+        self._windows = {pair: count for pair, count in self._windows.items() if pair in judged or pair in slow}
+        worst: dict[tuple[str, ...], Pair] = {}
+        for pair, whom in self._blamed.items():
+            if pair in judged and (whom not in worst or judged[pair].ratio > judged[worst[whom]].ratio):
+                worst[whom] = pair
+        kept = {whom: finding for whom, finding in self.findings.items() if whom in self._blamed.values()}
+        for whom, pair in worst.items():
+            since_s = kept[whom].since_s if whom in kept else now_s
+            count = sum(one == whom for one in self._blamed.values())
+            kept[whom] = _finding(pair, judged[pair], whom, count, self._windows.get(pair, 0), since_s)
+        self.findings = kept
+
+
+def _blame(pair: Pair, judged: Mapping[Pair, _Group]) -> tuple[str, ...]:
+    """("out", node) or ("in", node) where it is clear which end it is, else the pair."""
+    if pair.source == pair.target:
+        return ("within", pair.source)
+
+    def slow(matches: Callable[[Pair], bool]) -> tuple[int, int]:
+        found = [group.ratio > LIMITS.level for other, group in judged.items() if other != pair and matches(other)]
+        return sum(found), len(found)
+
+    out_slow, outs = slow(lambda other: other.source == pair.source and other.target != pair.source)
+    in_slow, ins = slow(lambda other: other.target == pair.target and other.source != pair.target)
+    if outs and ins and out_slow == outs and in_slow < ins:
+        return ("out", pair.source)
+    if outs and ins and in_slow == ins and out_slow < outs:
+        return ("in", pair.target)
+    return ("between", *pair)
+
+
+def _finding(pair: Pair, group: _Group, whom: tuple[str, ...], count: int, windows: int, since_s: float) -> Finding:
+    side, node = whom[0], whom[1]
+    sender = side == "out"
+    rate, with_rate = 1e-6 / group.byte_s, 1e-6 / group.with_s
+    place = {
+        "out": f"what node {node} sends",
+        "in": f"what node {node} receives",
+        "within": f"between the ranks of node {node}",
+        "between": f"from node {pair.source} to node {pair.target}",
+    }[side]
+    with_what = "the better ones of the other links have" if group.against == "others" else "it had before"
+    evidence = (
+        f"{place} comes at {rate:.4g} MB/s, {with_what} {with_rate:.4g} MB/s ({group.ratio:.1f} times); "
+        f"rank {group.rank} receives from rank {group.peer} for {100 * group.share:.0f}% of the time, "
+        f"in {windows} messages of telemetry in a row"
+    )
+    fields = {
+        "side": {"out": "sender", "in": "receiver"}.get(side, side),
+        "bytes_per_s": round(1e6 * rate),
+        "compared_bytes_per_s": round(1e6 * with_rate),
+        "against": group.against,
+        "share": round(group.share, 3),
+        "links": count,
+        "windows": windows,
+    }
+    return Finding(
+        what="link",
+        rank=group.peer if sender else group.rank,
+        peer=group.rank if sender else group.peer,
+        node=node,
+        factor=group.ratio,
+        evidence=evidence,
+        fields=fields,
+        since_s=since_s,
+        blamed=side != "between",
+    )

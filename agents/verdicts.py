@@ -1,0 +1,69 @@
+"""What is said of a rank or a link that is slow, and when it is said: not at once, and not unsaid at once either."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """Somebody is slow itself: what was measured, and with what that was compared."""
+
+    what: str  # compute | link
+    rank: int
+    peer: int = -1
+    node: str = ""
+    factor: float
+    evidence: str
+    fields: Mapping[str, Any] = field(default_factory=dict)  # the numbers in the evidence
+    since_s: float = 0.0  # when it was found
+    blamed: bool = True  # whether it is clear which node it is
+
+    def view(self, now: float) -> dict[str, Any]:
+        """As JSON values, for who shows it."""
+        whose = {"what": self.what, "rank": self.rank, "peer": self.peer if self.peer >= 0 else None}
+        lasting = {"node": self.node, "factor": self.factor, "for_s": max(0.0, now - self.since_s)}
+        return {**whose, **lasting, "blamed": self.blamed, "evidence": self.evidence, "fields": dict(self.fields)}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When something is called slow, and when no longer."""
+
+    slow: float  # as a multiple of what it is compared with
+    level: float
+    patience: int  # how many observations in a row must speak for a change
+
+
+@dataclass
+class Hysteresis:
+    """`see` what each one's ratio is; `slow` are those that are called so. Bounded by `keep`."""
+
+    limits: Limits
+    slow: set[Hashable] = field(default_factory=set)
+    _streaks: dict[Hashable, int] = field(default_factory=dict)
+
+    def see(self, key: Hashable, ratio: float, observations: int = 1) -> bool:
+        """Whether this changes what it is called. One look counts for half of the patience at most."""
+        slow = key in self.slow
+        speaks = ratio < self.limits.level if slow else ratio > self.limits.slow
+        seen = min(observations, max(1, self.limits.patience // 2))
+        streak = self._streaks.get(key, 0) + seen if speaks else 0
+        changes = streak >= self.limits.patience
+        if changes:
+            self.slow ^= {key}
+        self._streaks[key] = 0 if changes else streak
+        return changes
+
+    def keep(self, keys: Collection[Hashable]) -> None:
+        """Forget all others."""
+        self.slow &= set(keys)
+        for key in [key for key in self._streaks if key not in keys]:
+            del self._streaks[key]
+
+
+def low_median(values: Sequence[float]) -> float:
+    """The middle one; of an even number the lower, so that of two the faster is the measure."""
+    return sorted(values)[(len(values) - 1) // 2]
