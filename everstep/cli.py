@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -36,23 +37,8 @@ def main(arguments: list[str] | None = None) -> int:
         from .comms.process import leave
 
         leave(coordinate(rest))
-    if command in ("status", "events"):
-        from .agents import status
-
-        show: Callable[[list[str]], int] = getattr(status, command)
-        return show(rest)
-    if command == "top":
-        from .agents.top import top
-
-        return top(rest)
-    if command == "trace":
-        from .agents.trace import trace
-
-        return trace(rest)
-    if command == "certs":
-        from .agents.certs import certs
-
-        return certs(rest)
+    if command in ("status", "events", "top", "trace"):
+        return _watch(command, rest)
     if command in ("convert", "inspect", "verify", "diff"):
         from . import checkpoints
 
@@ -72,3 +58,20 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     print(f"everstep: error: unknown command {command!r}\n{USAGE}" if command else USAGE, end="", file=sys.stderr)
     return 2
+
+
+def _watch(command: str, rest: list[str]) -> int:
+    """A command that asks a coordinator."""
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # gRPC reads it when it is imported; errors are ours to tell
+    if command == "top":
+        from .agents.top import top
+
+        return top(rest)
+    if command == "trace":
+        from .agents.trace import trace
+
+        return trace(rest)
+    from .agents import status
+
+    show: Callable[[list[str]], int] = getattr(status, command)
+    return show(rest)

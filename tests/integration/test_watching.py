@@ -10,6 +10,7 @@ import pty
 import re
 import select
 import signal
+import ssl
 import subprocess
 import sys
 import termios
@@ -24,6 +25,7 @@ from typing import Any
 
 import psutil
 import pytest
+from everstep.agents.certs import make
 from everstep.comms.process import die_with_parent
 from everstep.elastic.progress import COORDINATOR
 from everstep.elastic.telemetry import Spent
@@ -402,3 +404,44 @@ def test_what_cannot_be_asked_is_one_line(command: str) -> None:
         assert ended.status == 2
     missing = everstep(command, endpoint, environment={"EVERSTEP_CERTS": "/nowhere"})
     assert "EVERSTEP_CERTS=/nowhere" in missing.error()
+
+
+def test_with_certificates_only_who_has_one_sees_anything(tmp_path: Path) -> None:
+    make(tmp_path / "ours", 1.0)
+    make(tmp_path / "theirs", 1.0)
+    port, page = free_ports(2)
+    endpoint, ours = f"127.0.0.1:{port}", {"EVERSTEP_CERTS": str(tmp_path / "ours")}
+    command = ["coordinator", f"--bind={endpoint}", f"--es-store={tmp_path}/store", f"--es-metrics=127.0.0.1:{page}"]
+    coordinator = subprocess.Popen(
+        [sys.executable, "-m", "everstep", *command],
+        env={**os.environ, **ours},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        preexec_fn=die_with_parent,
+    )
+    try:
+        assert coordinator.stdout is not None
+        assert "coordinator of job" in coordinator.stdout.readline()
+        wait_until(lambda: everstep("status", endpoint, environment=ours).status == 0, 20, "it leads")
+        assert everstep("status", endpoint, environment=ours).stdout.startswith("none: forming")
+        assert "EVERSTEP_CERTS" in everstep("status", endpoint).error()
+        theirs = {"EVERSTEP_CERTS": str(tmp_path / "theirs")}
+        assert "TLS with" in everstep("status", endpoint, environment=theirs).error()
+        context = ssl.create_default_context(cafile=str(tmp_path / "ours" / "ca.pem"))
+        context.check_hostname = False
+        for shown in (False, True):
+            if shown:
+                context.load_cert_chain(tmp_path / "ours" / "cert.pem", tmp_path / "ours" / "key.pem")
+            with contextlib.ExitStack() as stack:
+                if not shown:
+                    stack.enter_context(pytest.raises(OSError))  # noqa: PT011
+                with urllib.request.urlopen(
+                    f"https://127.0.0.1:{page}/view.json", timeout=10, context=context
+                ) as answer:
+                    assert json.load(answer)["phase"] == "forming"
+    finally:
+        coordinator.kill()
+        coordinator.wait()
+        if coordinator.stdout is not None:
+            coordinator.stdout.close()

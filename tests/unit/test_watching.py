@@ -6,7 +6,9 @@ import asyncio
 import io
 import json
 import math
+import threading
 import time
+from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 from everstep.agents import story as story_module
 from everstep.agents.asked import SpanCollector
+from everstep.agents.asking import Endpoints, NoAnswer
 from everstep.agents.dials import dials, sparkline
 from everstep.agents.observer import Observer
 from everstep.agents.perfetto import BEHIND, LANES, Trace, lanes
@@ -25,7 +28,8 @@ from everstep.agents.views import to_json
 from everstep.agents.web import HEAT_CELLS, HEAT_ROWS, NODES, Shown, digest, front_page, heat
 from everstep.comms import everstep_pb2 as pb
 from everstep.comms import telemetry_pb2 as tpb
-from everstep.comms.rpc import Busy
+from everstep.comms.rpc import Busy, Server
+from everstep.comms.security import Security
 from everstep.elastic.protocol import coordinator
 from everstep.elastic.protocol import events as e
 from everstep.elastic.protocol.events import WorkerId
@@ -388,3 +392,83 @@ def test_a_trace_of_nothing_is_one() -> None:
     trace = written(answer({}))
     assert {event["ph"] for event in trace["traceEvents"]} == {"M"}
     assert Trace.of([]).span_count == 0
+
+
+# ---------------------------------------------------------------- asking
+
+
+class Shell:
+    """A coordinator that is asked; `why` it refuses."""
+
+    def __init__(self, why: str = "", busy: bool = False) -> None:
+        self.why, self.busy = why, busy
+
+    def refusal(self) -> str:
+        return self.why
+
+    def status(self) -> str:
+        return '{"job": "unit"}'
+
+    def view(self, steps: int, rank_steps: int) -> str:
+        return json.dumps({"steps": steps, "rank_steps": rank_steps})
+
+    async def trace(self, steps: int) -> AsyncGenerator[pb.GetTraceResponse, None]:
+        if self.busy:
+            raise Busy("another trace is being made: try again when it is")
+        yield pb.GetTraceResponse(head="{}")
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[[Shell], str]]:
+    """Serves shells from a thread; each has an address."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    servers: list[Server] = []
+
+    def run(work: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, loop).result(timeout=10)
+
+    async def start(shell: Shell) -> int:
+        servers.append(Server(shell, Security()))  # type: ignore[arg-type]
+        return await servers[-1].start("127.0.0.1:0")
+
+    yield lambda shell: f"127.0.0.1:{run(start(shell))}"
+    for server in servers:
+        run(server.stop(0))
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
+
+
+def test_of_several_coordinators_the_one_that_leads_is_asked(serve: Callable[[Shell], str]) -> None:
+    waits = Shell("this coordinator stands by: another one leads")
+    leads = Shell()
+    endpoints = Endpoints(f"{serve(waits)}, {serve(leads)}", Security(), 5.0)
+    answer = endpoints.status(7, 2)
+    assert json.loads(answer.view) == {"steps": 7, "rank_steps": 2}
+    assert endpoints.leader == endpoints.addresses[1]
+    assert Endpoints(endpoints.leader, Security()).status().view == "", "nothing is made that nobody wants"
+    leads.why, waits.why = waits.why, ""
+    endpoints.status()
+    assert endpoints.leader == endpoints.addresses[0]
+    waits.why = leads.why
+    with pytest.raises(NoAnswer, match=r"stands by: another one leads; 127.* stands by") as error:
+        endpoints.status()
+    assert error.value.away
+
+
+def test_why_there_is_no_trace_is_told(serve: Callable[[Shell], str]) -> None:
+    shell = Shell(busy=True)
+    endpoints = Endpoints(serve(shell), Security(), 5.0)
+    with pytest.raises(NoAnswer, match="another trace is being made"):
+        endpoints.trace(3, 5.0)
+    shell.busy = False
+    assert [part.head for part in endpoints.trace(3, 5.0)] == ["{}"]
+
+
+@pytest.mark.parametrize("text", ["nowhere", "host:", ":1", "host:70000", "host:1,", "", "host:1x"])
+def test_what_is_no_address_is_said(text: str) -> None:
+    with pytest.raises(NoAnswer, match="is no HOST:PORT") as error:
+        Endpoints(text, Security())
+    assert not error.value.away
