@@ -139,7 +139,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         raise LaunchError(f"--standalone is a job of one node, and --nnodes={parsed.nnodes}: leave one of them out")
     if parsed.rdzv_backend not in BACKENDS:
         raise LaunchError(
-            f"--rdzv-backend={parsed.rdzv_backend}: nodes meet at everstep's own coordinator, and {', '.join(BACKENDS)} "
+            f"--rdzv-backend={parsed.rdzv_backend}: nodes meet at everstep's own coordinator; {', '.join(BACKENDS)} "
             "all mean that (several coordinators may share an etcd: --es-store)"
         )
     if parsed.event_log_handler != "null":

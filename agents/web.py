@@ -13,12 +13,14 @@ from typing import Any
 
 from .observer import Observer
 from .pages import Page
+from .screen import concerns
 from .story import Grade, newest_stories, ranks_text, size_text
 from .views import Seen, newest, to_json, view_of
 
 FRESH_S = 0.5  # as long, all who ask get the same answer
 STEPS = 600
 EVENTS = 200
+CONCERNS = 20
 RECOVERIES = 40
 NODES = 200  # listed; of more, first those in which something is amiss
 HEAT_ROWS = 256
@@ -29,7 +31,7 @@ _FOLDER = Path(__file__).parent / "web"
 _COPIED = (
     *("job", "at_s", "unix_s", "phase", "recovering", "generation", "world_size", "stages", "step", "steps", "loss"),
     *("step_s", "typical_step_s", "commit_age_s", "samples_per_s", "tokens_per_s", "goodput", "protection", "exposure"),
-    *("checkpoint", "quarantined", "quarantine", "stragglers"),
+    "checkpoint",
 )
 
 
@@ -92,6 +94,7 @@ def digest(seen: Seen) -> dict[str, Any]:
         "recoveries": view["recoveries"][-RECOVERIES:],
         "faults": [[s.at_s, s.text] for s in stories if s.grade >= Grade.WARNING and s.event != "recovered"],
         "events": [[s.at_s, s.grade.name.lower(), s.event, s.text] for s in stories],
+        "concerns": concerns(view)[:CONCERNS],
         "heat": heat(seen),
     }
 

@@ -50,6 +50,7 @@ function drawFigures(view) {
     return made;
   }));
   const now = view.recovering ? `recovering for ${seconds(view.recovering.seconds)}: ${view.recovering.why}. ` : "";
+  $("concerns").replaceChildren(...view.concerns.map((text) => node("li", "", text)));
   $("protection").textContent = now + (view.protection || "");
 }
 

@@ -20,7 +20,7 @@ from everstep.agents.asking import Endpoints, NoAnswer
 from everstep.agents.dials import dials, sparkline
 from everstep.agents.observer import Observer
 from everstep.agents.perfetto import BEHIND, LANES, Trace, lanes
-from everstep.agents.screen import screen
+from everstep.agents.screen import concerns, screen
 from everstep.agents.story import Grade, Narrator, ranks_text, seconds, set_up_log, size_text, tell, text_line
 from everstep.agents.tracing import PIECE_RECORDS, EndedSpans, pieces
 from everstep.agents.verdicts import Finding
@@ -127,6 +127,7 @@ def test_one_screen_says_what_is_wrong_and_shows_the_evidence() -> None:
         "1 micro-batch computed again",
     ):
         assert said in text, text
+    assert digest(job.observer.seen(10, 10))["concerns"] == concerns(job.observer.view())
     shown = drawn(job.observer.view(), note="no coordinator for 3 s")
     assert "! rank 9" in shown
     assert "no coordinator for 3 s" in shown
