@@ -84,7 +84,10 @@ class Trace:
         offset = _offset({"at_s": message.at_s, "unix_s": message.unix_s})
         self.left_out += message.left_out
         if message.records:
-            records = np.frombuffer(message.records, dtype=RECORD_LAYOUT).copy()
+            whole = len(message.records) // RECORD_LAYOUT.itemsize
+            records = np.frombuffer(message.records, dtype=RECORD_LAYOUT, count=whole).copy()
+            records = records[np.isin(records["kind"], [int(kind) for kind in Spent])]  # of another version: left out
+            self.left_out += whole - len(records)
             records["start_ns"] += offset
             records["end_ns"] += offset
             self.ranks.setdefault((node, message.rank), _Rank(node)).spans.extend(spans(records))

@@ -389,6 +389,15 @@ def test_slices_of_a_thread_nest() -> None:
     assert lanes(found) == [0, 0, BEHIND, BEHIND + 1, 0, 1, 0]
 
 
+def test_what_a_trace_does_not_know_is_left_out_and_counted() -> None:
+    found = records((1, Spent.STEP, 0, 1), (1, Spent.SEND, 0, 1))
+    found["kind"][1] = 99
+    parts = answer({"a": [(0, found, 1.0, 2.0)]})
+    parts[1].spans.records += b"half a record"
+    trace = Trace.of(parts)
+    assert (trace.span_count, trace.left_out) == (1, 1)
+
+
 def test_a_trace_of_nothing_is_one() -> None:
     trace = written(answer({}))
     assert {event["ph"] for event in trace["traceEvents"]} == {"M"}
