@@ -47,14 +47,16 @@ class Job:
         self.launchers: list[subprocess.Popen[str]] = []
         self.said: list[str] = []
         self._readers: list[threading.Thread] = []
-        arguments = [json.dumps({"out": str(out), "steps": STEPS, "stages": 2})]
-        flags = [
+        self._arguments = [json.dumps({"out": str(out), "steps": STEPS, "stages": 2})]
+        self._flags = [
             *(f"--nnodes={nodes}", "--nproc-per-node=2", f"--rdzv-endpoint={self.endpoint}", "--rdzv-id=watched"),
             *(f"--es-events={out}/events.jsonl", "--es-snapshot-every=1", f"--log-dir={out}/logs"),
             *(f"--es-coordinator-metrics=127.0.0.1:{page}", "--es-log=json"),
         ]
+
+    def start(self, nodes: int) -> None:
         for _ in range(nodes):
-            launcher = launch(JOBS / "gpt_job.py", arguments, flags)
+            launcher = launch(JOBS / "gpt_job.py", self._arguments, self._flags)
             self.launchers.append(launcher)
             self._readers.append(threading.Thread(target=self._read, args=(launcher.stdout,), daemon=True))
             self._readers[-1].start()
@@ -107,7 +109,9 @@ class Job:
 def job(out: Path, nodes: int) -> Iterator[Job]:
     found = Job(out, nodes)
     try:
-        found.await_steps(12)
+        found.start(nodes)
+        with found.explained():
+            found.await_steps(12)
         yield found
     finally:
         found.close()
