@@ -20,6 +20,8 @@ from torch.distributed.run import config_from_args, get_args_parser, run_script_
 
 from ..elastic.protocol.liveness import FLOOR_S
 from ..elastic.protocol.state import Config
+from .checkup import LEVELS
+from .policy import policy
 from .story import LOGS
 
 DEFAULT_PORT = 29400
@@ -44,6 +46,13 @@ STORE: dict[str, Any] = {
     "default": "",
     "metavar": "FILE or URL",
     "help": "where the coordinator keeps its state: a file (SQLite), or etcd://HOST:PORT[,HOST:PORT...]",
+}
+QUARANTINE: dict[str, Any] = {
+    "type": policy,
+    "default": policy("off"),
+    "metavar": "N/SECONDS[/SECONDS]",
+    "help": "keep a host out after N failures or slownesses within so many seconds, for as many, or for the second "
+    "number (off: never)",
 }
 INSECURE_NETWORK: dict[str, Any] = {
     "action": "store_true",
@@ -102,6 +111,13 @@ def parser() -> argparse.ArgumentParser:
         help="how long this node's keeper waits for a new agent after its own was killed",
     )
     own.add_argument("--es-stop-grace", **STOP_GRACE)
+    own.add_argument("--es-quarantine", **QUARANTINE)
+    own.add_argument(
+        "--es-health-check",
+        default="quick",
+        choices=LEVELS,
+        help="what this node tries of itself before it joins: full has larger sizes, and the GPUs",
+    )
     own.add_argument("--es-store", **STORE)
     own.add_argument("--es-insecure-network", **INSECURE_NETWORK)
     own.add_argument(

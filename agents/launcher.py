@@ -26,6 +26,7 @@ from .command import (
     LOG,
     METRICS,
     OVERRIDES,
+    QUARANTINE,
     STOP_GRACE,
     STORE,
     WATCHED,
@@ -81,7 +82,7 @@ def _run_node(command: Command, preloader: Preloader) -> Outcome:
             others = len(addresses) > (coordinator is not None)  # coordinators, that stay when this node goes
             _stop_on_signals(agent, _signals(command), leaves=signal.SIGTERM if others else None)
             outcome = agent.run()
-            if coordinator is not None and others and outcome.left:
+            if coordinator is not None and (outcome.unfit or (others and outcome.left)):
                 coordinator.close()  # so that one of them takes over
             elif coordinator is not None:
                 _see_off(coordinator, agent, outcome)
@@ -148,6 +149,7 @@ def _coordinate(
         join_timeout_s=_join_timeout(command),
         last_call_s=_seconds(command, "last_call_timeout", Config().last_call_s),
         stop_grace_s=command.own.es_stop_grace,
+        **command.own.es_quarantine.config(),
     )
     task = Task(
         job=job,
@@ -244,6 +246,7 @@ def _node_config(command: Command, job: str, address: str) -> NodeConfig:
         virtual_local_rank=bool(getattr(torch, "virtual_local_rank", False)),
         numa_binding=numa.affinity_mode.value if numa is not None else "",
         metrics=own.es_metrics,
+        health_check=own.es_health_check,
     )
 
 
@@ -292,6 +295,7 @@ def coordinate(arguments: Sequence[str]) -> int:
     parse.add_argument("--rdzv-id", default="none")
     parse.add_argument("--max-restarts", type=int, default=0)
     parse.add_argument("--es-stop-grace", **STOP_GRACE)
+    parse.add_argument("--es-quarantine", **QUARANTINE)
     parse.add_argument("--es-events", metavar="FILE")
     parse.add_argument("--es-store", **STORE)
     parse.add_argument("--es-insecure-network", **INSECURE_NETWORK)
@@ -302,7 +306,13 @@ def coordinate(arguments: Sequence[str]) -> int:
     try:
         host, port = _endpoint(own.bind)
         low, high = node_range(own.nnodes)
-        config = Config(min_nodes=low, max_nodes=high, max_restarts=own.max_restarts, stop_grace_s=own.es_stop_grace)
+        config = Config(
+            min_nodes=low,
+            max_nodes=high,
+            max_restarts=own.max_restarts,
+            stop_grace_s=own.es_stop_grace,
+            **own.es_quarantine.config(),
+        )
         if own.es_events:
             _open_events(own.es_events).close()
         if own.es_insecure_network:

@@ -35,6 +35,7 @@ RETURN_S = 3.0  # how long nodes have to find the coordinator that took over
 SLEPT_S = 1.0  # between turns: this process was stopped, or starved
 END_S = 10.0  # how long a node that is away may take to come and hear that the job is over
 STORE_RETRY_S = 0.5
+MOST_NAME = 200  # characters of a node's name
 
 log = logging.getLogger("everstep.coordinator")
 
@@ -247,12 +248,14 @@ class Leader:
     def _refusal(self, hello: pb.Hello) -> str:
         if hello.job != self._job or hello.protocol != PROTOCOL:
             return (
-                f"this coordinator runs job {self._job!r}, protocol {PROTOCOL}; the node asked for {hello.job!r}, "
-                f"protocol {hello.protocol}"
+                f"this coordinator runs job {self._job!r}, protocol {PROTOCOL}; the node asked for "
+                f"{hello.job[:MOST_NAME]!r}, protocol {hello.protocol}"
             )
-        must_show = self._security.token or hello.returning
-        if must_show and not secrets.compare_digest(hello.token_digest, digest_of(self._durable.token)):
+        shown, own = hello.token_digest.encode(), digest_of(self._durable.token).encode()
+        if (self._security.token or hello.returning) and not secrets.compare_digest(shown, own):
             return "its token is not this job's: give every node the same EVERSTEP_JOB_TOKEN or EVERSTEP_TOKEN_FILE"
+        if not 0 < len(hello.node) <= MOST_NAME or not hello.node.isprintable() or "/" in hello.node:
+            return f"a node's name is 1 to {MOST_NAME} printable characters without a slash, got {hello.node[:MOST_NAME]!r}"
         return ""
 
     def _may_return(self, hello: pb.Hello, channel: Channel) -> bool:
@@ -263,6 +266,7 @@ class Leader:
         self._links.attach(hello.node, session)
         self._durable.acknowledge(hello.node, hello.received)
         welcome = pb.Welcome(token=self._durable.token, received=channel.seen, beat_s=beat_s(self._config))
+        welcome.unix_s = time.time()
         session.send(pb.AttachResponse(welcome=welcome))
         for number in sorted(channel.pending):
             session.send(pb.AttachResponse.FromString(channel.pending[number]))

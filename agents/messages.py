@@ -18,7 +18,11 @@ def agent_event(node: str, message: pb.AttachRequest, local: Callable[[float], f
     if body == "ready":
         ready = message.ready
         stores = tuple(ready.stores)
-        return e.NodeJoined(node, ready.host, ready.slots, ready.keeper, ready.order, ready.memory_bytes, stores)
+        known = (ready.host, ready.slots, ready.keeper, ready.order, ready.memory_bytes)
+        return e.NodeJoined(node, *known, stores, dict(sorted(ready.health.items())))
+    if body == "unhealthy":
+        told = message.unhealthy
+        return e.NodeUnhealthy(node, told.host, told.why, dict(sorted(told.health.items())))
     if body == "died":
         return _died(message.died, local)
     if body == "store":

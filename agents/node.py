@@ -20,13 +20,15 @@ from ..comms import everstep_pb2 as pb
 from ..comms.attach import Aborted, Attachment, Broken
 from ..comms.process import host_id
 from ..comms.telemetry_pb2 import AskSpans
-from ..elastic.progress import Phase
+from ..elastic.progress import Fault, Phase
 from ..elastic.protocol.events import WorkerId
 from ..elastic.protocol.liveness import FLOOR_S
 from ..elastic.settings import WorkerContext
+from . import checkup
 from .environment import program_for, torch_environment, virtual_rank, worker_environment
 from .failures import Failures, pass_on
 from .gatherer import Gatherer
+from .health import judge
 from .keeper import KeeperCannotServe, KeeperProcess, NameTaken, obtain
 from .keeper import start as start_keeper
 from .logs import WorkerLogs
@@ -37,6 +39,7 @@ from .workers import WorkerProcess
 WATCH_S = 0.05
 ALONE_S = 2.0  # without a word from a coordinator: there may be none
 STATUS_S = 0.05  # how long a dead worker's exit status is waited for
+UNFIT_S = 5.0  # how long the answer is waited for that a node which is not fit to join gets
 END_GRACE_S = 3.0  # of an elastic worker; a classic one has `shutdown_timeout_s`
 
 
@@ -69,6 +72,7 @@ class NodeConfig:
     virtual_local_rank: bool = False
     numa_binding: str = ""  # one of torch's AffinityMode
     metrics: str = ""  # host:port; empty: not served
+    health_check: str = "quick"  # one of checkup.LEVELS
     host_id: str = field(default_factory=host_id)
 
 
@@ -80,6 +84,7 @@ class Outcome:
     why: str = ""
     detail: str = ""
     rank: int = -1
+    unfit: bool = False  # the node's own health check kept it from joining
 
     @property
     def left(self) -> bool:
@@ -120,6 +125,8 @@ class NodeAgent:
         self._alone_s = 0.0  # since when there has been neither a coordinator nor progress
         self._fenced_s = 0.0  # since when this node has been out
         self._ending_s = 0.0
+        self._unfit = ""  # why this node should not join
+        self._unfit_s = 0.0  # since when the coordinator knows
         self._gatherer = Gatherer(
             config.job,
             config.node,
@@ -275,6 +282,12 @@ class NodeAgent:
     def _on_welcome(self, message: pb.Welcome) -> None:
         self.token = message.token
         self._fenced_s, self._rejoining = 0.0, False
+        faults = self.config.environment.get(Fault.VARIABLE, "")
+        health = checkup.measure(self.config.health_check, self.config.host, message.unix_s, faults)
+        if reasons := judge(health):
+            self._unfit, self._unfit_s = "; ".join(reasons), time.monotonic()
+            self._send(unhealthy=pb.NodeUnhealthy(host=self.config.host, why=self._unfit, health=health))
+            return
         keeper = f"{self.config.host}:{self._obtain_keeper().port}"
         config = self.config
         ready = pb.NodeReady(
@@ -284,6 +297,7 @@ class NodeAgent:
             order=config.order if self._lives == 1 else -1,
             memory_bytes=config.memory_bytes,
             stores=[self._stores.reserve(), self._stores.reserve()],
+            health=health,
         )
         self._send(ready=ready)
 
@@ -298,6 +312,10 @@ class NodeAgent:
         self._gatherer.tell_spans(message, lambda spans: self.link.answer(spans=spans))
 
     def _on_refused(self, message: pb.Refused) -> None:
+        if self._unfit:
+            why = f"node {self.node} is not fit to join: {self._unfit}; --es-health-check=off lets it join all the same"
+            self.outcome = Outcome(False, why, unfit=True)
+            return
         self.outcome = Outcome(False, f"the coordinator refused node {self.node}: {message.why}")
 
     def _on_start(self, message: pb.StartWorkers) -> None:
@@ -513,6 +531,10 @@ class NodeAgent:
 
     def _watch(self) -> None:
         now = time.monotonic()
+        if self._unfit:
+            if now - self._unfit_s > UNFIT_S and self.outcome is None:
+                self._on_refused(pb.Refused(why=self._unfit))
+            return
         if self._fenced_s:
             self._rejoin(now)
             return

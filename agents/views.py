@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from ..comms import telemetry_pb2 as pb
 from ..elastic.protocol.protection import describe_protection
 from ..elastic.protocol.state import State, Worker
+from .health import odd
 from .series import RecoveryPoint, StepPoint
 from .verdicts import Finding
 
@@ -65,6 +66,7 @@ def view_of(seen: Seen) -> dict[str, Any]:
     """Everything there is to show."""
     state, job, layout = seen.state, seen.state.job, seen.state.layout
     last = seen.steps[-1] if seen.steps else None
+    unlike = odd({name: node.health for name, node in state.nodes.items()})
     return {
         "job": seen.job,
         "at_s": seen.at_s,
@@ -94,7 +96,7 @@ def view_of(seen: Seen) -> dict[str, Any]:
         "quarantine": [_kept_out(seen, host) for host in state.quarantined],
         "troubles": [_troubles(seen, host) for host in state.troubles],
         "stragglers": [_straggler(seen, finding) for finding in seen.findings],
-        "nodes": [_node(seen, name) for name in state.nodes],
+        "nodes": [_node(seen, name, unlike.get(name, [])) for name in state.nodes],
         "workers": [_worker(seen, rank, worker) for rank, worker in sorted(state.workers.items())],
         "series": [point._asdict() for point in seen.steps],
         "recoveries": [{**point._asdict(), "phases": dict(point.phases)} for point in seen.recoveries],
@@ -138,7 +140,7 @@ def _checkpoint(seen: Seen) -> dict[str, Any] | None:
     return {**fields, "age_s": seen.at_s - seen.checkpoint_s}
 
 
-def _node(seen: Seen, name: str) -> dict[str, Any]:
+def _node(seen: Seen, name: str, unlike: Sequence[str]) -> dict[str, Any]:
     state, node = seen.state, seen.state.nodes[name]
     heard, leaving = state.heard.get(name), state.leaving.get(name)
     at_s, telemetry = seen.told.get(name, (0.0, pb.Telemetry()))
@@ -149,6 +151,8 @@ def _node(seen: Seen, name: str) -> dict[str, Any]:
         "slots": node.slots,
         "silence_s": max(0.0, seen.state_at_s - heard.at_s) if heard else None,
         "leaving": leaving.why if leaving else None,
+        "health": dict(node.health),
+        "odd": list(unlike),
         "metrics": telemetry.metrics,
         "reading": fields_of(telemetry.host) if fresh else None,
         "gpus": [fields_of(gpu) for gpu in telemetry.gpus] if fresh else [],

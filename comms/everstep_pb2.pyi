@@ -16,7 +16,7 @@ class WorkerId(_message.Message):
     def __init__(self, rank: _Optional[int] = ..., incarnation: _Optional[int] = ...) -> None: ...
 
 class AttachRequest(_message.Message):
-    __slots__ = ("number", "hello", "ready", "heartbeat", "from_worker", "died", "stop", "store", "drain", "telemetry", "spans")
+    __slots__ = ("number", "hello", "ready", "heartbeat", "from_worker", "died", "stop", "store", "drain", "unhealthy", "telemetry", "spans")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     HELLO_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
@@ -26,6 +26,7 @@ class AttachRequest(_message.Message):
     STOP_FIELD_NUMBER: _ClassVar[int]
     STORE_FIELD_NUMBER: _ClassVar[int]
     DRAIN_FIELD_NUMBER: _ClassVar[int]
+    UNHEALTHY_FIELD_NUMBER: _ClassVar[int]
     TELEMETRY_FIELD_NUMBER: _ClassVar[int]
     SPANS_FIELD_NUMBER: _ClassVar[int]
     number: int
@@ -37,9 +38,10 @@ class AttachRequest(_message.Message):
     stop: StopRequest
     store: StoreOpened
     drain: DrainRequest
+    unhealthy: NodeUnhealthy
     telemetry: _telemetry_pb2.Telemetry
     spans: _telemetry_pb2.Spans
-    def __init__(self, number: _Optional[int] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., ready: _Optional[_Union[NodeReady, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., from_worker: _Optional[_Union[FromWorker, _Mapping]] = ..., died: _Optional[_Union[WorkerDied, _Mapping]] = ..., stop: _Optional[_Union[StopRequest, _Mapping]] = ..., store: _Optional[_Union[StoreOpened, _Mapping]] = ..., drain: _Optional[_Union[DrainRequest, _Mapping]] = ..., telemetry: _Optional[_Union[_telemetry_pb2.Telemetry, _Mapping]] = ..., spans: _Optional[_Union[_telemetry_pb2.Spans, _Mapping]] = ...) -> None: ...
+    def __init__(self, number: _Optional[int] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., ready: _Optional[_Union[NodeReady, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., from_worker: _Optional[_Union[FromWorker, _Mapping]] = ..., died: _Optional[_Union[WorkerDied, _Mapping]] = ..., stop: _Optional[_Union[StopRequest, _Mapping]] = ..., store: _Optional[_Union[StoreOpened, _Mapping]] = ..., drain: _Optional[_Union[DrainRequest, _Mapping]] = ..., unhealthy: _Optional[_Union[NodeUnhealthy, _Mapping]] = ..., telemetry: _Optional[_Union[_telemetry_pb2.Telemetry, _Mapping]] = ..., spans: _Optional[_Union[_telemetry_pb2.Spans, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("job", "node", "protocol", "returning", "received", "token_digest")
@@ -58,20 +60,46 @@ class Hello(_message.Message):
     def __init__(self, job: _Optional[str] = ..., node: _Optional[str] = ..., protocol: _Optional[int] = ..., returning: _Optional[bool] = ..., received: _Optional[int] = ..., token_digest: _Optional[str] = ...) -> None: ...
 
 class NodeReady(_message.Message):
-    __slots__ = ("host", "slots", "keeper", "order", "memory_bytes", "stores")
+    __slots__ = ("host", "slots", "keeper", "order", "memory_bytes", "stores", "health")
+    class HealthEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
     HOST_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
     KEEPER_FIELD_NUMBER: _ClassVar[int]
     ORDER_FIELD_NUMBER: _ClassVar[int]
     MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     STORES_FIELD_NUMBER: _ClassVar[int]
+    HEALTH_FIELD_NUMBER: _ClassVar[int]
     host: str
     slots: int
     keeper: str
     order: int
     memory_bytes: int
     stores: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, host: _Optional[str] = ..., slots: _Optional[int] = ..., keeper: _Optional[str] = ..., order: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., stores: _Optional[_Iterable[int]] = ...) -> None: ...
+    health: _containers.ScalarMap[str, float]
+    def __init__(self, host: _Optional[str] = ..., slots: _Optional[int] = ..., keeper: _Optional[str] = ..., order: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., stores: _Optional[_Iterable[int]] = ..., health: _Optional[_Mapping[str, float]] = ...) -> None: ...
+
+class NodeUnhealthy(_message.Message):
+    __slots__ = ("host", "why", "health")
+    class HealthEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    HOST_FIELD_NUMBER: _ClassVar[int]
+    WHY_FIELD_NUMBER: _ClassVar[int]
+    HEALTH_FIELD_NUMBER: _ClassVar[int]
+    host: str
+    why: str
+    health: _containers.ScalarMap[str, float]
+    def __init__(self, host: _Optional[str] = ..., why: _Optional[str] = ..., health: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class StoreOpened(_message.Message):
     __slots__ = ("port",)
@@ -164,14 +192,16 @@ class Notice(_message.Message):
     def __init__(self, text: _Optional[str] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("token", "received", "beat_s")
+    __slots__ = ("token", "received", "beat_s", "unix_s")
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     RECEIVED_FIELD_NUMBER: _ClassVar[int]
     BEAT_S_FIELD_NUMBER: _ClassVar[int]
+    UNIX_S_FIELD_NUMBER: _ClassVar[int]
     token: str
     received: int
     beat_s: float
-    def __init__(self, token: _Optional[str] = ..., received: _Optional[int] = ..., beat_s: _Optional[float] = ...) -> None: ...
+    unix_s: float
+    def __init__(self, token: _Optional[str] = ..., received: _Optional[int] = ..., beat_s: _Optional[float] = ..., unix_s: _Optional[float] = ...) -> None: ...
 
 class Refused(_message.Message):
     __slots__ = ("why",)

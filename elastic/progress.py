@@ -79,7 +79,8 @@ class Fault:
 
     @classmethod
     def parse(cls, text: str) -> list[Fault]:
-        return [cls(**item) for item in json.loads(text)] if text else []
+        items = json.loads(text) if text else []
+        return [cls(**item) for item in items if item.get("kind") != "unhealthy"]  # that is the agent's
 
 
 def create_page() -> int:
