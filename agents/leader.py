@@ -255,7 +255,8 @@ class Leader:
         if (self._security.token or hello.returning) and not secrets.compare_digest(shown, own):
             return "its token is not this job's: give every node the same EVERSTEP_JOB_TOKEN or EVERSTEP_TOKEN_FILE"
         if not 0 < len(hello.node) <= MOST_NAME or not hello.node.isprintable() or "/" in hello.node:
-            return f"a node's name is 1 to {MOST_NAME} printable characters without a slash, got {hello.node[:MOST_NAME]!r}"
+            shown_name = hello.node[:MOST_NAME]
+            return f"a node's name is 1 to {MOST_NAME} printable characters without a slash, got {shown_name!r}"
         return ""
 
     def _may_return(self, hello: pb.Hello, channel: Channel) -> bool:

@@ -101,7 +101,7 @@ class KeeperServer:
         self._strangers = threading.BoundedSemaphore(STRANGERS)
         self._security = security or own()
         self._security.check_bind(host)
-        self._tcp = socket.create_server((host, port), family=family, backlog=64)
+        self._tcp = socket.create_server((host, port), family=family, backlog=1024)
         self.port: int = self._tcp.getsockname()[1]
         self.saver = Saver(f"{host}:{self.port}", token)
 

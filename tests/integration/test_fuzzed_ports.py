@@ -1,0 +1,259 @@
+"""Every port of a job that trains gets ten thousand malformed inputs: nobody dies, nothing leaks, and the numbers stay.
+
+What is sent is made of valid pieces (greetings, frames, requests, beats), cut, joined, repeated, enlarged and with
+bytes changed; by a seed that is printed. Keepers and the coordinator get it with the right token too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import socket
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from everstep.comms import beats
+from everstep.comms import everstep_pb2 as pb
+from everstep.comms.attach import PROTOCOL
+from everstep.comms.communicator import Aborted, Key, Kind
+from everstep.comms.frames import Hello, token_digest
+from everstep.comms.mesh import MeshCommunicator
+from everstep.comms.rpc import channel_to, stub
+from everstep.comms.security import Security, digest_of
+from everstep.elastic.progress import COORDINATOR
+
+from tests.jobs import JOBS, assert_same_run, finish, launch, read_result, reference, wait_until
+from tests.jobs.watched import free_ports
+
+INPUTS = 10_000  # a port
+STEPS = 80
+TOKEN = "the job's own token"
+HOST = "127.0.0.1"
+GROWN_BYTES = 48 << 20  # allocators keep what a burst of connections took
+SEED = int(os.environ.get("EVERSTEP_FUZZ_SEED", "1"))
+
+
+def pieces(token: str) -> list[bytes]:
+    """What a well-meaning peer may say on one or another port."""
+    hello = Hello(token_digest("wrong"), 0, 0, 1, 0, 1, 0).pack()
+    keeper = [
+        {"token": token},
+        {"op": "fetch", "shards": [0, 1], "version": 3, "replay": True},
+        {"op": "fetch", "shards": [-1, 10**9], "version": -5, "replay": False},
+        {"op": "parity", "shards": "all", "version": None},
+        {"op": "block", "block": 2**70},
+        {"op": "held"},
+        {"op": "adopt", "node": "me"},
+        {"op": "register", "rank": 0, "incarnation": 0, "segment": 1, "size": -1, "entries": [], "states": []},
+        {"op": "enter", "generation": 99, "placement": "{}", "addresses": {}, "capacities": []},
+        {"op": "sealed", "generation": 99, "version": 99, "protected": 99, "protect": True},
+    ]
+    preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+    headers = struct.pack(">I", 40)[1:] + bytes([1, 4, 0, 0, 0, 1]) + os.urandom(40)
+    http = b"GET /metrics HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999\r\n\r\n"
+    lines = [json.dumps(item).encode() + b"\n" for item in keeper]
+    return [hello, hello[:-3], preface, headers, http, b"[" * 5000 + b"\n", b"\n", b"\0" * 64, *lines]
+
+
+def malformed(rng: random.Random, known: list[bytes]) -> bytes:
+    """Valid pieces, treated badly."""
+    data = bytearray(b"".join(rng.choices(known, k=rng.randint(1, 4))))
+    for _ in range(rng.choice([0, 1, 3, 30])):
+        data[rng.randrange(len(data))] = rng.randrange(256)
+    kind = rng.randrange(10)
+    if kind == 0:
+        data = bytearray(rng.randbytes(rng.randint(0, 2000)))
+    elif kind == 1:
+        del data[rng.randrange(len(data)) :]
+    elif kind == 2 and rng.random() < 0.02:
+        data *= 300  # oversized
+    return bytes(data)
+
+
+def throw(port: int, data: bytes, *, reset: bool) -> None:
+    """Say it, and hang up without listening: by a reset, or with a last word."""
+    with contextlib.suppress(OSError), socket.create_connection((HOST, port), 5) as connection:
+        if reset:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        connection.settimeout(1.0)
+        connection.sendall(data)
+
+
+def datagrams(port: int, rng: random.Random) -> Iterator[bytes]:
+    key, names = beats.key_of(TOKEN), [beats.name_of("nobody"), bytes(8), rng.randbytes(8)]
+    for number in range(INPUTS):
+        good = beats.pack_beat(key, beats.Beat(rng.choice(names), rng.randrange(2**63), rng.randrange(2**40)))
+        if number % 2:
+            damaged = bytearray(good)
+            damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(8)
+            good = bytes(damaged)
+        yield good if number % 5 else rng.randbytes(rng.randint(0, 1400))
+
+
+def attach_badly(port: int, rng: random.Random, count: int) -> None:
+    """Streams of the right token, that say what no agent says."""
+    texts = [
+        "",
+        "null",
+        "[]",
+        "{}",
+        '{"kind": 7}',
+        '{"kind": "committed"}',
+        "[" * 100_000,
+        '{"kind": "ready", "job": 3}',
+    ]
+    texts += ['{"kind": "reported", "report": "{}", "generation": "x"}', '{"kind": "noted", "what": 1, "fields": []}']
+    with channel_to(f"{HOST}:{port}", Security()) as channel:
+        for number in range(count):
+            worker = pb.WorkerId(rank=rng.choice([0, 1, -1, 2**31 - 1]), incarnation=rng.choice([0, 5, -7]))
+            hello = pb.Hello(
+                job=rng.choice(["fuzz", "", "x" * 10_000]),
+                node=rng.choice([f"stranger-{number}", "", "a/b", "\0", "é" * 500]),
+                protocol=rng.choice([PROTOCOL, PROTOCOL, PROTOCOL, -1]),
+                returning=rng.random() < 0.3,
+                received=rng.choice([0, -1, 2**62]),
+                token_digest=rng.choice([digest_of(TOKEN), "", "é"]),
+            )
+            said = [
+                pb.AttachRequest(hello=hello),
+                pb.AttachRequest(
+                    number=rng.choice([0, 1, 2, -1]), from_worker=pb.FromWorker(worker=worker, json=rng.choice(texts))
+                ),
+                pb.AttachRequest(
+                    number=2, died=pb.WorkerDied(worker=worker, cause="a lie", step=-9, detected_at_s=1e300)
+                ),
+                pb.AttachRequest(
+                    number=3, ready=pb.NodeReady(host="", slots=-1, keeper="?", order=-5, stores=[-1] * 9)
+                ),
+                pb.AttachRequest(heartbeat=pb.Heartbeat(received=2**60)),
+                pb.AttachRequest(),
+            ]
+            rng.shuffle(said) if number % 3 == 0 else None
+            with contextlib.suppress(Exception):  # it may refuse in any way it likes
+                for _ in zip(stub(channel).Attach(iter(said), timeout=5), range(2), strict=False):
+                    pass
+
+
+def is_keeper(process: psutil.Process) -> bool:
+    return "everstep.checkpointing.service" in process.cmdline()
+
+
+def figures(processes: list[psutil.Process]) -> dict[int, tuple[int, int]]:
+    """Process -> (descriptors, bytes)."""
+    return {process.pid: (process.num_fds(), process.memory_info().rss) for process in processes}
+
+
+@pytest.mark.timeout(280)
+def test_ten_thousand_malformed_inputs_a_port(tmp_path: Path) -> None:
+    print(f"EVERSTEP_FUZZ_SEED={SEED}")
+    rng = random.Random(SEED)
+    port, metrics = free_ports(2)
+    arguments = [json.dumps({"out": str(tmp_path), "stages": 1, "steps": STEPS})]
+    flags = ["--nproc-per-node=2", "--rdzv-id=fuzz", f"--rdzv-endpoint={HOST}:{port}", "--es-tcp"]
+    flags += [f"--es-events={tmp_path}/events.jsonl", f"--log-dir={tmp_path}/logs", f"--es-metrics={HOST}:{metrics}"]
+    (tmp_path / "slow").touch()
+    launcher = launch(JOBS / "gpt_job.py", arguments, flags, {"EVERSTEP_JOB_TOKEN": TOKEN})
+    events = tmp_path / "events.jsonl"
+    try:
+        wait_until(lambda: events.exists() and '"step": 2' in events.read_text(), 60, "it trains")
+        root = psutil.Process(launcher.pid)
+        family = [root, *root.children(recursive=True)]
+        ports = {
+            (process.name(), connection.laddr.port)
+            for process in family
+            for connection in process.net_connections("tcp")
+            if connection.status == psutil.CONN_LISTEN
+            and (connection.laddr.port == metrics or process.name() == COORDINATOR or is_keeper(process))
+        }
+        assert len(ports) == 3, f"coordinator, keeper, metrics: {ports}"
+        assault(rng, ports, port, 200)  # what is made at the first contact is no leak
+        before = figures(family)
+        assault(rng, ports, port, INPUTS)
+        attach_badly(port, rng, 400)
+        wait_until(lambda: not leaks(before, figures(family)), 20, f"nothing leaked: {leaks(before, figures(family))}")
+        assert all(process.is_running() for process in family)
+        (tmp_path / "slow").unlink()
+        output = finish(launcher)
+    except BaseException:
+        launcher.kill()
+        print(finish(launcher))
+        raise
+    result = read_result(tmp_path, launcher.returncode, output)
+    assert_same_run(result, reference(STEPS))
+    assert {event["generation"] for event in result.named("committed")} == {1}, "nobody was disturbed"
+    assert not result.named("node_lost")
+    assert not result.named("worker_died")
+    assert "Traceback" not in output
+
+
+def assault(rng: random.Random, ports: set[tuple[str, int]], coordinator: int, inputs: int) -> None:
+    """So many malformed inputs for each TCP port, and for the coordinator's beats."""
+    known = pieces("wrong") + pieces(TOKEN)
+    for name, port in sorted(ports):
+        begun = time.monotonic()
+        for number in range(inputs):
+            throw(port, malformed(rng, known), reset=number % 4 == 0)
+        print(f"{inputs} inputs for {name} at {port} in {time.monotonic() - begun:.1f} s")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
+        for data in datagrams(coordinator, rng):
+            with contextlib.suppress(OSError):
+                udp.sendto(data, (HOST, coordinator))
+
+
+def leaks(before: dict[int, tuple[int, int]], after: dict[int, tuple[int, int]]) -> list[str]:
+    """Processes with more descriptors than before, or much more memory."""
+    return [
+        f"{psutil.Process(pid).name()}: {before[pid]} -> {after[pid]}"
+        for pid in before
+        if after[pid][0] > before[pid][0] + 4 or after[pid][1] > before[pid][1] + GROWN_BYTES
+    ]
+
+
+def test_ten_thousand_malformed_inputs_for_a_rank() -> None:
+    """Two ranks pass messages to and fro, while one of them is talked to by strangers."""
+    rng = random.Random(SEED)
+    known = pieces("wrong")
+    stop = threading.Event()
+    ranks = [MeshCommunicator(rank, 0, host_id=f"host-{rank}", token=TOKEN) for rank in range(2)]
+    peers = {comm.rank: comm.peer for comm in ranks}
+    passed = [0, 0]
+
+    def pass_on(comm: MeshCommunicator) -> None:
+        other = 1 - comm.rank
+        with contextlib.suppress(Aborted):
+            while not stop.is_set():
+                number = passed[comm.rank]
+                comm.send(other, Key(Kind.USER, number), [number.to_bytes(8, "little") * 500])
+                assert comm.receive(other, Key(Kind.USER, number)) == number.to_bytes(8, "little") * 500
+                passed[comm.rank] += 1
+
+    for comm in ranks:
+        comm.edit(1, peers)
+    threads = [threading.Thread(target=pass_on, args=(comm,), daemon=True) for comm in ranks]
+    for thread in threads:
+        thread.start()
+    try:
+        wait_until(lambda: min(passed) > 10, 10, "they talk")
+        port = int(ranks[0].peer.address.rpartition(":")[2])
+        descriptors = psutil.Process().num_fds()
+        for number in range(INPUTS):
+            throw(port, malformed(rng, known), reset=number % 4 == 0)
+        so_far = min(passed)
+        wait_until(lambda: min(passed) > so_far + 10, 10, "they go on talking")
+        wait_until(lambda: psutil.Process().num_fds() <= descriptors + 4, 10, "descriptors are given back")
+        assert ranks[0].broken == ranks[1].broken == ()
+    finally:
+        stop.set()
+        for comm in ranks:
+            comm.abort()
+        for thread in threads:
+            thread.join(timeout=10)
+        for comm in ranks:
+            comm.close()
