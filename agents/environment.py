@@ -8,7 +8,10 @@ from typing import Any
 from ..comms import everstep_pb2 as pb
 from ..elastic.settings import WorkerContext
 
-_LAUNCHERS_OWN = {("GRPC_ENABLE_FORK_SUPPORT", "0"), ("GRPC_VERBOSITY", "ERROR")}  # what comms/rpc.py sets for this process
+_LAUNCHERS_OWN = {
+    ("GRPC_ENABLE_FORK_SUPPORT", "0"),
+    ("GRPC_VERBOSITY", "ERROR"),
+}  # what comms/rpc.py sets for this process
 
 
 def torch_environment(

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 # A coordinator is a fork of its launcher, and starts gRPC after that.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # or every stranger is a line in the log
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc

@@ -16,8 +16,11 @@ import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import grpc
+if TYPE_CHECKING:
+    import grpc
+
 
 NAME = "everstep"  # the subject's alternative name in every certificate: the job trusts its authority, not host names
 CERTIFICATES, TOKEN_FILE, TOKEN, TRUST = (
@@ -77,6 +80,8 @@ class Security:
         """For gRPC; None without certificates."""
         if self.folder is None:
             return None
+        import grpc
+
         authority, certificate, key = (Path(self.folder / name).read_bytes() for name in FILES)
         return grpc.ssl_server_credentials([(key, certificate)], authority, require_client_auth=True)
 
@@ -84,6 +89,8 @@ class Security:
         """For gRPC; None without certificates."""
         if self.folder is None:
             return None
+        import grpc
+
         authority, certificate, key = (Path(self.folder / name).read_bytes() for name in FILES)
         return grpc.ssl_channel_credentials(authority, key, certificate)
 
