@@ -12,18 +12,18 @@ waits, which everybody has, and is not found.
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from .verdicts import Finding, Hysteresis, Limits
 
-LIMITS = Limits(slow=3.0, level=2.0, patience=4)  # messages of telemetry
+LIMITS = Limits(slow=3.0, level=2.0, patience=4, patience_s=3.0)  # messages of telemetry
 WINDOWS = 6  # messages of telemetry that count
 LEAST_BYTES = 16 << 10  # in one of them, to count
 LEAST_SHARE = 0.1  # of the time that passes, to matter
-LINKS_KEPT = 20_000
+LINKS_KEPT = 10_000
 FORGET_S = 120.0
 
 
@@ -42,15 +42,27 @@ class _Window(NamedTuple):
 
 @dataclass
 class _Link:
+    """What came by one link lately: the windows, and their sums."""
+
     heard_s: float = 0.0
-    windows: deque[_Window] = field(default_factory=lambda: deque(maxlen=WINDOWS))
+    windows: deque[_Window] = field(default_factory=deque)
+    received_bytes: int = 0
+    receive_s: float = 0.0
+    share: float = 0.0  # of the time
     new: int = 0
 
-    def byte_s(self) -> float:
-        return sum(w.receive_s for w in self.windows) / max(1, sum(w.received_bytes for w in self.windows))
+    def add(self, window: _Window) -> None:
+        self.windows.append(window)
+        if len(self.windows) > WINDOWS:
+            self.windows.popleft()
+        self.received_bytes = sum(window.received_bytes for window in self.windows)
+        self.receive_s = sum(window.receive_s for window in self.windows)
+        self.share = self.receive_s / sum(window.elapsed_s for window in self.windows)
+        self.new += 1
 
-    def share(self) -> float:
-        return sum(w.receive_s for w in self.windows) / max(1e-9, sum(w.elapsed_s for w in self.windows))
+    def clear(self) -> None:
+        self.windows.clear()
+        self.new = 0
 
 
 @dataclass
@@ -78,7 +90,7 @@ class SlowLinks:
 
     def __init__(self) -> None:
         self.findings: dict[tuple[str, ...], Finding] = {}
-        self._links: OrderedDict[tuple[int, int], _Link] = OrderedDict()
+        self._links: dict[tuple[int, int], _Link] = {}
         self._past_s: dict[Pair, float] = {}  # of a byte, the best so far
         self._hysteresis = Hysteresis(LIMITS)
         self._blamed: dict[Pair, tuple[str, ...]] = {}  # slow pair -> whom it speaks against
@@ -89,13 +101,13 @@ class SlowLinks:
         """What a rank received from a peer in the time since it was last asked."""
         if received_bytes < LEAST_BYTES or elapsed_s <= 0 or peer < 0:
             return
-        link = self._links.setdefault((rank, peer), _Link())
-        link.windows.append(_Window(received_bytes, receive_s, elapsed_s))
+        link = self._links.get((rank, peer))
+        if link is None:
+            if len(self._links) >= LINKS_KEPT:
+                return  # those that are watched are watched on: each needs some messages to be judged
+            link = self._links[rank, peer] = _Link()
+        link.add(_Window(received_bytes, receive_s, elapsed_s))
         link.heard_s = now_s
-        link.new += 1
-        self._links.move_to_end((rank, peer))
-        while len(self._links) > LINKS_KEPT:
-            self._links.popitem(last=False)
 
     def compare(self, node_of: Mapping[int, str], disturbed: Collection[int], layout: object, now_s: float) -> None:
         """Compare all pairs. `disturbed`: ranks that are slow themselves; a new `layout` begins anew."""
@@ -114,7 +126,7 @@ class SlowLinks:
             ratio = group.ratio if group.share >= least else 0.0
             if group.new:
                 self._windows[pair] = self._windows.get(pair, 0) + group.new if ratio > LIMITS.level else 0
-                self._hysteresis.see(pair, ratio, group.new)
+                self._hysteresis.see(pair, ratio, now_s, group.new)
         self._find(judged, now_s)
 
     def _groups(self, node_of: Mapping[int, str], disturbed: Collection[int], now_s: float) -> dict[Pair, _Group]:
@@ -124,16 +136,15 @@ class SlowLinks:
                 del self._links[rank, peer]
                 continue
             if rank in disturbed or peer in disturbed:
-                link.windows.clear()
-                link.new = 0
+                link.clear()
                 continue
             if not link.windows:
                 continue
             group = groups.setdefault(Pair(node_of[peer], node_of[rank]), _Group())
-            if link.share() >= group.share:
-                group.rank, group.peer, group.share = rank, peer, link.share()
-            group.receive_s += sum(w.receive_s for w in link.windows)
-            group.received_bytes += sum(w.received_bytes for w in link.windows)
+            if link.share >= group.share:
+                group.rank, group.peer, group.share = rank, peer, link.share
+            group.receive_s += link.receive_s
+            group.received_bytes += link.received_bytes
             group.new = max(group.new, link.new)
             group.full |= len(link.windows) == WINDOWS
             link.new = 0

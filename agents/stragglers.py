@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from .verdicts import Finding, Hysteresis, Limits, low_median
 
-LIMITS = Limits(slow=1.5, level=1.2, patience=8)  # steps
+LIMITS = Limits(slow=1.5, level=1.2, patience=8, patience_s=3.0)  # steps
 WINDOW_STEPS = 8  # whose median counts
 LEAST_STEPS = 4  # of them, to say anything
 WARM_UP_STEPS = 3  # of a generation
@@ -102,7 +102,7 @@ class Stragglers:
         else:
             series.add(compute_s / micro_batches, wait_s, micro_batches)
 
-    def compare(self, stages: Stages, now_s: float = 0.0) -> None:
+    def compare(self, stages: Stages, now_s: float) -> None:
         """Compare all ranks; those that are in no stage are forgotten. `now_s` dates what is found."""
         placed = [(place, list(ranks)) for place, ranks in stages]
         self._place(placed)
@@ -168,7 +168,7 @@ class Stragglers:
             series = self._series[rank]
             series.slow_steps = series.slow_steps + series.new if compared.ratio > LIMITS.level else 0
             if series.new:
-                self._hysteresis.see(rank, compared.ratio, series.new)
+                self._hysteresis.see(rank, compared.ratio, now_s, series.new)
             series.new = 0
         kept = {rank: finding for rank, finding in self.findings.items() if rank in self._hysteresis.slow}
         others_wait_s = self._waits(found) if self._hysteresis.slow else 0.0

@@ -34,7 +34,8 @@ class Limits:
 
     slow: float  # as a multiple of what it is compared with
     level: float
-    patience: int  # how many observations in a row must speak for a change
+    patience: int  # how many observations in a row must speak for a change ...
+    patience_s: float  # ... and for how long: steps may be short, and a machine busy for a moment
 
 
 @dataclass
@@ -43,18 +44,21 @@ class Hysteresis:
 
     limits: Limits
     slow: set[Hashable] = field(default_factory=set)
-    _streaks: dict[Hashable, int] = field(default_factory=dict)
+    _streaks: dict[Hashable, tuple[int, float]] = field(default_factory=dict)  # how many, since when
 
-    def see(self, key: Hashable, ratio: float, observations: int = 1) -> bool:
+    def see(self, key: Hashable, ratio: float, now_s: float, observations: int = 1) -> bool:
         """Whether this changes what it is called. One look counts for half of the patience at most."""
         slow = key in self.slow
         speaks = ratio < self.limits.level if slow else ratio > self.limits.slow
         seen = min(observations, max(1, self.limits.patience // 2))
-        streak = self._streaks.get(key, 0) + seen if speaks else 0
-        changes = streak >= self.limits.patience
+        before, since_s = self._streaks.get(key, (0, now_s))
+        changes = speaks and before + seen >= self.limits.patience and now_s - since_s >= self.limits.patience_s
         if changes:
             self.slow ^= {key}
-        self._streaks[key] = 0 if changes else streak
+        if speaks and not changes:
+            self._streaks[key] = (before + seen, since_s)
+        else:
+            self._streaks.pop(key, None)
         return changes
 
     def keep(self, keys: Collection[Hashable]) -> None:

@@ -166,7 +166,7 @@ def test_memory_is_bounded() -> None:
 def test_a_slow_rank_is_called_a_straggler_and_no_longer_when_it_is_level() -> None:
     job = Job(ranks=3)
     first = 0
-    for _ in range(4):
+    for _ in range(6):
         for rank in range(3):
             job.observer.told("n0", pb.Telemetry(steps=steps(rank, first, 4, 0.3 if rank == 2 else 0.1)))
         first += 4

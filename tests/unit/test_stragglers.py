@@ -114,6 +114,18 @@ def test_nor_do_the_first_steps_of_a_generation() -> None:
         job.generation += 1
 
 
+def test_nor_does_a_moment_in_which_steps_are_short() -> None:
+    """A hundred slow steps of ten milliseconds are one second of a machine that was busy."""
+    stragglers = Stragglers()
+    slow: list[set[int]] = []
+    for step in range(600):
+        for rank in range(3):
+            stragglers.add(rank, 3.0 if rank == 1 and 100 <= step % 300 < 200 else 1.0, 1)
+        stragglers.compare([("all", range(3))], step / 100)
+        slow.append(stragglers.slow)
+    assert not any(slow)
+
+
 def test_between_the_thresholds_it_stays_what_it_is() -> None:
     job = Job(((0, 4), (0, 1, 2)))
     between = (LIMITS.slow + LIMITS.level) / 2
