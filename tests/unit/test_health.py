@@ -140,3 +140,13 @@ def test_a_policy(text: str, found: Policy) -> None:
 def test_what_is_no_policy(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="expected N/SECONDS"):
         policy(text)
+
+
+def test_the_products_for_gpus_are_exact_in_both_types() -> None:
+    """On the processor here; and where there is no device there is nothing to say."""
+    import torch
+    from everstep.agents.gpu_checkup import check
+
+    figures = check([torch.device("cpu")], 128)
+    assert (figures["gpu_wrong"], figures["gpu_runs"]) == (0, 16)
+    assert check([]) == {}
