@@ -65,6 +65,7 @@ bench: setup peers
 	$(BIN)/python tests/bench/snapshot.py --json
 	$(BIN)/python tests/bench/checkpoint.py --json
 	$(BIN)/python tests/bench/control.py --json
+	$(BIN)/python tests/bench/coordinator.py --json
 
 clean:
 	rm -rf $(VENV) $(VENV)-peers build everstep.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
