@@ -105,7 +105,7 @@ def _amiss(node: View) -> str:
     if node["leaving"]:
         return f"leaving: {node['leaving']}"
     silence_s = node["silence_s"] or 0.0
-    return f"no word for {seconds(silence_s)}" if silence_s > SILENT_S else ""
+    return f"no word for {seconds(silence_s)}" if silence_s > SILENT_S else "; ".join(node.get("odd", ()))
 
 
 def _node(node: View, ranks: Sequence[int]) -> list[str]:

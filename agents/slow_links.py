@@ -172,8 +172,9 @@ class SlowLinks:
         slow = {pair for pair in judged if pair in self._hysteresis.slow} | {
             pair for pair in self._blamed if pair in self._hysteresis.slow
         }
-        for pair in slow - self._blamed.keys():
-            self._blamed[pair] = _blame(pair, judged)
+        for pair in slow & judged.keys():
+            if self._blamed.get(pair, ("between",))[0] == "between":  # it may be clear by now
+                self._blamed[pair] = _blame(pair, judged)
         for pair in [pair for pair in self._blamed if pair not in slow]:
             del self._blamed[pair]
         self._windows = {pair: count for pair, count in self._windows.items() if pair in judged or pair in slow}
@@ -208,7 +209,7 @@ def _blame(pair: Pair, judged: Mapping[Pair, _Group]) -> tuple[str, ...]:
 
 
 def _finding(pair: Pair, group: _Group, whom: tuple[str, ...], count: int, windows: int, since_s: float) -> Finding:
-    side, node = whom[0], whom[1]
+    side, node = whom[0], whom[-1]  # of a pair, the one that receives
     sender = side == "out"
     rate, with_rate = 1e-6 / group.byte_s, 1e-6 / group.with_s
     place = {

@@ -89,8 +89,8 @@ def test_a_slow_worker_is_found_and_its_node_hands_over(tmp_path: Path) -> None:
         assert not [line for line in result.events if line["event"] in ("planned", "recovered", "node_lost")]
 
 
-def test_a_host_that_dies_again_and_again_is_kept_out(tmp_path: Path) -> None:
-    """Under a new name each time; and one that is not fit does not get in at all."""
+def test_a_host_that_fails_again_and_again_is_kept_out(tmp_path: Path) -> None:
+    """Its worker dies, then all of it, and it comes back by another name. One that is not fit does not get in."""
     with Hosts(3) as hosts:
         job = Watched(hosts, tmp_path, policy="2/600", least=2)
         job.launch(2, flags=job.flags, faults=[{"kind": "unhealthy", "figures": {"copy_wrong": 1.0}}])
@@ -99,20 +99,23 @@ def test_a_host_that_dies_again_and_again_is_kept_out(tmp_path: Path) -> None:
         assert "is not fit to join: 1 of 4 copies of memory came out wrong" in output
         assert [line["host"] for line in job.events("node_unhealthy")] == [hosts.address(2)]
         job.start(0, 1, 2)
-        job.away = {1, 2}
-        for losses in (1, 2):
-            job.await_whole()
-            with slowly(tmp_path):
-                hosts.kill(1)
-                job.until(lambda n=losses: len(job.events("node_lost")) == n, 30, "it is lost")
-                job.until(lambda n=losses: len(job.events("recovered")) >= n, 30, "the others go on")
-                job.launch(1, flags=job.flags)
-                if losses == 2:
-                    output = job.ended(1)
+        job.away = {1}
+        job.reaches(3)
+        (worker,) = job.workers_of(1)
+        os.kill(worker, signal.SIGKILL)
+        job.until(lambda: job.events("recovered"), 30, "its worker is replaced")
+        assert not job.events("node_quarantined")
+        job.await_whole()
+        with slowly(tmp_path):
+            hosts.kill(1)
+            job.until(lambda: job.events("node_quarantined"), 30, "it is lost")
+            job.launch(1, flags=job.flags)
+            output = job.ended(1)
         (quarantined,) = job.events("node_quarantined")
         assert (quarantined["host"], quarantined["troubles"]) == (hosts.address(1), 2)
         assert hosts.launchers[1].returncode == 1
         assert f"host {hosts.address(1)} is in quarantine for" in output
+        assert "worker_died" in output
         assert "node_lost" in output
         (refused,) = job.events("node_refused")
         assert refused["host"] == hosts.address(1)

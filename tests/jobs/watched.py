@@ -197,7 +197,7 @@ class WatchedJob:
         with slowly(self.out):
             self.await_steps(6)
         self.await_steps(2)
-        self.slow_down(1, 5.0)
+        self.slow_down(1, 8.0)
         self.await_steps(5)
         self.kill_worker(3)
         self.spoil_checkpoints()

@@ -239,6 +239,16 @@ def test_a_single_path_blames_nobody() -> None:
     assert (finding.rank, finding.peer, finding.blamed) == (3, 0, False)
 
 
+def test_when_it_becomes_clear_which_end_it_is_that_is_said() -> None:
+    """First one link is slow, then all that its sender has."""
+    wires = Wires(4)
+    wires.run(10)
+    assert wires.run(WITHIN, lambda *ends: 1e7 if ends == (2, 0) else 1e8) == {("between", "n2", "n0")}
+    (finding,) = wires.links.findings.values()
+    assert (finding.node, finding.rank) == ("n0", 0)
+    assert wires.run(WITHIN, lambda sender, receiver: 1e7 if sender == 2 else 1e8) == {("out", "n2")}
+
+
 def test_two_hosts_are_compared_with_their_past() -> None:
     wires = Wires(2)
     assert not wires.run(20)
