@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from ...resharding.plan import Plan
-from ..protocol import coordinator, invariants
+from ..protocol import codec, coordinator, invariants
 from ..protocol import events as e
 from ..protocol.protection import state_slots
 from ..protocol.state import Config, Phase, State
@@ -22,6 +23,7 @@ from .world import Pipe, Process, World
 
 TICK_S = 0.1
 HEARTBEAT_S = 0.5
+RESTARTS = 0.1  # how likely another coordinator takes over, at each tick
 LATE_S = 1.0  # longer than anything is on its way
 ASKED = "asked to leave"
 
@@ -86,12 +88,21 @@ class Cluster:
         self.released = 0  # nodes that handed over
         self.stays = True  # somebody, after those that were asked to leave
         self.on_mark: Callable[[e.WorkerId, str, int], None] = lambda worker, phase, step: None
+        self.restarts_until_s = 0.0  # until when coordinators are replaced now and then
+        self._restarts = random.Random(world.seed + 2)  # its own, so that old seeds mean what they did
         world.after(TICK_S, self._tick)
 
     def _tick(self) -> None:
         if self.outcome is None:
+            if self.world.now < self.restarts_until_s and self._restarts.random() < RESTARTS:
+                self._restart_coordinator()
             self.happened(e.Ticked())
             self.world.after(TICK_S, self._tick)
+
+    def _restart_coordinator(self) -> None:
+        """Another coordinator takes over, with what a store has of the state."""
+        self.state = codec.state_of(self.state.config, codec.changed_rows(None, self.state))  # type: ignore[arg-type]
+        self.happened(e.CoordinatorReturned(LATE_S))
 
     # ------------------------------------------------------------ nodes
 

@@ -128,6 +128,7 @@ def simulate(seed: int, shape: Shape, *, faults: list[Fault] | None = None, timi
             keeper_s = rng.choice(((0.0002, 0.002), (0.0005, 0.01), (0.005, 0.05)))
             timing = replace(timing, keeper_s=keeper_s)
     cluster = Cluster(world, config, job, timing, _expected(shape), shape.interval)
+    cluster.restarts_until_s = horizon_s
     cluster.promise.deaths = any(not isinstance(fault, NodeFault | Drain) for fault in faults)
     injector = Injector(cluster, faults)
     slots = [shape.workers * (i + 1) // shape.nodes - shape.workers * i // shape.nodes for i in range(shape.nodes)]

@@ -17,6 +17,7 @@ class World:
 
     def __init__(self, seed: int) -> None:
         self.now = 0.0
+        self.seed = seed
         self.random = random.Random(seed)
         self._queue: list[tuple[float, int, Callable[[], None]]] = []
         self._order = itertools.count()
