@@ -42,9 +42,11 @@ $(VENV)-peers/.ready: $(VENV)/.python pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/everstep demo
 
-# In two streams, since much of each is waiting; what depends on time goes first.
+# In two streams, since much of each is waiting; what depends on time goes first. Without job control (set -m) a shell
+# has what it starts in the background ignore SIGINT.
+test: SHELL := /bin/bash
 test: setup peers
-	@nice -n 10 $(BIN)/python -m pytest $(OTHERS) > build/others.log 2>&1 & others=$$!; \
+	@set -m; nice -n 10 $(BIN)/python -m pytest $(OTHERS) > build/others.log 2>&1 & others=$$!; \
 	trap "kill $$others 2>/dev/null" INT TERM; \
 	$(BIN)/python -m pytest tests/faults; status=$$?; \
 	wait $$others || status=$$?; cat build/others.log; exit $$status

@@ -8,6 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.jobs import JOBS, Ended, command, everstep
 
 DDP = str(JOBS / "ddp_job.py")
@@ -64,8 +66,10 @@ def environments(out: Path, module: str, flags: list[str], **extra: str) -> tupl
 VARIES = {"MASTER_PORT", "TORCHELASTIC_ERROR_FILE", "TORCHELASTIC_RUN_ID", "OUT", "MASTER_ADDR"}
 
 
-def test_variables_are_torchruns(tmp_path: Path) -> None:
+def test_variables_are_torchruns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same names and values as a real torchrun gives, but for ports and ids."""
+    for name in ("GRPC_ENABLE_FORK_SUPPORT", "GRPC_VERBOSITY"):  # of this process, if it has spoken to a coordinator
+        monkeypatch.delenv(name, raising=False)
     flags = [
         f"--log-dir={tmp_path}/logs",
         "--standalone",

@@ -244,7 +244,7 @@ class Terminal:
             self._read(0.05)
         while self._read(0.05):
             pass
-        status = self.process.wait(timeout=1)
+        status = self.process.wait(timeout=20)
         assert termios.tcgetattr(self.follower) == self.before
         assert "\x1b[?1049l" in self.output[-400:], "the alternate screen is left"
         assert "\x1b[?25h" in self.output[-400:], "the cursor is back"
