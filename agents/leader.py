@@ -140,7 +140,7 @@ class Leader:
         effects: list[e.Effect] = []
         if self._expected_s and self._links.alive:
             self._expected_s, self._knocked = 0.0, False
-        elif self._knocked and time.monotonic() > self._expected_s:
+        elif self._expected_s and self._knocked and time.monotonic() > self._expected_s:
             effects += self._abandon()
         if self._links.alive:
             alive, self._links.alive = tuple(self._links.alive), set()
@@ -233,8 +233,8 @@ class Leader:
             log.warning("node %s cannot come back: %s", hello.node, why)  # it trains, and looks for its coordinator
         elif why:
             session.send(pb.AttachResponse(refused=pb.Refused(why=why)))
-        elif channel is None and not hello.returning and self._expected_s:
-            self._knocked = True  # it will ask again
+        elif channel is None and not hello.returning and (self._expected_s or self._links.detached()):
+            self._knocked = True  # who is away may return, or is lost, and then there is room: it will ask again
         elif channel is None and hello.returning:
             session.send(pb.AttachResponse(fence=pb.Fence(why="it was gone for too long")))
         elif channel is not None and not self._may_return(hello, channel):

@@ -45,6 +45,10 @@ class Links:
     def sessions(self) -> list[Session]:
         return [link.session for link in self._links.values() if link.session is not None]
 
+    def detached(self) -> bool:
+        """Whether a node of the job has no stream just now."""
+        return any(link.session is None for link in self._links.values())
+
     def attach(self, node: str, session: Session) -> None:
         """The node's stream from now on."""
         session.node = node
