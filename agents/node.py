@@ -538,6 +538,9 @@ class NodeAgent:
         if self._fenced_s:
             self._rejoin(now)
             return
+        if self.link.overflowed and self.outcome is None:
+            self._end_at_once("no coordinator took in what this node had to say, and it is more than can be kept")
+            return
         if self._alone_too_long(now):
             self._fence(f"no word from a coordinator for {now - self.link.heard_s:.0f} s, and no progress")
             return

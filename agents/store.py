@@ -40,29 +40,6 @@ class Store(Protocol):
         """Let go; with `forget`, the job is over and nothing of it need stay."""
 
 
-class MemoryStore:
-    """For a coordinator that nobody needs to outlive."""
-
-    superseded = False
-
-    def __init__(self) -> None:
-        self.rows: dict[str, bytes] = {}
-
-    def load(self) -> dict[str, bytes]:
-        return dict(self.rows)
-
-    def commit(self, rows: Mapping[str, bytes | None], *, sync: bool) -> None:
-        for name, text in rows.items():
-            if text is None:
-                self.rows.pop(name, None)
-            else:
-                self.rows[name] = text
-
-    def close(self, *, forget: bool) -> None:
-        if forget:
-            self.rows.clear()
-
-
 class SqliteStore:
     """A file (SQLite, write-ahead log), held by one process for as long as that lives."""
 

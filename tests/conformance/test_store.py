@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from everstep.agents import etcd
 from everstep.agents.etcd import EtcdStore, JobOver
-from everstep.agents.store import MemoryStore, SqliteStore, Store, StoreError, Superseded
+from everstep.agents.store import SqliteStore, Store, StoreError, Superseded
 from everstep.comms.process import die_with_parent
 from everstep.comms.security import Security
 
@@ -47,12 +47,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     process.wait()
 
 
-@pytest.fixture(params=["memory", "sqlite", "etcd"])
+@pytest.fixture(params=["sqlite", "etcd"])
 def opener(request: pytest.FixtureRequest, tmp_path: Path) -> Opener:
     """Opens the same place again and again."""
-    if request.param == "memory":
-        store = MemoryStore()
-        return lambda: store
     if request.param == "sqlite":
         return lambda: SqliteStore(tmp_path / "a folder" / "store.sqlite", "job")
     url, job = request.getfixturevalue("cluster"), f"job of {tmp_path.name}"

@@ -1,0 +1,23 @@
+"""What an agent keeps while there is no coordinator."""
+
+from __future__ import annotations
+
+import pytest
+from everstep.comms import attach
+from everstep.comms import everstep_pb2 as pb
+from everstep.comms.attach import Attachment
+from everstep.comms.security import Security
+
+
+def test_what_is_kept_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attach, "OUTBOX_MESSAGES", 3)
+    link = Attachment(["127.0.0.1:1"], "job", Security())
+    try:
+        for number in range(4):
+            assert not link.overflowed, number
+            link.send(stop=pb.StopRequest(why="enough"))
+        assert link.overflowed
+        link.rename("another")  # what was to be said under the former name is nobody's concern
+        assert not link.overflowed
+    finally:
+        link.close()
