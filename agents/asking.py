@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import grpc
@@ -46,10 +46,11 @@ class Endpoints:
     def trace(self, steps: int, timeout_s: float) -> list[pb.GetTraceResponse]:
         """What all ranks did in the last steps, in pieces. Raises NoAnswer."""
         request = pb.GetTraceRequest(steps=steps)
-        return self._ask(lambda channel: list(_parts(channel, request, timeout_s)))
+        told = {"timeout": timeout_s, "metadata": self._security.metadata()}
+        return self._ask(lambda channel: list(stub(channel).GetTrace(request, **told)))
 
     def _wait(self) -> dict[str, Any]:
-        return {"timeout": self._timeout_s, "wait_for_ready": False}
+        return {"timeout": self._timeout_s, "wait_for_ready": False, "metadata": self._security.metadata()}
 
     def _ask(self, call: Callable[[grpc.Channel], T]) -> T:
         """The first that answers, beginning with the one that did so last."""
@@ -84,7 +85,3 @@ class Endpoints:
             )
         hint = "" if self._security.encrypts else f" (a job with certificates answers only those: {CERTIFICATES}=DIR)"
         return f"no coordinator answers at {address}{hint}", True
-
-
-def _parts(channel: grpc.Channel, request: pb.GetTraceRequest, timeout_s: float) -> Iterator[pb.GetTraceResponse]:
-    yield from stub(channel).GetTrace(request, timeout=timeout_s)

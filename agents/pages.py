@@ -1,21 +1,23 @@
 """A small HTTP server: pages by path, made when they are asked for. Metrics are one of them.
 
 With certificates it is HTTPS, and who asks has to show one of the same authority; without, an address that others can
-reach has to be allowed by name, like any other of ours.
+reach has to be allowed by name, like any other of ours. Where the job was given a token, that has to be shown, too.
 """
 
 from __future__ import annotations
 
 import contextlib
 import http.server
+import ipaddress
 import socket
 import socketserver
 import threading
+import urllib.parse
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from ..comms.security import Security, SecurityError
+from ..comms.security import NAME, Security, SecurityError, is_loopback
 
 CONNECTIONS = 64  # at a time
 REQUEST_TIMEOUT_S = 10.0  # of a client that says nothing
@@ -44,7 +46,8 @@ class PageServer:
         host = host.strip("[]") or "127.0.0.1"
         if not separator or not port.isdigit() or int(port) > 65535:
             raise AddressTaken(f"{address!r} is no HOST:PORT")
-        handler = type("Handler", (_Handler,), {"pages": dict(pages)})
+        served = {"pages": dict(pages), "security": security, "local": is_loopback(host)}
+        handler = type("Handler", (_Handler,), served)
         try:
             security.check_bind(host)
             self._server = _Server((host, int(port)), handler)
@@ -98,15 +101,16 @@ class _Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
 class _Handler(http.server.BaseHTTPRequestHandler):
     pages: Mapping[str, Callable[[], Page]]
+    security: Security
+    local: bool  # this host alone reaches it
     timeout = REQUEST_TIMEOUT_S
     server_version = "everstep"
     sys_version = ""
 
     def do_GET(self) -> None:
-        maker = self.pages.get(self.path.partition("?")[0])
-        page = maker() if maker is not None else Page("text/plain; charset=utf-8", b"there is no such page\n")
+        status, page = self._answer()
         with contextlib.suppress(ConnectionError):
-            self.send_response(200 if maker is not None else 404)
+            self.send_response(status)
             self.send_header("Content-Type", page.content_type)
             self.send_header("Content-Length", str(len(page.body)))
             self.send_header("X-Content-Type-Options", "nosniff")
@@ -115,5 +119,28 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.end_headers()
             self.wfile.write(page.body)
 
+    def _answer(self) -> tuple[int, Page]:
+        if self.local and not _is_local_name(self.headers.get("Host", "")):
+            return 421, _text("this address is for this host alone, and the request is for another name")
+        if not self.security.admits_request(self.headers.get("Authorization", "")):
+            asked = {"WWW-Authenticate": 'Basic realm="everstep: any user, the job token as password", charset="UTF-8"'}
+            return 401, _text("the job's token is asked for: as a password (of any user), or as a Bearer", asked)
+        maker = self.pages.get(self.path.partition("?")[0])
+        return (200, maker()) if maker is not None else (404, _text("there is no such page"))
+
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
         """Requests are no news."""
+
+
+def _text(text: str, headers: Mapping[str, str] = MappingProxyType({})) -> Page:
+    return Page("text/plain; charset=utf-8", f"{text}\n".encode(), headers)
+
+
+def _is_local_name(host: str) -> bool:
+    """Whether a Host header names this host, or none. A name that somebody else gave to a loopback address may be that
+    of a page elsewhere, whose script would read ours in the user's browser (DNS rebinding)."""
+    try:
+        name = urllib.parse.urlsplit(f"//{host}").hostname or ""
+        return name in ("", "localhost", NAME) or bool(ipaddress.ip_address(name))
+    except ValueError:
+        return False

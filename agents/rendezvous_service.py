@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hmac
 import time
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +10,7 @@ import grpc
 
 from ..comms import rendezvous_pb2 as pb
 from ..comms.rendezvous_pb2_grpc import RendezvousServiceServicer, add_RendezvousServiceServicer_to_server
-from ..comms.security import Security, digest_of
+from ..comms.security import Security
 from .rendezvous import Action, Group, Limits, Phase, Place, Said, expire, over, step
 
 _ACTIONS = {
@@ -53,8 +52,7 @@ class Rendezvous(RendezvousServiceServicer):
         why = self._refusal()
         if why:
             await context.abort(grpc.StatusCode.UNAVAILABLE, why)
-        token = self._security.token
-        if token and not hmac.compare_digest(request.token_digest, digest_of(token)):
+        if not self._security.admits(request.token_digest):
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "the node has another token than the coordinator")
         said = _said(request)
         if said is None:

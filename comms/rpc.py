@@ -25,7 +25,7 @@ from .everstep_pb2_grpc import (
     CoordinatorServiceStub,
     add_CoordinatorServiceServicer_to_server,
 )
-from .security import NAME, Security
+from .security import NAME, TOKEN_ASKED, Security
 
 MESSAGE_BYTES = 256 << 20  # the largest message: a plan with its placement, for thousands of shards
 OPTIONS: list[tuple[str, Any]] = [
@@ -107,8 +107,9 @@ class Shell(Protocol):
 class Servicer(CoordinatorServiceServicer):
     """Turns streams into calls of a shell."""
 
-    def __init__(self, shell: Shell) -> None:
+    def __init__(self, shell: Shell, security: Security) -> None:
         self._shell = shell
+        self._security = security
         self._viewer = ThreadPoolExecutor(1, "everstep-viewer")  # of a large job a view takes a while: one at a time
         # A task that waits for gRPC is known to nobody but itself: the garbage collector takes it, and ends its stream.
         self._tasks: set[tuple[asyncio.Task[Any] | None, asyncio.Task[None]]] = set()
@@ -139,6 +140,7 @@ class Servicer(CoordinatorServiceServicer):
             session.end()
 
     async def GetStatus(self, request: pb.GetStatusRequest, context: Any) -> pb.GetStatusResponse:
+        await self._admitted(context)
         await self._available(context)
         loop, wanted = asyncio.get_running_loop(), (request.steps, request.rank_steps)
         text = await loop.run_in_executor(self._viewer, self._shell.status)
@@ -146,6 +148,7 @@ class Servicer(CoordinatorServiceServicer):
         return pb.GetStatusResponse(json=text, view=view)
 
     async def GetTrace(self, request: pb.GetTraceRequest, context: Any) -> AsyncIterator[pb.GetTraceResponse]:
+        await self._admitted(context)
         await self._available(context)
         try:
             async with contextlib.aclosing(self._shell.trace(request.steps)) as parts:
@@ -153,6 +156,10 @@ class Servicer(CoordinatorServiceServicer):
                     yield part
         except Busy as error:
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
+
+    async def _admitted(self, context: Any) -> None:
+        if not self._security.admits_call(context.invocation_metadata() or ()):
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, TOKEN_ASKED)
 
     async def _available(self, context: Any) -> None:
         why = self._shell.refusal()
@@ -167,7 +174,7 @@ class Server:
         self.aio = grpc.aio.server(options=[*OPTIONS, *BURST, ("grpc.so_reuseport", 0)])
         self._security = security
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
-        add_CoordinatorServiceServicer_to_server(Servicer(shell), self.aio)  # type: ignore[no-untyped-call]
+        add_CoordinatorServiceServicer_to_server(Servicer(shell, security), self.aio)  # type: ignore[no-untyped-call]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.aio)
 
     async def start(self, address: str) -> int:
@@ -197,7 +204,7 @@ def get_status(address: str, timeout_s: float, security: Security) -> str:
     """The coordinator's summary, as JSON. Raises Unreachable."""
     with channel_to(address, security) as channel:
         try:
-            response = stub(channel).GetStatus(pb.GetStatusRequest(), timeout=timeout_s)
+            response = stub(channel).GetStatus(pb.GetStatusRequest(), timeout=timeout_s, metadata=security.metadata())
         except grpc.RpcError:
             raise Unreachable(address) from None
         return str(response.json)

@@ -6,14 +6,17 @@ nothing but loopback addresses may be bound, unless the user says by name that t
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import datetime
 import functools
 import hashlib
+import hmac
 import ipaddress
 import os
 import socket
 import ssl
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,6 +33,8 @@ CERTIFICATES, TOKEN_FILE, TOKEN, TRUST = (
     "EVERSTEP_INSECURE_NETWORK",
 )
 FILES = ("ca.pem", "cert.pem", "key.pem")
+TOKEN_ASKED = f"it asks for the job's token: set {TOKEN} or {TOKEN_FILE}"
+_METADATA = "everstep-token"  # of a gRPC call
 
 
 class SecurityError(Exception):
@@ -65,6 +70,30 @@ class Security:
         found = {CERTIFICATES: str(self.folder)} if self.folder is not None else {}
         found |= {TOKEN: self.token} if self.token else {}
         return {**found, TRUST: "1"} if self.trusted_network else found
+
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """Of a gRPC call, by which the other end knows that the caller has the token."""
+        return ((_METADATA, digest_of(self.token)),) if self.token else ()
+
+    def admits(self, digest: str) -> bool:
+        """Whether a token's digest is of this job's token. Where no token was given, everybody has it."""
+        return not self.token or hmac.compare_digest(digest.encode(), digest_of(self.token).encode())
+
+    def admits_call(self, metadata: Iterable[tuple[str, str | bytes]]) -> bool:
+        """Whether a gRPC call is by somebody who has the token."""
+        return self.admits(str(dict(metadata).get(_METADATA, "")))
+
+    def admits_request(self, authorization: str) -> bool:
+        """Whether an HTTP request's Authorization, its bytes as Latin-1, has the token: as Bearer (RFC 6750), or as the
+        password of any user (RFC 7617)."""
+        scheme, _, shown = authorization.partition(" ")
+        token = b""
+        with contextlib.suppress(ValueError):
+            if scheme.lower() == "basic":
+                token = base64.b64decode(shown).partition(b":")[2]
+            elif scheme.lower() == "bearer":
+                token = shown.strip().encode("latin-1")
+        return self.admits(digest_of(token.decode(errors="replace")))
 
     def check_bind(self, host: str) -> None:
         """Raises SecurityError for an address that others can reach, where nobody would have to show who he is."""

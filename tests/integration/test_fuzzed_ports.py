@@ -57,7 +57,8 @@ def pieces(token: str) -> list[bytes]:
     ]
     preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
     headers = struct.pack(">I", 40)[1:] + bytes([1, 4, 0, 0, 0, 1]) + os.urandom(40)
-    http = b"GET /metrics HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999\r\n\r\n"
+    shown = b"Host: localhost\r\nAuthorization: Bearer " + token.encode() + b"\r\n"
+    http = b"GET /metrics HTTP/1.1\r\n" + shown + b"Content-Length: 99999999\r\n\r\n"
     lines = [json.dumps(item).encode() + b"\n" for item in keeper]
     return [hello, hello[:-3], preface, headers, http, b"[" * 5000 + b"\n", b"\n", b"\0" * 64, *lines]
 

@@ -13,10 +13,8 @@ import pytest
 from deploy.grafana.generate import DASHBOARDS
 from deploy.prometheus.generate import Speed, alerts, recordings, rules
 from tests.jobs import JOBS, everstep
-from tests.jobs.watched import FAST, PROMETHEUS, STEPS, WatchedJob, watched
+from tests.jobs.watched import CONFIGURATIONS, FAST, STEPS, WatchedJob, needs_prometheus, watched
 
-needs_prometheus = pytest.mark.skipif(PROMETHEUS is None, reason="prometheus is not installed")
-CONFIGURATIONS = Path(__file__).parents[2] / "deploy" / "prometheus"
 WINDOW = "10s"
 WITHOUT_GPU = "everstep_gpu_"  # nothing says anything where there is no GPU; the names are checked elsewhere
 NOT_FIRING: set[str] = set()
@@ -39,7 +37,7 @@ def test_rules_are_right(tmp_path: Path) -> None:
 
 
 @needs_prometheus
-@pytest.mark.parametrize("kind", ["static", "file", "http", "kubernetes"])
+@pytest.mark.parametrize("kind", ["static", "file", "http", "kubernetes", "secure"])
 def test_configurations_are_right(kind: str, tmp_path: Path) -> None:
     text = (CONFIGURATIONS / f"prometheus.{kind}.yml").read_text()
     if kind == "kubernetes":  # Debian's promtool is built without it: what it finds is taken as given

@@ -32,7 +32,7 @@ from everstep.elastic.telemetry import Spent
 
 from tests.jobs import JOBS, everstep, launch, wait_until
 from tests.jobs.browser import browser, needs_chromium
-from tests.jobs.watched import free_ports
+from tests.jobs.watched import CONFIGURATIONS, Prometheus, free_ports, needs_prometheus
 
 STEPS = 100_000  # more than there is time for
 
@@ -410,11 +410,16 @@ def test_what_cannot_be_asked_is_one_line(command: str) -> None:
     assert "EVERSTEP_CERTS=/nowhere" in missing.error()
 
 
-def test_with_certificates_only_who_has_one_sees_anything(tmp_path: Path) -> None:
+@needs_prometheus
+def test_only_who_has_a_certificate_and_the_token_sees_anything(tmp_path: Path) -> None:
+    """The command, a browser's request, and Prometheus by the configuration that is checked in."""
     make(tmp_path / "ours", 1.0)
     make(tmp_path / "theirs", 1.0)
+    (tmp_path / "token").write_text("the job's own token\n")
     port, page = free_ports(2)
-    endpoint, ours = f"127.0.0.1:{port}", {"EVERSTEP_CERTS": str(tmp_path / "ours")}
+    endpoint = f"127.0.0.1:{port}"
+    certificates = {"EVERSTEP_CERTS": str(tmp_path / "ours")}
+    ours = {**certificates, "EVERSTEP_TOKEN_FILE": str(tmp_path / "token")}
     command = ["coordinator", f"--bind={endpoint}", f"--es-store={tmp_path}/store", f"--es-metrics=127.0.0.1:{page}"]
     coordinator = subprocess.Popen(
         [sys.executable, "-m", "everstep", *command],
@@ -430,22 +435,47 @@ def test_with_certificates_only_who_has_one_sees_anything(tmp_path: Path) -> Non
         wait_until(lambda: everstep("status", endpoint, environment=ours).status == 0, 20, "it leads")
         assert everstep("status", endpoint, environment=ours).stdout.startswith("none: forming")
         assert "EVERSTEP_CERTS" in everstep("status", endpoint).error()
-        theirs = {"EVERSTEP_CERTS": str(tmp_path / "theirs")}
+        theirs = {**ours, "EVERSTEP_CERTS": str(tmp_path / "theirs")}
         assert "TLS with" in everstep("status", endpoint, environment=theirs).error()
+        for secret in ({}, {"EVERSTEP_JOB_TOKEN": "another"}):
+            for words in (["status", endpoint], ["trace", endpoint, str(tmp_path / "trace.json")]):
+                refused = everstep(*words, environment={**certificates, **secret})
+                assert "it asks for the job's token: set EVERSTEP_JOB_TOKEN or" in refused.error()
+                assert refused.status == 2
         context = ssl.create_default_context(cafile=str(tmp_path / "ours" / "ca.pem"))
         context.check_hostname = False
-        for shown in (False, True):
-            if shown:
-                context.load_cert_chain(tmp_path / "ours" / "cert.pem", tmp_path / "ours" / "key.pem")
-            with contextlib.ExitStack() as stack:
-                if not shown:
-                    stack.enter_context(pytest.raises(OSError))  # noqa: PT011
-                with urllib.request.urlopen(
-                    f"https://127.0.0.1:{page}/view.json", timeout=10, context=context
-                ) as answer:
-                    assert json.load(answer)["phase"] == "forming"
+        view = urllib.request.Request(f"https://127.0.0.1:{page}/view.json")
+        view.add_header("Authorization", "Bearer the job's own token")
+        with pytest.raises(OSError):  # noqa: PT011
+            urllib.request.urlopen(view, timeout=10, context=context)
+        context.load_cert_chain(tmp_path / "ours" / "cert.pem", tmp_path / "ours" / "key.pem")
+        with urllib.request.urlopen(view, timeout=10, context=context) as answer:
+            assert json.load(answer)["phase"] == "forming"
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(view.full_url, timeout=10, context=context)
+        _is_scraped(tmp_path, f"127.0.0.1:{page}")
     finally:
         coordinator.kill()
         coordinator.wait()
         if coordinator.stdout is not None:
             coordinator.stdout.close()
+
+
+def _is_scraped(folder: Path, address: str) -> None:
+    """By the checked-in configuration for jobs with certificates and a token, with this one's addresses and files."""
+    config = (CONFIGURATIONS / "prometheus.secure.yml").read_text()
+    for there, here in (
+        ("/etc/prometheus/certs", str(folder / "ours")),
+        ("/etc/prometheus/token", str(folder / "token")),
+        ("node-0:9401", address),
+        ("15s", "1s"),
+    ):
+        assert there in config
+        config = config.replace(there, here)
+    (folder / "prometheus").mkdir()
+    prometheus = Prometheus(folder / "prometheus", config)
+    try:
+        with_metrics = 'everstep_job_info{run="my-run"} and on() up{job="everstep-coordinator"} == 1'
+        wait_until(lambda: prometheus.ready() and prometheus.value(with_metrics) is not None, 30, "it is scraped")
+    finally:
+        prometheus.close()

@@ -18,12 +18,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 from everstep.comms.process import die_with_parent
 
 from deploy.prometheus.generate import Speed, rules
 from tests.jobs import JOBS, launch, slowly, wait_until
 
 PROMETHEUS = shutil.which("prometheus")
+needs_prometheus = pytest.mark.skipif(PROMETHEUS is None, reason="prometheus is not installed")
+CONFIGURATIONS = Path(__file__).parents[2] / "deploy" / "prometheus"
 FAST = Speed(
     evaluate="500ms",
     rate="5s",
@@ -47,17 +50,11 @@ FAULTS = [{"rank": 2, "phase": "reduce", "step": 40, "kind": "flip-frame"}]
 class Prometheus:
     """A server of its own on a free port, with the checked-in rules at the speed of tests."""
 
-    def __init__(self, folder: Path, targets: dict[str, list[str]]) -> None:
+    def __init__(self, folder: Path, config: str) -> None:
         assert PROMETHEUS is not None
         self.folder = folder
         (folder / "everstep.rules.yml").write_text(rules(FAST))
-        jobs = [
-            {"job_name": name, "static_configs": [{"targets": where, "labels": {"run": "watched"}}]}
-            for name, where in targets.items()
-        ]
-        every = {"scrape_interval": "500ms", "scrape_timeout": "500ms", "evaluation_interval": "500ms"}
-        config = {"global": every, "rule_files": ["everstep.rules.yml"], "scrape_configs": jobs}
-        (folder / "prometheus.yml").write_text(json.dumps(config))  # JSON is YAML
+        (folder / "prometheus.yml").write_text(config)
         (self.port,) = free_ports(1)
         self.log = (folder / "prometheus.log").open("w")
         command = [
@@ -106,6 +103,16 @@ class Prometheus:
         self.log.close()
 
 
+def configuration(targets: dict[str, list[str]]) -> str:
+    """Of a Prometheus that scrapes often."""
+    jobs = [
+        {"job_name": name, "static_configs": [{"targets": where, "labels": {"run": "watched"}}]}
+        for name, where in targets.items()
+    ]
+    every = {"scrape_interval": "500ms", "scrape_timeout": "500ms", "evaluation_interval": "500ms"}
+    return json.dumps({"global": every, "rule_files": ["everstep.rules.yml"], "scrape_configs": jobs})  # JSON is YAML
+
+
 class WatchedJob:
     """Two nodes of two workers with checkpoints, metrics everywhere, and a Prometheus."""
 
@@ -121,7 +128,7 @@ class WatchedJob:
         folder = folder / "prometheus"
         folder.mkdir()
         targets = {"everstep-coordinator": [self.coordinator], "everstep-agents": self.agents}
-        self.prometheus = Prometheus(folder, targets)  # first: it takes some seconds to find its targets
+        self.prometheus = Prometheus(folder, configuration(targets))  # first: it takes some seconds to find its targets
         self._outputs: list[threading.Thread] = []
 
     def start(self) -> None:

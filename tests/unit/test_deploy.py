@@ -172,6 +172,28 @@ def test_compose_runs_what_everstep_takes(monkeypatch: pytest.MonkeyPatch, tmp_p
         assert (parsed.nnodes, parsed.rdzv_endpoint, parsed.nproc_per_node) == ("1:3", "coordinator:29400", "1")
 
 
+def test_compose_watches_what_it_starts() -> None:
+    """Every target of its Prometheus is a service that serves metrics at that port, and every such service is one."""
+    folder = ROOT / "deploy" / "compose"
+    services = yaml.safe_load((folder / "compose.yaml").read_text())["services"]
+    scraped = yaml.safe_load((folder / "prometheus.yml").read_text())
+    targets = {
+        target for job in scraped["scrape_configs"] for static in job["static_configs"] for target in static["targets"]
+    }
+    flag = "--es-metrics=0.0.0.0:"
+    served = {
+        f"{name}:{word.removeprefix(flag)}"
+        for name, service in services.items()
+        for word in service.get("command", ())
+        if word.startswith(flag)
+    }
+    assert targets == served
+    assert len(targets) == 4
+    mounted = {volume.split(":")[0] for volume in services["prometheus"]["volumes"]}
+    assert all((folder / path).is_file() for path in mounted)
+    assert {Path(path).name for path in mounted} >= {"prometheus.yml", *scraped["rule_files"]}
+
+
 def test_the_dockerfile_is_of_this_repository() -> None:
     text = (ROOT / "deploy" / "Dockerfile").read_text()
     assert 'ENTRYPOINT ["everstep"]' in text

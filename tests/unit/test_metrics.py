@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import socket
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -121,6 +123,55 @@ def test_counters_go_on_when_a_worker_is_replaced() -> None:
     metrics.worker(3, second, [])
     metrics.worker(3, second, [])
     assert b'everstep_worker_steps_total{rank="3"} 22.0\n' in metrics.page()
+
+
+def fetched(url: str, **headers: str) -> tuple[int, str, Mapping[str, str]]:
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=5) as answer:
+            return answer.status, answer.read().decode(), answer.headers
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode(), error.headers
+
+
+def test_pages_are_for_who_has_the_token() -> None:
+    """As Prometheus shows it, and as a browser does after it has asked its user."""
+    server = PageServer("127.0.0.1:0", {"/": lambda: Page(CONTENT_TYPE, b"there\n")}, Security(token="söcret"))
+
+    def basic(text: str) -> str:
+        return f"Basic {base64.b64encode(text.encode()).decode()}"
+
+    try:
+        for shown in ("Bearer s\xc3\xb6cret", basic("me:söcret"), basic(":söcret")):
+            assert fetched(server.url, Authorization=shown)[:2] == (200, "there\n")
+        strange = (
+            "",
+            "Bearer",
+            "Bearer ",
+            "Bearer other",
+            basic("söcret:me"),
+            basic("söcret"),
+            "Basic !",
+            "Basic /w==",
+        )
+        for shown in (*strange, "söcret".encode().decode("latin-1"), "Digest söcret"):
+            status, text, headers = fetched(server.url, Authorization=shown)
+            assert (status, "token" in text) == (401, True)
+            assert headers["WWW-Authenticate"].startswith("Basic realm=")
+    finally:
+        server.close()
+
+
+def test_a_name_that_somebody_gave_to_loopback_is_not_answered() -> None:
+    """Or a page elsewhere would read ours in the user's browser, by a name of its own for our address."""
+    server = PageServer("127.0.0.1:0", {"/": lambda: Page(CONTENT_TYPE, b"there\n")}, Security())
+    try:
+        for host in ("localhost:80", "127.0.0.1", "[::1]:80", "LOCALHOST", ""):
+            assert fetched(server.url, Host=host)[0] == 200, host
+        for host in ("example.org", "localhost.example.org:80", "[", "127.0.0.1.example.org", "a b"):
+            assert fetched(server.url, Host=host)[0] == 421, host
+    finally:
+        server.close()
 
 
 def test_pages_are_served_and_others_are_not() -> None:
