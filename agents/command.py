@@ -26,7 +26,7 @@ from .story import LOGS
 
 DEFAULT_PORT = 29400
 BACKENDS = ("static", "c10d", "everstep")
-RENDEZVOUS = ("join_timeout", "last_call_timeout")  # of --rdzv-conf; torch adds the others by itself
+RENDEZVOUS = ("join_timeout", "last_call_timeout", "is_host")  # of --rdzv-conf; torch adds the others by itself
 OVERRIDES = (
     *("steps", "stages", "global-batch-size", "micro-batch-size", "seed", "node-losses", "verify-every"),
     *("checkpoint-every", "checkpoint-keep"),
@@ -190,7 +190,7 @@ def _check(config: LaunchConfig) -> None:
     """Raise LaunchError for what torch takes, and nothing here would heed, or could."""
     unknown = sorted(config.rdzv_configs.keys() - {*RENDEZVOUS, "rank", "timeout"})
     if unknown:
-        raise LaunchError(f"--rdzv-conf: there are {' and '.join(RENDEZVOUS)}, not {', '.join(unknown)}")
+        raise LaunchError(f"--rdzv-conf: there are {', '.join(RENDEZVOUS)}, not {', '.join(unknown)}")
     if getattr(config, "numa_options", None) is not None and not torch.cuda.is_available():
         raise LaunchError("--numa-binding binds workers to the processors near their GPUs, and no GPU is available")
     parent = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -128,8 +128,9 @@ def _coordinate(
     """The coordinators' addresses; starts one here if this is a node to have one."""
     endpoints = [_endpoint(one) for one in command.endpoint.split(",")] if command.endpoint else [("127.0.0.1", 0)]
     addresses = [f"{host}:{port}" for host, port in endpoints]
-    host, port = next(((host, port) for host, port in endpoints if _is_local(host)), ("", 0))
-    if not host:
+    here = _is_host(command)
+    host, port = next(((host, port) for host, port in endpoints if _is_local(host)), endpoints[0] if here else ("", 0))
+    if not host or here is False:
         return addresses, None
     if len(endpoints) > 1 and not is_etcd(command.own.es_store):
         raise LaunchError(
@@ -164,13 +165,24 @@ def _coordinate(
     try:
         coordinator = CoordinatorProcess(task, security)
     except CoordinatorFailed as error:
-        if error.taken and command.torch.max_nodes == 1 and len(endpoints) == 1:
+        if error.taken and (here or (command.torch.max_nodes == 1 and len(endpoints) == 1)):
             raise LaunchError(f"{host}:{port} is in use: choose another port in --rdzv-endpoint") from None
         if error.taken:
             return addresses, None  # another node on this host was first
         raise LaunchError(str(error)) from None
     stack.callback(coordinator.close)
     return [f"{host}:{coordinator.port}" if port == 0 else address for address in addresses], coordinator
+
+
+def _is_host(command: Command) -> bool | None:
+    """Whether this node is to have a coordinator, by --rdzv-conf; None: if an endpoint's address is this machine's."""
+    from torch.distributed.elastic.rendezvous.api import RendezvousParameters
+
+    given = {name: value for name, value in command.torch.rdzv_configs.items() if name == "is_host"}
+    try:
+        return RendezvousParameters("static", "", "", 1, 1, **given).get_as_bool("is_host")
+    except ValueError:
+        raise LaunchError(f"--rdzv-conf is_host must be true or false, got {given['is_host']!r}") from None
 
 
 def _join_timeout(command: Command) -> float:

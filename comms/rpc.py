@@ -38,6 +38,11 @@ BURST: list[tuple[str, Any]] = [
     ("grpc.server.max_pending_requests", 30_000),
     ("grpc.server.max_pending_requests_hard_limit", 60_000),
 ]
+# A coordinator that was killed is back within the second that gRPC by itself waits before it tries again.
+IMPATIENT: list[tuple[str, Any]] = [
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 500),
+]
 SERVICE = "everstep.v1.CoordinatorService"
 HEALTHY, STANDING_BY = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -52,7 +57,7 @@ class Busy(Exception):
 
 def channel_to(address: str, security: Security) -> grpc.Channel:
     """A channel to a coordinator; mutual TLS where there are certificates."""
-    options = [*OPTIONS, ("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1)]
+    options = [*OPTIONS, *IMPATIENT, ("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1)]
     credentials = security.channel_credentials()
     if credentials is None:
         return grpc.insecure_channel(address, options=options)

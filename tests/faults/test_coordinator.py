@@ -5,19 +5,24 @@ Training goes on, no step is lost, and what failed meanwhile is handled by the c
 
 from __future__ import annotations
 
+import json
 import signal
-import time
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from everstep.comms.process import die_with_parent
 
-from tests.jobs import assert_same_run, reference, run_job
+from tests.jobs import HANG_S, JOBS, assert_same_run, finish, launch, read_result, reference, run_job, wait_until
 from tests.jobs.cluster import Cluster
 from tests.jobs.hosts import COORDINATOR, Hosts
+from tests.jobs.watched import free_ports
 
 STEPS = 40
+MOST_DEATHS = 60
 STEP_PHASES = ("compute", "reduce", "agree", "update", "commit")
 RECOVERY_PHASES = ("recover", "restore", "join")
 
@@ -75,6 +80,32 @@ def test_again_and_again_with_stages() -> None:
     assert len(result.named("worker_died")) == 3
 
 
+def test_at_every_decision(tmp_path: Path) -> None:
+    """Each one lives until it decides something for others to do: it dies before that is written, and the next one when
+    it is written and nobody was told. A worker is lost meanwhile."""
+    (port,) = free_ports(1)
+    where = [f"--bind=127.0.0.1:{port}", "--rdzv-id=doomed", "--nnodes=1", f"--es-store={tmp_path}/store"]
+    where.append(f"--es-events={tmp_path}/events.jsonl")
+    own = ["--rdzv-backend=everstep", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=doomed", "--nproc-per-node=2"]
+    own += ["--rdzv-conf=is_host=false", f"--log-dir={tmp_path}/logs"]
+    faults = json.dumps([{"rank": 1, "phase": "reduce", "step": 6}])
+    arguments = [json.dumps({"out": str(tmp_path), "steps": STEPS, "stages": 1})]
+    launcher = launch(JOBS / "gpt_job.py", arguments, own, {"EVERSTEP_FAULTS": faults})
+    deaths = 0
+    while launcher.poll() is None and deaths < MOST_DEATHS:
+        command = [sys.executable, JOBS / "dying_coordinator.py", ("before", "after")[deaths % 2], *where]
+        with subprocess.Popen(command, preexec_fn=die_with_parent) as coordinator:
+            wait_until(lambda: coordinator.poll() is not None or launcher.poll() is not None, HANG_S, "an end")
+            coordinator.kill()
+        deaths += coordinator.returncode != 0
+    output = finish(launcher)
+    result = read_result(tmp_path, launcher.returncode, output)
+    assert_same_run(result, reference(STEPS))
+    assert [event["step"] for event in result.named("committed")] == list(range(STEPS)), "the ledger has every step"
+    assert [event["rank"] for event in result.named("worker_died")] == [1]
+    assert 6 <= deaths <= len(result.named("coordinator_returned")) + 2 < MOST_DEATHS
+
+
 @pytest.fixture
 def job(tmp_path: Path) -> Iterator[Cluster]:
     """Three nodes that train, and a coordinator by itself."""
@@ -97,7 +128,6 @@ def test_a_node_is_lost_while_there_is_no_coordinator(job: Cluster) -> None:
         coordinator_dies(job)
         job.away.add(1)
         job.hosts.kill(1)
-        time.sleep(1.0)  # nobody is there who could tell what happens now
         job.start_coordinator()
         job.until(lambda: job.events("node_lost"), 30, "the lost node is noticed")
         job.until(lambda: job.events("recovered"), 30, "the others have recovered")

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +33,7 @@ class Coordinator:
     process: subprocess.Popen[str]
     address: str
     line: Line
+    log: Path
 
     def leads(self) -> bool:
         with contextlib.suppress(Unreachable):
@@ -56,10 +56,17 @@ class Job:
         line, port = Line(self.etcd), port or free_ports(1)[0]
         command = [sys.executable, "-m", "everstep", "coordinator", f"--bind=127.0.0.1:{port}", "--rdzv-id=three"]
         command += [f"--es-store=etcd://127.0.0.1:{line.port}", f"--es-events={self.out}/events.jsonl"]
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=die_with_parent
-        )
-        coordinator = Coordinator(process, f"127.0.0.1:{port}", line)
+        log = self.out / f"coordinator-{len(self.coordinators)}.log"
+        with log.open("w") as stream:
+            process = subprocess.Popen(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=stream,
+                text=True,
+                start_new_session=True,
+                preexec_fn=die_with_parent,
+            )
+        coordinator = Coordinator(process, f"127.0.0.1:{port}", line, log)
         self.coordinators.append(coordinator)
         assert process.stdout is not None
         assert coordinator.address in process.stdout.readline()
@@ -178,7 +185,7 @@ def test_leaders_come_and_go(job: Job) -> None:
     wait_until(lambda: not third.leads(), 20, "the leader that was cut off finds that it is none")
 
     os.kill(job.etcd_process.pid, signal.SIGSTOP)
-    time.sleep(2.0)  # etcd is away, and nothing can be decided; not for longer than the lease lasts
+    wait_until(lambda: "nothing can be decided until the store is back" in fourth.log.read_text(), 20, "it is missed")
     os.kill(job.etcd_process.pid, signal.SIGCONT)
     job.loses_a_worker(4)
     assert fourth.process.poll() is None
