@@ -438,7 +438,7 @@ def test_only_who_has_a_certificate_and_the_token_sees_anything(tmp_path: Path) 
         theirs = {**ours, "EVERSTEP_CERTS": str(tmp_path / "theirs")}
         assert "TLS with" in everstep("status", endpoint, environment=theirs).error()
         for secret in ({}, {"EVERSTEP_JOB_TOKEN": "another"}):
-            for words in (["status", endpoint], ["trace", endpoint, str(tmp_path / "trace.json")]):
+            for words in (["status", endpoint], ["trace", endpoint]):
                 refused = everstep(*words, environment={**certificates, **secret})
                 assert "it asks for the job's token: set EVERSTEP_JOB_TOKEN or" in refused.error()
                 assert refused.status == 2
