@@ -201,7 +201,8 @@ function draw(view) {
 async function turn() {
   const began = performance.now();
   try {
-    const answer = await fetch("view.json", { cache: "no-store", signal: AbortSignal.timeout(10000) });
+    const here = location.origin + location.pathname; // not all of the address: what it has of a user is refused by fetch
+    const answer = await fetch(new URL("view.json", here), { cache: "no-store", signal: AbortSignal.timeout(10000) });
     if (!answer.ok) throw new Error(`status ${answer.status}`);
     last = await answer.json();
     awaySince = 0;

@@ -106,6 +106,29 @@ def test_at_every_decision(tmp_path: Path) -> None:
     assert 6 <= deaths <= len(result.named("coordinator_returned")) + 2 < MOST_DEATHS
 
 
+def test_a_node_that_cannot_keep_what_it_has_to_say_ends(tmp_path: Path) -> None:
+    """The coordinator is stopped for good. What the node keeps is bounded; when that is full it says so, and ends."""
+    (port,) = free_ports(1)
+    where = [f"--bind=127.0.0.1:{port}", "--rdzv-id=mute", "--nnodes=1", f"--es-store={tmp_path}/store"]
+    where.append(f"--es-events={tmp_path}/events.jsonl")
+    own = ["--rdzv-backend=everstep", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=mute", "--nproc-per-node=2"]
+    own += ["--rdzv-conf=is_host=false", f"--log-dir={tmp_path}/logs"]
+    arguments = [json.dumps({"out": str(tmp_path), "steps": 100_000, "stages": 1})]
+    command = [sys.executable, "-m", "everstep", "coordinator", *where]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, preexec_fn=die_with_parent) as coordinator:
+        try:
+            launcher = launch(JOBS / "gpt_job.py", arguments, own, program=[JOBS / "forgetful.py"])
+            events = tmp_path / "events.jsonl"
+            wait_until(lambda: events.exists() and '"committed"' in events.read_text(), 60, "it trains")
+            coordinator.send_signal(signal.SIGSTOP)
+            output = finish(launcher)
+        finally:
+            coordinator.kill()
+    assert launcher.returncode == 1
+    why = "no coordinator took in what this node had to say, and it is more than can be kept"
+    assert output.splitlines()[-1] == f"everstep: error: {why}"
+
+
 @pytest.fixture
 def job(tmp_path: Path) -> Iterator[Cluster]:
     """Three nodes that train, and a coordinator by itself."""

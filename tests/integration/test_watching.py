@@ -40,8 +40,9 @@ STEPS = 100_000  # more than there is time for
 class Job:
     """Some nodes of two workers each, and what they say on standard error."""
 
-    def __init__(self, out: Path, nodes: int) -> None:
+    def __init__(self, out: Path, nodes: int, token: str = "") -> None:
         self.out = out
+        self._environment = {"EVERSTEP_JOB_TOKEN": token}
         port, page = free_ports(2)
         self.endpoint, self.page = f"127.0.0.1:{port}", f"http://127.0.0.1:{page}"
         self.launchers: list[subprocess.Popen[str]] = []
@@ -56,7 +57,7 @@ class Job:
 
     def start(self, nodes: int) -> None:
         for _ in range(nodes):
-            launcher = launch(JOBS / "gpt_job.py", self._arguments, self._flags)
+            launcher = launch(JOBS / "gpt_job.py", self._arguments, self._flags, self._environment)
             self.launchers.append(launcher)
             self._readers.append(threading.Thread(target=self._read, args=(launcher.stdout,), daemon=True))
             self._readers[-1].start()
@@ -106,8 +107,8 @@ class Job:
 
 
 @contextlib.contextmanager
-def job(out: Path, nodes: int) -> Iterator[Job]:
-    found = Job(out, nodes)
+def job(out: Path, nodes: int, token: str = "") -> Iterator[Job]:
+    found = Job(out, nodes, token)
     try:
         found.start(nodes)
         with found.explained():
@@ -367,8 +368,9 @@ def _the_trace_adds_up(job: Job, folder: Path) -> None:
 
 @needs_chromium
 def test_the_page_in_a_browser(tmp_path: Path) -> None:
-    with job(tmp_path, 1) as found, browser(tmp_path) as page:
-        page.open(found.page + "/")
+    """Of a job with a token, which a browser shows as a password."""
+    with job(tmp_path, 1, "secret") as found, browser(tmp_path) as page:
+        page.open(found.page.replace("//", "//anybody:secret@") + "/")
         page.until("document.querySelectorAll('#layout .rank').length === 2")
         found.lose_a_worker(1)
         page.until("document.querySelectorAll('#recoveries .recovery').length === 1")

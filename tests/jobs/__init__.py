@@ -55,10 +55,11 @@ def launch(
     flags: list[str],
     environment: dict[str, str] | None = None,
     inside: Sequence[str] = (),
+    program: Sequence[str | Path] = ("-m", "everstep"),
     **popen: Any,
 ) -> subprocess.Popen[str]:
     """Start `everstep run` in a session of its own, so that all of it can be killed; `inside` precedes the command."""
-    command = [*inside, sys.executable, "-m", "everstep", "run", *flags, str(script), *arguments]
+    command = [*inside, sys.executable, *program, "run", *flags, str(script), *arguments]
     env = {**os.environ, "PYTHONWARNINGS": "ignore", **(environment or {})}
     return subprocess.Popen(
         command,
