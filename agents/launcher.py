@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ..comms.attach import Attachment, Unreachable
+from ..comms.rpc import address_towards
 from ..comms.security import TRUST, Security, SecurityError, explain_unreachable
 from ..elastic.protocol.state import Config
 from .command import (
@@ -239,7 +240,7 @@ def _node_config(command: Command, job: str, address: str) -> NodeConfig:
     return NodeConfig(
         job=job,
         node=f"{socket.gethostname()}-{os.getpid()}",
-        host=torch.local_addr or _address_towards(address),
+        host=torch.local_addr or address_towards(address),
         slots=torch.nproc_per_node,
         order=command.node_rank if torch.rdzv_backend == "static" else -1,
         program=command.program,
@@ -269,15 +270,6 @@ def _keeper_memory(text: str) -> int:
         return parse_size(text)
     except ValueError as error:
         raise LaunchError(f"--es-keeper-memory: {error}") from None
-
-
-def _address_towards(address: str) -> str:
-    """Our own address on the way to the coordinator."""
-    host, _, port = address.rpartition(":")
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, int(port)))
-        name: str = probe.getsockname()[0]
-    return name
 
 
 def _signals(command: Command) -> str:

@@ -29,7 +29,7 @@ from torch.distributed.elastic.rendezvous.api import (
 
 from ..comms import rendezvous_pb2 as pb
 from ..comms.rendezvous_pb2_grpc import RendezvousServiceStub
-from ..comms.rpc import channel_to
+from ..comms.rpc import address_towards, channel_to
 from ..comms.security import Security, SecurityError, digest_of
 
 BACKEND = "everstep"
@@ -71,7 +71,7 @@ class EverstepRendezvous(RendezvousHandler):
             lost_after_s=self._interval_s * settings["keep_alive_max_attempt"],
             rank=-1,
         )
-        self._host = parameters.local_addr or _address_towards(self._address)
+        self._host = parameters.local_addr or address_towards(self._address)
         self._store: Any = None
         self._answer = pb.MeetResponse()
         self._lock = threading.Lock()
@@ -223,12 +223,3 @@ def _endpoint(text: str) -> str:
     if not host or not port.isdigit():
         raise ValueError(f"--rdzv-endpoint must be HOST:PORT of an `everstep coordinator`, got {text!r}")
     return f"{host}:{port}"
-
-
-def _address_towards(address: str) -> str:
-    """Our own address on the way to the coordinator."""
-    host, _, port = address.rpartition(":")
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, int(port)))
-        name: str = probe.getsockname()[0]
-    return name
