@@ -119,7 +119,7 @@ class EtcdStore:
             try:
                 if stood_by and self._get("over"):
                     raise JobOver(self._prefix)
-                if self._elected():
+                if self._elected(stood_by):
                     return
                 leader = self._get("leader")
             except StoreError as error:
@@ -134,15 +134,16 @@ class EtcdStore:
             on_waiting("another coordinator leads" if leader else "the election is under way")
             time.sleep(LOOK_S)
 
-    def _elected(self) -> bool:
+    def _elected(self, stood_by: bool) -> bool:
+        """Whether nobody led just now. Who stood by is not elected for a job that has ended meanwhile."""
         asked_s = time.monotonic()
         lease = self._etcd.ask(lambda client: client.lease(LEASE_S))
-        absent = {"key": _b64(self._key("leader")), "target": "CREATE", "create_revision": 0}
+        absent = [self._absent("leader"), *([self._absent("over")] if stood_by else [])]
         puts = [
             {"request_put": {"key": _b64(self._key("leader")), "value": _b64(self._name), "lease": lease.id}},
             {"request_delete_range": {"key": _b64(self._key("over"))}},
         ]
-        if self._transact([absent], puts):
+        if self._transact(absent, puts):
             self._lease, self._renewed_s = lease.id, asked_s
             return True
         self._etcd.ask(lambda client: client.post(client.get_url("/lease/revoke"), json={"ID": lease.id}))
@@ -248,6 +249,9 @@ class EtcdStore:
 
     def _key(self, name: str) -> str:
         return self._prefix + name
+
+    def _absent(self, name: str) -> dict[str, Any]:
+        return {"key": _b64(self._key(name)), "target": "CREATE", "create_revision": 0}
 
     def _leads(self) -> dict[str, Any]:
         return {"key": _b64(self._key("leader")), "target": "VALUE", "value": _b64(self._name)}

@@ -280,7 +280,7 @@ _WORDS: dict[str, tuple[Grade, Callable[[Line], str]]] = {
     "node_released": (Grade.NEWS, lambda x: f"{x['host']} may join again"),
     "coordinator_returned": (
         Grade.WARNING,
-        lambda x: f"a coordinator took over; {len(x['nodes'])} nodes are awaited",
+        lambda x: f"a coordinator took over; awaited: {count_text(len(x['nodes']), 'node')}",
     ),
     "abandoned": (Grade.ALARM, lambda x: f"no node has come back: the job begins anew, after step {x['step']}"),
 }

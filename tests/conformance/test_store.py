@@ -166,3 +166,21 @@ def test_places_that_are_none(tmp_path: Path) -> None:
     dead = f"etcd://127.0.0.1:{port}"
     why = refused(lambda: EtcdStore(dead, "job", Security(), lambda why: None, stood_by=False))
     assert "no member of etcd answers as it should" in why
+
+
+def test_who_stood_by_is_not_elected_for_a_job_that_ends_just_then(cluster: str) -> None:
+    """It has looked whether the job is over; then the job ends, and nobody leads any more."""
+    leader = EtcdStore(cluster, "ends", Security(), lambda why: None, stood_by=False)
+
+    class Late(EtcdStore):
+        def _get(self, name: str) -> bytes:
+            found = super()._get(name)
+            if name == "over" and not found:
+                leader.close(forget=True)
+            return found
+
+    with pytest.raises(JobOver):
+        Late(cluster, "ends", Security(), lambda why: None, stood_by=True)
+    new = EtcdStore(cluster, "ends", Security(), lambda why: None, stood_by=False)
+    assert new.load() == {}, "whoever is started anew begins anew"
+    new.close(forget=True)

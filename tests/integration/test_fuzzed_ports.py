@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from socket import AF_INET, AF_UNIX
 
 import psutil
 import pytest
@@ -36,6 +37,7 @@ INPUTS = 10_000  # a port
 STEPS = 80
 TOKEN = "the job's own token"
 HOST = "127.0.0.1"
+Place = int | str  # a TCP port, or an abstract name
 GROWN_BYTES = 48 << 20  # allocators keep what a burst of connections took
 SEED = int(os.environ.get("EVERSTEP_FUZZ_SEED", "1"))
 
@@ -78,13 +80,21 @@ def malformed(rng: random.Random, known: list[bytes]) -> bytes:
     return bytes(data)
 
 
-def throw(port: int, data: bytes, *, reset: bool) -> None:
+def throw(place: Place, data: bytes, *, reset: bool) -> None:
     """Say it, and hang up without listening: by a reset, or with a last word."""
-    with contextlib.suppress(OSError), socket.create_connection((HOST, port), 5) as connection:
+    with contextlib.suppress(OSError), socket.socket(AF_INET if isinstance(place, int) else AF_UNIX) as connection:
+        connection.settimeout(5.0)
+        connection.connect((HOST, place) if isinstance(place, int) else place)
         if reset:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         connection.settimeout(1.0)
         connection.sendall(data)
+
+
+def own_names(process: psutil.Process) -> list[str]:
+    """The names, in the namespace of the host's network, at which a process listens."""
+    names = {connection.laddr for connection in process.net_connections("unix")}
+    return sorted("\0" + name[1:] for name in names if name.startswith("@everstep"))
 
 
 def datagrams(port: int, rng: random.Random) -> Iterator[bytes]:
@@ -155,10 +165,11 @@ def figures(processes: list[psutil.Process]) -> dict[int, tuple[int, int]]:
 def test_ten_thousand_malformed_inputs_a_port(tmp_path: Path) -> None:
     print(f"EVERSTEP_FUZZ_SEED={SEED}")
     rng = random.Random(SEED)
-    port, metrics = free_ports(2)
+    port, metrics, page = free_ports(3)
     arguments = [json.dumps({"out": str(tmp_path), "stages": 1, "steps": STEPS})]
     flags = ["--nproc-per-node=2", "--rdzv-id=fuzz", f"--rdzv-endpoint={HOST}:{port}", "--es-tcp"]
     flags += [f"--es-events={tmp_path}/events.jsonl", f"--log-dir={tmp_path}/logs", f"--es-metrics={HOST}:{metrics}"]
+    flags.append(f"--es-coordinator-metrics={HOST}:{page}")
     (tmp_path / "slow").touch()
     launcher = launch(JOBS / "gpt_job.py", arguments, flags, {"EVERSTEP_JOB_TOKEN": TOKEN})
     events = tmp_path / "events.jsonl"
@@ -166,14 +177,15 @@ def test_ten_thousand_malformed_inputs_a_port(tmp_path: Path) -> None:
         wait_until(lambda: events.exists() and '"step": 2' in events.read_text(), 60, "it trains")
         root = psutil.Process(launcher.pid)
         family = [root, *root.children(recursive=True)]
-        ports = {
+        ports: set[tuple[str, Place]] = {
             (process.name(), connection.laddr.port)
             for process in family
             for connection in process.net_connections("tcp")
             if connection.status == psutil.CONN_LISTEN
             and (connection.laddr.port == metrics or process.name() == COORDINATOR or is_keeper(process))
         }
-        assert len(ports) == 3, f"coordinator, keeper, metrics: {ports}"
+        ports |= {(process.name(), name) for process in family if is_keeper(process) for name in own_names(process)}
+        assert len(ports) == 5, f"coordinator and its page, keeper by port and name, metrics: {ports}"
         assault(rng, ports, port, 200)  # what is made at the first contact is no leak
         before = figures(family)
         assault(rng, ports, port, INPUTS)
@@ -194,14 +206,14 @@ def test_ten_thousand_malformed_inputs_a_port(tmp_path: Path) -> None:
     assert "Traceback" not in output
 
 
-def assault(rng: random.Random, ports: set[tuple[str, int]], coordinator: int, inputs: int) -> None:
-    """So many malformed inputs for each TCP port, and for the coordinator's beats."""
+def assault(rng: random.Random, ports: set[tuple[str, Place]], coordinator: int, inputs: int) -> None:
+    """So many malformed inputs for each place where somebody listens, and for the coordinator's beats."""
     known = pieces("wrong") + pieces(TOKEN)
-    for name, port in sorted(ports):
+    for name, port in sorted(ports, key=str):
         begun = time.monotonic()
         for number in range(inputs):
             throw(port, malformed(rng, known), reset=number % 4 == 0)
-        print(f"{inputs} inputs for {name} at {port} in {time.monotonic() - begun:.1f} s")
+        print(f"{inputs} inputs for {name} at {port!r} in {time.monotonic() - begun:.1f} s")
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
         for data in datagrams(coordinator, rng):
             with contextlib.suppress(OSError):
@@ -244,8 +256,11 @@ def test_ten_thousand_malformed_inputs_for_a_rank() -> None:
         wait_until(lambda: min(passed) > 10, 10, "they talk")
         port = int(ranks[0].peer.address.rpartition(":")[2])
         descriptors = psutil.Process().num_fds()
-        for number in range(INPUTS):
-            throw(port, malformed(rng, known), reset=number % 4 == 0)
+        names = own_names(psutil.Process())
+        assert names, "ranks of one host meet there"
+        for place in (port, names[0]):
+            for number in range(INPUTS):
+                throw(place, malformed(rng, known), reset=number % 4 == 0)
         so_far = min(passed)
         wait_until(lambda: min(passed) > so_far + 10, 10, "they go on talking")
         wait_until(lambda: psutil.Process().num_fds() <= descriptors + 4, 10, "descriptors are given back")
