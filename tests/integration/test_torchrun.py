@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from everstep.comms.process import die_with_parent
 
@@ -66,6 +68,11 @@ class Meeting:
         return len({r["rank"] for r in found}) == world_size and len({r["group"] for r in found}) == groups
 
     def close(self) -> None:
+        """Nothing of it stays: torchrun's workers are in sessions of their own, and may outlive its agents."""
+        for worker in psutil.process_iter(["cmdline"]):
+            if str(self.out) in (worker.info["cmdline"] or ()):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    worker.kill()
         for process in (*self.agents, *self.coordinators):
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
