@@ -25,6 +25,7 @@ from ..elastic.protocol.losing import beat_s
 from ..elastic.protocol.state import Config, Phase, State
 from .durable import Channel, Durable
 from .eventlog import EventLog, Listeners
+from .garbage import LongLived
 from .links import Links
 from .messages import agent_event, order, worker_order
 from .store import StoreError
@@ -69,6 +70,7 @@ class Leader:
         self._lenient_s = 0.0  # until when a stream that breaks is no loss
         self._expected_s = 0.0  # until when nodes of the store are waited for, and no others are taken in
         self._knocked = False  # another one has asked
+        self._long_lived = LongLived()
 
     def put(self, session: Session, item: pb.AttachRequest | str) -> None:
         """A message from an agent; or a text, when its stream has ended."""
@@ -138,6 +140,7 @@ class Leader:
 
     def _tick(self) -> list[e.Effect]:
         effects: list[e.Effect] = []
+        self._long_lived.look(self._links.attached)
         if self._expected_s and self._links.alive:
             self._expected_s, self._knocked = 0.0, False
         elif self._expected_s and self._knocked and time.monotonic() > self._expected_s:

@@ -28,6 +28,7 @@ class Links:
 
     def __init__(self, durable: Durable, udp: socket.socket) -> None:
         self.alive: set[str] = set()  # who was heard of since somebody looked
+        self.attached = 0  # how often a node was
         self._durable = durable
         self._udp = udp
         self._key = beats.key_of(durable.token)
@@ -58,6 +59,7 @@ class Links:
             former.end()
         self._names[beats.name_of(node)] = node
         self.alive.add(node)
+        self.attached += 1
 
     def detach(self, node: str) -> None:
         """Its stream is gone; it may return."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
 import json
 import os
 import selectors
@@ -214,6 +215,7 @@ async def play(address: str, count: int, coordinator: int) -> dict[str, Any]:
     begun = time.monotonic()
     await agents.attach()
     attached_s = time.monotonic() - begun
+    gc.disable()  # ten thousand agents have no pause in common
     await agents.live(SETTLE_S)
     agents.latencies_s.clear()
     process = psutil.Process(coordinator)
@@ -233,6 +235,7 @@ async def play(address: str, count: int, coordinator: int) -> dict[str, Any]:
     result |= await agents.lose_a_worker()
     result["rss_gb_after_abort"] = process.memory_info().rss / 1e9
     await agents.detach()
+    gc.enable()
     return result
 
 
@@ -271,7 +274,7 @@ def measure(count: int) -> dict[str, Any]:
 def until_it_leads(address: str) -> None:
     while True:
         with contextlib.suppress(Unreachable):
-            get_status(address, 5.0, Security())
+            get_status(address, 5.0, Security(token=TOKEN))
             return
         time.sleep(0.1)
 
