@@ -4,11 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find everstep elastic comms checkpointing resharding agents '(' -name '*.py' -o -name '*.toml' -o -name 'page.*' ')' -not -path '*/__pycache__/*')
 
-# Tests run in three streams, which take as long: faults; those that mostly wait; and the others.
-WAITING := $(addprefix tests/faults/test_,agents.py coordinators_etcd.py draining.py partitions.py quarantine.py) \
-	$(addprefix tests/integration/test_,object_store.py slurm.py torchrun.py)
 OTHERS := tests/integration tests/conversion tests/conformance tests/sim tests/property tests/unit
-MOVED := $(addprefix tests/faults/test_,bit_flips.py checkpoint_damage.py checkpoint_nodes.py neighbors.py)
+# Of the faults, those that go with the others, so that both streams take as long.
+MOVED := $(addprefix tests/faults/test_,coordinators_etcd.py draining.py quarantine.py checkpoint_damage.py)
 
 .PHONY: demo test check bench clean setup peers
 
@@ -46,16 +44,14 @@ $(VENV)-peers/.ready: $(VENV)/.python pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/everstep demo
 
-# What depends on time goes first. Without job control (set -m) a shell has what it starts in the background ignore SIGINT.
+# In two streams, since much of each is waiting; what depends on time goes first. Without job control (set -m) a shell
+# has what it starts in the background ignore SIGINT.
 test: SHELL := /bin/bash
 test: setup peers
-	@set -m; \
-	nice -n 10 $(BIN)/python -m pytest $(OTHERS) $(MOVED) $(addprefix --ignore=,$(WAITING)) > build/others.log 2>&1 & others=$$!; \
-	nice -n 5 $(BIN)/python -m pytest $(WAITING) > build/waiting.log 2>&1 & waiting=$$!; \
-	trap "kill $$others $$waiting 2>/dev/null" INT TERM; \
-	$(BIN)/python -m pytest tests/faults $(addprefix --ignore=,$(MOVED) $(WAITING)); status=$$?; \
-	wait $$waiting || status=$$?; wait $$others || status=$$?; \
-	cat build/waiting.log build/others.log; exit $$status
+	@set -m; nice -n 10 $(BIN)/python -m pytest $(OTHERS) $(MOVED) > build/others.log 2>&1 & others=$$!; \
+	trap "kill $$others 2>/dev/null" INT TERM; \
+	$(BIN)/python -m pytest tests/faults $(addprefix --ignore=,$(MOVED)); status=$$?; \
+	wait $$others || status=$$?; cat build/others.log; exit $$status
 
 # mypy would find the folder everstep/ alone; the tree of links has the whole package.
 check: setup

@@ -23,6 +23,7 @@ from tests.jobs.watched import free_ports
 
 STEPS = 40
 MOST_DEATHS = 60
+PATIENT = ["--es-hang-timeout=60"]  # who kills a coordinator stands still until there is one
 STEP_PHASES = ("compute", "reduce", "agree", "update", "commit")
 RECOVERY_PHASES = ("recover", "restore", "join")
 
@@ -32,7 +33,7 @@ def kill_coordinator(rank: int, phase: str, step: int = 0, incarnation: int = 0)
 
 
 def run(faults: list[dict[str, Any]], *, nproc: int = 2, stages: int = 1, steps: int = STEPS) -> Any:
-    result = run_job(nproc=nproc, stages=stages, steps=steps, faults=faults)
+    result = run_job(nproc=nproc, stages=stages, steps=steps, faults=faults, flags=PATIENT)
     assert_same_run(result, reference(steps))
     assert [event["step"] for event in result.named("committed")] == list(range(steps)), "the ledger has every step"
     assert len({event["number"] for event in result.events}) == len(result.events)
