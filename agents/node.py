@@ -18,7 +18,7 @@ from typing import Any
 
 from ..comms import everstep_pb2 as pb
 from ..comms.attach import Aborted, Attachment, Broken
-from ..comms.process import host_id
+from ..comms.process import exit_status, host_id
 from ..comms.telemetry_pb2 import AskSpans
 from ..elastic.progress import Fault, Phase
 from ..elastic.protocol.events import WorkerId
@@ -38,7 +38,6 @@ from .workers import WorkerProcess
 
 WATCH_S = 0.05
 ALONE_S = 2.0  # without a word from a coordinator: there may be none
-STATUS_S = 0.05  # how long a dead worker's exit status is waited for
 UNFIT_S = 5.0  # how long the answer is waited for that a node which is not fit to join gets
 END_GRACE_S = 3.0  # of an elastic worker; a classic one has `shutdown_timeout_s`
 
@@ -494,14 +493,25 @@ class NodeAgent:
         with contextlib.suppress(KeyError, ValueError):
             self._selector.unregister(worker.channel)
         self._pass_lines(worker)
-        while worker.status is None and self._preloader is not None and self._preloader.answers_within(STATUS_S):
-            self._preloader_spoke()
+        self._learn_status(worker)
         del self.workers[worker.id]
         if not worker.silent and self.outcome is None:
             self._report_death(worker)
         self._gatherer.ended(worker.id)
         worker.close()
         self._fork_waiting()
+
+    def _learn_status(self, worker: WorkerProcess) -> None:
+        """Without waiting for its parent, which may get no processor for long: it reaps a worker after it has told."""
+        self._hear_preloader()
+        if worker.status is None:
+            worker.status = exit_status(worker.pid)
+        if worker.status is None:
+            self._hear_preloader()
+
+    def _hear_preloader(self) -> None:
+        while self._preloader is not None and self._preloader.has_spoken():
+            self._preloader_spoke()
 
     def _report_death(self, worker: WorkerProcess) -> None:
         reading = worker.reading()

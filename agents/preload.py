@@ -78,12 +78,14 @@ class Preloaded:
     def _reap(self) -> None:
         while True:
             try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
+                end = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             except ChildProcessError:
                 return
-            if pid == 0:
+            if end is None:
                 return
-            self._tell({"kind": "exited", "pid": pid, "status": os.waitstatus_to_exitcode(status)})
+            status = end.si_status if end.si_code == os.CLD_EXITED else -end.si_status
+            self._tell({"kind": "exited", "pid": end.si_pid, "status": status})
+            os.waitpid(end.si_pid, 0)  # only now: until it is told, /proc tells it
 
     def _fork(self, request: dict[str, Any], fds: list[int]) -> None:
         if request["environment"]["TORCHELASTIC_RESTART_COUNT"] != "0":

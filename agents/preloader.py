@@ -92,9 +92,9 @@ class Preloader:
         self.ready = self.ready or answer["kind"] == "ready"
         return answer
 
-    def answers_within(self, timeout_s: float) -> bool:
-        """Whether it says something in this time."""
-        return bool(select.select([self._channel], [], [], timeout_s)[0])
+    def has_spoken(self) -> bool:
+        """Whether there is an answer."""
+        return bool(select.select([self._channel], [], [], 0)[0])
 
     def close(self) -> int:
         """Kill it; its forks die with it. Returns its exit status, also when asked again."""

@@ -33,6 +33,15 @@ def rename_process(name: str) -> None:
     Path("/proc/self/comm").write_text(name)
 
 
+def exit_status(pid: int) -> int | None:
+    """That of a process which nobody has reaped yet, as `subprocess` has it (proc(5), stat); None if there is none."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return os.waitstatus_to_exitcode(int(fields[-1])) if fields[0] == "Z" else None
+
+
 def leave(status: int) -> NoReturn:
     """End this process, and do not take its modules apart first: where torch is one, that takes a third of a second."""
     for stream in (sys.stdout, sys.stderr):

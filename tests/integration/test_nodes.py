@@ -248,6 +248,22 @@ def test_the_preloaded_process_is_killed(tmp_path: Path) -> None:
     assert len(result.named("worker_died")) == 2
 
 
+def test_the_preloaded_process_gets_no_processor(tmp_path: Path) -> None:
+    """How a worker ended is known without it, and at once."""
+
+    def disturb(launcher: subprocess.Popen[str]) -> None:
+        preloaded = preloaded_of(launcher)
+        victim = workers(launcher)[0]
+        preloaded.suspend()
+        victim.kill()
+        wait_until(lambda: Job(tmp_path, {}).named("worker_died"), 20, "the worker's death is known")
+        preloaded.resume()
+
+    result = disturbed(tmp_path, disturb, 60)
+    assert_same_run(result, reference(60))
+    assert [event["cause"] for event in result.named("worker_died")] == ["killed by SIGKILL"]
+
+
 def test_hung_workers_are_fenced(tmp_path: Path) -> None:
     """One stopped from outside, one in an endless loop of its own."""
     faults = [{"rank": 1, "phase": "compute", "step": 10, "kind": "loop", "incarnation": 1}]

@@ -384,7 +384,7 @@ def test_the_page_in_a_browser(tmp_path: Path) -> None:
             return d.filter((v, i) => i % 4 === 3 && v > 0).length / (c.width * c.height); })()"""
         assert page.value(painted) > 0.5
         events = page.value("document.getElementById('events').innerText")
-        assert "worker of rank 1 killed by SIGKILL" in events
+        assert "worker of rank 1 killed by SIGKILL" in events, events
         before = page.value("getComputedStyle(document.body).backgroundColor")
         page.value("document.getElementById('theme').click()")
         assert page.value("getComputedStyle(document.body).backgroundColor") != before
