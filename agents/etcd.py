@@ -9,16 +9,22 @@
 Every write is a transaction on the condition that the leader's key is the one that this coordinator created. So one
 that was stopped, or cut off, and does not know that it was replaced, writes nothing any more; and tells nobody, as
 whatever is told is written first. Commits of any size are possible: parts are written first, and the head last.
+
+etcd keeps every former value of a key until its history is compacted, and refuses all writes once it has none of its
+quota left. So whoever leads compacts what is older than some minutes, as the servers of Kubernetes do with theirs.
 """
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
+import logging
 import threading
 import time
 import uuid
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -33,6 +39,7 @@ OVER_S = 60
 TIMEOUT_S = 2.0  # of one request
 PART_BYTES = 512 << 10  # etcd refuses requests of more than 1.5 MiB
 SNAPSHOT_COMMITS = 200
+HISTORY_S = 300.0  # of etcd, which others may still read or watch
 DEFAULT_PORT = 2379
 
 
@@ -80,7 +87,7 @@ class Endpoints:
             try:
                 answer = request(client)
             except self._errors as error:
-                why = why or (str(error) or str(getattr(error, "detail_text", "")) or type(error).__name__)[:200]
+                why = why or _why(error)
                 self._clients.append(self._clients.pop(0))  # the next one first
             else:
                 return answer
@@ -106,6 +113,9 @@ class EtcdStore:
         self._lapsed = threading.Event()
         self._last = self._snapshot = 0
         self._rows: dict[str, bytes] = {}
+        self._revision = 0  # etcd's, as of the last transaction
+        self._revisions: deque[tuple[float, int]] = deque()  # when it was what; not compacted yet
+        self._compacts = True
         self._stand(on_waiting, stood_by)
         self._keeping = threading.Thread(target=self._renew, name="everstep-lease", daemon=True)
         self._keeping.start()
@@ -238,6 +248,23 @@ class EtcdStore:
         older = _between(self._key("log/"), self._key(f"log/{self._last:012}/~"))
         snapshot = _range(self._key(f"snapshot/{before:012}/"))
         self._transact([self._leads()], [{"request_delete_range": older}, {"request_delete_range": snapshot}])
+        self._compact_history()
+
+    def _compact_history(self) -> None:
+        """Have etcd forget former values that are older than HISTORY_S."""
+        now, revision = time.monotonic(), 0
+        self._revisions.append((now, self._revision))
+        while self._revisions and now - self._revisions[0][0] >= HISTORY_S:
+            revision = self._revisions.popleft()[1]
+        if not revision or not self._compacts:
+            return
+        try:
+            self._etcd.ask(lambda client: client.post(client.get_url("/kv/compaction"), json={"revision": revision}))
+        except StoreError as error:
+            if "has been compacted" not in str(error):  # by another one
+                self._compacts = False
+                hint = "it grows without end unless etcd runs with --auto-compaction-retention"
+                logging.warning("etcd does not compact its history: %s (%s)", hint, error)
 
     def _read(self, place: str) -> dict[str, bytes | None]:
         found = self._etcd.ask(lambda client: client.get_prefix(self._key(place), sort_order="ascend"))
@@ -263,11 +290,21 @@ class EtcdStore:
     def _transact(self, conditions: Sequence[Any], requests: Sequence[Any]) -> bool:
         compare = [{"result": "EQUAL", **condition} for condition in conditions]
         body = {"compare": compare, "success": list(requests), "failure": []}
-        return bool(self._etcd.ask(lambda client: client.transaction(body)).get("succeeded", False))
+        answer = self._etcd.ask(lambda client: client.transaction(body))
+        self._revision = int(answer["header"]["revision"])
+        return bool(answer.get("succeeded", False))
 
 
 class JobOver(Exception):
     """The job ended while this coordinator stood by."""
+
+
+def _why(error: Exception) -> str:
+    """What etcd says in the body of its answer says more than its status."""
+    text = str(getattr(error, "detail_text", None) or error) or type(error).__name__
+    with contextlib.suppress(ValueError, TypeError, KeyError):
+        text = str(json.loads(text)["message"])
+    return text[:200]
 
 
 def _parts(rows: Mapping[str, bytes | None]) -> Iterator[bytes]:
