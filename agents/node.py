@@ -22,7 +22,7 @@ from ..comms.process import exit_status, host_id
 from ..comms.telemetry_pb2 import AskSpans
 from ..elastic.progress import Fault, Phase
 from ..elastic.protocol.events import WorkerId
-from ..elastic.protocol.liveness import FLOOR_S
+from ..elastic.protocol.liveness import FLOOR_S, Hangs, Pace
 from ..elastic.settings import WorkerContext
 from . import checkup
 from .environment import program_for, torch_environment, virtual_rank, worker_environment
@@ -124,6 +124,8 @@ class NodeAgent:
         self._alone_s = 0.0  # since when there has been neither a coordinator nor progress
         self._fenced_s = 0.0  # since when this node has been out
         self._ending_s = 0.0
+        self._hangs: dict[int, Hangs] = {}  # of ranks
+        self._first_s = 0.0  # the longest pause in first steps that workers of this node have done
         self._unfit = ""  # why this node should not join
         self._unfit_s = 0.0  # since when the coordinator knows
         self._gatherer = Gatherer(
@@ -559,9 +561,19 @@ class NodeAgent:
         for worker in self.workers.values():
             if worker.deadline_s and now > worker.deadline_s:
                 worker.kill("it did not end when asked to")
-            if worker.pid and worker.check(now, self.config.hang_timeout_s):
-                stood = now - worker.pulse.changed_s
-                worker.kill(f"hung: no progress for {stood:.1f} s in {Phase(worker.reading().phase).name.lower()}")
+            if worker.pid and not worker.fenced:
+                self._watch_worker(worker, now)
+
+    def _watch_worker(self, worker: WorkerProcess, now: float) -> None:
+        reading, rank = worker.reading(), worker.id.rank
+        hangs = self._hangs.get(rank, Hangs()).read(reading.pace)
+        if worker.check(now, hangs.floor_s(self.config.hang_timeout_s), self._first_s):
+            stood = now - worker.pulse.changed_s
+            worker.kill(f"hung: no progress for {stood:.1f} s in {Phase(reading.phase).name.lower()}")
+            hangs = hangs.again()
+        elif worker.pulse.pace is Pace.STEADY:
+            self._first_s = max(self._first_s, worker.pulse.first_s)
+        self._hangs[rank] = hangs
 
     def _alone_too_long(self, now: float) -> bool:
         """Whether this node has been cut off for so long, from coordinator and members both, that it may as well stop.

@@ -55,11 +55,11 @@ class WorkerProcess:
     def reading(self) -> Reading:
         return read_page(self.page)
 
-    def check(self, now: float, floor_s: float) -> bool:
+    def check(self, now: float, floor_s: float, first_s: float) -> bool:
         """Whether it hangs."""
         reading = self.reading()
-        self.pulse = self.pulse.read(reading.counter, now, training=reading.training)
-        return self.pulse.counter > 0 and self.pulse.hung(now, floor_s, training=reading.training)
+        self.pulse = self.pulse.read(reading.counter, now, reading.pace)
+        return self.pulse.counter > 0 and self.pulse.hung(now, floor_s, first_s)
 
     def kill(self, why: str) -> None:
         """Fence it."""

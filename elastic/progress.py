@@ -21,11 +21,10 @@ from dataclasses import dataclass
 
 import psutil
 
+from .protocol.liveness import Pace
 from .telemetry import SHARED_BYTES, Spent, Telemetry
 
-_PAGE = struct.Struct(
-    "<QqqqqQ"
-)  # counter, step, phase, finished micro-batches, training, time of an injected fault (ns)
+_PAGE = struct.Struct("<QqqqqQ")  # counter, step, phase, finished micro-batches, pace, time of an injected fault (ns)
 
 
 COORDINATOR = "es-coordinator"  # the name of its process
@@ -47,6 +46,9 @@ class Phase(enum.IntEnum):
     LEAVE = 10
 
 
+_MOVES = frozenset({Phase.RECOVER, Phase.RESTORE, Phase.JOIN, Phase.LEAVE})  # layers may change hands
+
+
 @dataclass(frozen=True)
 class Reading:
     """What the agent sees of a worker."""
@@ -55,7 +57,7 @@ class Reading:
     step: int
     phase: Phase
     finished_micro_batches: int
-    training: bool
+    pace: Pace
     fault_ns: int
 
 
@@ -73,7 +75,8 @@ class Fault:
     incarnation: int = 0
     after: int = 0
     period: int = 0
-    kind: str = "kill"  # kill | stop | loop | node (all of it, at one instant) | coordinator | flip, flip-owned, ...
+    kind: str = "kill"  # kill | stop | loop | pause | node (all of it, at one instant) | coordinator | flip, ...
+    seconds: float = 0.0  # of a pause
 
     VARIABLE = "EVERSTEP_FAULTS"
 
@@ -91,8 +94,8 @@ def create_page() -> int:
 
 
 def read_page(memory: mmap.mmap) -> Reading:
-    counter, step, phase, finished, training, fault_ns = _PAGE.unpack_from(memory, 0)
-    return Reading(counter, step, Phase(phase), finished, bool(training), fault_ns)
+    counter, step, phase, finished, pace, fault_ns = _PAGE.unpack_from(memory, 0)
+    return Reading(counter, step, Phase(phase), finished, Pace(pace), fault_ns)
 
 
 class Progress:
@@ -104,7 +107,7 @@ class Progress:
         self._counter = 0
         self._place = (-1, Phase.START)
         self._finished = 0
-        self._stepped = False  # past the first step, which may take longer than any other
+        self._first: int | None = None  # the first step of this process, or with these layers, once it has begun
         self._outside = True  # in the user's own code between steps, which may take what it likes
         self._left_ns = time.monotonic_ns()
         self._faults = [f for f in faults if f.rank == rank and f.incarnation == incarnation]
@@ -114,8 +117,8 @@ class Progress:
 
     def _write(self, fault_ns: int = 0) -> None:
         step, phase = self._place
-        training = self._stepped and not self._outside
-        values = (self._counter, step, phase, self._finished, training, fault_ns)
+        pace = Pace.STEADY if self._first is not None and step > self._first else Pace.FIRST
+        values = (self._counter, step, phase, self._finished, Pace.FREE if self._outside else pace, fault_ns)
         _PAGE.pack_into(self._memory, 0, *values)
 
     def tick(self) -> None:
@@ -137,7 +140,10 @@ class Progress:
         self.telemetry.step = step
         if finished is not None:
             self._finished = finished
-        self._stepped = self._stepped or step > 0
+        if phase in _MOVES:
+            self._first = None
+        elif phase is Phase.COMPUTE and self._first is None:
+            self._first = step
         if self._outside:
             self._outside = False
             self.telemetry.span(Spent.OUTSIDE, self._left_ns)
@@ -166,6 +172,8 @@ class Progress:
             _kill_coordinator()
         elif fault.kind.startswith("flip"):
             self.damage(fault.kind)
+        elif fault.kind == "pause":
+            time.sleep(fault.seconds)
         elif fault.kind == "stop":
             os.kill(os.getpid(), signal.SIGSTOP)
         while fault.kind == "loop":

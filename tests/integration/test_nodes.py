@@ -264,6 +264,31 @@ def test_the_preloaded_process_gets_no_processor(tmp_path: Path) -> None:
     assert [event["cause"] for event in result.named("worker_died")] == ["killed by SIGKILL"]
 
 
+def test_first_steps_that_take_long_are_no_hangs(tmp_path: Path) -> None:
+    """Such as a compiler's: neither the job's first step, nor that of a replacement, nor what others do meanwhile."""
+    slow = {"phase": "compute", "kind": "pause", "seconds": 5.0}
+    faults = [{"rank": 1, "incarnation": number, **slow} for number in (0, 1)]
+    faults.append({"rank": 1, "phase": "compute", "step": 6})
+    job = Job(tmp_path, {"steps": 20})
+    result = job.result(job.node("--nproc-per-node=2", "--es-hang-timeout=1", faults=faults))
+    assert_same_run(result, reference(20))
+    assert [event["cause"] for event in result.named("worker_died")] == ["killed by SIGKILL"]
+
+
+def test_a_worker_that_is_only_late_is_given_longer(tmp_path: Path) -> None:
+    """The second time it has two seconds, the third time four."""
+    late = {"rank": 1, "phase": "join", "kind": "pause", "seconds": 3.0}
+    faults = [{**late, "incarnation": number} for number in range(1, 6)]
+    faults.append({"rank": 1, "phase": "compute", "step": 6})
+    job = Job(tmp_path, {"steps": 20})
+    result = job.result(job.node("--nproc-per-node=2", "--es-hang-timeout=1", faults=faults))
+    assert_same_run(result, reference(20))
+    killed, *hung = [event["cause"] for event in result.named("worker_died")]
+    assert killed == "killed by SIGKILL"
+    assert 1 <= len(hung) <= 2, hung
+    assert all(cause.startswith("hung: ") for cause in hung), hung
+
+
 def test_hung_workers_are_fenced(tmp_path: Path) -> None:
     """One stopped from outside, one in an endless loop of its own."""
     faults = [{"rank": 1, "phase": "compute", "step": 10, "kind": "loop", "incarnation": 1}]
