@@ -21,7 +21,7 @@ from ..comms.process import die_with_parent, rename_process
 from ..comms.security import Security, SecurityError
 from ..elastic.progress import COORDINATOR
 from ..elastic.protocol.state import Config
-from .coordinator import Coordinator, PortTaken
+from .coordinator import Coordinator, NoSuchAddress, PortTaken
 from .etcd import EtcdStore, JobOver, is_etcd
 from .observer import Observer
 from .pages import AddressTaken, PageServer
@@ -85,7 +85,7 @@ def serve(task: Task, security: Security, on_ready: Callable[[int], None]) -> in
         raise CoordinatorFailed(f"{error} is in use", taken=True) from None
     except AddressTaken as error:
         raise CoordinatorFailed(f"--es-coordinator-metrics {error}") from None
-    except (StoreError, SecurityError) as error:
+    except (NoSuchAddress, StoreError, SecurityError) as error:
         raise CoordinatorFailed(str(error)) from None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import secrets
 import socket
@@ -36,6 +37,10 @@ RECEIVED_BYTES = 4 << 20  # of beats that wait to be heard; the system may allow
 
 class PortTaken(Exception):
     """The coordinator's address is in use."""
+
+
+class NoSuchAddress(Exception):
+    """The coordinator's address cannot be listened at, whoever else is there: not this machine's, or not allowed."""
 
 
 class Coordinator:
@@ -71,7 +76,7 @@ class Coordinator:
     # ------------------------------------------------------------ serving
 
     async def serve(self, host: str, port: int) -> int:
-        """Listen, TCP and UDP by one number (port 0: any); returns it. Raises PortTaken and SecurityError."""
+        """Listen, TCP and UDP by one number (0: any); returns it. Raises PortTaken, NoSuchAddress and SecurityError."""
         self._security.check_bind(host)
         tcp, self._udp = _reserve(host, port)
         port = tcp.getsockname()[1]
@@ -182,13 +187,16 @@ class Coordinator:
 
 
 def _reserve(host: str, port: int) -> tuple[socket.socket, socket.socket]:
-    """A TCP and a UDP socket by one number. Raises PortTaken."""
+    """A TCP and a UDP socket by one number. Raises PortTaken and NoSuchAddress."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     for _ in range(100):
         try:
             tcp = socket.create_server((host, port), family=family)
-        except OSError:
-            break
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                break
+            why = (error.strerror or str(error)).partition(" (while ")[0]  # which repeats the address
+            raise NoSuchAddress(f"cannot listen at {host}:{port}: {why}") from None
         udp = socket.socket(family, socket.SOCK_DGRAM)
         try:
             udp.bind((host, tcp.getsockname()[1]))

@@ -110,6 +110,9 @@ LINES = {
     "--rdzv-conf=join_timeout=soon SCRIPT": "join_timeout must be a number of seconds, got 'soon'",
     "--rdzv-conf=is_host=maybe SCRIPT": "is_host must be true or false, got 'maybe'",
     "--nnodes=2 --rdzv-endpoint=127.0.0.1:TAKEN --rdzv-conf=is_host=1 SCRIPT": "is in use: choose another port",
+    "--nnodes=2 --rdzv-endpoint=192.0.2.1:29400 --rdzv-conf=is_host=1 --es-insecure-network SCRIPT": (
+        "cannot listen at 192.0.2.1:29400: Cannot assign requested address"
+    ),
     "--nnodes=2 --rdzv-endpoint=127.0.0.1:FREE --rdzv-conf=is_host=0,join_timeout=1 SCRIPT": "no coordinator answers",
     "--nnodes=two SCRIPT": "--nnodes",
     "--nproc-per-node=many SCRIPT": "many",
