@@ -184,11 +184,14 @@ def _kill_coordinator() -> None:
     """Kill the coordinator that this node's launcher has beside it, as soon as one serves."""
     launcher = psutil.Process(os.getppid()).parent()
     assert launcher is not None
-    while not (found := [process for process in launcher.children() if process.name() == COORDINATOR]):
+    while True:
+        for process in launcher.children():
+            with contextlib.suppress(psutil.NoSuchProcess):  # another one ended just now
+                if process.name() == COORDINATOR:
+                    process.kill()
+                    process.wait(10)
+                    return
         time.sleep(0.01)
-    found[0].kill()
-    with contextlib.suppress(psutil.NoSuchProcess):
-        found[0].wait(10)
 
 
 def _kill_node() -> None:

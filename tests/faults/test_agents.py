@@ -11,13 +11,13 @@ import pytest
 
 from tests.jobs import assert_same_run, reference, slowly, wait_until
 from tests.jobs.hosts import HostJob, Hosts
+from tests.jobs.processes import saying
 
 STEPS = 60
 
 
 def keepers(hosts: Hosts, host: int) -> list[psutil.Process]:
-    found = [psutil.Process(pid) for pid in hosts.pids(host)]
-    return [p for p in found if "everstep.checkpointing.service" in p.cmdline()]
+    return saying(hosts.pids(host), "everstep.checkpointing.service")
 
 
 def test_a_keeper_outlives_its_agent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -31,6 +32,7 @@ from tests.jobs import (
     run_job,
     wait_until,
 )
+from tests.jobs.processes import saying
 
 LAYOUTS = {"1x4": (1, 4), "2x2": (2, 4), "4x1": (4, 4), "uneven": (2, 3), "1": (1, 1), "6": (3, 6)}
 STEPS = 8
@@ -130,13 +132,11 @@ def test_the_saver_may_be_killed(tmp_path):
     killed: set[int] = set()
     deadline = time.monotonic() + 60
     while _steps(out) < STEPS - 2 and time.monotonic() < deadline:
-        for process in psutil.Process(job.pid).children(recursive=True):
-            try:
-                if "everstep.checkpointing.saver" in process.cmdline() and process.pid not in killed:
+        for process in saying(psutil.Process(job.pid).children(recursive=True), "everstep.checkpointing.saver"):
+            if process.pid not in killed:
+                with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
-                    killed.add(process.pid)
-            except psutil.NoSuchProcess:
-                continue
+                killed.add(process.pid)
         time.sleep(0.05)
     (out / "slow").unlink()
     output = finish(job, 60)

@@ -14,6 +14,7 @@ from everstep.agents.preload import NAME as PRELOADED
 
 from tests.jobs.cluster import Cluster
 from tests.jobs.hosts import COORDINATOR, Hosts
+from tests.jobs.processes import each, saying
 
 KEEPER = "everstep.checkpointing.service"
 WARM_UP, RECOVERIES = 10, 50
@@ -57,9 +58,8 @@ def usages(job: Cluster) -> dict[int, Usage]:
     found = {}
     for host in (*job.hosts.hosts, COORDINATOR):
         workers = job.workers_of(host)
-        for pid in job.hosts.pids(host):
-            process = psutil.Process(pid)
-            command = [process.name(), *process.cmdline()]
+        for process, command in each(job.hosts.pids(host), lambda process: [process.name(), *process.cmdline()]):
+            pid = process.pid
             kinds = {KEEPER: "keeper", PRELOADED: "preloaded process", "coordinator": "coordinator", "run": "launcher"}
             kind = "worker" if pid in workers else next(kind for has, kind in kinds.items() if has in command)
             found[pid] = Usage.of(pid, f"{kind} of host {host}")
@@ -82,8 +82,8 @@ def held(job: Cluster) -> list[dict[str, int]]:
     """What each host's keeper says that it holds."""
     answers = []
     for host in job.hosts.hosts:
-        (pid,) = [pid for pid in job.hosts.pids(host) if KEEPER in psutil.Process(pid).cmdline()]
-        process = job.hosts.run(host, sys.executable, "-c", HELD, str(pid))
+        (keeper,) = saying(job.hosts.pids(host), KEEPER)
+        process = job.hosts.run(host, sys.executable, "-c", HELD, str(keeper.pid))
         answers.append(json.loads(process.communicate(timeout=30)[0]))
     return answers
 

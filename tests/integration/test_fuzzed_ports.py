@@ -32,6 +32,7 @@ from everstep.comms.security import Security, digest_of
 from everstep.elastic.progress import COORDINATOR
 
 from tests.jobs import JOBS, assert_same_run, finish, launch, read_result, reference, wait_until
+from tests.jobs.processes import each, named, saying
 from tests.jobs.watched import free_ports
 
 INPUTS = 10_000  # a port
@@ -153,10 +154,6 @@ def attach_badly(port: int, rng: random.Random, count: int) -> None:
                     pass
 
 
-def is_keeper(process: psutil.Process) -> bool:
-    return "everstep.checkpointing.service" in process.cmdline()
-
-
 def figures(processes: list[psutil.Process]) -> dict[int, tuple[int, int]]:
     """Process -> (descriptors, bytes)."""
     return {process.pid: (process.num_fds(), process.memory_info().rss) for process in processes}
@@ -178,14 +175,15 @@ def test_ten_thousand_malformed_inputs_a_port(tmp_path: Path) -> None:
         wait_until(lambda: events.exists() and '"step": 2' in events.read_text(), 60, "it trains")
         root = psutil.Process(launcher.pid)
         family = [root, *root.children(recursive=True)]
+        keepers, coordinators = saying(family, "everstep.checkpointing.service"), named(family, COORDINATOR)
         ports: set[tuple[str, Place]] = {
             (process.name(), connection.laddr.port)
-            for process in family
-            for connection in process.net_connections("tcp")
+            for process, connections in each(family, lambda process: process.net_connections("tcp"))
+            for connection in connections
             if connection.status == psutil.CONN_LISTEN
-            and (connection.laddr.port == metrics or process.name() == COORDINATOR or is_keeper(process))
+            and (connection.laddr.port == metrics or process in (*coordinators, *keepers))
         }
-        ports |= {(process.name(), name) for process in family if is_keeper(process) for name in own_names(process)}
+        ports |= {(process.name(), name) for process in keepers for name in own_names(process)}
         assert len(ports) == 5, f"coordinator and its page, keeper by port and name, metrics: {ports}"
         assault(rng, ports, port, 200)  # what is made at the first contact is no leak
         before = figures(family)

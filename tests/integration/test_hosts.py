@@ -13,6 +13,7 @@ from everstep.comms.process import host_id
 from tests.jobs import assert_same_run, reference, wait_until
 from tests.jobs.hosts import COORDINATOR, HostJob, Hosts, available
 from tests.jobs.networks import NAMESPACES, own_namespaces
+from tests.jobs.processes import those
 
 STEPS = 14
 
@@ -203,7 +204,7 @@ def test_nothing_is_left_of_a_test_that_fails(namespaces: bool) -> None:
         test()
     assert len(pids) == 2
     assert not own_namespaces()
-    assert not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids)
+    assert not those(pids, lambda process: process.status() != psutil.STATUS_ZOMBIE)
 
 
 def test_what_a_killed_run_left_is_removed() -> None:

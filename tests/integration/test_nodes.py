@@ -30,6 +30,7 @@ from tests.jobs import (
     slowly,
     wait_until,
 )
+from tests.jobs.processes import named, saying
 
 from .test_mistakes import free_port
 
@@ -63,9 +64,7 @@ class Job:
 
 def children(launcher: subprocess.Popen[str], has: str) -> list[psutil.Process]:
     """The launcher's children, and theirs, with this in their command line."""
-    found = psutil.Process(launcher.pid).children(recursive=True)
-    live = [p for p in found if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
-    return [p for p in live if any(has in part for part in p.cmdline())]
+    return saying(psutil.Process(launcher.pid).children(recursive=True), has)
 
 
 def workers(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
@@ -73,7 +72,7 @@ def workers(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
 
 
 def preloaded_of(launcher: subprocess.Popen[str]) -> psutil.Process:
-    (preloaded,) = [p for p in psutil.Process(launcher.pid).children() if p.name() == PRELOADED]
+    (preloaded,) = named(psutil.Process(launcher.pid).children(), PRELOADED)
     return preloaded
 
 

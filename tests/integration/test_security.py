@@ -16,6 +16,7 @@ from everstep.agents.certs import make
 from everstep.comms.security import NAME, Security, SecurityError, is_loopback
 
 from tests.jobs import JOBS, Result, assert_same_run, everstep, finish, launch, read_result, reference, wait_until
+from tests.jobs.processes import each
 from tests.jobs.watched import free_ports
 
 STEPS = 14
@@ -55,10 +56,11 @@ def listening(*launchers: subprocess.Popen[str]) -> Iterator[int]:
     """Every TCP port that any process of the job listens on."""
     for launcher in launchers:
         root = psutil.Process(launcher.pid)
-        for process in [root, *root.children(recursive=True)]:
-            for connection in process.net_connections("tcp"):
+        family = [root, *root.children(recursive=True)]
+        for process, connections in each(family, lambda process: process.net_connections("tcp")):
+            for connection in connections:
                 if connection.status == psutil.CONN_LISTEN:
-                    assert is_loopback(connection.laddr.ip.removeprefix("::ffff:")), f"{process.name()}: {connection}"
+                    assert is_loopback(connection.laddr.ip.removeprefix("::ffff:")), f"{process}: {connection}"
                     yield connection.laddr.port
 
 

@@ -32,6 +32,7 @@ from everstep.elastic.telemetry import Spent
 
 from tests.jobs import JOBS, everstep, launch, wait_until
 from tests.jobs.browser import browser, needs_chromium
+from tests.jobs.processes import named
 from tests.jobs.watched import CONFIGURATIONS, Prometheus, free_ports, needs_prometheus
 
 STEPS = 100_000  # more than there is time for
@@ -67,8 +68,7 @@ class Job:
         self.said.extend(stream)
 
     def coordinators(self) -> list[psutil.Process]:
-        children = psutil.Process(self.launchers[0].pid).children()
-        return [process for process in children if process.name() == COORDINATOR]
+        return named(psutil.Process(self.launchers[0].pid).children(), COORDINATOR)
 
     def events(self, name: str) -> list[dict[str, Any]]:
         path = self.out / "events.jsonl"

@@ -16,6 +16,8 @@ from everstep.agents.preload import NAME as PRELOADED
 from tests.jobs import Result, assert_same_run, reference, slowly
 from tests.jobs.hosts import HostJob, Hosts
 
+from .processes import named, those
+
 _CHANGES = ("started", "planned", "joined", "node_lost", "worker_died")
 
 
@@ -137,14 +139,8 @@ class Cluster(HostJob):
 
     def workers_of(self, *hosts: int) -> dict[int, psutil.Process]:
         """The worker processes on these hosts, by process id."""
-        found = {}
-        for pid in self.hosts.pids(*hosts):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process = psutil.Process(pid)
-                parent = process.parent()
-                if parent is not None and parent.name() == PRELOADED:
-                    found[pid] = process
-        return found
+        found = those(self.hosts.pids(*hosts), lambda process: bool(named([process.ppid()], PRELOADED)))
+        return {process.pid: process for process in found}
 
     def check(self) -> Result:
         """The verdict: the same losses, the same ledger, the same state; and steps computed again came out the same."""

@@ -1,0 +1,38 @@
+"""Looking at processes that may end while one looks."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+import psutil
+
+T = TypeVar("T")
+
+
+def each(
+    processes: Iterable[psutil.Process | int], ask: Callable[[psutil.Process], T]
+) -> list[tuple[psutil.Process, T]]:
+    """What `ask` says of each; those that have ended meanwhile are left out."""
+    found = []
+    for one in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):  # also of a zombie, where that has no answer
+            process = one if isinstance(one, psutil.Process) else psutil.Process(one)
+            found.append((process, ask(process)))
+    return found
+
+
+def those(processes: Iterable[psutil.Process | int], that: Callable[[psutil.Process], bool]) -> list[psutil.Process]:
+    """Those of which it is true."""
+    return [process for process, true in each(processes, that) if true]
+
+
+def named(processes: Iterable[psutil.Process | int], name: str) -> list[psutil.Process]:
+    """Those of this name."""
+    return those(processes, lambda process: process.name() == name)
+
+
+def saying(processes: Iterable[psutil.Process | int], text: str) -> list[psutil.Process]:
+    """Those with this in an argument of their command line; zombies have none."""
+    return those(processes, lambda process: any(text in part for part in process.cmdline()))
