@@ -92,7 +92,7 @@ def serve(task: Task, security: Security, on_ready: Callable[[int], None]) -> in
 async def _serve(task: Task, security: Security, on_ready: Callable[[int], None]) -> int:
     events = Path(task.events) if task.events else None
     coordinator = Coordinator(task.job, task.config, security, events=events)
-    observer = Observer(task.job, lambda: coordinator.state, coordinator.now)
+    observer = Observer(task.job, lambda: coordinator.state, coordinator.now, undecided=lambda: coordinator.undecided)
     coordinator.listeners.record.append(observer.heard)
     coordinator.listeners.heartbeats.append(observer.heartbeat)
     coordinator.listeners.telemetry.append(observer.told)

@@ -69,6 +69,11 @@ class Coordinator:
         """What it knows; immutable."""
         return self._leader.state if self._leader is not None else self._nothing
 
+    @property
+    def undecided(self) -> str:
+        """Why nothing is decided here at the moment: another one leads, or the store is away. Empty if all is well."""
+        return self.standing_by or (self._leader.held_up if self._leader is not None else "")
+
     def now(self) -> float:
         """The clock of the state's times."""
         return self._leader.now() if self._leader is not None else time.monotonic()

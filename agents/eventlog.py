@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
+import os
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 REMEMBERED_STEPS = 2000
+WAITING_LINES = 10_000  # kept for a file that cannot be written, the newest ones
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -23,11 +30,16 @@ class Listeners:
 
 
 class EventLog:
-    """Lines, numbered; the coordinator that takes over continues where another one stopped."""
+    """Lines, numbered; the coordinator that takes over continues where another one stopped.
+
+    A file that cannot be written, because its disk is full, holds nothing up: its lines wait until it can be.
+    """
 
     def __init__(self, path: Path | None, listeners: Listeners) -> None:
         self._path = path
         self._listeners = listeners
+        self._waiting: deque[str] = deque(maxlen=WAITING_LINES)
+        self._failed = False
         self._committed_s: dict[int, float] = {}  # step -> when
 
     def catch_up(self, lines: list[dict[str, Any]]) -> None:
@@ -52,8 +64,16 @@ class EventLog:
     def _append(self, lines: list[dict[str, Any]]) -> None:
         if self._path is None or not lines:
             return
-        with self._path.open("a") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
+        self._waiting.extend(json.dumps(line) + "\n" for line in lines)
+        try:
+            _append_whole(self._path, "".join(self._waiting).encode())
+        except OSError as error:
+            if not self._failed:
+                log.warning("--es-events %s: %s; lines are kept until it can be written", self._path, error.strerror)
+            self._failed = True
+        else:
+            self._waiting.clear()
+            self._failed = False
 
     def _tell(self, lines: list[dict[str, Any]]) -> None:
         for line in lines:
@@ -64,15 +84,30 @@ class EventLog:
                 listener(line)
 
 
+def _append_whole(path: Path, data: bytes) -> None:
+    """Append all of it or, where that fails, nothing. Raises OSError."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    try:
+        size = os.fstat(fd).st_size
+        try:
+            while data:
+                data = data[os.write(fd, data) :]
+        except OSError:
+            with contextlib.suppress(OSError):  # a pipe, say
+                os.ftruncate(fd, size)
+            raise
+    finally:
+        os.close(fd)
+
+
 def newest_number(path: Path) -> int:
     """The number of an event log's last line; 0 if there is none."""
-    try:
-        with path.open("rb") as file:
-            file.seek(0, 2)
-            file.seek(max(0, file.tell() - (64 << 10)))
-            lines = file.read().splitlines()
-    except FileNotFoundError:
+    if not path.is_file():  # none so far; or a pipe, say, of which nothing can be read
         return 0
+    with path.open("rb") as file:
+        file.seek(0, 2)
+        file.seek(max(0, file.tell() - (64 << 10)))
+        lines = file.read().splitlines()
     for line in reversed(lines):
         try:
             return int(json.loads(line)["number"])

@@ -70,6 +70,7 @@ class Leader:
         self._lenient_s = 0.0  # until when a stream that breaks is no loss
         self._expected_s = 0.0  # until when nodes of the store are waited for, and no others are taken in
         self._knocked = False  # another one has asked
+        self.held_up = ""  # why nothing can be written just now, and so nothing is decided
         self._long_lived = LongLived()
 
     def put(self, session: Session, item: pb.AttachRequest | str) -> None:
@@ -306,15 +307,15 @@ class Leader:
 
     async def _write(self, rows: Mapping[str, bytes | None], *, sync: bool) -> None:
         """Until it is written: a store that is away for a while holds decisions up, and nothing else."""
-        told = False
         while True:
             try:
                 await asyncio.to_thread(self._durable.write, rows, sync=sync)
+                self.held_up = ""
                 return
             except StoreError as error:
-                if not told:
+                if not self.held_up:
                     log.warning("nothing can be decided until the store is back: %s", error)
-                told = True
+                self.held_up = str(error)
                 self._durable.check()
                 await asyncio.sleep(STORE_RETRY_S)
 

@@ -86,6 +86,9 @@ class JobMetrics(_Metrics):
         super().__init__()
         info = self.gauge("everstep_job_info", "1; which job, and which version of everstep", "run", "version")
         info.labels(job, metadata.version("everstep")).set(1)
+        self.decides = self.gauge(
+            "everstep_coordinator_decides", "1 while this coordinator leads, and its store takes what it decides"
+        )
         self.phase = self.gauge("everstep_job_phase", "1 for the phase that the job is in", "phase")
         self._training()
         self._recoveries()

@@ -51,7 +51,7 @@ class Observer:
     """Watches one job; thread-safe.
 
     `state` reads the coordinator's state, which is immutable; `state_clock` is the clock of the times in it, and
-    `clock` that of the event log.
+    `clock` that of the event log. `undecided` says why the coordinator decides nothing, if so.
     """
 
     def __init__(
@@ -60,6 +60,7 @@ class Observer:
         state: Callable[[], State],
         state_clock: Callable[[], float] = time.monotonic,
         clock: Callable[[], float] = time.monotonic,
+        undecided: Callable[[], str] = lambda: "",
     ) -> None:
         self.job = job
         self.metrics = JobMetrics(job)
@@ -70,6 +71,7 @@ class Observer:
         self._state = state
         self._clock = clock
         self._state_clock = state_clock
+        self._undecided = undecided
         self._lock = threading.RLock()
         self._seen: dict[str, _NodeSeen] = {}
         self._hosts: dict[str, str] = {}  # node -> host, of nodes that may be gone
@@ -157,6 +159,7 @@ class Observer:
                 state=state,
                 at_s=now,
                 state_at_s=self._state_clock(),
+                undecided=self._undecided(),
                 typical_s=series.typical_s,
                 committed_s=series.committed_s,
                 started_s=series.started_s,
@@ -264,6 +267,7 @@ class Observer:
 
     def _refresh(self) -> None:
         state, now, metrics, series = self._state(), self._clock(), self.metrics, self.series
+        metrics.decides.set(not self._undecided())
         for phase in JOB_PHASES:
             metrics.phase.labels(phase).set(phase == state.phase.value)
         self._refresh_layout(state)

@@ -33,6 +33,7 @@ class Seen:
     state: State
     at_s: float  # the event log's clock
     state_at_s: float  # the state's clock
+    undecided: str
     typical_s: float
     committed_s: float
     started_s: float
@@ -72,6 +73,7 @@ def view_of(seen: Seen) -> dict[str, Any]:
         "at_s": seen.at_s,
         "unix_s": time.time(),
         "phase": state.phase.value,
+        "undecided": seen.undecided,
         "recovering": _recovering(seen),
         "generation": layout.generation if layout else 0,
         "world_size": len(layout.ranks) if layout else 0,

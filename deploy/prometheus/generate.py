@@ -118,6 +118,14 @@ def alerts(speed: Speed) -> Sequence[Alert]:
             f"That is more than {s.stalled_steps} times what a step takes.",
         ),
         Alert(
+            "EverstepNothingDecided",
+            "max by (run) (everstep_coordinator_decides) == 0",
+            s.soon,
+            "page",
+            "no coordinator of run {{ $labels.run }} decides anything",
+            "Training goes on, but what fails or joins has to wait: their store is away, or full, or none leads.",
+        ),
+        Alert(
             "EverstepGoodputLow",
             f"everstep:goodput:ratio < {s.goodput:g}",
             s.later,

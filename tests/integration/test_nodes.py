@@ -22,6 +22,7 @@ from tests.jobs import (
     PROTECTION,
     Result,
     assert_same_run,
+    assert_same_state,
     everstep,
     finish,
     launch,
@@ -261,6 +262,21 @@ def test_the_preloaded_process_gets_no_processor(tmp_path: Path) -> None:
     result = disturbed(tmp_path, disturb, 60)
     assert_same_run(result, reference(60))
     assert [event["cause"] for event in result.named("worker_died")] == ["killed by SIGKILL"]
+
+
+def test_an_event_log_that_cannot_be_written_holds_nothing_up(tmp_path: Path) -> None:
+    """No space left on its device; nor is there later. A worker is lost all the same, and comes back."""
+    arguments = [json.dumps({"out": str(tmp_path), "stages": 1, "steps": 12})]
+    faults = {"EVERSTEP_FAULTS": json.dumps([{"rank": 1, "phase": "compute", "step": 4}])}
+    flags = ["--nproc-per-node=2", "--es-events=/dev/full", "--es-log=text"]
+    launcher = launch(JOBS / "gpt_job.py", arguments, flags, faults)
+    output = finish(launcher)
+    (tmp_path / "events.jsonl").touch()
+    result = read_result(tmp_path, launcher.returncode, output)
+    assert result.status == 0, output
+    assert result.output.count("--es-events /dev/full: No space left on device; lines are kept") == 1, result.output
+    assert_same_state(result.state(0), reference(12).state())
+    assert "worker of rank 1 killed by SIGKILL" in result.output
 
 
 def test_first_steps_that_take_long_are_no_hangs(tmp_path: Path) -> None:

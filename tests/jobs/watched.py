@@ -18,11 +18,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from everstep.comms.process import die_with_parent
+from everstep.elastic.progress import COORDINATOR
 
 from deploy.prometheus.generate import Speed, rules
 from tests.jobs import JOBS, launch, slowly, wait_until
+from tests.jobs.processes import named
 
 PROMETHEUS = shutil.which("prometheus")
 needs_prometheus = pytest.mark.skipif(PROMETHEUS is None, reason="prometheus is not installed")
@@ -191,6 +194,16 @@ class WatchedJob:
         self.checkpoints.rename(self.out / "saved")
         self.checkpoints.write_text("")
 
+    def disk_full(self, seconds: float) -> None:
+        """For the coordinator: it cannot write to any file. Training goes on, and all is decided afterwards."""
+        (coordinator,) = named(psutil.Process(self.launchers[0].pid).children(), COORDINATOR)
+        before = coordinator.rlimit(psutil.RLIMIT_FSIZE)
+        committed = len(self.events("committed"))
+        coordinator.rlimit(psutil.RLIMIT_FSIZE, (0, before[1]))
+        time.sleep(seconds)
+        coordinator.rlimit(psutil.RLIMIT_FSIZE, before)
+        assert len(self.events("committed")) <= committed + 2, "it did write"
+
     def kill_node(self) -> None:
         """The node without the coordinator."""
         os.killpg(self.launchers[1].pid, signal.SIGKILL)
@@ -203,6 +216,8 @@ class WatchedJob:
         self.await_steps(5)
         with slowly(self.out):
             self.await_steps(6)
+        self.await_steps(2)
+        self.disk_full(2.5)
         self.await_steps(2)
         self.slow_down(1, 8.0)
         self.await_steps(5)

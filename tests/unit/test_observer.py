@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from everstep.agents import series as series_module
 from everstep.agents.observer import RANK_STEPS, Observer
+from everstep.agents.screen import concerns
 from everstep.agents.series import Series, reason_of
 from everstep.agents.suspects import AGAIN_S
 from everstep.comms import telemetry_pb2 as pb
@@ -35,7 +36,9 @@ class Job:
             job=job,
             workers={rank: Worker(e.WorkerId(rank, 0), "n0") for rank in range(ranks)},
         )
-        self.observer = Observer("test", lambda: self.state, lambda: self.now, lambda: self.now)
+        self.undecided = ""
+        clock = lambda: self.now  # noqa: E731
+        self.observer = Observer("test", lambda: self.state, clock, clock, lambda: self.undecided)
         self.step = -1
 
     def line(self, event: str, **fields: Any) -> None:
@@ -106,6 +109,21 @@ def test_goodput_sinks_while_the_job_stands_still() -> None:
     job.now += 1000
     assert job.value("everstep_training_seconds_total") == pytest.approx(19.0)
     assert job.value("everstep_commit_age_seconds") == 0
+
+
+def test_a_coordinator_that_decides_nothing_says_why() -> None:
+    job = Job()
+    job.line("started", generation=1)
+    for _ in range(10):
+        job.commit(1.0)
+    job.now += 100.0
+    assert job.value("everstep_coordinator_decides") == 1
+    assert concerns(job.observer.view())[-1].startswith("no step was committed for ")
+    job.undecided = "database or disk is full"
+    assert job.value("everstep_coordinator_decides") == 0
+    first, *rest = concerns(job.observer.view())
+    assert first == "nothing can be decided, training goes on: database or disk is full"
+    assert not any("no step was committed" in line for line in rest), "that is not known here"
 
 
 @pytest.mark.parametrize(
