@@ -181,7 +181,7 @@ def concerns(view: View) -> list[str]:
         for one in view.get("quarantine", ())
     ]
     if view.get("undecided"):  # what was committed since is not known here
-        return [f"nothing can be decided, training goes on: {view['undecided']}", *found]
+        return [f"nothing can be decided: {view['undecided']}", *found]
     age_s, typical_s = view["commit_age_s"], view["typical_step_s"]
     if view["phase"] == "running" and age_s and typical_s and age_s > max(10 * typical_s, 2.0):
         found.append(f"no step was committed for {seconds(age_s)}; one takes {seconds(typical_s)}")

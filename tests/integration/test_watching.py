@@ -32,7 +32,7 @@ from everstep.elastic.telemetry import Spent
 
 from tests.jobs import JOBS, everstep, launch, wait_until
 from tests.jobs.browser import browser, needs_chromium
-from tests.jobs.processes import named
+from tests.jobs.processes import disk_full, named
 from tests.jobs.watched import CONFIGURATIONS, Prometheus, free_ports, needs_prometheus
 
 STEPS = 100_000  # more than there is time for
@@ -81,11 +81,14 @@ class Job:
 
     def lose_a_worker(self, rank: int) -> None:
         """Kill one, and wait until its rank is back."""
-        newest = max(self.out.glob(f"worker-{rank}-*.jsonl"), key=lambda path: path.stat().st_mtime)
         joined = len(self.events("joined"))
-        os.kill(int(newest.stem.split("-")[2]), signal.SIGKILL)
+        self.kill(rank)
         with self.explained():
             wait_until(lambda: len(self.events("joined")) > joined, 30, "the rank is back")
+
+    def kill(self, rank: int) -> None:
+        newest = max(self.out.glob(f"worker-{rank}-*.jsonl"), key=lambda path: path.stat().st_mtime)
+        os.kill(int(newest.stem.split("-")[2]), signal.SIGKILL)
 
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:
@@ -127,6 +130,7 @@ def test_a_job_is_watched_from_a_terminal(tmp_path: Path) -> None:
         _status_is_one_screen(found)
         _the_story_is_told(found)
         _http_answers(found)
+        _nothing_can_be_decided(found)
         _top_goes_on_while_the_coordinator_is_away(found)
         found.await_steps(15)
         _the_trace_adds_up(found, tmp_path)
@@ -257,6 +261,22 @@ class Terminal:
             self.process.wait()
         os.close(self.leader)
         os.close(self.follower)
+
+
+def _nothing_can_be_decided(job: Job) -> None:
+    """While the coordinator's disk is full; a worker that is lost meanwhile is dealt with afterwards."""
+    (coordinator,) = job.coordinators()
+    with disk_full(coordinator):
+        joined = len(job.events("joined"))
+        job.kill(2)
+        text = "nothing can be decided: "
+        wait_until(lambda: text in everstep("status", job.endpoint).stdout, 20, "status says so")
+        assert re.search(rf"{text}.*(disk I/O error|disk is full)", everstep("status", job.endpoint).stdout)
+        assert len(job.events("joined")) == joined
+    with job.explained():
+        wait_until(lambda: len(job.events("joined")) > joined, 30, "the rank is back")
+    assert text not in everstep("status", job.endpoint).stdout
+    assert job.coordinators() == [coordinator]
 
 
 def _top_goes_on_while_the_coordinator_is_away(job: Job) -> None:

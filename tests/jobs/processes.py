@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 import psutil
@@ -36,3 +36,15 @@ def named(processes: Iterable[psutil.Process | int], name: str) -> list[psutil.P
 def saying(processes: Iterable[psutil.Process | int], text: str) -> list[psutil.Process]:
     """Those with this in an argument of their command line; zombies have none."""
     return those(processes, lambda process: any(text in part for part in process.cmdline()))
+
+
+@contextlib.contextmanager
+def disk_full(process: psutil.Process) -> Iterator[None]:
+    """For a process: it can make no file longer."""
+    soft, hard = process.rlimit(psutil.RLIMIT_FSIZE)
+    process.rlimit(psutil.RLIMIT_FSIZE, (0, hard))
+    try:
+        yield
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.rlimit(psutil.RLIMIT_FSIZE, (soft, hard))

@@ -122,7 +122,7 @@ def test_a_coordinator_that_decides_nothing_says_why() -> None:
     job.undecided = "database or disk is full"
     assert job.value("everstep_coordinator_decides") == 0
     first, *rest = concerns(job.observer.view())
-    assert first == "nothing can be decided, training goes on: database or disk is full"
+    assert first == "nothing can be decided: database or disk is full"
     assert not any("no step was committed" in line for line in rest), "that is not known here"
 
 
