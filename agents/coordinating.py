@@ -23,6 +23,7 @@ from ..elastic.progress import COORDINATOR
 from ..elastic.protocol.state import Config
 from .coordinator import Coordinator, NoSuchAddress, PortTaken
 from .etcd import EtcdStore, JobOver, is_etcd
+from .eventlog import harmless
 from .observer import Observer
 from .pages import AddressTaken, PageServer
 from .store import SqliteStore, Store, StoreError, Superseded
@@ -93,13 +94,13 @@ async def _serve(task: Task, security: Security, on_ready: Callable[[int], None]
     events = Path(task.events) if task.events else None
     coordinator = Coordinator(task.job, task.config, security, events=events)
     observer = Observer(task.job, lambda: coordinator.state, coordinator.now, undecided=lambda: coordinator.undecided)
-    coordinator.listeners.record.append(observer.heard)
-    coordinator.listeners.heartbeats.append(observer.heartbeat)
-    coordinator.listeners.telemetry.append(observer.told)
+    coordinator.listeners.record.append(harmless(observer.heard))
+    coordinator.listeners.heartbeats.append(harmless(observer.heartbeat))
+    coordinator.listeners.telemetry.append(harmless(observer.told))
     coordinator.viewed = observer.view
-    coordinator.polls.append(observer.poll)
+    coordinator.polls.append(harmless(observer.poll))
     if task.log != "off":
-        coordinator.listeners.news.append(Narrator(task.log).heard)
+        coordinator.listeners.news.append(harmless(Narrator(task.log).heard))
     pages: PageServer | None = None
     store: Store | None = None
     over = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -11,8 +12,10 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
+P = ParamSpec("P")
+R = TypeVar("R")
 REMEMBERED_STEPS = 2000
 WAITING_LINES = 10_000  # kept for a file that cannot be written, the newest ones
 
@@ -27,6 +30,24 @@ class Listeners:
     news: list[Callable[[Mapping[str, Any]], None]] = field(default_factory=list)  # likewise, but not of old lines
     heartbeats: list[Callable[[int], None]] = field(default_factory=list)
     telemetry: list[Callable[[str, Any], None]] = field(default_factory=list)  # node, pb.Telemetry
+
+
+def harmless(listener: Callable[P, R]) -> Callable[P, R | None]:
+    """The same, but what it raises goes to the log, once, and no further: who only watches ends no job."""
+    told = False
+
+    @functools.wraps(listener)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> R | None:
+        nonlocal told
+        try:
+            return listener(*args, **kwargs)
+        except Exception:
+            if not told:
+                log.exception("watching failed, a bug of everstep; the job goes on")
+            told = True
+            return None
+
+    return guarded
 
 
 class EventLog:

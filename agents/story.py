@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import json
 import logging
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -75,7 +76,7 @@ def json_line(story: Story, unix_s: float, line: Line) -> str:
 
 def seconds(value: float | None) -> str:
     """A time for people: `12 ms`, `3.4 s`, `5 min 12 s`, `3 h 5 min`, `2 d 4 h`."""
-    if value is None or value != value:
+    if value is None or not math.isfinite(value):
         return "-"
     if value < 0.0995:
         return f"{value * 1e3:.1f} ms" if value < 0.00995 else f"{value * 1e3:.0f} ms"

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from everstep.agents.eventlog import WAITING_LINES, EventLog, Listeners, newest_number
+from everstep.agents.eventlog import WAITING_LINES, EventLog, Listeners, harmless, newest_number
 
 # Run with a file's name: no file may be larger than 1000 bytes, for a while.
 FULL = """
@@ -71,6 +71,18 @@ def test_what_waits_is_bounded(tmp_path: Path) -> None:
     path.parent.mkdir()
     log.add([line(-1)])
     assert numbers(path) == [*range(11, WAITING_LINES + 10), -1]
+
+
+def test_a_listener_that_fails_disturbs_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    def fails(line: object) -> None:
+        raise KeyError("a field of another version")
+
+    heard: list[object] = []
+    log = EventLog(None, Listeners(record=[harmless(fails), heard.append], news=[harmless(fails)]))
+    for number in range(3):
+        log.add([line(number)])
+    assert len(heard) == 3
+    assert len(caplog.records) == 2, "once each"
 
 
 def test_who_takes_over_goes_on_where_the_file_ends(tmp_path: Path) -> None:

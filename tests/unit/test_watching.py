@@ -240,6 +240,7 @@ def test_the_log_has_one_form(capsys: pytest.CaptureFixture[str], monkeypatch: p
     ("value", "said"),
     [
         (None, "-"),
+        (float("inf"), "-"),
         (0.0012, "1.2 ms"),
         (0.05, "50 ms"),
         (0.5, "0.50 s"),
