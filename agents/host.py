@@ -40,9 +40,9 @@ class HostReader:
         with contextlib.suppress(OSError):
             shm = psutil.disk_usage(SHM)
             reading.shm_used_bytes, reading.shm_bytes = shm.used, shm.total
-        for place, path in (("cwd", "."), ("tmp", tempfile.gettempdir())):
-            with contextlib.suppress(OSError):
-                usage = psutil.disk_usage(path)
+        for place, path in (("cwd", os.getcwd), ("tmp", tempfile.gettempdir)):
+            with contextlib.suppress(OSError):  # either may be gone; the latter is none where nothing can be written
+                usage = psutil.disk_usage(path())
                 reading.disks.append(pb.DiskReading(place=place, used_bytes=usage.used, total_bytes=usage.total))
         if keeper is not None:
             reading.keeper_bytes = keeper["bytes"] + keeper["parity_bytes"]
