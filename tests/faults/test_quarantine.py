@@ -16,7 +16,7 @@ from tests.jobs import finish, slowly, wait_until
 from tests.jobs.cluster import Cluster
 from tests.jobs.hosts import Hosts
 
-STEPS = 90
+STEPS = 200
 
 
 class Watched(Cluster):

@@ -119,7 +119,7 @@ def test_a_hundred_faults_of_all_kinds(tmp_path: Path) -> None:
     """Worker and node, kill and stop and cable, while training goes on; the bytes are those of a quiet run."""
     with Hosts(4) as hosts:
         hosts.require("partition")
-        job = Cluster(hosts, tmp_path, steps=500, flags=["--es-hang-timeout=1"], global_batch_size=8)
+        job = Cluster(hosts, tmp_path, steps=700, flags=["--es-hang-timeout=1"], global_batch_size=8)
         job.start()
         soak = Soak(job, seed=1)
         soak.run()
