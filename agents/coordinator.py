@@ -192,25 +192,22 @@ class Coordinator:
 
 
 def _reserve(host: str, port: int) -> tuple[socket.socket, socket.socket]:
-    """A TCP and a UDP socket by one number. Raises PortTaken and NoSuchAddress."""
+    """A TCP and a UDP socket by one number. Raises PortTaken and NoSuchAddress.
+
+    UDP first: who has that holds it, and nobody else tries TCP, which has to be let go for a moment until gRPC listens.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    for _ in range(100):
-        try:
-            tcp = socket.create_server((host, port), family=family)
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                break
-            why = (error.strerror or str(error)).partition(" (while ")[0]  # which repeats the address
-            raise NoSuchAddress(f"cannot listen at {host}:{port}: {why}") from None
+    for _ in range(1 if port else 100):
         udp = socket.socket(family, socket.SOCK_DGRAM)
         try:
-            udp.bind((host, tcp.getsockname()[1]))
-        except OSError:
-            tcp.close()
+            udp.bind((host, port))
+            tcp = socket.create_server((host, udp.getsockname()[1]), family=family)
+        except OSError as error:
             udp.close()
-            if port:
-                break
-            continue
+            if error.errno == errno.EADDRINUSE:
+                continue
+            why = (error.strerror or str(error)).partition(" (while ")[0]  # which repeats the address
+            raise NoSuchAddress(f"cannot listen at {host}:{port}: {why}") from None
         udp.setblocking(False)
         udp.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVED_BYTES)
         return tcp, udp
