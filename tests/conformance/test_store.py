@@ -17,7 +17,7 @@ from everstep.agents.store import SqliteStore, Store, StoreError, Superseded
 from everstep.comms.process import die_with_parent
 from everstep.comms.security import Security
 
-from tests.jobs.watched import free_ports
+from tests.jobs.ports import free_ports
 
 Opener = Callable[[], Store]
 

@@ -19,7 +19,7 @@ from everstep.comms.process import die_with_parent
 from tests.jobs import HANG_S, JOBS, assert_same_run, finish, launch, read_result, reference, run_job, wait_until
 from tests.jobs.cluster import Cluster
 from tests.jobs.hosts import COORDINATOR, Hosts
-from tests.jobs.watched import free_ports
+from tests.jobs.ports import free_ports
 
 STEPS = 40
 MOST_DEATHS = 60

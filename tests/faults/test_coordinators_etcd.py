@@ -22,7 +22,7 @@ from everstep.comms.security import Security
 
 from tests.jobs import JOBS, Result, assert_same_run, finish, launch, read_result, reference, wait_until
 from tests.jobs.object_store import Line
-from tests.jobs.watched import free_ports
+from tests.jobs.ports import free_ports
 
 STEPS = 60
 AWAY_S = 2.0  # etcd, in which nothing can be decided: less than a lease lasts

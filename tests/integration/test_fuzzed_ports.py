@@ -32,8 +32,8 @@ from everstep.comms.security import Security, digest_of
 from everstep.elastic.progress import COORDINATOR
 
 from tests.jobs import JOBS, assert_same_run, finish, launch, read_result, reference, wait_until
+from tests.jobs.ports import free_ports
 from tests.jobs.processes import each, named, saying
-from tests.jobs.watched import free_ports
 
 INPUTS = 10_000  # a port
 STEPS = 80

@@ -13,6 +13,7 @@ from everstep.elastic.errors import UsageError
 from everstep.elastic.settings import Settings, resolve
 
 from tests.jobs import JOBS, PROTECTION, Ended, command, everstep
+from tests.jobs.ports import free_port
 
 SCRIPT = str(JOBS / "bad_job.py")
 
@@ -126,13 +127,8 @@ LINES = {
 }
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
-
-
 def test_command_lines() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken, ThreadPoolExecutor(3) as pool:
+    with socket.create_server(("127.0.0.1", free_port())) as taken, ThreadPoolExecutor(3) as pool:
 
         def run(line: str) -> Ended:
             for name, value in (

@@ -31,9 +31,8 @@ from tests.jobs import (
     slowly,
     wait_until,
 )
+from tests.jobs.ports import free_port
 from tests.jobs.processes import named, saying
-
-from .test_mistakes import free_port
 
 
 @dataclass

@@ -16,8 +16,8 @@ from everstep.agents.certs import make
 from everstep.comms.security import NAME, Security, SecurityError, is_loopback
 
 from tests.jobs import JOBS, Result, assert_same_run, everstep, finish, launch, read_result, reference, wait_until
+from tests.jobs.ports import free_ports
 from tests.jobs.processes import each
-from tests.jobs.watched import free_ports
 
 STEPS = 14
 LOOPBACK = "127.0.0.1"

@@ -16,8 +16,7 @@ from everstep.agents.environment import virtual_rank
 from torch.distributed.run import get_args_parser
 
 from tests.jobs import JOBS, finish, launch, wait_until
-
-from .test_mistakes import free_port
+from tests.jobs.ports import free_port
 
 ROOT = JOBS.parent.parent
 ENVIRONMENT = JOBS / "environment_job.py"

@@ -32,8 +32,9 @@ from everstep.elastic.telemetry import Spent
 
 from tests.jobs import JOBS, everstep, launch, wait_until
 from tests.jobs.browser import browser, needs_chromium
+from tests.jobs.ports import free_ports
 from tests.jobs.processes import disk_full, named
-from tests.jobs.watched import CONFIGURATIONS, Prometheus, free_ports, needs_prometheus
+from tests.jobs.watched import CONFIGURATIONS, Prometheus, needs_prometheus
 
 STEPS = 100_000  # more than there is time for
 

@@ -16,6 +16,8 @@ from everstep.comms.process import die_with_parent
 
 from tests.jobs import wait_until
 
+from .ports import free_port
+
 BUCKET = "checkpoints"
 
 
@@ -82,8 +84,7 @@ class Line:
 @contextlib.contextmanager
 def object_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Line]:
     """An S3 server with an empty bucket; the environment leads s3:// to it, over the line."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     server = subprocess.Popen(
         [sys.executable, "-W", "ignore", "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
         stdout=subprocess.DEVNULL,

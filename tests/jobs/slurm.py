@@ -18,6 +18,8 @@ from everstep.comms.process import die_with_parent
 
 from tests.jobs import wait_until
 
+from .ports import free_ports
+
 TOOLS = {"slurmctld": "slurmctld", "slurmd": "slurmd", "munged": "munge", "sbatch": "slurm-client"}
 _CONF = """\
 ClusterName=test
@@ -65,8 +67,10 @@ class Slurm:
     def __enter__(self) -> Slurm:
         folder, host = self.folder, socket.gethostname()
         (folder / "state").mkdir()
-        lines = [f"NodeName={n} NodeHostname={host} NodeAddr=127.0.0.1 Port={_port()} CPUs=1" for n in self.names]
-        conf = _CONF.format(host=host, port=_port(), folder=folder, nodes="\n".join(lines))
+        ours, *ports = free_ports(1 + len(self.names))
+        named = zip(self.names, ports, strict=True)
+        lines = [f"NodeName={n} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=1" for n, port in named]
+        conf = _CONF.format(host=host, port=ours, folder=folder, nodes="\n".join(lines))
         (folder / "slurm.conf").write_text(conf)
         key = folder / "munge.key"
         key.write_bytes(os.urandom(128))
@@ -140,9 +144,3 @@ class Slurm:
 
 
 _PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
-
-
-def _port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port: int = free.getsockname()[1]
-        return port

@@ -25,6 +25,7 @@ from everstep.elastic.progress import COORDINATOR
 
 from deploy.prometheus.generate import Speed, rules
 from tests.jobs import JOBS, launch, slowly, wait_until
+from tests.jobs.ports import free_ports
 from tests.jobs.processes import disk_full, named
 
 PROMETHEUS = shutil.which("prometheus")
@@ -257,10 +258,3 @@ def answers(address: str) -> bool:
     with contextlib.suppress(OSError), socket.create_connection((host, int(port)), timeout=1):
         return True
     return False
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports of loopback that nobody listens on."""
-    with contextlib.ExitStack() as stack:
-        listeners = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [listener.getsockname()[1] for listener in listeners]

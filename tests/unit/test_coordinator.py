@@ -46,9 +46,9 @@ def test_one_of_two_gets_the_address() -> None:
 def test_addresses_that_cannot_be_had() -> None:
     with socket.create_server(("127.0.0.1", free_port())) as taken, pytest.raises(PortTaken):
         _reserve("127.0.0.1", taken.getsockname()[1])
-    with pytest.raises(NoSuchAddress, match="cannot listen at 192.0.2.1:1234: Cannot assign requested address"):
+    with pytest.raises(NoSuchAddress, match=r"^cannot listen at 192\.0\.2\.1:1234: Cannot assign requested address$"):
         _reserve("192.0.2.1", 1234)
-    with pytest.raises(NoSuchAddress, match="no.such.host.invalid"):
+    with pytest.raises(NoSuchAddress, match=r"no\.such\.host"):
         _reserve("no.such.host.invalid", 1234)
     tcp, udp = _reserve("127.0.0.1", 0)
     with tcp, udp:
