@@ -42,6 +42,8 @@ SNAPSHOT_COMMITS = 200
 HISTORY_S = 300.0  # of etcd, which others may still read or watch
 DEFAULT_PORT = 2379
 
+log = logging.getLogger("everstep.coordinator")
+
 
 def _library() -> tuple[Any, type[Exception]]:
     """The client of the optional library, and the root of its errors. Raises ImportError."""
@@ -115,7 +117,7 @@ class EtcdStore:
         self._rows: dict[str, bytes] = {}
         self._revision = 0  # etcd's, as of the last transaction
         self._revisions: deque[tuple[float, int]] = deque()  # when it was what; not compacted yet
-        self._compacts = True
+        self._uncompacted = False  # the last try failed, and it was said
         self._stand(on_waiting, stood_by)
         self._keeping = threading.Thread(target=self._renew, name="everstep-lease", daemon=True)
         self._keeping.start()
@@ -256,15 +258,19 @@ class EtcdStore:
         self._revisions.append((now, self._revision))
         while self._revisions and now - self._revisions[0][0] >= HISTORY_S:
             revision = self._revisions.popleft()[1]
-        if not revision or not self._compacts:
+        if not revision:
             return
         try:
             self._etcd.ask(lambda client: client.post(client.get_url("/kv/compaction"), json={"revision": revision}))
         except StoreError as error:
-            if "has been compacted" not in str(error):  # by another one
-                self._compacts = False
-                hint = "it grows without end unless etcd runs with --auto-compaction-retention"
-                logging.warning("etcd does not compact its history: %s (%s)", hint, error)
+            if "has been compacted" in str(error):  # by another one
+                return
+            if not self._uncompacted:
+                hint = "tried again; if it never does, it needs --auto-compaction-retention"
+                log.warning("etcd does not compact its history, which grows: %s (%s)", error, hint)
+            self._uncompacted = True
+        else:
+            self._uncompacted = False
 
     def _read(self, place: str) -> dict[str, bytes | None]:
         found = self._etcd.ask(lambda client: client.get_prefix(self._key(place), sort_order="ascend"))

@@ -19,7 +19,7 @@ R = TypeVar("R")
 REMEMBERED_STEPS = 2000
 WAITING_LINES = 10_000  # kept for a file that cannot be written, the newest ones
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("everstep.coordinator")
 
 
 @dataclass

@@ -96,7 +96,9 @@ def test_many_and_large(opener: Opener, monkeypatch: pytest.MonkeyPatch) -> None
     again.close(forget=True)
 
 
-def test_history_of_etcd_is_compacted(cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_history_of_etcd_is_compacted(
+    cluster: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """By whoever leads, but for what is young; that others did so already is no harm."""
     monkeypatch.setattr(etcd, "SNAPSHOT_COMMITS", 5)
     store = EtcdStore(cluster, "history", Security(), lambda why: None, stood_by=False)
@@ -128,8 +130,19 @@ def test_history_of_etcd_is_compacted(cluster: str, monkeypatch: pytest.MonkeyPa
     commit(10)  # remembers revisions, of which the first is compacted already
     monkeypatch.setattr(etcd, "HISTORY_S", 0.0)
     young = commit(1)
+    ask = store._etcd.ask
+
+    def away(request: object) -> None:
+        raise StoreError("no member of etcd answers")
+
+    monkeypatch.setattr(store._etcd, "ask", away)
+    for _ in range(2):
+        store._compact_history()
+    assert [record.levelname for record in caplog.records] == ["WARNING"], "once"
+    monkeypatch.setattr(store._etcd, "ask", ask)
+    assert not compacted(young)
     commit(10)
-    assert compacted(young)
+    assert compacted(young), "it was tried again"
     assert store.load() == {"row": b"9"}
     store.close(forget=True)
 
