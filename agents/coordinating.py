@@ -22,7 +22,7 @@ from ..comms.security import Security, SecurityError
 from ..elastic.progress import COORDINATOR
 from ..elastic.protocol.state import Config
 from .coordinator import Coordinator, NoSuchAddress, PortTaken
-from .etcd import EtcdStore, JobOver, is_etcd
+from .etcd import EtcdStore, JobOver, is_etcd, reach
 from .eventlog import harmless
 from .observer import Observer
 from .pages import AddressTaken, PageServer
@@ -110,6 +110,8 @@ async def _serve(task: Task, security: Security, on_ready: Callable[[int], None]
             pages = PageServer(task.metrics, routes(observer), security)
             print(f"everstep: the job can be watched: {pages.url} (metrics: /metrics)", file=sys.stderr, flush=True)
         if is_etcd(task.store):
+            if not task.stood_by:
+                await asyncio.to_thread(reach, task.store, security)  # or whoever started this is told why not
             on_ready(port)
             store = await _elected(task, security, coordinator)
         else:

@@ -20,6 +20,7 @@ import base64
 import contextlib
 import json
 import logging
+import re
 import threading
 import time
 import uuid
@@ -94,6 +95,11 @@ class Endpoints:
             else:
                 return answer
         raise StoreError(f"{self._url}: no member of etcd answers as it should ({why})")
+
+
+def reach(url: str, security: Security) -> None:
+    """See that etcd is there. Raises StoreError."""
+    Endpoints(url, security).ask(lambda client: client.status())
 
 
 class EtcdStore:
@@ -308,6 +314,8 @@ class JobOver(Exception):
 def _why(error: Exception) -> str:
     """What etcd says in the body of its answer says more than its status."""
     text = str(getattr(error, "detail_text", None) or error) or type(error).__name__
+    if system := re.search(r"\[Errno \d+\] ([^'\")]+)", text):  # at the end of a long chain of causes
+        return system[1]
     with contextlib.suppress(ValueError, TypeError, KeyError):
         text = str(json.loads(text)["message"])
     return text[:200]

@@ -116,6 +116,8 @@ LINES = {
     ),
     "--nnodes=2 --rdzv-endpoint=127.0.0.1:FREE --rdzv-conf=is_host=0,join_timeout=1 SCRIPT": "no coordinator answers",
     "--nnodes=two SCRIPT": "--nnodes",
+    "--es-store=etcd://127.0.0.1:FREE SCRIPT": "no member of etcd answers as it should (Connection refused)",
+    "--es-store=etcd:// SCRIPT": "--es-store must be etcd://HOST:PORT",
     "--nproc-per-node=many SCRIPT": "many",
     "--es-events=/no/such/folder/events SCRIPT": "--es-events /no/such/folder/events: No such file or directory",
     "--es-protection=nonsense SCRIPT": "one of parity, replay, replicate, none, got 'nonsense' (rank 0)",
