@@ -68,9 +68,10 @@ METRICS: dict[str, Any] = {
 
 WATCHED = "serve the job's web page (/) and its Prometheus metrics (/metrics) there"
 LOG: dict[str, Any] = {
-    "default": "off",
+    "default": "warnings",
     "choices": LOGS,
-    "help": "a line on standard error for each event of importance, from the node that has the coordinator",
+    "help": "lines on standard error, from the node that has the coordinator: warnings and alarms, or every event of "
+    "importance as text or JSON",
 }
 
 

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
+from ..elastic.notices import Shown
 from .series import PHASES
 
 FIELDS = ("rank", "ranks", "step", "generation", "node", "host")  # of every line, where they mean something
-LOGS = ("text", "json", "off")
+LOGS = ("warnings", "text", "json", "off")
 Line = Mapping[str, Any]
 
 
@@ -135,15 +136,24 @@ class Narrator:
     def __init__(self, kind: str, offset_s: float = 0.0) -> None:
         """`offset_s`: what to add to the event log's clock for the world's; 0: of this process's clocks, now."""
         self._as_json = kind == "json"
+        self._least = Grade.WARNING if kind == "warnings" else Grade.NEWS
+        self._shown = Shown()
         self._offset_s = offset_s or time.time() - time.monotonic()
         self._log = logging.getLogger("everstep.story")
 
     def heard(self, line: Line) -> None:
         story = tell(line)
-        if story is not None:
+        if story is not None and self._wanted(story, line):
             unix_s = story.at_s + self._offset_s
             text = json_line(story, unix_s, line) if self._as_json else text_line(story, unix_s)
             self._log.log(int(story.grade), "%s", text)
+
+    def _wanted(self, story: Story, line: Line) -> bool:
+        if story.event == "warning":  # each rank may say the same
+            return self._shown.first(line.get("notice", ""), story.text)
+        if story.event == "ended" and self._least > Grade.NEWS:
+            return False  # the launcher says how the job ended
+        return story.grade >= self._least
 
 
 class _Lines(logging.Formatter):
@@ -171,7 +181,7 @@ def set_up_log(kind: str) -> None:
     for former in list(root.handlers):
         root.removeHandler(former)
     root.addHandler(handler)
-    root.setLevel(logging.INFO)
+    root.setLevel(logging.WARNING if kind == "warnings" else logging.INFO)
 
 
 # ---------------------------------------------------------------- words
@@ -283,5 +293,6 @@ _WORDS: dict[str, tuple[Grade, Callable[[Line], str]]] = {
         Grade.WARNING,
         lambda x: f"a coordinator took over; awaited: {count_text(len(x['nodes']), 'node')}",
     ),
+    "warning": (Grade.WARNING, lambda x: f"{x['text']} [{x['notice']}]"),
     "abandoned": (Grade.ALARM, lambda x: f"no node has come back: the job begins anew, after step {x['step']}"),
 }

@@ -18,6 +18,7 @@ from ..resharding.placement import Placement
 from ..resharding.plan import Plan, Report, plan_resume, plan_start
 from ..resharding.planners import initial_layout
 from .errors import JobEnded, UsageError
+from .notices import Shown
 from .protocol.events import Job, Saved
 
 
@@ -83,6 +84,7 @@ class Solo(Membership):
         self._orders: Orders | None = None
         self._saved: list[Saved] = []  # the checkpoints that may be gone on from, newest first
         self._older = False  # whether one that is damaged may be passed over
+        self._shown = Shown()
 
     def declare(self) -> None:
         pass
@@ -128,6 +130,10 @@ class Solo(Membership):
             self.on_abort()
         elif kind == "noted" and fields["what"] == "checkpoint_failed":
             print(f"everstep: a checkpoint could not be saved: {fields['fields']['why']}", file=sys.stderr, flush=True)
+        elif kind == "noted" and fields["what"] == "warning":
+            notice, text = fields["fields"]["notice"], fields["fields"]["text"]
+            if self._shown.first(notice, text):
+                print(f"everstep: warning: {text} [{notice}]", file=sys.stderr, flush=True)
 
     def wait_for_end(self, on_wait: Callable[[], None]) -> bool:
         return True

@@ -1,0 +1,48 @@
+"""Warnings of the runtime: one catalogue, one way to say them.
+
+A warning is shown on standard error (by the log of the coordinator, or by the script itself when it runs alone), is a
+line of the event log, and is shown once per text. What each means and what to do is in docs/troubleshooting.md, which
+a test compares with this catalogue.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Any, Protocol
+
+
+class Notice(enum.StrEnum):
+    """What a warning is about. The value is its name in the event log and in docs/troubleshooting.md."""
+
+    SETTING_IGNORED = "setting-ignored"  # something the script asks for has no effect here
+
+
+class Channel(Protocol):
+    """The worker's way to the coordinator, or, when the script runs alone, to standard error."""
+
+    def tell(self, kind: str, **fields: Any) -> None: ...
+
+
+def warn(channel: Channel, notice: Notice, text: str, **fields: Any) -> None:
+    """Warn the user. `text` says what, where, and what to do; `fields` (rank, step) go into the event log.
+
+    A worker warns for itself; the log shows equal texts of several ranks once.
+    """
+    channel.tell("noted", what="warning", fields={"notice": str(notice), "text": text, **fields})
+
+
+class Shown:
+    """Which warnings have been shown: each text once, and no more texts than a person can read."""
+
+    LIMIT = 1000
+
+    def __init__(self) -> None:
+        self._texts: set[tuple[str, str]] = set()
+
+    def first(self, notice: str, text: str) -> bool:
+        """Whether this warning is shown for the first time."""
+        key = (notice, text)
+        if key in self._texts or len(self._texts) >= self.LIMIT:
+            return False
+        self._texts.add(key)
+        return True
