@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import grpc
 
+from ..comms import addresses
 from ..comms import everstep_pb2 as pb
 from ..comms.rpc import channel_to, stub
 from ..comms.security import CERTIFICATES, Security
@@ -28,11 +29,12 @@ class Endpoints:
     """HOST:PORT[,HOST:PORT...] of a job's coordinators, of which one leads. Raises NoAnswer for what is no address."""
 
     def __init__(self, text: str, security: Security, timeout_s: float = TIMEOUT_S) -> None:
-        self.addresses = [one.strip() for one in text.split(",")]
-        for address in self.addresses:
-            host, _, port = address.rpartition(":")
-            if not host or not port.isdigit() or not 0 < int(port) < 65536:
-                raise NoAnswer(f"{address!r} is no HOST:PORT", away=False)
+        try:
+            self.addresses = [str(addresses.parse(one.strip())) for one in text.split(",")]
+        except addresses.BadAddress as error:
+            raise NoAnswer(str(error), away=False) from None
+        if any(addresses.parse(address).port == 0 for address in self.addresses):
+            raise NoAnswer(f"{text!r} is no HOST:PORT: 0 is no port", away=False)
         self.leader = ""  # that answered last
         self._security = security
         self._timeout_s = timeout_s

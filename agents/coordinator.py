@@ -13,6 +13,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..comms import addresses
 from ..comms import everstep_pb2 as pb
 from ..comms.rpc import Server, Session
 from ..comms.security import Security
@@ -86,9 +87,8 @@ class Coordinator:
         tcp, self._udp = _reserve(host, port)
         port = tcp.getsockname()[1]
         tcp.close()  # gRPC would log a line of its own if it were taken
-        shown = f"[{host}]" if ":" in host else host
-        if not await self._server.start(f"{shown}:{port}"):
-            raise PortTaken(f"{host}:{port}")
+        if not await self._server.start(addresses.join(host, port)):
+            raise PortTaken(addresses.join(host, port))
         await self._server.tell_health(leads=False)
         return port
 
@@ -196,19 +196,22 @@ def _reserve(host: str, port: int) -> tuple[socket.socket, socket.socket]:
 
     UDP first: who has that holds it, and nobody else tries TCP, which has to be let go for a moment until gRPC listens.
     """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    at = addresses.join(host, port)
     for _ in range(1 if port else 100):
-        udp = socket.socket(family, socket.SOCK_DGRAM)
+        udp: socket.socket | None = None
         try:
-            udp.bind((host, port))
-            tcp = socket.create_server((host, udp.getsockname()[1]), family=family)
+            family, place = addresses.resolve(host, port, socket.SOCK_DGRAM)
+            udp = socket.socket(family, socket.SOCK_DGRAM)
+            udp.bind(place)
+            tcp = addresses.listen(host, udp.getsockname()[1])
         except OSError as error:
-            udp.close()
+            if udp is not None:
+                udp.close()
             if error.errno == errno.EADDRINUSE:
                 continue
             why = (error.strerror or str(error)).partition(" (while ")[0]  # which repeats the address
-            raise NoSuchAddress(f"cannot listen at {host}:{port}: {why}") from None
+            raise NoSuchAddress(f"cannot listen at {at}: {why}") from None
         udp.setblocking(False)
         udp.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVED_BYTES)
         return tcp, udp
-    raise PortTaken(f"{host}:{port}")
+    raise PortTaken(at)

@@ -29,6 +29,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from ..comms import addresses
 from ..comms.security import FILES, Security
 from .store import StoreError, Superseded
 
@@ -77,10 +78,12 @@ class Endpoints:
             options |= {"protocol": "https", "ca_cert": authority, "cert_cert": certificate, "cert_key": key}
         self._clients = []
         for place in places.rstrip("/").split(","):
-            host, _, port = place.partition(":")
-            if not host or not (port or "0").isdigit():
-                raise StoreError(f"--es-store must be etcd://HOST:PORT[,HOST:PORT...], got {url!r}")
-            self._clients.append(client(host=host, port=int(port or DEFAULT_PORT), **options))
+            try:
+                host, port = addresses.parse(place, port=DEFAULT_PORT)
+            except addresses.BadAddress:
+                raise StoreError(f"--es-store must be etcd://HOST:PORT[,HOST:PORT...], got {url!r}") from None
+            shown = f"[{host}]" if ":" in host else host  # it becomes part of a URL
+            self._clients.append(client(host=shown, port=port, **options))
         self._url = url
 
     def ask(self, request: Callable[[Any], Any]) -> Any:

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from ..comms import addresses as hosts
 from ..comms.attach import Attachment, Unreachable
-from ..comms.rpc import address_towards
 from ..comms.security import TRUST, Security, SecurityError, explain_unreachable
 from ..elastic.protocol.state import Config
 from .command import (
@@ -43,6 +43,7 @@ from .node import AgentError, NodeAgent, NodeConfig, Outcome
 from .pages import AddressTaken
 from .preloader import Preloader
 
+LOOPBACK = hosts.Address("127.0.0.1", 0)
 CONNECT_TIMEOUT_S = 60.0  # torchrun waits as long for its store
 REJOIN_S = 60.0
 
@@ -127,12 +128,13 @@ def _coordinate(
     command: Command, job: str, security: Security, stack: contextlib.ExitStack
 ) -> tuple[list[str], CoordinatorProcess | None]:
     """The coordinators' addresses; starts one here if this is a node to have one."""
-    endpoints = [_endpoint(one) for one in command.endpoint.split(",")] if command.endpoint else [("127.0.0.1", 0)]
-    addresses = [f"{host}:{port}" for host, port in endpoints]
+    endpoints = [_endpoint(one) for one in command.endpoint.split(",")] if command.endpoint else [LOOPBACK]
     here = _is_host(command)
-    host, port = next(((host, port) for host, port in endpoints if _is_local(host)), endpoints[0] if here else ("", 0))
-    if not host or here is False:
-        return addresses, None
+    own = next((one for one in endpoints if hosts.is_own(one.host)), endpoints[0] if here else None)
+    if own is None or here is False:
+        return [str(one) for one in endpoints], None
+    at = _reachable(command, security, own)
+    endpoints = [at if one == own else one for one in endpoints]
     if len(endpoints) > 1 and not is_etcd(command.own.es_store):
         raise LaunchError(
             f"--rdzv-endpoint names {len(endpoints)} coordinators, which can only stand by for one another with a "
@@ -156,8 +158,8 @@ def _coordinate(
     task = Task(
         job=job,
         config=config,
-        host=host,
-        port=port,
+        host=at.host,
+        port=at.port,
         store=store,
         events=command.own.es_events or "",
         metrics=command.own.es_coordinator_metrics,
@@ -167,12 +169,12 @@ def _coordinate(
         coordinator = CoordinatorProcess(task, security)
     except CoordinatorFailed as error:
         if error.taken and (here or (command.torch.max_nodes == 1 and len(endpoints) == 1)):
-            raise LaunchError(f"{host}:{port} is in use: choose another port in --rdzv-endpoint") from None
+            raise LaunchError(f"{at} is in use: choose another port in --rdzv-endpoint") from None
         if error.taken:
-            return addresses, None  # another node on this host was first
+            return [str(one) for one in endpoints], None  # another node on this host was first
         raise LaunchError(str(error)) from None
     stack.callback(coordinator.close)
-    return [f"{host}:{coordinator.port}" if port == 0 else address for address in addresses], coordinator
+    return [str(one if one.port else one._replace(port=coordinator.port)) for one in endpoints], coordinator
 
 
 def _is_host(command: Command) -> bool | None:
@@ -205,22 +207,45 @@ def _open_events(path: str) -> TextIO:
         raise LaunchError(f"--es-events {path}: {error.strerror}") from None
 
 
-def _endpoint(endpoint: str) -> tuple[str, int]:
-    host, separator, port = endpoint.rpartition(":")
-    if not separator:
-        host, port = endpoint, str(DEFAULT_PORT)
-    if not host or not port.isdigit() or int(port) > 65535:
-        raise LaunchError(f"--rdzv-endpoint must be HOST:PORT, got {endpoint!r}")
-    return host, int(port)
-
-
-def _is_local(host: str) -> bool:
-    """Whether an address is this machine's: something can be bound to it."""
+def _endpoint(endpoint: str, flag: str = "--rdzv-endpoint") -> hosts.Address:
     try:
-        with socket.create_server((socket.gethostbyname(host), 0)):
-            return True
-    except OSError:
-        return False
+        return hosts.parse(endpoint.strip(), port=DEFAULT_PORT)
+    except hosts.BadAddress:
+        hint = " (an IPv6 address in brackets: [::1]:29400)" if endpoint.count(":") > 1 else ""
+        raise LaunchError(f"{flag} must be HOST:PORT, got {endpoint!r}{hint}") from None
+
+
+def _reachable(command: Command, security: Security, endpoint: hosts.Address) -> hosts.Address:
+    """An endpoint as nodes on other hosts reach it, where its name is a loopback address on this one.
+
+    Debian's /etc/hosts has 127.0.1.1 for the host's own name, which elsewhere stands for its real address.
+    """
+    host = endpoint.host
+    alone = command.torch.max_nodes == 1 or hosts.is_literal(host) or host == "localhost"
+    if alone or host.startswith("localhost.") or not hosts.is_loopback(host):
+        return endpoint
+    _, place = hosts.resolve(*endpoint)
+    found = hosts.outward()
+    if found:
+        with contextlib.suppress(SecurityError):
+            security.check_bind(found)
+            print(
+                f"everstep: warning: {host} is {place[0]} on this host, which others do not reach: the coordinator "
+                f"listens at {found} (give that address in --rdzv-endpoint, or mend /etc/hosts)",
+                file=sys.stderr,
+            )
+            return hosts.Address(found, endpoint.port)
+    print(
+        f"everstep: warning: {host} is {place[0]} on this host, where nodes on other hosts do not reach the "
+        "coordinator: give an address of this host in --rdzv-endpoint",
+        file=sys.stderr,
+    )
+    return endpoint
+
+
+def _own_address(chosen: str | None, coordinator: str) -> str:
+    """Where this node can be reached: as the user says, or on the way to the coordinator."""
+    return hosts.unbracketed(chosen) if chosen else hosts.towards(*hosts.parse(coordinator))
 
 
 def _node_config(command: Command, job: str, address: str) -> NodeConfig:
@@ -240,7 +265,7 @@ def _node_config(command: Command, job: str, address: str) -> NodeConfig:
     return NodeConfig(
         job=job,
         node=f"{socket.gethostname()}-{os.getpid()}",
-        host=torch.local_addr or address_towards(address),
+        host=_own_address(torch.local_addr, address),
         slots=torch.nproc_per_node,
         order=command.node_rank if torch.rdzv_backend == "static" else -1,
         program=command.program,
@@ -308,7 +333,7 @@ def coordinate(arguments: Sequence[str]) -> int:
     own = parse.parse_args(list(arguments))
     logging.basicConfig(format="everstep: %(message)s", level=logging.INFO)
     try:
-        host, port = _endpoint(own.bind)
+        host, port = _endpoint(own.bind, "--bind")
         low, high = node_range(own.nnodes)
         config = Config(
             min_nodes=low,
@@ -334,7 +359,7 @@ def coordinate(arguments: Sequence[str]) -> int:
         )
 
         def serves(port: int) -> None:
-            print(f"coordinator of job {own.rdzv_id} at {host}:{port}", flush=True)
+            print(f"coordinator of job {own.rdzv_id} at {hosts.join(host, port)}", flush=True)
 
         return serve(task, Security.of(os.environ), serves)
     except CoordinatorFailed as error:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ..comms import addresses
 from ..comms import everstep_pb2 as pb
 from ..comms.attach import Aborted, Attachment, Broken
 from ..comms.process import exit_status, host_id
@@ -169,7 +170,9 @@ class NodeAgent:
     def _keeper_place(self) -> tuple[str, str] | None:
         """The keeper's address, and the token to speak with it."""
         keeper = self._keeper
-        return (f"{self.config.host}:{keeper.port}", self.token) if keeper is not None and self.token else None
+        return (
+            (addresses.join(self.config.host, keeper.port), self.token) if keeper is not None and self.token else None
+        )
 
     def _send(self, **body: Any) -> None:
         self.link.send(**body)
@@ -289,7 +292,7 @@ class NodeAgent:
             self._unfit, self._unfit_s = "; ".join(reasons), time.monotonic()
             self._send(unhealthy=pb.NodeUnhealthy(host=self.config.host, why=self._unfit, health=health))
             return
-        keeper = f"{self.config.host}:{self._obtain_keeper().port}"
+        keeper = addresses.join(self.config.host, self._obtain_keeper().port)
         config = self.config
         ready = pb.NodeReady(
             host=config.host,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import http.server
 import ipaddress
-import socket
 import socketserver
 import threading
 import urllib.parse
@@ -17,7 +16,8 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from ..comms.security import NAME, Security, SecurityError, is_loopback
+from ..comms import addresses
+from ..comms.security import NAME, Security, SecurityError
 
 CONNECTIONS = 64  # at a time
 REQUEST_TIMEOUT_S = 10.0  # of a client that says nothing
@@ -42,22 +42,21 @@ class PageServer:
     """
 
     def __init__(self, address: str, pages: Mapping[str, Callable[[], Page]], security: Security) -> None:
-        host, separator, port = address.rpartition(":")
-        host = host.strip("[]") or "127.0.0.1"
-        if not separator or not port.isdigit() or int(port) > 65535:
-            raise AddressTaken(f"{address!r} is no HOST:PORT")
-        served = {"pages": dict(pages), "security": security, "local": is_loopback(host)}
+        try:
+            host, port = addresses.parse(address, host="127.0.0.1")
+        except addresses.BadAddress as error:
+            raise AddressTaken(str(error)) from None
+        served = {"pages": dict(pages), "security": security, "local": addresses.is_loopback(host)}
         handler = type("Handler", (_Handler,), served)
         try:
             security.check_bind(host)
-            self._server = _Server((host, int(port)), handler)
+            self._server = _Server((host, port), handler)
         except SecurityError as error:
             raise AddressTaken(str(error)) from None
         except (OSError, OverflowError) as error:
             raise AddressTaken(f"{address}: {getattr(error, 'strerror', None) or error}") from None
         self._server.security = security
-        shown = f"[{host}]" if ":" in host else host
-        self.address = f"{shown}:{self._server.server_address[1]}"
+        self.address = addresses.join(host, self._server.server_address[1])
         self.url = f"http{'s' if security.encrypts else ''}://{self.address}"
         threading.Thread(target=self._server.serve_forever, args=(0.2,), name="everstep-pages", daemon=True).start()
 
@@ -74,9 +73,9 @@ class _Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
     security = Security()
 
     def __init__(self, address: tuple[str, int], handler: Any) -> None:
-        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        self.address_family, place = addresses.resolve(*address)
         self._room = threading.BoundedSemaphore(CONNECTIONS)
-        super().__init__(address, handler)
+        super().__init__(place, handler)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         if self._room.acquire(blocking=False):

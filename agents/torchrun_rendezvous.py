@@ -27,9 +27,10 @@ from torch.distributed.elastic.rendezvous.api import (
     RendezvousTimeoutError,
 )
 
+from ..comms import addresses
 from ..comms import rendezvous_pb2 as pb
 from ..comms.rendezvous_pb2_grpc import RendezvousServiceStub
-from ..comms.rpc import address_towards, channel_to
+from ..comms.rpc import channel_to
 from ..comms.security import Security, SecurityError, digest_of
 
 BACKEND = "everstep"
@@ -71,7 +72,7 @@ class EverstepRendezvous(RendezvousHandler):
             lost_after_s=self._interval_s * settings["keep_alive_max_attempt"],
             rank=-1,
         )
-        self._host = parameters.local_addr or address_towards(self._address)
+        self._host = parameters.local_addr or addresses.towards(*addresses.parse(self._address))
         self._store: Any = None
         self._answer = pb.MeetResponse()
         self._lock = threading.Lock()
@@ -217,9 +218,7 @@ def _settings(parameters: RendezvousParameters) -> dict[str, float]:
 
 
 def _endpoint(text: str) -> str:
-    host, separator, port = text.rpartition(":")
-    if not separator:
-        host, port = text, str(DEFAULT_PORT)
-    if not host or not port.isdigit():
-        raise ValueError(f"--rdzv-endpoint must be HOST:PORT of an `everstep coordinator`, got {text!r}")
-    return f"{host}:{port}"
+    try:
+        return str(addresses.parse(text, port=DEFAULT_PORT))
+    except addresses.BadAddress as error:
+        raise ValueError(f"--rdzv-endpoint must be HOST:PORT of an `everstep coordinator`: {error}") from None

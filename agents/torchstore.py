@@ -9,6 +9,8 @@ import socket
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from ..comms import addresses
+
 
 class TorchStores:
     """Stores that this node may have to serve: one for every attempt, as torchrun has; torch prefixes no keys by it.
@@ -23,8 +25,7 @@ class TorchStores:
 
     def reserve(self) -> int:
         """A port for one more, on this node's address only."""
-        family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
-        listener = socket.create_server((self._host, 0), family=family, backlog=2048)
+        listener = addresses.listen(self._host, 0, backlog=2048)
         port = int(listener.getsockname()[1])
         self._reserved[port] = listener
         return port

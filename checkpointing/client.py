@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from ..comms import addresses
 from ..comms.security import Security, own
 from .segment import Segment
 
@@ -39,12 +40,11 @@ class KeeperClient:
         on_wait: Callable[[], None] = lambda: None,
         security: Security | None = None,
     ) -> None:
-        host, _, port = address.rpartition(":")
         self.address = address
         self.closed = False
         self.on_wait = on_wait
         self._buffer = bytearray()
-        self._socket = _encrypted(_connect(host, int(port), on_wait), security or own())
+        self._socket = _encrypted(_connect(address, on_wait), security or own())
         self._send({"token": token})
 
     def _send(self, request: dict[str, Any]) -> None:
@@ -142,21 +142,21 @@ class KeeperClient:
         self._socket.close()
 
 
-def _connect(host: str, port: int, on_wait: Callable[[], None]) -> socket.socket:
+def _connect(address: str, on_wait: Callable[[], None]) -> socket.socket:
     deadline = time.monotonic() + CONNECT_S
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    family, place = addresses.resolve(*addresses.parse(address))
     connection = socket.socket(family, socket.SOCK_STREAM)
     try:
         connection.setblocking(False)
         with contextlib.suppress(BlockingIOError):
-            connection.connect((host, port))
+            connection.connect(place)
         while not select.select([], [connection], [], SLICE_S)[1]:
             on_wait()
             if time.monotonic() > deadline:
-                raise TimeoutError(f"no snapshot keeper answers at {host}:{port}")
+                raise TimeoutError(f"no snapshot keeper answers at {address}")
         error = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if error:
-            raise OSError(error, f"connecting to the snapshot keeper at {host}:{port}")
+            raise OSError(error, f"connecting to the snapshot keeper at {address}")
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     except BaseException:
         connection.close()

@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from ..comms import addresses
 from ..comms.security import Security, SecurityError, own
 from ..resharding.placement import Placement
 from .keeper import Keeper, Membership, Superseded
@@ -97,13 +98,12 @@ class KeeperServer:
         except OSError as error:
             raise OSError("name taken") from error
         self._unix.listen(64)
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._strangers = threading.BoundedSemaphore(STRANGERS)
         self._security = security or own()
         self._security.check_bind(host)
-        self._tcp = socket.create_server((host, port), family=family, backlog=1024)
+        self._tcp = addresses.listen(host, port, backlog=1024)
         self.port: int = self._tcp.getsockname()[1]
-        self.saver = Saver(f"{host}:{self.port}", token)
+        self.saver = Saver(addresses.join(host, self.port), token)
 
     def serve(self) -> None:
         """Accept until the process ends."""

@@ -21,7 +21,7 @@ from typing import Any
 
 import grpc
 
-from . import beats
+from . import addresses, beats
 from . import everstep_pb2 as pb
 from .rpc import channel_to, stub
 from .security import Security, digest_of
@@ -381,10 +381,9 @@ def _ready(address: str, security: Security, timeout_s: float) -> grpc.Channel:
 
 
 def _datagrams_to(address: str) -> socket.socket | None:
-    host, _, port = address.rpartition(":")
     try:
-        family, kind, protocol, _, place = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)[0]
-        udp = socket.socket(family, kind, protocol)
+        family, place = addresses.resolve(*addresses.parse(address), socket.SOCK_DGRAM)
+        udp = socket.socket(family, socket.SOCK_DGRAM)
         udp.connect(place)
         udp.setblocking(False)
     except OSError:

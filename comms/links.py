@@ -16,7 +16,9 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
+from . import addresses
 from .communicator import Peer
 from .frames import HEADER_BYTES, CorruptFrame, FrameKind, Header, Hello, ProtocolError
 from .mailbox import joined
@@ -102,6 +104,16 @@ class Link:
         raise NotImplementedError
 
 
+def _place(peer: Peer, *, local: bool) -> tuple[int, Any, OSError | None]:
+    """A peer's family and socket address, and what went wrong when its host's name was looked up."""
+    if local:
+        return socket.AF_UNIX, "\0" + peer.local_name, None
+    try:
+        return *addresses.resolve(*addresses.parse(peer.address)), None
+    except OSError as error:
+        return socket.AF_INET, None, error
+
+
 class OutLink(Link):
     """This rank's messages to one incarnation of a peer. Opens itself; what is queued goes out in order.
 
@@ -119,15 +131,16 @@ class OutLink(Link):
         self._connected = False
         self._watched = False  # by the poller, which must not see a socket before it begins to connect
         self._waits_to_write = False
-        host, _, port = peer.address.rpartition(":")
-        family = socket.AF_UNIX if self.ring else socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._target: str | tuple[str, int] = "\0" + peer.local_name if self.ring else (host, int(port))
+        family, self._target, unknown = _place(peer, local=self.ring is not None)
         super().__init__(socket.socket(family, socket.SOCK_STREAM), poller, on_corruption)
         self._security = security
         if isinstance(self.sock, socket.socket) and not self.ring:
             self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             ask_for_buffers(self.sock)
-        self._connect()
+        if unknown is None:
+            self._connect()
+        else:
+            self.fail(unknown)
 
     def __str__(self) -> str:
         return f"link to rank {self.peer.rank} (incarnation {self.peer.incarnation})"

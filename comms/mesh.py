@@ -11,9 +11,11 @@ import secrets
 import socket
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 from typing_extensions import Buffer
 
+from . import addresses
 from .communicator import Aborted, Communicator, EditReport, Key, Peer
 from .frames import MESSAGE_LIMIT_BYTES, Flag, FrameKind, Header, Hello, checksum_of, token_digest
 from .incoming import InLink, Local
@@ -72,12 +74,11 @@ class MeshCommunicator(Communicator):
         self._in: list[InLink] = []
         self._poller = Poller()
         self._listeners: list[socket.socket] = []
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        port = self._listen(family, (host, 0)).getsockname()[1]
+        port = self._listen(*addresses.resolve(host, 0)).getsockname()[1]
         name = f"everstep-{secrets.token_hex(12)}" if shared_memory else ""
         if name:
             self._listen(socket.AF_UNIX, "\0" + name)
-        self._peer = Peer(rank, incarnation, host_id, name, f"{host}:{port}")
+        self._peer = Peer(rank, incarnation, host_id, name, addresses.join(host, port))
 
     @property
     def peer(self) -> Peer:
@@ -285,7 +286,7 @@ class MeshCommunicator(Communicator):
         self._wait(reserved)
         return position or 0
 
-    def _listen(self, family: socket.AddressFamily, address: tuple[str, int] | str) -> socket.socket:
+    def _listen(self, family: int, address: Any) -> socket.socket:
         listener = socket.socket(family, socket.SOCK_STREAM)
         self._listeners.append(listener)
         if family != socket.AF_UNIX:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import socket
 from collections.abc import AsyncGenerator, AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
@@ -67,15 +66,6 @@ def channel_to(address: str, security: Security) -> grpc.Channel:
 
 def stub(channel: grpc.Channel) -> Any:
     return CoordinatorServiceStub(channel)  # type: ignore[no-untyped-call]
-
-
-def address_towards(address: str) -> str:
-    """Our own address on the way to the coordinator."""
-    host, _, port = address.rpartition(":")
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, int(port)))
-        name: str = probe.getsockname()[0]
-    return name
 
 
 class Session:

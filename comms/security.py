@@ -12,7 +12,6 @@ import datetime
 import functools
 import hashlib
 import hmac
-import ipaddress
 import os
 import socket
 import ssl
@@ -20,6 +19,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from . import addresses
 
 if TYPE_CHECKING:
     import grpc
@@ -97,7 +98,7 @@ class Security:
 
     def check_bind(self, host: str) -> None:
         """Raises SecurityError for an address that others can reach, where nobody would have to show who he is."""
-        if self.encrypts or self.trusted_network or is_loopback(host):
+        if self.encrypts or self.trusted_network or addresses.is_loopback(host):
             return
         raise SecurityError(
             f"{host} can be reached from other hosts, and connections would be neither encrypted nor authenticated: "
@@ -164,15 +165,6 @@ def digest_of(token: str) -> str:
     return hashlib.sha256(b"everstep attach\0" + token.encode()).hexdigest()
 
 
-def is_loopback(host: str) -> bool:
-    """Whether an address is one that only this host reaches."""
-    try:
-        found = {item[4][0] for item in socket.getaddrinfo(host, None)}
-    except OSError:
-        return False
-    return bool(found) and all(ipaddress.ip_address(str(address).partition("%")[0]).is_loopback for address in found)
-
-
 def _check(folder: Path) -> None:
     """Raises SecurityError for certificates that nobody would accept."""
     from cryptography import x509  # costs a while, and is needed only here
@@ -197,9 +189,8 @@ def _check(folder: Path) -> None:
 
 def explain_unreachable(address: str, security: Security, timeout_s: float = 2.0) -> str:
     """What may be the matter with a coordinator that cannot be reached; empty if nothing is seen."""
-    host, _, port = address.rpartition(":")
     try:
-        with socket.create_connection((host.strip("[]"), int(port)), timeout_s) as connection:
+        with socket.create_connection(addresses.parse(address), timeout_s) as connection:
             if security.encrypts:
                 with security.connect(connection) as encrypted:
                     encrypted.recv(1)  # TLS 1.3 tells only now what the server makes of our certificate
