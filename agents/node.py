@@ -281,7 +281,7 @@ class NodeAgent:
         line = json.dumps({"kind": "abort", "generation": generation}).encode()
         for worker in self.workers.values():
             if worker.pid:
-                worker.send(line)
+                self._tell(worker, line)
 
     def _on_welcome(self, message: pb.Welcome) -> None:
         self.token = message.token
@@ -348,7 +348,7 @@ class NodeAgent:
     def _on_to_worker(self, message: pb.ToWorker) -> None:
         worker = self.workers.get(WorkerId(message.worker.rank, message.worker.incarnation))
         if worker is not None:
-            worker.send(message.json.encode())
+            self._tell(worker, message.json.encode())
 
     def _on_end(self, message: pb.EndJob) -> None:
         self.outcome = Outcome(message.succeeded, message.why, message.detail, message.rank)
@@ -357,7 +357,7 @@ class NodeAgent:
         for worker in self.workers.values():
             if worker.id.rank == message.rank:
                 pass_on(worker.error_file, 1)
-            worker.send(b'{"kind":"end"}')
+            self._tell(worker, b'{"kind":"end"}')
             if not message.succeeded:
                 worker.terminate(self.signal)
 
@@ -453,7 +453,7 @@ class NodeAgent:
             "fds": [_CONTROL_FD, _PROGRESS_FD],
         }
         self._asked[worker.id] = start
-        preloader.request(request, [worker.theirs.fileno(), worker.page_fd])
+        preloader.request(request, [worker.channel.theirs.fileno(), worker.page_fd])
 
     def _context(self, worker: WorkerProcess, start: pb.StartWorkers) -> WorkerContext:
         return WorkerContext(
@@ -477,18 +477,40 @@ class NodeAgent:
         worker.forked(pid)
         if self.outcome is not None:
             worker.kill("the job is over")
-        self._selector.register(worker.channel, selectors.EVENT_READ, lambda: self._pass_on(worker))
+        self._listen(worker)
         if worker.pidfd >= 0:
             self._selector.register(worker.pidfd, selectors.EVENT_READ, lambda: self._ended(worker))
         else:
             self._ended(worker)
 
-    def _pass_on(self, worker: WorkerProcess) -> None:
+    def _converse(self, worker: WorkerProcess) -> None:
+        """A worker has said something, or takes more of what is said to it."""
         if worker.id not in self.workers:
             return  # its end was noticed in the same turn
-        if not self._pass_lines(worker):
-            with contextlib.suppress(KeyError):
-                self._selector.unregister(worker.channel)  # it has closed its end; the pidfd tells the rest
+        worker.channel.flush()
+        self._pass_lines(worker)
+        self._listen(worker)
+
+    def _tell(self, worker: WorkerProcess, line: bytes) -> None:
+        """Say something to a worker, without waiting for it to listen."""
+        worker.channel.send(line)
+        if worker.pidfd >= 0:
+            self._listen(worker)
+
+    def _listen(self, worker: WorkerProcess) -> None:
+        """Wait for what can happen next on its channel."""
+        channel = worker.channel
+        if channel.broken:
+            worker.kill(channel.broken)
+        events = 0 if channel.closed else selectors.EVENT_READ  # then the pidfd tells the rest
+        events |= selectors.EVENT_WRITE if channel.waits_to_send else 0
+        registered = self._selector.get_map().get(channel)
+        if registered is None and events:
+            self._selector.register(channel, events, lambda: self._converse(worker))
+        elif registered is not None and not events:
+            self._selector.unregister(channel)
+        elif registered is not None and registered.events != events:
+            self._selector.modify(channel, events, registered.data)
 
     def _ended(self, worker: WorkerProcess) -> None:
         """A worker process is gone: say so at once, with what it was doing."""
@@ -535,12 +557,10 @@ class NodeAgent:
         )
         self._send(died=died)
 
-    def _pass_lines(self, worker: WorkerProcess) -> int:
-        """Pass on what a worker said; returns how many messages there were."""
-        lines = worker.receive()
-        for line in lines:
+    def _pass_lines(self, worker: WorkerProcess) -> None:
+        """Pass on what a worker said."""
+        for line in worker.receive():
             self._send(from_worker=pb.FromWorker(worker=_proto(worker.id), json=line.decode()))
-        return len(lines)
 
     # ------------------------------------------------------------ watching
 

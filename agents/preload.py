@@ -3,7 +3,7 @@
 A fresh interpreter takes seconds to its first optimizer step (torch alone imports for several); a fork of this
 process takes milliseconds. The first one of a node is itself a fork of the launcher, which imports torch too. It stays
 single-threaded, touches no device, and dies with its node agent; its forks die with it. Requests and answers are JSON
-datagrams on a socket pair.
+datagrams on a socket pair; a request is a file, whose descriptor comes with the worker's.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Any, NoReturn
 from ..comms.process import die_with_parent, leave, process_name, rename_process
 from .compiler import defer_compiler, load_compiler
 
-REQUEST_BYTES = 1 << 20
+WHY_BYTES = 4000  # of an answer that says why something failed; a datagram has limits
 NAME = "es-preloaded"  # of the process, as `ps` and `top` show it
 
 
@@ -67,10 +67,13 @@ class Preloaded:
                     self._woken.recv(4096)
                 self._reap()
             if self._channel in readable:
-                data, fds, _, _ = socket.recv_fds(self._channel, REQUEST_BYTES, 8)
+                data, fds, _, _ = socket.recv_fds(self._channel, 16, 8)
                 if not data:
                     return
-                self._fork(json.loads(data), fds)
+                with os.fdopen(fds.pop(0), "rb") as file:
+                    file.seek(0)  # the position is the sender's too
+                    request = json.load(file)
+                self._fork(request, fds)
 
     def _tell(self, message: dict[str, Any]) -> None:
         self._channel.send(json.dumps(message).encode())
@@ -216,7 +219,7 @@ def serve(channel: socket.socket, modules: Sequence[str]) -> NoReturn:
         Preloaded(channel, name).serve()
         status = 0
     except ImportError as error:
-        channel.send(json.dumps({"kind": "failed", "why": str(error)}).encode())
+        channel.send(json.dumps({"kind": "failed", "why": str(error)[:WHY_BYTES]}).encode())
     except BaseException:
         traceback.print_exc()
     finally:

@@ -74,9 +74,15 @@ class Preloader:
         return self._channel.fileno()
 
     def request(self, worker: Mapping[str, Any], fds: Sequence[int]) -> None:
-        """Ask for a worker. If the process is dying, `answer` tells so; nothing is raised here."""
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            socket.send_fds(self._channel, [json.dumps(worker).encode()], fds)
+        """Ask for a worker. If the process is dying, `answer` tells so; nothing is raised here.
+
+        The request goes as a file in memory: an environment may be larger than any datagram.
+        """
+        with os.fdopen(os.memfd_create("everstep-request"), "wb") as request:
+            request.write(json.dumps(worker).encode())
+            request.flush()
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                socket.send_fds(self._channel, [b"fork"], [request.fileno(), *fds])
 
     def answer(self) -> dict[str, Any] | None:
         """What it said; {} if it said nothing, None if it is gone."""

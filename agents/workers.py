@@ -6,13 +6,13 @@ import contextlib
 import mmap
 import os
 import signal
-import socket
 import time
 from dataclasses import dataclass, field
 
 from ..elastic.progress import Reading, create_page, read_page
 from ..elastic.protocol.events import WorkerId
 from ..elastic.protocol.liveness import Pulse
+from .channel import Channel
 
 
 @dataclass
@@ -20,8 +20,7 @@ class WorkerProcess:
     """One worker: its channel, its progress page and, once it is forked, its process."""
 
     id: WorkerId
-    channel: socket.socket
-    theirs: socket.socket
+    channel: Channel
     page_fd: int
     page: mmap.mmap
     pid: int = 0
@@ -35,14 +34,11 @@ class WorkerProcess:
     error_file: str = ""
     ended_s: float = 0.0
     pulse: Pulse = field(default_factory=lambda: Pulse(0, time.monotonic()))
-    inbox: bytes = b""
 
     @classmethod
     def prepare(cls, worker: WorkerId) -> WorkerProcess:
-        ours, theirs = socket.socketpair()
-        ours.setblocking(False)
         fd = create_page()
-        return cls(worker, ours, theirs, fd, mmap.mmap(fd, mmap.PAGESIZE, prot=mmap.PROT_READ))
+        return cls(worker, Channel(), fd, mmap.mmap(fd, mmap.PAGESIZE, prot=mmap.PROT_READ))
 
     def forked(self, pid: int) -> None:
         """The process exists."""
@@ -50,7 +46,7 @@ class WorkerProcess:
         with contextlib.suppress(ProcessLookupError):
             self.pidfd = os.pidfd_open(pid)
         self.pulse = Pulse(0, time.monotonic())
-        self.theirs.close()
+        self.channel.theirs.close()
 
     def reading(self) -> Reading:
         return read_page(self.page)
@@ -74,20 +70,9 @@ class WorkerProcess:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self.pidfd, number)
 
-    def send(self, line: bytes) -> None:
-        """Pass a message on; a worker that has died, or stopped reading, does not hear it."""
-        with contextlib.suppress(OSError):
-            self.channel.setblocking(True)
-            self.channel.settimeout(1.0)
-            self.channel.sendall(line + b"\n")
-        self.channel.setblocking(False)
-
     def receive(self) -> list[bytes]:
         """The complete messages that have come."""
-        with contextlib.suppress(BlockingIOError, ConnectionResetError):
-            while data := self.channel.recv(1 << 20):
-                self.inbox += data
-        *lines, self.inbox = self.inbox.split(b"\n")
+        lines = self.channel.receive()
         self.elastic = self.elastic or bool(lines)  # an ordinary script never speaks to us
         return lines
 
@@ -103,7 +88,6 @@ class WorkerProcess:
 
     def close(self) -> None:
         self.channel.close()
-        self.theirs.close()
         self.page.close()
         for fd in (self.page_fd, self.pidfd):
             if fd >= 0:

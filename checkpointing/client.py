@@ -20,11 +20,22 @@ from .segment import Segment
 SLICE_S = 0.05  # how often a caller that waits is called back
 SILENCE_S = 5.0  # a keeper that answers nothing for so long is taken for gone
 CONNECT_S = 2.0
+REQUEST_BYTES = 64 << 20  # of one request to a keeper, which closes the connection of who says more
 _READ_BYTES = 1 << 16
 
 
 class KeeperRefused(Exception):
     """A keeper will not, or can no longer, give what was asked for."""
+
+
+def _request_line(request: dict[str, Any]) -> bytes:
+    line = json.dumps(request).encode() + b"\n"
+    if len(line) > REQUEST_BYTES:
+        raise ValueError(
+            f"a request {request.get('op')!r} to a snapshot keeper is {len(line) / 2**20:.0f} MiB, and the limit is "
+            f"{REQUEST_BYTES >> 20} MiB: it grows with the number of parameters and of registered states"
+        )
+    return line
 
 
 class KeeperClient:
@@ -49,7 +60,7 @@ class KeeperClient:
 
     def _send(self, request: dict[str, Any]) -> None:
         self._socket.settimeout(SILENCE_S)
-        self._socket.sendall(json.dumps(request).encode() + b"\n")
+        self._socket.sendall(_request_line(request))
         self._socket.settimeout(SLICE_S)
 
     def _receive(self, patience_s: float, on_wait: Callable[[], None], into: memoryview | None = None) -> int:
@@ -73,11 +84,12 @@ class KeeperClient:
             return count
 
     def _line(self, patience_s: float = SILENCE_S, on_wait: Callable[[], None] | None = None) -> dict[str, Any]:
-        while b"\n" not in self._buffer:
+        searched = 0  # of a long line, only what has come since is looked at
+        while (end := self._buffer.find(b"\n", searched)) < 0:
+            searched = len(self._buffer)
             self._receive(patience_s, on_wait or self.on_wait)
-        line, _, rest = self._buffer.partition(b"\n")
-        self._buffer = bytearray(rest)
-        answer: dict[str, Any] = json.loads(line)
+        answer: dict[str, Any] = json.loads(self._buffer[:end])
+        del self._buffer[: end + 1]
         if "error" in answer:
             raise KeeperRefused(answer["error"])
         return answer
@@ -261,10 +273,10 @@ class KeeperLink:
                 return None
 
     def _ask(self, request: dict[str, Any], fds: list[int]) -> dict[str, Any]:
-        line = json.dumps(request).encode() + b"\n"
+        line = _request_line(request)
         sent = socket.send_fds(self._socket, [line[:1]], fds) if fds else 0
         self._socket.sendall(line[sent:])
-        answer = b""
+        answer = bytearray()
         while not answer.endswith(b"\n"):
             data = self._socket.recv(1 << 16)
             if not data:

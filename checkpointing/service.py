@@ -21,6 +21,7 @@ from typing import Any
 from ..comms import addresses
 from ..comms.security import Security, SecurityError, own
 from ..resharding.placement import Placement
+from .client import REQUEST_BYTES
 from .keeper import Keeper, Membership, Superseded
 from .parity import ParityStore
 from .protector import Protector
@@ -28,7 +29,6 @@ from .saver import Saver
 from .saving import SaveRequest
 from .segment import Entry
 
-MAX_REQUEST_BYTES = 64 << 20
 GREETING_BYTES, GREETING_S = 4096, 10.0  # of who has not shown the token yet
 STRANGERS = 256  # such connections at a time
 NICENESS = 10  # compute goes first on a busy machine
@@ -273,9 +273,11 @@ class _Lines:
         for fd in self._fds:
             os.close(fd)
 
-    def line(self, limit: int = MAX_REQUEST_BYTES) -> bytes:
+    def line(self, limit: int = REQUEST_BYTES) -> bytes:
         """The next line, without its end; empty when there is none, or it is longer than `limit` bytes."""
-        while (end := self._buffer.find(b"\n")) < 0:
+        searched = 0  # of a long line, only what has come since is looked at
+        while (end := self._buffer.find(b"\n", searched)) < 0:
+            searched = len(self._buffer)
             if self._with_fds:
                 data, fds, _, _ = socket.recv_fds(self._connection, 1 << 16, 4)
                 self._fds.extend(fds)

@@ -34,7 +34,7 @@ QUIET_S = 1.0  # without an echo for so long, beats go through the stream as wel
 RETRY_S = 0.2  # between tries to reach a coordinator
 CONNECT_S = 1.0  # for one try
 ANSWER_MESSAGES = 1024  # that wait to be sent and are of use now or never
-OUTBOX_MESSAGES = 100_000  # kept while there is no coordinator; a node that has more to say ends
+OUTBOX_MESSAGES, OUTBOX_BYTES = 100_000, 1 << 30  # kept while there is no coordinator; a node with more to say ends
 
 
 class Unreachable(Exception):
@@ -76,6 +76,7 @@ class Attachment:
         self._lives = 0  # rises with every new name: what belongs to an older one is dropped
         self._node = ""
         self._outbox: deque[pb.AttachRequest] = deque()
+        self._outbox_bytes = 0
         self._number = 0
         self._received = 0  # the number of the last order
         self._beat_s = BEAT_S
@@ -119,6 +120,7 @@ class Attachment:
             self._lives += 1
             self._node = node
             self._outbox.clear()
+            self._outbox_bytes = 0
             self._number = self._received = 0
             self._welcomed = self._attached = False
             self._token, self._aborted = "", -1
@@ -132,6 +134,7 @@ class Attachment:
         with self._lock:
             self._number += 1
             self._outbox.append(pb.AttachRequest(number=self._number, **body))
+            self._outbox_bytes += self._outbox[-1].ByteSize()
             self._lock.notify_all()
 
     @property
@@ -154,7 +157,7 @@ class Attachment:
     @property
     def overflowed(self) -> bool:
         """Whether more waits to be said than is kept."""
-        return len(self._outbox) > OUTBOX_MESSAGES
+        return len(self._outbox) > OUTBOX_MESSAGES or self._outbox_bytes > OUTBOX_BYTES
 
     @property
     def attached(self) -> bool:
@@ -305,7 +308,7 @@ class Attachment:
 
     def _drop(self, number: int) -> None:
         while self._outbox and self._outbox[0].number <= number:
-            self._outbox.popleft()
+            self._outbox_bytes -= self._outbox.popleft().ByteSize()
 
     # ------------------------------------------------------------ beats
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from ..comms.process import keep_freed_memory
-from .errors import JobEnded, UsageError
+from .errors import JobEnded, UsageError, shortened
 from .membership import AgentMembership, Membership, Solo
 from .progress import Fault, Progress
 from .run import Run
@@ -173,7 +173,7 @@ def _reported(membership: Membership, context: WorkerContext | None) -> Iterator
 
 
 def _raise_in_job(membership: Membership, message: str, trace: str) -> NoReturn:
-    membership.tell("raised", message=message, traceback=trace, host=socket.gethostname())
+    membership.tell("raised", message=shortened(message), traceback=shortened(trace), host=socket.gethostname())
     membership.wait_for_end(lambda: None)
     os._exit(1)
 

@@ -41,7 +41,7 @@ from .protection import Protection
 from .replicas import Odd, Replicas, Share, decide, disputed, odd_ones
 from .settings import Settings
 from .stack import LayerStack
-from .stateful import encode
+from .stateful import REGISTERED_BYTES, check_size, encode
 from .steps import StepState
 from .telemetry import Spent
 from .zero import ShardedOptimizer
@@ -247,6 +247,8 @@ class Engine:
         elif proposal is not None and last:
             self.membership.tell("idled", generation=proposal.plan.generation)
         self.agreement = json.dumps(agreement, sort_keys=True)
+        if len(self.agreement) > REGISTERED_BYTES:  # a state may grow
+            check_size(agreement["registered"])
         self.agreed = state.step
         self.protection.adopt(agreement)
 

@@ -9,3 +9,14 @@ class UsageError(Exception):
 
 class JobEnded(BaseException):
     """The coordinator ended the job while this worker was in it. Unwinds user code; never an error of its own."""
+
+
+ERROR_CHARACTERS = 64 << 10  # of an error's text that travels to the coordinator, and of its traceback
+
+
+def shortened(text: str) -> str:
+    """A text with its middle left out, if it is too long to be passed on: an exception may name a whole data set."""
+    if len(text) <= ERROR_CHARACTERS:
+        return text
+    half = ERROR_CHARACTERS // 2
+    return f"{text[:half]}\n[... {len(text) - 2 * half} characters left out ...]\n{text[-half:]}"

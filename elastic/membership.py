@@ -21,6 +21,8 @@ from .errors import JobEnded, UsageError
 from .notices import Shown
 from .protocol.events import Job, Saved
 
+MESSAGE_BYTES = 128 << 20  # of one message between a worker and its agent; gRPC's limit on the way on is twice that
+
 
 @dataclass(frozen=True)
 class Orders:
@@ -238,6 +240,11 @@ class AgentMembership(Membership):
 
     def tell(self, kind: str, **fields: Any) -> None:
         line = json.dumps({"kind": kind, **fields}, separators=(",", ":")).encode() + b"\n"
+        if len(line) > MESSAGE_BYTES:
+            raise UsageError(
+                f"what this worker has to tell its node agent ({kind!r}) is {len(line) / 2**20:.0f} MiB, and the limit "
+                f"is {MESSAGE_BYTES >> 20} MiB: it grows with the number of parameters and of registered states"
+            )
         with self._send_lock:
             self._socket.sendall(line)
 

@@ -31,7 +31,7 @@ from .resume import Resumption
 from .schedule import ScheduledRate
 from .settings import Settings, WorkerContext
 from .stack import LayerStack
-from .stateful import encode
+from .stateful import check_size, encode
 from .zero import ShardedOptimizer, check_optimizer, is_elementwise
 
 Loss = Callable[[Any, Any], Tensor]
@@ -165,14 +165,16 @@ class Run:
     def register_state(self, name: str, item: Any) -> None:
         """Keep an object with `state_dict()` / `load_state_dict()` in step: on workers that join later, on resuming.
 
-        Its state may hold numbers, text, lists, tuples, dictionaries, bytes, tensors and arrays. It must be small,
-        since it is agreed on in every step, and change in the same way on every rank.
+        Its state may hold numbers, text, lists, tuples, dictionaries, bytes, tensors and arrays. It must be small (1
+        MiB in all, tensors as base64), since it is agreed on in every step, and change in the same way on every rank.
         """
         if not callable(getattr(item, "state_dict", None)) or not callable(getattr(item, "load_state_dict", None)):
             raise UsageError(f"register_state({name!r}): a {type(item).__name__} has no state_dict and load_state_dict")
-        encode(item.state_dict(), f"register_state({name!r})")
+        state = encode(item.state_dict(), f"register_state({name!r})")
         if name in self._registered:
             raise UsageError(f"register_state({name!r}): that name is taken")
+        others = {known: encode(one.state_dict(), known) for known, one in self._registered.items()}
+        check_size({**others, name: state})
         self._registered[name] = item
 
     # ------------------------------------------------------------ the whole state

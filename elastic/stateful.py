@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import json
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,25 @@ from ..comms.tensors import raw
 from .errors import UsageError
 
 _MARK = "__everstep__"
+REGISTERED_BYTES = (
+    1 << 20
+)  # of all registered states, as JSON: each step agrees on them, and the coordinator keeps them
+
+
+def check_size(states: Mapping[str, Any]) -> None:
+    """Raises UsageError, naming the largest, if these encoded states are more than a step can agree on."""
+    sizes = {name: len(json.dumps(state)) for name, state in states.items()}
+    if sum(sizes.values()) > REGISTERED_BYTES:
+        largest = max(sizes, key=lambda name: sizes[name])
+        raise UsageError(
+            f"register_state({largest!r}): its state takes {_size(sizes[largest])} (tensors as base64), all registered "
+            f"states {_size(sum(sizes.values()))}, and the limit is {_size(REGISTERED_BYTES)} in all, since every step "
+            "agrees on them: register what is small (counters, generators, means), not tensors of the model's size"
+        )
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB" if count >= 1 << 20 else f"{count / 2**10:.0f} KiB"
 
 
 def encode(value: Any, where: str) -> Any:

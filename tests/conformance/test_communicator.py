@@ -163,6 +163,13 @@ def test_all_gather_and_barrier(cluster, size):
         cluster.barrier(index)
 
 
+def test_an_all_gather_of_large_messages(cluster):
+    cluster.start(3)
+    expected = {rank: noise(16 * MIB, rank).tobytes() for rank in range(3)}
+    gathered = cluster.everywhere(lambda comm: all_gather(comm, 3, 1, expected[comm.rank]))
+    assert gathered == dict.fromkeys(range(3), expected)
+
+
 def test_nobody_leaves_a_barrier_before_all_have_entered(cluster):
     cluster.start(3)
     left = []

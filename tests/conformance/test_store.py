@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 import sqlite3
 import subprocess
@@ -94,6 +95,21 @@ def test_many_and_large(opener: Opener, monkeypatch: pytest.MonkeyPatch) -> None
     again = opener()
     assert again.load() == expected
     again.close(forget=True)
+
+
+def test_a_row_of_16_mib(opener: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That nothing compresses; as it is written, and as a snapshot."""
+    monkeypatch.setattr(etcd, "SNAPSHOT_COMMITS", 2)
+    rows = {f"row {i}": random.Random(i).randbytes(16 << 20) for i in range(2)}
+    store = opener()
+    store.load()
+    for name, data in rows.items():
+        store.commit({name: data}, sync=True)
+        store.close(forget=False)
+        store = opener()
+        assert store.load()[name] == data
+    assert store.load() == rows
+    store.close(forget=True)
 
 
 def test_history_of_etcd_is_compacted(
