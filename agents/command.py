@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 from torch.distributed.launcher.api import LaunchConfig
-from torch.distributed.run import config_from_args, get_args_parser, run_script_path
+from torch.distributed.run import config_from_args, determine_local_world_size, get_args_parser, run_script_path
 
 from ..elastic.protocol.liveness import FLOOR_S
 from ..elastic.protocol.state import Config
 from .checkup import LEVELS
+from .forkable import in_a_fork
 from .policy import policy
 from .story import LOGS
 
@@ -170,21 +171,46 @@ def preloads(parsed: argparse.Namespace) -> list[str]:
 
 
 def configure(parsed: argparse.Namespace) -> Command:
-    """What a parsed command line asks for; torch may count devices. Raises LaunchError for what torch refuses."""
+    """What a parsed command line asks for. Raises LaunchError for what torch refuses."""
+    _count_devices(parsed)
     chosen = bool(parsed.log_dir)
     parsed.log_dir = parsed.log_dir or tempfile.mkdtemp(prefix="torchelastic_")  # as torch would, but not left behind
-    with _quiet_torch():
+    with _quiet_torch(), _unseen_devices():
         try:
             config, target, rest = config_from_args(parsed)
-            _check(config)
-        except (AssertionError, ValueError, LaunchError) as error:
-            if not chosen:
-                shutil.rmtree(parsed.log_dir, ignore_errors=True)
+        except (AssertionError, ValueError) as error:
+            _discard(parsed.log_dir, chosen)
             raise LaunchError(str(error)) from None
+    try:
+        _check(config)
+    except LaunchError:
+        _discard(parsed.log_dir, chosen)
+        raise
     own = argparse.Namespace(**{k: v for k, v in vars(parsed).items() if k.startswith("es_")})
     program = _program(parsed, target, rest)
     endpoint = _chosen_endpoint(parsed, config.max_nodes)
     return Command(config, program, own, int(parsed.node_rank), endpoint, chosen)
+
+
+def _discard(log_dir: str, chosen: bool) -> None:
+    if not chosen:
+        shutil.rmtree(log_dir, ignore_errors=True)
+
+
+def _count_devices(parsed: argparse.Namespace) -> None:
+    """Let torch make a number of --nproc-per-node=gpu, auto and the like, in a process that then ends.
+
+    To count devices may initialise their driver, which this process, and whatever is forked from it, shall not.
+    """
+    if str(parsed.nproc_per_node).isdigit():
+        return
+    with _quiet_torch():
+        count, error = in_a_fork(lambda: determine_local_world_size(parsed.nproc_per_node))
+    if error:
+        raise LaunchError(f"--nproc-per-node={parsed.nproc_per_node}: {error}")
+    if not count:
+        raise LaunchError(f"--nproc-per-node={parsed.nproc_per_node}: there are no such devices")
+    parsed.nproc_per_node = str(count)
 
 
 def _check(config: LaunchConfig) -> None:
@@ -192,7 +218,7 @@ def _check(config: LaunchConfig) -> None:
     unknown = sorted(config.rdzv_configs.keys() - {*RENDEZVOUS, "rank", "timeout"})
     if unknown:
         raise LaunchError(f"--rdzv-conf: there are {', '.join(RENDEZVOUS)}, not {', '.join(unknown)}")
-    if getattr(config, "numa_options", None) is not None and not torch.cuda.is_available():
+    if getattr(config, "numa_options", None) is not None and not in_a_fork(torch.cuda.is_available)[0]:
         raise LaunchError("--numa-binding binds workers to the processors near their GPUs, and no GPU is available")
     parent = os.environ.get("CUDA_VISIBLE_DEVICES")
     if getattr(config, "virtual_local_rank", False) and parent is not None:
@@ -234,6 +260,22 @@ def _program(parsed: argparse.Namespace, target: Any, rest: list[str]) -> dict[s
     if parsed.module:
         return {"kind": "module", "target": script, "arguments": arguments}
     return {"kind": "script", "target": script, "arguments": arguments}
+
+
+@contextlib.contextmanager
+def _unseen_devices() -> Iterator[None]:
+    """Torch asks for CUDA as it makes a LaunchConfig. That there is none it finds here, without the driver."""
+    unseen = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+    before = {name: os.environ.get(name) for name in unseen}
+    os.environ.update(unseen)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 @contextlib.contextmanager

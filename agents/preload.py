@@ -1,4 +1,4 @@
-"""The preloaded process: has imported torch and trained one tiny step, and forks workers that start at once.
+"""The preloaded process: has imported torch and run an optimizer once, and forks workers that start at once.
 
 A fresh interpreter takes seconds to its first optimizer step (torch alone imports for several); a fork of this
 process takes milliseconds. The first one of a node is itself a fork of the launcher, which imports torch too. It stays
@@ -20,37 +20,71 @@ import signal
 import socket
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from ..comms.process import die_with_parent, leave, process_name, rename_process
 from .compiler import defer_compiler, load_compiler
+from .forkable import thread_names, why_not
 
 WHY_BYTES = 4000  # of an answer that says why something failed; a datagram has limits
+NAMED_S = 0.2  # within which a new thread has its name
 NAME = "es-preloaded"  # of the process, as `ps` and `top` show it
 
 
+class CannotPreload(Exception):
+    """A module after whose import no worker can be forked that works."""
+
+
 def warm_up(modules: Sequence[str]) -> None:
-    """Import what workers will need and run one optimizer step; torch's compiler comes when it is needed."""
+    """Import what workers will need and run an optimizer once; torch's compiler comes when it is needed.
+
+    No device is asked for, not even whether there is one: that initialises the driver, here and for no fork. So there
+    is no backward pass, and no step of Adam, which asks. Nor does anything run on several threads, which forks lack.
+    """
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # a module may ask; workers get their own environment
     import torch
 
+    torch.set_num_threads(1)  # before the user's modules: what forks find of a pool of threads is not there
     importlib.import_module("everstep.elastic.decorator")
     for name in modules:
-        importlib.import_module(name)
+        _import_for_all(name)
     defer_compiler()
-    torch.set_num_threads(1)
     model = torch.nn.Linear(2, 2)
-    optimizer = torch.optim.AdamW(model.parameters())
-    model(torch.ones(1, 2)).sum().backward()
-    optimizer.step()
+    model(torch.ones(1, 2)).sum()
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+
+
+def _import_for_all(name: str) -> None:
+    """Import a module of the user's. Raises CannotPreload if no fork could go on from there."""
+    import torch
+
+    threads = len(thread_names())
+    importlib.import_module(name)
+    spoiled, until_s = why_not(), time.monotonic() + NAMED_S
+    while not spoiled and len(thread_names()) > threads and time.monotonic() < until_s:
+        time.sleep(0.01)
+        spoiled = why_not()
+    if not spoiled and torch.get_num_threads() > 1 and len(thread_names()) > threads:
+        spoiled = f"it has made torch compute on {torch.get_num_threads()} threads"
+    if spoiled:
+        raise CannotPreload(
+            f"after the import of {name!r} no worker can be forked: {spoiled}, and a fork cannot go on from there. "
+            "Leave the module out of --es-preload, and import it in the script"
+        )
+    torch.set_num_threads(1)
 
 
 class Preloaded:
     """Answers fork requests of one node agent until it goes away."""
 
-    def __init__(self, channel: socket.socket, workers_name: str) -> None:
+    def __init__(self, channel: socket.socket, workers_name: str, modules: Sequence[str]) -> None:
         self._channel = channel
+        self._modules = modules
         self._workers_name = workers_name
         self._wake, self._woken = socket.socketpair()
         for end in (self._wake, self._woken):
@@ -93,6 +127,9 @@ class Preloaded:
     def _fork(self, request: dict[str, Any], fds: list[int]) -> None:
         if request["environment"]["TORCHELASTIC_RESTART_COUNT"] != "0":
             load_compiler()  # an ordinary script, started over and over: its DDP needs it each time
+        if spoiled := why_not():
+            imported = ", ".join(self._modules) or "torch"
+            raise CannotPreload(f"no worker can be forked any more: {spoiled} since the import of {imported}")
         pid = os.fork()
         if pid == 0:
             self._become_worker(request, fds)
@@ -216,9 +253,9 @@ def serve(channel: socket.socket, modules: Sequence[str]) -> NoReturn:
         name = process_name()
         rename_process(NAME)
         warm_up(modules)
-        Preloaded(channel, name).serve()
+        Preloaded(channel, name, modules).serve()
         status = 0
-    except ImportError as error:
+    except (ImportError, CannotPreload) as error:
         channel.send(json.dumps({"kind": "failed", "why": str(error)[:WHY_BYTES]}).encode())
     except BaseException:
         traceback.print_exc()
