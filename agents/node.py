@@ -450,7 +450,6 @@ class NodeAgent:
             "stdout": stdout,
             "stderr": stderr,
             "numa": [config.numa_binding, worker.local_rank],
-            "fds": [_CONTROL_FD, _PROGRESS_FD],
         }
         self._asked[worker.id] = start
         preloader.request(request, [worker.channel.theirs.fileno(), worker.page_fd])
@@ -463,8 +462,6 @@ class NodeAgent:
             host=self.config.host,
             host_id=self.config.host_id,
             token=self.token,
-            control_fd=_CONTROL_FD,
-            progress_fd=_PROGRESS_FD,
             keeper_name=self._keeper.name if self._keeper is not None else "",
             node=self.node,
             max_nodes=self.config.max_nodes,
@@ -610,9 +607,6 @@ class NodeAgent:
         if not self._alone_s or steps != self._steps_alone:
             self._alone_s, self._steps_alone = now, steps
         return now - self._alone_s > self.config.coordinator_wait_s
-
-
-_CONTROL_FD, _PROGRESS_FD = 240, 241
 
 
 def _proto(worker: WorkerId) -> pb.WorkerId:

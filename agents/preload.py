@@ -23,10 +23,13 @@ import threading
 import time
 import traceback
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NoReturn
 
 from ..comms.process import die_with_parent, leave, process_name, rename_process
+from ..elastic.settings import WorkerContext
 from .compiler import defer_compiler, load_compiler
+from .descriptors import out_of_the_way
 from .forkable import thread_names, why_not
 
 WHY_BYTES = 4000  # of an answer that says why something failed; a datagram has limits
@@ -149,11 +152,11 @@ class Preloaded:
                 end.close()
             self._redirect(request)
             _unbuffer()
-            for fd, place in zip(fds, request["fds"], strict=True):
-                os.dup2(fd, place)
-                os.close(fd)
             os.environ.clear()
             os.environ.update(request["environment"])
+            control, progress = map(out_of_the_way, fds)
+            context = replace(WorkerContext.of(os.environ), control_fd=control, progress_fd=progress)
+            os.environ.update(context.to_environment())
             _bind(*request["numa"])
             code = run_program(request["program"])
         except BaseException:

@@ -6,9 +6,11 @@ workers are forks in turn. Whatever starts a thread or touches a device comes af
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
+from .descriptors import TooFewDescriptors, allow
 from .preloader import Preloader, single_threaded
 
 
@@ -23,9 +25,10 @@ def run(arguments: Sequence[str]) -> int:
 
 def _run(arguments: Sequence[str]) -> int:
     with single_threaded():
-        from .command import LaunchError, configure, parse, preloads
+        from .command import LaunchError, configure, node_range, parse, preloads
     try:
         parsed = parse(arguments)
+        _allow_descriptors(str(parsed.nproc_per_node), node_range(parsed.nnodes)[1])
         preloader = Preloader.fork(preloads(parsed))
         try:
             from .launcher import launch
@@ -33,6 +36,12 @@ def _run(arguments: Sequence[str]) -> int:
             return launch(configure(parsed), preloader)
         finally:
             preloader.close()
-    except LaunchError as error:
+    except (LaunchError, TooFewDescriptors) as error:
         print(f"everstep: error: {error}", file=sys.stderr)
         return 2
+
+
+def _allow_descriptors(workers: str, nodes: int) -> None:
+    """Before anything is forked. How many devices torch counts is not known yet: as many workers as processors."""
+    count = int(workers) if workers.isdecimal() else os.cpu_count() or 1
+    allow(count, count * nodes)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -156,9 +157,9 @@ class WorkerContext:
     host: str
     host_id: str
     token: str
-    control_fd: int
-    progress_fd: int
     keeper_name: str
+    control_fd: int = -1  # these two are known in the process that is forked
+    progress_fd: int = -1
     node: str = ""
     max_nodes: int = 1
     shared_memory: bool = True
@@ -171,5 +172,8 @@ class WorkerContext:
 
     @classmethod
     def from_environment(cls) -> WorkerContext | None:
-        text = os.environ.get(cls.VARIABLE)
-        return cls(**json.loads(text)) if text else None
+        return cls.of(os.environ) if os.environ.get(cls.VARIABLE) else None
+
+    @classmethod
+    def of(cls, environment: Mapping[str, str]) -> WorkerContext:
+        return cls(**json.loads(environment[cls.VARIABLE]))

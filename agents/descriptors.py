@@ -1,0 +1,60 @@
+"""File descriptors: how many a node's processes need, and a limit that allows them (getrlimit(2), RLIMIT_NOFILE)."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import resource
+
+# Measured with 1, 4 and 8 workers; the launcher has the most. What a script opens itself comes on top.
+LEAST, LEAST_A_WORKER = 36, 5
+AMPLE, AMPLE_A_WORKER, AMPLE_A_RANK = 512, 16, 4  # two links to every rank, and as many to keepers
+OUT_OF_THE_WAY = 240  # from here on: shells and scripts choose low numbers for their own
+
+
+class TooFewDescriptors(Exception):
+    """The limit does not allow what a node needs, and may not be raised that far."""
+
+
+def allow(workers: int, ranks: int) -> None:
+    """Raise this process's soft limit, and so its children's, to what a node with so many workers of a job with so many
+    ranks may need, within the hard limit. Raises TooFewDescriptors where not even the least is allowed."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _unlimited(hard)
+    ample = AMPLE + AMPLE_A_WORKER * workers + AMPLE_A_RANK * ranks
+    if _unlimited(soft) < ample:
+        soft = min(int(ample), int(most)) if most < ample else ample
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    least = LEAST + LEAST_A_WORKER * workers + _open_now()
+    if _unlimited(soft) < least:
+        raise TooFewDescriptors(
+            f"a process may have {soft} open files, and a node with {workers} workers needs {least} at least, "
+            f"{ample} to be safe: raise the hard limit (ulimit -Hn, LimitNOFILE of systemd, --ulimit nofile of a "
+            "container)"
+        )
+
+
+def out_of_the_way(fd: int) -> int:
+    """Another number for a descriptor, high where the limit allows, that programs this process becomes inherit."""
+    limit = _unlimited(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    for lowest in (OUT_OF_THE_WAY, int(min(limit, OUT_OF_THE_WAY)) // 2, 3):
+        try:
+            moved = fcntl.fcntl(fd, fcntl.F_DUPFD, lowest)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EMFILE):
+                raise
+            continue
+        os.close(fd)
+        return moved
+    os.set_inheritable(fd, True)
+    return fd
+
+
+def _unlimited(limit: int) -> float:
+    return float("inf") if limit == resource.RLIM_INFINITY else limit
+
+
+def _open_now() -> int:
+    """Those beyond the standard three that were open when this process started."""
+    return sum(int(name) > 2 for name in os.listdir("/proc/self/fd")) - 1  # one reads the folder
