@@ -44,6 +44,10 @@ class CheckedCopy:
             self._hash.update(chunk.data)
             np.copyto(write[start : start + CHUNK_BYTES], chunk)
 
+    def add(self, written: Buffer) -> None:
+        """Count bytes in that were copied already."""
+        self._hash.update(written)
+
     @property
     def checksum(self) -> int:
         """The checksum of what has been copied so far, 64 bits."""

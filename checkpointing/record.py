@@ -44,9 +44,28 @@ class Record:
 
     def write(self, out: memoryview, seed: int = 0) -> int:
         """Write the record to the first `length` bytes of `out`; returns their xxh3_64, taken on the way."""
+        self.write_values(out)
+        return self.write_rest(out, seed)
+
+    def write_values(self, out: memoryview) -> None:
+        """Write what others can change as soon as their code runs: the contents, and the parameter values."""
+        out[: len(self._head)] = self._head
+        if self._tensors and self._tensors[0].numel():
+            source = tensor_bytes(self._tensors[0])
+            out[len(self._head) : len(self._head) + len(source)] = source
+
+    def keep_values(self) -> None:
+        """Copy the parameter values where they lie, on a GPU: what is written later is this copy."""
+        self._tensors[0] = self._tensors[0].clone()
+
+    def write_rest(self, out: memoryview, seed: int = 0) -> int:
+        """Write all that `write_values` left; returns the checksum of the whole, in which its part is as written."""
         copy = CheckedCopy(seed)
+        written = len(self._head) + (self._tensors[0].numel() * self._tensors[0].element_size() if self._tensors else 0)
+        copy.add(out[:written])
         for start, source in self._pieces():
-            copy.copy(source, out[start : start + len(source)])
+            if start >= written:
+                copy.copy(source, out[start : start + len(source)])
         return copy.checksum
 
     def _pieces(self) -> Iterator[tuple[int, memoryview]]:

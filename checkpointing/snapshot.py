@@ -2,7 +2,8 @@
 
 The order that makes any single loss exact:
 
-1. the state of version k is copied while step k computes; the optimizer waits for what is not copied yet;
+1. the state of version k is copied while step k computes; the optimizer waits for what is not copied yet. The
+   parameter values, which the user's code can change as soon as it runs, are copied before that;
 2. the reduced gradient of step k is summed straight into keeper memory and sealed before the step is agreed on;
 3. so once anybody has passed the agreement of step k, the keepers can give version k + 1 of every shard: as itself, or
    as version k and the gradient that leads to it.
@@ -15,10 +16,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +29,16 @@ from .client import KeeperLink
 from .pinned import Pinned
 from .record import Record, ShardState
 from .segment import Segment, checksum_of, seed_of
+
+
+class _Begun(NamedTuple):
+    """A record on its way into a slot: its values are there."""
+
+    shard: int
+    record: Record
+    segment: Segment
+    slot: int
+    room: Tensor
 
 
 class Snapshots:
@@ -95,10 +106,11 @@ class Snapshots:
         protect: bool = False,
         then: Callable[[], None] | None = None,
     ) -> None:
-        """Start copying `version` of the shards; their memory must not change before `wait` returns.
+        """Start copying `version` of the shards. The values are copied already when this returns.
 
-        With `protect` it is to outlive nodes too: keepers then make parity of it, behind all this. `then` is called,
-        in the thread that copies, when all is sealed.
+        The memory of the rest, the optimizer's state, must not change before `wait` returns. With `protect` it is to
+        outlive nodes too: keepers then make parity of it, behind all this. `then` is called, in the thread that
+        copies, when all is sealed.
         """
         if self._link is None:
             return
@@ -108,20 +120,32 @@ class Snapshots:
             self.version[shard] = version
         assert self._pool is not None
         self._hurry.clear()
-        snapshots = {shard: Record(states(shard)) for shard in todo}
-        for record in snapshots.values():
-            if record.device.type == "cuda":
-                self._pinned.after_compute(record.device)
+        opened = [self._open(shard, version, Record(states(shard))) for shard in todo]
+        for begun in opened:
+            if begun.record.device.type == "cuda":
+                self._pinned.after_compute(begun.record.device)
                 break
         self._pending = self._pool.submit(
-            self._copy, self._generation, version, snapshots, self._pending, protect=protect, then=then
+            self._copy, self._generation, version, opened, self._pending, protect=protect, then=then
         )
+
+    def _open(self, shard: int, version: int, record: Record) -> _Begun:
+        """Open a slot for a record, and copy its values, so that nobody can change them any more."""
+        number, segment = self._home[shard]
+        slot = segment.free_slot(shard, (self.protected, version - 1, self.saving))
+        start = segment.open_slot(shard, slot, record.length)
+        room = self._bytes[number][start : start + segment.entries[shard].state_bytes]
+        if record.device.type == "cpu":
+            record.write_values(room.numpy().data)
+        else:
+            record.keep_values()
+        return _Begun(shard, record, segment, slot, room)
 
     def _copy(
         self,
         generation: int,
         version: int,
-        records: Mapping[int, Record],
+        opened: Sequence[_Begun],
         earlier: Future[None] | None,
         *,
         protect: bool,
@@ -129,11 +153,11 @@ class Snapshots:
     ) -> None:
         if earlier is not None:
             earlier.result()
-        total, done, started = sum(record.length for record in records.values()), 0, time.monotonic()
+        total, done, started = sum(begun.record.length for begun in opened), 0, time.monotonic()
         started_ns, paused_s = time.monotonic_ns(), 0.0
-        for shard, record in records.items():
-            self._write(shard, version, record)
-            done += record.length
+        for begun in opened:
+            self._write(version, begun)
+            done += begun.record.length
             ahead_s = self.spread_s * done / total - (time.monotonic() - started)
             if ahead_s > 0:
                 pause = time.monotonic()
@@ -145,17 +169,13 @@ class Snapshots:
         if then is not None:
             then()
 
-    def _write(self, shard: int, version: int, record: Record) -> None:
-        number, segment = self._home[shard]
-        slot = segment.free_slot(shard, (self.protected, version - 1, self.saving))
-        entry = segment.entries[shard]
-        start = segment.open_slot(shard, slot, record.length)
-        room = self._bytes[number][start : start + entry.state_bytes]
+    def _write(self, version: int, begun: _Begun) -> None:
+        shard, record, segment, slot, room = begun
         if record.device.type == "cuda":
             self._pinned.copy(record, room, segment)
             checksum = checksum_of(room.numpy()[: record.length].data, shard, version)
         else:
-            checksum = record.write(room.numpy().data, seed_of(shard, version, record.length))
+            checksum = record.write_rest(room.numpy().data, seed_of(shard, version, record.length))
         self.checksums[shard] = segment.seal_slot(shard, slot, version, record.length, checksum)
 
     def wait(self, on_wait: Callable[[], None] = lambda: None) -> None:

@@ -32,18 +32,20 @@ from ..resharding.layout import Layout
 from ..resharding.units import Shard
 from .backups import Backups
 from .checkpoints import Checkpoints
+from .errors import UsageError
 from .exchange import Exchange
 from .membership import Membership, Orders
 from .order import DataOrder, derive_seed
 from .pipeline import Pipeline, seed_torch
 from .progress import Phase, Progress
 from .protection import Protection
-from .replicas import Odd, Replicas, Share, decide, disputed, odd_ones
+from .replicas import Odd, Replicas, Share, decide, digest, disputed, odd_ones
 from .settings import Settings
 from .stack import LayerStack
 from .stateful import REGISTERED_BYTES, check_size, encode
 from .steps import StepState
 from .telemetry import Spent
+from .watch import Change, Changed, Watch, describe, differing_bits
 from .zero import ShardedOptimizer
 
 PACE = 0.3  # of a step's time, over which its snapshot is spread
@@ -98,6 +100,9 @@ class Engine:
         self.exchange = Exchange(stack, comm)
         self.protection = Protection(settings, snapshots, membership)
         self.backups = Backups(optimizer.user, stack, comm, snapshots, self.exchange)
+        self.watch = Watch(stack)
+        self.suspects: dict[int, int] = {}  # shard that may be damaged here -> digest of what was committed
+        self.committed: Callable[[list[int]], dict[int, ShardState]] = lambda shards: {}  # what keepers hold of shards
         self.replicas = Replicas(stack, snapshots, self.backups, self.exchange, settings.verify_every)
         whose = {"optimizer": type(optimizer.user).__name__, "samples": len(dataset)}
         self.checkpoints = Checkpoints(settings, stack, snapshots, membership, whose)
@@ -152,6 +157,7 @@ class Engine:
     def complete(self) -> None:
         """Reduce, agree, update and commit the step whose micro-batches are done."""
         layout, state = self.current()
+        self.check_values(thorough=True)
         span, began_ns = self.telemetry.span, time.monotonic_ns()
         self._reduce(layout, state)
         span(Spent.REDUCE, began_ns)
@@ -206,13 +212,18 @@ class Engine:
             "digest": self._owned_digest(),
             "protection": self.protection.share(state.step),
             "checkpoint": self.checkpoints.share(layout.generation),
-            "replicas": self.replicas.share() if self.replicas.due(state.step) else {},
+            "replicas": self._replica_digests() if self.replicas.due(state.step) else {},
+            "suspects": bool(self.suspects),
         }
         table = all_gather(self.comm, state.step, 0, json.dumps(mine).encode())
         shares = {rank: json.loads(data) for rank, data in table.items()}
         replicas = {rank: share["replicas"] for rank, share in shares.items()}
+        if any(share["suspects"] for share in shares.values()) and not self.replicas.due(state.step):
+            table = all_gather(self.comm, state.step, 3, json.dumps(self._replica_digests()).encode())
+            replicas = {rank: json.loads(data) for rank, data in table.items()}
         if disputed(replicas):
             self._distrust(state.step, replicas)
+        self.suspects = {}
         self._agreed_on(state, list(shares.values()), proposal)
 
     def _agreed_on(self, state: StepState, shares: list[dict[str, Any]], proposal: Orders | None) -> None:
@@ -221,9 +232,9 @@ class Engine:
         norm = math.sqrt(sum_scalars([norms[i] ** 2 for i in sorted(norms)]))
         limit = next((share["max_norm"] for share in shares if share["max_norm"] is not None), None)
         loss = sum_scalars([losses[m] for m in sorted(losses)]) / len(losses) if losses else None
-        digest = 0
+        ledger = 0
         for share in shares:
-            digest ^= share["digest"]
+            ledger ^= share["digest"]
         agreement = {
             "step": state.step,
             "loss": loss,
@@ -232,7 +243,7 @@ class Engine:
             "groups": self.optimizer.hyper_parameters(),
             "registered": self._registered(state.step),
             "layers": self._layer_norms(norms) if self.settings.on_loss == "neighbors" else {},
-            "digest": f"{digest:016x}",
+            "digest": f"{ledger:016x}",
             **self.protection.agreed(
                 state.step,
                 [share["protection"] for share in shares],
@@ -277,6 +288,36 @@ class Engine:
         while True:
             self._patient()
             time.sleep(0.01)
+
+    def check_values(self, *, thorough: bool) -> None:
+        """Raise UsageError if the script has changed a parameter and not put it back.
+
+        One bit that nobody wrote is damage: replicas are compared in this step then, whether that is due or not.
+        """
+        found = self.watch.changed(thorough=thorough)
+        for changed in found:
+            if changed.how is Change.SILENT and len(found) == 1 and self._is_damage(changed):
+                continue
+            name = self.stack.spec.parameters[changed.held.index].name
+            raise UsageError(describe(name, self.version, within=thorough, replaced=changed.how is Change.REPLACED))
+
+    def _is_damage(self, changed: Changed) -> bool:
+        """Whether a value differs from what was committed by a single bit, as memory fails and no script writes."""
+        index = changed.held.index
+        shards = [shard for shard in self.stack.spec.shards if shard.parameter == index]
+        committed = self.committed([shard.index for shard in shards])
+        flat = changed.held.tensor.detach().reshape(-1)
+        if len(committed) < len(shards):
+            return False
+        values = {s.index: committed[s.index]["value"] for s in shards}
+        if sum(differing_bits(flat[s.start : s.stop], values[s.index]) for s in shards) > 1:
+            return False
+        self.suspects.update({index: digest(value.reshape(-1)) for index, value in values.items()})
+        return True
+
+    def _replica_digests(self) -> Share:
+        """What this rank adds to a comparison of replicas: what it computes with, and what that should be."""
+        return {"committed": {str(index): value for index, value in self.suspects.items()}, **self.replicas.share()}
 
     def _forget_odd(self, odd: list[Odd]) -> None:
         """Values here are wrong: they are not reported as held."""
@@ -382,6 +423,7 @@ class Engine:
         for advance in self.on_commit:
             advance()
         self._save_or_protect(terms, agreement, layout)
+        self.watch.remember()
         if step > self.shown:
             self.results.append(Step(step, terms["loss"], terms["norm"]))
             self.shown = step
@@ -434,6 +476,7 @@ class Engine:
 
     def settle(self) -> None:
         """The user's code has run for the last step: what it made of it goes with this version."""
+        self.check_values(thorough=False)
         if self.checkpoints.unsettled:
             self.checkpoints.settle(self.after_users())
 

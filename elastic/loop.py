@@ -55,10 +55,10 @@ class Batches:
     def _hand_out(self) -> tuple[Any] | None:
         """The next micro-batch, in a tuple; None if the generation ended instead."""
         engine = self._engine
-        engine.settle()
         ready: list[Any] = []
 
         def fetch() -> None:
+            engine.settle()
             engine.comm.ready(())  # raises Aborted
             _, state = engine.current()
             span = state.todo[0]

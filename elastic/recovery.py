@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..checkpointing.record import read_record
+from ..checkpointing.record import ShardState, read_record
 from ..checkpointing.restore import Fetched, Sources
 from ..checkpointing.universal.manifest import CheckpointError
 from ..checkpointing.universal.store import StoreError
@@ -50,6 +50,8 @@ class Recovery:
     def recover(self) -> None:
         """After `Aborted`: report, wait for the plan, carry it out; start again if it happens again."""
         engine = self.engine
+        if engine.values_version == engine.owned_version == engine.version and engine.watch.changed(thorough=True):
+            engine.values_version, engine.owned = -1, set()  # put in for an evaluation: others are not to get that
         engine.progress.mark(Phase.RECOVER, engine.version)
         engine.telemetry.interrupted()
         began_ns = time.monotonic_ns()
@@ -85,6 +87,23 @@ class Recovery:
         if engine.membership.wait_for_end(engine.progress.tick):
             raise JobEnded
         raise Aborted(orders.plan.generation)
+
+    def committed(self, shards: list[int]) -> dict[int, ShardState]:
+        """What keepers hold of this version; not all, if they lack some after a while. Raises Aborted."""
+        engine = self.engine
+        found: dict[int, ShardState] = {}
+        engine.snapshots.wait(self._patient)
+        deadline = time.monotonic() + KEEPER_PATIENCE_S
+        while self.keepers and len(found) < len(shards) and time.monotonic() < deadline:
+            sources = Sources(self.keepers, self.token, self._patient)
+            try:
+                absent = [index for index in shards if index not in found]
+                fetched = sources.fetch(absent, engine.version, replay=False)
+            finally:
+                sources.close()
+            found.update({index: read_record(blobs[0]) for index, (_, blobs) in fetched.items()})
+            self._patient()
+        return found
 
     def make_report(self, generation: int) -> Report:
         """What this worker has."""
@@ -366,6 +385,7 @@ class Recovery:
         if was_current and engine.state is not None and plan.version is not None:
             engine.protect(anyway=True)
             engine.pipeline.extend_step()
+            engine.watch.remember(only_new=True)
             engine.state.resume(plan.work, plan.kept, plan.started)
             engine.pipeline.resend(engine.state, {Span(*s[1:]) for s in plan.started})
             return
@@ -377,6 +397,7 @@ class Recovery:
         engine.state = StepState.begin(version, engine.rank, engine.settings.micro_batches, plan.work)
         engine.state.kept = plan.kept
         engine.pipeline.begin_step()
+        engine.watch.remember()
 
     def _leave_as_users(self, after: dict[str, Any]) -> None:
         """The user's code has run elsewhere for the steps before this one: take over what it made of them."""

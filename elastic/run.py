@@ -201,6 +201,7 @@ class Run:
         self._progress.tick()
         engine.snapshots.wait(self._progress.tick)
         if self._context is None:
+            engine.check_values(thorough=True)
             return {s.index: dict(engine.optimizer.state(s.index)) for s in engine.optimizer.owned}
         assert self._recovery is not None
         sources = Sources(self._recovery.keepers, self._context.token, self._progress.tick)
@@ -275,6 +276,7 @@ class Run:
         self._engine = engine
         token, node = (context.token, context.node) if context else ("", "")
         self._recovery = Recovery(engine, token, node, fresh=True)
+        engine.committed = self._recovery.committed
         job = Job(
             steps=settings.steps,
             stages=settings.stages,
@@ -311,6 +313,7 @@ class Run:
         engine, recovery = self._trained(), self._recovery
         assert recovery is not None
         assert engine.switch is not None
+        engine.settle()
         orders, engine.switch = engine.switch, None
         if engine.rank in orders.plan.leaving:
             recovery.leave(orders)

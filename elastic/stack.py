@@ -25,6 +25,7 @@ class Held:
     tensor: Tensor
     shape: torch.Size
     averaged: bool = False
+    places: list[tuple[nn.Module, str]] = field(default_factory=list)  # the modules that use it, and its names there
 
 
 @dataclass
@@ -81,7 +82,7 @@ class LayerStack:
                 if self._specs[index][2][0] != number:  # tied to an earlier layer: a leaf of its own, so that each
                     tensor = nn.Parameter(parameter.data)  # layer's gradient is summed by itself
                     _replace(module, parameter, tensor)
-                layer.parameters.append(Held(index, tensor, parameter.shape))
+                layer.parameters.append(Held(index, tensor, parameter.shape, places=_places(module, tensor)))
             for local, buffer in owner._buffers.items():
                 name = self._averaged.get(id(buffer))
                 if buffer is None:
@@ -197,3 +198,7 @@ def _replace(module: nn.Module, old: Tensor, new: Tensor) -> None:
         for local, parameter in owner._parameters.items():
             if parameter is old:
                 owner._parameters[local] = new  # type: ignore[assignment]
+
+
+def _places(module: nn.Module, parameter: Tensor) -> list[tuple[nn.Module, str]]:
+    return [(owner, local) for owner in module.modules() for local, p in owner._parameters.items() if p is parameter]

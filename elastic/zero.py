@@ -147,10 +147,7 @@ class ShardedOptimizer:
     def state(self, shard: int) -> ShardState:
         """A shard's parameter values and optimizer state, sharing their memory."""
         parameter = self._parameters[shard]
-        value = parameter.data
-        if self.stack.averaged(self._shards[shard].parameter):
-            value = value.clone()  # forwards change it while it is being copied
-        return {"value": value, **self._inner.state.get(parameter, {})}
+        return {"value": parameter.data, **self._inner.state.get(parameter, {})}
 
     def load(self, shard: int, state: ShardState) -> None:
         """Set a shard's parameter values (in the live parameter) and optimizer state."""

@@ -73,9 +73,18 @@ def test_a_damaged_backup(tmp_path: Path) -> None:
     assert_same_state(result.state(rank), reference().state())
 
 
+@pytest.mark.parametrize("kind", ["flip", "flip-owned"])
+def test_a_bit_that_flips_while_a_step_is_computed(kind: str) -> None:
+    """It is noticed in that step, whether or not replicas are due to be compared, and made good."""
+    faults = [{"rank": 0, "phase": "compute", "step": 3, "kind": kind}]
+    result = run_job(nproc=2, steps=STEPS, faults=faults, flags=["--es-verify-every=0"])
+    assert_same_run(result, reference())
+    assert [(e["where"], e["rank"]) for e in result.named("corruption")] == [("replica", 0)]
+
+
 def test_unless_replicas_are_compared_the_result_is_another() -> None:
-    """The fault is real: without the comparison the run differs."""
-    faults = [{"rank": 0, "phase": "compute", "step": 3, "kind": "flip-owned"}]
+    """The fault is real: what is damaged before its values are remembered makes the run differ."""
+    faults = [{"rank": 0, "phase": "commit", "step": 3, "kind": "flip-owned"}]
     result = run_job(nproc=2, steps=STEPS, faults=faults, flags=["--es-verify-every=0"])
     assert result.status == 0
     digests = [[e["digest"] for e in r.named("committed")] for r in (result, reference())]
