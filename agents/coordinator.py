@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import json
 import secrets
 import socket
 import time
@@ -28,6 +27,7 @@ from .leader import Leader
 from .links import Links
 from .rendezvous_service import Rendezvous
 from .store import Store, StoreError
+from .strictjson import dumps
 from .views import to_json
 
 VIEW_STEPS = 1000  # that anybody may ask for
@@ -141,7 +141,7 @@ class Coordinator:
 
     def status(self) -> str:
         state = self.state
-        return json.dumps(
+        return dumps(
             {
                 "job": self.job,
                 "phase": state.phase.value,
@@ -167,13 +167,13 @@ class Coordinator:
         clock = {"at_s": time.monotonic(), "unix_s": time.time()}
         nodes = {name: node.host for name, node in self.state.nodes.items()}
         head = {"job": self.job, "first_step": first, "nodes": nodes, **clock}
-        yield pb.GetTraceResponse(head=json.dumps(head))
+        yield pb.GetTraceResponse(head=dumps(head))
         async with contextlib.aclosing(self._spans.collect(sorted(nodes), first)) as pieces:
             async for node, spans in pieces:
                 yield pb.GetTraceResponse(node=node, spans=spans)
         view = self.viewed(steps, 0)
         told = {name: view.get(name, []) for name in ("recoveries", "events", "series")}
-        yield pb.GetTraceResponse(tail=json.dumps({**told, "silent": self._spans.silent}))
+        yield pb.GetTraceResponse(tail=dumps({**told, "silent": self._spans.silent}))
 
     def _order(self, node: str, message: pb.AttachResponse) -> bool:
         """Tell a node something without a number; whether it can be reached."""

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
+from .strictjson import dumps
+
 P = ParamSpec("P")
 R = TypeVar("R")
 REMEMBERED_STEPS = 2000
@@ -85,7 +87,7 @@ class EventLog:
     def _append(self, lines: list[dict[str, Any]]) -> None:
         if self._path is None or not lines:
             return
-        self._waiting.extend(json.dumps(line) + "\n" for line in lines)
+        self._waiting.extend(dumps(line) + "\n" for line in lines)
         try:
             _append_whole(self._path, "".join(self._waiting).encode())
         except OSError as error:

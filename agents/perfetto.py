@@ -18,6 +18,7 @@ from ..comms import everstep_pb2 as pb
 from ..elastic.telemetry import PHASES, RECORD_LAYOUT, Span, Spent, spans
 from .series import PHASES as RECOVERY_PHASES
 from .story import tell
+from .strictjson import dumps
 
 COORDINATOR = 0  # its process; nodes count from 1
 LANES = 16  # threads of a rank: 0 is its main one
@@ -140,10 +141,10 @@ class Trace:
     def write(self, file: Any) -> None:
         """The whole trace, one event a line."""
         other = {"job": self.job, "nodes without an answer": self.silent, "spans left out": self.left_out}
-        file.write('{"displayTimeUnit": "ms", "otherData": ' + json.dumps(other) + ', "traceEvents": [\n')
+        file.write('{"displayTimeUnit": "ms", "otherData": ' + dumps(other) + ', "traceEvents": [\n')
         separator = ""
         for event in self.events():
-            file.write(separator + json.dumps(event))
+            file.write(separator + dumps(event))
             separator = ",\n"
         file.write("\n]}\n")
 

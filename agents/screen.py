@@ -47,6 +47,7 @@ def head(view: View) -> list[str]:
         done = view["step"] + 1
         rates = [f"step {done:,} of {view['steps']:,} ({done / view['steps']:.1%})"]
         rates += [f"loss {view['loss']:.6g}"] if view["loss"] is not None else []
+        rates += [f"loss {view['loss_amiss']['loss']}"] if view["loss"] is None and view.get("loss_amiss") else []
         rates += [f"{seconds(view['typical_step_s'])} a step"] if view["typical_step_s"] else []
         rates += [f"{view['samples_per_s']:,.4g} samples/s"] if view["samples_per_s"] else []
         rates += [f"{view['tokens_per_s']:,.0f} tokens/s"] if view["tokens_per_s"] else []
@@ -180,6 +181,8 @@ def concerns(view: View) -> list[str]:
         + f": {one['why']}"
         for one in view.get("quarantine", ())
     ]
+    if amiss_loss := view.get("loss_amiss"):
+        found.insert(0, f"the loss is {amiss_loss['loss']} since step {amiss_loss['since_step']}")
     if view.get("undecided"):  # what was committed since is not known here
         return [f"nothing can be decided: {view['undecided']}", *found]
     age_s, typical_s = view["commit_age_s"], view["typical_step_s"]

@@ -16,6 +16,7 @@ from ..comms.security import Security, SecurityError
 from .asking import Endpoints, NoAnswer
 from .screen import screen
 from .story import json_line, tell, text_line
+from .strictjson import dumps
 
 ENDPOINT: dict[str, Any] = {
     "metavar": "HOST:PORT",
@@ -53,7 +54,7 @@ def status(arguments: Sequence[str]) -> int:
     def show() -> int:
         answer = Endpoints(own.endpoint, Security.of(os.environ)).status(STEPS, 1)
         if own.json:
-            print(json.dumps({**json.loads(answer.json), "view": json.loads(answer.view)}))
+            print(dumps({**json.loads(answer.json), "view": json.loads(answer.view)}))
         else:
             print("\n".join(screen(json.loads(answer.view))))
         return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import json
 import logging
 import math
 import sys
@@ -15,6 +14,7 @@ from typing import Any
 
 from ..elastic.notices import Shown
 from .series import PHASES
+from .strictjson import dumps
 
 FIELDS = ("rank", "ranks", "step", "generation", "node", "host")  # of every line, where they mean something
 LOGS = ("warnings", "text", "json", "off")
@@ -72,7 +72,7 @@ def json_line(story: Story, unix_s: float, line: Line) -> str:
     """The same as one JSON object, with all that the event log has of it."""
     rest = {k: v for k, v in line.items() if k not in ("event", "at_s", *FIELDS)}
     named = {"unix_s": unix_s, "grade": story.grade.name.lower(), "event": story.event, **story.fields}
-    return json.dumps({**named, "text": story.text, **rest})
+    return dumps({**named, "text": story.text, **rest})
 
 
 def seconds(value: float | None) -> str:

@@ -6,7 +6,6 @@ Made from a copy of what the observer knows, in whatever thread asks for it, so 
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from ..elastic.protocol.protection import describe_protection
 from ..elastic.protocol.state import State, Worker
 from .health import odd
 from .series import RecoveryPoint, StepPoint
+from .strictjson import dumps
 from .verdicts import Finding
 
 FRESH_S = 60.0  # telemetry that is older is not what a node does now
@@ -81,6 +81,7 @@ def view_of(seen: Seen) -> dict[str, Any]:
         "step": state.committed,
         "steps": job.steps if job else None,
         "loss": last.loss if last else None,
+        "loss_amiss": _loss_amiss(seen.steps),
         "step_s": last.step_s if last else None,
         "typical_step_s": seen.typical_s or None,
         "commit_age_s": seen.at_s - seen.committed_s if seen.committed_s else None,
@@ -104,6 +105,12 @@ def view_of(seen: Seen) -> dict[str, Any]:
         "recoveries": [{**point._asdict(), "phases": dict(point.phases)} for point in seen.recoveries],
         "events": list(seen.events),
     }
+
+
+def _loss_amiss(steps: Sequence[StepPoint]) -> dict[str, Any] | None:
+    """A loss that is no finite number: in words, and since which of the steps that are known."""
+    amiss = list(itertools.takewhile(lambda p: p.loss is not None and not math.isfinite(p.loss), reversed(steps)))
+    return {"loss": str(amiss[0].loss), "since_step": amiss[-1].step} if amiss else None
 
 
 def _straggler(seen: Seen, finding: Finding) -> dict[str, Any]:
@@ -189,31 +196,13 @@ def _number(value: float) -> float | None:
 
 
 def to_json(values: Mapping[str, Any]) -> str:
-    """A view as JSON, in pieces: one call for all of a large job would hold up every other thread meanwhile.
-
-    What is no number (nan, infinity) becomes null: JSON has no word for it, and browsers refuse ours.
-    """
+    """A view as JSON, in pieces: one call for all of a large job would hold up every other thread meanwhile."""
     return "{" + ", ".join(_pieces(values)) + "}"
 
 
 def _pieces(values: Mapping[str, Any]) -> Iterator[str]:
     for name, value in values.items():
         if isinstance(value, list):
-            yield f"{json.dumps(name)}: [{', '.join(map(_text, value))}]"
+            yield f"{dumps(name)}: [{', '.join(map(dumps, value))}]"
         else:
-            yield f"{json.dumps(name)}: {_text(value)}"
-
-
-def _text(value: Any) -> str:
-    try:
-        return json.dumps(value, allow_nan=False)
-    except ValueError:
-        return json.dumps(_finite(value))
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {name: _finite(item) for name, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+            yield f"{dumps(name)}: {dumps(value)}"

@@ -35,6 +35,7 @@ from .checkpoints import Checkpoints
 from .errors import UsageError
 from .exchange import Exchange
 from .membership import Membership, Orders
+from .notices import Notice, warn
 from .order import DataOrder, derive_seed
 from .pipeline import Pipeline, seed_torch
 from .progress import Phase, Progress
@@ -124,6 +125,7 @@ class Engine:
         self.switch: Orders | None = None  # a join that everybody agreed to enter before the next step
         self.gradients: dict[int, Tensor] = {}  # reduced, of the shards owned here; in keeper memory
         self.results: list[Step] = []  # committed, not yet shown to the user
+        self._loss_trusted = True  # no warning yet
         self.shown = -1  # the last step that was, or will be, shown: none is shown twice
         self.birth: dict[str, Any] = {}  # hyper-parameters and registered states before the first step
         self._registered_at: dict[int, dict[str, Any]] = {}  # step -> states of what the user registered, at its end
@@ -431,6 +433,17 @@ class Engine:
         self.begin_step(layout)
         self.telemetry.span(Spent.COMMIT, began_ns)
         self.telemetry.committed(terms["loss"], self.settings.global_batch_size)
+        self._look_at_loss(terms["loss"], step, layout)
+
+    def _look_at_loss(self, loss: float | None, step: int, layout: Layout) -> None:
+        """Warn, one rank for all, when the loss is no number to train by; training goes on."""
+        if loss is not None and not math.isfinite(loss) and self._loss_trusted and self.rank == min(layout.ranks):
+            self._loss_trusted = False
+            text = (
+                f"the loss is {loss}, and so will be the parameters: look at the learning rate and the data, and go on "
+                "from a checkpoint before that"
+            )
+            warn(self.membership, Notice.LOSS_NOT_FINITE, text, step=step)
 
     def _save_or_protect(self, terms: dict[str, Any], agreement: str, layout: Layout) -> None:
         """Protect this version, and, if that was agreed, have a checkpoint made of it."""

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 class Notice(enum.StrEnum):
     """What a warning is about. The value is its name in the event log and in docs/troubleshooting.md."""
 
+    LOSS_NOT_FINITE = "loss-not-finite"  # the loss of a committed step is NaN or infinite
     SETTING_IGNORED = "setting-ignored"  # something the script asks for has no effect here
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import signal
 import sys
@@ -14,6 +13,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from .agents.strictjson import dumps
 from .checkpointing.convert import driver
 from .checkpointing.convert.content import Content, ConversionError, Lazy
 from .checkpointing.convert.formats import MODULES, READ_ONLY, READ_SETTINGS, Options
@@ -176,12 +176,12 @@ def _inspect(arguments: list[str]) -> int:
     origin, content = _read(given.checkpoint, given.origin, given)
     found = _described(given.checkpoint, origin, content)
     if given.json:
-        print(json.dumps(found))
+        print(dumps(found))
         return 0
     print(f"{given.checkpoint}: {origin}, {_summary(content)}")
     for key in ("run", "data", "optimizer", "tied"):
         if found.get(key):
-            print(f"  {key}: {json.dumps(found[key])}")
+            print(f"  {key}: {dumps(found[key])}")
     for line in _tree(_nested(found["tensors"])):
         print(_line(line))
     return 0
@@ -284,7 +284,7 @@ def _verify(arguments: list[str]) -> int:
     problems = list(checkpoint.verify(sizes.append))
     if given.json:
         found = {"checkpoint": checkpoint.url, "step": checkpoint.manifest.step, "files": len(sizes)}
-        print(json.dumps({**found, "bytes": sum(sizes), "problems": problems}))
+        print(dumps({**found, "bytes": sum(sizes), "problems": problems}))
     else:
         for problem in problems:
             print(_line(problem))
@@ -315,7 +315,7 @@ def _diff(arguments: list[str]) -> int:
     same = sum(row["equal"] for row in rows)
     equal = same == len(rows) and not others
     if given.json:
-        print(json.dumps({"a": given.a, "b": given.b, "equal": equal, "tensors": rows, "others": others}))
+        print(dumps({"a": given.a, "b": given.b, "equal": equal, "tensors": rows, "others": others}))
     else:
         for row in [*rows, *others]:
             if not row["equal"]:
