@@ -143,6 +143,7 @@ def parser() -> argparse.ArgumentParser:
         "--es-preload", default="", metavar="MODULES", help="comma-separated modules to import before forks"
     )
     own.add_argument("--es-hang-timeout", type=float, default=FLOOR_S, metavar="SECONDS", help="least hang timeout")
+    own.add_argument("--es-share-gpu", action="store_true", help="let workers of this node share a GPU")
     own.add_argument("--es-tcp", action="store_true", help="do not share memory between ranks of one host")
     return parse
 

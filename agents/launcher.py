@@ -281,6 +281,7 @@ def _node_config(command: Command, job: str, address: str) -> NodeConfig:
         hang_timeout_s=own.es_hang_timeout,
         shutdown_timeout_s=float(getattr(torch, "shutdown_timeout", 30)),
         shared_memory=not own.es_tcp,
+        share_gpu=own.es_share_gpu,
         virtual_local_rank=bool(getattr(torch, "virtual_local_rank", False)),
         numa_binding=numa.affinity_mode.value if numa is not None else "",
         metrics=own.es_metrics,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -34,11 +34,14 @@ class WorkerLogs:
         self._destinations: LogsDest | None = None
         self._tails: list[Any] = []
 
-    def paths(self, local_rank: int, environment: dict[str, str]) -> tuple[str, str, str]:
-        """(stdout, stderr, error file) of a worker; an empty path is the launcher's own stream."""
+    def paths(self, local_rank: int, environment: dict[str, str], ranks: Mapping[int, int]) -> tuple[str, str, str]:
+        """(stdout, stderr, error file) of a worker; an empty path is the launcher's own stream.
+
+        `ranks`: local rank -> rank, of all workers of the node.
+        """
         attempt = environment["TORCHELASTIC_RESTART_COUNT"]
         if self._destinations is None or attempt != self._attempt:
-            self._open(attempt, environment)
+            self._open(attempt, environment, ranks)
         destinations = self._destinations
         assert destinations is not None
         return (
@@ -47,17 +50,16 @@ class WorkerLogs:
             destinations.error_files[local_rank],
         )
 
-    def _open(self, attempt: str, environment: dict[str, str]) -> None:
+    def _open(self, attempt: str, environment: dict[str, str], ranks: Mapping[int, int]) -> None:
         self.close()
         self._attempt = attempt
         environments = {local_rank: dict(environment) for local_rank in range(self._slots)}
         self._destinations = self._specs.reify(environments)
-        first = int(environment["RANK"]) - int(environment["LOCAL_RANK"])
         prefixes = None
         if self._prefix_template:
             prefixes = {
                 local_rank: self._prefix_template.replace("${role_name}", self._role)
-                .replace("${rank}", str(first + local_rank))
+                .replace("${rank}", str(ranks.get(local_rank, "?")))
                 .replace("${local_rank}", str(local_rank))
                 for local_rank in range(self._slots)
             }

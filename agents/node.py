@@ -32,6 +32,7 @@ from .gatherer import Gatherer
 from .health import judge
 from .keeper import KeeperCannotServe, KeeperProcess, NameTaken, obtain
 from .keeper import start as start_keeper
+from .local_ranks import LocalRanks
 from .logs import WorkerLogs
 from .preloader import Preloader
 from .torchstore import TorchStores
@@ -68,6 +69,7 @@ class NodeConfig:
     keeper_linger_s: float = 30.0  # how long its keeper waits for another agent after this one died
     hang_timeout_s: float = FLOOR_S
     shared_memory: bool = True
+    share_gpu: bool = False
     shutdown_timeout_s: float = 30.0
     virtual_local_rank: bool = False
     numa_binding: str = ""  # one of torch's AffinityMode
@@ -115,7 +117,7 @@ class NodeAgent:
         self._waiting: list[tuple[WorkerProcess, pb.StartWorkers]] = []  # to be forked
         self._asked: dict[WorkerId, pb.StartWorkers] = {}  # the preloaded process was asked to fork these
         self._failures = Failures(config.role)
-        self._first_rank = 0
+        self._local_ranks = LocalRanks(config.slots)
         self._stop_why = ""
         self.signal = signal.SIGTERM  # that workers get when the job is stopped: torchrun passes its own on
         self._selector = selectors.DefaultSelector()
@@ -328,8 +330,11 @@ class NodeAgent:
             self._stores.open(message.master_port)
             if message.restart_count:
                 self._send(store=pb.StoreOpened(port=self._stores.reserve()))
+        running = {worker.id.rank for worker in self.workers.values() if not worker.silent}
+        self._local_ranks.give([item.rank for item in message.workers], running)
         for item in message.workers:
             worker = WorkerProcess.prepare(WorkerId(item.rank, item.incarnation))
+            worker.local_rank = self._local_ranks[item.rank]
             self.workers[worker.id] = worker
             self._gatherer.watch(worker.id, worker.page_fd, message.group_world_size)
             self._waiting.append((worker, message))
@@ -426,9 +431,6 @@ class NodeAgent:
 
     def _fork(self, preloader: Preloader, worker: WorkerProcess, start: pb.StartWorkers) -> None:
         config = self.config
-        if len(start.workers) == config.slots:
-            self._first_rank = start.workers[0].rank
-        worker.local_rank = worker.id.rank - self._first_rank
         torch = torch_environment(
             start,
             rank=worker.id.rank,
@@ -438,7 +440,7 @@ class NodeAgent:
             max_restarts=config.max_restarts,
             job=config.job,
         )
-        stdout, stderr, worker.error_file = config.logs.paths(worker.local_rank, torch)
+        stdout, stderr, worker.error_file = config.logs.paths(worker.local_rank, torch, self._local_ranks.ranks)
         if config.virtual_local_rank:
             torch |= virtual_rank(config.environment, worker.local_rank)
         torch["TORCHELASTIC_ERROR_FILE"] = worker.error_file
@@ -466,6 +468,9 @@ class NodeAgent:
             node=self.node,
             max_nodes=self.config.max_nodes,
             shared_memory=self.config.shared_memory,
+            local_rank=0 if self.config.virtual_local_rank else worker.local_rank,
+            gpu_workers=1 if self.config.virtual_local_rank else self.config.slots,
+            share_gpu=self.config.share_gpu,
         )
 
     def _forked(self, worker_id: WorkerId, pid: int) -> None:

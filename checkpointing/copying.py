@@ -65,7 +65,7 @@ def copy_with_checksum(source: Buffer, target: Buffer, seed: int = 0) -> int:
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a CPU tensor of any type, in row-major order; a view if it is contiguous, else a copy."""
+    """The bytes of a tensor of any type, in row-major order; a view if it is contiguous and on the CPU, else a copy."""
     import torch  # the keeper copies too, and does without torch
 
-    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
+    return tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data

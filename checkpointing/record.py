@@ -54,47 +54,30 @@ class Record:
             source = tensor_bytes(self._tensors[0])
             out[len(self._head) : len(self._head) + len(source)] = source
 
-    def keep_values(self) -> None:
-        """Copy the parameter values where they lie, on a GPU: what is written later is this copy."""
-        self._tensors[0] = self._tensors[0].clone()
-
     def write_rest(self, out: memoryview, seed: int = 0) -> int:
         """Write all that `write_values` left; returns the checksum of the whole, in which its part is as written."""
         copy = CheckedCopy(seed)
         written = len(self._head) + (self._tensors[0].numel() * self._tensors[0].element_size() if self._tensors else 0)
         copy.add(out[:written])
-        for start, source in self._pieces():
-            if start >= written:
-                copy.copy(source, out[start : start + len(source)])
+        for start, source in self._pieces(written):
+            copy.copy(source, out[start : start + len(source)])
         return copy.checksum
 
-    def _pieces(self) -> Iterator[tuple[int, memoryview]]:
-        yield 0, memoryview(self._head)
+    def _pieces(self, first: int) -> Iterator[tuple[int, memoryview]]:
+        """What begins at byte `first` or after it."""
         at = len(self._head)
         for tensor in self._tensors:
             size = tensor.numel() * tensor.element_size()
-            if size:
+            if size and at >= first:
                 yield at, tensor_bytes(tensor)
-            yield at + size, _ZEROS[: aligned(size) - size]
+            if at + size >= first:
+                yield at + size, _ZEROS[: aligned(size) - size]
             at += aligned(size)
 
     @property
-    def device(self) -> torch.device:
-        """Where the largest part of the state lies."""
-        largest = max(self._tensors, key=lambda tensor: tensor.numel(), default=torch.empty(0))
-        return largest.device
-
-    def write_from_device(self, out: Tensor) -> None:
-        """Begin to write, on the current stream, from a GPU into pinned memory; the bytes are there when it has run."""
-        room = out.numpy()
-        room[: len(self._head)] = memoryview(self._head)
-        at = len(self._head)
-        for tensor in self._tensors:
-            size = tensor.numel() * tensor.element_size()
-            if size:
-                out[at : at + size].copy_(tensor.reshape(-1).view(torch.uint8), non_blocking=True)
-            room[at + size : at + aligned(size)] = 0
-            at += aligned(size)
+    def devices(self) -> set[torch.device]:
+        """Where the state lies."""
+        return {tensor.device for tensor in self._tensors}
 
 
 def record_bytes(state: ShardState) -> int:

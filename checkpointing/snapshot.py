@@ -26,9 +26,8 @@ from torch import Tensor
 
 from ..resharding.placement import Placement
 from .client import KeeperLink
-from .pinned import Pinned
 from .record import Record, ShardState
-from .segment import Segment, checksum_of, seed_of
+from .segment import Segment, seed_of
 
 
 class _Begun(NamedTuple):
@@ -57,7 +56,6 @@ class Snapshots:
         self._numbers = 0
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="everstep-snapshot") if link else None
         self._pending: Future[None] | None = None
-        self._pinned = Pinned()
         self.checksums: dict[int, int] = {}  # shard -> xxh3 of its newest record
         self.version: dict[int, int] = {}  # shard -> newest version written or being written
         self.protected = -1  # the newest version that all members know to outlive lost nodes
@@ -121,10 +119,9 @@ class Snapshots:
         assert self._pool is not None
         self._hurry.clear()
         opened = [self._open(shard, version, Record(states(shard))) for shard in todo]
-        for begun in opened:
-            if begun.record.device.type == "cuda":
-                self._pinned.after_compute(begun.record.device)
-                break
+        for device in {device for begun in opened for device in begun.record.devices}:
+            if device.type != "cpu":  # another thread copies the rest, on a stream of its own: all is there by now
+                torch.get_device_module(device).synchronize(device)
         self._pending = self._pool.submit(
             self._copy, self._generation, version, opened, self._pending, protect=protect, then=then
         )
@@ -135,10 +132,7 @@ class Snapshots:
         slot = segment.free_slot(shard, (self.protected, version - 1, self.saving))
         start = segment.open_slot(shard, slot, record.length)
         room = self._bytes[number][start : start + segment.entries[shard].state_bytes]
-        if record.device.type == "cpu":
-            record.write_values(room.numpy().data)
-        else:
-            record.keep_values()
+        record.write_values(room.numpy().data)
         return _Begun(shard, record, segment, slot, room)
 
     def _copy(
@@ -171,11 +165,7 @@ class Snapshots:
 
     def _write(self, version: int, begun: _Begun) -> None:
         shard, record, segment, slot, room = begun
-        if record.device.type == "cuda":
-            self._pinned.copy(record, room, segment)
-            checksum = checksum_of(room.numpy()[: record.length].data, shard, version)
-        else:
-            checksum = record.write_rest(room.numpy().data, seed_of(shard, version, record.length))
+        checksum = record.write_rest(room.numpy().data, seed_of(shard, version, record.length))
         self.checksums[shard] = segment.seal_slot(shard, slot, version, record.length, checksum)
 
     def wait(self, on_wait: Callable[[], None] = lambda: None) -> None:

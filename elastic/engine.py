@@ -32,12 +32,13 @@ from ..resharding.layout import Layout
 from ..resharding.units import Shard
 from .backups import Backups
 from .checkpoints import Checkpoints
+from .devices import seed_torch
 from .errors import UsageError
 from .exchange import Exchange
 from .membership import Membership, Orders
 from .notices import Notice, warn
 from .order import DataOrder, derive_seed
-from .pipeline import Pipeline, seed_torch
+from .pipeline import Pipeline
 from .progress import Phase, Progress
 from .protection import Protection
 from .replicas import Odd, Replicas, Share, decide, digest, disputed, odd_ones

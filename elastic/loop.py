@@ -9,6 +9,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from ..resharding.plan import Span
+from .devices import to_device
 from .engine import Engine
 from .errors import UsageError
 from .pipeline import tokens_and_samples
@@ -64,7 +65,7 @@ class Batches:
             span = state.todo[0]
             engine.progress.mark(Phase.COMPUTE, state.step, finished=len(state.held))
             started_ns = time.monotonic_ns()
-            ready.append(engine.fetch(state.step, span.micro_batch))
+            ready.append(to_device(engine.fetch(state.step, span.micro_batch), engine.stack.device))
             tokens, samples = tokens_and_samples(ready[0])
             engine.progress.telemetry.span(
                 Spent.FETCH, started_ns, micro_batch=span.micro_batch, amount=tokens, value=samples

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..comms.communicator import Communicator, Key, Kind
 from ..comms.tensors import decode, encode
 from ..resharding.plan import Span
+from .devices import seed_torch, to_device
 from .errors import UsageError
 from .order import derive_seed
 from .progress import Phase, Progress
@@ -105,9 +106,9 @@ class Pipeline:
             telemetry.span(Spent.FETCH, started_ns, micro_batch=span.micro_batch, amount=counted[0], value=counted[1])
             started_ns = time.monotonic_ns()
         if data is None:
-            value = first
+            value = to_device(first, self.stack.device_of(span.start))
         else:
-            inputs = decode(data, self.stack.device)
+            inputs = decode(data, self.stack.device_of(span.start))
             for tensor in inputs:
                 if tensor is not None and tensor.is_floating_point():
                     tensor.requires_grad_()
@@ -117,7 +118,7 @@ class Pipeline:
             value = self.apply(number, state.step, span.micro_batch, value, statistics)
         if is_last:
             self._seed(state.step, span.micro_batch, span.stop)
-            value = self.loss_fn(value, targets)
+            value = self.loss_fn(value, to_device(targets, self.stack.device_of(span.stop - 1)))
             _check_loss(value)
             state.losses[span.micro_batch] = float(value.detach())
         outputs = list(value) if isinstance(value, tuple | list) else [value]
@@ -191,7 +192,7 @@ class Pipeline:
 
     def _backward(self, state: StepState, span: Span, data: memoryview) -> None:
         self.progress.mark(Phase.COMPUTE, state.step, finished=len(state.held))
-        self._finish(state, span, state.started.pop(span), decode(data, self.stack.device))
+        self._finish(state, span, state.started.pop(span), decode(data, self.stack.device_of(span.stop - 1)))
 
     def _finish(self, state: StepState, span: Span, graph: Graph, gradients: Sequence[Tensor | None] | None) -> None:
         """The backward of a span: its gradients become leaves of the sums, the input's goes upstream."""
@@ -249,13 +250,6 @@ def _gradient(tensor: Tensor, stack: LayerStack, index: int) -> Tensor:
         name = stack.spec.parameters[index].name
         raise UsageError(f"parameter {name!r} has a sparse gradient: use sparse=False in its layer")
     return gradient.reshape(-1).to(accumulation_dtype(tensor.dtype))
-
-
-def seed_torch(seed: int) -> None:
-    """Seed the generators in use. `torch.manual_seed` would do, but formats a stack trace for CUDA at every call."""
-    torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        torch.cuda.manual_seed(seed)
 
 
 def tokens_and_samples(inputs: Any) -> tuple[int, float]:

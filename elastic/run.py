@@ -18,6 +18,7 @@ from ..checkpointing.restore import Sources
 from ..checkpointing.snapshot import Snapshots
 from ..comms.communicator import Aborted, Communicator, Peer
 from ..resharding.layout import Layout
+from .devices import make_current, own_device
 from .digest import state_digest
 from .engine import Engine, Step
 from .errors import UsageError
@@ -93,10 +94,11 @@ class Run:
 
     @property
     def device(self) -> torch.device:
-        """Where this worker's model belongs: its GPU if there is one, else the CPU."""
-        if torch.cuda.is_available():
-            return torch.device("cuda", (self._context.rank if self._context else 0) % torch.cuda.device_count())
-        return torch.device("cpu")
+        """Where this worker's model belongs: its GPU, by its local rank, if there is one, else the CPU.
+
+        It becomes torch's current device. Raises UsageError if there are more workers than GPUs on the node.
+        """
+        return own_device(self._context)
 
     # ------------------------------------------------------------ training
 
@@ -241,6 +243,7 @@ class Run:
         check_optimizer(optimizer, model)
         _check_dataset(dataset, settings)
         stack = LayerStack(model, cut=not loops, whole=not is_elementwise(optimizer))
+        make_current(stack.device)
         if settings.stages > len(stack.layers):
             raise UsageError(_too_few_layers(model, settings.stages, len(stack.layers)))
         link, slots, context = None, 2, self._context
@@ -380,7 +383,7 @@ def _assemble(engine: Engine, states: dict[int, dict[str, Any]]) -> dict[str, An
         if joined:
             optimizer[parameter.name] = joined
     for name, tensor in engine.stack.constants():
-        model[name] = tensor.detach().clone()
+        model[name] = tensor.detach().to("cpu", copy=True)
     for name, original in engine.stack.aliases.items():
         model[name] = model[original]
     return {"model": model, "optimizer": optimizer}

@@ -163,6 +163,9 @@ class WorkerContext:
     node: str = ""
     max_nodes: int = 1
     shared_memory: bool = True
+    local_rank: int = 0  # which of the GPUs that this process sees is its own
+    gpu_workers: int = 1  # of this node, that see the same GPUs
+    share_gpu: bool = False  # there may be more of them than GPUs
 
     VARIABLE = "EVERSTEP_WORKER"
 

@@ -158,7 +158,13 @@ class LayerStack:
 
     @property
     def device(self) -> torch.device:
+        """Where the model is."""
         return self._specs[0][1].device
+
+    def device_of(self, number: int) -> torch.device:
+        """Where a layer is; one without parameters, where the model is."""
+        parameters = self.layers[number].parameters
+        return parameters[0].tensor.device if parameters else self.device
 
 
 def _modules(model: nn.Module, cut: bool) -> Sequence[nn.Module]:

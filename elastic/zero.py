@@ -157,9 +157,14 @@ class ShardedOptimizer:
         self._inner.state.pop(parameter, None)
         if rest:
             self._inner.state[parameter] = {
-                name: _place(value, parameter.device) if isinstance(value, Tensor) else value
-                for name, value in rest.items()
+                name: self._place(value, shard) if isinstance(value, Tensor) else value for name, value in rest.items()
             }
+
+    def _place(self, value: Tensor, shard: int) -> Tensor:
+        """As torch does it: scalar state, such as Adam's step, stays on the CPU unless the kernel reads it."""
+        group = self.user.param_groups[self._group[self._shards[shard].parameter] or 0]
+        on_device = value.dim() or group.get("fused") or group.get("capturable")
+        return value.to(self._parameters[shard].device) if on_device else value
 
     def state_bytes(self, shard: Shard) -> int:
         """How many bytes the record of a shard's state takes once the optimizer has stepped."""
@@ -167,11 +172,11 @@ class ShardedOptimizer:
         if self.stack.averaged(shard.parameter) or self._group[shard.parameter] is None:
             return record_bytes({"value": value}) + 256
         if self.stack.spec.whole:
-            state = self._probe(torch.zeros(value.shape, dtype=value.dtype), shard)
+            state = self._probe(torch.zeros_like(value), shard)
         else:
             group = self._group[shard.parameter] or 0
             if group not in self._templates:
-                self._templates[group] = self._probe(torch.zeros(_PROBE, dtype=torch.float32), shard)
+                self._templates[group] = self._probe(value.new_zeros(_PROBE, dtype=torch.float32), shard)
             state = {
                 name: torch.empty(value.shape, dtype=value.dtype, device="meta")
                 if isinstance(item, Tensor) and item.numel() == _PROBE
@@ -187,10 +192,6 @@ class ShardedOptimizer:
         clone.param_groups[self._group[shard.parameter] or 0]["params"] = [dummy]
         clone.step()
         return dict(clone.state.get(dummy, {}))
-
-
-def _place(value: Tensor, device: torch.device) -> Tensor:
-    return value.to(device) if value.dim() else value  # scalar state, such as Adam's step, stays on the CPU
 
 
 def _plain(value: Any) -> Any:

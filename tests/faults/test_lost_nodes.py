@@ -117,6 +117,32 @@ def test_nodes_of_several_workers(tmp_path: Path) -> None:
     assert not result.named("unprotected"), "training waited for protection in vain"
 
 
+def joined(job: Cluster) -> list[int]:
+    return [rank for event in job.events("joined") for rank in event["ranks"]]
+
+
+def test_a_node_gets_ranks_that_are_no_range(tmp_path: Path) -> None:
+    """Of nodes with one, two and one workers the first and the last are lost; one with two takes ranks 0 and 3."""
+    with Hosts(4) as hosts:
+        job = Cluster(hosts, tmp_path, steps=STEPS, least=3)
+        for host, workers in enumerate((1, 2, 1)):
+            job.launch(host, flags=job.flags, workers=workers)
+            job.until(lambda count=host + 1: len(job.events("node_joined")) == count, 60, f"node {host} joins")
+        job.reaches(2)
+        job.away = {0, 2}
+        with job.slowly():
+            for host in (0, 2):
+                job.until(job.protected, 90, "a version outlives the loss of a node")
+                hosts.kill(host)
+                job.until(lambda count=host // 2 + 1: len(job.events("node_lost")) == count, 30, "the loss is noticed")
+            job.advance(1)
+            job.launch(3, flags=job.flags, workers=2)
+            job.until(lambda: {0, 3} <= {*joined(job)}, 90, "the new node's ranks train")
+        job.see_to_the_end(90)
+        result = job.check()
+    assert len(result.named("worker_died")) == 0
+
+
 @pytest.mark.parametrize(("protection", "lost"), [("parity", (1, 2)), ("none", (2,))], ids=["parity", "none"])
 def test_more_is_lost_than_was_protected(protection: str, lost: tuple[int, ...], tmp_path: Path) -> None:
     """The job ends, and says in one line what is gone, who had it, and what was protected."""

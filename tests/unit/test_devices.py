@@ -1,0 +1,123 @@
+"""Which device a worker has, and how batches and random numbers come to it. The device here is torch's "meta"."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import OrderedDict, UserDict, namedtuple
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from everstep.elastic.devices import own_device, seed_torch, to_device
+from everstep.elastic.errors import UsageError
+from everstep.elastic.settings import WorkerContext
+
+META = torch.device("meta")
+Pair = namedtuple("Pair", "left right")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    values: torch.Tensor
+    name: str
+
+
+class Mover:
+    """As the batches of libraries are."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+
+    def to(self, device: torch.device) -> Mover:
+        return Mover(device.type)
+
+
+def test_batches_move_however_they_are_nested() -> None:
+    one = torch.ones(2)
+    moved = to_device(
+        {
+            "list": [one, "text", 3, None],
+            "pair": Pair(one, (one,)),
+            "ordered": OrderedDict(a=one),
+            "user": UserDict(a=one),
+            "sample": Sample(one, "x"),
+            "own": Mover("cpu"),
+        },
+        META,
+    )
+    assert moved["list"][0].device == META
+    assert moved["list"][1:] == ["text", 3, None]
+    assert isinstance(moved["pair"], Pair)
+    assert moved["pair"].left.device == moved["pair"].right[0].device == META
+    assert isinstance(moved["ordered"], OrderedDict)
+    assert moved["ordered"]["a"].device == META
+    assert isinstance(moved["user"], UserDict)
+    assert moved["user"]["a"].device == META
+    assert isinstance(moved["sample"], Sample)
+    assert (moved["sample"].values.device, moved["sample"].name) == (META, "x")
+    assert moved["own"].device == "meta"
+
+
+def test_for_the_cpu_a_batch_is_as_it_is() -> None:
+    batch = {"x": [torch.ones(2)]}
+    assert to_device(batch, torch.device("cpu")) is batch
+
+
+def context(local_rank: int, workers: int, *, shares: bool = False) -> WorkerContext:
+    return WorkerContext(
+        rank=10 + local_rank,  # which says nothing of the device
+        incarnation=0,
+        world_size=20,
+        host="",
+        host_id="",
+        token="",
+        control_fd=0,
+        progress_fd=0,
+        keeper_name="",
+        local_rank=local_rank,
+        gpu_workers=workers,
+        share_gpu=shares,
+    )
+
+
+@pytest.fixture
+def accelerators(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Torch finds as many devices of a kind as `count` says, and records what is set and seeded."""
+    seen: dict[str, Any] = {"count": 2, "set": [], "seeds": [], "initialised": True}
+    module = SimpleNamespace(
+        set_device=seen["set"].append,
+        manual_seed_all=seen["seeds"].append,
+        is_initialized=lambda: seen["initialised"],
+    )
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("xpu"))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: seen["count"] > 0)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: seen["count"])
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    return seen
+
+
+def test_the_device_is_that_of_the_local_rank(accelerators: dict[str, Any]) -> None:
+    assert own_device(context(1, 2)) == torch.device("xpu", 1)
+    assert own_device(context(0, 2)) == torch.device("xpu", 0)
+    assert own_device(None) == torch.device("xpu", 0)
+    assert accelerators["set"] == [1, 0, 0]
+
+
+def test_more_workers_than_devices(accelerators: dict[str, Any]) -> None:
+    for local_rank in range(4):
+        with pytest.raises(UsageError, match=r"4 workers and 2 xpu devices: .*--nproc-per-node=2.*--es-share-gpu"):
+            own_device(context(local_rank, 4))
+    assert [own_device(context(n, 4, shares=True)).index for n in range(4)] == [0, 1, 0, 1]
+    accelerators["count"] = 0
+    assert own_device(context(3, 4)) == torch.device("cpu")
+
+
+def test_the_generators_of_the_device_are_seeded(accelerators: dict[str, Any]) -> None:
+    seed_torch(5)
+    assert accelerators["seeds"] == [5]
+    first = torch.rand(3)
+    accelerators["initialised"] = False
+    seed_torch(5)
+    assert accelerators["seeds"] == [5], "what is not in use is left alone"
+    assert torch.equal(torch.rand(3), first)
