@@ -98,7 +98,7 @@ class Engine:
         progress.damage = self._damage
         self.telemetry = progress.telemetry
         snapshots.on_copied = self._copied
-        self.pipeline = Pipeline(stack, comm, progress, settings.seed, self.fetch, loss_fn)
+        self.pipeline = Pipeline(stack, comm, progress, settings.seed, self.fetch, loss_fn, self._warn_of_attribute)
         self.exchange = Exchange(stack, comm)
         self.protection = Protection(settings, snapshots, membership)
         self.backups = Backups(optimizer.user, stack, comm, snapshots, self.exchange)
@@ -291,6 +291,9 @@ class Engine:
         while True:
             self._patient()
             time.sleep(0.01)
+
+    def _warn_of_attribute(self, text: str) -> None:
+        warn(self.membership, Notice.ATTRIBUTE_CHANGED, text, rank=self.rank, step=self.version)
 
     def check_values(self, *, thorough: bool) -> None:
         """Raise UsageError if the script has changed a parameter and not put it back.
@@ -491,6 +494,7 @@ class Engine:
     def settle(self) -> None:
         """The user's code has run for the last step: what it made of it goes with this version."""
         self.check_values(thorough=False)
+        self.pipeline.forwards.check_constants(self.version, self.registered.values())
         if self.checkpoints.unsettled:
             self.checkpoints.settle(self.after_users())
 

@@ -27,7 +27,6 @@ class Batches:
         self._guard = guard
         self._switch = switch
         self._open: Span | None = None  # handed out, gradient not yet taken
-        self._versions: list[tuple[str, Any, int]] = []
         self._handed_out_ns = 0
 
     def __iter__(self) -> Iterator[Any]:
@@ -72,7 +71,7 @@ class Batches:
             )
             engine.pipeline.restore_statistics(0)
             engine.pipeline.seed_forward(state.step, span.micro_batch)
-            self._versions = [(n, b, b._version) for n, b in engine.stack.layers[0].other_buffers]
+            engine.pipeline.forwards.before(0)
             self._open = span
             self._handed_out_ns = time.monotonic_ns()
 
@@ -86,7 +85,7 @@ class Batches:
             raise UsageError("optimizer.step() was called outside the loop over the prepared batches")
         self._open = None
         _, state = engine.current()
-        engine.pipeline.check_buffers(0, self._versions)
+        engine.pipeline.forwards.after(0)
         if span not in state.todo:  # a recovery inside the user's turn gave it to another rank
             engine.pipeline.drop_gradients(span)
             return

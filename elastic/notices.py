@@ -16,6 +16,7 @@ class Notice(enum.StrEnum):
 
     LOSS_NOT_FINITE = "loss-not-finite"  # the loss of a committed step is NaN or infinite
     SETTING_IGNORED = "setting-ignored"  # something the script asks for has no effect here
+    ATTRIBUTE_CHANGED = "attribute-changed"  # a forward leaves a number behind, which the next one may use
 
 
 class Channel(Protocol):

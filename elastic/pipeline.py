@@ -19,6 +19,7 @@ from ..comms.tensors import decode, encode
 from ..resharding.plan import Span
 from .devices import seed_torch, to_device
 from .errors import UsageError
+from .forwards import Forwards
 from .order import derive_seed
 from .progress import Phase, Progress
 from .stack import LayerStack
@@ -39,8 +40,10 @@ class Pipeline:
         seed: int,
         fetch: Callable[[int, int], Batch],
         loss_fn: Callable[[Any, Any], Tensor],
+        warn: Callable[[str], None],
     ) -> None:
         self.stack = stack
+        self.forwards = Forwards(stack, warn)
         self.comm = comm
         self.progress = progress
         self.seed = seed
@@ -139,9 +142,9 @@ class Pipeline:
         layer = self.stack.layers[number]
         self.restore_statistics(number)
         self._seed(step, micro_batch, number)
-        versions = [(name, buffer, buffer._version) for name, buffer in layer.other_buffers]
+        self.forwards.before(number)
         value = layer.module(value)
-        self.check_buffers(number, versions)
+        self.forwards.after(number)
         statistics[number] = self.take_statistics(number)
         return value
 
@@ -174,14 +177,6 @@ class Pipeline:
 
     def _averaged(self, number: int) -> list[Tensor]:
         return [held.tensor for held in self.stack.layers[number].parameters if held.averaged]
-
-    def check_buffers(self, number: int, versions: list[tuple[str, Tensor, int]]) -> None:
-        for name, buffer, version in versions:
-            if buffer._version != version:
-                raise UsageError(
-                    f"layer {number} ({type(self.stack.layers[number].module).__name__}) changes its buffer {name!r} "
-                    "in forward: only batch-norm statistics can be kept equal whatever rank computes a micro-batch"
-                )
 
     def seed_forward(self, step: int, micro_batch: int) -> None:
         """Seed torch for a forward that the user runs."""

@@ -298,6 +298,7 @@ class Recovery:
         try:
             states = CheckpointStates(engine.settings, engine.stack, plan.checkpoint)
             states.load_constants()
+            engine.pipeline.forwards.remember()
             for optimizer, held in ((engine.optimizer, engine.owned), (engine.backups.copies, engine.backups.level)):
                 for shard in optimizer.owned:
                     optimizer.load(shard.index, states.state(shard))

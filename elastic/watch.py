@@ -60,17 +60,18 @@ def content_of(tensor: Tensor) -> int:
     return xxhash.xxh3_64_intdigest(tensor.detach().reshape(-1).view(torch.uint8).numpy().data)
 
 
-def _bytes_of(tensor: Tensor) -> memoryview | None:
-    """The memory of a contiguous CPU tensor."""
+def bytes_of(tensor: Tensor) -> memoryview | None:
+    """The memory of a contiguous CPU tensor; None of any other, and of one without elements."""
     if tensor.device.type != "cpu" or not tensor.is_contiguous() or not tensor.numel():
         return None
     return tensor.detach().view(-1).view(torch.uint8).numpy().data
 
 
-def _edges(data: memoryview) -> int:
-    if data.nbytes <= 2 * EDGE_BYTES:
+def edges_of(data: memoryview, size: int = EDGE_BYTES) -> int:
+    """A hash of the first and last `size` bytes."""
+    if data.nbytes <= 2 * size:
         return xxhash.xxh3_64_intdigest(data)
-    return xxhash.xxh3_64_intdigest(data[:EDGE_BYTES]) ^ xxhash.xxh3_64_intdigest(data[-EDGE_BYTES:], 1)
+    return xxhash.xxh3_64_intdigest(data[:size]) ^ xxhash.xxh3_64_intdigest(data[-size:], 1)
 
 
 class Watch:
@@ -92,9 +93,9 @@ class Watch:
             if mark is not None and mark.memory.dtype == memory.dtype and memory.is_set_to(mark.memory):
                 memory, data = mark.memory, mark.data
             else:
-                data = _bytes_of(memory)
+                data = bytes_of(memory)
             content = xxhash.xxh3_64_intdigest(data) if data is not None else content_of(memory)
-            edges = _edges(data) if data is not None else 0
+            edges = edges_of(data) if data is not None else 0
             self._marks[id(held.tensor)] = _Mark(held, memory, data, held.tensor._version, content, edges)
 
     def _held(self) -> Iterator[Held]:
@@ -128,7 +129,7 @@ class Watch:
             tensor.data = memory  # which the optimizer writes to
         written = tensor._version != mark.version
         if not written and not thorough:
-            return Change.SILENT if mark.data is not None and _edges(mark.data) != mark.edges else None
+            return Change.SILENT if mark.data is not None and edges_of(mark.data) != mark.edges else None
         content = xxhash.xxh3_64_intdigest(mark.data) if mark.data is not None else content_of(memory)
         if content != mark.content:
             return Change.WRITTEN if written else Change.SILENT
