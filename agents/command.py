@@ -18,7 +18,7 @@ import torch
 from torch.distributed.launcher.api import LaunchConfig
 from torch.distributed.run import config_from_args, determine_local_world_size, get_args_parser, run_script_path
 
-from ..elastic.protocol.liveness import FLOOR_S
+from ..elastic.protocol.liveness import FLOOR_S, USER_S
 from ..elastic.protocol.state import Config
 from .checkup import LEVELS
 from .forkable import in_a_fork
@@ -144,6 +144,13 @@ def parser() -> argparse.ArgumentParser:
     )
     own.add_argument("--es-hang-timeout", type=float, default=FLOOR_S, metavar="SECONDS", help="least hang timeout")
     own.add_argument("--es-share-gpu", action="store_true", help="let workers of this node share a GPU")
+    own.add_argument(
+        "--es-user-timeout",
+        type=float,
+        default=USER_S,
+        metavar="SECONDS",
+        help="how long your own code (dataset, loop) may show no progress, signs of life provided",
+    )
     own.add_argument("--es-tcp", action="store_true", help="do not share memory between ranks of one host")
     return parse
 

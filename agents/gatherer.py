@@ -10,7 +10,7 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import psutil
 
@@ -56,7 +56,8 @@ class _Watched:
 class Gatherer:
     """`watch` and `ended` are told by the agent; `send` gets a message about once a second, from another thread.
 
-    `keeper` says where the node's keeper is, and the token to speak with it; None while there is none. Metrics are
+    `keeper` says where the node's keeper is, and the token to speak with it; None while there is none. `ranks` says
+    what the workers do now. Metrics are
     served at `serve_at` (host:port), if that is given. Raises AddressTaken if they cannot be.
     """
 
@@ -66,6 +67,7 @@ class Gatherer:
         node: str,
         send: Callable[[pb.Telemetry], None],
         keeper: Callable[[], tuple[str, str] | None] = lambda: None,
+        ranks: Callable[[], Sequence[pb.RankState]] = tuple,
         *,
         keeper_limit_bytes: int = 0,
         serve_at: str = "",
@@ -74,6 +76,7 @@ class Gatherer:
     ) -> None:
         self._send = send
         self._where_keeper_is = keeper
+        self._ranks = ranks
         self._metrics = NodeMetrics(job, node)
         self._keeper_limit_bytes = keeper_limit_bytes
         self._pages: PageServer | None = None
@@ -188,6 +191,7 @@ class Gatherer:
             at_s=time.monotonic(),
             unix_s=time.time(),
             steps=steps,
+            ranks=self._ranks(),
             links=links[:LINKS_PER_MESSAGE],
             host=reading,
             gpus=gpus,

@@ -279,6 +279,7 @@ def _node_config(command: Command, job: str, address: str) -> NodeConfig:
         rejoin_s=min(_join_timeout(command), REJOIN_S),
         coordinator_wait_s=command.own.es_coordinator_wait,
         hang_timeout_s=own.es_hang_timeout,
+        user_timeout_s=own.es_user_timeout,
         shutdown_timeout_s=float(getattr(torch, "shutdown_timeout", 30)),
         shared_memory=not own.es_tcp,
         share_gpu=own.es_share_gpu,

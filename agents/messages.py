@@ -47,6 +47,8 @@ def _died(died: pb.WorkerDied, local: Callable[[float], float]) -> e.WorkerDied:
         finished_micro_batches=died.finished_micro_batches,
         detected_at_s=local(died.detected_at_s),
         killed_at_s=local(died.killed_at_s),
+        hang=died.hang,
+        stacks=died.stacks,
     )
 
 

@@ -133,6 +133,11 @@ class JobMetrics(_Metrics):
         self.lost_steps = self.counter("everstep_lost_steps", "committed steps computed again")
         self.lost_seconds = self.counter("everstep_lost_seconds", "time that recoveries, and redone steps, took")
         self.failures = self.counter("everstep_host_failures", "failures on a host", "host", "kind")
+        self.hung_kills = self.counter(
+            "everstep_hung_kills", "workers killed as hung, by signs of life until then", "signs"
+        )
+        for signs in ("silent", "alive"):
+            self.hung_kills.labels(signs)
         self.restarts = self.counter("everstep_restarts", "restarts of all workers of a script that is not elastic")
 
     def _protection(self) -> None:

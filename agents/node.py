@@ -21,14 +21,16 @@ from ..comms import everstep_pb2 as pb
 from ..comms.attach import Aborted, Attachment, Broken
 from ..comms.process import exit_status, host_id
 from ..comms.telemetry_pb2 import AskSpans
+from ..elastic.notices import Notice
 from ..elastic.progress import Fault, Phase
 from ..elastic.protocol.events import WorkerId
-from ..elastic.protocol.liveness import FLOOR_S, Hangs, Pace
+from ..elastic.protocol.liveness import FLOOR_S, USER_S
 from ..elastic.settings import WorkerContext
 from . import checkup
 from .environment import program_for, torch_environment, virtual_rank, worker_environment
 from .failures import Failures, pass_on
 from .gatherer import Gatherer
+from .hangs import HangWatch
 from .health import judge
 from .keeper import KeeperCannotServe, KeeperProcess, NameTaken, obtain
 from .keeper import start as start_keeper
@@ -68,6 +70,7 @@ class NodeConfig:
     coordinator_wait_s: float = 300.0  # how long it keeps workers that make no progress while there is no coordinator
     keeper_linger_s: float = 30.0  # how long its keeper waits for another agent after this one died
     hang_timeout_s: float = FLOOR_S
+    user_timeout_s: float = USER_S
     shared_memory: bool = True
     share_gpu: bool = False
     shutdown_timeout_s: float = 30.0
@@ -127,8 +130,7 @@ class NodeAgent:
         self._alone_s = 0.0  # since when there has been neither a coordinator nor progress
         self._fenced_s = 0.0  # since when this node has been out
         self._ending_s = 0.0
-        self._hangs: dict[int, Hangs] = {}  # of ranks
-        self._first_s = 0.0  # the longest pause in first steps that workers of this node have done
+        self._hang_watch = HangWatch(config.hang_timeout_s, config.user_timeout_s, self._warn)
         self._unfit = ""  # why this node should not join
         self._unfit_s = 0.0  # since when the coordinator knows
         self._gatherer = Gatherer(
@@ -136,6 +138,7 @@ class NodeAgent:
             config.node,
             lambda message: self.link.mention(telemetry=message),
             self._keeper_place,
+            lambda: self._hang_watch.states,
             keeper_limit_bytes=config.memory_bytes,
             serve_at=config.metrics,
             security=link.security,
@@ -556,6 +559,8 @@ class NodeAgent:
             finished_micro_batches=reading.finished_micro_batches,
             detected_at_s=worker.ended_s,
             killed_at_s=reading.fault_ns / 1e9,
+            hang=worker.hang,
+            stacks=worker.stacks,
         )
         self._send(died=died)
 
@@ -586,19 +591,13 @@ class NodeAgent:
         for worker in self.workers.values():
             if worker.deadline_s and now > worker.deadline_s:
                 worker.kill("it did not end when asked to")
-            if worker.pid and not worker.fenced:
-                self._watch_worker(worker, now)
+        self._hang_watch.look(self.workers.values(), now)
 
-    def _watch_worker(self, worker: WorkerProcess, now: float) -> None:
-        reading, rank = worker.reading(), worker.id.rank
-        hangs = self._hangs.get(rank, Hangs()).read(reading.pace)
-        if worker.check(now, hangs.floor_s(self.config.hang_timeout_s), self._first_s):
-            stood = now - worker.pulse.changed_s
-            worker.kill(f"hung: no progress for {stood:.1f} s in {Phase(reading.phase).name.lower()}")
-            hangs = hangs.again()
-        elif worker.pulse.pace is Pace.STEADY:
-            self._first_s = max(self._first_s, worker.pulse.first_s)
-        self._hangs[rank] = hangs
+    def _warn(self, worker: WorkerProcess, notice: Notice, text: str) -> None:
+        """A warning about a worker, for all who watch the job."""
+        fields = {"notice": str(notice), "text": text, "step": worker.reading().step}
+        line = json.dumps({"kind": "noted", "what": "warning", "fields": fields})
+        self._send(from_worker=pb.FromWorker(worker=_proto(worker.id), json=line))
 
     def _alone_too_long(self, now: float) -> bool:
         """Whether this node has been cut off for so long, from coordinator and members both, that it may as well stop.

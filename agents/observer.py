@@ -247,6 +247,8 @@ class Observer:
 
     def _worker_died(self, line: Mapping[str, Any]) -> None:
         self._failed(line["node"], died_of(line["cause"]))
+        if line.get("hang"):
+            self.metrics.hung_kills.labels(line["hang"]).inc()
 
     def _corruption(self, line: Mapping[str, Any]) -> None:
         self.metrics.corruptions.labels(line["where"]).inc()

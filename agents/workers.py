@@ -9,10 +9,13 @@ import signal
 import time
 from dataclasses import dataclass, field
 
-from ..elastic.progress import Reading, create_page, read_page
+from ..elastic.progress import STACKS_OFFSET, STACKS_SIGNAL, Reading, create_page, read_page
 from ..elastic.protocol.events import WorkerId
-from ..elastic.protocol.liveness import Pulse
+from ..elastic.protocol.liveness import Pulse, Verdict
 from .channel import Channel
+from .vitals import Vitals
+
+STACKS_BYTES = 64 << 10  # of a worker's stacks, read at most
 
 
 @dataclass
@@ -34,6 +37,14 @@ class WorkerProcess:
     error_file: str = ""
     ended_s: float = 0.0
     pulse: Pulse = field(default_factory=lambda: Pulse(0, time.monotonic()))
+    vitals: Vitals = field(default_factory=lambda: Vitals(0))
+    looked_s: float = 0.0  # when the kernel was asked last
+    verdict: Verdict | None = None  # while its counter stands still
+    warned: bool = False  # it was said that it stands still
+    asked_s: float = 0.0  # since when its stacks are awaited
+    hang: str = ""  # it was killed as hung: silent | alive
+    stacks: str = ""  # what its threads did then
+    _seen: int = 0  # bytes of stacks at the last look
 
     @classmethod
     def prepare(cls, worker: WorkerId) -> WorkerProcess:
@@ -46,16 +57,34 @@ class WorkerProcess:
         with contextlib.suppress(ProcessLookupError):
             self.pidfd = os.pidfd_open(pid)
         self.pulse = Pulse(0, time.monotonic())
+        self.vitals = Vitals(pid)
         self.channel.theirs.close()
 
     def reading(self) -> Reading:
         return read_page(self.page)
 
-    def check(self, now: float, floor_s: float, first_s: float) -> bool:
-        """Whether it hangs."""
-        reading = self.reading()
-        self.pulse = self.pulse.read(reading.counter, now, reading.pace)
-        return self.pulse.counter > 0 and self.pulse.hung(now, floor_s, first_s)
+    def moves(self) -> None:
+        """Its counter has moved: forget what was thought of it while it stood still."""
+        if self.verdict is not None:
+            self.vitals.forget()
+            self.verdict, self.warned, self.asked_s = None, False, 0.0
+
+    def ask_stacks(self) -> None:
+        """Have it write down what its threads do; its handler needs no interpreter."""
+        os.ftruncate(self.page_fd, STACKS_OFFSET)
+        self._seen = 0
+        if self.pidfd >= 0:
+            with contextlib.suppress(OSError):
+                signal.pidfd_send_signal(self.pidfd, STACKS_SIGNAL)
+
+    def has_stacks(self) -> bool:
+        """Whether it has, and no more comes."""
+        before, self._seen = self._seen, os.fstat(self.page_fd).st_size - STACKS_OFFSET
+        return 0 < self._seen == before
+
+    def read_stacks(self) -> str:
+        """As far as they are there; empty where nothing is."""
+        return os.pread(self.page_fd, STACKS_BYTES, STACKS_OFFSET).replace(b"\0", b"").decode(errors="replace")
 
     def kill(self, why: str) -> None:
         """Fence it."""

@@ -122,7 +122,7 @@ class FromWorker(_message.Message):
     def __init__(self, worker: _Optional[_Union[WorkerId, _Mapping]] = ..., json: _Optional[str] = ...) -> None: ...
 
 class WorkerDied(_message.Message):
-    __slots__ = ("worker", "cause", "clean", "step", "phase", "finished_micro_batches", "detected_at_s", "killed_at_s")
+    __slots__ = ("worker", "cause", "clean", "step", "phase", "finished_micro_batches", "detected_at_s", "killed_at_s", "hang", "stacks")
     WORKER_FIELD_NUMBER: _ClassVar[int]
     CAUSE_FIELD_NUMBER: _ClassVar[int]
     CLEAN_FIELD_NUMBER: _ClassVar[int]
@@ -131,6 +131,8 @@ class WorkerDied(_message.Message):
     FINISHED_MICRO_BATCHES_FIELD_NUMBER: _ClassVar[int]
     DETECTED_AT_S_FIELD_NUMBER: _ClassVar[int]
     KILLED_AT_S_FIELD_NUMBER: _ClassVar[int]
+    HANG_FIELD_NUMBER: _ClassVar[int]
+    STACKS_FIELD_NUMBER: _ClassVar[int]
     worker: WorkerId
     cause: str
     clean: bool
@@ -139,7 +141,9 @@ class WorkerDied(_message.Message):
     finished_micro_batches: int
     detected_at_s: float
     killed_at_s: float
-    def __init__(self, worker: _Optional[_Union[WorkerId, _Mapping]] = ..., cause: _Optional[str] = ..., clean: _Optional[bool] = ..., step: _Optional[int] = ..., phase: _Optional[str] = ..., finished_micro_batches: _Optional[int] = ..., detected_at_s: _Optional[float] = ..., killed_at_s: _Optional[float] = ...) -> None: ...
+    hang: str
+    stacks: str
+    def __init__(self, worker: _Optional[_Union[WorkerId, _Mapping]] = ..., cause: _Optional[str] = ..., clean: _Optional[bool] = ..., step: _Optional[int] = ..., phase: _Optional[str] = ..., finished_micro_batches: _Optional[int] = ..., detected_at_s: _Optional[float] = ..., killed_at_s: _Optional[float] = ..., hang: _Optional[str] = ..., stacks: _Optional[str] = ...) -> None: ...
 
 class StopRequest(_message.Message):
     __slots__ = ("why",)

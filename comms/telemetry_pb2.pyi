@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Telemetry(_message.Message):
-    __slots__ = ("at_s", "unix_s", "steps", "links", "host", "gpus", "missed_spans", "left_out", "metrics")
+    __slots__ = ("at_s", "unix_s", "steps", "links", "host", "gpus", "missed_spans", "left_out", "ranks", "metrics")
     AT_S_FIELD_NUMBER: _ClassVar[int]
     UNIX_S_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
@@ -16,6 +16,7 @@ class Telemetry(_message.Message):
     GPUS_FIELD_NUMBER: _ClassVar[int]
     MISSED_SPANS_FIELD_NUMBER: _ClassVar[int]
     LEFT_OUT_FIELD_NUMBER: _ClassVar[int]
+    RANKS_FIELD_NUMBER: _ClassVar[int]
     METRICS_FIELD_NUMBER: _ClassVar[int]
     at_s: float
     unix_s: float
@@ -25,8 +26,33 @@ class Telemetry(_message.Message):
     gpus: _containers.RepeatedCompositeFieldContainer[GpuReading]
     missed_spans: int
     left_out: int
+    ranks: _containers.RepeatedCompositeFieldContainer[RankState]
     metrics: str
-    def __init__(self, at_s: _Optional[float] = ..., unix_s: _Optional[float] = ..., steps: _Optional[_Iterable[_Union[StepTimes, _Mapping]]] = ..., links: _Optional[_Iterable[_Union[LinkTimes, _Mapping]]] = ..., host: _Optional[_Union[HostReading, _Mapping]] = ..., gpus: _Optional[_Iterable[_Union[GpuReading, _Mapping]]] = ..., missed_spans: _Optional[int] = ..., left_out: _Optional[int] = ..., metrics: _Optional[str] = ...) -> None: ...
+    def __init__(self, at_s: _Optional[float] = ..., unix_s: _Optional[float] = ..., steps: _Optional[_Iterable[_Union[StepTimes, _Mapping]]] = ..., links: _Optional[_Iterable[_Union[LinkTimes, _Mapping]]] = ..., host: _Optional[_Union[HostReading, _Mapping]] = ..., gpus: _Optional[_Iterable[_Union[GpuReading, _Mapping]]] = ..., missed_spans: _Optional[int] = ..., left_out: _Optional[int] = ..., ranks: _Optional[_Iterable[_Union[RankState, _Mapping]]] = ..., metrics: _Optional[str] = ...) -> None: ...
+
+class RankState(_message.Message):
+    __slots__ = ("rank", "incarnation", "step", "place", "still_s", "limit_s", "waits_s", "waits_for", "waits_ranks", "sign")
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    PLACE_FIELD_NUMBER: _ClassVar[int]
+    STILL_S_FIELD_NUMBER: _ClassVar[int]
+    LIMIT_S_FIELD_NUMBER: _ClassVar[int]
+    WAITS_S_FIELD_NUMBER: _ClassVar[int]
+    WAITS_FOR_FIELD_NUMBER: _ClassVar[int]
+    WAITS_RANKS_FIELD_NUMBER: _ClassVar[int]
+    SIGN_FIELD_NUMBER: _ClassVar[int]
+    rank: int
+    incarnation: int
+    step: int
+    place: str
+    still_s: float
+    limit_s: float
+    waits_s: float
+    waits_for: str
+    waits_ranks: _containers.RepeatedScalarFieldContainer[int]
+    sign: str
+    def __init__(self, rank: _Optional[int] = ..., incarnation: _Optional[int] = ..., step: _Optional[int] = ..., place: _Optional[str] = ..., still_s: _Optional[float] = ..., limit_s: _Optional[float] = ..., waits_s: _Optional[float] = ..., waits_for: _Optional[str] = ..., waits_ranks: _Optional[_Iterable[int]] = ..., sign: _Optional[str] = ...) -> None: ...
 
 class StepTimes(_message.Message):
     __slots__ = ("rank", "step", "generation", "ended_s", "step_s", "compute_s", "fetch_s", "wait_s", "send_s", "receive_s", "update_s", "blocked_s", "outside_s", "micro_batches", "tokens", "samples", "longest_s")

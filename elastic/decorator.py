@@ -134,6 +134,7 @@ def _run(settings: Settings, context: WorkerContext | None, membership: Membersh
         on_wait=progress.tick,
     )
     membership.on_abort = comm.abort
+    progress.awaited = comm.awaited
     comm.on_corruption = lambda source, what: membership.tell(
         "corruption", generation=comm.generation, where="frame", rank=source, detail=what
     )

@@ -50,6 +50,11 @@ from .telemetry import Spent
 from .watch import Change, Changed, Watch, describe, differing_bits
 from .zero import ShardedOptimizer
 
+# What a rank waits for beside other ranks, in words that follow "waits for".
+SNAPSHOT = "its snapshot to be copied to keeper memory"
+PARITY = "the keepers of its parity group to hold the last version"
+SAVES = "checkpoints that are being saved"
+DECISION = "the coordinator to begin a new generation"
 PACE = 0.3  # of a step's time, over which its snapshot is spread
 _SLACK = 1  # micro-batches in flight beyond 1F1B's: hides the latency of links and uneven stages
 
@@ -198,12 +203,16 @@ class Engine:
         """Exchange norms and losses. Who returns knows that every owner's gradient and snapshot are in its keeper."""
         self.progress.mark(Phase.AGREE, state.step)
         began_ns = time.monotonic_ns()
-        self.snapshots.wait(self._patient)
-        self.protection.wait(state.step, self._patient)
+        waiting = self.progress.waiting
+        with waiting(SNAPSHOT):
+            self.snapshots.wait(self._patient)
+        with waiting(PARITY):
+            self.protection.wait(state.step, self._patient)
         self.telemetry.span(Spent.BLOCKED, began_ns)
         last = state.step + 1 == self.settings.steps
         if last:
-            self.checkpoints.conclude(self._patient)  # so that there is room for one of the end
+            with waiting(SAVES):
+                self.checkpoints.conclude(self._patient)  # so that there is room for one of the end
         proposal = self.membership.proposed(last=last)
         if proposal is not None and proposal.plan.generation <= layout.generation:
             proposal = None  # entered already
@@ -288,9 +297,10 @@ class Engine:
             self._name_odd(step, layout.generation, odd)
         if self.settings.on_corruption == "evict" and any(item.rank == self.rank for item in odd):
             os.kill(os.getpid(), signal.SIGKILL)
-        while True:
-            self._patient()
-            time.sleep(0.01)
+        with self.progress.waiting(DECISION):
+            while True:
+                self._patient()
+                time.sleep(0.01)
 
     def _warn_of_attribute(self, text: str) -> None:
         warn(self.membership, Notice.ATTRIBUTE_CHANGED, text, rank=self.rank, step=self.version)
@@ -501,9 +511,12 @@ class Engine:
     def conclude(self) -> None:
         """Past the last step: return when its version is whole here, parity included."""
         self.settle()
-        self.snapshots.wait(self._patient)
-        self.protection.wait(self.version + 1, self._patient)
-        self.checkpoints.conclude(self._patient)
+        with self.progress.waiting(SNAPSHOT):
+            self.snapshots.wait(self._patient)
+        with self.progress.waiting(PARITY):
+            self.protection.wait(self.version + 1, self._patient)
+        with self.progress.waiting(SAVES):
+            self.checkpoints.conclude(self._patient)
 
     def ended(self) -> bool:
         """Whether every step is committed."""

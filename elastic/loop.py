@@ -14,6 +14,7 @@ from .engine import Engine
 from .errors import UsageError
 from .pipeline import tokens_and_samples
 from .progress import Phase
+from .protocol.liveness import Pace
 from .telemetry import Spent
 
 Guard = Callable[..., None]
@@ -64,7 +65,8 @@ class Batches:
             span = state.todo[0]
             engine.progress.mark(Phase.COMPUTE, state.step, finished=len(state.held))
             started_ns = time.monotonic_ns()
-            ready.append(to_device(engine.fetch(state.step, span.micro_batch), engine.stack.device))
+            with engine.progress.within(Pace.FETCH):
+                ready.append(to_device(engine.fetch(state.step, span.micro_batch), engine.stack.device))
             tokens, samples = tokens_and_samples(ready[0])
             engine.progress.telemetry.span(
                 Spent.FETCH, started_ns, micro_batch=span.micro_batch, amount=tokens, value=samples
@@ -74,6 +76,7 @@ class Batches:
             engine.pipeline.forwards.before(0)
             self._open = span
             self._handed_out_ns = time.monotonic_ns()
+            engine.progress.enter(Pace.USER)
 
         self._guard(fetch)
         return (ready[0],) if self._open is not None else None

@@ -15,6 +15,9 @@ class Notice(enum.StrEnum):
     """What a warning is about. The value is its name in the event log and in docs/troubleshooting.md."""
 
     LOSS_NOT_FINITE = "loss-not-finite"  # the loss of a committed step is NaN or infinite
+    NO_PROGRESS = "no-progress"  # a worker stands still, and has used half of the time that it may
+    HUNG_ALIVE = "hung-alive"  # a worker was killed as hung though it showed signs of life
+    WAITING = "waiting"  # ranks, or the job, have waited for long: for whom, and where that one is
     SETTING_IGNORED = "setting-ignored"  # something the script asks for has no effect here
     ATTRIBUTE_CHANGED = "attribute-changed"  # a forward leaves a number behind, which the next one may use
 

@@ -22,6 +22,7 @@ from .errors import UsageError
 from .forwards import Forwards
 from .order import derive_seed
 from .progress import Phase, Progress
+from .protocol.liveness import Pace
 from .stack import LayerStack
 from .steps import Graph, StepState
 from .telemetry import Spent
@@ -104,7 +105,8 @@ class Pipeline:
         is_last = span.stop == len(self.stack.layers)
         telemetry, started_ns = self.progress.telemetry, time.monotonic_ns()
         if data is None or is_last:
-            first, targets = self.fetch(state.step, span.micro_batch)
+            with self.progress.within(Pace.FETCH):
+                first, targets = self.fetch(state.step, span.micro_batch)
             counted = tokens_and_samples(first) if data is None else (0, 0.0)
             telemetry.span(Spent.FETCH, started_ns, micro_batch=span.micro_batch, amount=counted[0], value=counted[1])
             started_ns = time.monotonic_ns()

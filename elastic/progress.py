@@ -10,21 +10,30 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import faulthandler
 import json
 import mmap
 import os
 import signal
 import struct
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import psutil
 
 from .protocol.liveness import Pace
+from .protocol.waiting import Spoken
 from .telemetry import SHARED_BYTES, Spent, Telemetry
 
 _PAGE = struct.Struct("<QqqqqQ")  # counter, step, phase, finished micro-batches, pace, time of an injected fault (ns)
+_WAITS = struct.Struct(
+    "<QHH"
+)  # since when (monotonic ns; 0: it waits for nobody), letters of the text, ranks; they follow
+_WAITS_OFFSET, MOST_TEXT, MOST_RANKS = 64, 200, 64
+STACKS_OFFSET = SHARED_BYTES  # where a worker's own handler writes its stacks, at the agent's signal
+STACKS_SIGNAL = signal.SIGRTMAX - 3  # real-time, and neither the first nor the last: few programs have a use for it
 
 
 COORDINATOR = "es-coordinator"  # the name of its process
@@ -50,6 +59,15 @@ _MOVES = frozenset({Phase.RECOVER, Phase.RESTORE, Phase.JOIN, Phase.LEAVE})  # l
 
 
 @dataclass(frozen=True)
+class Waits:
+    """Whom or what a worker waits for: a text, or the ranks whose messages are due (the first `MOST_RANKS`)."""
+
+    since_s: float  # of the monotonic clock
+    what: str = ""
+    ranks: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class Reading:
     """What the agent sees of a worker."""
 
@@ -59,6 +77,7 @@ class Reading:
     finished_micro_batches: int
     pace: Pace
     fault_ns: int
+    waits: Waits | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +114,17 @@ def create_page() -> int:
 
 def read_page(memory: mmap.mmap) -> Reading:
     counter, step, phase, finished, pace, fault_ns = _PAGE.unpack_from(memory, 0)
-    return Reading(counter, step, Phase(phase), finished, Pace(pace), fault_ns)
+    return Reading(counter, step, Phase(phase), finished, Pace(pace), fault_ns, _read_waits(memory))
+
+
+def _read_waits(memory: mmap.mmap) -> Waits | None:
+    since_ns, letters, count = _WAITS.unpack_from(memory, _WAITS_OFFSET)
+    if not since_ns:
+        return None
+    start = _WAITS_OFFSET + _WAITS.size
+    what = bytes(memory[start : start + min(letters, MOST_TEXT)]).decode(errors="replace")
+    ranks = struct.unpack_from(f"<{min(count, MOST_RANKS)}i", memory, start + MOST_TEXT)
+    return Waits(since_ns / 1e9, what, ranks)
 
 
 class Progress:
@@ -109,26 +138,95 @@ class Progress:
         self._finished = 0
         self._first: int | None = None  # the first step of this process, or with these layers, once it has begun
         self._outside = True  # in the user's own code between steps, which may take what it likes
+        self._within: Pace | None = None  # in the user's code in the middle of a step: its dataset, or its loop
+        self.awaited: Callable[[], Waits | None] = lambda: None  # the peers that a transfer waits for
+        self._waiting: Waits | None = None
+        self._waits_written = False
+        self._said = Spoken() if fd is None else None  # no agent looks at the page
         self._left_ns = time.monotonic_ns()
         self._faults = [f for f in faults if f.rank == rank and f.incarnation == incarnation]
         self._seen: dict[Fault, int] = {}
         self.damage: Callable[[str], None] = lambda kind: None
         self._write()
+        if fd is not None:  # signals reach the handler also while the interpreter is held
+            self._stacks = os.dup(fd)
+            os.lseek(self._stacks, STACKS_OFFSET, os.SEEK_SET)
+            faulthandler.register(STACKS_SIGNAL, self._stacks, all_threads=True)
 
     def _write(self, fault_ns: int = 0) -> None:
         step, phase = self._place
         pace = Pace.STEADY if self._first is not None and step > self._first else Pace.FIRST
-        values = (self._counter, step, phase, self._finished, Pace.FREE if self._outside else pace, fault_ns)
-        _PAGE.pack_into(self._memory, 0, *values)
+        pace = Pace.FREE if self._outside else pace if self._within is None else self._within
+        _PAGE.pack_into(self._memory, 0, self._counter, step, phase, self._finished, pace, fault_ns)
 
     def tick(self) -> None:
-        """Still alive."""
+        """Still alive; called all the time while it waits, so that what is waited for costs nothing before."""
         self._counter += 1
         self._write()
+        waits = self.awaited() or self._waiting
+        if waits is not None:
+            self._write_waits(waits)
+            if self._said is not None and self._said.due(waited_s := time.monotonic() - waits.since_s, waits.since_s):
+                print(f"everstep: this script has waited for {waits.what} for {waited_s:.0f} s", file=sys.stderr)
+        elif self._waits_written:
+            self._waits_over()
+
+    def _write_waits(self, waits: Waits) -> None:
+        text, ranks = waits.what.encode()[:MOST_TEXT], waits.ranks[:MOST_RANKS]
+        start = _WAITS_OFFSET + _WAITS.size
+        self._memory[start : start + len(text)] = text
+        struct.pack_into(f"<{len(ranks)}i", self._memory, start + MOST_TEXT, *ranks)
+        _WAITS.pack_into(self._memory, _WAITS_OFFSET, int(waits.since_s * 1e9), len(text), len(ranks))
+        self._waits_written = True
+
+    def _waits_over(self) -> None:
+        _WAITS.pack_into(self._memory, _WAITS_OFFSET, 0, 0, 0)
+        self._waits_written = False
+
+    @contextlib.contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """Wait for something that has no rank: in words, which follow "waits for"."""
+        before, self._waiting = self._waiting, Waits(time.monotonic(), what)
+        try:
+            yield
+        finally:
+            self._waiting = before
+            if self._waits_written:
+                self._waits_over()
+
+    @contextlib.contextmanager
+    def within(self, pace: Pace) -> Iterator[None]:
+        """In the user's dataset, or its loop, in the middle of a step."""
+        self.enter(pace)
+        try:
+            yield
+        finally:
+            self.enter(None)
+
+    def enter(self, pace: Pace | None) -> None:
+        """The same without an end; the next mark ends it too."""
+        self._counter += 1
+        if self._waits_written:
+            self._waits_over()
+        self._within = pace
+        self._write()
+
+    @contextlib.contextmanager
+    def called(self) -> Iterator[None]:
+        """In something that the user's code calls, wherever that is; afterwards the user's code goes on."""
+        outside, within = self._outside, self._within
+        try:
+            yield
+        finally:
+            self._outside, self._within = outside, within
+            self.tick()
 
     def leave(self) -> None:
         """The user's own code goes on between steps: evaluating, saving, building a model."""
         self._counter += 1
+        self._within = None
+        if self._waits_written:
+            self._waits_over()
         if not self._outside:
             self._outside, self._left_ns = True, time.monotonic_ns()
         self._write()
@@ -136,6 +234,9 @@ class Progress:
     def mark(self, phase: Phase, step: int, *, finished: int | None = None) -> None:
         """Enter a phase of a step; `finished` micro-batches of it are done here."""
         self._counter += 1
+        self._within = None
+        if self._waits_written:
+            self._waits_over()
         self._place = (step, phase)
         self.telemetry.step = step
         if finished is not None:

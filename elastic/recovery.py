@@ -21,7 +21,7 @@ from ..comms.communicator import Aborted, Key, Kind
 from ..resharding.neighbors import stand_ins
 from ..resharding.plan import Plan, Report, Span
 from .backups import Copies, backup_ranks
-from .engine import Engine, Step
+from .engine import DECISION, SAVES, Engine, Step
 from .errors import JobEnded
 from .membership import Orders
 from .progress import Phase
@@ -59,7 +59,7 @@ class Recovery:
         while True:
             engine.membership.report(self.make_report)
             try:
-                self.carry_out(engine.membership.orders(engine.progress.tick))
+                self.carry_out(self._orders())
             except Aborted:
                 continue
             engine.telemetry.span(Spent.RECOVER, began_ns)
@@ -69,9 +69,15 @@ class Recovery:
         """A new worker: wait for the first plan that has a place for it, and carry it out."""
         engine = self.engine
         try:
-            self.carry_out(engine.membership.orders(engine.progress.tick))
+            with engine.progress.waiting("the other workers to be ready, and the coordinator's first plan"):
+                orders = engine.membership.orders(engine.progress.tick)
+            self.carry_out(orders)
         except Aborted:
             self.recover()
+
+    def _orders(self) -> Orders:
+        with self.engine.progress.waiting("the reports of all ranks, and the coordinator's plan"):
+            return self.engine.membership.orders(self.engine.progress.tick)
 
     def leave(self, orders: Orders) -> None:
         """The others go on without this rank. It stays for a recovery that still counts it in, until it is let go.
@@ -82,9 +88,12 @@ class Recovery:
         engine.progress.mark(Phase.LEAVE, engine.version)
         engine.settle()
         engine.snapshots.wait(engine.progress.tick)
-        engine.checkpoints.conclude(self._patient)
+        with engine.progress.waiting(SAVES):
+            engine.checkpoints.conclude(self._patient)
         engine.membership.tell("switched", generation=orders.plan.generation)
-        if engine.membership.wait_for_end(engine.progress.tick):
+        with engine.progress.waiting("the coordinator to let this node go"):
+            over = engine.membership.wait_for_end(engine.progress.tick)
+        if over:
             raise JobEnded
         raise Aborted(orders.plan.generation)
 
@@ -139,7 +148,8 @@ class Recovery:
         engine.telemetry.generation = plan.generation
         engine.telemetry.interrupted()
         self.keepers = dict(sorted(orders.keepers.items(), key=lambda item: item[0] != self.node))
-        engine.comm.edit(plan.generation, orders.peers)
+        with engine.progress.waiting(f"links to the other ranks of generation {plan.generation}"):
+            engine.comm.edit(plan.generation, orders.peers)
         if engine.membership.superseded(plan.generation):  # an abort that the edit may have cleared
             raise Aborted(plan.generation)
         edited = time.monotonic()
@@ -275,7 +285,8 @@ class Recovery:
             self._make_up(plan, optimizer, index, version, agreement)
             held.add(index)
         missing = [index for index in missing if index not in held]
-        found = self._fetch_all(plan, missing, version)
+        with engine.progress.waiting(f"{len(missing)} shards of version {version} in the keepers"):
+            found = self._fetch_all(plan, missing, version)
         terms = json.loads(agreement) if agreement else {}
         replays: dict[int, torch.Tensor] = {}
         for index, (stored, blobs) in found.items():
@@ -308,9 +319,10 @@ class Recovery:
             return
         except (CheckpointError, StoreError) as error:
             engine.membership.tell("unreadable", name=plan.checkpoint, why=str(error))
-        while True:
-            self._patient()
-            time.sleep(0.01)
+        with engine.progress.waiting(DECISION):
+            while True:
+                self._patient()
+                time.sleep(0.01)
 
     def _make_up(self, plan: Plan, optimizer: ShardedOptimizer, index: int, version: int, agreement: str) -> None:
         """A shard that is gone for good: the average of its neighbours', weighted by the norms of their gradients.

@@ -160,6 +160,14 @@ class Run:
             else:
                 self._guarded(_one_step, engine)
 
+    def heartbeat(self) -> None:
+        """Say that this worker is alive, from code of yours that takes long: its time begins to count again.
+
+        For a dataset, an evaluation or other work that may wait for longer than docs/guarantees.md allows it to. Call
+        it where that work goes on, not from a thread that would go on without it.
+        """
+        self._progress.tick()
+
     def clip_grad_norm_(self, max_norm: float) -> None:
         """Clip the step's whole gradient to this norm; call it where `torch.nn.utils.clip_grad_norm_` would stand."""
         self._trained().max_norm = float(max_norm)
@@ -186,7 +194,10 @@ class Run:
 
         Read from the snapshot keepers, so no other rank has to take part.
         """
-        engine = self._trained()
+        with self._progress.called(), self._progress.waiting("snapshots in keepers, for full_state_dict"):
+            return self._gather_state(self._trained())
+
+    def _gather_state(self, engine: Engine) -> dict[str, Any]:
         deadline = time.monotonic() + GATHER_TIMEOUT_S
         while True:
             states = self._shard_states(engine)
@@ -327,7 +338,7 @@ class Run:
         """After the user's function: help others recover until the job ends."""
         assert self._recovery is not None
         engine = self._trained()
-        while not self._membership.wait_for_end(self._progress.tick):
+        while not self._wait_for_end():
             self._recovery.recover()
             while not engine.ended():  # more was lost than the last version outlived: it is computed again
                 if engine.loops:
@@ -336,6 +347,10 @@ class Run:
                         "can compute them again; use run.steps(...), or protect every step (snapshot_every=1)"
                     )
                 self._guarded(_one_step, engine)
+
+    def _wait_for_end(self) -> bool:
+        with self._progress.waiting("the other ranks, whose training function has not returned"):
+            return self._membership.wait_for_end(self._progress.tick)
 
 
 def _one_step(engine: Engine) -> None:

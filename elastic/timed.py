@@ -10,6 +10,7 @@ from typing_extensions import Buffer
 
 from ..comms.communicator import Aborted, Key
 from ..comms.mesh import MeshCommunicator
+from .progress import Waits
 from .telemetry import Spent, Telemetry
 
 LEAST_WAIT_NS = 2000  # a message that is there already is not waited for
@@ -21,11 +22,23 @@ class TimedMesh(MeshCommunicator):
     def __init__(self, telemetry: Telemetry, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
         self._telemetry = telemetry
+        self._awaited: tuple[int, Collection[tuple[int, Key]]] | None = None
+
+    def awaited(self) -> Waits | None:
+        """The ranks that a call waits for now."""
+        if self._awaited is None:
+            return None
+        since_ns, wanted = self._awaited
+        return Waits(since_ns / 1e9, ranks=tuple(sorted({rank for rank, _ in wanted})))
 
     def send(self, to: int, key: Key, payload: Sequence[Buffer]) -> None:
         """See `Communicator.send`."""
         started = time.monotonic_ns()
-        super().send(to, key, payload)
+        self._awaited = started, ((to, key),)
+        try:
+            super().send(to, key, payload)
+        finally:
+            self._awaited = None
         size = sum(memoryview(buffer).nbytes for buffer in payload)
         self._telemetry.span(Spent.SEND, started, micro_batch=key.micro_batch, peer=to, amount=size)
 
@@ -33,11 +46,14 @@ class TimedMesh(MeshCommunicator):
         """See `Communicator.receive_any`."""
         started = time.monotonic_ns()
         telemetry = self._telemetry
+        self._awaited = started, wanted
         try:
             source, key, data = super().receive_any(wanted)
         except Aborted:
             telemetry.span(Spent.WAIT, started)
             raise
+        finally:
+            self._awaited = None
         ended = time.monotonic_ns()
         began = min(max(started, self.began_ns), ended)
         if began - started > LEAST_WAIT_NS:

@@ -177,7 +177,7 @@ def _committed(state: State, event: e.WorkerCommitted, now: float) -> Outcome:
         return state, []
     if event.generation < state.rolled_back:
         return state, []  # of a future that was given up
-    workers = {rank: replace(w, deaths=0) for rank, w in state.workers.items()}
+    workers = {rank: replace(w, deaths=0, hangs=0) for rank, w in state.workers.items()}
     state = replace(state, committed=event.step, workers=workers, protected=max(state.protected, event.protected))
     if event.step > state.agreed:
         state = replace(state, agreed=event.step, agreement=event.agreement)

@@ -147,6 +147,8 @@ class WorkerDied:
     finished_micro_batches: int = 0  # of the interrupted step, lost with it
     detected_at_s: float = 0.0
     killed_at_s: float = 0.0  # 0 when nobody knows: only an injected fault tells
+    hang: str = ""  # it was killed as hung: "silent", or "alive", with signs of life
+    stacks: str = ""  # what its threads did then
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,22 @@
-"""When a worker whose progress counter stands still counts as hung: adaptive timeouts, without a clock."""
+"""When a worker whose progress counter stands still counts as hung: a table of rules, without a clock.
+
+Two times are judged, by what the worker is doing (its pace). It *stands still* since its counter last moved. It is
+*silent* since its counter moved or the kernel last showed a sign of life: processor time, bytes or pages read or
+written, a wait for storage. Each has a limit; a dead lock is silent, an endless loop is not.
+"""
 
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-FLOOR_S = 2.0  # never sooner than this in a step
-GRACE_S = 600.0  # in the user's own code between steps, and in a first step while nothing is known of such
-FACTOR = 10.0  # times the longest pause seen
+FLOOR_S = 2.0  # `--es-hang-timeout`: never sooner than this
+USER_S = 600.0  # `--es-user-timeout`: how long the user's own code may take to show progress
+SHARED = 6.0  # times as long, for storage that stands still for every rank of a node
+MOST_DOUBLINGS = 6
+SLEPT_S = 1.0  # between two looks: whoever looks was stopped or starved, and perhaps those it looks at
 
 
 class Pace(enum.IntEnum):
@@ -16,6 +25,85 @@ class Pace(enum.IntEnum):
     FREE = 0  # the user's own code between steps, or before them: evaluating, saving, opening files
     FIRST = 1  # the first step of a process, or after its layers changed: may compile, allocate, connect
     STEADY = 2  # any other step
+    FETCH = 3  # the user's dataset and collation
+    USER = 4  # the user's own loop in the middle of a step: from a micro-batch to optimizer.step()
+
+
+class Sign(enum.IntEnum):
+    """What the kernel shows of a worker and its descendants since the last look."""
+
+    NONE = 0  # every thread waits, for a lock, a socket, a timer
+    WORKS = 1  # it got processor time or is waiting for a processor, or read or wrote
+    STORAGE = 2  # a thread waits in the kernel for a file
+    STOPPED = 3  # by SIGSTOP: nothing will come of waiting
+
+
+class Bound(NamedTuple):
+    """A limit: the longest of these times. `pauses`: times the longest pause that was seen at this pace."""
+
+    floors: float
+    users: float
+    pauses: float
+
+    def seconds(self, floor_s: float, user_s: float, pause_s: float) -> float:
+        return max(self.floors * floor_s, self.users * user_s, self.pauses * pause_s)
+
+
+class Rule(NamedTuple):
+    """How long a worker may be silent, and stand still, at a pace."""
+
+    place: str  # where it is, for people
+    silent: Bound
+    still: Bound
+
+
+STEP = Rule("a step", Bound(1, 0, 10), Bound(5, 0, 50))
+FIRST_STEP = Rule("its first step", Bound(1, 1, 0), Bound(1, 3, 0))  # while no other one is known on this node
+RULES = {
+    Pace.FREE: Rule("the user's code between steps", Bound(1, 3, 0), Bound(1, 12, 0)),
+    Pace.FIRST: FIRST_STEP,
+    Pace.STEADY: STEP,
+    Pace.FETCH: Rule("the dataset", Bound(1, 0.2, 10), Bound(1, 1, 30)),
+    Pace.USER: Rule("the user's code of a step", Bound(1, 0.2, 10), Bound(1, 1, 30)),
+}
+
+
+class Limits(NamedTuple):
+    """In seconds."""
+
+    silent_s: float
+    still_s: float
+
+
+@dataclass(frozen=True)
+class Patience:
+    """What the limits depend on beside the worker. `first_s`: the longest pause in first steps done on its host."""
+
+    floor_s: float = FLOOR_S
+    user_s: float = USER_S
+    first_s: float = 0.0
+    shared: bool = False  # every rank of the node stands still in its dataset, or waits for one that does
+    doublings: int = 0  # its rank was taken for hung so often
+
+    def limits(self, pace: Pace, pause_s: float, sign: Sign) -> Limits:
+        """How long a worker may be silent and stand still; `sign` is the last one that the kernel showed."""
+        rule = RULES[pace]
+        known = pace is Pace.FIRST and self.first_s > 0
+        if known:
+            rule, pause_s = STEP, self.first_s
+        elif sign is Sign.STOPPED and pace is not Pace.FREE:
+            rule = STEP
+        silent_s, still_s = (bound.seconds(self.floor_s, self.user_s, pause_s) for bound in (rule.silent, rule.still))
+        if known:
+            silent_s, still_s = min(silent_s, max(self.floor_s, self.user_s)), min(still_s, 3 * self.user_s)
+        elif pace is Pace.USER and not pause_s:
+            still_s = FIRST_STEP.still.seconds(self.floor_s, self.user_s, 0.0)  # it may compile
+        if sign is Sign.STORAGE:
+            still_s = max(still_s, self.user_s)
+        more = 2.0 ** min(self.doublings, MOST_DOUBLINGS) * (SHARED if self.shared and pace is Pace.FETCH else 1.0)
+        if self.shared and pace is Pace.FETCH:
+            silent_s = max(silent_s, still_s)
+        return Limits(more * silent_s, more * max(silent_s, still_s))
 
 
 @dataclass(frozen=True)
@@ -28,52 +116,86 @@ class Pulse:
     counter: int
     changed_s: float
     pace: Pace = Pace.FREE
-    longest_s: float = 0.0  # pause in steady steps; slowly forgotten
-    first_s: float = 0.0  # in first steps
+    pauses: tuple[float, ...] = (0.0,) * len(Pace)  # the longest at each pace, slowly forgotten
+    alive_s: float = 0.0  # the last sign of life since the counter stands still; 0: none
+    sign: Sign = Sign.NONE  # what was seen last
 
     def read(self, counter: int, now: float, pace: Pace) -> Pulse:
         """The pulse after the counter was read again. Whatever changes the pace also moves the counter."""
         if counter == self.counter:
             return self
-        pause = now - self.changed_s
-        longest_s, first_s = self.longest_s * 0.999, self.first_s
-        if self.pace is Pace.STEADY:
-            longest_s = max(longest_s, pause)
-        elif self.pace is Pace.FIRST:
-            first_s = max(first_s, pause)
-        return Pulse(counter, now, pace, longest_s, first_s)
+        pauses = [pause * (1.0 if at is Pace.FIRST else 0.999) for at, pause in zip(Pace, self.pauses, strict=True)]
+        pauses[self.pace] = max(pauses[self.pace], now - self.changed_s)
+        return Pulse(counter, now, pace, tuple(pauses))
 
-    def timeout_s(self, floor_s: float, first_s: float) -> float:
-        """How long the counter may stand still now.
+    def seen(self, sign: Sign, now: float) -> Pulse:
+        """The pulse after a look at what the kernel shows, while the counter stands still."""
+        lives = sign in (Sign.WORKS, Sign.STORAGE)
+        return replace(self, sign=sign, alive_s=now if lives else self.alive_s)
 
-        `first_s`: the longest pause in the first steps that were done on this host; 0 if none was.
-        """
-        if self.pace is Pace.STEADY:
-            return max(floor_s, FACTOR * self.longest_s)
-        known = self.pace is Pace.FIRST and first_s > 0
-        return max(floor_s, min(GRACE_S, FACTOR * first_s) if known else GRACE_S)
+    def slept(self, seconds: float) -> Pulse:
+        """The same, when nobody could look for so long: that time does not count."""
+        return replace(self, changed_s=self.changed_s + seconds, alive_s=self.alive_s and self.alive_s + seconds)
 
-    def hung(self, now: float, floor_s: float, first_s: float) -> bool:
-        return now - self.changed_s > self.timeout_s(floor_s, first_s)
+
+class Verdict(NamedTuple):
+    """What is to be thought of a worker. Times in seconds."""
+
+    hung: bool
+    still_s: float  # how long its counter has stood still
+    silent_s: float  # how long it has shown no sign of life either
+    limit_s: float  # it counts as hung once it has stood still for so long, if it goes on as now
+    lived: bool  # there was a sign of life since its counter stands still
+
+
+def judge(pulse: Pulse, now: float, patience: Patience) -> Verdict:
+    """Whether a worker is hung, and when it will be."""
+    limits = patience.limits(pulse.pace, pulse.pauses[pulse.pace], pulse.sign)
+    still_s, silent_s = now - pulse.changed_s, now - max(pulse.changed_s, pulse.alive_s)
+    hung = silent_s > limits.silent_s or still_s > limits.still_s
+    silence_ends_s = still_s - silent_s + limits.silent_s
+    lives = pulse.sign in (Sign.WORKS, Sign.STORAGE)
+    limit_s = limits.still_s if lives else min(limits.still_s, silence_ends_s)
+    return Verdict(hung, still_s, silent_s, limit_s, pulse.alive_s > pulse.changed_s)
 
 
 @dataclass(frozen=True)
 class Hangs:
-    """A rank's workers that were taken for hung, one after the other, before they were past their first step.
+    """A rank's workers that were taken for hung, one after the other, none of which came further than the first did.
 
     Perhaps their host is only so busy that a worker gets no processor; so each is given twice as long as the last one.
     """
 
     times: int = 0
+    step: int = -1  # the furthest in which one was
 
-    def read(self, pace: Pace) -> Hangs:
-        """With a worker that goes at this pace now."""
-        return Hangs() if pace is Pace.STEADY else self
+    def read(self, step: int, pace: Pace) -> Hangs:
+        """With a worker that is there now."""
+        return Hangs() if pace is Pace.STEADY and step > self.step else self
 
-    def again(self) -> Hangs:
+    def again(self, step: int) -> Hangs:
         """One more."""
-        return Hangs(self.times + 1)
+        return Hangs(self.times + 1, max(step, self.step))
 
-    def floor_s(self, floor_s: float) -> float:
-        """The least time now that a counter must stand still."""
-        return floor_s * 2.0**self.times
+
+def stalled_together(standing: Iterable[Pace], others_wait: bool) -> bool:
+    """Whether storage stands still for a whole node, which is no worker's fault.
+
+    `standing`: the paces of the workers that stand still; `others_wait`: all of the rest wait for a peer.
+    """
+    paces = list(standing)
+    return others_wait and len(paces) > 1 and all(pace is Pace.FETCH for pace in paces)
+
+
+def table() -> list[tuple[str, str, str]]:
+    """The rules for people: where a worker is, how long it may be silent, how long it may stand still."""
+    return [(rule.place, _text(rule.silent), _text(rule.still)) for rule in RULES.values()]
+
+
+def _text(bound: Bound) -> str:
+    parts = [
+        f"{bound.floors * FLOOR_S:g} s" if not bound.users else "",
+        f"{bound.users * USER_S:g} s" if bound.users else "",
+        f"{bound.pauses:g} times the longest pause" if bound.pauses else "",
+    ]
+    return " or ".join(part for part in parts if part)

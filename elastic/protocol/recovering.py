@@ -44,11 +44,13 @@ def died(state: State, event: e.WorkerDied, now: float) -> Outcome:
             "cause": event.cause,
             "step": event.step,
             "phase": event.phase,
+            **({"hang": event.hang, "stacks": event.stacks} if event.hang else {}),
         },
     )
-    deaths = worker.deaths + 1
-    if deaths >= state.config.crash_limit:
-        why = f"rank {worker.id.rank} died {deaths} times without a committed step between ({event.cause}): giving up"
+    worker = _counted(worker, event)
+    if worker.deaths >= state.config.crash_limit or worker.hangs >= state.config.hang_limit:
+        times = f"died {worker.deaths} times" if event.hang != "alive" else f"was taken for hung {worker.hangs} times"
+        why = f"rank {worker.id.rank} {times} without a committed step between ({event.cause}): giving up"
         state, effects = fail(state, why, rank=worker.id.rank)
         return state, [record, *effects]
     was_member = worker.status in (Status.MEMBER, Status.FINISHED) or still_needed(state, worker)
@@ -68,6 +70,13 @@ def died(state: State, event: e.WorkerDied, now: float) -> Outcome:
     return state, [*more, *replaced]
 
 
+def _counted(worker: Worker, event: e.WorkerDied) -> Worker:
+    """The worker with one death more. Who was killed with signs of life did not fail: perhaps it only needs longer."""
+    if event.hang == "alive":
+        return replace(worker, hangs=worker.hangs + 1)
+    return replace(worker, deaths=worker.deaths + 1)
+
+
 def _replaced(state: State, worker: Worker) -> Outcome:
     """Start the heir of a worker that died; none on a node that is leaving, unless all that is left is the end."""
     rank, incarnation = worker.id
@@ -78,7 +87,8 @@ def _replaced(state: State, worker: Worker) -> Outcome:
     heir = Worker(
         e.WorkerId(rank, incarnation + 1),
         worker.node,
-        deaths=worker.deaths + 1,
+        deaths=worker.deaths,
+        hangs=worker.hangs,
         owes_end=trained or worker.owes_end,
     )
     state = with_workers(state, heir)

@@ -46,6 +46,7 @@ class Config:
     heartbeat_timeout_s: float = 1.5  # the least; longer for a node that has shown longer gaps
     stop_grace_s: float = 20.0  # how long a job that is to stop may take to save a checkpoint
     crash_limit: int = 5  # deaths of one rank without a committed step between them
+    hang_limit: int = 20  # likewise of those killed as hung while they showed signs of life; each is given longer
     quarantine_after: int = 0  # troubles of one host, until it is kept out; 0: none ever is
     quarantine_within_s: float = 3600.0  # of one another
     quarantine_s: float = 3600.0  # how long it is kept out
@@ -92,6 +93,7 @@ class Worker:
     status: Status = Status.STARTING
     peer: Mapping[str, Any] | None = None
     deaths: int = 0  # of its rank since the last commit
+    hangs: int = 0  # likewise: those killed as hung with signs of life, which are none of these
     since: int = 0  # the version at which it became a member: until the next one, all it owns is held elsewhere too
     owes_end: bool = False  # its rank died after the last step, in what the user's function does then
 

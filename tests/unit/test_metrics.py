@@ -30,7 +30,7 @@ LABELS = {
 UNITS = (
     *("seconds", "bytes", "ratio", "info", "steps", "ranks", "nodes", "layers", "watts", "celsius", "copies", "spans"),
     *("samples", "tokens", "micro_batches", "versions", "recoveries", "failures", "restarts", "corruptions"),
-    *("checkpoints", "heartbeats", "links", "found", "loss", "load", "phase", "generation", "decides"),
+    *("checkpoints", "heartbeats", "links", "found", "kills", "loss", "load", "phase", "generation", "decides"),
 )
 _NAME = re.compile(r"\beverstep_[a-z_]+")
 

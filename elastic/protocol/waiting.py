@@ -1,0 +1,46 @@
+"""When a wait is said: after some seconds, and then each time that it has doubled. Without a clock.
+
+One rule for ranks, nodes and commands; whoever waits finds the words: who waits, for what, for whom.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+
+FIRST_S = 10.0  # a wait that is shorter needs no words
+FACTOR = 2.0
+
+
+@dataclass
+class Spoken:
+    """What was said of one wait, or of one after the other."""
+
+    first_s: float = FIRST_S
+    _wait: Hashable = None
+    _next_s: float = 0.0
+
+    def due(self, waited_s: float, wait: Hashable = None) -> bool:
+        """Whether it is to be said that this wait has taken so long; the caller says it then."""
+        if wait != self._wait or not self._next_s:
+            self._wait, self._next_s = wait, self.first_s
+        if waited_s < self._next_s:
+            return False
+        while self._next_s <= waited_s:
+            self._next_s *= FACTOR
+        return True
+
+
+@dataclass
+class SpokenOf:
+    """The same for several that wait at once, each under a name."""
+
+    first_s: float = FIRST_S
+    _known: dict[Hashable, Spoken] = field(default_factory=dict)
+
+    def due(self, name: Hashable, waited_s: float, wait: Hashable = None) -> bool:
+        return self._known.setdefault(name, Spoken(self.first_s)).due(waited_s, wait)
+
+    def keep(self, names: set[Hashable]) -> None:
+        """Of the others the wait is over."""
+        self._known = {name: spoken for name, spoken in self._known.items() if name in names}

@@ -1,0 +1,140 @@
+"""What is taken for hung, and what is not: real workers that stand still in their data, their code, or a lock."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.jobs import JOBS, Result, finish, launch, read_result, wait_until
+
+STEPS = 12
+QUICK = ["--es-hang-timeout=1", "--es-user-timeout=3"]  # in its dataset: a second of silence, three of standing still
+PATIENT = ["--es-hang-timeout=1", "--es-user-timeout=100"]
+
+
+class Job:
+    """A job of two workers, one of which, or both, stand still in a step."""
+
+    def __init__(self, out: Path, flags: list[str], **config: Any) -> None:
+        self.out = out
+        os.mkfifo(out / "pipe")
+        arguments = [json.dumps({"out": str(out), "steps": STEPS, "at": 6, "ranks": [1], **config})]
+        events = ["--es-events", str(out / "events.jsonl"), "--nproc-per-node=2"]
+        self.launcher = launch(JOBS / "slow_job.py", arguments, [*events, *flags])
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        path = self.out / "events.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return [line for line in lines if line["event"] == name]
+
+    def warned(self, notice: str) -> list[dict[str, Any]]:
+        return [line for line in self.events("warning") if line["notice"] == notice]
+
+    def release(self, readers: int) -> None:
+        """The storage goes on: for so many who wait for it."""
+        opened = [os.open(self.out / "pipe", os.O_RDWR)]
+        wait_until(lambda: len(list(self.out.glob("stall-*"))) >= readers, 60, "all have come to wait")
+        for fd in opened:
+            os.close(fd)
+
+    def result(self) -> Result:
+        output = finish(self.launcher)
+        result = read_result(self.out, self.launcher.returncode, output)
+        assert result.status == 0, output
+        return result
+
+
+@pytest.fixture(scope="module")
+def quiet() -> dict[str, list[tuple[int, float, str]]]:
+    """The ledgers of undisturbed jobs, by the loop they have."""
+    found = {}
+    for loop in ("steps", "loop"):
+        with tempfile.TemporaryDirectory() as folder:
+            config = {"place": "loop", "how": "none", "ranks": []} if loop == "loop" else {"ranks": []}
+            found[loop] = ledger(Job(Path(folder), [], **config).result())
+    return found
+
+
+def ledger(result: Result) -> list[tuple[int, float, str]]:
+    return [(line["step"], line["loss"], line["digest"]) for line in result.named("committed")]
+
+
+Ledgers = dict[str, list[tuple[int, float, str]]]
+
+
+def test_storage_that_stands_still_for_all_ranks_is_no_hang(tmp_path: Path, quiet: Ledgers) -> None:
+    """Longer than any worker alone might; a warning says until when, and then it goes on."""
+    job = Job(tmp_path, QUICK, place="fetch", how="storage", ranks=[0, 1])
+    wait_until(lambda: len(job.warned("no-progress")) >= 2, 90, "both ranks are warned of")
+    assert all("in the dataset in step" in line["text"] for line in job.warned("no-progress"))
+    assert all("it waits for storage" in line["text"] for line in job.warned("no-progress"))
+    job.release(2)
+    result = job.result()
+    assert result.named("worker_died") == []
+    assert ledger(result) == quiet["steps"]
+    assert "taken for hung after 18 s" in result.output, result.output
+
+
+def test_a_rank_that_alone_waits_for_storage_is_killed_in_the_end(tmp_path: Path, quiet: Ledgers) -> None:
+    job = Job(tmp_path, QUICK, place="fetch", how="storage")
+    result = job.result()
+    (died,) = result.named("worker_died")
+    assert died["cause"].startswith("hung: no progress for 3.")
+    assert died["cause"].endswith("waiting for storage")
+    assert died["hang"] == "alive"
+    assert "stand_in_storage" in died["stacks"]
+    assert "stand_in_storage" in result.output, "the stacks are on standard error too"
+    assert "showed signs of life; its replacement has 2 times as long" in result.output
+    assert ledger(result) == quiet["steps"]
+
+
+def test_a_dead_lock_in_a_step_is_found_and_shown(tmp_path: Path, quiet: Ledgers) -> None:
+    job = Job(tmp_path, ["--es-hang-timeout=1"], place="forward", how="lock")
+    result = job.result()
+    (died,) = result.named("worker_died")
+    assert died["cause"].startswith("hung: no progress for ")
+    assert died["hang"] == "silent"
+    assert "wait_for_a_lock" in died["stacks"]
+    assert "in forward" in died["stacks"]
+    assert ledger(result) == quiet["steps"]
+
+
+def test_an_endless_loop_in_a_step_is_found_though_it_works(tmp_path: Path, quiet: Ledgers) -> None:
+    """Its interpreter never lets go; the stacks are had all the same."""
+    job = Job(tmp_path, ["--es-hang-timeout=1"], place="forward", how="spin")
+    result = job.result()
+    (died,) = result.named("worker_died")
+    assert died["cause"].endswith(", though it works")
+    assert died["hang"] == "alive"
+    assert "in spin" in died["stacks"]
+    assert ledger(result) == quiet["steps"]
+
+
+def test_work_in_the_middle_of_a_step_of_the_users_loop_is_no_hang(tmp_path: Path, quiet: Ledgers) -> None:
+    """Between a micro-batch and `optimizer.step()`: for longer than a step may stand still, and without a sign."""
+    job = Job(tmp_path, PATIENT, place="loop", how="sleep", seconds=5)
+    result = job.result()
+    assert result.named("worker_died") == []
+    assert ledger(result) == quiet["loop"]
+
+
+def test_a_heartbeat_is_progress(tmp_path: Path, quiet: Ledgers) -> None:
+    """An evaluation that takes longer than it may stand still."""
+    job = Job(tmp_path, ["--es-hang-timeout=1", "--es-user-timeout=0.5"], place="between", how="beat", seconds=6)
+    result = job.result()
+    assert result.named("worker_died") == []
+    assert ledger(result) == quiet["steps"]
+
+
+def test_without_one_it_is_killed_once_and_then_given_longer(tmp_path: Path, quiet: Ledgers) -> None:
+    """The job goes on, however often: each worker has twice as long as the one before."""
+    flags = ["--es-hang-timeout=1", "--es-user-timeout=1"]
+    result = Job(tmp_path, flags, place="fetch", how="sleep", seconds=2.5, again=True, at=STEPS - 1).result()
+    died = result.named("worker_died")
+    assert 1 <= len(died) < 5
+    assert ledger(result) == quiet["steps"]
