@@ -25,7 +25,7 @@ from deploy.prometheus import generate as prometheus
 ROOT = Path(__file__).parents[2]
 LABELS = {
     *("run", "version", "node", "phase", "reason", "stage", "host", "kind", "where"),
-    *("rank", "activity", "place", "gpu"),
+    *("rank", "activity", "place", "gpu", "signs"),
 }
 UNITS = (
     *("seconds", "bytes", "ratio", "info", "steps", "ranks", "nodes", "layers", "watts", "celsius", "copies", "spans"),
