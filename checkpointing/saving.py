@@ -138,7 +138,7 @@ def _put(writer: ChunkWriter, request: SaveRequest, piece: Piece, found: Sequenc
             shape, rows, chunk = item.value.shape, item.value.shape[0], 0
         path = path_of(room, parameter.name)
         if not writer.has(path, chunk):
-            array = Array(tuple(shape), item.dtype, (rows, *shape[1:]) if shape else ())
+            array = Array(tuple(shape), item.dtype, (rows, *shape[1:]) if shape else ()).named(parameter.name)
             writer.declare(path, array)
             if array.chunks:
                 writer.put(path, chunk, item.value.reshape(-1).view(np.uint8).data)

@@ -227,10 +227,10 @@ class Checkpoints:
         """Frozen parameters and buffers: every rank has them, and the lowest one writes them."""
         folder = open_store(request.url, request.options).inside(request.name)
         writer = ChunkWriter(folder)
-        for path, tensor in constants(self._stack):
+        for path, tensor_name, tensor in constants(self._stack):
             dtype = str(tensor.dtype).removeprefix("torch.")
             shape = tuple(tensor.shape)
-            array = Array(shape, dtype, chunk_shape(shape, dtype, CONSTANT_CHUNK_BYTES))
+            array = Array(shape, dtype, chunk_shape(shape, dtype, CONSTANT_CHUNK_BYTES)).named(tensor_name)
             writer.declare(path, array)
             for number in range(array.chunks):
                 first = number * array.chunk_rows
@@ -251,7 +251,7 @@ class Checkpoints:
             Parameter(p.name, "buffers" if self._stack.averaged(i) else "params", p.shape, _rows(p, first[i]))
             for i, p in enumerate(spec.parameters)
         )
-        expected = [path_of(p.room, p.name) for p in parameters] + [path for path, _ in constants(self._stack)]
+        expected = [path_of(p.room, p.name) for p in parameters] + [path for path, _, _ in constants(self._stack)]
         return SaveRequest(
             url=open_store(settings.checkpoint, json.loads(settings.checkpoint_options)).url,
             options=json.loads(settings.checkpoint_options),
@@ -358,7 +358,9 @@ def _rows(parameter: ParameterSpec, shard: Shard) -> int:
     return max(1, shard.elements * parameter.rows // max(1, parameter.elements))
 
 
-def constants(stack: LayerStack) -> list[tuple[str, Any]]:
-    """(path, tensor) of what training does not change: frozen parameters, and buffers that are no statistics."""
+def constants(stack: LayerStack) -> list[tuple[str, str, Any]]:
+    """(path, name, tensor) of what training does not change: frozen parameters, and buffers that are no statistics."""
     frozen = {name for name, _ in stack.model.named_parameters(remove_duplicate=False)}
-    return [(path_of("frozen" if name in frozen else "buffers", name), tensor) for name, tensor in stack.constants()]
+    return [
+        (path_of("frozen" if name in frozen else "buffers", name), name, tensor) for name, tensor in stack.constants()
+    ]

@@ -149,7 +149,7 @@ class CheckpointStates:
 
     def load_constants(self) -> None:
         """Read frozen parameters and buffers into the model; what the checkpoint lacks stays as it was built."""
-        for path, tensor in constants(self._stack):
+        for path, _, tensor in constants(self._stack):
             if path in self._checkpoint.manifest.arrays:
                 with torch.no_grad():
                     tensor.copy_(tensor_of(self._checkpoint.read(path)))

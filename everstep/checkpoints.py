@@ -86,6 +86,14 @@ def _convert(arguments: list[str]) -> int:
         "--names", default="", metavar="FILE", help="change names by these rules: a file, or llama, qwen2, qwen3, gpt2"
     )
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of a format")
+    parser.add_argument(
+        "--drop",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="leave out what is not understood, by name (*, ?)",
+    )
+    parser.add_argument("--no-verify", action="store_true", help="do not read again what was written")
     parser.add_argument("--force", action="store_true", help="replace DST if it exists")
     parser.add_argument("--dry-run", action="store_true", help="do all but write")
     parser.add_argument("--explain", action="store_true", help="print what becomes of every tensor, and by which rule")
@@ -101,6 +109,8 @@ def _convert(arguments: list[str]) -> int:
         rules=tuple(given.rules),
         names=given.names,
         settings=_options(given.set),
+        drop=tuple(given.drop),
+        verify=not given.no_verify,
         force=given.force,
         budget_bytes=max(1, given.memory) << 20,
         **limits,
@@ -108,6 +118,8 @@ def _convert(arguments: list[str]) -> int:
     content = driver.prepare(conversion)
     for warning in content.warnings:
         _tell("warning", warning)
+    for reason in dict.fromkeys(why for _, why in content.dropped):
+        _tell("left out", f"{', '.join(name for name, why in content.dropped if why == reason)} ({reason})")
     if given.explain:
         for line in driver.explain(content):
             print(_line(line))
@@ -179,7 +191,9 @@ def _inspect(arguments: list[str]) -> int:
         print(dumps(found))
         return 0
     print(f"{given.checkpoint}: {origin}, {_summary(content)}")
-    for key in ("run", "data", "optimizer", "tied"):
+    for warning in content.warnings:
+        _tell("warning", warning)
+    for key in ("run", "data", "optimizer", "tied", "unknown"):
         if found.get(key):
             print(f"  {key}: {dumps(found[key])}")
     for line in _tree(_nested(found["tensors"])):
@@ -253,6 +267,8 @@ def _described(where: str, origin: str, content: Content) -> dict[str, Any]:
     }
     found: dict[str, Any] = {"checkpoint": where, "format": origin, "step": content.step, "tied": content.tied}
     found |= {"scalars": scalars, "dtypes": content.dtypes, "layers": content.layers, "tensors": tensors}
+    found |= {"unknown": content.unknown, "warnings": content.warnings}
+    found["left_out"] = [{"name": name, "why": why} for name, why in content.dropped]
     found["bytes"] = sum(tensor["bytes"] for tensor in tensors)
     if origin == driver.UNIVERSAL:
         checkpoint = open_checkpoint(where)

@@ -53,7 +53,8 @@ class Content:
     tensor of the parameter's shape. `scalars`: state name ("step") -> parameter name -> number. `tied`: alias -> the
     name in `params` it shares its tensor with. `dtypes`: what the module computes in, where it is not the type in
     `params`. `groups`: the optimizer's settings, each with the names of its "params". `extra`: JSON values that are
-    kept and not understood, by the name of the format they are from.
+    kept and not understood, by the name of the format they are from. `other`: tensors that are neither the model's nor
+    an optimizer's, by their whole names. `unknown`: names of what is not understood and cannot be kept.
     """
 
     step: int
@@ -69,10 +70,13 @@ class Content:
     scheduler: dict[str, Any] | None = None
     extra: dict[str, Any] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)  # parameter -> the rule that made it, for `--explain`
+    other: dict[str, Lazy] = field(default_factory=dict)
+    unknown: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)  # lines that the user should see
+    dropped: list[tuple[str, str]] = field(default_factory=list)  # (what is not in the result, why)
 
     def tensors(self) -> Iterator[tuple[str, str, Lazy]]:
-        """Every tensor as (room, name, tensor); rooms: "params", "optimizer/<state>", "buffers", "frozen"."""
+        """Every tensor as (room, name, tensor); rooms: "params", "optimizer/<state>", "buffers", "frozen", "other"."""
         for name, tensor in self.params.items():
             yield "params", name, tensor
         for state, tensors in self.optimizer.items():
@@ -82,3 +86,5 @@ class Content:
             yield "buffers", name, tensor
         for name, tensor in self.frozen.items():
             yield "frozen", name, tensor
+        for name, tensor in self.other.items():
+            yield "other", name, tensor

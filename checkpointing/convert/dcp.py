@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from . import dcp_tensors, json_values
+from .carrying import OURS, carried, take_up
 from .content import Content, ConversionError, Lazy, Scalar
 from .dcp_metadata import NAME, Index, Tensor, read_index
-from .dcp_names import Scheme, dotted, find_scheme, states
+from .dcp_names import Nesting, Scheme, dotted, find_nesting, states
 from .dcp_writing import Object, Part, write_checkpoint
 from .filetensor import FileTensor
 from .formats import Options
@@ -39,32 +41,41 @@ def detect(path: Path) -> bool:
 
 
 def read(path: Path, options: Options) -> Content:
-    """The checkpoint in the folder `path`."""
+    """The checkpoint in the folder `path`. Setting: `model`, the key of the model's parameters where there are two."""
     index = read_index(path)
-    scheme, trained = find_scheme(index)
-    content = Content(step=0)
+    nesting = find_nesting(index, options.settings.get("model"))
+    content = Content(step=0, warnings=list(nesting.warnings))
     taken: set[str] = set()
-    if trained:
-        _optimizer(content, index, scheme, taken)
-    _model(content, index, scheme, taken)
-    _rest(content, index, scheme, taken)
+    optimizers = [_optimizer(content, index, scheme, taken) for scheme in nesting.optimizers]
+    _model(content, index, nesting, taken)
+    _rest(content, index, taken)
+    content.extra[EXTRA] |= {"model": list(nesting.model), "optimizers": optimizers}
     steps = [int(scalar.value) for scalar in content.scalars.get("step", {}).values()]
     content.step = _said_step(content) or max(steps, default=0)
+    restore(content, index)
     return content
 
 
-def _optimizer(content: Content, index: Index, scheme: Scheme, taken: set[str]) -> None:
+def _optimizer(content: Content, index: Index, scheme: Scheme, taken: set[str]) -> dict[str, Any]:
+    """The states and settings of one optimizer; returns what is needed to write it so again."""
     prefix = dotted((*scheme.optimizer, ""))
+    of: dict[str, None] = {}
     for parameter, state in states(index, prefix):
         name = dotted(scheme.state(parameter, state))
         taken.add(name)
+        of[parameter] = None
         whole = index.tensors[dotted(scheme.parameter(parameter))]
         tensor = index.tensors.get(name)
+        if any(parameter in room.get(state, ()) for room in (content.optimizer, content.scalars)):
+            raise ConversionError(f"{index.folder}: two optimizers have {state} of {parameter}: {name} is the second")
         if tensor is not None and tensor.shape == whole.shape and state != "step":
             content.optimizer.setdefault(state, {})[parameter] = dcp_tensors.lazy(tensor)
         else:
             content.scalars.setdefault(state, {})[parameter] = _scalar(index, name, tensor)
+    before = len(content.groups)
     _groups(content, index, scheme, taken)
+    kept: dict[str, Any] = {"path": list(scheme.optimizer), "flat": scheme.flat}
+    return {**kept, "groups": len(content.groups) - before, "params": list(of)}
 
 
 def _scalar(index: Index, name: str, tensor: Tensor | None) -> Scalar:
@@ -97,10 +108,11 @@ def _groups(content: Content, index: Index, scheme: Scheme, taken: set[str]) -> 
     by_group = {group: json_values.plain(settings) for group, settings in by_group.items()}
     if not scheme.flat:
         # A list of settings is stored by its elements, if it holds tensors; none of torch's optimizers has one.
-        content.groups = [by_group[group] for group in sorted(by_group, key=lambda each: (len(each), each))]
+        content.groups += [by_group[group] for group in sorted(by_group, key=lambda each: (len(each), each))]
         return
+    before = len(content.groups)
     for parameter, settings in by_group.items():
-        for known in content.groups:
+        for known in content.groups[before:]:
             if {key: value for key, value in known.items() if key != "params"} == settings:
                 known["params"].append(parameter)
                 break
@@ -114,22 +126,26 @@ def _value(index: Index, name: str) -> Any:
         return {
             "$tensor": {"dtype": tensor.dtype, "shape": list(tensor.shape), "values": tensor.read().ravel().tolist()}
         }
-    dropped: list[str] = []
-    return json_values.encode(dcp_tensors.load_object(index, name), dropped)
+    unknown: list[str] = []
+    value = json_values.encode(dcp_tensors.load_object(index, name), unknown, name)
+    if unknown:
+        raise ConversionError(f"{index.folder}: a setting of an optimizer is not understood: {', '.join(unknown)}")
+    return value
 
 
-def _model(content: Content, index: Index, scheme: Scheme, taken: set[str]) -> None:
-    prefix = dotted((*scheme.model, "")) if scheme.model else ""
+def _model(content: Content, index: Index, nesting: Nesting, taken: set[str]) -> None:
+    prefix = dotted((*nesting.model, "")) if nesting.model else ""
     trained = {name for tensors in content.optimizer.values() for name in tensors}
+    trained |= {name for values in content.scalars.values() for name in values}
     grouped = {name for group in content.groups for name in group.get("params", ())}
     for name, tensor in index.tensors.items():
         if not name.startswith(prefix) or name in taken:
             continue
-        if not scheme.model and len(index.paths.get(name, (name,))) > 1:
+        if not nesting.model and not nesting.everything and len(index.paths.get(name, (name,))) > 1:
             continue  # nested, beside a model that is not
         taken.add(name)
         parameter = name.removeprefix(prefix)
-        floating = tensor.dtype.startswith(("float", "bfloat"))
+        floating = tensor.dtype.startswith(("float", "bfloat", "complex"))
         alias = _alias(content, index, prefix, parameter, tensor) if trained and parameter not in trained else None
         if alias is not None:
             content.tied[parameter] = alias
@@ -166,28 +182,25 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return True
 
 
-def _rest(content: Content, index: Index, scheme: Scheme, taken: set[str]) -> None:
-    """What is neither model nor optimizer, and how all was nested."""
+def _rest(content: Content, index: Index, taken: set[str]) -> None:
+    """What is neither model nor optimizer, and where it was."""
     kept: list[dict[str, Any]] = []
-    dropped: list[str] = []
+    places: dict[str, list[str | int]] = {}
     for name in (*index.objects, *index.tensors):
-        if name in taken:
+        if name in taken or name == OURS:
             continue
+        place = list(index.paths.get(name, (name,)))
         if name in index.tensors and index.tensors[name].shape != ():
-            dropped.append(name)
+            content.other[name] = dcp_tensors.lazy(index.tensors[name])
+            content.notes[name] = "neither of the model nor of an optimizer"
+            places[name] = place
             continue
         if name in index.tensors:
             value = _value(index, name)
         else:
-            value = json_values.encode(dcp_tensors.load_object(index, name), dropped, name)
-        kept.append({"name": name, "path": list(index.paths.get(name, (name,))), "value": value})
-    content.extra[EXTRA] = {
-        "model": list(scheme.model),
-        "optimizer": list(scheme.optimizer),
-        "flat": scheme.flat,
-        "objects": kept,
-        "dropped": dropped,
-    }
+            value = json_values.encode(dcp_tensors.load_object(index, name), content.unknown, name, content.other)
+        kept.append({"name": name, "path": place, "value": value})
+    content.extra[EXTRA] = {"objects": kept, "places": places}
 
 
 def _said_step(content: Content) -> int:
@@ -200,32 +213,64 @@ def _said_step(content: Content) -> int:
 def write(content: Content, out: Path, options: Options, work: Work) -> None:
     """Write `content` into `out`, nested as it was if it is from such a checkpoint, else as {"model", "optimizer"}."""
     kept = content.extra.get(EXTRA, {})
-    scheme = Scheme(
-        tuple(kept.get("model", ("model",))), tuple(kept.get("optimizer", ("optimizer",))), kept.get("flat", False)
-    )
     paths: dict[str, tuple[str | int, ...]] = {}
-    parts = list(_parts(content, scheme, paths))
-    objects = list(_objects(content, scheme, kept, paths))
+    parts = list(_parts(content, kept, paths))
+    objects = list(_objects(content, kept, paths))
     write_checkpoint(out, parts, objects, work, paths)
 
 
-def _parts(content: Content, scheme: Scheme, paths: dict[str, tuple[str | int, ...]]) -> Iterator[Part]:
+@dataclass(frozen=True)
+class _Optimizer:
+    """One of the optimizers that are written: where, whose states, and its groups."""
+
+    scheme: Scheme
+    members: Callable[[str], bool]
+    groups: list[dict[str, Any]]
+
+
+def _optimizers(content: Content, kept: dict[str, Any]) -> list[_Optimizer]:
+    """The optimizers as they were; one, if that is not known."""
+    model = tuple(kept.get("model", ("model",)))
+    known = kept.get("optimizers") or [{"path": kept.get("optimizer", ("optimizer",)), "flat": kept.get("flat", False)}]
+    if len(known) == 1:
+        scheme = Scheme(model, tuple(known[0]["path"]), known[0]["flat"])
+        return [_Optimizer(scheme, lambda name: True, content.groups)]
+    made: list[_Optimizer] = []
+    at = 0
+    for each in known:
+        groups = content.groups[at : at + each["groups"]]
+        at += each["groups"]
+        named = {name for group in groups for name in group.get("params", ())} | set(each["params"])
+        made.append(_Optimizer(Scheme(model, tuple(each["path"]), each["flat"]), named.__contains__, groups))
+    return made
+
+
+def _parts(content: Content, kept: dict[str, Any], paths: dict[str, tuple[str | int, ...]]) -> Iterator[Part]:
     def part(path: tuple[str | int, ...], tensor: Lazy) -> Part:
         name = dotted(path)
         paths[name] = path
         return Part(name, tensor.dtype, tensor.shape, (0,) * len(tensor.shape), tensor.shape, tensor.read)
 
+    optimizers = _optimizers(content, kept)
+    of_model = optimizers[0].scheme.parameter
     for room in (content.params, content.frozen, content.buffers):
         for name, tensor in room.items():
-            yield part(scheme.parameter(name), tensor)
+            yield part(of_model(name), tensor)
     for alias, name in content.tied.items():
-        yield part(scheme.parameter(alias), content.params.get(name) or content.frozen[name])
-    for state, tensors in content.optimizer.items():
-        for name, tensor in tensors.items():
-            yield part(scheme.state(name, state), tensor)
-    for state, scalars in content.scalars.items():
-        for name, scalar in scalars.items():
-            yield part(scheme.state(name, state), _number_tensor(scalar))
+        yield part(of_model(alias), content.params.get(name) or content.frozen[name])
+    for each in optimizers:
+        for state, tensors in content.optimizer.items():
+            for name, tensor in tensors.items():
+                if each.members(name):
+                    yield part(each.scheme.state(name, state), tensor)
+        for state, scalars in content.scalars.items():
+            for name, scalar in scalars.items():
+                if each.members(name):
+                    yield part(each.scheme.state(name, state), _number_tensor(scalar))
+    places = kept.get("places", {})
+    for name, tensor in content.other.items():
+        if name in places or not kept:  # else it is within an object
+            yield part(tuple(places.get(name, (name,))), tensor)
 
 
 def _number_tensor(scalar: Scalar) -> Lazy:
@@ -234,27 +279,33 @@ def _number_tensor(scalar: Scalar) -> Lazy:
     return Lazy((), dtype, lambda: np.array(scalar.value, dtype))
 
 
-def _objects(
-    content: Content, scheme: Scheme, kept: dict[str, Any], paths: dict[str, tuple[str | int, ...]]
-) -> Iterator[Object]:
+def _objects(content: Content, kept: dict[str, Any], paths: dict[str, tuple[str | int, ...]]) -> Iterator[Object]:
     def named(path: tuple[str | int, ...], value: Any) -> Object:
         name = dotted(path)
         paths[name] = path
-        return Object(name, json_values.decode(value))
+        return Object(name, json_values.decode(value, content.other))
 
-    for number, group in enumerate(content.groups if content.optimizer else ()):
-        settings = {**_NEUTRAL, **group} if "betas" in group else dict(group)
-        members = settings.pop("params", [])
-        if isinstance(settings.get("betas"), list):
-            settings["betas"] = {"$tuple": settings["betas"]}
-        if scheme.flat:
-            for name in members:
-                for setting, value in settings.items():
-                    yield named(scheme.setting(name, setting), value)
-            continue
-        for setting, value in (*settings.items(), ("params", members)):
-            yield named(scheme.setting(number, setting), value)
+    for each in _optimizers(content, kept) if content.optimizer or content.scalars else ():
+        for number, group in enumerate(each.groups):
+            settings = {**_NEUTRAL, **group} if "betas" in group else dict(group)
+            members = settings.pop("params", [])
+            if isinstance(settings.get("betas"), list):
+                settings["betas"] = {"$tuple": settings["betas"]}
+            if each.scheme.flat:
+                for name in members:
+                    for setting, value in settings.items():
+                        yield named(each.scheme.setting(name, setting), value)
+                continue
+            for setting, value in (*settings.items(), ("params", members)):
+                yield named(each.scheme.setting(number, setting), value)
     for entry in kept.get("objects", ()):
         yield named(tuple(entry["path"]), entry["value"])
     if not kept:
         yield named(("step",), content.step)
+    yield named((OURS,), carried(content, EXTRA))
+
+
+def restore(content: Content, index: Index) -> None:
+    """What an everstep that wrote the checkpoint kept of other formats beside it."""
+    if OURS in index.objects:
+        take_up(content, dcp_tensors.load_object(index, OURS))

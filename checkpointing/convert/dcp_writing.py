@@ -113,7 +113,7 @@ def tensor_of(array: np.ndarray, dtype: str) -> Any:
     import torch
 
     array = np.require(array, requirements=["C", "W"])
-    if array.dtype.kind in "fiubc" and array.dtype.isbuiltin:
+    if array.dtype.isbuiltin == 1:  # 2: of ml_dtypes, which torch does not take
         return torch.from_numpy(array)
     raw = torch.from_numpy(array.reshape(-1).view(f"uint{array.dtype.itemsize * 8}"))
     return raw.view(getattr(torch, dtype)).reshape(array.shape)

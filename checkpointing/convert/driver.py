@@ -26,10 +26,13 @@ from ..universal.writer import PARTS
 from . import placing, universal
 from .content import Content, ConversionError
 from .formats import READ_ONLY, READ_SETTINGS, WRITE_SETTINGS, WRITTEN_BY_TORCH, Options, detect, load
+from .leaving import check_understood, fit, leave_out
 from .patterns import Pattern
 from .renaming import Direction, rename
 from .rulefile import BUILT_IN, RuleFile, built_in, read_rules
+from .verifying import verify, verify_universal
 from .work import NOBODY, Plan, Planned, Watch, Work
+from .wrappers import unwrap
 
 DEFAULT_BUDGET_BYTES = 256 << 20
 UNIVERSAL = "universal"
@@ -46,6 +49,8 @@ class Conversion:
     rules: tuple[str, ...] = ()  # files, or names of those that come with everstep
     names: str = ""  # the rule file by which names are changed
     settings: Mapping[str, str] = field(default_factory=dict)
+    drop: tuple[str, ...] = ()  # patterns of names that may be left out
+    verify: bool = True  # read again what was written, before it is put in place
     force: bool = False
     threads: int = field(default_factory=lambda: min(8, os.cpu_count() or 1))
     budget_bytes: int = DEFAULT_BUDGET_BYTES
@@ -90,6 +95,12 @@ def _unreadable(source: str, error: OSError) -> ConversionError:
 
 def read(source: str, origin: str, options: Options) -> Content:
     """The contents of the checkpoint at `source`. Raises ConversionError."""
+    content = _read(source, origin, options)
+    unwrap(content, source)
+    return content
+
+
+def _read(source: str, origin: str, options: Options) -> Content:
     try:
         if origin == UNIVERSAL:
             return universal.contents(open_checkpoint(source))
@@ -121,6 +132,9 @@ def prepare(conversion: Conversion) -> Content:
         content.warnings += _unused(names, before)
     for file in rules:
         content.warnings += _unused(file, _all_names(content) + (before if names else []))
+    leave_out(content, conversion.drop)
+    check_understood(content, conversion.source)
+    fit(content, conversion.to)
     _plan(conversion, content)
     return content
 
@@ -275,7 +289,7 @@ def _identity(conversion: Conversion) -> dict[str, Any]:
         found = sorted(path.rglob("*")) if path.is_dir() else [path]
         files = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in found if file.is_file()]
     rules = [rule_path(rule).read_text() for rule in (*conversion.rules, *filter(None, [conversion.names]))]
-    text = json.dumps([files, rules, sorted(conversion.settings.items()), conversion.origin])
+    text = json.dumps([files, rules, sorted(conversion.settings.items()), conversion.origin, conversion.drop])
     return {"source": conversion.source, "to": conversion.to, "state": hashlib.sha256(text.encode()).hexdigest()}
 
 
@@ -287,6 +301,8 @@ def _convert_to_url(conversion: Conversion, content: Content, watch: Watch) -> N
         store.remove("")
     work = Work.unrecorded(conversion.threads, conversion.budget_bytes, watch)
     universal.write(content, store, work, _identity(conversion))
+    if conversion.verify:
+        verify_universal(open_checkpoint(conversion.destination))
 
 
 def _convert_to_folder(conversion: Conversion, content: Content, watch: Watch) -> None:
@@ -314,9 +330,19 @@ def _write(conversion: Conversion, content: Content, partial: Path, identity: Ma
             work = Work.unrecorded(conversion.threads, conversion.budget_bytes, watch)
             universal.write(content, store, work, identity)
         store.remove(PARTS)
+        if conversion.verify:
+            verify_universal(open_checkpoint(str(partial)))
     else:
         work = Work(partial, threads=conversion.threads, budget_bytes=conversion.budget_bytes, watch=watch)
         load(conversion.to).write(content, partial, conversion.options, work)
         work.close()
+        if conversion.verify:
+            again = Work.unrecorded(conversion.threads, conversion.budget_bytes, watch)
+            verify(
+                content,
+                read(str(partial), conversion.to, Options(rules=conversion.options.rules)),
+                conversion.to,
+                again,
+            )
     if _identity(conversion) != identity:
         raise ConversionError(f"{conversion.source} has changed while it was converted: convert it again")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +32,7 @@ class FileTensor:
     """A tensor in a file, not yet read. `offset`: the byte in the file at which its storage, `room` bytes, begins.
 
     `strides` and `start` (where in the storage the tensor's first element is) are in elements, as in torch.
+    `conjugated`, `negated`: the tensor is a view that torch resolves when it is read, and its storage holds the others.
     """
 
     path: Path
@@ -41,6 +42,8 @@ class FileTensor:
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     start: int = 0
+    conjugated: bool = False
+    negated: bool = False
 
     def __setstate__(self, state: object) -> None:
         raise TypeError("made, never unpickled: a pickle could point it at another file")
@@ -71,13 +74,13 @@ class FileTensor:
             raise ConversionError(
                 f"{self.path}: elements {start} to {start + elements} wanted of a tensor of shape {list(self.shape)}"
             )
-        return FileTensor(self.path, self.offset, self.room, self.dtype, (elements,), (1,), self.start + start)
+        return replace(self, shape=(elements,), strides=(1,), start=self.start + start)
 
     def view(self, *shape: int) -> FileTensor:
         """The same elements in another shape. Raises ConversionError if their number differs, or they are strided."""
         if int(np.prod(shape, dtype=np.int64)) != self.elements or not self.is_contiguous:
             raise ConversionError(f"{self.path}: a tensor of shape {list(self.shape)} is no view of {list(shape)}")
-        return FileTensor(self.path, self.offset, self.room, self.dtype, shape, contiguous(shape), self.start)
+        return replace(self, shape=shape, strides=contiguous(shape))
 
     def read(self) -> np.ndarray:
         """The tensor's elements, C-contiguous, in memory of their own."""
@@ -90,6 +93,12 @@ class FileTensor:
         self._pread(flat)
         steps = [stride * flat.itemsize for stride in self.strides]
         return np.array(np.lib.stride_tricks.as_strided(flat, self.shape, steps, writeable=False), order="C")
+
+    def _resolve(self, array: np.ndarray) -> None:
+        if self.conjugated:
+            np.conjugate(array, out=array)
+        if self.negated:
+            np.negative(array, out=array)
 
     def read_into(self, array: np.ndarray) -> None:
         """Fill a C-contiguous array of the same type and number of elements."""
@@ -116,6 +125,7 @@ class FileTensor:
             raise ConversionError(f"{self.path}: cannot be read: {error.strerror}") from error
         finally:
             os.close(handle)
+        self._resolve(array)
 
 
 def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:

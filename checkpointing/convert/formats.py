@@ -50,7 +50,11 @@ MODULES = {
 READ_ONLY = ("megatron-legacy",)
 WRITTEN_BY_TORCH = ("megatron", "dcp")
 # What may be set, by format: on reading it, and on writing it. Each module tells what its settings mean.
-READ_SETTINGS = {"deepspeed": ("frozen",), "megatron": ("spec", "vocabulary")}
+READ_SETTINGS = {
+    "deepspeed": ("frozen", "masters"),
+    "megatron": ("spec", "vocabulary", "masters"),
+    "dcp": ("model",),
+}
 WRITE_SETTINGS = {
     "deepspeed": ("dp", "stage"),
     "megatron": ("padded_vocabulary",),

@@ -10,14 +10,14 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..universal.dtypes import NAMES, numpy_dtype
-from . import safetensors_file, torchfile
+from . import dcp_tensors, safetensors_file, safetensors_shards, torchfile
 from .casting import cast
 from .content import Content, ConversionError, Lazy
 from .filetensor import FileTensor
@@ -60,8 +60,13 @@ def read(path: Path, options: Options) -> Content:
             continue
         floating = tensor.dtype.startswith(("float", "bfloat"))
         room = content.params if floating and not _BUFFER.search(name) else content.buffers
-        room[name] = tensor.lazy(f"{tensor.path.name}:{name}")
-        content.notes[name] = f"{name} in {tensor.path.name}"
+        room[name] = tensor
+        content.notes[name] = f"{name} in {tensor.origin.partition(':')[0]}"
+    if found.shards:
+        content.warnings.append(
+            f"{path}: put together of {found.shards} shards of a distributed save, which do not say how many there "
+            "were: check the shapes"
+        )
     content.tied = tied
     content.extra[EXTRA] = configs
     return content
@@ -71,13 +76,15 @@ def read(path: Path, options: Options) -> Content:
 class _Found:
     """The tensors of a model's files, by name, and the strings in the files' headers."""
 
-    tensors: dict[str, FileTensor]
+    tensors: dict[str, Lazy]
     metadata: dict[str, str]
+    places: dict[str, FileTensor] = field(default_factory=dict)  # where those lie that are whole in one file
+    shards: int = 0  # of how many files each tensor may have parts
 
     @classmethod
     def of(cls, path: Path) -> _Found:
         if path.is_file():
-            return cls._of_file(path)
+            return cls._of_file(path, alone=True)
         for index in (INDEX, _OLD_INDEX):
             if (path / index).exists():
                 return cls._of_index(path / index)
@@ -85,19 +92,29 @@ class _Found:
             if (path / single).exists():
                 return cls._of_file(path / single)
         files = sorted(path.glob("*.safetensors"))
+        if (divided := safetensors_shards.assemble(files)) is not None:
+            tensors = {name: dcp_tensors.lazy(tensor) for name, tensor in divided.items()}
+            return cls(tensors, {}, shards=len(files))
         if len(files) == 1:
             return cls._of_file(files[0])
         raise ConversionError(f"{path}: {len(files)} safetensors files and no {INDEX}; expected it, or one file")
 
     @classmethod
-    def _of_file(cls, path: Path) -> _Found:
+    def _of_file(cls, path: Path, *, alone: bool = False) -> _Found:
         if path.suffix == ".safetensors":
             header = safetensors_file.read_header(path)
-            return cls(header.tensors, header.metadata)
+            if alone:
+                safetensors_shards.check_whole(path, header)
+            return cls._whole(header.tensors, header.metadata)
         values = torchfile.load(path)
         if not isinstance(values, dict) or not all(isinstance(each, FileTensor) for each in values.values()):
             raise ConversionError(f"{path}: expected a dictionary of tensors by name")
-        return cls(dict(values), {})
+        return cls._whole(dict(values), {})
+
+    @classmethod
+    def _whole(cls, tensors: dict[str, FileTensor], metadata: dict[str, str]) -> _Found:
+        lazies = {name: tensor.lazy(f"{tensor.path.name}:{name}") for name, tensor in tensors.items()}
+        return cls(lazies, metadata, tensors)
 
     @classmethod
     def _of_index(cls, index: Path) -> _Found:
@@ -115,9 +132,9 @@ class _Found:
                 name = min(wanted ^ set(part.tensors))
                 where = "in it, but not in the index" if name in part.tensors else "not in it, but in the index"
                 raise ConversionError(f"{index.parent / file}: {name} is {where}; the files are of different saves")
-            tensors.update(part.tensors)
+            tensors.update(part.places)
             metadata.update(part.metadata)
-        return cls({name: tensors[name] for name in names}, metadata)
+        return cls._whole({name: tensors[name] for name in names}, metadata)
 
 
 def _tied(found: _Found, config: dict[str, Any]) -> dict[str, str]:
@@ -128,9 +145,9 @@ def _tied(found: _Found, config: dict[str, Any]) -> dict[str, str]:
         if name in found.tensors and alias not in found.tensors and alias != "format"
     }
     stored: dict[FileTensor, str] = {}
-    for name, tensor in found.tensors.items():
-        if stored.setdefault(tensor, name) != name:
-            tied[name] = stored[tensor]
+    for name, place in found.places.items():
+        if stored.setdefault(place, name) != name:
+            tied[name] = stored[place]
     head = next((name for name in found.tensors if _HEAD.search(name)), None)
     embedding = next((name for name in found.tensors if _EMBEDDING.search(name)), None)
     ties = config.get("tie_word_embeddings", config.get("text_config", {}).get("tie_word_embeddings"))
@@ -145,7 +162,7 @@ def _tied(found: _Found, config: dict[str, Any]) -> dict[str, str]:
     return tied
 
 
-def _equal(one: FileTensor, other: FileTensor) -> bool:
+def _equal(one: Lazy, other: Lazy) -> bool:
     return (one.shape, one.dtype) == (other.shape, other.dtype) and one.read().tobytes() == other.read().tobytes()
 
 

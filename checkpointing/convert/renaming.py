@@ -232,6 +232,10 @@ def rename(
         layers=_values(groups, content.layers, "layer"),
         scheduler=content.scheduler,
         extra=content.extra,
+        other=content.other,
+        unknown=content.unknown,
+        warnings=content.warnings,
+        dropped=content.dropped,
         notes={target: group.note for group in groups for target in (group.targets or group.sources)},
     )
     one_to_one = {group.sources[0]: group.targets[0] for group in groups if len(group.sources + group.targets) == 2}

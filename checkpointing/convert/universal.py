@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..universal.manifest import Array, Manifest, chunk_shape, path_of
+from ..universal.manifest import OTHER, Array, Manifest, chunk_shape, path_of
 from ..universal.reader import Checkpoint
 from ..universal.store import Store
 from ..universal.writer import PARTS, ChunkWriter, read_parts, try_commit
@@ -41,6 +41,7 @@ def contents(checkpoint: Checkpoint) -> Content:
         layers={name: layers[0] for name, layers in manifest.layers.items() if layers},
         scheduler=manifest.scheduler,
         extra=dict(manifest.extra),
+        other=_room(checkpoint, OTHER),
     )
     kept = {"data": manifest.data, "registered": manifest.registered, "agreement": manifest.agreement}
     if manifest.agreement:
@@ -110,7 +111,7 @@ def write(content: Content, store: Store, work: Work, source: Mapping[str, Any])
         path = path_of(room, name)
         expected.append(path)
         if path not in arrays:
-            pieces.append(Piece(path, 2 * tensor.nbytes, _writing(store, path, tensor, number)))
+            pieces.append(Piece(path, 2 * tensor.nbytes, _writing(store, path, name, tensor, number)))
         else:
             work.skip(Piece(path, 2 * tensor.nbytes, lambda: None))
     work.run(pieces)
@@ -118,9 +119,9 @@ def write(content: Content, store: Store, work: Work, source: Mapping[str, Any])
         raise AssertionError(f"{store.url}: parts of what was written are missing, which is a bug of everstep")
 
 
-def _writing(store: Store, path: str, tensor: Lazy, number: int) -> Any:
+def _writing(store: Store, path: str, name: str, tensor: Lazy, number: int) -> Any:
     def do() -> None:
-        array = Array(tensor.shape, tensor.dtype, chunk_shape(tensor.shape, tensor.dtype, CHUNK_BYTES))
+        array = Array(tensor.shape, tensor.dtype, chunk_shape(tensor.shape, tensor.dtype, CHUNK_BYTES)).named(name)
         writer = ChunkWriter(store)
         writer.declare(path, array)
         flat = tensor.read().reshape(-1).view(np.uint8) if array.chunks else np.empty(0, np.uint8)

@@ -113,7 +113,7 @@ class Unpickler(pickle.Unpickler):
         if name in _RECORDS.get(module, ()):
             kind = f"{module}.{name}"
             return self._records.setdefault(kind, record(kind))
-        if module == "torch" and name in NAMES:
+        if module == "torch" and (name in NAMES or name in UNKNOWN_DTYPES):
             return Dtype(name)
         if module in ("torch", "torch.storage") and name in STORAGES:
             return Dtype(STORAGES[name])
@@ -126,20 +126,46 @@ class Unpickler(pickle.Unpickler):
         tag, kind, key, _, elements = pid
         if tag != "storage" or not isinstance(kind, Dtype) or self._storage is None:
             raise pickle.UnpicklingError(f"a reference to {pid!r}")
-        return self._storage(key, kind.name, int(elements) * numpy_dtype(kind.name).itemsize)
+        return self._storage(key, kind.name, int(elements) * _itemsize(kind.name, self._where))
 
 
-def _tensor(storage: Storage, start: int, shape: tuple[int, ...], strides: tuple[int, ...], *_: Any) -> FileTensor:
+def _itemsize(dtype: str, where: object) -> int:
+    if dtype not in NAMES:
+        raise ConversionError(f"{where}: holds a tensor whose element type, {dtype}, is not known here")
+    return numpy_dtype(dtype).itemsize
+
+
+def _tensor(
+    storage: Storage,
+    start: int,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    _trained: object = None,
+    _hooks: object = None,
+    flags: Any = None,
+) -> FileTensor:
     """torch._utils._rebuild_tensor_v2. Raises for a tensor that does not lie inside its storage."""
+    flags = flags or {}
+    if left := flags.keys() - {"conj", "neg"}:
+        raise ConversionError(f"{storage.path}: a tensor is marked {', '.join(sorted(left))}, which is not understood")
+    itemsize = _itemsize(storage.dtype, storage.path)
     tensor = FileTensor(
-        storage.path, storage.offset, storage.nbytes, storage.dtype, tuple(shape), tuple(strides), start
+        storage.path,
+        storage.offset,
+        storage.nbytes,
+        storage.dtype,
+        tuple(shape),
+        tuple(strides),
+        start,
+        bool(flags.get("conj")),
+        bool(flags.get("neg")),
     )
     numbers = (start, *tensor.shape, *tensor.strides)
     if len(tensor.shape) != len(tensor.strides) or not all(isinstance(n, int) and n >= 0 for n in numbers):
         raise ConversionError(f"{storage.path}: a tensor of shape {tensor.shape} with strides {tensor.strides}")
     if tensor.elements:
         ends = start + 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.strides, strict=True))
-        needed = ends * numpy_dtype(storage.dtype).itemsize
+        needed = ends * itemsize
         if needed > storage.nbytes:
             raise ConversionError(
                 f"{storage.path}: torn: a tensor of shape {list(tensor.shape)} ends at byte {needed} of its storage, "
@@ -148,9 +174,12 @@ def _tensor(storage: Storage, start: int, shape: tuple[int, ...], strides: tuple
     return tensor
 
 
-def _typed_tensor(storage: Storage, start: int, shape: Any, strides: Any, _: bool, __: Any, dtype: Dtype) -> FileTensor:
+def _typed_tensor(
+    storage: Storage, start: int, shape: Any, strides: Any, _: bool, __: Any, dtype: Dtype, flags: Any = None
+) -> FileTensor:
     """torch._utils._rebuild_tensor_v3: its storage is bytes, its type beside it."""
-    return _tensor(Storage(storage.path, storage.offset, storage.nbytes, dtype.name), start, shape, strides)
+    typed = Storage(storage.path, storage.offset, storage.nbytes, dtype.name)
+    return _tensor(typed, start, shape, strides, None, None, flags)
 
 
 def _from_type(function: _Call, kind: object, arguments: tuple[Any, ...], state: object) -> Any:
@@ -244,6 +273,14 @@ _RECORDS: dict[str, tuple[str, ...]] = {
     "megatron.core.rerun_state_machine": ("RerunDiagnostic", "RerunMode", "RerunState", "RerunValidationStatus"),
     "transformer_engine.common.recipe": ("DelayedScaling", "Format", "_FormatHelper"),
 }
+# torch's other element types: named where they are met, so that an error can say which one it is.
+UNKNOWN_DTYPES = frozenset(
+    {
+        *("complex32", "float8_e8m0fnu", "float4_e2m1fn_x2", "quint8", "qint8", "qint32", "quint4x2", "quint2x4"),
+        *("bits1x8", "bits2x4", "bits4x2", "bits8", "bits16"),
+        *(f"{sign}int{width}" for sign in ("", "u") for width in range(1, 8)),
+    }
+)
 STORAGES = {
     "UntypedStorage": "uint8",
     "DoubleStorage": "float64",

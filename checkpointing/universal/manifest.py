@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 from urllib.parse import quote, unquote
 
@@ -22,6 +22,11 @@ VERSION = 1
 NAME = "manifest.json"
 _ZARR = "zarr.json"
 ROOMS = ("params", "optimizer", "buffers", "frozen")
+OTHER = "other"  # a room that is there only if something is in it: tensors that are neither model nor optimizer
+_ZARR_METADATA = 2  # since 2, arrays name their dimensions, and the root group has all metadata consolidated
+_LONGEST_NODE_BYTES = 200  # file systems take 255; object stores and tools add to a name
+_NODE_STEM = 140  # characters of a long name that are kept, for readers
+_CUT = "%~"
 
 
 class CheckpointError(ValueError):
@@ -38,7 +43,17 @@ def checksum(data: bytes | bytearray | memoryview) -> str:
 
 
 def node(name: str) -> str:
-    """A tensor's name as the name of a zarr node: itself, but for `/`, `%`, and what zarr has reserved."""
+    """A tensor's name as the name of a zarr node: itself, but for `/`, `%`, and what zarr has reserved.
+
+    A name that no file system would take is cut, and ends with `%~` and its hash: no quoted name has a `%~`.
+    """
+    quoted = _quoted(name)
+    if len(quoted) <= _LONGEST_NODE_BYTES:
+        return quoted
+    return f"{quoted[:_NODE_STEM]}{_CUT}{xxhash.xxh3_128_hexdigest(name.encode(errors='surrogatepass'))}"
+
+
+def _quoted(name: str) -> str:
     quoted = quote(name, safe="".join(chr(c) for c in range(33, 127) if chr(c) not in "/%"))
     if not name.strip(".") or name == _ZARR:  # nothing but dots is no name of a folder of ours
         return quoted.replace(".", "%2E")
@@ -54,10 +69,10 @@ def path_of(room: str, name: str) -> str:
     return f"{first}/{node(state)}/{node(name)}" if separator else f"{first}/{node(name)}"
 
 
-def room_and_name(path: str) -> tuple[str, str]:
-    """The reverse of `path_of`."""
-    room, _, name = path.rpartition("/")
-    return unquote(room), unquote(name)
+def room_and_name(path: str, name: str = "") -> tuple[str, str]:
+    """The reverse of `path_of`; `name`: the array's, which its path does not tell if it was cut."""
+    room, _, last = path.rpartition("/")
+    return unquote(room), name or unquote(last)
 
 
 @dataclass(frozen=True)
@@ -65,12 +80,18 @@ class Array:
     """One array: cut into chunks along its first dimension only; `chunk` has the array's shape but for that.
 
     `checksums`: one for each chunk, in order; the xxh3_64 of its file, which is always a whole chunk, zero-padded.
+    `name`: of the tensor, where its path has no room for all of it.
     """
 
     shape: tuple[int, ...]
     dtype: str
     chunk: tuple[int, ...]
     checksums: tuple[str, ...] = ()
+    name: str = ""
+
+    def named(self, name: str) -> Array:
+        """This array, as that of the tensor `name`."""
+        return replace(self, name=name) if _CUT in node(name) else self
 
     @property
     def rows(self) -> int:
@@ -101,12 +122,17 @@ class Array:
         """The path of a chunk's file, within the array's folder."""
         return "/".join(["c", *[str(chunk), *["0"] * (len(self.shape) - 1)][: len(self.shape)]])
 
-    def zarr_json(self) -> bytes:
+    def zarr_json(self, version: int = _ZARR_METADATA) -> bytes:
+        """The array's metadata for zarr, as its file has it."""
+        return json.dumps(self.zarr_metadata(version), indent=2).encode()
+
+    def zarr_metadata(self, version: int = _ZARR_METADATA) -> dict[str, Any]:
         """The array's metadata for zarr (https://zarr-specs.readthedocs.io, version 3)."""
         stored = stored_name(self.dtype)
         zero: object = False if stored == "bool" else [0.0, 0.0] if stored.startswith("complex") else 0
         if stored.startswith("float"):
             zero = 0.0
+        attributes = {} if stored == self.dtype else {"dtype": self.dtype}
         metadata = {
             "zarr_format": 3,
             "node_type": "array",
@@ -116,22 +142,35 @@ class Array:
             "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
             "fill_value": zero,
             "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
-            "attributes": {} if stored == self.dtype else {"dtype": self.dtype},
+            "attributes": {**attributes, "name": self.name} if self.name else attributes,
             "storage_transformers": [],
         }
-        return json.dumps(metadata, indent=2).encode()
+        return metadata if version < _ZARR_METADATA else metadata | {"dimension_names": self._dimensions()}
+
+    def _dimensions(self) -> list[str]:
+        """Names by size, so that those of equal names are equally long in all arrays, as xarray wants them."""
+        return [
+            f"size_{size}" + (f"_{again + 1}" if (again := self.shape[:axis].count(size)) else "")
+            for axis, size in enumerate(self.shape)
+        ]
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        raw = asdict(self)
+        if not self.name:
+            del raw["name"]
+        return raw
 
     @classmethod
     def from_json(cls, raw: dict[str, Any]) -> Array:
-        return cls(tuple(raw["shape"]), raw["dtype"], tuple(raw["chunk"]), tuple(raw["checksums"]))
+        return cls(tuple(raw["shape"]), raw["dtype"], tuple(raw["chunk"]), tuple(raw["checksums"]), raw.get("name", ""))
+
+
+_GROUP: dict[str, Any] = {"zarr_format": 3, "node_type": "group", "attributes": {}}
 
 
 def group_json() -> bytes:
     """The metadata of a zarr group."""
-    return json.dumps({"zarr_format": 3, "node_type": "group", "attributes": {}}, indent=2).encode()
+    return json.dumps(_GROUP, indent=2).encode()
 
 
 def chunk_shape(shape: tuple[int, ...], dtype: str, limit_bytes: int) -> tuple[int, ...]:
@@ -152,7 +191,8 @@ class Manifest:
     the module computes in, where not the stored type. `optimizer`: {"name", "groups"}. `data`: {"samples",
     "global_batch_size", "micro_batch_size", "seed", "position"}. `registered`: states of what the user registered.
     `run`: whose it is. `agreement`: what the ranks agreed on in the last step, which resuming goes on from. `extra`:
-    what a foreign format had besides. `saved_at`: seconds since 1970.
+    what a foreign format had besides. `saved_at`: seconds since 1970. `zarr`: by which version of ours the metadata for
+    zarr was written.
     """
 
     step: int
@@ -169,6 +209,7 @@ class Manifest:
     agreement: str = ""
     extra: dict[str, Any] = field(default_factory=dict)
     saved_at: float = 0.0
+    zarr: int = _ZARR_METADATA
 
     def to_bytes(self) -> bytes:
         """The file: one JSON object, whose last member is the checksum of the rest."""
@@ -197,7 +238,7 @@ class Manifest:
         if told != found:
             raise CheckpointError(f"{where}/{NAME} was changed: its checksum is {found}, expected {told}", NAME)
         known = {item.name for item in fields(cls)}
-        values = {name: value for name, value in raw.items() if name in known}
+        values = {"zarr": 1} | {name: value for name, value in raw.items() if name in known}
         try:
             values["arrays"] = {path: Array.from_json(array) for path, array in raw["arrays"].items()}
             manifest = cls(**values)
@@ -211,9 +252,9 @@ class Manifest:
     def problems(self) -> Iterator[str]:
         """What does not fit together."""
         for path, array in self.arrays.items():
-            if path.partition("/")[0] not in ROOMS:
-                yield f"array {path}: expected it in one of {', '.join(ROOMS)}"
-            elif path != path_of(*room_and_name(path)):
+            if path.partition("/")[0] not in (*ROOMS, OTHER):
+                yield f"array {path}: expected it in one of {', '.join((*ROOMS, OTHER))}"
+            elif path != path_of(*room_and_name(path, array.name)):
                 yield f"array {path}: is not the path of any tensor"
             if array.dtype not in NAMES:
                 yield f"array {path}: element type {array.dtype!r} is not known"
@@ -222,21 +263,38 @@ class Manifest:
             elif len(array.checksums) != array.chunks:
                 yield f"array {path}: {array.chunks} chunks, but {len(array.checksums)} checksums"
 
+    @property
+    def groups(self) -> list[str]:
+        """The folders that are zarr groups; "" is the checkpoint itself."""
+        return sorted({"", *ROOMS} | {path.rpartition("/")[0] for path in self.arrays})
+
+    def root_json(self) -> bytes:
+        """The metadata of the group that is the checkpoint: with that of all in it, so that zarr lists no folder."""
+        if self.zarr < _ZARR_METADATA:
+            return group_json()
+        inside = {folder: _GROUP for folder in self.groups if folder}
+        inside |= {path: array.zarr_metadata(self.zarr) for path, array in self.arrays.items()}
+        consolidated = {"kind": "inline", "must_understand": False, "metadata": dict(sorted(inside.items()))}
+        return json.dumps({**_GROUP, "consolidated_metadata": consolidated}, separators=(",", ":")).encode()
+
+    def group_files(self) -> Iterator[tuple[str, bytes]]:
+        """(path, contents) of the metadata of every group."""
+        for folder in self.groups:
+            yield f"{folder}/zarr.json".lstrip("/"), group_json() if folder else self.root_json()
+
     def files(self) -> Iterator[tuple[str, str, int]]:
         """(path, checksum, bytes) of every file that belongs to the checkpoint, the manifest apart."""
-        groups = {"", *ROOMS} | {path.rpartition("/")[0] for path in self.arrays}
-        for folder in sorted(groups):
-            data = group_json()
-            yield f"{folder}/zarr.json".lstrip("/"), checksum(data), len(data)
+        for path, data in self.group_files():
+            yield path, checksum(data), len(data)
         for path, array in self.arrays.items():
-            data = array.zarr_json()
+            data = array.zarr_json(self.zarr)
             yield f"{path}/zarr.json", checksum(data), len(data)
             for number, told in enumerate(array.checksums):
                 yield f"{path}/{array.key(number)}", told, array.chunk_bytes
 
     def names(self, room: str) -> dict[str, Array]:
         """The arrays of a room, by tensor name."""
-        inside = ((room_and_name(path), array) for path, array in self.arrays.items())
+        inside = ((room_and_name(path, array.name), array) for path, array in self.arrays.items())
         return {name: array for (where, name), array in inside if where == room}
 
     @property

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from .manifest import NAME, ROOMS, Array, CheckpointError, Manifest, checksum, group_json
+from .manifest import NAME, Array, CheckpointError, Manifest, checksum
 from .store import Buffer, Store
 
 PARTS = "parts"
@@ -140,9 +140,8 @@ def commit(store: Store, manifest: Manifest) -> None:
 
     Raises CheckpointError, naming the first that is not. Writes the groups' metadata too.
     """
-    folders = {path.rpartition("/")[0] for path in manifest.arrays}
-    for folder in sorted({"", *ROOMS} | folders):
-        store.put(f"{folder}/zarr.json".lstrip("/"), [group_json()])
+    for path, data in manifest.group_files():
+        store.put(path, [data])
     store.flush()
     found = store.sizes()
     for path, _, size in manifest.files():

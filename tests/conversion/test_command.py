@@ -156,7 +156,7 @@ def test_a_dry_run_writes_nothing(source: Path, tmp_path: Path, run: Commands) -
     for to in ("universal", "deepspeed-universal", "deepspeed", "dcp", "hf"):
         ended = run("convert", source, tmp_path / "new" / "out", "--to", to, "--dry-run", "--explain")
         assert ended.status == 0, ended
-        assert ended.stderr.startswith("would write step ")
+        assert "would write step " in ended.stderr
         lines = ended.stdout.splitlines()
         described = json.loads(run.done("inspect", source, "--json"))
         assert len(lines) == len(described["tensors"]) + len(described["tied"])

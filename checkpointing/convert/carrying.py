@@ -1,0 +1,49 @@
+"""What goes with tensors and has no place in the format that is written: kept beside it as JSON, for the way back."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from .content import Content
+
+OURS = "everstep"  # the key of it
+_VERSION = 1
+
+
+def carried(content: Content, form: str) -> str:
+    """All that a checkpoint of format `form` does not say itself."""
+    kept = {name: value for name, value in content.extra.items() if name != form}
+    return json.dumps(
+        {
+            "version": _VERSION,
+            "extra": kept,
+            "dtypes": content.dtypes,
+            "layers": content.layers,
+            "tied": content.tied,
+            "scheduler": content.scheduler,
+        },
+        separators=(",", ":"),
+    )
+
+
+def take_up(content: Content, text: Any) -> None:
+    """The reverse; what is not ours, or of another everstep, is left."""
+    try:
+        kept = json.loads(text)
+        if kept["version"] != _VERSION:
+            return
+        extra, scheduler = dict(kept["extra"]), kept["scheduler"]
+        dtypes, layers, tied = (dict(kept[name]) for name in ("dtypes", "layers", "tied"))
+    except (TypeError, ValueError, KeyError):
+        return
+    content.extra = {**extra, **content.extra}
+    stateful = {name for values in (*content.optimizer.values(), *content.scalars.values()) for name in values}
+    for alias, owner in tied.items():  # stored twice, for who reads it without us
+        if owner in content.params and alias in content.params and alias not in stateful:
+            del content.params[alias]
+            content.tied[alias] = owner
+    names = {name for _, name, _ in content.tensors()} | content.tied.keys()
+    content.dtypes = {name: dtype for name, dtype in dtypes.items() if name in names} | content.dtypes
+    content.layers = {name: layer for name, layer in layers.items() if name in names} | content.layers
+    content.scheduler = content.scheduler if content.scheduler is not None else scheduler
