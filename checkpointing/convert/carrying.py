@@ -33,8 +33,11 @@ def take_up(content: Content, text: Any) -> None:
         kept = json.loads(text)
         if kept["version"] != _VERSION:
             return
-        extra, scheduler = dict(kept["extra"]), kept["scheduler"]
-        dtypes, layers, tied = (dict(kept[name]) for name in ("dtypes", "layers", "tied"))
+        extra: dict[str, Any] = dict(kept["extra"])
+        scheduler: dict[str, Any] | None = kept["scheduler"]
+        dtypes: dict[str, str] = dict(kept["dtypes"])
+        layers: dict[str, int] = dict(kept["layers"])
+        tied: dict[str, str] = dict(kept["tied"])
     except (TypeError, ValueError, KeyError):
         return
     content.extra = {**extra, **content.extra}

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .carrying import OURS, take_up
 from .content import Content, ConversionError, Lazy, Scalar
 from .deepspeed_files import (
     Files,
@@ -19,14 +20,24 @@ from .deepspeed_files import (
     sizes,
     tag_folder,
 )
-from .deepspeed_modules import Module, divided_module, expert_tensors, pipeline_layers, whole_module
-from .deepspeed_partitions import FP32, Experts, Held, counted_states, partitioned_states
-from .deepspeed_rules import INFO, Shardings, for_state
+from .deepspeed_modules import (
+    Module,
+    divided_module,
+    expert_tensors,
+    layered_modules,
+    pipeline_layers,
+    resolve_ties,
+    take_unclaimed,
+    whole_module,
+)
+from .deepspeed_partitions import FP32, Experts, Held, counted_states, partitioned_states, placed_elements
+from .deepspeed_rules import INFO, Shardings, for_state, is_round_robin
 from .deepspeed_unpartitioned import unpartitioned
 from .deepspeed_writing import write
 from .filetensor import FileTensor
 from .formats import Options
 from .json_values import encode
+from .masters import checked, is_trusted
 from .sharding import Replicated
 from .unpickling import Record
 
@@ -72,14 +83,35 @@ def read(path: Path, options: Options) -> Content:
         check_same(states, key)
     first = states[files.first]
     optimizers = {path: _optimizer_state(path, first) for path in files.optimizers.values()}
-    modules = _modules(files, layout, states)
+    modules = _modules(files, layout, states, optimizers)
     held = _held(files, layout, states, optimizers, modules, options)
+    for ours, module in zip(held, modules, strict=True):
+        resolve_ties(module, ours.tensors.get(FP32, {}))
+    for tensor, layers in pipeline_layers(files).items():
+        take_unclaimed(modules[tensor :: layout.tensor], layers)
+    if not is_trusted(options.settings):
+        for ours, module in zip(held, modules, strict=True):
+            _check_masters(ours, module)
     shardings = Shardings(_info(first, optimizers.values()), layout.tensor, options.rules, folder)
     content = Content(step=int(first["global_steps"]))
     _merge(content, layout, held, modules, shardings)
     _fill(content, first, next(iter(optimizers.values()), {}), modules, expert_tensors(files))
     content.extra["deepspeed"]["tensor_parallel"] = layout.tensor
+    if optimizers and any(set(group) <= {"params", "step"} for group in content.groups):
+        content.warnings.append(
+            f"{folder}: keeps no settings of the optimizer (learning rate, betas, weight decay): elastic_checkpoint "
+            "leaves them out"
+        )
     return content
+
+
+def _check_masters(held: Held, module: Module) -> None:
+    """Have the master weights compared with the module's, where it has them whole, when they are read."""
+    masters = held.tensors.get(FP32, {})
+    for name, master in masters.items():
+        own = module.tensors.get(name)
+        if own is not None and own.shape == master.shape:
+            masters[name] = checked(name, master, own.read, own.dtype)
 
 
 def _optimizer_state(path: Path, model: dict[str, Any]) -> dict[str, Any]:
@@ -103,16 +135,23 @@ def _info(model: dict[str, Any], optimizers: Any) -> dict[str, Any] | None:
     return None
 
 
-def _modules(files: Files, layout: Sizes, states: dict[Path, dict[str, Any]]) -> list[Module]:
+def _modules(
+    files: Files, layout: Sizes, states: dict[Path, dict[str, Any]], optimizers: dict[Path, dict[str, Any]]
+) -> list[Module]:
     """The modules of the model-parallel ranks, in order."""
     if files.model_parts:
         paths = [[files.model_parts[data, rank] for data in range(layout.data)] for rank in range(layout.model)]
         return [divided_module({path: states[path] for path in ours}) for ours in paths]
     layers = pipeline_layers(files)
-    return [
-        whole_module(files.models[rank], states[files.models[rank]], layers.get(rank % layout.tensor, {}))
-        for rank in range(layout.model)
-    ]
+    if layers and not optimizers:
+        stages = [states[files.models[rank]] for rank in range(layout.model)]
+        return [module for tensor in layers for module in layered_modules(files.folder, stages, layers[tensor])]
+    made = []
+    for rank in range(layout.model):
+        ours = [optimizers[files.optimizers[data, rank]] for data in range(layout.data)] if optimizers else []
+        path, of_rank = files.models[rank], layers.get(rank % layout.tensor, {})
+        made.append(whole_module(path, states[path], of_rank, placed_elements(ours)))
+    return made
 
 
 def _held(
@@ -125,10 +164,16 @@ def _held(
 ) -> list[Held]:
     """What the optimizers hold, for the model-parallel ranks in order."""
     if not files.optimizers:
-        if layout.model > 1:
-            raise ConversionError(f"{files.folder}: model parallelism without ZeRO is not read")
-        path = files.first
-        return [unpartitioned(path, states[path], modules[0], options.settings.get("frozen"))]
+        if files.experts:
+            raise ConversionError(
+                f"{files.folder}: experts without ZeRO: each expert-parallel rank's optimizer numbers its own "
+                "parameters, and that is not read; save it with ZeRO stage 1 or 2"
+            )
+        if layout.model > 1 and not (files.layers and layout.tensor == 1):
+            raise ConversionError(f"{files.folder}: tensor parallelism without ZeRO is not read")
+        paths = [files.models[rank] for rank in range(layout.model)]
+        frozen = options.settings.get("frozen")
+        return [unpartitioned(path, states[path], ours, frozen) for path, ours in zip(paths, modules, strict=True)]
     config = states[files.first].get("ds_config")
     experts = Experts(isinstance(config, dict) and bool(config.get("use_data_before_expert_parallelism")))
     made = []
@@ -137,7 +182,7 @@ def _held(
         if files.model_parts:
             made.append(counted_states(ours, module.shapes))
         else:
-            made.append(partitioned_states(ours, module.shapes, experts))
+            made.append(partitioned_states(ours, module.shapes, experts, round_robin=is_round_robin(config)))
     return made
 
 
@@ -226,8 +271,9 @@ def fill_extra(content: Content, model: dict[str, Any], optimizer: dict[str, Any
     """What a model state and an optimizer's say besides tensors: the scheduler, and what is kept only."""
     dropped: list[str] = []
     scheduler = model.get("lr_scheduler")
-    content.scheduler = encode(scheduler, dropped, "lr_scheduler") if isinstance(scheduler, dict) else None
-    client = {key: value for key, value in model.items() if key not in _OWN and key != INFO}
+    if isinstance(scheduler, dict):
+        content.scheduler = encode(scheduler, dropped, "lr_scheduler")
+    client = {key: value for key, value in model.items() if key not in _OWN and key not in (INFO, OURS)}
     kept = {key: optimizer[key] for key in _OF_OPTIMIZER if key in optimizer}
     fields = {
         key: {"class": value.kind.rpartition(".")[2], "fields": value.fields} if isinstance(value, Record) else value
@@ -237,6 +283,7 @@ def fill_extra(content: Content, model: dict[str, Any], optimizer: dict[str, Any
         **{key: encode(model[key], dropped, key) for key in _KEPT if model.get(key) is not None},
         **({INFO: encode(model[INFO], dropped, INFO)} if model.get(INFO) else {}),
         "optimizer": encode(fields, dropped, "optimizer"),
-        "client_state": encode(client, dropped, "client_state"),
-        "dropped": dropped,
+        "client_state": encode(client, dropped, "client_state", content.other),
     }
+    content.unknown += dropped
+    take_up(content, model.get(OURS))

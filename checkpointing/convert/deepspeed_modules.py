@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
+from .casting import cast
 from .content import ConversionError, Lazy
 from .deepspeed_files import Files, read_state
 from .deepspeed_partitions import Shapes, fragments
 from .filetensor import FileTensor
 
-_TIED = "tied_modules."
+TIED = "tied_modules."
 
 
 @dataclass
@@ -25,6 +27,7 @@ class Module:
     frozen: dict[str, Lazy] = field(default_factory=dict)
     tied: dict[str, str] = field(default_factory=dict)
     layers: dict[str, int] = field(default_factory=dict)
+    candidates: dict[str, list[tuple[int, FileTensor]]] = field(default_factory=dict)  # tied: what may be it, by layer
 
     @property
     def trained(self) -> Shapes:
@@ -36,17 +39,27 @@ def group_shapes(state: dict[str, Any]) -> list[Shapes]:
     return [{name: tuple(shape) for name, shape in group.items()} for group in state.get("param_shapes") or []]
 
 
-def whole_module(path: Path, state: dict[str, Any], layers: Mapping[int, dict[str, Any]]) -> Module:
-    """The module of ZeRO-0, 1 and 2. `layers`: a pipeline's layers, of which this rank may have some."""
+def whole_module(
+    path: Path,
+    state: dict[str, Any],
+    layers: Mapping[int, dict[str, Any]],
+    placed: Sequence[Mapping[str, int]] = (),
+) -> Module:
+    """The module of ZeRO-0, 1 and 2. `layers`: a pipeline's layers, of which this rank may have some; `placed`: by
+    group of the optimizer, how many elements of which parameters it holds, where the model states do not say."""
     made = Module(shapes=group_shapes(state))
     module = state.get("module")
-    trained = made.trained
+    sizes = {name: size for group in placed for name, size in group.items()}
+    sizes |= {name: prod(shape) for name, shape in made.trained.items()}
     frozen = state.get("frozen_param_shapes") or {}
     buffers = set(state.get("buffer_names") or ())
     if module is None:
-        _from_layers(made, layers, {*trained, *frozen, *buffers})
+        _from_layers(made, layers, {**dict.fromkeys((*frozen, *buffers)), **sizes})
     else:
         made.tensors = {name: tensor for name, tensor in module.items() if isinstance(tensor, FileTensor)}
+    if not made.shapes:
+        made.shapes = _shapes_of(path, made.tensors, placed)
+    trained = made.trained
     made.tied = {**_shared(made.tensors, trained), **(state.get("shared_params") or {})}
     for name, tensor in made.tensors.items():
         if name in buffers:
@@ -59,8 +72,19 @@ def whole_module(path: Path, state: dict[str, Any], layers: Mapping[int, dict[st
     return made
 
 
-def _from_layers(made: Module, layers: Mapping[int, dict[str, Any]], wanted: set[str]) -> None:
-    """A pipeline's stage: layer NN holds its tensors without their prefix; those of tied modules are under the tie."""
+def _shapes_of(path: Path, tensors: Mapping[str, FileTensor], placed: Sequence[Mapping[str, int]]) -> list[Shapes]:
+    """The shapes of what an optimizer holds, by group, as the module has them."""
+    missing = [name for group in placed for name in group if name not in tensors]
+    if missing:
+        raise ConversionError(f"{path}: the optimizer holds {', '.join(missing)}, which the module has not")
+    return [{name: tensors[name].shape for name in group} for group in placed]
+
+
+def _from_layers(made: Module, layers: Mapping[int, dict[str, Any]], wanted: Mapping[str, int | None]) -> None:
+    """A pipeline's stage: layer NN holds its tensors without their prefix; those of tied modules are under the tie.
+
+    `wanted`: the names, with the number of elements where that is known.
+    """
     loose: list[tuple[int, str, FileTensor]] = []
     for layer, tensors in layers.items():
         for key, tensor in tensors.items():
@@ -70,14 +94,94 @@ def _from_layers(made: Module, layers: Mapping[int, dict[str, Any]], wanted: set
             else:
                 loose.append((layer, key, tensor))
     for name in wanted:
-        if not name.startswith(_TIED):
+        if not name.startswith(TIED):
             continue
         key = name.split(".", 2)[2]
-        shape = made.trained.get(name)
-        for layer, other, tensor in loose:
-            if other == key and shape in (None, tensor.shape):
-                made.tensors[name], made.layers[name] = tensor, layer
+        shape, size = made.trained.get(name), wanted[name]
+        fitting = [
+            (layer, tensor)
+            for layer, other, tensor in loose
+            if other == key and shape in (None, tensor.shape) and size in (None, tensor.elements)
+        ]
+        if fitting:
+            made.layers[name], made.tensors[name] = fitting[0]
+        if len(fitting) > 1:
+            made.candidates[name] = fitting
+        if len(shapes := {tensor.shape for _, tensor in fitting}) > 1:
+            told = " or ".join(str(list(each)) for each in sorted(shapes))
+            raise ConversionError(f"{fitting[0][1].path}: {name} may be of shape {told}: the files do not say")
+
+
+def resolve_ties(module: Module, masters: Mapping[str, Lazy]) -> None:
+    """Where several layers of a pipeline may be the one that is tied, take that which its master weight rounds to."""
+    for name, fitting in module.candidates.items():
+        master = masters[name].read()
+        for layer, tensor in fitting:
+            if cast(master, tensor.dtype).tobytes() == tensor.read().tobytes():
+                module.layers[name], module.tensors[name] = layer, tensor
                 break
+
+
+def take_unclaimed(modules: Sequence[Module], layers: Mapping[int, dict[str, Any]]) -> None:
+    """What lies in a pipeline's layers and no stage trains is frozen: ZeRO-1 lists no names of it. `modules`: the
+    stages of one tensor-parallel rank."""
+    claimed = {tensor for module in modules for tensor in module.tensors.values()}
+    for layer, tensors in layers.items():
+        for key, tensor in tensors.items():
+            if isinstance(tensor, FileTensor) and tensor not in claimed:
+                name = f"{layer}.{key}"
+                stage = next((each for each in modules if layer in each.layers.values()), modules[0])
+                stage.tensors[name], stage.layers[name] = tensor, layer
+                stage.frozen[name] = tensor.lazy(f"{tensor.path.name}, frozen")
+
+
+def layered_modules(
+    folder: Path, stages: Sequence[dict[str, Any]], layers: Mapping[int, dict[str, Any]]
+) -> list[Module]:
+    """The modules of a pipeline's stages whose optimizers have no names: the layers in order, as many parameters in
+    each stage as its optimizer has. Raises ConversionError where there are more or fewer: what is tied has no name."""
+    buffers = {name for state in stages for name in state.get("buffer_names") or ()}
+    named = [
+        (layer, f"{layer}.{key}", tensor)
+        for layer, tensors in sorted(layers.items())
+        for key, tensor in tensors.items()
+        if isinstance(tensor, FileTensor)
+    ]
+    counts = [_numbered(folder, state) for state in stages]
+    trained = [entry for entry in named if entry[1] not in buffers]
+    if sum(counts) != len(trained):
+        raise ConversionError(
+            f"{folder}: the optimizers of the pipeline's stages have {counts} parameters without names, and its "
+            f"layers {len(trained)}: which are tied or frozen is not said in a pipeline without ZeRO; save it with "
+            "ZeRO-1"
+        )
+    made = []
+    at = 0
+    for count in counts:
+        ours = trained[at : at + count]
+        at += count
+        if at < len(trained) and ours and trained[at][0] == ours[-1][0]:
+            raise ConversionError(
+                f"{folder}: layer {ours[-1][0]} would be on two stages of the pipeline, which none is"
+            )
+        held = {layer for layer, _, _ in ours}
+        entries = [entry for entry in named if entry[0] in held]
+        module = Module(tensors={name: tensor for _, name, tensor in entries})
+        module.layers = {name: layer for layer, name, _ in entries}
+        module.buffers = {
+            name: tensor.lazy(f"{tensor.path.name}, buffer") for _, name, tensor in entries if name in buffers
+        }
+        made.append(module)
+    return made
+
+
+def _numbered(folder: Path, state: dict[str, Any]) -> int:
+    """How many parameters the optimizer in a model state has."""
+    optimizer = state.get("optimizer")
+    base = optimizer.get("optimizer_state_dict", optimizer) if isinstance(optimizer, dict) else {}
+    if "param_groups" not in base:
+        raise ConversionError(f"{folder}: a stage's model states hold no optimizer state: neither in them nor in files")
+    return sum(len(group["params"]) for group in base["param_groups"])
 
 
 def _shared(tensors: Mapping[str, FileTensor], trained: Mapping[str, object]) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -16,6 +16,7 @@ from ..universal.dtypes import numpy_dtype
 from .content import ConversionError, Lazy, Scalar
 from .filetensor import FileTensor
 from .json_values import settings
+from .unpickling import Record
 
 FP32 = "fp32"
 Shapes = dict[str, tuple[int, ...]]
@@ -161,9 +162,59 @@ class Experts:
         return made
 
 
-def partitioned_states(states: dict[Path, dict[str, Any]], shapes: Sequence[Shapes], experts: Experts) -> Held:
+def placed_elements(states: Iterable[dict[str, Any]]) -> list[dict[str, int]]:
+    """By group, the parameters that the data-parallel ranks' optimizers hold, and how many elements of each."""
+    made: list[dict[str, int]] = []
+    for state in states:
+        for index, placed in enumerate(state.get("param_slice_mappings") or ()):
+            if index == len(made):
+                made.append({})
+            for name, address in placed.items():
+                made[index][name] = made[index].get(name, 0) + int(address.fields["numel"])
+    return made
+
+
+def round_robin_maps(states: Sequence[dict[str, Any]], shapes: Sequence[Shapes]) -> list[list[dict[str, Record]]]:
+    """Where parameters really lie with `round_robin_gradients`, by rank and group: one after the other in the order of
+    `shapes`. What DeepSpeed stores then is where they would lie in the optimizer's own order, and that is wrong."""
+    made: list[list[dict[str, Record]]] = []
+    for rank, state in enumerate(states):
+        flats = state["single_partition_of_fp32_groups"]
+        groups: list[dict[str, Record]] = []
+        for index, (flat, named) in enumerate(zip(flats, shapes, strict=True)):
+            gaps = (state.get("param_alignment_paddings") or [[]] * len(flats))[index] or [0] * len(named)
+            share = flat.elements + int((state.get("group_paddings") or [0] * len(flats))[index])
+            placed: dict[str, Record] = {}
+            start = 0
+            for (name, shape), gap in zip(named.items(), gaps, strict=True):
+                begin, end = max(start, rank * share), min(start + prod(shape), (rank + 1) * share)
+                if begin < end:
+                    placed[name] = _address(begin - rank * share, end - begin)
+                start += prod(shape) + gap
+            groups.append(placed)
+        made.append(groups)
+    return made
+
+
+def _address(start: int, count: int) -> Record:
+    address = Record()
+    address.state = {"start": start, "numel": count}
+    return address
+
+
+def _gathered(names: list[str], ranks: int) -> list[str]:
+    """Names that were dealt out to ranks in turn, and lie rank after rank, in the order before that."""
+    order = [at for rank in range(ranks) for at in range(rank, len(names), ranks)]
+    made = dict(zip(order, names, strict=True))
+    return [made[at] for at in range(len(names))]
+
+
+def partitioned_states(
+    states: dict[Path, dict[str, Any]], shapes: Sequence[Shapes], experts: Experts, *, round_robin: bool = False
+) -> Held:
     """ZeRO-1 and 2: `states` are the optimizer states of the data-parallel ranks in order; `shapes`, by group."""
     paths = list(states)
+    dealt = round_robin_maps(list(states.values()), shapes) if round_robin else []
     collector = _Collector(paths[0].parent)
     ranks = len(states)
     runs: list[tuple[str, str, int, int, FileTensor]] = []
@@ -171,7 +222,7 @@ def partitioned_states(states: dict[Path, dict[str, Any]], shapes: Sequence[Shap
     for rank, (path, state) in enumerate(states.items()):
         base = _need(state, "base_optimizer_state", path)
         flats = _need(state, "single_partition_of_fp32_groups", path)
-        maps = _need(state, "param_slice_mappings", path)
+        maps = dealt[rank] if dealt else _need(state, "param_slice_mappings", path)
         elastic = isinstance(base, list)  # a list of lean states, and the step beside it
         settings = _need(state if elastic else base, "param_groups", path) if not elastic else [{} for _ in base]
         groups = groups or settings
@@ -194,7 +245,10 @@ def partitioned_states(states: dict[Path, dict[str, Any]], shapes: Sequence[Shap
     for key, whole, _, _, run in sorted(runs, key=lambda item: item[2:4]):
         collector.run(key, whole, run)
     held = collector.held(experts.shapes(groups, shapes, ranks))
-    for group, found in zip(groups, shapes, strict=True):
+    for index, (group, found) in enumerate(zip(groups, shapes, strict=True)):
+        if round_robin:
+            counts = next(iter(states.values())).get("partition_count") or [ranks] * len(shapes)
+            found = {name: found[name] for name in _gathered(list(found), int(counts[index]))}
         held.groups.append(settings_of(group, list(experts.shapes([group], [found], ranks))))
     return held
 

@@ -149,6 +149,12 @@ def _one(table: Table[ShardRule], name: str, where: Path) -> Match[ShardRule] | 
     return found[0] if found else None
 
 
+def is_round_robin(config: Any) -> bool:
+    """Whether an engine of this configuration deals its parameters out to its ranks in turn."""
+    zero = config.get("zero_optimization") if isinstance(config, dict) else None
+    return isinstance(zero, dict) and bool(zero.get("round_robin_gradients"))
+
+
 def for_state(sharding: Sharding, state: str, name: str) -> Sharding:
     """The sharding of an optimizer's state. Raises ConversionError if the parameter was scaled: its moments differ."""
     inner = sharding.inner if isinstance(sharding, Stripped) else sharding

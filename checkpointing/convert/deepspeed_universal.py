@@ -10,7 +10,7 @@ from typing import Any
 from .content import Content, ConversionError, Scalar
 from .deepspeed import fill_extra, merge_groups, merge_rooms
 from .deepspeed_files import Files, check_same, entries, find, read_state, sizes, tag_folder
-from .deepspeed_modules import Module, divided_module, pipeline_layers, whole_module
+from .deepspeed_modules import Module, divided_module, pipeline_layers, take_unclaimed, whole_module
 from .deepspeed_partitions import FP32, Shapes, scalar, settings_of
 from .deepspeed_rules import INFO, Shardings
 from .deepspeed_universal_writing import LATEST, write
@@ -46,6 +46,8 @@ def read(path: Path, options: Options) -> Content:
     modules, tensor = _modules(files, states)
     content = Content(step=int(first["global_steps"]))
     shardings = Shardings(first.get(INFO), tensor, options.rules, folder)
+    for number, layers in pipeline_layers(files).items():
+        take_unclaimed(modules[number::tensor], layers)
     stages = [modules[at : at + tensor] for at in range(0, len(modules), tensor)]
     for stage in stages:
         merge_rooms(content, stage, shardings)
@@ -102,21 +104,21 @@ def _groups(optimizer: dict[str, Any], shapes: Sequence[Shapes]) -> list[dict[st
 
 def _read_parameters(content: Content, zero: Path, names: Sequence[str], shapes: Shapes) -> None:
     """The states of the parameters that are trained; other folders repeat buffers and ties, rounded."""
+    values: dict[str, dict[Path, Any]] = {}
     for name in names:
-        if name in content.params:
-            continue
         folder = zero / name
         if not folder.is_dir():
             raise ConversionError(f"{folder}: is missing: the checkpoint is half-written")
-        for path in entries(folder):
-            if path.suffix != ".pt":
-                continue
-            value = load(path)
-            if path.stem == _STEP:
+        values.setdefault(name, {path: load(path) for path in entries(folder) if path.suffix == ".pt"})
+    numbers = _numbers(values, shapes)
+    for name, found in values.items():
+        folder = zero / name
+        for path, value in found.items():
+            if path.stem == _STEP or path.stem in numbers:
                 number = scalar(value)
                 if number is None:
                     raise ConversionError(f"{path}: is no number")
-                content.scalars.setdefault(_STEP, {})[name] = number
+                content.scalars.setdefault(path.stem, {})[name] = number
                 continue
             tensor = _tensor(path, value, shapes.get(name))
             room = content.params if path.stem == FP32 else content.optimizer.setdefault(path.stem, {})
@@ -124,6 +126,16 @@ def _read_parameters(content: Content, zero: Path, names: Sequence[str], shapes:
         if name not in content.params:
             raise ConversionError(f"{folder / 'fp32.pt'}: is missing: the checkpoint is half-written")
         content.notes[name] = f"zero/{name}: whole"
+
+
+def _numbers(values: dict[str, dict[Path, Any]], shapes: Shapes) -> set[str]:
+    """The states that are one number for each parameter: bare, and of one element where the parameter has more."""
+    return {
+        path.stem
+        for name, found in values.items()
+        for path, value in found.items()
+        if not isinstance(value, dict) and scalar(value) is not None and prod(shapes.get(name, (2,))) != 1
+    }
 
 
 def _tensor(path: Path, value: Any, shape: tuple[int, ...] | None) -> FileTensor:

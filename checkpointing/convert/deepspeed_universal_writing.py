@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import numpy as np
 
 from ..universal.dtypes import numpy_dtype
 from .affine import Affine
+from .carrying import OURS, carried
 from .casting import cast
 from .content import Content, ConversionError, Lazy, Scalar
-from .deepspeed_rules import INFO, Shardings, Stripped
+from .deepspeed_rules import INFO, Shardings, Stripped, is_round_robin
 from .formats import Options
+from .json_values import NONE
 from .sharding import Fused, Replicated, Sharding, Vocabulary
 from .torchwriting import Instance, Size, save, save_all
 from .unpickling import Dtype
@@ -23,14 +26,21 @@ from .work import Piece, Work
 LATEST = "latest_universal"
 VERSION = "0.19.8"  # of DeepSpeed, for what did not come from it
 _SMALL_BYTES = 1 << 20
+_EXPERT = re.compile(r"\bdeepspeed_experts\.\d+\.")
 
 
 def write(content: Content, out: Path, options: Options, work: Work) -> None:
     """Write `out`/latest_universal and the folder it names. Parameters are stored in float32, as DeepSpeed has them."""
+    check_experts(content, spread_only=True)
     tag = f"global_step{content.step}_universal"
     folder = out / tag
     work.make(folder / "zero")
     extra = content.extra.get("deepspeed", {})
+    if is_round_robin(decoded(extra.get("ds_config"))):
+        content.warnings.append(
+            "the source was saved with round_robin_gradients: DeepSpeed puts universal checkpoints into wrong places "
+            "where that is set; load it with round_robin_gradients false"
+        )
     info = extra.get(INFO)
     ranks = max(int(extra.get("tensor_parallel", 1)), 2)  # how they are cut is told even if they were not
     shardings = Shardings(decoded(info) if info else None, ranks, options.rules, out)
@@ -44,6 +54,19 @@ def write(content: Content, out: Path, options: Options, work: Work) -> None:
     pieces.append(Piece("optimizer_state.pt", _SMALL_BYTES, _saving(folder / "zero" / "optimizer_state.pt", optimizer)))
     work.run(pieces)
     work.run([Piece(LATEST, 0, lambda: (out / LATEST).write_text(tag))])
+
+
+def check_experts(content: Content, *, spread_only: bool) -> None:
+    """Raise ConversionError for experts that DeepSpeed would not find, or take for others: each rank calls its own by
+    local numbers. With `spread_only`, those that every rank has all of are well."""
+    spread = [name for name in content.params if _EXPERT.search(name)]
+    single = [name for group in content.groups if group.get("name") == "ep_size_1" for name in group.get("params", ())]
+    left = sorted(set(spread) - set(single)) if spread_only else spread
+    if left:
+        raise ConversionError(
+            f"{left[0]} and {len(left) - 1} more are experts: DeepSpeed keeps them by the numbers that each rank has "
+            "for its own, and they are not written so; write universal or dcp"
+        )
 
 
 def _saving(path: Path, value: Any) -> Any:
@@ -116,23 +139,25 @@ def number(value: Scalar) -> Any:
     return Lazy((), value.dtype, lambda: array, "step")
 
 
-def decoded(value: Any) -> Any:
+def decoded(value: Any, tensors: Mapping[str, Lazy] = NONE) -> Any:
     """Of JSON that stands for other values (see json_values), the values as they are written here."""
     if isinstance(value, list):
-        return [decoded(item) for item in value]
+        return [decoded(item, tensors) for item in value]
     if not isinstance(value, dict):
         return value
     if "$tuple" in value:
-        return tuple(decoded(item) for item in value["$tuple"])
+        return tuple(decoded(item, tensors) for item in value["$tuple"])
     if "$dict" in value:
-        return {decoded(key): decoded(item) for key, item in value["$dict"]}
+        return {decoded(key): decoded(item, tensors) for key, item in value["$dict"]}
+    if "$other" in value:
+        return tensors.get(value["$other"])
     if "$dtype" in value:
         return Dtype(value["$dtype"])
     if "$tensor" in value:
         tensor = value["$tensor"]
         array = np.array(tensor["values"]).astype(numpy_dtype(tensor["dtype"])).reshape(tensor["shape"])
         return Lazy(array.shape, tensor["dtype"], lambda: array, "a value")
-    return {key: decoded(item) for key, item in value.items()}
+    return {key: decoded(item, tensors) for key, item in value.items()}
 
 
 def grouped(content: Content) -> list[dict[str, Any]]:
@@ -183,7 +208,8 @@ def model_state(content: Content, extra: dict[str, Any], weights: dict[str, Lazy
     module = OrderedDict({**weights, **content.frozen, **content.buffers})
     module.update({alias: module[owner] for alias, owner in content.tied.items() if owner in module})
     return {
-        **decoded(extra.get("client_state", {})),
+        OURS: carried(content, "deepspeed"),
+        **decoded(extra.get("client_state", {}), content.other),
         "module": module,
         "buffer_names": list(content.buffers),
         "optimizer": None,

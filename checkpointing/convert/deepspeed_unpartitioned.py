@@ -87,7 +87,7 @@ def _assign(
         differing = sorted({way[number] for way in ways for number in way if way[number] != ways[0][number]})
         raise ConversionError(
             f"{path}: the optimizer numbers its parameters, and more than one way of naming them fits: "
-            f"{', '.join(differing)}; say which are frozen: frozen=EXPRESSION"
+            f"{', '.join(differing)}; say which are frozen: --set frozen=EXPRESSION"
         )
     return ways[0]
 

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .content import Content, ConversionError, Lazy
+from .deepspeed_modules import TIED
+from .deepspeed_rules import is_round_robin
 from .deepspeed_universal_writing import (
     as_dtype,
     as_float32,
+    check_experts,
+    decoded,
     grouped,
     kept_settings,
     model_state,
@@ -58,10 +62,16 @@ def layout_of(tensors: dict[str, Lazy], names: Sequence[str], ranks: int) -> Lay
 def write(content: Content, out: Path, options: Options, work: Work) -> None:
     """Write `out`/latest and the folder it names. Settings: `dp`, the ranks (1); `stage`, 1 or 2 (1)."""
     ranks, stage = _number(options, "dp", 1, 1 << 16), _number(options, "stage", 1, 2)
+    check_experts(content, spread_only=False)
+    _check_settings(content)
     named = {name for group in grouped(content) for name in group["params"]}
     if left := [name for name in content.params if name not in named]:
         raise ConversionError(f"in no group of the optimizer: {', '.join(left)}")
+    if any(name.startswith(TIED) or name.partition(".")[0].isdecimal() for name in content.params):
+        content.warnings.append("names are those of a DeepSpeed pipeline; written for a module that is none")
     extra = content.extra.get("deepspeed", {})
+    if is_round_robin(decoded(extra.get("ds_config"))):
+        content = replace(content, groups=[_dealt(group, ranks) for group in content.groups])
     folder = out / f"global_step{content.step}"
     work.make(folder)
     types = {name: content.dtypes.get(name, tensor.dtype) for name, tensor in content.params.items()}
@@ -76,6 +86,21 @@ def write(content: Content, out: Path, options: Options, work: Work) -> None:
         pieces.append(Piece(path.name, largest, _saving(path, content, extra, rank, ranks, stage)))
     work.run(pieces)
     work.run([Piece("latest", 0, lambda: (out / "latest").write_text(folder.name))])
+
+
+def _check_settings(content: Content) -> None:
+    """Raise ConversionError if an engine would have no settings for its optimizer: those stored replace its own."""
+    if content.optimizer and any(set(group) <= {"params", "step"} for group in grouped(content)):
+        raise ConversionError(
+            "the source keeps no settings of the optimizer's groups (learning rate, betas, weight decay), and a "
+            "DeepSpeed engine takes them from the checkpoint: write deepspeed-universal, with which it keeps its own"
+        )
+
+
+def _dealt(group: dict[str, Any], ranks: int) -> dict[str, Any]:
+    """A group with its parameters as an engine with `round_robin_gradients` deals them out to its ranks."""
+    names = group["params"]
+    return {**group, "params": [name for rank in range(ranks) for name in names[rank::ranks]]}
 
 
 def _number(options: Options, name: str, least: int, most: int) -> int:

@@ -144,7 +144,7 @@ def written(content: Content, out: Path, module: Format = deepspeed_universal, *
     return out
 
 
-@pytest.mark.parametrize("variant", [*PLAIN, *PARALLEL, *FOUR])
+@pytest.mark.parametrize("variant", [each for each in (*PLAIN, *PARALLEL, *FOUR) if "moe" not in each])
 def test_a_round_trip_gives_the_bytes_back(variant: str, samples: Path, tmp_path: Path) -> None:
     content = deepspeed.read(samples / variant, FROZEN if variant == "z0-fp32" else Options())
     out = written(content, tmp_path / "out")
@@ -288,7 +288,9 @@ def test_tensor_parallel_slices_that_differ_are_found(copy) -> None:
     data = path.read_bytes()
     at = data.index(norm)
     path.write_bytes(data[:at] + b"\x01\x02\x03\x04" + data[at + 4 :])
-    refused(folder, r"model\.norm\.weight: (replicated, but rank 1|ranks \[0, 1\] hold a block differently)")
+    refused(folder, r"model\.norm\.weight: the master weight is not the module's weight: 1 of 16 elements")
+    differ = r"model\.norm\.weight: (replicated, but rank 1|ranks \[0, 1\] hold a block differently)"
+    refused(folder, differ, Options(settings={"masters": "trust"}))
 
 
 def test_rules_of_the_user_take_precedence(copy, tmp_path: Path) -> None:
@@ -309,7 +311,7 @@ def test_rules_of_the_user_take_precedence(copy, tmp_path: Path) -> None:
 
 
 def test_without_zero_two_ways_to_name_are_refused(samples: Path) -> None:
-    refused(samples / "z0-fp32", r"more than one way of naming them fits: .*; say which are frozen: frozen=EXPRESSION")
+    refused(samples / "z0-fp32", r"more than one way of naming them fits: .*; say which are frozen: --set frozen=EXPRESSION")
 
 
 def test_universal_checkpoints_that_are_torn(samples: Path, tmp_path: Path) -> None:
