@@ -41,7 +41,8 @@ def take_up(content: Content, text: Any) -> None:
     except (TypeError, ValueError, KeyError):
         return
     content.extra = {**extra, **content.extra}
-    stateful = {name for values in (*content.optimizer.values(), *content.scalars.values()) for name in values}
+    stateful = {name for values in content.optimizer.values() for name in values}
+    stateful |= {name for numbers in content.scalars.values() for name in numbers}
     for alias, owner in tied.items():  # stored twice, for who reads it without us
         if owner in content.params and alias in content.params and alias not in stateful:
             del content.params[alias]

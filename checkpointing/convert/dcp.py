@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,8 @@ def _optimizer(content: Content, index: Index, scheme: Scheme, taken: set[str]) 
             raise ConversionError(f"{index.folder}: two optimizers have {state} of {parameter}: {name} is the second")
         if tensor is not None and tensor.shape == whole.shape and state != "step":
             content.optimizer.setdefault(state, {})[parameter] = dcp_tensors.lazy(tensor)
+        elif tensor is not None and prod(tensor.shape) != 1:  # a factor of a matrix, and the like
+            taken.remove(name)
         else:
             content.scalars.setdefault(state, {})[parameter] = _scalar(index, name, tensor)
     before = len(content.groups)

@@ -53,6 +53,15 @@ _OWN = frozenset(
     }
 )
 _KEPT = ("ds_version", "ds_config", "skipped_steps", "global_samples", "dp_world_size", "mp_world_size", "num_experts")
+_NOT_KEPT = ("data_sampler", "random_ltd", "ds_autoep_layers")
+# What an optimizer's state says of how it is laid out, or in other words what is read elsewhere.
+_LAYOUT = frozenset(
+    {
+        *("base_optimizer_state", "base_optimizer_state_step", "single_partition_of_fp32_groups", "zero_stage"),
+        *("group_paddings", "param_alignment_paddings", "partition_count", "param_slice_mappings", "ds_version"),
+        *("fp32_flat_groups", "optimizer_state_dict", "ds_zero_partition_groups", "param_groups", "state"),
+    }
+)
 _OF_OPTIMIZER = ("loss_scaler", "dynamic_loss_scale", "overflow", "clip_grad")
 
 
@@ -203,6 +212,7 @@ def _merge(
                 if state == FP32:
                     content.notes[name] = f"{held[ranks[0]].notes[name]}; {why}"
         for rank in ranks:
+            content.unknown += held[rank].unknown
             for state, scalars in held[rank].scalars.items():
                 _merge_scalars(content.scalars.setdefault(state, {}), scalars, state)
         merge_rooms(content, [modules[rank] for rank in ranks], shardings)
@@ -285,5 +295,6 @@ def fill_extra(content: Content, model: dict[str, Any], optimizer: dict[str, Any
         "optimizer": encode(fields, dropped, "optimizer"),
         "client_state": encode(client, dropped, "client_state", content.other),
     }
-    content.unknown += dropped
+    content.unknown += [*dropped, *(key for key in _NOT_KEPT if model.get(key))]
+    content.unknown += [f"optimizer.{key}" for key in optimizer if key not in (*_OF_OPTIMIZER, *_LAYOUT, INFO)]
     take_up(content, model.get(OURS))

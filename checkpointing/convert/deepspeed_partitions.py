@@ -35,6 +35,7 @@ class Held:
     scalars: dict[str, dict[str, Scalar]] = field(default_factory=dict)
     groups: list[dict[str, Any]] = field(default_factory=list)
     notes: dict[str, str] = field(default_factory=dict)
+    unknown: list[str] = field(default_factory=list)  # states that are neither of the parameter's shape nor a number
 
 
 def joined(runs: Sequence[FileTensor], shape: tuple[int, ...]) -> Lazy:
@@ -123,12 +124,18 @@ def _group_states(
             raise ConversionError(
                 f"{path}: {key} of the optimizer has shape {list(value.shape)}; expected one number or {flat.elements}"
             )
+        elif value is not None:
+            raise ConversionError(f"{path}: {key} of the optimizer is a {type(value).__name__}: not understood")
     return tensors, numbers
 
 
 def settings_of(group: dict[str, Any], names: list[str]) -> dict[str, Any]:
     """The settings of an optimizer's group, with the names of its parameters."""
-    return {**settings({key: value for key, value in group.items() if key != "params"}, []), "params": names}
+    left: list[str] = []
+    made = settings({key: value for key, value in group.items() if key != "params"}, left)
+    if left:
+        raise ConversionError(f"a setting of the optimizer's groups is not understood: {', '.join(left)}")
+    return {**made, "params": names}
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,8 @@ def unpartitioned(path: Path, state: dict[str, Any], module: Module, frozen: str
                 held.tensors.setdefault(key, {})[name] = value.lazy(path.name)
             elif (count := scalar(value)) is not None:
                 held.scalars.setdefault(key, {})[name] = count
+            elif value is not None:
+                held.unknown.append(f"optimizer/{key}/{name}")
     held.groups = [
         settings_of(group, [found[number] for number in numbers])
         for group, numbers in zip(base["param_groups"], ids, strict=True)

@@ -14,11 +14,14 @@ from pathlib import Path
 import numpy as np
 
 from . import dcp_tensors, json_values
+from .carrying import OURS, take_up
 from .content import Content, ConversionError, Lazy, Scalar
 from .dcp_metadata import Index, Tensor, read_index
 from .filetensor import FileTensor
 from .formats import Options
+from .masters import checked, is_trusted
 from .megatron_common import (
+    RANDOM_STATES,
     Chain,
     Common,
     backend,
@@ -29,6 +32,7 @@ from .megatron_common import (
     naming,
     read_common,
 )
+from .megatron_groups import add_groups, is_expert
 from .megatron_names import Naming, expand, layer_of
 from .megatron_optimizer import MAIN, OPTIMIZER_KEY, Source, States, find_states, model_tensors
 from .megatron_write import write
@@ -62,14 +66,16 @@ def read(path: Path, options: Options) -> Content:
     common = read_common(folder, index)
     found = chains(common, index)
     states = find_states(index, common, found)
-    reading = _Reading(index, common, naming(common, index, options.settings), states)
+    trusted = is_trusted(options.settings) or any(chain.sharding == "dp_reshardable" for chain in found)
+    reading = _Reading(index, common, naming(common, index, options.settings), states, trusted)
     content = Content(step=common.iteration)
     for key, tensor in model_tensors(index).items():
         reading.add(content, key, tensor)
     _settings(content, common, found, options)
-    content.extra[EXTRA] = _extra(index, common, reading.naming)
+    content.extra[EXTRA] = _extra(content, index, common, reading.naming)
     if came_from := configuration(common):
         content.extra["hf"] = came_from
+    take_up(content, common.values.get(OURS))
     return content
 
 
@@ -81,6 +87,7 @@ class _Reading:
     common: Common
     naming: Naming
     states: dict[str, States]
+    trusted: bool  # whether the masters need not be compared with the weights, or are already
 
     def add(self, content: Content, key: str, tensor: Tensor) -> None:
         """Everything that a key of the model holds."""
@@ -108,6 +115,8 @@ class _Reading:
     ) -> None:
         main = states.sources.get(MAIN)
         content.params[name] = whole(main or model)
+        if main is not None and not self.trusted:
+            content.params[name] = checked(name, content.params[name], whole(model).read, model.dtype)
         if main is not None and main.dtype != model.dtype:
             content.dtypes[name] = model.dtype
         for state, source in states.sources.items():
@@ -134,22 +143,17 @@ def _settings(content: Content, common: Common, found: list[Chain], options: Opt
         if alias not in content.params and name in content.params and untied is not True:
             content.tied[alias] = name
     for chain in found:
-        for group in chain.groups:
-            members = [name for name in content.params if _belongs(name, content.params[name], chain, group, found)]
-            content.groups.append({"params": members, **json_values.settings(group, common.dropped)})
+        shapes = {
+            name: tensor.shape
+            for name, tensor in content.params.items()
+            if len(found) == 1 or is_expert(name) == chain.expert
+        }
+        add_groups(content, shapes, chain.groups)
     schedule = common.values.get("opt_param_scheduler")
     if isinstance(schedule, dict):
         content.scheduler = json_values.encode(schedule, common.dropped, "opt_param_scheduler")
     if "vocabulary" in options.settings:
         _strip(content, int(options.settings["vocabulary"]))
-
-
-def _belongs(name: str, tensor: Lazy, chain: Chain, group: dict[str, object], found: list[Chain]) -> bool:
-    """Whether a parameter is in a group. Megatron stores no members: vectors and biases are those without decay."""
-    if len(found) > 1 and (".experts." in name and ".shared_experts." not in name) != chain.expert:
-        return False
-    without_decay = name.endswith(".bias") or len(tensor.shape) == 1
-    return len(chain.groups) == 1 or without_decay == (group.get("wd_mult") == 0.0)
 
 
 def _strip(content: Content, rows: int) -> None:
@@ -167,26 +171,27 @@ def _first_rows(tensor: Lazy, rows: int) -> Lazy:
     return replace(tensor, shape=(rows, *tensor.shape[1:]), read=read)
 
 
-def _extra(index: Index, common: Common, naming: Naming) -> dict[str, object]:
-    """What is kept to be written back, and what is not kept."""
+def _extra(content: Content, index: Index, common: Common, naming: Naming) -> dict[str, object]:
+    """What is kept to be written back; what is not is noted in `content`."""
     values = kept(common)
     states: dict[str, list[int]] = {}  # extra states: key -> how many there are on each axis
-    dropped = []
+    content.dropped += [(name, "a class of Megatron's own") for name in common.dropped if name.startswith("args.")]
+    content.unknown += [name for name in common.dropped if not name.startswith("args.")]
+    random = False
     for name in index.objects:
         shard = _SHARD.fullmatch(name)
         if shard is None or not shard["key"].endswith("_extra_state"):
-            if not OPTIMIZER_KEY.match(name) and not name.startswith("common_state/"):
-                dropped.append(name)
+            if name.startswith("rng_state/"):
+                random = True
+            elif not OPTIMIZER_KEY.match(name) and not name.startswith("common_state/"):
+                content.unknown.append(name)
         elif shard["key"] not in states:
             states[shard["key"]] = [int(size) for size in shard["shape"].split(".")]
             if not _is_empty(index, name):
-                dropped.append(f"{shard['key']}/*")
-    return {
-        **values,
-        "stacked": naming.stacked,
-        "extra_states": states,
-        "dropped": [*common.dropped, *dropped],
-    }
+                content.unknown.append(f"{shard['key']}/*")
+    if random:
+        content.dropped.append(("rng_state", RANDOM_STATES))
+    return {**values, "stacked": naming.stacked, "extra_states": states}
 
 
 def _is_empty(index: Index, name: str) -> bool:

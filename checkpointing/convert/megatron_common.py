@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from . import dcp_tensors, json_values, torchfile
+from .carrying import OURS
 from .content import ConversionError
 from .dcp_metadata import Index
 from .filetensor import FileTensor
@@ -158,11 +159,34 @@ def configuration(common: Common) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+RANDOM_STATES = "random states of the ranks that saved, which are no others'"
+_OF_CHAIN = ("optimizer", "param_groups", "state", "param_state", "param_state_sharding_type", "step")
+
+
+def _beside(common: Common) -> dict[str, Any]:
+    """What optimizers keep beside groups and states, by their numbers: the scale of the loss."""
+    stored = common.values.get("optimizer")
+    if not isinstance(stored, dict):
+        return {}
+    chains_ = stored if 0 in stored else {0: stored}
+    beside = {
+        str(at): {
+            key: json_values.encode(value, common.dropped, f"optimizer.{key}")
+            for key, value in chain.items()
+            if key not in _OF_CHAIN
+        }
+        for at, chain in chains_.items()
+        if isinstance(chain, dict)
+    }
+    return {at: values for at, values in beside.items() if values}
+
+
 def kept(common: Common) -> dict[str, Any]:
     """What is not understood, as JSON, to be written back."""
-    skipped = ("args", "optimizer", "rng_state", "opt_param_scheduler", HF)
+    skipped = ("args", "optimizer", "rng_state", "opt_param_scheduler", HF, OURS)
     rest = {key: value for key, value in common.values.items() if key not in skipped}
     return {
+        "optimizer": _beside(common),
         "args": json_values.encode(common.args, common.dropped, "args"),
         "common": {key: json_values.encode(value, common.dropped, key) for key, value in rest.items()},
         "vocab_size": common.args.get("vocab_size"),

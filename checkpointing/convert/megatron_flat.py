@@ -13,6 +13,7 @@ from typing import Any
 
 from .content import ConversionError
 from .filetensor import FileTensor
+from .megatron_groups import is_decayed
 
 _ALIGNMENT = 64  # elements
 _SMALLEST_BUCKET = 40_000_000  # elements, where the arguments do not say
@@ -39,11 +40,6 @@ def step_of(optimizer: dict[str, Any]) -> float | int | None:
     """The step, where it is kept with the settings, as the distributed optimizer does."""
     groups = optimizer.get("optimizer", optimizer).get("param_groups", [])
     return next((group["step"] for group in groups if "step" in group), None)
-
-
-def is_decayed(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether Megatron lets the weight of a parameter decay, by which it makes its groups."""
-    return not name.endswith(".bias") and len(shape) > 1
 
 
 def listed(members: Sequence[Member], optimizer: dict[str, Any], where: str) -> dict[str, dict[str, Any]]:

@@ -19,8 +19,9 @@ from .casting import cast
 from .content import Content, ConversionError, Lazy, Scalar
 from .filetensor import FileTensor
 from .formats import Options
-from .megatron_common import iteration_folder
-from .megatron_flat import MAIN, Member, bucket_elements, flat, groups_of, is_decayed, listed, step_of
+from .megatron_common import RANDOM_STATES, iteration_folder
+from .megatron_flat import MAIN, Member, bucket_elements, flat, groups_of, listed, step_of
+from .megatron_groups import add_groups
 from .patterns import Match, Table, describe
 from .rulefile import ShardRule, built_in, read_rules
 from .unpickling import Record
@@ -250,13 +251,7 @@ def _settings(content: Content, first: _Rank) -> None:
     dropped: list[str] = []
     optimizer = first.values.get("optimizer")
     groups = groups_of(optimizer) if isinstance(optimizer, dict) else []
-    for group in groups:
-        members = [
-            name
-            for name, tensor in content.params.items()
-            if len(groups) == 1 or is_decayed(name, tensor.shape) == (group.get("wd_mult", 1.0) != 0.0)
-        ]
-        content.groups.append({"params": members, **json_values.settings(group, dropped)})
+    add_groups(content, {name: tensor.shape for name, tensor in content.params.items()}, groups)
     schedule = first.values.get("opt_param_scheduler")
     if isinstance(schedule, dict):
         content.scheduler = json_values.encode(schedule, dropped, "opt_param_scheduler")
@@ -265,5 +260,8 @@ def _settings(content: Content, first: _Rank) -> None:
         "common": {key: first.values[key] for key in ("checkpoint_version", "iteration") if key in first.values},
         "vocab_size": first.args.get("vocab_size"),
         "padded_vocab_size": first.args.get("padded_vocab_size"),
-        "dropped": [*dropped, "rng_state"],
     }
+    content.dropped += [(name, "a class of Megatron's own") for name in dropped if name.startswith("args.")]
+    content.unknown += [name for name in dropped if not name.startswith("args.")]
+    if "rng_state" in first.values:
+        content.dropped.append(("rng_state", RANDOM_STATES))

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from . import json_values
+from .carrying import OURS, carried
 from .casting import cast
 from .content import Content, ConversionError, Lazy
 from .dcp_writing import Object, Part, save_with_torch, write_checkpoint
@@ -35,6 +36,7 @@ _GROUP = {"lr_mult": 1.0, "is_decoupled_lr": False, "default_config": True}  # b
 
 def write(content: Content, out: Path, options: Options, work: Work) -> None:
     """Write `content` as the only iteration in `out`; its names are those of Megatron's live modules."""
+    _check_states(content)
     if not any(name.startswith("decoder.") for name in content.params):
         raise ConversionError(
             f"the parameters' names are not Megatron's (decoder.layers.0...., embedding....), but "
@@ -51,6 +53,21 @@ def write(content: Content, out: Path, options: Options, work: Work) -> None:
     _write_common(folder, common)
     _replace(folder / "metadata.json", lambda path: path.write_text(json.dumps(_METADATA)))
     _replace(out / "latest_checkpointed_iteration.txt", lambda path: path.write_text(str(content.step)))
+
+
+def _check_states(content: Content) -> None:
+    """Raise ConversionError for states that Megatron's one optimizer does not have of every parameter, or of any."""
+    for state, tensors in content.optimizer.items():
+        if missing := [name for name in content.params if name not in tensors]:
+            raise ConversionError(
+                f"{state} of the optimizer is not there for {missing[0]} and {len(missing) - 1} more parameters: "
+                f"Megatron keeps it of all or of none; leave it out with --drop 'optimizer/{state}/*'"
+            )
+    if others := [state for state in content.scalars if state != "step"]:
+        raise ConversionError(
+            f"{', '.join(others)} of the optimizer is one number for each parameter, and Megatron has no place for it; "
+            f"leave it out with --drop 'optimizer/{others[0]}/*'"
+        )
 
 
 @dataclass(frozen=True)
@@ -168,6 +185,12 @@ def _common(content: Content, naming: Naming, kept: dict[str, Any]) -> dict[str,
         common["optimizer"] = _optimizer(content)
     if "hf" in content.extra:
         common[HF] = json.dumps(content.extra["hf"])
+    for at, values in kept.get("optimizer", {}).items():
+        chains = common.get("optimizer", {})
+        chain = chains.get(int(at)) if 0 in chains else chains
+        if chain:
+            chain.update(json_values.decode(values))
+    common[OURS] = carried(content, "megatron")
     common["content_metadata"] = {"distrib_optim_sharding_type": "fully_reshardable"}
     return common
 

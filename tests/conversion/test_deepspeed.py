@@ -311,7 +311,7 @@ def test_rules_of_the_user_take_precedence(copy, tmp_path: Path) -> None:
 
 
 def test_without_zero_two_ways_to_name_are_refused(samples: Path) -> None:
-    refused(samples / "z0-fp32", r"more than one way of naming them fits: .*; say which are frozen: --set frozen=EXPRESSION")
+    refused(samples / "z0-fp32", r"more than one way of naming them fits: .*; say which are frozen: --set frozen=EXPR")
 
 
 def test_universal_checkpoints_that_are_torn(samples: Path, tmp_path: Path) -> None:
