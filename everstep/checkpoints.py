@@ -120,6 +120,8 @@ def _convert(arguments: list[str]) -> int:
         _tell("warning", warning)
     for reason in dict.fromkeys(why for _, why in content.dropped):
         _tell("left out", f"{', '.join(name for name, why in content.dropped if why == reason)} ({reason})")
+    if content.other:
+        _tell("kept beside the model", ", ".join(content.other))
     if given.explain:
         for line in driver.explain(content):
             print(_line(line))

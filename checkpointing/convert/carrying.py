@@ -22,6 +22,9 @@ def carried(content: Content, form: str) -> str:
             "layers": content.layers,
             "tied": content.tied,
             "scheduler": content.scheduler,
+            "groups": [] if content.optimizer else content.groups,  # else they are with the states
+            "frozen": list(content.frozen),
+            "buffers": list(content.buffers),
         },
         separators=(",", ":"),
     )
@@ -38,6 +41,8 @@ def take_up(content: Content, text: Any) -> None:
         dtypes: dict[str, str] = dict(kept["dtypes"])
         layers: dict[str, int] = dict(kept["layers"])
         tied: dict[str, str] = dict(kept["tied"])
+        groups: list[dict[str, Any]] = list(kept["groups"])
+        rooms = ((content.frozen, set(kept["frozen"])), (content.buffers, set(kept["buffers"])))
     except (TypeError, ValueError, KeyError):
         return
     content.extra = {**extra, **content.extra}
@@ -47,6 +52,10 @@ def take_up(content: Content, text: Any) -> None:
         if owner in content.params and alias in content.params and alias not in stateful:
             del content.params[alias]
             content.tied[alias] = owner
+    for room, members in rooms:
+        for name in members & content.params.keys() - stateful:
+            room[name] = content.params.pop(name)
+    content.groups = content.groups or groups
     names = {name for _, name, _ in content.tensors()} | content.tied.keys()
     content.dtypes = {name: dtype for name, dtype in dtypes.items() if name in names} | content.dtypes
     content.layers = {name: layer for name, layer in layers.items() if name in names} | content.layers

@@ -188,3 +188,45 @@ def test_mistakes_are_named(tmp_path):
         open_store("nosuch://somewhere")
     with pytest.raises(CheckpointError, match=r"there is no manifest\.json"):
         open_checkpoint(str(Path(tmp_path) / "empty"))
+
+
+LONG = ["layer." * 60 + "weight", "layer." * 60 + "bias", "ä" * 150, "/" * 90, "x" * 200, "x" * 201]
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_names_that_no_file_system_takes_are_cut_and_known(tmp_path, name):
+    values = noise((3, 2), "float32")
+    store, path = open_store(str(tmp_path)), path_of("params", name)
+    assert all(len(part) <= 200 for part in path.split("/"))
+    writer = ChunkWriter(store)
+    writer.declare(path, Array((3, 2), "float32", (3, 2)).named(name))
+    writer.put(path, 0, values.tobytes())
+    writer.finish("all")
+    assert try_commit(store, Manifest(1), [path])
+    checkpoint = open_checkpoint(str(tmp_path))
+    assert list(checkpoint.manifest.names("params")) == [name]
+    assert checkpoint.read(path_of("params", name)).tobytes() == values.tobytes()
+    assert not list(checkpoint.verify())
+    assert np.array_equal(np.asarray(zarr.open_group(tmp_path, mode="r")[path][...]), values)
+    assert zarr.open_group(tmp_path, mode="r")[path].attrs.get("name", name) == name
+
+
+def test_names_that_are_cut_stay_apart():
+    names = ["a" * size + end for size in (200, 300) for end in ("b", "c")]
+    assert len({path_of("params", name) for name in names}) == len(names)
+    assert path_of("params", LONG[0]) != path_of("params", LONG[0][:140])
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("mode", ["r", "a"])
+def test_zarr_opens_it_without_a_warning_and_lists_no_folder(tmp_path, mode):
+    arrays = {"params/a.weight": noise((3, 3, 2), "bfloat16"), "other/rng": noise((5,), "uint8")}
+    save(open_store(str(tmp_path)), arrays)
+    before = open_store(str(tmp_path)).sizes()
+    group = zarr.open_group(tmp_path, mode=mode)
+    assert group.metadata.consolidated_metadata is not None
+    assert {name for name, _ in group.members(max_depth=None)} >= {"params", "optimizer", "other", *arrays}
+    assert group["params/a.weight"].metadata.dimension_names == ("size_3", "size_3_2", "size_2")
+    assert {name for name, _ in group["params"].members()} == {"a.weight"}
+    assert open_store(str(tmp_path)).sizes() == before
+    assert not list(open_checkpoint(str(tmp_path)).verify())
