@@ -73,7 +73,7 @@ def test_every_format_goes_into_universal(source: Path, tmp_path: Path, run: Com
     ("begin", "to"),
     [
         *[(begin, "deepspeed") for begin in ("deepspeed", "deepspeed-universal", "dcp", "hf-pickled")],
-        *[(begin, "deepspeed-universal") for begin in SOURCES if begin != "hf"],  # which is bfloat16 alone
+        *[(begin, "deepspeed-universal") for begin in SOURCES if begin not in ("hf", "deepspeed-experts")],
         *[(begin, "dcp") for begin in ("deepspeed-zero3", "deepspeed-experts", "megatron", "dcp", "hf")],
         ("megatron", "megatron"),
         ("megatron-legacy", "megatron"),
@@ -155,11 +155,14 @@ def test_a_dry_run_writes_nothing(source: Path, tmp_path: Path, run: Commands) -
     before = sorted(tmp_path.rglob("*")), files(source)
     for to in ("universal", "deepspeed-universal", "deepspeed", "dcp", "hf"):
         ended = run("convert", source, tmp_path / "new" / "out", "--to", to, "--dry-run", "--explain")
+        if "are experts" in ended.stderr and to.startswith("deepspeed"):
+            continue
         assert ended.status == 0, ended
         assert "would write step " in ended.stderr
         lines = ended.stdout.splitlines()
         described = json.loads(run.done("inspect", source, "--json"))
-        assert len(lines) == len(described["tensors"]) + len(described["tied"])
+        held = [each for each in described["tensors"] if to != "hf" or not each["room"].startswith("optimizer/")]
+        assert len(lines) == len(held) + len(described["tied"])
         for line in lines:
             assert " from " in line or line.startswith("tied ")
             if line.startswith("params/"):
