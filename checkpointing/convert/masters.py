@@ -15,6 +15,7 @@ from .content import ConversionError, Lazy
 
 SETTING = "masters"
 TRUSTED = "trust"
+_RUN = 1 << 18  # elements
 
 
 def is_trusted(settings: dict[str, str]) -> bool:
@@ -40,17 +41,22 @@ def checked(name: str, master: Lazy, weight: Callable[[], np.ndarray], dtype: st
 
 
 def check(name: str, master: np.ndarray, weight: np.ndarray, dtype: str) -> None:
-    """Raise ConversionError if a master weight, rounded, is not the module's."""
-    rounded = cast(master, dtype).reshape(-1)
-    own = weight.reshape(-1)
-    same = rounded.view(_bits(dtype)) == own.view(_bits(dtype))
-    if not same.all():
-        same |= (rounded == own) | (np.isnan(rounded) & np.isnan(own))  # signs of zeros, kinds of NaN
-    if not same.all():
-        at = int(np.argmin(same))
+    """Raise ConversionError if a master weight, rounded, is not the module's; compared run by run, in little memory."""
+    masters, weights = master.reshape(-1), weight.reshape(-1)
+    wrong, first = 0, ""
+    for start in range(0, masters.size, _RUN):
+        rounded, own = cast(masters[start : start + _RUN], dtype), weights[start : start + _RUN]
+        same = rounded.view(_bits(dtype)) == own.view(_bits(dtype))
+        if not same.all():
+            same |= (rounded == own) | (np.isnan(rounded) & np.isnan(own))  # signs of zeros, kinds of NaN
+        if not same.all():
+            at = int(np.argmin(same))
+            first = first or f"{start + at} ({rounded[at]} and {own[at]})"
+            wrong += int((~same).sum())
+    if wrong:
         raise ConversionError(
-            f"{name}: the master weight is not the module's weight: {int((~same).sum())} of {same.size} elements "
-            f"differ when rounded to {dtype}, the first at {at} ({rounded[at]} and {own[at]}): the checkpoint was "
+            f"{name}: the master weight is not the module's weight: {wrong} of {masters.size} elements "
+            f"differ when rounded to {dtype}, the first at {first}: the checkpoint was "
             f"saved wrongly, or is laid out in a way not known here; --set {SETTING}={TRUSTED} takes the master "
             "weights as they are"
         )
