@@ -34,7 +34,7 @@ OVERRIDES = (
 )
 CHOSEN = (
     *("protection", "snapshot-every", "snapshot-budget", "on-loss", "on-corruption"),
-    *("checkpoint", "checkpoint-keep-s", "checkpoint-options", "resume", "on-damage"),
+    *("checkpoint", "checkpoint-keep-s", "checkpoint-options", "resume", "on-damage", "resume-data"),
 )
 STOP_GRACE: dict[str, Any] = {
     "type": float,

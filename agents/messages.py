@@ -60,7 +60,7 @@ def worker_event(worker: e.WorkerId, message: dict[str, Any]) -> e.Event | None:
     if kind == "ready":
         job = message["job"]
         job["model"] = ModelSpec.from_json(job["model"])
-        for name in ("state_bytes", "gradient_bytes"):
+        for name in ("state_bytes", "gradient_bytes", "sample_digests"):
             job[name] = tuple(job[name])
         return e.WorkerReady(worker, message["peer"], e.Job(**job), tuple(e.Saved(*item) for item in message["saved"]))
     if kind == "reported":
@@ -128,6 +128,7 @@ def _start(effect: e.StartWorkers) -> pb.StartWorkers:
         master_port=effect.master[1],
         group_rank=effect.group_rank,
         group_world_size=effect.group_world_size,
+        begun=pb.Begun(samples=effect.begun.samples, values=effect.begun.values) if effect.begun else None,
     )
 
 

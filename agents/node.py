@@ -23,7 +23,7 @@ from ..comms.process import exit_status, host_id
 from ..comms.telemetry_pb2 import AskSpans
 from ..elastic.notices import Notice
 from ..elastic.progress import Fault, Phase
-from ..elastic.protocol.events import WorkerId
+from ..elastic.protocol.events import Begun, WorkerId
 from ..elastic.protocol.liveness import FLOOR_S, USER_S
 from ..elastic.settings import WorkerContext
 from . import checkup
@@ -474,6 +474,7 @@ class NodeAgent:
             local_rank=0 if self.config.virtual_local_rank else worker.local_rank,
             gpu_workers=1 if self.config.virtual_local_rank else self.config.slots,
             share_gpu=self.config.share_gpu,
+            begun=Begun(start.begun.samples, start.begun.values) if start.HasField("begun") else None,
         )
 
     def _forked(self, worker_id: WorkerId, pid: int) -> None:

@@ -65,7 +65,8 @@ def text_line(story: Story, unix_s: float) -> str:
     """A story as a line of a log: when by the world's clock, grade, event, fields, words."""
     when = datetime.fromtimestamp(unix_s, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     fields = "".join(f" {name}={_field(value)}" for name, value in story.fields.items())
-    return f"{when} {story.grade.name.lower():7} {story.event}{fields}: {story.text}"
+    event = "" if story.event == "warning" else f" {story.event}"
+    return f"{when} {story.grade.name.lower():7}{event}{fields}: {story.text}"
 
 
 def json_line(story: Story, unix_s: float, line: Line) -> str:
@@ -286,6 +287,7 @@ _WORDS: dict[str, tuple[Grade, Callable[[Line], str]]] = {
     "straggler_found": (Grade.WARNING, lambda x: f"rank {x['rank']} is slow ({x['what']}): {x['evidence']}"),
     "straggler_lasts": (Grade.WARNING, lambda x: f"rank {x['rank']} is still slow ({x['what']}): {x['evidence']}"),
     "straggler_gone": (Grade.NEWS, lambda x: f"rank {x['rank']} is slow no more ({x['what']})"),
+    "newcomer_refused": (Grade.ALARM, lambda x: f"rank {x['rank']} is left out, and not replaced: {x['why']}"),
     "node_unhealthy": (Grade.ALARM, lambda x: f"node {x['node']} ({x['host']}) may not join: {x['why']}"),
     "node_quarantined": (Grade.ALARM, lambda x: f"{x['host']} is kept out for {seconds(x['seconds'])}: {x['why']}"),
     "node_released": (Grade.NEWS, lambda x: f"{x['host']} may join again"),

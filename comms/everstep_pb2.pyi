@@ -214,7 +214,7 @@ class Refused(_message.Message):
     def __init__(self, why: _Optional[str] = ...) -> None: ...
 
 class StartWorkers(_message.Message):
-    __slots__ = ("workers", "world_size", "restart_count", "master_addr", "master_port", "group_rank", "group_world_size")
+    __slots__ = ("workers", "world_size", "restart_count", "master_addr", "master_port", "group_rank", "group_world_size", "begun")
     WORKERS_FIELD_NUMBER: _ClassVar[int]
     WORLD_SIZE_FIELD_NUMBER: _ClassVar[int]
     RESTART_COUNT_FIELD_NUMBER: _ClassVar[int]
@@ -222,6 +222,7 @@ class StartWorkers(_message.Message):
     MASTER_PORT_FIELD_NUMBER: _ClassVar[int]
     GROUP_RANK_FIELD_NUMBER: _ClassVar[int]
     GROUP_WORLD_SIZE_FIELD_NUMBER: _ClassVar[int]
+    BEGUN_FIELD_NUMBER: _ClassVar[int]
     workers: _containers.RepeatedCompositeFieldContainer[WorkerId]
     world_size: int
     restart_count: int
@@ -229,7 +230,16 @@ class StartWorkers(_message.Message):
     master_port: int
     group_rank: int
     group_world_size: int
-    def __init__(self, workers: _Optional[_Iterable[_Union[WorkerId, _Mapping]]] = ..., world_size: _Optional[int] = ..., restart_count: _Optional[int] = ..., master_addr: _Optional[str] = ..., master_port: _Optional[int] = ..., group_rank: _Optional[int] = ..., group_world_size: _Optional[int] = ...) -> None: ...
+    begun: Begun
+    def __init__(self, workers: _Optional[_Iterable[_Union[WorkerId, _Mapping]]] = ..., world_size: _Optional[int] = ..., restart_count: _Optional[int] = ..., master_addr: _Optional[str] = ..., master_port: _Optional[int] = ..., group_rank: _Optional[int] = ..., group_world_size: _Optional[int] = ..., begun: _Optional[_Union[Begun, _Mapping]] = ...) -> None: ...
+
+class Begun(_message.Message):
+    __slots__ = ("samples", "values")
+    SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    samples: int
+    values: str
+    def __init__(self, samples: _Optional[int] = ..., values: _Optional[str] = ...) -> None: ...
 
 class KillWorkers(_message.Message):
     __slots__ = ("workers",)

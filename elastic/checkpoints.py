@@ -279,7 +279,7 @@ class Checkpoints:
             "scheduler": registered.get("scheduler"),
             "registered": registered,
             "data": {
-                "samples": self._run["samples"],
+                **self._run["data"],
                 "global_batch_size": settings.global_batch_size,
                 "micro_batch_size": settings.micro_batch_size,
                 "seed": settings.seed,

@@ -50,6 +50,7 @@ def elastic(
     checkpoint_options: Mapping[str, Any] | None = None,
     resume: str = "auto",
     on_damage: str = "stop",
+    resume_data: str = "check",
 ) -> Callable[[Callable[Concatenate[Run, P], Any]], Callable[P, None]]:
     """Make `train(run, ...)` a job that survives lost workers: `@elastic(steps=..., ...)`.
 
@@ -67,7 +68,8 @@ def elastic(
     checkpoint is saved `checkpoint_every` steps, and after the last one; at least `checkpoint_keep` are kept, and each
     for `checkpoint_keep_s` seconds. `resume`: "auto", go on from the newest one there; "never"; or the URL of one to
     start from when there is none yet. `on_damage`: whether a damaged one may be passed over for the one before it,
-    "older", or ends the job, "stop".
+    "older", or ends the job, "stop". `resume_data`: whether a checkpoint is refused when the dataset, the batch sizes
+    or the seed are others than those it was trained with, "check", or continued all the same, "ignore".
 
     Call the decorated function without `run`. Under `everstep run` it is one worker of the job; started by itself it
     runs alone. A mistake in these raises no traceback of ours: it ends the script with one line.
@@ -100,6 +102,7 @@ def elastic(
                     checkpoint_options=json.dumps(dict(checkpoint_options or {})),
                     resume=resume,
                     on_damage=on_damage,
+                    resume_data=resume_data,
                 )
                 settings = resolve(declared)
                 with _run(settings, context, membership) as run:
@@ -141,9 +144,11 @@ def _run(settings: Settings, context: WorkerContext | None, membership: Membersh
     seed_everything(settings.seed)
     torch.set_num_threads(threads())
     keep_freed_memory()
+    run = Run(settings, context, comm, comm.peer, membership, progress)
     try:
-        yield Run(settings, context, comm, comm.peer, membership, progress)
+        yield run
     finally:
+        run.release()
         comm.close()
 
 

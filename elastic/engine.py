@@ -11,18 +11,15 @@ from __future__ import annotations
 import json
 import math
 import os
-import random
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import xxhash
 from torch import Tensor
-from torch.utils.data import default_collate
 
 from ..checkpointing.record import ShardState
 from ..checkpointing.snapshot import Snapshots
@@ -32,12 +29,11 @@ from ..resharding.layout import Layout
 from ..resharding.units import Shard
 from .backups import Backups
 from .checkpoints import Checkpoints
-from .devices import seed_torch
+from .data import DataSource, Key
 from .errors import UsageError
 from .exchange import Exchange
 from .membership import Membership, Orders
 from .notices import Notice, warn
-from .order import DataOrder, derive_seed
 from .pipeline import Pipeline
 from .progress import Phase, Progress
 from .protection import Protection
@@ -77,8 +73,8 @@ class Engine:
         settings: Settings,
         stack: LayerStack,
         optimizer: ShardedOptimizer,
-        dataset: Any,
-        collate_fn: Callable[[list[Any]], Any] | None,
+        data: DataSource,
+        described: dict[str, Any],
         loss_fn: Callable[[Any, Any], Tensor],
         comm: Communicator,
         membership: Membership,
@@ -88,22 +84,16 @@ class Engine:
         self.settings = settings
         self.stack = stack
         self.optimizer = optimizer
-        self.dataset = dataset
-        self.collate = collate_fn or default_collate
+        self.data = data
+        data.upcoming = self._upcoming
         self.comm = comm
         self.membership = membership
         self.snapshots = snapshots
         self.progress = progress
-        self.order = DataOrder(
-            samples=len(dataset),
-            global_batch_size=settings.global_batch_size,
-            micro_batch_size=settings.micro_batch_size,
-            seed=settings.seed,
-        )
         progress.damage = self._damage
         self.telemetry = progress.telemetry
         snapshots.on_copied = self._copied
-        self.pipeline = Pipeline(stack, comm, progress, settings.seed, self.fetch, loss_fn, self._warn_of_attribute)
+        self.pipeline = Pipeline(stack, comm, progress, settings.seed, data.fetch, loss_fn, self._warn_of_attribute)
         self.exchange = Exchange(stack, comm)
         self.protection = Protection(settings, snapshots, membership)
         self.backups = Backups(optimizer.user, stack, comm, snapshots, self.exchange)
@@ -111,7 +101,7 @@ class Engine:
         self.suspects: dict[int, int] = {}  # shard that may be damaged here -> digest of what was committed
         self.committed: Callable[[list[int]], dict[int, ShardState]] = lambda shards: {}  # what keepers hold of shards
         self.replicas = Replicas(stack, snapshots, self.backups, self.exchange, settings.verify_every)
-        whose = {"optimizer": type(optimizer.user).__name__, "samples": len(dataset)}
+        whose = {"optimizer": type(optimizer.user).__name__, "data": described}
         self.checkpoints = Checkpoints(settings, stack, snapshots, membership, whose)
         self.registered: dict[str, Any] = {}  # objects with state_dict / load_state_dict
         self.loops = False  # the user's own loop computes the micro-batches
@@ -147,13 +137,13 @@ class Engine:
         assert self.state is not None
         return self.layout, self.state
 
-    def fetch(self, step: int, micro_batch: int) -> Any:
-        """The samples of a micro-batch, collated. Random augmentation is seeded by the micro-batch."""
-        seed = derive_seed("data", self.settings.seed, step, micro_batch)
-        random.seed(seed)
-        np.random.seed(seed & 0xFFFFFFFF)
-        seed_torch(seed)
-        return self.collate([self.dataset[i] for i in self.order.indices(step, micro_batch)])
+    def _upcoming(self) -> Iterator[Key]:
+        """The micro-batches that this rank is to fetch from now on, as long as the membership stays as it is."""
+        layout, state = self.current()
+        yield from [(state.step, span.micro_batch) for span in state.todo]
+        mine = sorted(s.micro_batch for s in layout.segments() if s.rank == self.rank)
+        for step in range(state.step + 1, self.settings.steps):
+            yield from ((step, micro_batch) for micro_batch in mine)
 
     def compute(self) -> None:
         """Run this rank's remaining segments of the step."""

@@ -20,6 +20,10 @@ from .telemetry import Spent
 Guard = Callable[..., None]
 
 
+class _NoLength(UsageError, TypeError):
+    """What Python expects of an iterable without a length, in the words of the user's error."""
+
+
 class Batches:
     """Iterates over this rank's micro-batches until the last step is committed."""
 
@@ -53,6 +57,25 @@ class Batches:
             else:
                 self._guard(engine.complete)
 
+    @property
+    def dataset(self) -> Any:
+        """The user's dataset."""
+        return self._engine.data.dataset
+
+    @property
+    def batch_size(self) -> int:
+        """Samples of a micro-batch: of one turn of the loop."""
+        return self._engine.settings.micro_batch_size
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __len__(self) -> int:
+        raise _NoLength(
+            "len(batches): how many micro-batches a rank computes changes with the membership; the job has run.step of "
+            "run.settings.steps steps, and len(batches.dataset) // run.settings.global_batch_size of them are an epoch"
+        )
+
     def _hand_out(self) -> tuple[Any] | None:
         """The next micro-batch, in a tuple; None if the generation ended instead."""
         engine = self._engine
@@ -66,7 +89,7 @@ class Batches:
             engine.progress.mark(Phase.COMPUTE, state.step, finished=len(state.held))
             started_ns = time.monotonic_ns()
             with engine.progress.within(Pace.FETCH):
-                ready.append(to_device(engine.fetch(state.step, span.micro_batch), engine.stack.device))
+                ready.append(to_device(engine.data.fetch(state.step, span.micro_batch), engine.stack.device))
             tokens, samples = tokens_and_samples(ready[0])
             engine.progress.telemetry.span(
                 Spent.FETCH, started_ns, micro_batch=span.micro_batch, amount=tokens, value=samples

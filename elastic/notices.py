@@ -20,6 +20,12 @@ class Notice(enum.StrEnum):
     WAITING = "waiting"  # ranks, or the job, have waited for long: for whom, and where that one is
     SETTING_IGNORED = "setting-ignored"  # something the script asks for has no effect here
     ATTRIBUTE_CHANGED = "attribute-changed"  # a forward leaves a number behind, which the next one may use
+    DATA_GREW = "data-grew"  # a replacement's dataset has more samples than the job began with
+    DATA_NOT_REPEATABLE = "data-not-repeatable"  # the same index gives another sample when it is fetched again
+    DATA_WORKER_LOST = "data-worker-lost"  # a worker process of a DataLoader ended
+    RESUME_DATA = "resume-data"  # the data is not that which the checkpoint was trained on
+    REPLACEMENT_VALUES = "replacement-values"  # a replacement's script loaded values that the job does not use
+    REPLACEMENT_STATE = "replacement-state"  # a replacement has none of the script's own variables
 
 
 class Channel(Protocol):

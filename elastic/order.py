@@ -54,6 +54,7 @@ class DataOrder:
     global_batch_size: int
     micro_batch_size: int
     seed: int
+    shuffle: bool = True
 
     @property
     def micro_batches(self) -> int:
@@ -66,4 +67,6 @@ class DataOrder:
 
     def _sample(self, position: int) -> int:
         epoch, offset = divmod(position, self.samples)
+        if not self.shuffle:
+            return offset
         return permuted(offset, self.samples, self.seed, epoch)

@@ -17,6 +17,7 @@ from ..checkpointing.universal.store import StoreError, open_store
 from ..resharding.units import Shard
 from .checkpoints import constants
 from .errors import UsageError
+from .notices import Channel, Notice, warn
 from .protocol.events import Saved
 from .settings import Settings
 from .stack import LayerStack
@@ -28,11 +29,14 @@ CANDIDATES = 3  # checkpoints that may be fallen back to
 class Resumption:
     """Finds checkpoints for a job, and refuses those that would not continue it with the same numbers."""
 
-    def __init__(self, settings: Settings, stack: LayerStack, birth: dict[str, Any], samples: int) -> None:
+    def __init__(
+        self, settings: Settings, stack: LayerStack, birth: dict[str, Any], data: dict[str, Any], channel: Channel
+    ) -> None:
         self._settings = settings
         self._stack = stack
         self._birth = birth
-        self._samples = samples
+        self._data = data
+        self._channel = channel
 
     def find(self) -> list[Saved]:
         """The checkpoints that the job may go on from, newest first. Raises UsageError for one that does not fit."""
@@ -67,6 +71,7 @@ class Resumption:
         manifest = checkpoint.manifest
         for problem in self._problems(manifest):
             raise UsageError(f"{checkpoint.url} does not continue this job: {problem}")
+        self._compare_data(manifest, checkpoint.url)
         return Saved(manifest.step, name, manifest.agreement or self._first_agreement(manifest.step))
 
     def _problems(self, manifest: Manifest) -> list[str]:
@@ -80,13 +85,32 @@ class Resumption:
                 problems.append(f"{parameter.name} has the shape {array.shape} there, and {parameter.shape} here")
             elif manifest.agreement and array.dtype != parameter.dtype:
                 problems.append(f"{parameter.name} is {array.dtype} there, and {parameter.dtype} here")
-        ours = {"global_batch_size": self._settings.global_batch_size, "samples": self._samples}
-        ours |= {"micro_batch_size": self._settings.micro_batch_size, "seed": self._settings.seed}
-        for name, value in ours.items():
-            theirs = manifest.data.get(name, value)
-            if theirs != value:
-                problems.append(f"{name} was {theirs}, and is {value} now: the data would come in another order")
         return problems
+
+    def _compare_data(self, manifest: Manifest, url: str) -> None:
+        """Refuse other data than the checkpoint was trained on, or, where that is to be ignored, warn of it."""
+        ours = {"global_batch_size": self._settings.global_batch_size, "samples": self._data["samples"]}
+        ours |= {"micro_batch_size": self._settings.micro_batch_size, "seed": self._settings.seed}
+        ours |= {"shuffle": self._data["shuffle"]}
+        former = {"shuffle": True, **manifest.data}
+        changed = [
+            f"{name} was {former[name]}, and is {value} now"
+            for name, value in ours.items()
+            if former.get(name, value) != value
+        ]
+        digests, theirs = self._data["sample_digests"], former.get("sample_digests", [])
+        if changed and self._settings.resume_data == "check":
+            raise UsageError(
+                f"{url} does not continue this job: {changed[0]}: the data would come in another order (to continue "
+                "all the same, with the order of the new data from here on: --es-resume-data=ignore, or "
+                'resume_data="ignore")'
+            )
+        if changed:
+            text = f"{url} is continued with other data: {', '.join(changed)}; the order of the data changes here"
+            warn(self._channel, Notice.RESUME_DATA, text)
+        elif digests and theirs and digests != theirs:
+            text = f"the first, the middle or the last sample of the dataset is not the one that {url} was trained on"
+            warn(self._channel, Notice.RESUME_DATA, text)
 
     def _first_agreement(self, step: int) -> str:
         """Of a checkpoint that another framework wrote: the settings are the script's, the scheduler is stepped up."""

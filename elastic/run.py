@@ -18,12 +18,14 @@ from ..checkpointing.restore import Sources
 from ..checkpointing.snapshot import Snapshots
 from ..comms.communicator import Aborted, Communicator, Peer
 from ..resharding.layout import Layout
+from .data import DataSource
 from .devices import make_current, own_device
 from .digest import state_digest
 from .engine import Engine, Step
 from .errors import UsageError
 from .loop import Batches, ElasticOptimizer
 from .membership import Membership
+from .notices import Notice, warn
 from .progress import Progress
 from .protocol.events import Job
 from .protocol.protection import state_slots
@@ -93,6 +95,11 @@ class Run:
         return self._engine.version if self._engine else 0
 
     @property
+    def is_replacement(self) -> bool:
+        """Whether training had begun before this worker started: what must not be done twice can ask this."""
+        return self._context is not None and self._context.begun is not None
+
+    @property
     def device(self) -> torch.device:
         """Where this worker's model belongs: its GPU, by its local rank, if there is one, else the CPU.
 
@@ -123,6 +130,8 @@ class Run:
             )
         engine = self._set_up(model, optimizer, dataset, collate_fn, _no_loss, scheduler, loops=True)
         batches = Batches(engine, self._guarded, self._switch)
+        if "module" not in model.__dict__ and "module" not in model._modules:
+            model.__dict__["module"] = model  # scripts for DDP write model.module; not a submodule of itself
         return model, ElasticOptimizer(optimizer, batches), batches
 
     def steps(
@@ -210,6 +219,11 @@ class Run:
                 )
             self._guarded(self._pause)
 
+    def release(self) -> None:
+        """End what this run has started in this process besides threads: the worker processes of a DataLoader."""
+        if self._engine is not None:
+            self._engine.data.close()
+
     def _shard_states(self, engine: Engine) -> dict[int, dict[str, Any]]:
         self._progress.tick()
         engine.snapshots.wait(self._progress.tick)
@@ -252,7 +266,9 @@ class Run:
             raise UsageError("run.prepare or run.steps was called twice; a run trains one model")
         settings = self.settings
         check_optimizer(optimizer, model)
-        _check_dataset(dataset, settings)
+        known = self._context.begun.samples if self._context and self._context.begun else 0
+        data = DataSource(dataset, settings, collate_fn, self._membership, known)
+        described = data.described()
         stack = LayerStack(model, cut=not loops, whole=not is_elementwise(optimizer))
         make_current(stack.device)
         if settings.stages > len(stack.layers):
@@ -265,8 +281,8 @@ class Run:
             settings=settings,
             stack=stack,
             optimizer=ShardedOptimizer(optimizer, stack),
-            dataset=dataset,
-            collate_fn=collate_fn,
+            data=data,
+            described=described,
             loss_fn=loss_fn,
             comm=self._comm,
             membership=self._membership,
@@ -291,6 +307,8 @@ class Run:
         token, node = (context.token, context.node) if context else ("", "")
         self._recovery = Recovery(engine, token, node, fresh=True)
         engine.committed = self._recovery.committed
+        values = state_digest(model.state_dict())
+        self._note_replacement(engine, values)
         job = Job(
             steps=settings.steps,
             stages=settings.stages,
@@ -298,7 +316,11 @@ class Run:
             global_batch_size=settings.global_batch_size,
             model=stack.spec,
             seed=settings.seed,
-            values=state_digest(model.state_dict()),
+            values=values,
+            constants=state_digest(dict(stack.constants())),
+            samples=data.samples,
+            shuffle=data.order.shuffle,
+            sample_digests=tuple(described["sample_digests"]),
             optimizer=engine.optimizer.describe(),
             protection=settings.protection,
             node_losses=settings.node_losses,
@@ -309,10 +331,33 @@ class Run:
             gradient_bytes=tuple(engine.gradient_bytes(shard) for shard in stack.spec.shards),
         )
         first = context is None or context.rank == 0
-        saved = Resumption(settings, stack, engine.birth, len(dataset)).find() if first else []
+        saved = Resumption(settings, stack, engine.birth, described, self._membership).find() if first else []
         self._membership.ready(self._peer, job, saved)
         self._recovery.enter()
         return engine
+
+    def _note_replacement(self, engine: Engine, values: str) -> None:
+        """Warn of what the script of a replacement does, or lacks, that the job cannot use."""
+        begun = self._context.begun if self._context else None
+        if begun is None:
+            return
+        if values != begun.values:
+            engine.pristine = False
+            warn(
+                self._membership,
+                Notice.REPLACEMENT_VALUES,
+                "the script of a replacement initialised its model with other values than the job began with (a "
+                "checkpoint that it loads by itself?): the job's own values take their place; checkpoint=URL saves "
+                "and resumes by itself, and run.is_replacement tells a replacement",
+            )
+        if not set(self._registered) - engine.driven:
+            warn(
+                self._membership,
+                Notice.REPLACEMENT_STATE,
+                "a replacement runs the script from its beginning: the script's own variables (averages, counters, "
+                "best scores) start again on it, and files opened with 'w' are emptied; run.register_state(name, "
+                "item) keeps a variable equal on all ranks, and run.is_replacement tells a replacement",
+            )
 
     def _guarded(self, action: Callable[..., None], *arguments: Any) -> None:
         """Do something that waits for others; if the generation ends, recover instead."""
@@ -360,16 +405,6 @@ def _one_step(engine: Engine) -> None:
 
 def _no_loss(output: Any, targets: Any) -> Tensor:
     raise AssertionError("the user's loop computes the loss")
-
-
-def _check_dataset(dataset: Any, settings: Settings) -> None:
-    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
-        raise UsageError(f"the dataset must be map-style (have __len__ and __getitem__); got {type(dataset).__name__}")
-    if len(dataset) < settings.global_batch_size:
-        raise UsageError(
-            f"the dataset has {len(dataset)} samples, fewer than one batch (global_batch_size = "
-            f"{settings.global_batch_size}): use more data or a smaller batch"
-        )
 
 
 def _too_few_layers(model: nn.Module, stages: int, layers: int) -> str:

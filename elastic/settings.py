@@ -10,11 +10,12 @@ import json
 import os
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from .errors import UsageError
+from .protocol.events import Begun
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,7 @@ class Settings:
     checkpoint_options: str = "{}"  # of the fsspec file system, as JSON
     resume: str = "auto"  # auto: from the newest there; never; or the URL of one to start from when there is none
     on_damage: str = "stop"  # what is done about a damaged checkpoint: stop | older
+    resume_data: str = "check"  # of other data, or batch sizes, than the checkpoint was trained with: check | ignore
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
@@ -84,6 +86,7 @@ CHOICES = {
     "on_loss": ("checkpoint", "neighbors", "stop"),
     "on_corruption": ("repair", "evict"),
     "on_damage": ("stop", "older"),
+    "resume_data": ("check", "ignore"),
 }
 TEXTS = ("checkpoint", "checkpoint_options", "resume")
 NUMBERS = ("snapshot_budget", "checkpoint_keep_s")
@@ -166,12 +169,12 @@ class WorkerContext:
     local_rank: int = 0  # which of the GPUs that this process sees is its own
     gpu_workers: int = 1  # of this node, that see the same GPUs
     share_gpu: bool = False  # there may be more of them than GPUs
+    begun: Begun | None = None  # training had begun when this worker was started
 
     VARIABLE = "EVERSTEP_WORKER"
 
     def to_environment(self) -> dict[str, str]:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {self.VARIABLE: json.dumps(values)}
+        return {self.VARIABLE: json.dumps(asdict(self))}
 
     @classmethod
     def from_environment(cls) -> WorkerContext | None:
@@ -179,4 +182,6 @@ class WorkerContext:
 
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> WorkerContext:
-        return cls(**json.loads(environment[cls.VARIABLE]))
+        values = json.loads(environment[cls.VARIABLE])
+        begun = values.pop("begun")
+        return cls(**values, begun=Begun(**begun) if begun else None)

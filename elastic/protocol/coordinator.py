@@ -17,6 +17,7 @@ from .checkpoints import give_up_saving, saved, stop_requested, unreadable
 from .draining import cannot_leave, drain_requested, handed_over, offer_leave, release, withdraw_leave
 from .forming import last_call, node_joined, rendezvous_closed, store_opened
 from .losing import heartbeats, node_lost, returned, silent_node
+from .newcomers import difference, refused
 from .outcome import Effects, Outcome, current, fail, with_workers
 from .quarantine import keep_out
 from .recovering import (
@@ -74,38 +75,23 @@ def _ready(state: State, event: e.WorkerReady, now: float) -> Outcome:
     worker = current(state, event.worker)
     if worker is None or worker.status is not Status.STARTING:
         return state, []
-    if state.job is not None and event.job != state.job:
-        return fail(state, _difference(state.job, event.job, event.worker.rank))
+    why = difference(state, event.job, event.worker.rank) if state.job is not None else ""
+    if why and state.phase is Phase.LAUNCHED:
+        return fail(state, why)
+    if why:
+        state, effects = refused(state, worker, why)
+        if state.phase is Phase.RECOVERING:  # it may have been the last that was waited for
+            state, more = plan_if_complete(state, now)
+            effects = [*effects, *more]
+        return state, effects
     state = with_workers(state, replace(worker, status=Status.READY, peer=event.peer))
-    state = replace(state, elastic=True, job=event.job)
+    state = replace(state, elastic=True, job=state.job or event.job)
     if state.phase is Phase.LAUNCHED:
         state = replace(state, saved=event.saved or state.saved)
         return begin_training(state) if all_ready(state) else (state, [])
     if state.phase is Phase.RECOVERING:
         return plan_if_complete(state, now)
     return _prepare_switch(state, now)
-
-
-def _difference(ours: e.Job, theirs: e.Job, rank: int) -> str:
-    for name in ("steps", "stages", "micro_batches", "global_batch_size", "seed"):
-        mine, other = getattr(ours, name), getattr(theirs, name)
-        if mine != other:
-            return f"rank {rank} has {name} = {other}, the others {mine}: give every rank the same settings"
-    if ours.model != theirs.model:
-        names = [p.name for p in ours.model.parameters]
-        others = [p.name for p in theirs.model.parameters]
-        odd = sorted(set(names) ^ set(others))[:3]
-        shown = f" (for example {', '.join(odd)})" if odd else ""
-        return f"rank {rank} built another model than the others{shown}: build the same model on every rank"
-    if ours.optimizer != theirs.optimizer:
-        return (
-            f"rank {rank} built another optimizer than the others ({theirs.optimizer}, not {ours.optimizer}): "
-            "build the same one on every rank"
-        )
-    return (
-        f"rank {rank} initialised its model with other values than the others: use the same seed (or load the same "
-        "weights) on every rank"
-    )
 
 
 # ---------------------------------------------------------------- joins

@@ -32,6 +32,10 @@ class Job:
     model: ModelSpec
     seed: int = 0
     values: str = ""  # a digest of what the model was initialised with
+    constants: str = ""  # a digest of what training does not change: frozen parameters, buffers
+    samples: int = 0  # of the dataset
+    shuffle: bool = True  # whether their order is permuted
+    sample_digests: tuple[str, ...] = ()  # of the first, the middle and the last sample
     optimizer: str = ""  # its type and settings, as text
     protection: str = "parity"  # parity | replay | replicate | none
     node_losses: int = 1  # how many nodes may be lost at once
@@ -40,6 +44,14 @@ class Job:
     on_damage: str = "stop"  # what is done about a damaged checkpoint: stop | older
     state_bytes: tuple[int, ...] = ()  # of each shard's record
     gradient_bytes: tuple[int, ...] = ()  # of each shard's reduced gradient
+
+
+@dataclass(frozen=True)
+class Begun:
+    """What a worker is told of the job when training had begun before it was started."""
+
+    samples: int  # of the dataset that the job trains on
+    values: str  # a digest of what the model was initialised with
 
 
 class Saved(NamedTuple):
@@ -364,6 +376,7 @@ class StartWorkers:
     master: tuple[str, int] = ("", 0)  # torch's store: host and port
     group_rank: int = 0
     group_world_size: int = 1
+    begun: Begun | None = None  # where training has begun
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,9 @@ def start_workers(state: State, node: str, only: e.WorkerId | None = None) -> e.
     names = list(state.nodes)
     first = state.nodes[names[0]]
     master = (first.host, first.stores.get(state.restarts, 0))
-    return e.StartWorkers(node, started, len(state.workers), state.restarts, master, names.index(node), len(names))
+    place = (names.index(node), len(names))
+    begun = e.Begun(state.job.samples, state.job.values) if state.job is not None and state.layout is not None else None
+    return e.StartWorkers(node, started, len(state.workers), state.restarts, master, *place, begun)
 
 
 def fail(state: State, why: str, detail: str = "", rank: int = -1) -> Outcome:

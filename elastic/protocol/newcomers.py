@@ -1,0 +1,78 @@
+"""Workers that become ready: what they say of the job is compared with what the others said.
+
+At the start a difference ends the job. Once training has begun it keeps the newcomer out: the script, or the data, was
+changed while the job ran, and the members are not to suffer for it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from . import events as e
+from .outcome import Outcome, fail
+from .state import State, Worker
+
+_SETTINGS = ("steps", "stages", "micro_batches", "global_batch_size", "seed", "shuffle")
+
+
+def difference(state: State, theirs: e.Job, rank: int) -> str:
+    """What a worker that is ready has otherwise than the others, and what to do about it; empty if nothing matters.
+
+    The values that the model was initialised with do not matter to a job that has committed a step: its own take their
+    place.
+    """
+    ours = state.job
+    assert ours is not None
+    if state.layout is not None and state.agreed >= 0:
+        theirs = replace(theirs, values=ours.values)
+    if ours == theirs:
+        return ""
+    for name in _SETTINGS:
+        mine, other = getattr(ours, name), getattr(theirs, name)
+        if mine != other:
+            return f"rank {rank} has {name} = {other}, the others {mine}: give every rank the same settings"
+    if ours.samples != theirs.samples:
+        return (
+            f"the dataset has {theirs.samples} samples on rank {rank}, and {ours.samples} on the others: give every "
+            "rank the same data, which does not change while the job runs"
+        )
+    if ours.sample_digests != theirs.sample_digests:
+        return (
+            f"the first, the middle or the last sample of the dataset is another one on rank {rank} than on the "
+            "others: give every rank the same data in the same order (the runtime deals it to ranks), which does not "
+            "change while the job runs"
+        )
+    if ours.model != theirs.model:
+        names = [p.name for p in ours.model.parameters]
+        others = [p.name for p in theirs.model.parameters]
+        odd = sorted(set(names) ^ set(others))[:3]
+        shown = f" (for example {', '.join(odd)})" if odd else ""
+        return f"rank {rank} built another model than the others{shown}: build the same model on every rank"
+    if ours.optimizer != theirs.optimizer:
+        return (
+            f"rank {rank} built another optimizer than the others ({theirs.optimizer}, not {ours.optimizer}): "
+            "build the same one on every rank"
+        )
+    if ours.constants != theirs.constants:
+        return (
+            f"rank {rank} has other values in frozen parameters or buffers than the others: use the same seed (or load "
+            "the same weights) on every rank"
+        )
+    if ours.values != theirs.values:
+        return (
+            f"rank {rank} initialised its model with other values than the others: use the same seed (or load the same "
+            "weights) on every rank"
+        )
+    return f"rank {rank} has other settings of protection or checkpoints than the others: give every rank the same"
+
+
+def refused(state: State, worker: Worker, why: str) -> Outcome:
+    """Training has begun, and this newcomer does not fit: it is ended, and its rank stays vacant."""
+    rank, incarnation = worker.id
+    others = {r: other for r, other in state.workers.items() if r != rank}
+    record = e.Record("newcomer_refused", {"rank": rank, "node": worker.node, "why": why})
+    if not others:
+        state, effects = fail(state, why, rank=rank)
+        return state, [record, *effects]
+    state = replace(state, workers=others, vacant={**state.vacant, rank: incarnation})
+    return state, [record, e.KillWorkers(worker.node, (worker.id,))]

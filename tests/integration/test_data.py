@@ -1,0 +1,192 @@
+"""Data as scripts have it: DataLoaders with worker processes, data that changes while a job runs, replacements."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.jobs import JOBS, Result, assert_same_state, command, read_result, run_job
+
+STEPS = 8
+KILLS = [{"rank": 1, "phase": "compute", "step": 3, "after": 1}, {"rank": 0, "phase": "reduce", "step": 5}]
+MANY = 300
+ONE_KILL = [{"rank": 1, "phase": "compute", "step": 5}]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    found = tmp_path / "data"
+    found.mkdir()
+    for number in range(100, 140):
+        (found / f"{number}.txt").write_text(str(number))
+    return found
+
+
+def alone(out: Path, folder: Path, **config: Any) -> Result:
+    """Without the launcher, samples fetched by the script's own process."""
+    out.mkdir()
+    (out / "events.jsonl").touch()
+    arguments = {"out": str(out), "folder": str(folder), "steps": STEPS, **config}
+    ended = command([str(JOBS / "data_job.py"), json.dumps(arguments)])
+    return read_result(out, ended.status, ended.stderr)
+
+
+def assert_same_end(result: Result, reference: Result) -> None:
+    assert result.status == 0, result.output
+    assert reference.status == 0, reference.output
+    states = sorted(result.out.glob("state-*.pt"))
+    assert states
+    for path in states:
+        assert_same_state(result.state(int(path.stem.removeprefix("state-"))), reference.state())
+
+
+def warnings(result: Result) -> set[str]:
+    return {line["notice"] for line in result.named("warning")}
+
+
+@pytest.mark.parametrize("loop", [False, True])
+def test_a_data_loaders_workers_fetch_the_same_samples(loop: bool, folder: Path, tmp_path: Path) -> None:
+    """Random augmentation in worker processes, two ranks killed: as in one process that fetches for itself."""
+    loader = {"batch_size": 2, "num_workers": 2, "shuffle": True}
+    result = run_job(
+        nproc=2, steps=STEPS, script="data_job.py", faults=KILLS, folder=str(folder), loader=loader, loop=loop
+    )
+    assert_same_end(result, alone(tmp_path / "alone", folder, loop=loop))
+    assert len(result.named("worker_died")) == len(KILLS)
+    fetchers = {line.split()[0] for path in result.out.glob("fetched-*") for line in path.read_text().splitlines()}
+    assert len(fetchers) > 4, "each of two ranks has two processes, and one that looked at the data first"
+
+
+def test_a_data_loader_on_pipeline_stages(folder: Path, tmp_path: Path) -> None:
+    loader = {"batch_size": 2, "num_workers": 1, "shuffle": True}
+    result = run_job(
+        nproc=3,
+        stages=2,
+        steps=STEPS,
+        script="data_job.py",
+        faults=KILLS,
+        folder=str(folder),
+        loader=loader,
+        timeout_s=120,
+    )
+    assert_same_end(result, alone(tmp_path / "alone", folder))
+
+
+def test_a_worker_process_of_a_data_loader_that_is_killed(folder: Path, tmp_path: Path) -> None:
+    loader = {"batch_size": 2, "num_workers": 2, "shuffle": True}
+    result = run_job(
+        nproc=1, steps=STEPS, script="data_job.py", folder=str(folder), loader=loader, kill_at=7, loop=True
+    )
+    assert (result.out / "killed").exists()
+    assert_same_end(result, alone(tmp_path / "alone", folder, loop=True))
+    assert "data-worker-lost" in warnings(result)
+    assert not result.named("worker_died")
+
+
+def test_without_shuffling_samples_come_in_their_order(folder: Path, tmp_path: Path) -> None:
+    reference = alone(tmp_path / "alone", folder, loader={"batch_size": 2, "shuffle": False})
+    fetched = [int(line.split()[1]) for line in (reference.out / "fetched-0").read_text().splitlines()]
+    trained = fetched[-8 * STEPS :]  # the first ones were looked at before training
+    assert trained == [index % 40 for index in range(8 * STEPS)]
+
+
+@pytest.mark.parametrize(
+    ("loader", "words"),
+    [
+        ({"batch_size": 4}, "batch_size=4, and the job micro_batch_size=2: make them equal"),
+        ({"batch_size": None}, "give it batch_size=2"),
+    ],
+)
+def test_a_data_loader_that_cannot_be_dealt_out(
+    loader: dict[str, Any], words: str, folder: Path, tmp_path: Path
+) -> None:
+    result = alone(tmp_path / "alone", folder, loader=loader)
+    assert result.status == 1
+    assert words in result.output
+    assert "Traceback" not in result.output
+
+
+def test_data_that_grew_at_its_end_is_used_as_far_as_the_others_know_it(folder: Path, tmp_path: Path) -> None:
+    reference = alone(tmp_path / "alone", folder, steps=MANY)
+    grows = {str(number): 0 for number in range(900, 910)}
+    result = run_job(
+        nproc=2, steps=MANY, script="data_job.py", faults=ONE_KILL, folder=str(folder), patient_from=5, grows=grows
+    )
+    assert_same_end(result, reference)
+    assert result.named("joined"), "the replacement takes part"
+    assert "data-grew" in warnings(result)
+
+
+def test_a_replacement_that_sees_other_data_is_left_out(folder: Path, tmp_path: Path) -> None:
+    """New files stand between the old ones: every index after them is another sample."""
+    reference = alone(tmp_path / "alone", folder, steps=MANY)
+    grows = {f"100-{number}": 0 for number in range(5)}
+    result = run_job(
+        nproc=2, steps=MANY, script="data_job.py", faults=ONE_KILL, folder=str(folder), patient_from=5, grows=grows
+    )
+    assert_same_end(result, reference)
+    (refused,) = result.named("newcomer_refused")
+    assert refused["rank"] == 1
+    assert "give every rank the same data" in refused["why"]
+    assert not result.named("joined")
+    assert "rank 1 is left out, and not replaced" in result.output
+
+
+def test_a_replacement_with_fewer_samples_is_left_out(folder: Path, tmp_path: Path) -> None:
+    reference = alone(tmp_path / "alone", folder, steps=MANY)
+    result = run_job(
+        nproc=2, steps=MANY, script="data_job.py", faults=ONE_KILL, folder=str(folder), patient_from=5, stretch=30
+    )
+    assert_same_end(result, reference)
+    (refused,) = result.named("newcomer_refused")
+    assert refused["why"].startswith("the dataset has 30 samples on rank 1, and 40 on the others")
+
+
+def test_if_every_replacement_sees_other_data_the_job_ends_and_says_why(folder: Path) -> None:
+    everybody = [{**ONE_KILL[0], "rank": rank} for rank in range(2)]
+    result = run_job(nproc=2, steps=STEPS, script="data_job.py", faults=everybody, folder=str(folder), stretch=30)
+    assert result.status == 1
+    assert "the dataset has 30 samples on rank" in result.output
+
+
+def test_a_script_that_loads_its_own_checkpoint_survives_a_loss(folder: Path, tmp_path: Path) -> None:
+    """The replacement initialises its model from it; the job's own values take their place."""
+    reference = alone(tmp_path / "alone", folder, steps=MANY)
+    result = run_job(
+        nproc=2, steps=MANY, script="data_job.py", faults=ONE_KILL, folder=str(folder), patient_from=5, own=True
+    )
+    assert_same_end(result, reference)
+    assert result.named("joined")
+    assert {"replacement-values", "replacement-state"} <= warnings(result)
+    shown = Counter(line for line in result.output.splitlines() if "[replacement-" in line)
+    assert len(shown) == 2, "on standard error, without asking for it"
+    assert set(shown.values()) == {1}
+
+
+def test_a_dataset_that_is_not_repeatable_is_named(folder: Path, tmp_path: Path) -> None:
+    result = alone(tmp_path / "alone", folder, unrepeatable=True)
+    assert result.status == 0
+    assert "[data-not-repeatable]" in result.output
+
+
+def test_going_on_with_other_data_has_to_be_asked_for(folder: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "saved"
+    flags = [f"--es-checkpoint={saved}"]
+    first = run_job(nproc=1, steps=4, script="data_job.py", flags=flags, folder=str(folder))
+    assert first.status == 0, first.output
+    for number in range(900, 910):
+        (folder / f"{number}.txt").write_text("1")
+    refused = run_job(nproc=1, steps=STEPS, script="data_job.py", flags=flags, folder=str(folder))
+    assert refused.status == 1
+    assert "samples was 40, and is 50 now" in refused.output
+    assert "--es-resume-data=ignore" in refused.output
+    went_on = run_job(
+        nproc=1, steps=STEPS, script="data_job.py", flags=[*flags, "--es-resume-data=ignore"], folder=str(folder)
+    )
+    assert went_on.status == 0, went_on.output
+    assert [line["step"] for line in went_on.named("committed")] == [4, 5, 6, 7]
+    assert "[resume-data]" in went_on.output
