@@ -11,7 +11,6 @@ import json
 import os
 import socket
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -22,6 +21,8 @@ from dataclasses import dataclass
 import numpy as np
 import psutil
 from numpy.typing import NDArray
+
+from ..comms.process import own_command
 
 LEVELS = ("off", "quick", "full")
 INJECTED = "unhealthy"  # kind of an injected fault: its `figures` take the place of what was measured
@@ -160,7 +161,7 @@ def _interface(host: str) -> dict[str, float]:
 
 def _gpus() -> dict[str, float]:
     """In a process of its own, since a device that was touched here would stay so."""
-    command = [sys.executable, "-m", "everstep.agents.gpu_checkup"]
+    command = own_command("everstep.agents.gpu_checkup")
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=GPUS_S, check=True)
         answer = json.loads(done.stdout.splitlines()[-1])

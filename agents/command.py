@@ -158,7 +158,7 @@ def parser() -> argparse.ArgumentParser:
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse a command line, touching no device. Raises LaunchError for what is refused so far."""
     parsed = parser().parse_args(list(arguments))
-    if not (parsed.module or parsed.no_python) and not Path(parsed.training_script).is_file():
+    if not (parsed.module or parsed.no_python) and not Path(parsed.training_script).exists():
         raise LaunchError(f"no such script: {parsed.training_script}")
     _, most = node_range(parsed.nnodes)
     if parsed.standalone and most > 1:

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..comms.process import die_with_parent, rename_process
+from ..comms.process import die_with_parent, own_command, rename_process
 from ..comms.security import Security, SecurityError
 from ..elastic.progress import COORDINATOR
 from ..elastic.protocol.state import Config
@@ -194,7 +194,7 @@ class CoordinatorProcess:
     def _start(self) -> tuple[int, int]:
         """As a process of its own: by now this one has threads."""
         ours, theirs = os.pipe()
-        command = [sys.executable, "-m", "everstep.agents.coordinating", str(theirs), self._task.to_json()]
+        command = own_command("everstep.agents.coordinating", str(theirs), self._task.to_json())
         environment = {**os.environ, **self._security.environment()}
         self._process = subprocess.Popen(command, pass_fds=[theirs], env=environment)
         os.close(theirs)

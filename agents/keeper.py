@@ -14,8 +14,9 @@ import select
 import signal
 import socket
 import subprocess
-import sys
 from dataclasses import dataclass
+
+from ..comms.process import own_command
 
 MOST_PER_HOST = 64  # agents of one job on one host
 ANSWER_S = 5.0
@@ -84,7 +85,7 @@ class NameTaken(Exception):
 
 def start(name: str, node: str, host: str, port: int, token: str, linger_s: float) -> KeeperProcess:
     """Start a keeper on a name and a port (0: any)."""
-    command = [sys.executable, "-m", "everstep.checkpointing.service", "--node", node, "--name", name]
+    command = own_command("everstep.checkpointing.service", "--node", node, "--name", name)
     command += ["--host", host, "--port", str(port), "--linger", str(linger_s)]
     process = subprocess.Popen(
         command,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import psutil
 
+from . import cgroups
+
 _UNITS = {"": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 _UNITS |= {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 def parse_size(text: str) -> int:
@@ -25,18 +25,10 @@ def parse_size(text: str) -> int:
 
 
 def available() -> int:
-    """What is free on this host now, in bytes, within the limit of the control group we are in.
+    """What is free on this host now, in bytes, within the limits of the control groups we are in.
 
     Snapshots lie in anonymous shared memory (memfd), which the size of /dev/shm does not limit.
     """
     free = int(psutil.virtual_memory().available)
-    limit, used = _number(_CGROUP / "memory.max"), _number(_CGROUP / "memory.current")
-    return free if limit is None or used is None else max(1, min(free, limit - used))
-
-
-def _number(path: Path) -> int | None:
-    try:
-        text = path.read_text().strip()
-    except OSError:
-        return None
-    return int(text) if text.isdigit() else None
+    room = cgroups.left(cgroups.groups())
+    return free if room is None else max(1, min(free, room))

@@ -27,6 +27,7 @@ from ..elastic.protocol.events import Begun, WorkerId
 from ..elastic.protocol.liveness import FLOOR_S, USER_S
 from ..elastic.settings import WorkerContext
 from . import checkup
+from .cgroups import OutOfMemory
 from .environment import program_for, torch_environment, virtual_rank, worker_environment
 from .failures import Failures, pass_on
 from .gatherer import Gatherer
@@ -121,6 +122,7 @@ class NodeAgent:
         self._asked: dict[WorkerId, pb.StartWorkers] = {}  # the preloaded process was asked to fork these
         self._failures = Failures(config.role)
         self._local_ranks = LocalRanks(config.slots)
+        self._memory = OutOfMemory()
         self._stop_why = ""
         self.signal = signal.SIGTERM  # that workers get when the job is stopped: torchrun passes its own on
         self._selector = selectors.DefaultSelector()
@@ -388,6 +390,16 @@ class NodeAgent:
             ) from None
         return self._keeper
 
+    def _keeper_end(self, keeper: KeeperProcess) -> str:
+        """How it ended, in words."""
+        status = keeper.process.returncode if keeper.process is not None else None
+        if status is None:
+            return "has ended"
+        if status >= 0:
+            return f"has ended with status {status}"
+        killer = self._memory.explain() if status == -signal.SIGKILL else ""
+        return f"was killed by {signal.Signals(-status).name}{killer and ' '}{killer}"
+
     def _watch_preloader(self) -> None:
         assert self._preloader is not None
         self._selector.register(self._preloader, selectors.EVENT_READ, self._preloader_spoke)
@@ -551,9 +563,12 @@ class NodeAgent:
         if worker.status != 0:
             status = worker.status if worker.status is not None else -int(signal.SIGKILL)
             self._failures.add(worker.id.rank, worker.local_rank, worker.pid, status, worker.error_file)
+        cause = worker.cause()
+        if not worker.fenced and worker.status == -signal.SIGKILL and (killer := self._memory.explain()):
+            cause = f"{cause} {killer}"
         died = pb.WorkerDied(
             worker=_proto(worker.id),
-            cause=worker.cause(),
+            cause=cause,
             clean=worker.status == 0,
             step=reading.step,
             phase=Phase(reading.phase).name.lower(),
@@ -588,6 +603,9 @@ class NodeAgent:
             self._fence(f"no word from a coordinator for {now - self.link.heard_s:.0f} s, and no progress")
             return
         if self._keeper is not None and self._keeper.gone() and self.outcome is None:
+            self._say(
+                f"warning: the snapshot keeper of this node {self._keeper_end(self._keeper)}; another one is started"
+            )
             self._obtain_keeper()  # on the same port and name: workers hand it their segments again
         for worker in self.workers.values():
             if worker.deadline_s and now > worker.deadline_s:

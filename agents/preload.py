@@ -22,6 +22,7 @@ import sys
 import threading
 import time
 import traceback
+import zipfile
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
@@ -188,8 +189,9 @@ def _bind(mode: str, gpu: int) -> None:
 def _unbuffer() -> None:
     """Torchrun starts workers with `python -u`."""
     for name, fd in (("stdout", 1), ("stderr", 2)):
+        before = getattr(sys, name)  # as PYTHONIOENCODING and the locale have it
         raw = open(fd, "wb", buffering=0, closefd=False)  # noqa: SIM115
-        stream = io.TextIOWrapper(raw, errors="backslashreplace" if fd == 2 else None, write_through=True)
+        stream = io.TextIOWrapper(raw, before.encoding, before.errors, write_through=True)
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
 
@@ -209,8 +211,10 @@ def run_program(program: dict[str, Any]) -> int:
         if kind == "module":
             _set_first_path(os.getcwd())
             runpy.run_module(target, run_name="__main__", alter_sys=True)
+        elif os.path.isdir(target) or zipfile.is_zipfile(target):
+            runpy.run_path(os.path.abspath(target), run_name="__main__")  # which puts it first in the path
         else:
-            _set_first_path(os.path.dirname(os.path.abspath(target)))
+            _set_first_path(os.path.dirname(os.path.realpath(target)))
             runpy.run_path(target, run_name="__main__")
     except SystemExit as end:
         code = _exit_status(end)
@@ -223,10 +227,9 @@ def run_program(program: dict[str, Any]) -> int:
 
 
 def _set_first_path(folder: str) -> None:
-    """What `python script.py` and `python -m module` put first: in place of what stands there for this process."""
-    if sys.flags.safe_path:
-        return
-    sys.path[0] = folder
+    """What `python script.py` and `python -m module` put first."""
+    if not os.environ.get("PYTHONSAFEPATH"):
+        sys.path.insert(0, folder)
 
 
 def _exit_status(end: SystemExit) -> int:

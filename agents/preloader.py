@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from ..comms.process import own_command
 from .preload import serve
 
 ANSWER_BYTES = 1 << 16
@@ -65,7 +66,7 @@ class Preloader:
     def start(cls, modules: Sequence[str]) -> Preloader:
         """Start it as a process of its own."""
         ours, theirs = _channel()
-        command = [sys.executable, "-m", "everstep.agents.preload", str(theirs.fileno()), *modules]
+        command = own_command("everstep.agents.preload", str(theirs.fileno()), *modules)
         process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env={**os.environ, **_ONE_THREAD})
         theirs.close()
         return cls(modules, process.pid, ours, process)

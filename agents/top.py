@@ -28,6 +28,12 @@ EVERY_S = 1.0
 ANSWER_S = 2.0
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Like every command of ours: whoever read it has seen enough."""
+        raise BrokenPipeError
+
+
 def top(arguments: Sequence[str]) -> int:
     """Show the job at an endpoint until `q`; returns the exit status."""
     parse = argparse.ArgumentParser(prog="everstep top", description="A job in a terminal, live. q ends it.")
@@ -40,7 +46,7 @@ def top(arguments: Sequence[str]) -> int:
 
     def show() -> int:
         endpoints = Endpoints(own.endpoint, Security.of(os.environ), ANSWER_S)
-        console = Console()
+        console = _Console()
         if own.once or not console.is_terminal:
             console.print(dials(_ask(endpoints), width=console.width, height=console.height))
             return 0

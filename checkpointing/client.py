@@ -20,6 +20,7 @@ from .segment import Segment
 SLICE_S = 0.05  # how often a caller that waits is called back
 SILENCE_S = 5.0  # a keeper that answers nothing for so long is taken for gone
 CONNECT_S = 2.0
+RESTART_S = 30.0  # within which a keeper that ended has another in its place
 REQUEST_BYTES = 64 << 20  # of one request to a keeper, which closes the connection of who says more
 _READ_BYTES = 1 << 16
 
@@ -200,22 +201,49 @@ class KeeperLink:
         self._sealed: dict[str, Any] | None = None
         self._numbers = 0
         self._lock = threading.RLock()  # the thread that copies speaks too
-        self._socket = self._connect()
+        self._socket = self._connect_at_last()
 
     def _connect(self) -> socket.socket:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        connection.settimeout(30.0)
-        connection.connect("\0" + self._name)
-        connection.sendall(json.dumps({"token": self._token}).encode() + b"\n")
+        try:
+            connection.settimeout(30.0)
+            connection.connect("\0" + self._name)
+            connection.sendall(json.dumps({"token": self._token}).encode() + b"\n")
+        except BaseException:
+            connection.close()
+            raise
         return connection
+
+    def _connect_at_last(self) -> socket.socket:
+        """A keeper that was killed is started again by its agent, which takes a moment."""
+        deadline_s = time.monotonic() + RESTART_S
+        while True:
+            try:
+                return self._connect()
+            except OSError as error:
+                if time.monotonic() > deadline_s:
+                    raise ConnectionError(
+                        f"this node's snapshot keeper does not answer, and none was started in its place within "
+                        f"{RESTART_S:g} s ({error}): the launcher's log says how it ended"
+                    ) from None
+                time.sleep(SLICE_S)
 
     def register(self, segment: Segment) -> int:
         """Hand a segment to the keeper; returns its number."""
         with self._lock:
             self._numbers += 1
             self._segments[self._numbers] = segment
-            self._register(self._numbers, segment)
+            with self._later():
+                self._register(self._numbers, segment)
             return self._numbers
+
+    @contextlib.contextmanager
+    def _later(self) -> Iterator[None]:
+        """A keeper that is gone has another in its place soon: `ensure` tells that one everything that stands."""
+        try:
+            yield
+        except OSError:
+            self._socket.close()
 
     def _register(self, number: int, segment: Segment) -> None:
         entries = [list(entry) for entry in segment.entries.values()]
@@ -226,7 +254,8 @@ class KeeperLink:
         """Tell the keeper to let a segment go, and close it here."""
         with self._lock:
             segment = self._segments.pop(number)
-            self._ask({"op": "drop", **self._owner, "segment": number}, [])
+            with self._later():
+                self._ask({"op": "drop", **self._owner, "segment": number}, [])
             segment.close()
 
     def enter(self, generation: int, placement: str, addresses: dict[str, str], capacities: Sequence[int]) -> None:
@@ -235,7 +264,8 @@ class KeeperLink:
         with self._lock:
             self._entered = {**request, "addresses": addresses, "capacities": list(capacities)}
             self._sealed = None
-            self._ask(self._entered, [])
+            with self._later():
+                self._ask(self._entered, [])
 
     def sealed(self, generation: int, version: int, protected: int, *, protect: bool) -> None:
         """All of this worker's shards are sealed at `version`; `protect`: it is to outlive nodes."""

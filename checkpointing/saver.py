@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from ..comms.process import own_command
 from .client import KeeperClient, KeeperRefused
 from .saving import Gone, SaveRequest, save_part, saved_bytes
 from .universal.manifest import CheckpointError
@@ -60,7 +61,7 @@ class Saver:
                 self._end(request.writer, {"name": request.name, "error": f"the saver cannot run: {error}"})
 
     def _start(self) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "everstep.checkpointing.saver", self._address]
+        command = own_command("everstep.checkpointing.saver", self._address)
         environment = {**os.environ, "EVERSTEP_TOKEN": self._token}
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
         self._process = process

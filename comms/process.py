@@ -23,6 +23,14 @@ def die_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def own_command(module: str, *arguments: str) -> list[str]:
+    """The command line of a process that runs a module of ours, and finds no others in the working folder."""
+    package = sys.modules[__name__.partition(".")[0]]
+    root = Path(package.__file__ or "").absolute().parents[1].resolve()
+    found = any(Path(folder).resolve() == root for folder in sys.path if folder)  # else it is the working folder itself
+    return [sys.executable, *(["-P"] if found else []), "-m", module, *arguments]
+
+
 def process_name() -> str:
     """The name of this process that `ps` and `top` show (proc(5), comm)."""
     return Path("/proc/self/comm").read_text().removesuffix("\n")

@@ -6,6 +6,8 @@ import os
 import sys
 from collections.abc import Callable
 
+from . import startup
+
 USAGE = """usage: everstep COMMAND ...
 
   run          run a training script on this node (every torchrun flag, see everstep run --help)
@@ -24,8 +26,21 @@ USAGE = """usage: everstep COMMAND ...
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; returns the exit status."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    """Run a command; returns the exit status. Without arguments it is this process's own command line."""
+    if arguments is not None:
+        return _run(arguments)
+    startup.begin()
+    if sys.argv[1:2] in (["run"], ["coordinator"]):
+        startup.forgive_errors()
+    else:
+        startup.show_anything()
+    try:
+        return startup.end(_run(sys.argv[1:]))
+    except BrokenPipeError:
+        return startup.end(0)
+
+
+def _run(arguments: list[str]) -> int:
     command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
     if command == "run":
         from .agents.run import run

@@ -1,0 +1,81 @@
+"""What a process of ours begins with, whatever it was started with: open standard streams, output that harms nobody
+when it cannot be written, signals that work, and no modules of the working folder in the place of Python's own."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import signal
+import sys
+
+
+def begin() -> None:
+    """Once, before anything is opened or imported. Raises nothing."""
+    _open_streams()
+    _forget_first_path()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, children would vanish before their status is read
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())
+
+
+def _open_streams() -> None:
+    """Descriptors 0 to 2 that are closed become /dev/null: what is opened next would stand in their place."""
+    for fd, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(fd)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != fd:
+                os.dup2(opened, fd)
+                os.close(opened)
+            os.set_inheritable(fd, True)
+        if getattr(sys, name) is None:
+            stream = open(fd, mode, errors="backslashreplace" if fd == 2 else None, closefd=False)  # noqa: SIM115
+            setattr(sys, name, stream)
+            setattr(sys, f"__{name}__", stream)
+
+
+def _forget_first_path() -> None:
+    """The folder that Python puts first is the script's or the working folder: a `queue.py` there is the user's."""
+    if not sys.flags.safe_path and sys.path:
+        del sys.path[0]
+
+
+class _Forgiving(io.TextIOWrapper):
+    """A stream whose reader may go away and whose disk may be full: what cannot be written is lost, and that is all."""
+
+    def write(self, text: str) -> int:
+        try:
+            return super().write(text)
+        except OSError:
+            return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            super().flush()
+
+
+def forgive_errors() -> None:
+    """Have this process go on when its standard error cannot be written: a job must not end for that."""
+    raw = open(2, "wb", buffering=0, closefd=False)  # noqa: SIM115
+    encoding = sys.stderr.encoding
+    sys.stderr = _Forgiving(raw, encoding, "backslashreplace", write_through=True)
+
+
+def show_anything() -> None:
+    """Letters that the terminal's encoding lacks are shown as `?`."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def end(status: int) -> int:
+    """Write out what was printed; returns the exit status. Who read it may have seen enough and gone."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python writes it out once more
+        if not isinstance(error, BrokenPipeError):
+            print(f"everstep: error: standard output: {error.strerror}", file=sys.stderr)
+            return status or 2
+    return status

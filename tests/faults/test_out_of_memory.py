@@ -1,0 +1,68 @@
+"""A memory limit that is too low: the kernel kills, and what is printed says so."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.jobs import finish, launch
+
+LIMIT_MIB = 1000
+ROOT = Path("/sys/fs/cgroup")
+SCRIPT = """
+import torch, everstep
+class Data(torch.utils.data.Dataset):
+    def __len__(self): return 64
+    def __getitem__(self, i): return torch.full((1024,), i / 64), torch.full((1024,), i / 64)
+@everstep.elastic(steps=30, global_batch_size=8, micro_batch_size=2)
+def train(run):
+    model = torch.nn.Sequential(*[torch.nn.Linear(1024, 1024) for _ in range(16)])
+    optimizer = torch.optim.AdamW(model.parameters())
+    for step in run.steps(model, optimizer, Data(), loss_fn=torch.nn.functional.mse_loss):
+        pass
+train()
+"""
+
+
+@contextlib.contextmanager
+def limited(limit_bytes: int) -> Iterator[Path]:
+    """A control group with this much memory, of the version that this machine has; its file of processes."""
+    old = (ROOT / "memory" / "memory.limit_in_bytes").exists()
+    group = (ROOT / "memory" if old else ROOT) / f"everstep-test-{os.getpid()}"
+    try:
+        group.mkdir()
+        (group / ("memory.limit_in_bytes" if old else "memory.max")).write_text(str(limit_bytes))
+        if not old:
+            (group / "memory.swap.max").write_text("0")
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            group.rmdir()
+        pytest.skip(f"no control group can be made here: {error}")
+    try:
+        yield group / "cgroup.procs"
+    finally:
+        until_s = time.monotonic() + 20
+        while (group / "cgroup.procs").read_text().strip() and time.monotonic() < until_s:
+            time.sleep(0.05)  # what was killed is gone in a moment
+        group.rmdir()
+
+
+def test_what_the_kernel_killed_is_said_to_be_so(tmp_path: Path) -> None:
+    script = tmp_path / "large.py"
+    script.write_text(SCRIPT)
+    with limited(LIMIT_MIB << 20) as processes:
+        inside = ["sh", "-c", f'echo $$ > {processes} && exec "$@"', "sh"]
+        job = launch(script, [], ["--nproc-per-node=2", "--es-keeper-memory=800MiB"], inside=inside)
+        output = finish(job)
+    assert job.returncode == 1, output
+    last = output.strip().splitlines()[-1]
+    assert last.startswith("everstep: error: rank "), output
+    assert "killed by SIGKILL by the kernel's OOM killer: control group" in last
+    assert f"limited to {LIMIT_MIB:,} MiB" in last
+    assert "ConnectionRefusedError" not in output
+    assert "BrokenPipeError" not in output
