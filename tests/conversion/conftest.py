@@ -27,6 +27,15 @@ def deepspeed_samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def deepspeed_kinds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `deepspeed_samples`, of engines that lay out their optimizers in other ways."""
+    out = tmp_path_factory.mktemp("deepspeed-kinds")
+    script = SCRIPTS / "deepspeed_samples.py"
+    run_peer(script, out, "2", "z1-robin-bf16", "z1-bf16-grads", "pp2-z0-fp32")
+    return out
+
+
+@pytest.fixture(scope="session")
 def megatron_samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for each case, with a checkpoint in both forms and what the live processes held."""
     root = tmp_path_factory.mktemp("megatron")

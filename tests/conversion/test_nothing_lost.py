@@ -22,6 +22,7 @@ from everstep.checkpointing.universal.dtypes import NAMES
 from everstep.checkpointing.universal.reader import open_checkpoint
 from everstep.checkpointing.universal.store import LocalStore
 
+from ..jobs.peers import run_peer
 from .commands import Commands, safetensors
 from .comparing import assert_tensors, read
 
@@ -373,6 +374,35 @@ def flats(path: Path) -> list[torch.Tensor]:
         each = state["base_optimizer_state"]["state"][group]
         found += [each["exp_avg"], each["exp_avg_sq"]]
     return [torch.from_numpy(tensor.read()) for tensor in found]
+
+
+@pytest.mark.parametrize("case", ["z1-bf16-grads", "pp2-z0-fp32"])
+def test_other_optimizers_of_deepspeed(case: str, deepspeed_kinds: Path, tmp_path: Path, run: Commands) -> None:
+    """BF16 with gradients accumulated in float32; a pipeline in float32 without ZeRO, whose optimizers have no names."""
+    run.done("convert", deepspeed_kinds / case, tmp_path / "out", "--to", "universal")
+    content = read_universal(tmp_path / "out")
+    assert_tensors(content.params, truths(deepspeed_kinds / case, "fp32"), "params")
+    assert_tensors(content.frozen, truths(deepspeed_kinds / case, "frozen"), "frozen")
+    for state in ("exp_avg", "exp_avg_sq"):
+        found = truths(deepspeed_kinds / case, state)
+        assert set(content.optimizer[state]) == set(content.params)
+        assert_tensors({name: content.optimizer[state][name] for name in found}, found, state)
+    assert {scalar.value for scalar in content.scalars["step"].values()} == {3.0}
+    assert {name for group in content.groups for name in group["params"]} == content.params.keys()
+
+
+def test_an_engine_that_deals_round_robin_loads_what_we_write(
+    deepspeed_kinds: Path, tmp_path: Path, run: Commands
+) -> None:
+    run.done("convert", deepspeed_kinds / "z1-robin-bf16", tmp_path / "out", "--to", "universal")
+    run.done("convert", tmp_path / "out", tmp_path / "resume-robin-bf16", "--to", "deepspeed", "--set", "dp=2")
+    run_peer(DATA.parent / "samples" / "deepspeed_samples.py", tmp_path, "2", "resume-robin-bf16")
+    for key in ("module", "fp32", "exp_avg", "exp_avg_sq"):
+        saved, loaded = (
+            truths(root, key) for root in (deepspeed_kinds / "z1-robin-bf16", tmp_path / "resume-robin-bf16")
+        )
+        assert saved
+        assert all(torch.equal(loaded[name], value) for name, value in saved.items()), key
 
 
 def test_masters_that_are_not_the_modules_weights_are_refused(kept: Path, tmp_path: Path, run: Commands) -> None:

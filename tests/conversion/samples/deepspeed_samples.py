@@ -125,6 +125,7 @@ def truth(engine: deepspeed.DeepSpeedEngine) -> dict:
         engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()
     found: dict = {"fp32": {}, "exp_avg": {}, "exp_avg_sq": {}, "frozen": {}, "buffers": {}, "dtype": {}, "tied": {}}
+    found["module"] = {}
     seen: dict[int, str] = {}
     for name, parameter in engine.module.named_parameters(remove_duplicate=False):
         if id(parameter) in seen:
@@ -135,6 +136,10 @@ def truth(engine: deepspeed.DeepSpeedEngine) -> dict:
         if not parameter.requires_grad:
             with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
                 found["frozen"][name] = parameter.data.clone()
+            continue
+        found["module"][name] = parameter.data.clone() if not hasattr(parameter, "ds_id") else None
+        if hasattr(engine.optimizer, "fp32_groups_flat_partition"):  # BF16_Optimizer
+            found["fp32"][name] = safe_get_full_fp32_param(parameter).clone()
             continue
         if not engine.zero_optimization():
             master = masters(engine)[parameter]
@@ -196,7 +201,7 @@ def unembed(layer: Embed, hidden: torch.Tensor) -> torch.Tensor:
     return hidden @ layer.weight.T
 
 
-def pipeline(out: Path, rank: int, stages: int, dtype: str) -> None:
+def pipeline(out: Path, rank: int, stages: int, dtype: str, stage: int = 1, *, tied: bool = True) -> None:
     torch.manual_seed(1)
     layers = [
         TiedLayerSpec("embed", Embed, 13, 7, tied_weight_attr="weight"),
@@ -206,8 +211,10 @@ def pipeline(out: Path, rank: int, stages: int, dtype: str) -> None:
         LayerSpec(nn.Linear, 7, 7),
         TiedLayerSpec("embed", Embed, 13, 7, forward_fn=unembed, tied_weight_attr="weight"),
     ]
+    if not tied:
+        layers[0], layers[-1] = LayerSpec(Embed, 13, 7), LayerSpec(nn.Linear, 7, 13)
     model = PipelineModule(layers, num_stages=stages, loss_fn=loss_of, partition_method="uniform")
-    made = config(1, dtype)
+    made = config(stage, dtype)
     made["gradient_accumulation_steps"] = 2
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=torch.optim.AdamW(model.parameters(), lr=0.01), config=made
@@ -269,6 +276,9 @@ VARIANTS = {
     "z2-bf16": lambda out, rank: zero(out, rank, 2, "bfloat16"),
     "z3-fp32": lambda out, rank: zero(out, rank, 3, "float32"),
     "z3-bf16": lambda out, rank: zero(out, rank, 3, "bfloat16", zero={"sub_group_size": 60}),
+    "z1-bf16-grads": lambda out, rank: zero(out, rank, 1, "bfloat16", data_types={"grad_accum_dtype": "fp32"}),
+    "z1-robin-bf16": lambda out, rank: zero(out, rank, 1, "bfloat16", zero={"round_robin_gradients": True}),
+    "pp2-z0-fp32": lambda out, rank: pipeline(out, rank, 2, "float32", 0, tied=False),
     "pp2-bf16": lambda out, rank: pipeline(out, rank, 2, "bfloat16"),
     "pp2-dp2-bf16": lambda out, rank: pipeline(out, rank, 2, "bfloat16"),
     "moe-z1-bf16": lambda out, rank: experts(out, rank, 1, "bfloat16"),
@@ -285,6 +295,9 @@ LOADS = {
     for dtype in ("fp32", "bf16")
 } | {
     "resume-z1-fp32": lambda out, rank: loaded(out, rank, 1, "float32", universal=False),
+    "resume-robin-bf16": lambda out, rank: loaded(
+        out, rank, 1, "bfloat16", universal=False, zero={"round_robin_gradients": True}
+    ),
     "resume-z2-bf16": lambda out, rank: loaded(out, rank, 2, "bfloat16", universal=False),
 }
 
