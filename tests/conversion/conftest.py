@@ -31,7 +31,7 @@ def deepspeed_kinds(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As `deepspeed_samples`, of engines that lay out their optimizers in other ways."""
     out = tmp_path_factory.mktemp("deepspeed-kinds")
     script = SCRIPTS / "deepspeed_samples.py"
-    run_peer(script, out, "2", "z1-robin-bf16", "z1-bf16-grads", "pp2-z0-fp32")
+    run_peer(script, out, "2", "z1-robin-bf16", "z1-bf16-grads", "z2-elastic-bf16", "pp2-z0-fp32")
     return out
 
 

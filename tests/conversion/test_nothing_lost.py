@@ -8,6 +8,7 @@ Those of DeepSpeed and Megatron, and the sharded safetensors, were written by th
 from __future__ import annotations
 
 import json
+import shutil
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -378,7 +379,7 @@ def flats(path: Path) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("case", ["z1-bf16-grads", "pp2-z0-fp32"])
 def test_other_optimizers_of_deepspeed(case: str, deepspeed_kinds: Path, tmp_path: Path, run: Commands) -> None:
-    """BF16 with gradients accumulated in float32; a pipeline in float32 without ZeRO, whose optimizers have no names."""
+    """BF16 with gradients accumulated in float32; a pipeline in float32 without ZeRO, whose optimizers name nothing."""
     run.done("convert", deepspeed_kinds / case, tmp_path / "out", "--to", "universal")
     content = read_universal(tmp_path / "out")
     assert_tensors(content.params, truths(deepspeed_kinds / case, "fp32"), "params")
@@ -398,11 +399,23 @@ def test_an_engine_that_deals_round_robin_loads_what_we_write(
     run.done("convert", tmp_path / "out", tmp_path / "resume-robin-bf16", "--to", "deepspeed", "--set", "dp=2")
     run_peer(DATA.parent / "samples" / "deepspeed_samples.py", tmp_path, "2", "resume-robin-bf16")
     for key in ("module", "fp32", "exp_avg", "exp_avg_sq"):
-        saved, loaded = (
-            truths(root, key) for root in (deepspeed_kinds / "z1-robin-bf16", tmp_path / "resume-robin-bf16")
-        )
+        saved = truths(deepspeed_kinds / "z1-robin-bf16", key)
+        loaded = truths(tmp_path / "resume-robin-bf16", key)
         assert saved
         assert all(torch.equal(loaded[name], value) for name, value in saved.items()), key
+
+
+def test_an_engine_keeps_its_settings_where_a_checkpoint_has_none(
+    deepspeed_kinds: Path, tmp_path: Path, run: Commands
+) -> None:
+    """It trains a step after loading, which it could not without betas."""
+    saved = deepspeed_kinds / "z2-elastic-bf16"
+    run.done("convert", saved, tmp_path / "load-z2-bf16", "--to", "deepspeed-universal")
+    run_peer(DATA.parent / "samples" / "deepspeed_samples.py", tmp_path, "2", "load-z2-bf16")
+    for key in ("fp32", "exp_avg", "exp_avg_sq"):
+        before, after = truths(saved, key), truths(tmp_path / "load-z2-bf16", key)
+        assert before
+        assert all(torch.equal(after[name], value) for name, value in before.items()), key
 
 
 def test_masters_that_are_not_the_modules_weights_are_refused(kept: Path, tmp_path: Path, run: Commands) -> None:
@@ -429,6 +442,24 @@ def test_each_parameter_is_in_one_group_of_megatrons(kept: Path, tmp_path: Path,
         "embedding.word_embeddings.weight",
         "output_layer.weight",
     }
+
+
+def test_what_users_save_beside_a_deepspeed_model_is_kept(kept: Path, tmp_path: Path, run: Commands) -> None:
+    source = tmp_path / "in"
+    shutil.copytree(kept / "deepspeed-other-states", source)
+    path = source / "global_step3" / "mp_rank_00_model_states.pt"
+    state = torch.load(path, weights_only=True)
+    average = torch.rand(100, 100)
+    torch.save({**state, "ema": {"weight": average, "decay": 0.9}}, path)
+    run.done("convert", source, tmp_path / "out", "--to", "universal")
+    assert_tensors(read_universal(tmp_path / "out").other, {"client_state.ema.weight": average}, "other")
+    run.done("convert", tmp_path / "out", tmp_path / "back", "--to", "deepspeed")
+    found = torch.load(tmp_path / "back" / "global_step3" / path.name, weights_only=True)["ema"]
+    assert torch.equal(found["weight"], average)
+    assert found["decay"] == 0.9
+    assert "client_state.ema.weight" in run.refused(tmp_path / "out", to="hf")
+    torch.save({**state, "data_sampler": {"at": 3}}, path)
+    assert "not understood, and it would be lost: data_sampler" in run.refused(source)
 
 
 @pytest.mark.parametrize(

@@ -278,6 +278,7 @@ VARIANTS = {
     "z3-bf16": lambda out, rank: zero(out, rank, 3, "bfloat16", zero={"sub_group_size": 60}),
     "z1-bf16-grads": lambda out, rank: zero(out, rank, 1, "bfloat16", data_types={"grad_accum_dtype": "fp32"}),
     "z1-robin-bf16": lambda out, rank: zero(out, rank, 1, "bfloat16", zero={"round_robin_gradients": True}),
+    "z2-elastic-bf16": lambda out, rank: zero(out, rank, 2, "bfloat16", zero={"elastic_checkpoint": True}),
     "pp2-z0-fp32": lambda out, rank: pipeline(out, rank, 2, "float32", 0, tied=False),
     "pp2-bf16": lambda out, rank: pipeline(out, rank, 2, "bfloat16"),
     "pp2-dp2-bf16": lambda out, rank: pipeline(out, rank, 2, "bfloat16"),
