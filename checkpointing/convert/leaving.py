@@ -62,6 +62,12 @@ def fit(content: Content, to: str) -> None:
         content.optimizer, content.scalars, content.groups = {}, {}, []
     if to in _HOLDING_OTHERS:
         return
+    several = [".".join(map(str, each["path"])) for each in content.extra.get("dcp", {}).get("optimizers", ())]
+    if len(several) > 1 and (content.optimizer or content.scalars):
+        raise ConversionError(
+            f"{to} has one optimizer, and the source has {len(several)}: {_listed(several)}; write dcp or universal, "
+            "or leave their states out with --drop 'optimizer/*'"
+        )
     homeless = [name for name in content.other if to != "deepspeed" or not name.startswith(CLIENT_STATE)]
     if homeless:
         raise ConversionError(

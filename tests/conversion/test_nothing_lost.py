@@ -181,6 +181,10 @@ def test_several_optimizers_are_kept_apart(tmp_path: Path, run: Commands) -> Non
     loaded = {"optimizers": {"muon": {"param_groups": [{"lr": 0.0, "momentum": 0.0, "params": [""]}]}}}
     dcp.load(loaded, checkpoint_id=tmp_path / "back", no_dist=True)
     assert loaded["optimizers"]["muon"]["param_groups"] == [muon_group]
+    assert "deepspeed has one optimizer, and the source has 2: optimizers.adam, optimizers.muon" in run.refused(
+        source, to="deepspeed"
+    )
+    run.done("convert", source, tmp_path / "weights", "--to", "deepspeed", "--drop", "optimizer/*")
     twice = save(tmp_path / "twice", {"model": model, "one": trained(SHAPES)[1], "two": trained(SHAPES)[1]})
     assert "two optimizers have" in run.refused(twice)
 
