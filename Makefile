@@ -4,11 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find everstep elastic comms checkpointing resharding agents '(' -name '*.py' -o -name '*.toml' -o -name 'page.*' ')' -not -path '*/__pycache__/*')
 
-OTHERS := tests/integration tests/conversion tests/conformance tests/sim tests/property tests/unit
+OTHERS := tests/integration tests/accelerator tests/gpu tests/conversion tests/conformance tests/sim tests/property tests/unit
 # Of the faults, those that go with the others, so that both streams take as long.
 MOVED := $(addprefix tests/faults/test_,coordinators_etcd.py draining.py quarantine.py checkpoint_damage.py)
 
-.PHONY: demo test check bench clean setup peers
+.PHONY: demo test check bench gpu clean setup peers
 
 setup: $(VENV)/.ready
 
@@ -70,6 +70,11 @@ bench: setup peers
 	$(BIN)/python tests/bench/checkpoint.py --json
 	$(BIN)/python tests/bench/control.py --json
 	$(BIN)/python tests/bench/coordinator.py --json
+
+# Eight minutes at most on one GPU; says so and ends where there is none. GPU_PYTHON is an interpreter that has torch with
+# CUDA and everstep's dependencies, where that is not the one that is set up here.
+gpu: $(if $(GPU_PYTHON),,setup)
+	$(or $(GPU_PYTHON),$(BIN)/python) tests/gpu/run.py
 
 clean:
 	rm -rf $(VENV) $(VENV)-peers build everstep.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
