@@ -34,7 +34,8 @@ OVERRIDES = (
 )
 CHOSEN = (
     *("protection", "snapshot-every", "snapshot-budget", "on-loss", "on-corruption"),
-    *("checkpoint", "checkpoint-keep-s", "checkpoint-options", "resume", "on-damage", "resume-data"),
+    *("checkpoint", "checkpoint-keep-s", "checkpoint-timeout", "checkpoint-options"),
+    *("resume", "on-damage", "resume-data"),
 )
 STOP_GRACE: dict[str, Any] = {
     "type": float,

@@ -41,6 +41,7 @@ class HangWatch:
         slept_s = now - self._looked_s if self._looked_s else 0.0
         self._looked_s = now
         readings = [(worker, worker.reading()) for worker in workers if worker.pid and not worker.fenced]
+        readings = [(worker, reading) for worker, reading in readings if reading.phase is not Phase.AFTER]
         for worker, reading in readings:
             if slept_s > SLEPT_S:
                 worker.pulse = worker.pulse.slept(slept_s)

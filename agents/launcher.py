@@ -46,6 +46,7 @@ from .preloader import Preloader
 LOOPBACK = hosts.Address("127.0.0.1", 0)
 CONNECT_TIMEOUT_S = 60.0  # torchrun waits as long for its store
 REJOIN_S = 60.0
+LOST = 3  # the exit status of a job that has trained, and has lost something all the same
 
 
 def launch(command: Command, preloader: Preloader) -> int:
@@ -59,14 +60,18 @@ def launch(command: Command, preloader: Preloader) -> int:
 
 
 def _conclude(outcome: Outcome) -> int:
+    """Say how the job ended; returns the exit status, which docs/guarantees.md explains."""
+    for lost in outcome.lost:
+        if lost != outcome.why:
+            print(f"everstep: error: {lost}", file=sys.stderr)
     if outcome.succeeded:
-        return 0
+        return LOST if outcome.lost else 0
     if outcome.detail:
         print(outcome.detail, file=sys.stderr, end="")
     where = f" (rank {outcome.rank})" if outcome.rank >= 0 else ""
     why = outcome.why.partition("\n")[0] if outcome.detail else " ".join(outcome.why.split())
     print(f"everstep: error: {why}{where}", file=sys.stderr)
-    return 1
+    return LOST if outcome.lost else 1
 
 
 def _run_node(command: Command, preloader: Preloader) -> Outcome:

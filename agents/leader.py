@@ -288,7 +288,8 @@ class Leader:
             else:
                 orders += self._orders(effect)
                 if isinstance(effect, e.EndJob):
-                    records.append(self._record("ended", {"succeeded": effect.succeeded, "why": effect.why}))
+                    fields = {"succeeded": effect.succeeded, "why": effect.why, "lost": list(effect.lost)}
+                    records.append(self._record("ended", fields))
         if not self._durable.due():
             return
         seen = {node: channel.seen for node, channel in self._durable.channels.items()}
@@ -323,6 +324,7 @@ class Leader:
         """What an effect has nodes told, numbered."""
         if isinstance(effect, e.EndJob):
             end = pb.EndJob(succeeded=effect.succeeded, why=effect.why, detail=effect.detail, rank=effect.rank)
+            end.lost.extend(effect.lost)
             found = [(node, pb.AttachResponse(end=end)) for node in self._durable.channels]
         elif (to_worker := worker_order(effect)) is not None:
             known = self.state.workers.get(to_worker[0].rank)

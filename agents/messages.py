@@ -85,8 +85,14 @@ def worker_event(worker: e.WorkerId, message: dict[str, Any]) -> e.Event | None:
         return e.CheckpointSaved(worker, saved, message["fields"])
     if kind == "unreadable":
         return e.CheckpointUnreadable(worker, message["name"], message["why"])
+    if kind == "left":
+        return e.WorkerLeft(worker, message["version"], message["name"])
+    if kind == "went_on":
+        return e.WorkerWentOn(worker, message["step"])
     if kind == "finished":
-        return e.WorkerFinished(worker)
+        return e.WorkerFinished(worker, message["version"], message["name"])
+    if kind == "concluded":
+        return e.WorkerConcluded(worker, message["name"], message["why"])
     if kind == "raised":
         return e.WorkerRaised(worker, message["message"], message["traceback"])
     return None
@@ -114,6 +120,12 @@ def worker_order(effect: e.Effect) -> tuple[e.WorkerId, pb.AttachResponse] | Non
         text = json.dumps({"kind": "abort", "generation": effect.generation})
     elif isinstance(effect, e.AskSave):
         text = json.dumps({"kind": "save"})
+    elif isinstance(effect, e.TellLeft):
+        text = json.dumps({"kind": "left", "version": effect.version})
+    elif isinstance(effect, e.Conclude):
+        text = json.dumps({"kind": "conclude", "version": effect.version, "name": effect.name})
+    elif isinstance(effect, e.EndTraining):
+        text = json.dumps({"kind": "trained"})
     else:
         return None
     return effect.worker, pb.AttachResponse(to_worker=pb.ToWorker(worker=proto(effect.worker), json=text))

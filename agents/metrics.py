@@ -27,7 +27,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 STEP_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0, 150.0)
 RECOVERY_BUCKETS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 15.0, 60.0)
 SAVING_BUCKETS = (0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 300.0, 1800.0)
-JOB_PHASES = ("forming", "launched", "running", "recovering", "done")
+JOB_PHASES = ("forming", "launched", "running", "recovering", "after training", "done")
 REASONS = ("worker_died", "worker_hung", "node_lost", "corruption", "not_whole", "checkpoint_damaged", "other")
 RECOVERY_PHASES = ("detect", "abort", "agree", "edit", "restore", "recompute")
 FAILURES = ("worker_died", "worker_hung", "node_lost", "corruption")

@@ -90,6 +90,7 @@ class Outcome:
     why: str = ""
     detail: str = ""
     rank: int = -1
+    lost: tuple[str, ...] = ()  # what was not got done all the same
     unfit: bool = False  # the node's own health check kept it from joining
 
     @property
@@ -361,14 +362,14 @@ class NodeAgent:
             self._tell(worker, message.json.encode())
 
     def _on_end(self, message: pb.EndJob) -> None:
-        self.outcome = Outcome(message.succeeded, message.why, message.detail, message.rank)
+        self.outcome = Outcome(message.succeeded, message.why, message.detail, message.rank, tuple(message.lost))
         if self.outcome.left:
             self._say(message.why)
         for worker in self.workers.values():
             if worker.id.rank == message.rank:
                 pass_on(worker.error_file, 1)
             self._tell(worker, b'{"kind":"end"}')
-            if not message.succeeded:
+            if not message.succeeded or message.lost:
                 worker.terminate(self.signal)
 
     # ------------------------------------------------------------ processes

@@ -81,6 +81,7 @@ class Observer:
         self._compared_s = 0.0
         self._checkpoint_s = 0.0
         self._checkpoint: Mapping[str, Any] | None = None
+        self._saving: Mapping[str, Any] | None = None
 
     # ------------------------------------------------------------ what it is fed with
 
@@ -171,6 +172,7 @@ class Observer:
                 exposure=self._exposure(state, now),
                 checkpoint=self._checkpoint,
                 checkpoint_s=self._checkpoint_s,
+                saving=self._saving,
                 told={node: (seen.at_s, seen.telemetry) for node, seen in self._seen.items()},
                 steps=newest(series.steps, steps),
                 rank_steps={rank: newest(of.steps, rank_steps) for rank, of in self.ranks.items()},
@@ -260,10 +262,22 @@ class Observer:
 
     def _saved(self, line: Mapping[str, Any]) -> None:
         self._checkpoint, self._checkpoint_s = line, line["at_s"]
+        self._saved_or_not(line)
         self.metrics.checkpoints.inc()
         self.metrics.checkpoint_step.set(line["version"])
         self.metrics.checkpoint_seconds.observe(line.get("seconds", 0.0))
         self.metrics.checkpoint_size.set(line.get("bytes", 0))
+
+    def _begins_to_save(self, line: Mapping[str, Any]) -> None:
+        self._saving = line
+
+    def _failed_to_save(self, line: Mapping[str, Any]) -> None:
+        self.metrics.checkpoint_failures.inc()
+        self._saved_or_not(line)
+
+    def _saved_or_not(self, line: Mapping[str, Any]) -> None:
+        if self._saving is not None and self._saving["name"] == line.get("name"):
+            self._saving = None
 
     # ------------------------------------------------------------ gauges, when they are asked for
 
@@ -343,7 +357,8 @@ _HANDLERS: dict[str, Callable[[Observer, Mapping[str, Any]], None]] = {
     "corruption": Observer._corruption,
     "straggler_found": Observer._straggler_found,
     "checkpoint_saved": Observer._saved,
-    "checkpoint_failed": lambda observer, line: observer.metrics.checkpoint_failures.inc(),
+    "checkpoint_begun": Observer._begins_to_save,
+    "checkpoint_failed": Observer._failed_to_save,
     "unprotected": lambda observer, line: observer.metrics.unprotected.inc(),
     "restarted": lambda observer, line: observer.metrics.restarts.inc(),
 }

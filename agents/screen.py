@@ -11,7 +11,8 @@ from .story import Story, count_text, newest_stories, phases_text, ranks_text, r
 EVENTS = 8
 NODES = 12  # listed; of more, those in which something is amiss
 SILENT_S = 3.0
-WELL = frozenset({"member", "finished", "exited"})
+AFTER = "after training"  # of a worker, and of the job
+WELL = frozenset({"member", "finished", AFTER, "exited"})
 
 View = Mapping[str, Any]
 
@@ -43,6 +44,8 @@ def head(view: View) -> list[str]:
     if view.get("recovering"):
         now = view["recovering"]
         found.append(f"recovering for {seconds(now['seconds'])} in step {now['step']}: {now['why']}")
+    if view["phase"] == AFTER:
+        found.append(_after_training(view))
     if view["steps"]:
         done = view["step"] + 1
         rates = [f"step {done:,} of {view['steps']:,} ({done / view['steps']:.1%})"]
@@ -56,6 +59,17 @@ def head(view: View) -> list[str]:
             rates.append(f"{seconds((view['steps'] - done) / view['steps_per_s'])} to go")
         found.append(", ".join(rates))
     return found
+
+
+def _after_training(view: View) -> str:
+    """Whose scripts still run."""
+    ranks = {status: [w["rank"] for w in view["workers"] if w["status"] == status] for status in (AFTER, "exited")}
+    ended = f"; {_ranks(ranks['exited'])} have ended" if ranks["exited"] else ""
+    return f"training is over; scripts go on with what comes after it on {_ranks(ranks[AFTER])}{ended}"
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks_text(ranks)}"
 
 
 def _layout(view: View) -> list[str]:
@@ -142,6 +156,9 @@ def _safety(view: View) -> list[str]:
         found.append(f"checkpoint: of {checkpoint['version']} steps, {seconds(checkpoint['age_s'])} ago{size}")
     elif view["steps"]:
         found.append("checkpoint: none so far")
+    if view.get("saving"):
+        saving = view["saving"]
+        found.append(f"checkpoint: of {saving['version']} steps is being saved, for {seconds(saving['for_s'])} so far")
     return found
 
 

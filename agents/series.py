@@ -81,8 +81,8 @@ class Series:
         self._disturbed = self._disturbed or event in _DISTURBING
         if event == "started" and not self.started_s:
             self.started_s = self.committed_s = line["at_s"]
-        elif event == "ended":
-            self.ended_s = line["at_s"]
+        elif event in ("trained", "ended"):
+            self.ended_s = self.ended_s or line["at_s"]
 
     def commit(self, line: Mapping[str, Any], world_size: int) -> Commit:
         """A `committed` line, or a `committed_again`, which is all loss."""

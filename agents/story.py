@@ -46,7 +46,7 @@ def tell(line: Line) -> Story | None:
     if event in _SILENT or (event == "committed_again" and line.get("same", True)):
         return None
     grade, words = _WORDS.get(event, (Grade.NEWS, _whatever))
-    if event == "ended" and not line.get("succeeded"):
+    if event == "ended" and (not line.get("succeeded") or line.get("lost")):
         grade = Grade.ALARM
     try:
         text = words(line)
@@ -150,8 +150,8 @@ class Narrator:
             self._log.log(int(story.grade), "%s", text)
 
     def _wanted(self, story: Story, line: Line) -> bool:
-        if story.event == "warning":  # each rank may say the same
-            return self._shown.first(line.get("notice", ""), story.text)
+        if story.event in ("warning", "checkpoint_failed"):  # each rank may say the same
+            return self._shown.first(line.get("notice", line.get("name", "")), story.text)
         if story.event == "ended" and self._least > Grade.NEWS:
             return False  # the launcher says how the job ended
         return story.grade >= self._least
@@ -237,7 +237,13 @@ def _started(line: Line) -> str:
 
 
 def _ended(line: Line) -> str:
-    return f"the job {'succeeded' if line['succeeded'] else 'failed'}" + (f": {line['why']}" if line.get("why") else "")
+    why = "; ".join([line["why"]] if line.get("why") else line.get("lost", ()))
+    return f"the job {'succeeded' if line['succeeded'] else 'failed'}" + (f": {why}" if why else "")
+
+
+def _trained(line: Line) -> str:
+    lost = "".join(f"; {one}" for one in line.get("lost", ()))
+    return f"training is over with step {line['step']}; scripts go on with what comes after it{lost}"
 
 
 def _died(line: Line) -> str:
@@ -253,7 +259,7 @@ def _saved(line: Line) -> str:
     return f"checkpoint {line.get('name', '')} of {line['version']} steps is saved{how}"
 
 
-_SILENT = frozenset({"committed"})
+_SILENT = frozenset({"committed", "checkpoint_begun"})
 _WORDS: dict[str, tuple[Grade, Callable[[Line], str]]] = {
     "node_joined": (Grade.NEWS, lambda x: f"node {x['node']} ({x['host']}) joined, with {x['slots']} workers"),
     "node_lost": (Grade.WARNING, lambda x: f"node {x['node']} with {_one(x['ranks'])} is lost: {x['why']}"),
@@ -271,6 +277,12 @@ _WORDS: dict[str, tuple[Grade, Callable[[Line], str]]] = {
     "restarted": (Grade.WARNING, lambda x: f"all workers start again, for the {x['restart']}. time: {x['cause']}"),
     "ended": (Grade.NEWS, _ended),
     "stopping": (Grade.NEWS, lambda x: f"a checkpoint is saved before the job ends: {x['why']}"),
+    "left_alone": (
+        Grade.NEWS,
+        lambda x: f"{_one(x['ranks'])} left the training loop after step {x['step']}; not {_one(x['others'])}",
+    ),
+    "last_save": (Grade.NEWS, lambda x: f"the state after {x['version']} steps is being saved, as {x['name']}"),
+    "trained": (Grade.NEWS, _trained),
     "protection": (Grade.NEWS, _protection),
     "snapshot_interval": (
         Grade.NEWS,

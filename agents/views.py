@@ -45,6 +45,7 @@ class Seen:
     exposure: Mapping[str, float | None] | None
     checkpoint: Mapping[str, Any] | None
     checkpoint_s: float
+    saving: Mapping[str, Any] | None
     told: Mapping[str, tuple[float, pb.Telemetry]]
     steps: Sequence[StepPoint]
     rank_steps: Mapping[int, Sequence[pb.StepTimes]]
@@ -95,6 +96,7 @@ def view_of(seen: Seen) -> dict[str, Any]:
         "snapshot_interval": seen.interval,
         "exposure": seen.exposure,
         "checkpoint": _checkpoint(seen),
+        "saving": _saving(seen),
         "quarantined": len(state.quarantined),
         "quarantine": [_kept_out(seen, host) for host in state.quarantined],
         "troubles": [_troubles(seen, host) for host in state.troubles],
@@ -147,6 +149,14 @@ def _checkpoint(seen: Seen) -> dict[str, Any] | None:
         return None
     fields = {k: v for k, v in seen.checkpoint.items() if k not in ("event", "at_s")}
     return {**fields, "age_s": seen.at_s - seen.checkpoint_s}
+
+
+def _saving(seen: Seen) -> dict[str, Any] | None:
+    """The checkpoint that is being saved now."""
+    if seen.saving is None:
+        return None
+    line = seen.saving
+    return {"version": line["version"], "name": line["name"], "for_s": max(0.0, seen.at_s - line["at_s"])}
 
 
 def _node(seen: Seen, name: str, unlike: Sequence[str]) -> dict[str, Any]:

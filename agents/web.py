@@ -32,6 +32,7 @@ _COPIED = (
     *("job", "at_s", "unix_s", "phase", "recovering", "generation", "world_size", "stages", "step", "steps", "loss"),
     *("step_s", "typical_step_s", "commit_age_s", "samples_per_s", "tokens_per_s", "goodput", "protection", "exposure"),
     "checkpoint",
+    "saving",
 )
 
 

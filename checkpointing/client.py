@@ -291,10 +291,16 @@ class KeeperLink:
         with self._lock:
             self._ask({"op": "save", "request": request}, [])
 
-    def saves(self, writer: str) -> dict[str, Any] | None:
-        """{"results", "open"}: what became of that writer's saves since the last time, and names of those under way.
+    def abandon(self, writer: str, name: str) -> None:
+        """Give up a save that makes no progress."""
+        with self._lock, contextlib.suppress(OSError):
+            self._ask({"op": "abandon", "writer": writer, "name": name}, [])
 
-        A result is {"name", "committed", "error", "seconds"}. None if the keeper is away.
+    def saves(self, writer: str) -> dict[str, Any] | None:
+        """{"results", "open", "still_s"}: what became of that writer's saves since the last time, and those under way.
+
+        A result is {"name", "committed", "error", "seconds"}; "still_s": name -> seconds without progress. None if the
+        keeper is away.
         """
         with self._lock:
             try:

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -26,6 +26,7 @@ from .universal.manifest import CheckpointError
 from .universal.store import StoreError
 
 WRITERS = 2  # requests that are carried out at the same time: those of the node's workers
+MOVED_S = 1.0  # between words of progress
 REMEMBERED = 64  # results that no worker has asked for
 
 
@@ -38,7 +39,7 @@ class Saver:
         self._lock = threading.Lock()
         self._feeding = threading.Lock()  # a pipe may be full: whoever asks for results does not wait for that
         self._process: subprocess.Popen[bytes] | None = None
-        self._open: dict[tuple[str, str], None] = {}  # (writer, name) under way
+        self._open: dict[tuple[str, str], float] = {}  # (writer, name) under way -> when it made progress last
         self._results: dict[str, list[dict[str, Any]]] = {}  # writer -> what it has not been told
 
     def save(self, request: SaveRequest) -> None:
@@ -46,7 +47,7 @@ class Saver:
         with self._lock:
             if (request.writer, request.name) in self._open:
                 return  # said again, after the worker had lost its connection
-            self._open[(request.writer, request.name)] = None
+            self._open[(request.writer, request.name)] = time.monotonic()
         threading.Thread(target=self._feed, args=(request,), name="everstep-save", daemon=True).start()
 
     def _feed(self, request: SaveRequest) -> None:
@@ -73,14 +74,35 @@ class Saver:
         for line in process.stdout:
             result = json.loads(line)
             with self._lock:
-                self._end(result.pop("writer"), result)
+                if self._process is not process:
+                    continue  # it was given up
+                if result.get("moved"):
+                    self._move(result["writer"], result["name"])
+                else:
+                    self._end(result.pop("writer"), result)
         status = process.wait()
         with self._lock:
-            if self._process is process:
-                self._process = None
+            if self._process is not process:
+                return
+            self._process = None
             for writer, name in list(self._open):
                 why = f"the process that saves it ended with status {status}"
                 self._end(writer, {"name": name, "error": why, "lost": True})
+
+    def _move(self, writer: str, name: str) -> None:
+        if (writer, name) in self._open:
+            self._open[(writer, name)] = time.monotonic()
+
+    def abandon(self, writer: str, name: str) -> None:
+        """Storage does not answer: the process that waits for it is ended, and the next save has one of its own."""
+        with self._lock:
+            if self._open.pop((writer, name), None) is None or self._process is None:
+                return
+            process, self._process = self._process, None
+            process.kill()  # where it waits in the kernel, it ends when that lets it
+            for other, theirs in list(self._open):
+                why = f"the process that saves it was ended, since {name} made no progress"
+                self._end(other, {"name": theirs, "error": why, "lost": True})
 
     def _end(self, writer: str, result: dict[str, Any]) -> None:
         self._open.pop((writer, result["name"]), None)
@@ -89,10 +111,14 @@ class Saver:
         del waiting[:-REMEMBERED]
 
     def results(self, writer: str) -> dict[str, Any]:
-        """{"results": what has ended since the last time it was asked, "open": names of what has not}."""
+        """{"results": what has ended since the last time it was asked, "open": names of what has not, "still_s"}.
+
+        "still_s": for how long those that are open have made no progress.
+        """
         with self._lock:
-            under_way = [name for who, name in self._open if who == writer]
-            return {"results": self._results.pop(writer, []), "open": under_way}
+            now = time.monotonic()
+            still_s = {name: now - moved_s for (who, name), moved_s in self._open.items() if who == writer}
+            return {"results": self._results.pop(writer, []), "open": list(still_s), "still_s": still_s}
 
 
 def _fetcher(address: str, token: str, version: int) -> Any:
@@ -106,13 +132,13 @@ def _fetcher(address: str, token: str, version: int) -> Any:
     return client, fetch
 
 
-def _carry_out(request: SaveRequest, address: str, token: str) -> dict[str, Any]:
+def _carry_out(request: SaveRequest, address: str, token: str, moved: Callable[[], None]) -> dict[str, Any]:
     started = time.monotonic()
     result: dict[str, Any] = {"writer": request.writer, "name": request.name}
     try:
         client, fetch = _fetcher(address, token, request.version)
         with contextlib.closing(client):
-            result["committed"] = save_part(request, fetch)
+            result["committed"] = save_part(request, fetch, moved=moved)
         result["bytes"] = saved_bytes(request) if result["committed"] else 0
     except (StoreError, CheckpointError, Gone, KeeperRefused, OSError, ValueError) as error:
         result["error"] = str(error)
@@ -125,11 +151,21 @@ def main() -> None:
     address, token = sys.argv[1], os.environ.pop("EVERSTEP_TOKEN")
     lock = threading.Lock()
 
-    def one(line: bytes) -> None:
-        result = _carry_out(SaveRequest.from_json(line), address, token)
+    def tell(message: dict[str, Any]) -> None:
         with lock:
-            sys.stdout.write(json.dumps(result) + "\n")
+            sys.stdout.write(json.dumps(message) + "\n")
             sys.stdout.flush()
+
+    def one(line: bytes) -> None:
+        request, told_s = SaveRequest.from_json(line), 0.0
+
+        def moved() -> None:
+            nonlocal told_s
+            if time.monotonic() - told_s > MOVED_S:
+                told_s = time.monotonic()
+                tell({"writer": request.writer, "name": request.name, "moved": True})
+
+        tell(_carry_out(request, address, token, moved))
 
     with ThreadPoolExecutor(WRITERS, thread_name_prefix="everstep-save") as pool:
         for line in sys.stdin.buffer:

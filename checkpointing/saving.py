@@ -82,11 +82,18 @@ class Gone(Exception):
 Fetch = Callable[[Sequence[int]], Mapping[int, bytes | memoryview]]
 
 
-def save_part(request: SaveRequest, fetch: Fetch, pause: Callable[[float], None] = time.sleep) -> bool:
+def save_part(
+    request: SaveRequest,
+    fetch: Fetch,
+    pause: Callable[[float], None] = time.sleep,
+    *,
+    moved: Callable[[], None] = lambda: None,
+) -> bool:
     """Write this writer's part of a checkpoint; returns whether it was the last, which commits.
 
-    `fetch` gives the records of shards at the request's version. Raises StoreError when the storage went on failing,
-    Gone when records are not there any more, CheckpointError when what was written is not what is there.
+    `fetch` gives the records of shards at the request's version. `moved` is called whenever storage has taken some.
+    Raises StoreError when the storage went on failing, Gone when records are not there any more, CheckpointError when
+    what was written is not what is there.
     """
     folder = open_store(request.url, request.options).inside(request.name)
     writer = ChunkWriter(folder)
@@ -98,7 +105,9 @@ def save_part(request: SaveRequest, fetch: Fetch, pause: Callable[[float], None]
                 raise Gone(f"version {request.version} of shard {piece.shard} is no longer in any memory")
             found = items(records[piece.shard])
             _retried(folder, lambda piece=piece, found=found: _put(writer, request, piece, found), pause)  # type: ignore[misc]
+            moved()
     _retried(folder, lambda: writer.finish(request.writer), pause)
+    moved()
     return finish(request, folder, pause)
 
 

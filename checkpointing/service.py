@@ -203,6 +203,8 @@ class KeeperServer:
                 self.protector.want(request["generation"], request["version"], request["protected"])
         elif operation == "save":
             self.saver.save(SaveRequest.from_json(request["request"]))
+        elif operation == "abandon":
+            self.saver.abandon(request["writer"], request["name"])
         elif operation == "saves":
             return self.saver.results(request["writer"])
         elif operation == "state":

@@ -6,6 +6,7 @@ commits. A save that fails is told, counted, and tried again when the next one i
 
 from __future__ import annotations
 
+import functools
 import json
 import secrets
 import threading
@@ -28,10 +29,12 @@ from ..comms.tensors import raw
 from ..resharding.layout import Layout
 from ..resharding.units import ParameterSpec, Shard
 from .membership import Membership
+from .notices import Notice, warn
 from .settings import Settings
 from .stack import LayerStack
 
-FINISH_PATIENCE_S = 120.0  # how long a job that is trained waits for its last checkpoint
+STALLS_S = 20.0  # without progress: then somebody should know
+WAITS_S = 10.0  # for a checkpoint, at the end of training, until that is said
 TRIES = 3  # of a save whose saver, or keeper, is lost
 CONSTANT_CHUNK_BYTES = 16 << 20
 
@@ -76,6 +79,9 @@ class Checkpoints:
         self._again = 0  # how often it was asked again
         self._handed_over = ""  # the last name that the keeper was told of
         self._lock = threading.Lock()
+        self._kept: tuple[int, dict[int, memoryview]] = (-1, {})  # the last version, where there is no keeper
+        self._moved_s: dict[str, float] = {}  # writer -> when its save made progress last, of those under way
+        self._why = ""  # the last save that failed did because of this
 
     @property
     def active(self) -> bool:
@@ -134,8 +140,10 @@ class Checkpoints:
             return None
         self._attempt = (version, layout.generation)
         self._snapshots.saving = version
-        self._open[f"rank-{rank}"] = name
+        self._opened(f"rank-{rank}", name)
         waiting = self._waiting = _Waiting(name, version, terms, layout, rank)
+        if rank == layout.ranks[0]:
+            self._membership.tell("noted", what="checkpoint_begun", fields={"version": version, "name": name})
 
         def sealed() -> None:
             with self._lock:
@@ -150,11 +158,22 @@ class Checkpoints:
         if sealed is None:
             return
         assert self._waiting is not None
+        version, records = self._kept
+        self._waiting.records = records if version == self._waiting.version else self._copies(states)
+        sealed()
+
+    def _copies(self, states: Callable[[int], ShardState]) -> dict[int, memoryview]:
+        copies: dict[int, memoryview] = {}
         for shard in self._stack.spec.shards:
             record = Record(states(shard.index))
-            data = self._waiting.records[shard.index] = memoryview(bytearray(record.length))
+            data = copies[shard.index] = memoryview(bytearray(record.length))
             record.write(data)
-        sealed()
+        return copies
+
+    def keep(self, version: int, states: Callable[[int], ShardState]) -> None:
+        """Copy the last version where there is no keeper, before the script makes what it likes of the model."""
+        if self.active and version > max(0, self.newest):
+            self._kept = (version, self._copies(states))
 
     def settle(self, after: dict[str, Any]) -> None:
         """The next step begins: how the user's code has left things after the last one ("groups", "users")."""
@@ -175,6 +194,7 @@ class Checkpoints:
         waiting, self._waiting = self._waiting, None
         if waiting is not None:
             self._open.clear()
+            self._moved_s.clear()
             self._snapshots.saving = -1
 
     def _start(self, waiting: _Waiting) -> None:
@@ -189,11 +209,16 @@ class Checkpoints:
         request = self._request(waiting, agreement, writer)
         if waiting.rank == waiting.layout.ranks[0] and any(True for _ in self._stack.constants()):
             constants = f"{writer}-constants"
-            self._open[constants] = waiting.name
+            self._opened(constants, waiting.name)
             self._in_thread(request, constants, lambda: self._save_constants(request, constants))
         if self.link is None:
             records = waiting.records
-            self._in_thread(request, writer, lambda: save_part(request, lambda shards: {s: records[s] for s in shards}))
+
+            def save() -> bool:
+                moves = functools.partial(self._moves, writer)
+                return save_part(request, lambda shards: {s: records[s] for s in shards}, moved=moves)
+
+            self._in_thread(request, writer, save)
             return
         self._requests[waiting.name], self._again = request, 0
         self._hand_over(request)
@@ -205,6 +230,13 @@ class Checkpoints:
             self._handed_over = request.name
         except OSError as error:
             self._ended({"writer": request.writer, "name": request.name, "error": str(error)})
+
+    def _opened(self, writer: str, name: str) -> None:
+        self._open[writer] = name
+        self._moves(writer)
+
+    def _moves(self, writer: str) -> None:
+        self._moved_s[writer] = time.monotonic()
 
     def _in_thread(self, request: SaveRequest, writer: str, action: Callable[[], bool]) -> None:
         def work() -> None:
@@ -236,6 +268,7 @@ class Checkpoints:
                 first = number * array.chunk_rows
                 rows = tensor[first : first + array.chunk_rows] if shape else tensor
                 writer.put(path, number, raw(rows))
+                self._moves(name)
         writer.finish(name)
         return finish(request, folder)
 
@@ -310,28 +343,56 @@ class Checkpoints:
             if told is not None:
                 results += [{"writer": writer, **result} for result in told["results"]]
                 known = any(r["writer"] == writer and r["name"] == name for r in results)
+                if name in told["still_s"]:
+                    self._moved_s[writer] = time.monotonic() - told["still_s"][name]
                 if not known and name not in told["open"] and name == handed_over:
                     lost = "the snapshot keeper that had it saved was lost"
                     results.append({"writer": writer, "name": name, "error": lost, "lost": True})
+        ended = {(result["writer"], result["name"]) for result in results}
+        results += [self._given_up(*item) for item in self._open.items() if item not in ended and self._stalls(*item)]
         for result in results:
             self._take(result)
         if not self._open:
             self._snapshots.saving = -1
+
+    def _stalls(self, writer: str, name: str) -> bool:
+        """Whether a save has made no progress for too long; some time before that it is said."""
+        if name not in self._terms and self._waiting is not None and self._waiting.name == name:
+            self._moves(writer)  # it has not begun: the user's code is at the step that it is of
+        still_s, limit_s = time.monotonic() - self._moved_s[writer], self._settings.checkpoint_timeout
+        if still_s > min(STALLS_S, limit_s / 2) and name in self._terms:
+            version = self._terms[name][0]
+            text = (
+                f"the storage has taken nothing of the checkpoint of {version} steps for a while: after {limit_s:g} s "
+                "without progress it is given up (checkpoint_timeout)"
+            )
+            warn(self._membership, Notice.SAVE_STALLS, text, version=version, name=name)
+        return still_s > limit_s
+
+    def _given_up(self, writer: str, name: str) -> dict[str, Any]:
+        if self.link is not None and not writer.endswith("-constants"):
+            self.link.abandon(writer, name)
+        why = (
+            f"no progress for {self._settings.checkpoint_timeout:g} s: the storage does not answer (checkpoint_timeout)"
+        )
+        return {"writer": writer, "name": name, "error": why}
 
     def _take(self, result: dict[str, Any]) -> None:
         writer, name = result["writer"], result["name"]
         if self._open.get(writer) != name:
             return
         del self._open[writer]
-        version, agreement = self._terms[name]
+        self._moved_s.pop(writer, None)
+        version, agreement = self._terms.get(name, (-1, ""))
         if result.get("error"):
             self.failures += 1
+            self._why = str(result["error"])
             fields = {"version": version, "name": name, "why": result["error"], "failures": self.failures}
             self._membership.tell("noted", what="checkpoint_failed", fields=fields)
             request = self._requests.get(name)
             if result.get("lost") and request is not None and self._again < TRIES:  # who was at it is gone, that is all
                 self._again += 1
-                self._open[writer] = name
+                self._opened(writer, name)
                 self._hand_over(request)
         elif result.get("committed"):
             self.newest = max(self.newest, version)
@@ -340,18 +401,46 @@ class Checkpoints:
         self._terms = {n: t for n, t in self._terms.items() if n in self._open.values()}
         self._requests = {n: r for n, r in self._requests.items() if n in self._open.values()}
 
+    def save_last(
+        self,
+        terms: dict[str, Any],
+        layout: Layout,
+        rank: int,
+        after: dict[str, Any],
+        states: Callable[[int], ShardState],
+        on_wait: Callable[[], None],
+    ) -> str:
+        """Save the last version, which is in the keeper, once more. Returns why it was not saved here, if so."""
+        self.conclude(on_wait)
+        if self._open:
+            return self._why
+        self._why = ""
+        if self.link is None:
+            self.begin_alone(terms, layout, states)
+        else:
+            sealed = self.begin(terms, layout, rank)
+            assert sealed is not None
+            sealed()
+        self.settle(after)
+        self.conclude(on_wait)
+        return self._why
+
     def resumed(self, version: int) -> None:
         """The job goes on from a checkpoint of `version`."""
         self.newest = version
         self._attempt = (version, 0)
 
     def conclude(self, on_wait: Callable[[], None]) -> None:
-        """Wait for what is still being saved; not for ever."""
-        deadline = time.monotonic() + FINISH_PATIENCE_S
-        while self._open and time.monotonic() < deadline:
+        """Wait for what is still being saved, as long as that makes progress."""
+        started = time.monotonic()
+        while self._open:
             on_wait()
             time.sleep(0.01)
             self.poll()
+            if self._open and time.monotonic() - started > WAITS_S:
+                limit_s = self._settings.checkpoint_timeout
+                text = f"training has ended, and waits for the last checkpoint; {limit_s:g} s without progress end that"
+                warn(self._membership, Notice.SAVE_WAITED_FOR, text)
 
 
 def _rows(parameter: ParameterSpec, shard: Shard) -> int:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import json
+import logging
 import os
 import random
 import socket
 import sys
+import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -47,6 +50,7 @@ def elastic(
     checkpoint_every: int = 1000,
     checkpoint_keep: int = 2,
     checkpoint_keep_s: float = 0.0,
+    checkpoint_timeout: float = 300.0,
     checkpoint_options: Mapping[str, Any] | None = None,
     resume: str = "auto",
     on_damage: str = "stop",
@@ -66,10 +70,11 @@ def elastic(
 
     `checkpoint`: the URL of a folder (any fsspec file system, whose options are `checkpoint_options`) in which a
     checkpoint is saved `checkpoint_every` steps, and after the last one; at least `checkpoint_keep` are kept, and each
-    for `checkpoint_keep_s` seconds. `resume`: "auto", go on from the newest one there; "never"; or the URL of one to
-    start from when there is none yet. `on_damage`: whether a damaged one may be passed over for the one before it,
-    "older", or ends the job, "stop". `resume_data`: whether a checkpoint is refused when the dataset, the batch sizes
-    or the seed are others than those it was trained with, "check", or continued all the same, "ignore".
+    for `checkpoint_keep_s` seconds. Saving one is given up after `checkpoint_timeout` seconds without progress.
+    `resume`: "auto", go on from the newest one there; "never"; or the URL of one to start from when there is none yet.
+    `on_damage`: whether a damaged one may be passed over for the one before it, "older", or ends the job, "stop".
+    `resume_data`: whether a checkpoint is refused when the dataset, the batch sizes or the seed are others than those
+    it was trained with, "check", or continued all the same, "ignore".
 
     Call the decorated function without `run`. Under `everstep run` it is one worker of the job; started by itself it
     runs alone. A mistake in these raises no traceback of ours: it ends the script with one line.
@@ -79,6 +84,8 @@ def elastic(
         @functools.wraps(function)
         def main(*args: P.args, **kwargs: P.kwargs) -> None:
             context = WorkerContext.from_environment()
+            if context is not None and _trained:
+                _refuse_second(function.__name__)
             membership: Membership = AgentMembership(context.control_fd) if context else Solo()
             membership.declare()
             with _reported(membership, context):
@@ -99,6 +106,7 @@ def elastic(
                     checkpoint_every=checkpoint_every,
                     checkpoint_keep=checkpoint_keep,
                     checkpoint_keep_s=checkpoint_keep_s,
+                    checkpoint_timeout=checkpoint_timeout,
                     checkpoint_options=json.dumps(dict(checkpoint_options or {})),
                     resume=resume,
                     on_damage=on_damage,
@@ -106,18 +114,61 @@ def elastic(
                 )
                 settings = resolve(declared)
                 with _run(settings, context, membership) as run:
-                    function(run, *args, **kwargs)
+                    ending = _carried_out(lambda: function(run, *args, **kwargs))
                     if run.layout is None:
                         raise UsageError(
-                            f"{function.__name__} returned without calling run.prepare(...) or run.steps(...): nothing "
-                            "was trained"
+                            f"{function.__name__} {'ended' if ending else 'returned'} without calling run.prepare(...) "
+                            "or run.steps(...): nothing was trained"
                         )
-                    membership.tell("finished")
-                    run._serve()
+                    run._finish()
+                    _ended_well(function.__name__, membership)
+            if ending is not None:
+                raise ending
 
         return main
 
     return decorate
+
+
+LOST = 3  # exit status of a script that runs alone and could not save its last checkpoint
+
+_trained: list[tuple[str, Membership]] = []  # the training of this process, once it is over
+_unsaved: list[str] = []  # what a script that runs alone has lost
+
+
+def _ended_well(name: str, membership: Membership) -> None:
+    _trained.append((name, membership))
+    if isinstance(membership, Solo) and membership.lost:
+        _unsaved.append(membership.lost)
+
+
+def _refuse_second(name: str) -> NoReturn:
+    """Other ranks, their keepers and the coordinator know of one training."""
+    first, membership = _trained[0]
+    why = f"{name}: this script has trained already ({first}), and a job is one training: start another job for it"
+    _raise_in_job(membership, why, "")
+
+
+@atexit.register
+def _end_with_loss() -> None:
+    """The script has run to its end, and what was lost is said: the exit status is all that is left to give."""
+    if _unsaved and getattr(sys, "last_value", None) is None:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        logging.shutdown()
+        os._exit(LOST)
+
+
+def _carried_out(function: Callable[[], Any]) -> SystemExit | None:
+    """Run the user's function. It may end the script with status 0: then its last step is a good end of training."""
+    try:
+        function()
+    except SystemExit as ending:
+        if ending.code:
+            raise
+        return ending
+    return None
 
 
 @contextlib.contextmanager
@@ -171,7 +222,7 @@ def _reported(membership: Membership, context: WorkerContext | None) -> Iterator
             sys.exit(f"everstep: error: {error}")
         _raise_in_job(membership, str(error), "")
     except (SystemExit, KeyboardInterrupt, Exception) as error:
-        if context is None or (isinstance(error, SystemExit) and not error.code):
+        if context is None:
             raise
         _record_for_torch(error)
         trace = "".join(traceback.format_exception(error.with_traceback(_users_part(error.__traceback__))))
@@ -180,7 +231,8 @@ def _reported(membership: Membership, context: WorkerContext | None) -> Iterator
 
 def _raise_in_job(membership: Membership, message: str, trace: str) -> NoReturn:
     membership.tell("raised", message=shortened(message), traceback=shortened(trace), host=socket.gethostname())
-    membership.wait_for_end(lambda: None)
+    while not membership.interrupted():
+        time.sleep(0.02)
     os._exit(1)
 
 

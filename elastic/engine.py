@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import secrets
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from ..checkpointing.record import ShardState
 from ..checkpointing.snapshot import Snapshots
+from ..checkpointing.universal.writer import folder_name
 from ..comms.canonical import sum_scalars
 from ..comms.communicator import Communicator, all_gather, barrier
 from ..resharding.layout import Layout
@@ -123,6 +125,9 @@ class Engine:
         self.results: list[Step] = []  # committed, not yet shown to the user
         self._loss_trusted = True  # no warning yet
         self.shown = -1  # the last step that was, or will be, shown: none is shown twice
+        self.turn: Step | None = None  # what the user's code has been shown, and is at
+        self.leave_at: int | None = None  # the version at which the user's code has left the loop
+        self.after_leaving: dict[str, Any] | None = None  # how it had left things then
         self.birth: dict[str, Any] = {}  # hyper-parameters and registered states before the first step
         self._registered_at: dict[int, dict[str, Any]] = {}  # step -> states of what the user registered, at its end
 
@@ -149,12 +154,14 @@ class Engine:
         """Run this rank's remaining segments of the step."""
         self.settle()
         layout, state = self.current()
+        self.membership.begun(state.step)
         stages_from_here = sum(stage.start >= layout.stage_of(self.rank).start for stage in layout.stages)
         self.pipeline.run(state, depth=stages_from_here + _SLACK)
 
     def complete(self) -> None:
         """Reduce, agree, update and commit the step whose micro-batches are done."""
         layout, state = self.current()
+        self.membership.begun(state.step)
         self.check_values(thorough=True)
         span, began_ns = self.telemetry.span, time.monotonic_ns()
         self._reduce(layout, state)
@@ -493,14 +500,36 @@ class Engine:
 
     def settle(self) -> None:
         """The user's code has run for the last step: what it made of it goes with this version."""
-        self.check_values(thorough=False)
-        self.pipeline.forwards.check_constants(self.version, self.registered.values())
+        if self.leave_at is None:  # after the loop the model is the script's
+            self.check_values(thorough=False)
+            self.pipeline.forwards.check_constants(self.version, self.registered.values())
         if self.checkpoints.unsettled:
-            self.checkpoints.settle(self.after_users())
+            self.checkpoints.settle(self.after_leaving or self.after_users())
+
+    def leave_loop(self) -> None:
+        """The user's code has left the loop, be it before the last step: this rank trains no further."""
+        if self.leave_at is not None:
+            return
+        self.leave_at = self.version
+        self.after_leaving = self.after_users()
+        if self.checkpoints.link is None:
+            self.checkpoints.keep(self.version, self._state_of)
+        if self.version == self.settings.steps:
+            return
+        self.membership.tell("left", version=self.version, name=self.last_name())
+        proposal = self.membership.proposed(last=True)
+        if proposal is not None and self.layout is not None and proposal.plan.generation > self.layout.generation:
+            self.membership.tell("idled", generation=proposal.plan.generation)
+
+    def last_name(self) -> str:
+        """What a checkpoint of this version may be called."""
+        return folder_name(self.version, time.time(), secrets.token_hex(4))
 
     def conclude(self) -> None:
         """Past the last step: return when its version is whole here, parity included."""
         self.settle()
+        if self.version < self.settings.steps:
+            self.protect(anyway=True)
         with self.progress.waiting(SNAPSHOT):
             self.snapshots.wait(self._patient)
         with self.progress.waiting(PARITY):
@@ -508,6 +537,17 @@ class Engine:
         with self.progress.waiting(SAVES):
             self.checkpoints.conclude(self._patient)
 
+    def save_last(self, version: int, name: str, on_wait: Callable[[], None]) -> str:
+        """Save this rank's part of the last version, which is not whole yet. Returns why not, if it could not."""
+        if version != self.version:
+            raise AssertionError(f"rank {self.rank} is at version {self.version}, and is to save {version}")
+        layout, _ = self.current()
+        self.settle()
+        self.snapshots.wait(on_wait)
+        terms = {**json.loads(self.agreement), "save": name}
+        after = self.after_leaving or self.after_users()
+        return self.checkpoints.save_last(terms, layout, self.rank, after, self._state_of, on_wait)
+
     def ended(self) -> bool:
-        """Whether every step is committed."""
-        return self.version >= self.settings.steps
+        """Whether every step is committed that there is to be."""
+        return self.version >= (self.settings.steps if self.leave_at is None else self.leave_at)

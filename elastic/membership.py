@@ -11,7 +11,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..comms.communicator import Aborted, Peer
 from ..resharding.placement import Placement
@@ -35,12 +35,20 @@ class Orders:
     nodes: Mapping[int, str]  # rank -> node
 
 
+class Conclusion(NamedTuple):
+    """Nobody trains beyond `version`: what has to be saved of it is to be, as `name`."""
+
+    version: int
+    name: str
+
+
 class Membership(ABC):
     """The worker's side of the control plane."""
 
     def __init__(self) -> None:
         self.on_abort: Callable[[], None] = lambda: None
         self.save_asked = False  # somebody wants a checkpoint now
+        self.conclusion: Conclusion | None = None  # is due
 
     @abstractmethod
     def declare(self) -> None:
@@ -70,12 +78,23 @@ class Membership(ABC):
         """Whether `generation` is over already."""
 
     @abstractmethod
+    def begun(self, step: int) -> None:
+        """This worker needs others for `step` now. Raises Aborted if nobody trains that far."""
+
+    @abstractmethod
+    def interrupted(self) -> bool:
+        """Whether a report is due, or the job has ended."""
+
+    @abstractmethod
     def tell(self, kind: str, **fields: Any) -> None:
         """Tell the coordinator something that needs no answer."""
 
     @abstractmethod
     def wait_for_end(self, on_wait: Callable[[], None]) -> bool:
-        """Wait until the job ends (True) or the generation is aborted (False)."""
+        """Wait until training is over (True), or a report or the last checkpoint is due (False).
+
+        Raises JobEnded when the job is over.
+        """
 
 
 class Solo(Membership):
@@ -87,6 +106,8 @@ class Solo(Membership):
         self._saved: list[Saved] = []  # the checkpoints that may be gone on from, newest first
         self._older = False  # whether one that is damaged may be passed over
         self._shown = Shown()
+        self._newest = -1  # the newest version that is saved
+        self.lost = ""  # what is not saved at the end, and why
 
     def declare(self) -> None:
         pass
@@ -96,6 +117,7 @@ class Solo(Membership):
         layout = initial_layout(job.model, [0], 1, job.micro_batches)
         nowhere = Placement(generation=1, width=0, losses=0, wanted=0, stripes=())
         self._saved, self._older = list(saved), job.on_damage == "older"
+        self._newest = max((item.version for item in saved), default=-1)
         self._orders = Orders(plan_start(layout), {0: peer}, {}, nowhere, {0: ""})
         self._job = job
         if saved:
@@ -121,8 +143,26 @@ class Solo(Membership):
     def superseded(self, generation: int) -> bool:
         return False
 
+    def begun(self, step: int) -> None:
+        """There are no others."""
+
+    def interrupted(self) -> bool:
+        return False
+
     def tell(self, kind: str, **fields: Any) -> None:
-        if kind == "unreadable":
+        if kind == "saved":
+            self._newest = max(self._newest, fields["version"])
+        elif kind == "finished":
+            self._last = Conclusion(fields["version"], fields["name"])
+            saves = self._job.checkpoints and fields["version"] > max(0, self._newest)
+            self.conclusion = self._last if saves else None
+        elif kind == "concluded":
+            if self._newest < self._last.version:
+                newest = f"the newest checkpoint is of {self._newest} steps" if self._newest >= 0 else "there is none"
+                why = fields["why"] or "it did not get whole"
+                self.lost = f"the state after {self._last.version} steps is not saved ({why}); {newest}"
+                print(f"everstep: error: {self.lost}", file=sys.stderr, flush=True)
+        elif kind == "unreadable":
             self._saved = [item for item in self._saved if item.name != fields["name"]]
             if not self._older or not self._saved:
                 raise UsageError(fields["why"])
@@ -138,7 +178,7 @@ class Solo(Membership):
                 print(f"everstep: warning: {text} [{notice}]", file=sys.stderr, flush=True)
 
     def wait_for_end(self, on_wait: Callable[[], None]) -> bool:
-        return True
+        return self.conclusion is None
 
 
 class AgentMembership(Membership):
@@ -155,6 +195,9 @@ class AgentMembership(Membership):
         self._orders: Orders | None = None
         self._proposal: Orders | None = None
         self._past_last = False
+        self._begun = -1  # the last step that others were needed for here
+        self._left_at: int | None = None  # some rank has left the loop at this version
+        self._trained = False
         self._ended = False
         threading.Thread(target=self._listen, name="everstep-control", daemon=True).start()
 
@@ -170,11 +213,21 @@ class AgentMembership(Membership):
             if kind == "abort" and message["generation"] > self._aborted:
                 self._aborted, self._aborted_at = message["generation"], time.monotonic()
                 self._proposal = None
+                self.conclusion = None
                 self.on_abort()
             elif kind == "plan":
                 self._take(message)
             elif kind == "save":
                 self.save_asked = True
+            elif kind == "left":
+                self._left_at = message["version"]
+                self._tell_if_past()
+            elif kind == "conclude":
+                self.conclusion = Conclusion(message["version"], message["name"])
+                if self._begun >= self.conclusion.version:  # else it has that step before it to do, as all others have
+                    self.on_abort()
+            elif kind == "trained":
+                self._trained = True
             elif kind == "end":
                 self._ended = True
                 self.on_abort()
@@ -230,6 +283,22 @@ class AgentMembership(Membership):
         with self._changed:
             return self._ended or self._aborted > generation
 
+    def begun(self, step: int) -> None:
+        with self._changed:
+            self._begun = step
+            self._tell_if_past()
+            if self.conclusion is not None and step >= self.conclusion.version:
+                raise Aborted(self._reported)
+
+    def _tell_if_past(self) -> None:
+        """Somebody has left the loop, and here it goes on: that is for the coordinator to know."""
+        if self._left_at is not None and self._begun >= self._left_at:
+            self.tell("went_on", step=self._begun)
+
+    def interrupted(self) -> bool:
+        with self._changed:
+            return self._ended or self._aborted > self._reported
+
     def proposed(self, last: bool) -> Orders | None:
         with self._changed:
             self._past_last = self._past_last or last
@@ -250,7 +319,9 @@ class AgentMembership(Membership):
 
     def wait_for_end(self, on_wait: Callable[[], None]) -> bool:
         with self._changed:
-            while not self._ended and self._aborted <= self._reported:
+            while not self._trained and self.conclusion is None and self._aborted <= self._reported:
+                if self._ended:
+                    raise JobEnded
                 self._changed.wait(0.05)
                 on_wait()
-            return self._ended
+            return self._trained

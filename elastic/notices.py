@@ -26,6 +26,9 @@ class Notice(enum.StrEnum):
     RESUME_DATA = "resume-data"  # the data is not that which the checkpoint was trained on
     REPLACEMENT_VALUES = "replacement-values"  # a replacement's script loaded values that the job does not use
     REPLACEMENT_STATE = "replacement-state"  # a replacement has none of the script's own variables
+    SAVE_STALLS = "save-stalls"  # a checkpoint is being saved, and the storage takes nothing
+    SAVE_WAITED_FOR = "save-waited-for"  # training has ended, and its last checkpoint is not whole yet
+    NOT_REMOVED = "not-removed"  # a checkpoint that is not kept any longer could not be removed
 
 
 class Channel(Protocol):

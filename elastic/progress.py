@@ -53,6 +53,7 @@ class Phase(enum.IntEnum):
     JOIN = 8
     END = 9
     LEAVE = 10
+    AFTER = 11  # training is over: what the script does now is its own
 
 
 _MOVES = frozenset({Phase.RECOVER, Phase.RESTORE, Phase.JOIN, Phase.LEAVE})  # layers may change hands
@@ -230,6 +231,11 @@ class Progress:
         if not self._outside:
             self._outside, self._left_ns = True, time.monotonic_ns()
         self._write()
+
+    def after_training(self, step: int) -> None:
+        """What comes now is no part of training, and takes as long as it likes."""
+        self.mark(Phase.AFTER, step)
+        self.leave()
 
     def mark(self, phase: Phase, step: int, *, finished: int | None = None) -> None:
         """Enter a phase of a step; `finished` micro-batches of it are done here."""

@@ -191,16 +191,18 @@ class Recovery:
         """The version the plan brings us to, and what was agreed in the step before it."""
         engine = self.engine
         if self.fresh:  # what the guide of a plan told that was aborted since may be of another version
-            self._after, engine.results = {}, []
+            self._after, engine.results, engine.leave_at = {}, [], None
         if self.fresh and plan.guide is not None:
             message = json.loads(bytes(engine.comm.receive(plan.guide, _GUIDE)))
             self._after = message["after"]
             engine.results = [Step(*step) for step in message["unseen"]]
+            engine.leave_at = message["left"]
             return message["version"], message["agreement"]
         version = engine.version if plan.version is None else plan.version
         agreement = engine.agreement if plan.version is None else plan.agreement
         if engine.rank == plan.guide:
             told = {"version": version, "agreement": agreement, "after": self._after_users(version)}
+            told["left"] = engine.leave_at
             message = json.dumps({**told, "unseen": self._unseen(version, agreement)}).encode()
             for rank in plan.fresh:
                 engine.comm.send(rank, _GUIDE, [message])
@@ -208,12 +210,21 @@ class Recovery:
 
     def _after_users(self, version: int) -> dict[str, Any]:
         """How the user's code has left things here; the settings only if they are those of `version` already."""
+        if self._in_turn(version):
+            return {}  # what it makes of the step it makes there again, from where it began
         after = self.engine.after_users()
         return after if self.engine.version == version else {"users": after["users"]}
+
+    def _in_turn(self, version: int) -> bool:
+        """Whether the user's code here is at the last step before `version`, or has left the loop in it."""
+        turn = self.engine.turn
+        return turn is not None and turn.index == version - 1 and self.engine.version == version
 
     def _unseen(self, version: int, agreement: str) -> list[list[Any]]:
         """The steps before `version` that the user's code here has not seen yet, so that it has not run for them."""
         engine = self.engine
+        if engine.turn is not None and self._in_turn(version):
+            return [[engine.turn.index, engine.turn.loss, engine.turn.gradient_norm]]
         steps = [[step.index, step.loss, step.gradient_norm] for step in engine.results]
         if engine.version < version and agreement:
             terms = json.loads(agreement)

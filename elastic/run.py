@@ -155,19 +155,25 @@ class Run:
         return self._run(engine)
 
     def _run(self, engine: Engine) -> Iterator[Step]:
-        while True:
-            while engine.results:
-                self._progress.leave()
-                yield engine.results.pop(0)
-            if engine.switch is not None:
-                self._guarded(self._switch)
-            elif engine.ended():
-                self._guarded(engine.conclude)
-                if engine.ended() and engine.switch is None and not engine.results:
+        try:
+            while True:
+                while engine.results:
                     self._progress.leave()
-                    return
-            else:
-                self._guarded(_one_step, engine)
+                    engine.turn = engine.results.pop(0)
+                    yield engine.turn
+                    engine.turn = None
+                if engine.switch is not None:
+                    self._guarded(self._switch)
+                elif engine.ended():
+                    self._guarded(engine.conclude)
+                    if engine.ended() and engine.switch is None and not engine.results:
+                        self._progress.leave()
+                        return
+                else:
+                    self._guarded(_one_step, engine)
+        except GeneratorExit:
+            engine.leave_loop()
+            raise
 
     def heartbeat(self) -> None:
         """Say that this worker is alive, from code of yours that takes long: its time begins to count again.
@@ -361,11 +367,37 @@ class Run:
 
     def _guarded(self, action: Callable[..., None], *arguments: Any) -> None:
         """Do something that waits for others; if the generation ends, recover instead."""
-        assert self._recovery is not None
         try:
             action(*arguments)
         except Aborted:
+            self._interrupted()
+
+    def _interrupted(self) -> None:
+        """After `Aborted`: recover; or, where nobody trains any further, save what there is, and wait for the end."""
+        assert self._recovery is not None
+        while self._membership.conclusion is not None:
+            self._conclude()
+            if self._membership.wait_for_end(self._progress.tick):
+                raise AssertionError("training is over, and this rank is in the midst of it")
+        self._recovery.recover()
+
+    def _conclude(self) -> None:
+        """Save this rank's part of the last version, should that be due."""
+        conclusion, self._membership.conclusion = self._membership.conclusion, None
+        assert self._recovery is not None
+        if conclusion is None:
+            return
+        try:
+            why = self._trained().save_last(conclusion.version, conclusion.name, self._wait_at_end)
+        except Aborted:
             self._recovery.recover()
+        else:
+            self._membership.tell("concluded", name=conclusion.name, why=why)
+
+    def _wait_at_end(self) -> None:
+        self._progress.tick()
+        if self._membership.interrupted():
+            raise Aborted(self.generation)
 
     def _switch(self) -> None:
         """Enter the generation of a join or leave that everybody agreed on."""
@@ -379,19 +411,37 @@ class Run:
         else:
             recovery.carry_out(orders)
 
-    def _serve(self) -> None:
-        """After the user's function: help others recover until the job ends."""
-        assert self._recovery is not None
+    def _finish(self) -> None:
+        """The user's function is over: help the others until they are there too, and training is over."""
         engine = self._trained()
+        engine.leave_loop()
+        while True:
+            if engine.switch is not None:
+                self._guarded(self._switch)
+            elif not engine.ended():
+                self._again(engine)
+            else:
+                self._guarded(engine.conclude)
+                if engine.ended() and engine.switch is None:
+                    break
+        self._membership.tell("finished", version=engine.version, name=engine.last_name())
         while not self._wait_for_end():
-            self._recovery.recover()
-            while not engine.ended():  # more was lost than the last version outlived: it is computed again
-                if engine.loops:
-                    raise UsageError(
-                        "a lost node took the last steps with it after the training loop had ended: only the loop "
-                        "can compute them again; use run.steps(...), or protect every step (snapshot_every=1)"
-                    )
-                self._guarded(_one_step, engine)
+            if self._membership.conclusion is not None:
+                self._conclude()
+            else:
+                self._interrupted()
+            while not engine.ended():
+                self._again(engine)
+        self._progress.after_training(engine.version)
+
+    def _again(self, engine: Engine) -> None:
+        """More was lost than the last version outlived: it is computed again."""
+        if engine.loops:
+            raise UsageError(
+                "a lost node took the last steps with it after the training loop had ended: only the loop "
+                "can compute them again; use run.steps(...), or protect every step (snapshot_every=1)"
+            )
+        self._guarded(_one_step, engine)
 
     def _wait_for_end(self) -> bool:
         with self._progress.waiting("the other ranks, whose training function has not returned"):

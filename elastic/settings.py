@@ -38,6 +38,7 @@ class Settings:
     checkpoint_every: int = 1000  # steps
     checkpoint_keep: int = 2  # how many are kept at least
     checkpoint_keep_s: float = 0.0  # and for how long, if that is more
+    checkpoint_timeout: float = 300.0  # seconds without progress after which saving one is given up
     checkpoint_options: str = "{}"  # of the fsspec file system, as JSON
     resume: str = "auto"  # auto: from the newest there; never; or the URL of one to start from when there is none
     on_damage: str = "stop"  # what is done about a damaged checkpoint: stop | older
@@ -59,6 +60,8 @@ class Settings:
                 f"snapshot_budget must be a share of a step's time, more than 0, such as 0.02; got "
                 f"{self.snapshot_budget!r}"
             )
+        if not isinstance(self.checkpoint_timeout, int | float) or not self.checkpoint_timeout > 0:
+            raise UsageError(f"checkpoint_timeout must be a number of seconds, got {self.checkpoint_timeout!r}")
         if self.resume not in ("auto", "never") and "/" not in self.resume:
             raise UsageError(f'resume must be "auto", "never" or the URL of a checkpoint, got {self.resume!r}')
         try:
@@ -89,7 +92,7 @@ CHOICES = {
     "resume_data": ("check", "ignore"),
 }
 TEXTS = ("checkpoint", "checkpoint_options", "resume")
-NUMBERS = ("snapshot_budget", "checkpoint_keep_s")
+NUMBERS = ("snapshot_budget", "checkpoint_keep_s", "checkpoint_timeout")
 
 
 def resolve(declared: Settings) -> Settings:

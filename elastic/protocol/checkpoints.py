@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from . import events as e
-from .outcome import Effects, Outcome, current, fail
+from .outcome import Effects, Outcome, current, end_with_loss, fail, last_version
 from .recovering import begin_recovery
 from .state import Phase, State
 
@@ -21,7 +21,8 @@ def saved(state: State, event: e.CheckpointSaved, now: float) -> Outcome:
     fields = {"version": event.saved.version, "name": event.saved.name, **event.fields}
     effects: Effects = [e.Record("checkpoint_saved", fields)]
     if state.stopping is not None and event.saved.version > state.stopping.committed:
-        state, ended = fail(state, f"{state.stopping.why}; its state after {event.saved.version} steps is saved")
+        ends = end_with_loss if state.stopping.left else fail
+        state, ended = ends(state, f"{state.stopping.why}; its state after {event.saved.version} steps is saved")
         return state, [*effects, *ended]
     return state, effects
 
@@ -51,11 +52,17 @@ def unreadable(state: State, event: e.CheckpointUnreadable, now: float) -> Outco
 def stop_requested(state: State, event: e.StopRequested, now: float) -> Outcome:
     """Somebody wants the job to end: at once, or, where it has checkpoints, when one more is saved."""
     job = state.job
-    trained = job is not None and state.committed + 1 >= job.steps
-    if job is None or not job.checkpoints or state.phase not in (Phase.RUNNING, Phase.RECOVERING) or trained:
+    if job is None or not job.checkpoints or state.phase not in (Phase.RUNNING, Phase.RECOVERING):
         return fail(state, event.why)
     if state.stopping is not None:
         return state, []
+    if state.committed + 1 >= last_version(state):  # trained: what is being saved may get done
+        if any(item.version > state.committed for item in state.saved):
+            return fail(state, f"{event.why}; its state after {state.committed + 1} steps is saved")
+        concluding = state.concluding
+        if concluding is not None and concluding.name:
+            deadline_s = min(concluding.deadline_s, now + state.config.stop_grace_s)
+            state = replace(state, concluding=concluding._replace(deadline_s=deadline_s))
     state = replace(state, stopping=e.Stopping(event.why, state.committed, now + state.config.stop_grace_s))
     record = e.Record("stopping", {"why": event.why, "committed": state.committed})
     asked: Effects = [e.AskSave(worker.id) for worker in state.members()]
@@ -68,4 +75,5 @@ def give_up_saving(state: State, now: float) -> Outcome:
     stopping = state.stopping
     if stopping is None or now < stopping.deadline_s or state.phase is Phase.DONE:
         return state, []
-    return fail(state, f"{stopping.why}; no checkpoint was saved in the {state.config.stop_grace_s:g} s there were")
+    ends = end_with_loss if stopping.left else fail
+    return ends(state, f"{stopping.why}; no checkpoint was saved in the {state.config.stop_grace_s:g} s there were")

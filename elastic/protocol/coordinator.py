@@ -12,9 +12,20 @@ from typing import Any
 
 from ...resharding.layout import Layout
 from ...resharding.plan import Plan, plan_join
+from . import after
 from . import events as e
 from .checkpoints import give_up_saving, saved, stop_requested, unreadable
 from .draining import cannot_leave, drain_requested, handed_over, offer_leave, release, withdraw_leave
+from .ending import (
+    all_finished,
+    concluded,
+    end_if_finished,
+    finished,
+    give_up_concluding,
+    left,
+    went_on,
+    went_on_alone,
+)
 from .forming import last_call, node_joined, rendezvous_closed, store_opened
 from .losing import heartbeats, node_lost, returned, silent_node
 from .newcomers import difference, refused
@@ -46,16 +57,22 @@ def step(state: State, event: e.Event, now: float) -> Outcome:
     """What follows from `event` at time `now` (seconds, any origin)."""
     if state.phase is Phase.DONE:
         return state, []
-    handler: Callable[[State, Any, float], Outcome] = _HANDLERS[type(event)]
+    handlers = _AFTER_TRAINING if state.phase is Phase.AFTER else _HANDLERS
+    handler: Callable[[State, Any, float], Outcome] = handlers.get(type(event), _ignored)
     after, effects = handler(state, event, now)
     return count_troubles(state, after, effects, now)
+
+
+def _ignored(state: State, event: e.Event, now: float) -> Outcome:
+    """What was said before the end of training was known."""
+    return state, []
 
 
 def _ticked(state: State, event: e.Ticked, now: float) -> Outcome:
     state, effects = last_call(state, now)
     if effects:
         return state, effects
-    for due in (give_up_saving, keep_out, cannot_leave, silent_node):
+    for due in (give_up_saving, give_up_concluding, went_on_alone, keep_out, cannot_leave, silent_node):
         state, effects = due(state, now)
         if effects:
             return state, effects
@@ -110,7 +127,7 @@ def _prepare_switch(state: State, now: float) -> Outcome:
         return offer_leave(state)
     assert state.job is not None
     assert state.layout is not None
-    if any(w.status is Status.FINISHED for w in state.members()):
+    if any(w.left >= 0 for w in state.members()):
         return begin_recovery(state, None, now)
     plan = plan_join(state.job.model, state.layout, joiners, state.generation + 1)
     state = replace(state, generation=plan.generation, join=plan)
@@ -172,7 +189,7 @@ def _committed(state: State, event: e.WorkerCommitted, now: float) -> Outcome:
         effects.append(recovered(state.recovery, event.step, now))
         state = replace(state, recovery=None)
     state, released = release(state, event)
-    return _end_if_finished(state, [*effects, *released])
+    return end_if_finished(state, [*effects, *released], now)
 
 
 def _noted(state: State, event: e.WorkerNoted, now: float) -> Outcome:
@@ -213,33 +230,18 @@ def _finished(state: State, event: e.WorkerFinished, now: float) -> Outcome:
     if worker.status is Status.READY and state.join is not None:
         # It joined at the last step's end, and says so before any of those who let it in.
         state, effects = _let_in(state, state.join)
-    state = with_workers(state, replace(worker, status=Status.FINISHED, owes_end=False))
-    if state.phase is Phase.RUNNING and _all_finished(state):
-        return replace(state, phase=Phase.DONE), [*effects, e.EndJob(True)]
+    state, ended = finished(state, event, now)
+    if state.phase is Phase.DONE:
+        return state, [*effects, *ended]
+    if state.phase is Phase.RUNNING and all_finished(state):
+        return end_if_finished(state, [*effects, *ended], now)
     state, more = begin_recovery(state, None, now) if state.join is not None else _prepare_switch(state, now)
-    return state, [*effects, *more]
+    return state, [*effects, *ended, *more]
 
 
 def _resumed(state: State, event: e.WorkerResumed, now: float) -> Outcome:
-    return _end_if_finished(resumed(state, event, now), [])
-
-
-def _end_if_finished(state: State, effects: Effects) -> Outcome:
-    """The end, when those who had still to finish are lost, and the others have recovered from that."""
-    recovery, job = state.recovery, state.job
-    recovering = recovery is not None and any(w.id not in recovery.resumed for w in state.members())
-    if state.phase is not Phase.RUNNING or job is None or recovering or not _all_finished(state):
-        return state, effects
-    if state.rolled_back and state.committed + 1 < job.steps:
-        return state, effects  # they compute the last steps again
-    return replace(state, phase=Phase.DONE), [*effects, e.EndJob(True)]
-
-
-def _all_finished(state: State) -> bool:
-    """Whether the user's function has returned wherever it got to the last step."""
-    return all(w.status is Status.FINISHED for w in state.members()) and not any(
-        w.owes_end for w in state.workers.values()
-    )
+    state, effects = went_on_alone(resumed(state, event, now), now)
+    return end_if_finished(state, effects, now)
 
 
 def _raised(state: State, event: e.WorkerRaised, now: float) -> Outcome:
@@ -268,7 +270,10 @@ _HANDLERS: dict[type[Any], Callable[[State, Any, float], Outcome]] = {
     e.WorkerIdled: _idled,
     e.WorkerCommitted: _committed,
     e.WorkerNoted: _noted,
+    e.WorkerLeft: left,
+    e.WorkerWentOn: went_on,
     e.WorkerFinished: _finished,
+    e.WorkerConcluded: concluded,
     e.WorkerRaised: _raised,
     e.CheckpointSaved: saved,
     e.CheckpointUnreadable: unreadable,
@@ -278,4 +283,18 @@ _HANDLERS: dict[type[Any], Callable[[State, Any, float], Outcome]] = {
     e.StragglerGone: straggler_gone,
     e.RendezvousClosed: rendezvous_closed,
     e.Ticked: _ticked,
+}
+_AFTER_TRAINING: dict[type[Any], Callable[[State, Any, float], Outcome]] = {
+    e.NodeJoined: after.node_joined,
+    e.NodeUnhealthy: node_unhealthy,
+    e.NodeLost: after.node_lost,
+    e.HeartbeatsReceived: heartbeats,
+    e.CoordinatorReturned: returned,
+    e.WorkerDied: after.died,
+    e.WorkerNoted: _noted,
+    e.WorkerRaised: after.raised,
+    e.CheckpointSaved: after.saved,
+    e.StopRequested: after.stop_requested,
+    e.DrainRequested: after.stop_requested,
+    e.Ticked: after.ticked,
 }

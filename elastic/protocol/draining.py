@@ -30,7 +30,7 @@ def drain_requested(state: State, event: e.DrainRequested, now: float) -> Outcom
     state = replace(state, leaving={**state.leaving, event.node: Leaving(event.why)})
     record = e.Record("draining", {"node": event.node, "why": event.why, "ranks": _ranks(state, event.node)})
     if state.phase in (Phase.FORMING, Phase.LAUNCHED):  # it holds nothing yet
-        state, effects = _let_go(state, event.node)
+        state, effects = let_go(state, event.node)
         if state.phase is Phase.LAUNCHED and state.job is not None and all_ready(state):
             state, more = begin_training(state)
             effects += more
@@ -54,7 +54,7 @@ def offer_leave(state: State) -> Outcome:
         return state, []
     assert job is not None
     assert layout is not None
-    ending = state.committed + 2 >= job.steps or any(w.status is Status.FINISHED for w in state.members())
+    ending = state.committed + 2 >= job.steps or any(w.left >= 0 for w in state.members())
     leavers = [rank for rank in layout.ranks if state.workers[rank].node in state.leaving]
     if ending or not leavers or len(leavers) == len(layout.ranks):
         return state, []
@@ -99,12 +99,12 @@ def release(state: State, event: e.WorkerCommitted) -> Outcome:
         # A recovery that left it out may have begun at a version that had been protected before, with its help.
         safe = state.protected >= since + (not left_there) or not protects
         if since >= 0 and safe and not under_way:
-            state, more = _let_go(state, node)
+            state, more = let_go(state, node)
             effects += more
     return state, effects
 
 
-def _let_go(state: State, node: str) -> Outcome:
+def let_go(state: State, node: str) -> Outcome:
     """A node is out of the job, with what it held."""
     why, host, ranks = state.leaving[node].why, state.nodes[node].host, _ranks(state, node)
     state = without_node(state, node)

@@ -63,11 +63,15 @@ class Saved(NamedTuple):
 
 
 class Stopping(NamedTuple):
-    """The job is to end, and waits for a checkpoint of a version after step `committed`, until `deadline_s`."""
+    """The job is to end, and waits for a checkpoint of a version after step `committed`, until `deadline_s`.
+
+    `left`: because a rank ended its process, which is its script's mistake.
+    """
 
     why: str
     committed: int
     deadline_s: float
+    left: bool = False
 
 
 REMEMBERED_CHECKPOINTS = 8
@@ -263,10 +267,41 @@ class CheckpointUnreadable:
 
 
 @dataclass(frozen=True)
-class WorkerFinished:
-    """The user's function returned."""
+class WorkerLeft:
+    """The user's code has left the training loop with `version` steps committed; its function still runs.
+
+    `name`: of a checkpoint of that version, should one be saved.
+    """
 
     worker: WorkerId
+    version: int
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class WorkerWentOn:
+    """A worker has begun `step`, although another one has left the loop before it."""
+
+    worker: WorkerId
+    step: int
+
+
+@dataclass(frozen=True)
+class WorkerFinished:
+    """The user's function returned, with `version` steps committed; -1: all of the job's. `name`: see WorkerLeft."""
+
+    worker: WorkerId
+    version: int = -1
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class WorkerConcluded:
+    """A worker's part in the last checkpoint, `name`, is over. `why`: what came between, if something did."""
+
+    worker: WorkerId
+    name: str
+    why: str = ""
 
 
 @dataclass(frozen=True)
@@ -351,7 +386,10 @@ Event = (
     | WorkerNoted
     | CheckpointSaved
     | CheckpointUnreadable
+    | WorkerLeft
+    | WorkerWentOn
     | WorkerFinished
+    | WorkerConcluded
     | WorkerRaised
     | StopRequested
     | DrainRequested
@@ -418,6 +456,30 @@ class AskSave:
 
 
 @dataclass(frozen=True)
+class TellLeft:
+    """Tell a worker that another one has left the loop at `version`: it answers if it goes on past that."""
+
+    worker: WorkerId
+    version: int
+
+
+@dataclass(frozen=True)
+class Conclude:
+    """Tell a worker that nobody trains beyond `version`: it is to save its part of it, as `name`, and to say so."""
+
+    worker: WorkerId
+    version: int
+    name: str
+
+
+@dataclass(frozen=True)
+class EndTraining:
+    """Tell a worker that training is over: its script goes on with what comes after."""
+
+    worker: WorkerId
+
+
+@dataclass(frozen=True)
 class RefuseNode:
     node: str
     why: str
@@ -449,12 +511,16 @@ class TellNode:
 
 @dataclass(frozen=True)
 class EndJob:
-    """The job is over. `why` is empty when it succeeded; `detail` is the user's traceback, when there is one."""
+    """The job is over. `why` is empty when it succeeded; `detail` is the user's traceback, when there is one.
+
+    `lost`: what a job that succeeded has not got done all the same, a line each.
+    """
 
     succeeded: bool
     why: str = ""
     detail: str = ""
     rank: int = -1
+    lost: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -471,6 +537,9 @@ Effect = (
     | AbortGeneration
     | CarryOut
     | AskSave
+    | TellLeft
+    | Conclude
+    | EndTraining
     | RefuseNode
     | ReleaseNode
     | FenceNode

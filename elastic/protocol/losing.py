@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from . import events as e
@@ -46,8 +47,14 @@ def least_timeout_s(state: State) -> float:
     return least if state.phase in (Phase.RUNNING, Phase.RECOVERING) else max(least, FORMING_TIMEOUT_S)
 
 
-def silent_node(state: State, now: float) -> Outcome:
-    """Declare a node lost that has been silent for too long; none for what the coordinator itself slept through."""
+Lost = Callable[[State, e.NodeLost, float], Outcome]
+
+
+def silent_node(state: State, now: float, lost: Lost | None = None) -> Outcome:
+    """Declare a node lost that has been silent for too long; none for what the coordinator itself slept through.
+
+    `lost`: what that means; None: `node_lost`.
+    """
     slept_s = now - state.ticked_s if state.ticked_s else 0.0
     state = replace(state, ticked_s=now)
     if slept_s > SLEPT_S:
@@ -59,7 +66,7 @@ def silent_node(state: State, now: float) -> Outcome:
     for name, (at_s, gap_s) in state.heard.items():
         silent_s = now - at_s
         if silent_s > least and silent_s > min(GAP_FACTOR * gap_s, 4 * least):
-            return node_lost(state, e.NodeLost(name, f"no heartbeat for {silent_s:.1f} s"), now)
+            return (lost or node_lost)(state, e.NodeLost(name, f"no heartbeat for {silent_s:.1f} s"), now)
     return state, []
 
 

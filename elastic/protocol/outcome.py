@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from . import events as e
-from .state import Phase, State, Worker
+from .state import Phase, State, Status, Worker
 
 Effects = list[e.Effect]
 Outcome = tuple[State, Effects]
@@ -36,3 +37,25 @@ def start_workers(state: State, node: str, only: e.WorkerId | None = None) -> e.
 def fail(state: State, why: str, detail: str = "", rank: int = -1) -> Outcome:
     """The job is over, and has failed."""
     return replace(state, phase=Phase.DONE), [e.EndJob(False, why, detail, rank)]
+
+
+def end_with_loss(state: State, why: str) -> Outcome:
+    """The job is over before its time, though not by a failure of the machine."""
+    return replace(state, phase=Phase.DONE, concluding=None), [e.EndJob(False, why, lost=(*state.lost, why))]
+
+
+def last_version(state: State) -> int:
+    """The version that training ends with: that of the job's last step, or the one that somebody has left at."""
+    assert state.job is not None
+    return min([state.job.steps, *(w.left for w in state.members() if w.left >= 0)])
+
+
+def has_trained(state: State, worker: Worker) -> bool:
+    """Whether a member has all of training behind it, so that only the end of its script is missing."""
+    member = worker.status in (Status.MEMBER, Status.FINISHED)
+    return member and state.job is not None and state.committed + 1 >= last_version(state)
+
+
+def ranks_text(ranks: Sequence[int]) -> str:
+    """Ranks in a sentence."""
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"

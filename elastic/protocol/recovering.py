@@ -11,7 +11,17 @@ from ...resharding.plan import Plan, PlanError, Report, plan_recovery, plan_resu
 from ...resharding.planners import change_layout, initial_layout
 from . import events as e
 from .leaving import nobody_left, still_needed, without_the_left
-from .outcome import Effects, Outcome, current, fail, start_workers, with_workers
+from .outcome import (
+    Effects,
+    Outcome,
+    current,
+    end_with_loss,
+    fail,
+    has_trained,
+    last_version,
+    start_workers,
+    with_workers,
+)
 from .protection import (
     memory_needed,
     placement_for,
@@ -47,6 +57,9 @@ def died(state: State, event: e.WorkerDied, now: float) -> Outcome:
             **({"hang": event.hang, "stacks": event.stacks} if event.hang else {}),
         },
     )
+    if event.clean and worker.status is Status.MEMBER:
+        state, effects = _ended_its_process(state, worker, event, now)
+        return state, [record, *effects]
     worker = _counted(worker, event)
     if worker.deaths >= state.config.crash_limit or worker.hangs >= state.config.hang_limit:
         times = f"died {worker.deaths} times" if event.hang != "alive" else f"was taken for hung {worker.hangs} times"
@@ -77,10 +90,31 @@ def _counted(worker: Worker, event: e.WorkerDied) -> Worker:
     return replace(worker, deaths=worker.deaths + 1)
 
 
+def _ended_its_process(state: State, worker: Worker, event: e.WorkerDied, now: float) -> Outcome:
+    """A member has ended with status 0: it means to leave, alone. The others save what there is, and end."""
+    job = state.job
+    assert job is not None
+    rank, incarnation = worker.id
+    why = (
+        f"rank {rank} ended its process with exit status 0 inside the training function, in step {event.step} of "
+        f"{job.steps}: leave that function instead, on all ranks after the same step (return, break, sys.exit(0))"
+    )
+    others = {r: other for r, other in state.workers.items() if r != rank}
+    state = replace(state, workers=others, vacant={**state.vacant, rank: incarnation})
+    if not job.checkpoints or not others or has_trained(state, worker):
+        return end_with_loss(state, why)
+    if state.stopping is None:
+        deadline_s = now + state.config.stop_grace_s
+        state = replace(state, stopping=e.Stopping(why, state.committed, deadline_s, left=True))
+    asked: Effects = [e.AskSave(w.id) for w in state.members()]
+    state, effects = begin_recovery(state, event, now)
+    return state, [*effects, *asked]
+
+
 def _replaced(state: State, worker: Worker) -> Outcome:
     """Start the heir of a worker that died; none on a node that is leaving, unless all that is left is the end."""
     rank, incarnation = worker.id
-    trained = worker.status is Status.MEMBER and state.job is not None and state.committed + 1 >= state.job.steps
+    trained = has_trained(state, worker)
     if worker.node in state.leaving and not trained:
         others = {r: other for r, other in state.workers.items() if r != rank}
         return replace(state, workers=others, vacant={**state.vacant, rank: incarnation}), []
@@ -167,7 +201,7 @@ def begin_recovery(
         substitutes=earlier.substitutes if earlier else (),
         awaited=frozenset(w.id for w in asked),
     )
-    state = replace(state, phase=Phase.RECOVERING, generation=generation, recovery=recovery, join=None)
+    state = replace(state, phase=Phase.RECOVERING, generation=generation, recovery=recovery, join=None, concluding=None)
     aborts: Effects = [e.AbortGeneration(w.id, generation) for w in asked]
     state, effects = plan_if_complete(state, now)
     return state, [*aborts, *effects]
@@ -206,7 +240,8 @@ def plan_if_complete(state: State, now: float) -> Outcome:
     if starting and all(report.fresh for report in reports):
         return state, []  # nobody is left who was training: start, with all replacements, from what the keepers hold
     if not reports:
-        return fail(state, nobody_left(state))
+        stopping = state.stopping
+        return end_with_loss(state, stopping.why) if stopping and stopping.left else fail(state, nobody_left(state))
     furthest = max([state.agreed, *(report.agreed for report in reports)]) + 1
     # Some may not have carried out a rollback yet: what they agreed on before was given up.
     newest = max([state.agreed, *(r.agreed for r in reports if r.generation >= state.rolled_back)]) + 1
@@ -335,8 +370,15 @@ def enter(state: State, plan: Plan, event: str, fields: dict[str, Any]) -> Outco
         join=None,
     )
     state, orders = carry_out(state, plan)
+    version = last_version(state)
+    told: Effects = [e.TellLeft(w.id, version) for w in state.members() if w.left < 0 and version < _steps(state)]
     record = e.Record(event, {"generation": plan.generation, "plan": plan.digest, **fields})
-    return state, [*orders, record]
+    return state, [*orders, *told, record]
+
+
+def _steps(state: State) -> int:
+    assert state.job is not None
+    return state.job.steps
 
 
 def carry_out(state: State, plan: Plan) -> Outcome:

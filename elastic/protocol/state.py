@@ -20,6 +20,7 @@ class Phase(enum.Enum):
     LAUNCHED = "launched"  # workers run; elastic ones are waited for
     RUNNING = "running"  # training
     RECOVERING = "recovering"  # the generation was aborted; reports are awaited
+    AFTER = "after training"  # scripts run what comes after; nobody is replaced any more
     DONE = "done"
 
 
@@ -30,7 +31,8 @@ class Status(enum.Enum):
     READY = "ready"  # has built its model, is no member yet
     MEMBER = "member"
     FINISHED = "finished"  # still a member; the user's function returned
-    EXITED = "exited"  # classic: ended with status 0
+    AFTER = "after training"  # its script runs what comes after
+    EXITED = "exited"  # ended with status 0
     LEFT = "left"  # handed over, and is no member any more; its node is still asked for what it held
 
 
@@ -45,6 +47,7 @@ class Config:
     join_timeout_s: float = 600.0
     heartbeat_timeout_s: float = 1.5  # the least; longer for a node that has shown longer gaps
     stop_grace_s: float = 20.0  # how long a job that is to stop may take to save a checkpoint
+    last_save_s: float = 3600.0  # how long the last checkpoint is waited for, whatever workers say
     crash_limit: int = 5  # deaths of one rank without a committed step between them
     hang_limit: int = 20  # likewise of those killed as hung while they showed signs of life; each is given longer
     quarantine_after: int = 0  # troubles of one host, until it is kept out; 0: none ever is
@@ -95,7 +98,11 @@ class Worker:
     deaths: int = 0  # of its rank since the last commit
     hangs: int = 0  # likewise: those killed as hung with signs of life, which are none of these
     since: int = 0  # the version at which it became a member: until the next one, all it owns is held elsewhere too
-    owes_end: bool = False  # its rank died after the last step, in what the user's function does then
+    owes_end: bool = False  # its rank died after the last step: the user's script has not come to its end there
+    left: int = -1  # the version at which the user's code left the loop; -1: it has not
+    left_s: float = 0.0  # when that was
+    last_name: str = ""  # of a checkpoint of that version
+    begun: int = -1  # the step that it has begun although somebody had left before it
 
 
 class Leaving(NamedTuple):
@@ -107,6 +114,20 @@ class Leaving(NamedTuple):
     why: str
     concluded: tuple[int, ...] = ()
     since: int = -1
+
+
+class Concluding(NamedTuple):
+    """The last checkpoint is tried once more, as `name`, until `deadline_s`.
+
+    `alone`: who left the loop although others went on, if that is how training ends. `told`: who has done its part.
+    """
+
+    version: int
+    name: str
+    deadline_s: float
+    alone: str = ""
+    told: tuple[WorkerId, ...] = ()
+    why: str = ""
 
 
 class Loss(NamedTuple):
@@ -178,6 +199,8 @@ class State:
     digests: Mapping[int, str] = field(default_factory=dict)  # step -> digest in the ledger, likewise
     saved: tuple[Saved, ...] = ()  # committed checkpoints, newest first
     stopping: Stopping | None = None
+    concluding: Concluding | None = None
+    lost: tuple[str, ...] = ()  # what was not got done in a job that goes on, or ends, all the same
     rolled_back: int = 0  # the generation of the last return to an older version
 
     def members(self) -> tuple[Worker, ...]:

@@ -19,7 +19,7 @@ from .links import Key
 from .transcript import brief
 from .values import Reference, ShardState
 from .worker import SimWorker, Surroundings
-from .world import Pipe, Process, World
+from .world import Pipe, Process, Steps, World
 
 TICK_S = 0.1
 HEARTBEAT_S = 0.5
@@ -88,6 +88,8 @@ class Cluster:
         self.released = 0  # nodes that handed over
         self.stays = True  # somebody, after those that were asked to leave
         self.on_mark: Callable[[e.WorkerId, str, int], None] = lambda worker, phase, step: None
+        self.leaves_at: Callable[[int], int] = lambda rank: job.steps  # the version at which it leaves the loop
+        self.leaves_alone = False
         self.restarts_until_s = 0.0  # until when coordinators are replaced now and then
         self._restarts = random.Random(world.seed + 2)  # its own, so that old seeds mean what they did
         world.after(TICK_S, self._tick)
@@ -133,8 +135,12 @@ class Cluster:
 
     def drain(self, node: str) -> None:
         """A node is asked to go, and says so."""
-        if self.outcome is None and self.nodes[node].up:
+        if not self._over() and self.nodes[node].up:
             self.nodes[node].stream.send(e.DrainRequested(node, ASKED))
+
+    def _over(self) -> bool:
+        """Whether training is: faults after it are another story, which ends with the job."""
+        return self.outcome is not None or self.state.phase is Phase.AFTER
 
     def doubtful(self) -> set[str]:
         """The nodes that are gone, or silent, or were so lately that they may yet be declared lost."""
@@ -147,7 +153,7 @@ class Cluster:
 
     def lose(self, node: str, detected_s: float | None) -> None:
         """A machine is gone at once. Its stream breaks after `detected_s`, or (None) it is only silent from now on."""
-        if self.outcome is not None or not self.nodes[node].up:
+        if self._over() or not self.nodes[node].up:
             return
         self.look()
         self.promise.struck(node)
@@ -158,7 +164,7 @@ class Cluster:
     def silence(self, node: str, duration_s: float, *, alone: bool) -> None:
         """A node is cut off from the coordinator, and with `alone` from the other nodes: what is sent then is late."""
         machine, until_s = self.nodes[node], self.world.now + duration_s
-        if self.outcome is not None or node in self.doubtful():
+        if self._over() or node in self.doubtful():
             return
         self.look()
         self.promise.struck(node)
@@ -260,7 +266,7 @@ class Cluster:
                     self.world.after(late_s, functools.partial(self._fork, worker, effect.node))
                 else:
                     self._fork(worker, effect.node)
-        elif isinstance(effect, e.AbortGeneration | e.CarryOut):
+        elif isinstance(effect, e.AbortGeneration | e.CarryOut | e.TellLeft | e.Conclude | e.EndTraining):
             running = self.running.get(effect.worker)
             if running is not None:
                 running.downlink.send(effect)
@@ -299,12 +305,19 @@ class Cluster:
             startup_s=world.between(*timing.startup_s),
             forward_s=timing.forward_s * world.between(0.5, 1.5),
             epilogue_s=world.between(0.0, timing.epilogue_s),
+            leaves_at=self.leaves_at(worker.rank),
         )
         simulated = SimWorker(worker, around, lambda: process.poke())
-        process = Process(world, simulated.life())
+        process = Process(world, self._life(worker, simulated))
         downlink = Pipe(world, lambda effect: self._to_worker(worker, effect), timing.slow, lambda: machine.silent_s)
         self.running[worker] = Running(simulated, process, uplink, downlink, node)
         process.start()
+
+    def _life(self, worker: e.WorkerId, simulated: SimWorker) -> Steps[None]:
+        """A worker's, and its agent's word of how it ended."""
+        yield from simulated.life()
+        if simulated.control.trained:
+            self.running[worker].uplink.send(e.WorkerDied(worker, "exit status 0", clean=True, step=simulated.version))
 
     def _tell(self, uplink: Pipe, event: e.Event) -> None:
         """A worker speaks. A duplicate may come at any later time."""
@@ -346,7 +359,7 @@ class Cluster:
 
     def kill(self, worker: e.WorkerId, cause: str, detected_s: float) -> None:
         """A worker dies at once; its agent says so `detected_s` later."""
-        if self.outcome is not None or not self._end(worker, cause):
+        if self._over() or not self._end(worker, cause):
             return
         running = self.running[worker]
         died = e.WorkerDied(worker, cause, step=running.worker.version, detected_at_s=self.world.now + detected_s)

@@ -27,6 +27,10 @@ class Control:
         self._orders: e.CarryOut | None = None
         self._proposal: e.CarryOut | None = None
         self._past_last = False
+        self._begun = -1
+        self._left_at: int | None = None  # somebody has left the loop at this version
+        self.conclusion: e.Conclude | None = None  # nobody trains beyond its version
+        self.trained = False
         self.ended = False
 
     def heard(self, effect: e.Effect) -> None:
@@ -35,12 +39,33 @@ class Control:
             if effect.generation > self._aborted:
                 self._aborted = effect.generation
                 self._proposal = None
+                self.conclusion = None
                 self._on_abort()
         elif isinstance(effect, e.CarryOut):
             self._take(effect)
+        elif isinstance(effect, e.TellLeft):
+            self._left_at = effect.version
+            self._tell_if_past()
+        elif isinstance(effect, e.Conclude):
+            self.conclusion = effect
+            if self._begun >= effect.version:  # else it has that step before it to do, as all others have
+                self._on_abort()
+        elif isinstance(effect, e.EndTraining):
+            self.trained = True
         elif isinstance(effect, e.EndJob):
             self.ended = True
             self._on_abort()
+
+    def begun(self, step: int) -> None:
+        """This worker needs others for a step. Aborted if nobody trains that far."""
+        self._begun = step
+        self._tell_if_past()
+        if self.conclusion is not None and step >= self.conclusion.version:
+            raise Aborted
+
+    def _tell_if_past(self) -> None:
+        if self._left_at is not None and self._begun >= self._left_at:
+            self.tell(e.WorkerWentOn(self.worker, self._begun))
 
     def _take(self, orders: e.CarryOut) -> None:
         plan = orders.plan
@@ -85,7 +110,9 @@ class Control:
         return proposal
 
     def wait_for_end(self) -> Steps[bool]:
-        """True when the job ends, False when a report is due."""
-        while not self.ended and self._aborted <= self._reported:
+        """True when training is over; False when a report or the last checkpoint is due. JobEnded if the job is."""
+        while not self.trained and self.conclusion is None and self._aborted <= self._reported:
+            if self.ended:
+                raise JobEnded
             yield None
-        return self.ended
+        return self.trained

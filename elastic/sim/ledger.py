@@ -20,8 +20,13 @@ class Ledger:
         self._job = job
         self._expected = [json.loads(agreement) for agreement in expected.agreements]
         self._states = expected.states
+        self._last = job.steps
         self._plans: dict[int, str] = {}
         self._owners: dict[tuple[int, int], int] = {}  # generation, shard -> rank
+
+    def ends_at(self, version: int, expected: Reference) -> None:
+        """Training is left at this version."""
+        self._last, self._states = version, expected.states
 
     def agreed(self, step: int, agreement: str) -> None:
         """A step was agreed on, or is said to have been."""
@@ -54,9 +59,9 @@ class Ledger:
         If it `went_back`, one that had finished may still be at its last step for the second time.
         """
         for worker in workers:
-            if not worker.finished or worker.version < self._job.steps - went_back:
-                raise AssertionError(f"{worker.id} ended at version {worker.version} of {self._job.steps}")
-            for shard in worker.owned if worker.version == self._job.steps else ():
+            if not worker.finished or worker.version < self._last - went_back:
+                raise AssertionError(f"{worker.id} ended at version {worker.version} of {self._last}")
+            for shard in worker.owned if worker.version == self._last else ():
                 state, expected = worker.shard_state(shard), self._states[shard]
                 if state != expected:
                     raise AssertionError(f"shard {shard} ends as {state} on {worker.id}, undisturbed as {expected}")

@@ -117,13 +117,14 @@ class Recovery:
     def _find_place(self, plan: Plan) -> Steps[tuple[int, str]]:
         worker = self.worker
         if self.fresh and plan.guide is not None:
-            message: tuple[int, str] = yield from worker.links.receive(plan.guide, ("guide",))
-            return message
+            version, agreement, left = yield from worker.links.receive(plan.guide, ("guide",))
+            worker.leave_at = left
+            return version, agreement
         version = worker.version if plan.version is None else plan.version
         agreement = worker.agreement if plan.version is None else plan.agreement
         if worker.rank == plan.guide:
             for rank in plan.fresh:
-                worker.links.send(rank, ("guide",), (version, agreement))
+                worker.links.send(rank, ("guide",), (version, agreement, worker.leave_at))
         return version, agreement
 
     def _enter_protection(self, orders: e.CarryOut) -> None:

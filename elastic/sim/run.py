@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from ...resharding.units import ModelSpec, ParameterSpec
 from ..protocol import events as e
+from ..protocol.ending import ALL_LEAVE
 from ..protocol.state import Config
 from .cluster import ASKED, Cluster, Timing
 from .faults import Drain, Fault, Injector, NodeFault, draw, draw_drains, draw_nodes
@@ -17,6 +18,7 @@ from .values import Reference, reference
 from .world import World
 
 BOUND_S = 60.0  # of virtual time, after the last fault: by then a job has reached its end
+AFTER = "training is done, but what comes after it"
 GONE = ("are gone: they were held by", "and it was the last one")  # how a job may end when too much was lost
 
 
@@ -36,6 +38,9 @@ class Shape:
     interval: int = 1  # every how many steps a version is made to outlive nodes; 0: it changes all the time
     loses_nodes: bool = False
     drains: bool = False  # nodes are asked to leave
+    leaves_at: int = 0  # the version at which the user's code leaves the loop; 0: with the last step
+    alone: int = -1  # the only rank on which it does
+    saves: bool = False  # checkpoints, so that the last one has to be concluded
 
 
 SHAPES = {
@@ -54,6 +59,10 @@ SHAPES = {
     "3 nodes, leaving": Shape(workers=3, nodes=3, steps=12, late_slots=1, drains=True),
     "4 nodes, leaving": Shape(stages=2, workers=6, nodes=4, steps=12, interval=3, drains=True, loses_nodes=True),
     "5 nodes, leaving": Shape(workers=5, nodes=5, steps=14, losses=2, tied=True, drains=True, loses_nodes=True),
+    "leaving early": Shape(stages=2, workers=4, leaves_at=4, saves=True),
+    "leaving early, growing": Shape(workers=3, late_slots=2, leaves_at=3),
+    "leaving early, 3 nodes": Shape(workers=3, nodes=3, steps=9, leaves_at=6, interval=2, loses_nodes=True),
+    "leaving alone": Shape(workers=4, steps=8, leaves_at=3, alone=1, saves=True),
     "6 nodes": Shape(stages=3, workers=6, nodes=6, steps=10, losses=2, loses_nodes=True),
 }
 
@@ -63,7 +72,7 @@ class Outcome:
     """How a simulated job went."""
 
     seed: int
-    why: str  # it ended early; empty if it succeeded
+    why: str  # it ended early; empty if training came to its end
     broken: bool  # more was lost than the job must survive
     nodes_lost: int
     nodes_asked: int  # to leave
@@ -90,8 +99,8 @@ def model(layers: int, tied: bool) -> ModelSpec:
 
 
 @functools.cache
-def _expected(shape: Shape) -> Reference:
-    return reference(model(shape.layers, shape.tied), shape.micro_batches, shape.steps)
+def _expected(shape: Shape, steps: int) -> Reference:
+    return reference(model(shape.layers, shape.tied), shape.micro_batches, steps)
 
 
 def simulate(seed: int, shape: Shape, *, faults: list[Fault] | None = None, timing: Timing | None = None) -> Outcome:
@@ -106,6 +115,7 @@ def simulate(seed: int, shape: Shape, *, faults: list[Fault] | None = None, timi
         global_batch_size=shape.micro_batches,
         model=spec,
         node_losses=shape.losses,
+        checkpoints=shape.saves,
     )
     config = Config(
         min_nodes=1 if shape.drains else shape.nodes,
@@ -127,7 +137,11 @@ def simulate(seed: int, shape: Shape, *, faults: list[Fault] | None = None, timi
         if shape.loses_nodes:
             keeper_s = rng.choice(((0.0002, 0.002), (0.0005, 0.01), (0.005, 0.05)))
             timing = replace(timing, keeper_s=keeper_s)
-    cluster = Cluster(world, config, job, timing, _expected(shape), shape.interval)
+    cluster = Cluster(world, config, job, timing, _expected(shape, shape.steps), shape.interval)
+    if shape.leaves_at:
+        cluster.leaves_alone = shape.alone >= 0
+        cluster.leaves_at = lambda rank: shape.leaves_at if shape.alone in (-1, rank) else shape.steps
+        cluster.ledger.ends_at(shape.leaves_at, _expected(shape, shape.leaves_at))
     cluster.restarts_until_s = horizon_s
     cluster.promise.deaths = any(not isinstance(fault, NodeFault | Drain) for fault in faults)
     injector = Injector(cluster, faults)
@@ -144,7 +158,7 @@ def simulate(seed: int, shape: Shape, *, faults: list[Fault] | None = None, timi
     assert cluster.outcome is not None
     return Outcome(
         seed=seed,
-        why=cluster.outcome.why,
+        why="" if AFTER in cluster.outcome.why else cluster.outcome.why,
         broken=cluster.promise.broken,
         nodes_lost=injector.struck,
         nodes_asked=injector.asked,
@@ -169,6 +183,8 @@ def _run(world: World, cluster: Cluster, injector: Injector, horizon_s: float) -
         if cluster.outcome is not None and not cluster.outcome.succeeded:
             if cluster.promise.broken and any(text in cluster.outcome.why for text in GONE):
                 return
+            if AFTER in cluster.outcome.why or (cluster.leaves_alone and ALL_LEAVE in cluster.outcome.why):
+                return  # a script was lost on its way from training to its end, or left it alone
             if not cluster.stays and ASKED in cluster.outcome.why:
                 return  # those who were to go on are lost, or leave, too
             raise AssertionError(f"the job failed: {cluster.outcome.why}")
@@ -179,6 +195,8 @@ def _run(world: World, cluster: Cluster, injector: Injector, horizon_s: float) -
             str(w): (r.worker.version, r.worker.links.generation) for w, r in cluster.running.items() if not r.dead
         }
         raise AssertionError(f"no end within {BOUND_S:g} s after the last fault; {cluster.state.phase}, {where}")
+    if cluster.outcome.lost:
+        raise AssertionError(f"the job lost {cluster.outcome.lost}")
     layout = cluster.state.layout
     assert layout is not None
     members = [cluster.running[cluster.state.workers[rank].id] for rank in layout.ranks]

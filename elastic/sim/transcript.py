@@ -24,8 +24,13 @@ def brief(item: e.Event | e.Effect) -> str:
         parts += item.nodes
     if isinstance(item, e.WorkerCommitted):
         parts.append(f"step {item.step}")
+    if isinstance(item, e.WorkerLeft | e.WorkerFinished | e.TellLeft | e.Conclude) and item.version >= 0:
+        parts.append(f"version {item.version}")
+    if isinstance(item, e.WorkerWentOn):
+        parts.append(f"step {item.step}")
     if isinstance(item, e.EndJob):
         parts.append("succeeded" if item.succeeded else f"failed: {item.why}")
+        parts += [f"lost: {lost}" for lost in item.lost]
     name = type(item).__name__
     return f"{name}[{' '.join(parts)}]" if parts else name
 

@@ -52,6 +52,7 @@ class Surroundings:
     startup_s: float
     forward_s: float
     epilogue_s: float
+    leaves_at: int  # the version at which the user's code leaves the loop; the job's steps: not before its end
 
 
 class SimWorker:
@@ -84,7 +85,12 @@ class SimWorker:
         self.state: StepState | None = None
         self.switch: e.CarryOut | None = None
         self.gradients: dict[int, str] = {}
+        self.leave_at: int | None = None
         self.finished = False
+
+    def ended(self) -> bool:
+        """Whether every step is committed that there is to be."""
+        return self.version >= (self.job.steps if self.leave_at is None else self.leave_at)
 
     def mark(self, phase: str) -> None:
         self.around.mark(self.id, phase, self.version)
@@ -110,11 +116,12 @@ class SimWorker:
             self.mark("end")
             yield self.around.epilogue_s
             self.finished = True
-            self.around.tell(e.WorkerFinished(self.id))
+            self.around.tell(e.WorkerFinished(self.id, self.version, f"v{self.version}"))
             while not (yield from self.control.wait_for_end()):
-                yield from self.recovery.recover()
-                while self.version < self.job.steps:
+                yield from self._due()
+                while not self.ended():
                     yield from self._guarded(self._one_step())
+            yield self.around.epilogue_s / 2
         except JobEnded:
             return
 
@@ -124,20 +131,50 @@ class SimWorker:
             orders, self.switch = self.switch, None
             leaves = self.rank in orders.plan.leaving
             yield from self._guarded(self._leave(orders) if leaves else self.recovery.carry_out(orders))
-        elif self.version < self.job.steps:
+        elif self.leave_at is None and self.around.leaves_at <= self.version < self.job.steps:
+            self._leave_loop()
+        elif not self.ended():
             yield from self._guarded(self._one_step())
             yield self.around.world.between(0.0, self.around.forward_s)  # the user's code between steps
         else:
             yield from self._guarded(self._conclude())
-            return self.version >= self.job.steps and self.switch is None
+            return self.ended() and self.switch is None
         return False
+
+    def _leave_loop(self) -> None:
+        """The user's code has left the loop before the last step."""
+        self.leave_at = self.version
+        self.around.tell(e.WorkerLeft(self.id, self.version, f"v{self.version}"))
+        proposal = self.control.proposed(last=True)
+        if proposal is not None and self.layout is not None and proposal.plan.generation > self.layout.generation:
+            self.around.tell(e.WorkerIdled(self.id, proposal.plan.generation))
+
+    def _due(self) -> Steps[None]:
+        """After Aborted: the last checkpoint, or a recovery."""
+        conclusion, self.control.conclusion = self.control.conclusion, None
+        if conclusion is None:
+            yield from self.recovery.recover()
+            return
+        if self.version != conclusion.version:
+            raise AssertionError(f"{self.id} is at {self.version}, and is to save {conclusion.version}")
+        yield from self.snapshots.wait()
+        if self.layout is not None and self.rank == self.layout.ranks[0]:
+            saved = e.Saved(self.version, conclusion.name, self.agreement)
+            self.around.tell(e.CheckpointSaved(self.id, saved, {}))
+        self.around.tell(e.WorkerConcluded(self.id, conclusion.name))
 
     def _guarded(self, action: Steps[None]) -> Steps[None]:
         """Do something that waits for others; if the generation ends, recover instead."""
         try:
             yield from action
         except Aborted:
-            yield from self.recovery.recover()
+            if self.control.conclusion is None:
+                yield from self.recovery.recover()
+                return
+            yield from self._due()
+            if (yield from self.control.wait_for_end()):
+                raise AssertionError(f"{self.id} went on, and is told that training is over") from None
+            yield from self._due()
 
     def _leave(self, orders: e.CarryOut) -> Steps[None]:
         """The others go on without this rank: be there for a recovery that still counts it in, until it is let go."""
@@ -150,6 +187,8 @@ class SimWorker:
 
     def _conclude(self) -> Steps[None]:
         """Past the last step: return when its version is whole here, parity included."""
+        if self.version < self.job.steps:
+            self.protect(anyway=True)
         yield from self.snapshots.wait()
         yield from self.protection.wait(self.version + 1, self.links.check)
 
@@ -159,6 +198,7 @@ class SimWorker:
         assert self.layout is not None
         assert self.state is not None
         layout, state = self.layout, self.state
+        self.control.begun(state.step)
         depth = 1 + sum(stage.start >= layout.stage_of(self.rank).start for stage in layout.stages)
         yield from self.pipeline.run(state, depth)
         yield from self._reduce(layout, state)
@@ -275,7 +315,7 @@ class SimWorker:
         if step == 0:
             stage = self.layout.stage_of(self.rank)
             self.hold(stage.start, stage.stop, free=True)
-        self.protect(anyway=self.version >= self.job.steps)
+        self.protect(anyway=self.ended())
         self.tell_committed(agreement)
         self.state = StepState.begin(self.version, self.rank, self.layout.segments())
 

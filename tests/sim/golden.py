@@ -187,6 +187,8 @@ def death_after_the_last_step() -> Script:
     s(e.WorkerFinished(w(1)))
     s.ready(w(0, 1))
     s.reported(w(1))
+    s(e.WorkerResumed(w(1), 3, 0.01, 0.02))
+    s(e.WorkerResumed(w(0, 1), 3, 0.01, 0.02))
     s(e.WorkerFinished(w(0, 1)))
     return s
 

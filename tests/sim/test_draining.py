@@ -167,6 +167,9 @@ def test_nobody_leaves_with_the_last_step() -> None:
     s.committed(w(0), 7)
     for rank in range(3):
         effects = s(e.WorkerFinished(w(rank)))
+    assert [effect.worker for effect in effects if isinstance(effect, e.EndTraining)] == [w(0), w(1), w(2)]
+    for rank in range(3):
+        effects = s(e.WorkerDied(w(rank), "exit status 0", clean=True))
     assert e.EndJob(True) in effects
 
 

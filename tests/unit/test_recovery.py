@@ -11,7 +11,13 @@ from everstep.elastic.recovery import Recovery
 
 def test_what_a_guide_told_ends_with_its_plan() -> None:
     """The plan it belonged to is aborted, and the next one goes back to an older version, with other settings."""
-    told = {"version": 30, "agreement": "{}", "after": {"groups": [{"lr": 0.1}]}, "unseen": [[29, 1.0, 2.0]]}
+    told = {
+        "version": 30,
+        "agreement": "{}",
+        "after": {"groups": [{"lr": 0.1}]},
+        "left": None,
+        "unseen": [[29, 1.0, 2.0]],
+    }
     comm = SimpleNamespace(receive=lambda rank, key: json.dumps(told).encode())
     engine = SimpleNamespace(rank=3, comm=comm, results=[])
     recovery = Recovery.__new__(Recovery)

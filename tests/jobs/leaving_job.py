@@ -1,0 +1,90 @@
+"""A job that leaves its loop before the last step, and goes on with something afterwards. The JSON argument says how.
+
+`how`: break, return, exit (sys.exit(0)), vanish (os._exit(0)), or empty: not at all; after the step `at`, on the rank
+`alone` or on all. `after`: what follows training: raise, exit, kill, again, or wait (for the file `go`).
+"""
+
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import everstep
+
+config = json.loads(sys.argv[1])
+out = Path(config["out"])
+mine = os.environ.get("RANK", "0")
+how, at = config.get("how", ""), config.get("at", 5)
+torch.manual_seed(7)
+features, targets = torch.randn(64, 6), torch.randn(64, 2)
+
+
+def leaves(run, step):
+    if step >= config.get("spoil", 10**9) and run.rank == 0:
+        spoil()
+    if not how or step < at or config.get("alone", run.rank) != run.rank:
+        return False
+    if how == "exit":
+        sys.exit(0)
+    if how == "vanish":
+        os._exit(0)
+    return True
+
+
+def spoil():
+    """The folder of the checkpoints goes away, and something else comes in its place."""
+    folder = Path(config["folder"])
+    if folder.is_dir():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.touch()
+
+
+def in_steps(run, model, optimizer, data):
+    for step in run.steps(model, optimizer, data, loss_fn=torch.nn.functional.mse_loss):
+        if leaves(run, step.index):
+            if how == "return":
+                return
+            break
+
+
+def in_loop(run, model, optimizer, data):
+    model, optimizer, batches = run.prepare(model, optimizer, data)
+    for inputs, wanted in batches:
+        torch.nn.functional.mse_loss(model(inputs), wanted).backward()
+        optimizer.step()
+        if leaves(run, run.step - 1):
+            if how == "return":
+                return
+            break
+
+
+@everstep.elastic(steps=config.get("steps", 30), global_batch_size=8, micro_batch_size=2)
+def train(run):
+    model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    data = torch.utils.data.TensorDataset(features, targets)
+    (in_loop if config.get("loop") else in_steps)(run, model, optimizer, data)
+    torch.save(run.full_state_dict(), out / f"state-{mine}.pt")
+    (out / f"left-{mine}").write_text(str(run.step))
+
+
+train()
+(out / f"after-{mine}").touch()
+match config.get("after"):
+    case "raise":
+        raise ValueError("the evaluation failed")
+    case "exit":
+        sys.exit(7)
+    case "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    case "again":
+        train()
+    case "wait":
+        while not (out / "go").exists():
+            time.sleep(0.02)
+(out / f"done-{mine}").touch()
