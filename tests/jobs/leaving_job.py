@@ -4,6 +4,7 @@
 `alone` or on all. `after`: what follows training: raise, exit, kill, again, or wait (for the file `go`).
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -39,9 +40,10 @@ def leaves(run, step):
 def spoil():
     """The folder of the checkpoints goes away, and something else comes in its place."""
     folder = Path(config["folder"])
-    if folder.is_dir():
+    while not folder.is_file():
         shutil.rmtree(folder, ignore_errors=True)
-        folder.touch()
+        with contextlib.suppress(OSError):  # a save has made it again
+            folder.touch(exist_ok=False)
 
 
 def in_steps(run, model, optimizer, data):
