@@ -27,7 +27,11 @@ from .story import LOGS
 
 DEFAULT_PORT = 29400
 BACKENDS = ("static", "c10d", "everstep")
-RENDEZVOUS = ("join_timeout", "last_call_timeout", "is_host")  # of --rdzv-conf; torch adds the others by itself
+RENDEZVOUS = ("join_timeout", "last_call_timeout", "is_host")  # of --rdzv-conf; torch adds rank and timeout by itself
+WITHOUT_EFFECT = (  # what torch's own rendezvous takes, about connections that there are none of here
+    *("timeout", "close_timeout", "heartbeat_timeout", "keep_alive_interval", "keep_alive_max_attempt"),
+    *("read_timeout", "store_type", "use_libuv"),
+)
 OVERRIDES = (
     *("steps", "stages", "global-batch-size", "micro-batch-size", "seed", "node-losses", "verify-every"),
     *("checkpoint-every", "checkpoint-keep"),
@@ -90,6 +94,7 @@ class Command:
     own: argparse.Namespace
     node_rank: int
     endpoint: str  # empty: one node, with a coordinator of its own
+    shares_port: bool  # the endpoint is --master-addr and --master-port, where scripts find torch's store
     log_dir_chosen: bool  # else torch makes one, of which nothing need stay
 
 
@@ -198,7 +203,8 @@ def configure(parsed: argparse.Namespace) -> Command:
     own = argparse.Namespace(**{k: v for k, v in vars(parsed).items() if k.startswith("es_")})
     program = _program(parsed, target, rest)
     endpoint = _chosen_endpoint(parsed, config.max_nodes)
-    return Command(config, program, own, int(parsed.node_rank), endpoint, chosen)
+    shares_port = bool(endpoint) and not parsed.rdzv_endpoint
+    return Command(config, program, own, int(parsed.node_rank), endpoint, shares_port, chosen)
 
 
 def _discard(log_dir: str, chosen: bool) -> None:
@@ -224,9 +230,11 @@ def _count_devices(parsed: argparse.Namespace) -> None:
 
 def _check(config: LaunchConfig) -> None:
     """Raise LaunchError for what torch takes, and nothing here would heed, or could."""
-    unknown = sorted(config.rdzv_configs.keys() - {*RENDEZVOUS, "rank", "timeout"})
+    unknown = sorted(config.rdzv_configs.keys() - {*RENDEZVOUS, *WITHOUT_EFFECT, "rank"})
     if unknown:
-        raise LaunchError(f"--rdzv-conf: there are {', '.join(RENDEZVOUS)}, not {', '.join(unknown)}")
+        raise LaunchError(
+            f"--rdzv-conf: there are {', '.join((*RENDEZVOUS, *WITHOUT_EFFECT))}, not {', '.join(unknown)}"
+        )
     if getattr(config, "numa_options", None) is not None and not in_a_fork(torch.cuda.is_available)[0]:
         raise LaunchError("--numa-binding binds workers to the processors near their GPUs, and no GPU is available")
     parent = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -21,7 +21,7 @@ from ..comms.process import die_with_parent, own_command, rename_process
 from ..comms.security import Security, SecurityError
 from ..elastic.progress import COORDINATOR
 from ..elastic.protocol.state import Config
-from .coordinator import Coordinator, NoSuchAddress, PortTaken
+from .coordinator import NOBODY, Coordinator, NoSuchAddress, PortTaken
 from .etcd import EtcdStore, JobOver, is_etcd, reach
 from .eventlog import harmless
 from .observer import Observer
@@ -46,6 +46,7 @@ class Task:
     host: str
     port: int
     store: str  # a file, or etcd://HOST:PORT[,HOST:PORT...]
+    behind: int = NOBODY  # see `Coordinator.serve`
     events: str = ""
     metrics: str = ""
     log: str = "off"  # one of story.LOGS
@@ -105,7 +106,7 @@ async def _serve(task: Task, security: Security, on_ready: Callable[[int], None]
     store: Store | None = None
     over = False
     try:
-        port = await coordinator.serve(task.host, task.port)
+        port = await coordinator.serve(task.host, task.port, task.behind)
         if task.metrics:
             pages = PageServer(task.metrics, routes(observer), security)
             print(f"everstep: the job can be watched: {pages.url} (metrics: /metrics)", file=sys.stderr, flush=True)
@@ -159,7 +160,8 @@ class CoordinatorProcess:
         self._process: subprocess.Popen[bytes] | None = None  # once it is not the fork any more
         self._pid, ready = self._fork()
         self.port = self._await(ready)
-        self._task = Task(**{**vars(task), "port": self.port})
+        here = task.behind == NOBODY
+        self._task = replace(task, port=self.port) if here else replace(task, behind=self.port)
         self._watch = threading.Thread(target=self._keep_up, name="everstep-coordinating", daemon=True)
         self._watch.start()
 

@@ -33,6 +33,8 @@ from .views import to_json
 VIEW_STEPS = 1000  # that anybody may ask for
 
 
+NOBODY = -1  # stands before the coordinator
+LOOPBACK = "127.0.0.1"
 RECEIVED_BYTES = 4 << 20  # of beats that wait to be heard; the system may allow less
 
 
@@ -81,16 +83,26 @@ class Coordinator:
 
     # ------------------------------------------------------------ serving
 
-    async def serve(self, host: str, port: int) -> int:
-        """Listen, TCP and UDP by one number (0: any); returns it. Raises PortTaken, NoSuchAddress and SecurityError."""
+    async def serve(self, host: str, port: int, behind: int = NOBODY) -> int:
+        """Listen, TCP and UDP by one number (0: any); returns it. Raises PortTaken, NoSuchAddress and SecurityError.
+
+        `behind`: somebody else listens there and passes on what is ours, to this port of loopback, which is returned.
+        """
         self._security.check_bind(host)
+        if behind != NOBODY:
+            self._udp = _datagrams(host, port)
+            return await self._start(LOOPBACK, behind)
         tcp, self._udp = _reserve(host, port)
         port = tcp.getsockname()[1]
         tcp.close()  # gRPC would log a line of its own if it were taken
-        if not await self._server.start(addresses.join(host, port)):
+        return await self._start(host, port)
+
+    async def _start(self, host: str, port: int) -> int:
+        served = await self._server.start(addresses.join(host, port))
+        if not served:
             raise PortTaken(addresses.join(host, port))
         await self._server.tell_health(leads=False)
-        return port
+        return served
 
     async def lead(self, store: Store, on_leading: Callable[[], None] = lambda: None) -> None:
         """Be the job's coordinator until the job ends, from what the store has. Raises StoreError and Superseded.
@@ -196,22 +208,38 @@ def _reserve(host: str, port: int) -> tuple[socket.socket, socket.socket]:
 
     UDP first: who has that holds it, and nobody else tries TCP, which has to be let go for a moment until gRPC listens.
     """
-    at = addresses.join(host, port)
     for _ in range(1 if port else 100):
-        udp: socket.socket | None = None
         try:
-            family, place = addresses.resolve(host, port, socket.SOCK_DGRAM)
-            udp = socket.socket(family, socket.SOCK_DGRAM)
-            udp.bind(place)
-            tcp = addresses.listen(host, udp.getsockname()[1])
+            udp = _datagrams(host, port)
+        except PortTaken:
+            continue
+        try:
+            return addresses.listen(host, udp.getsockname()[1]), udp
         except OSError as error:
-            if udp is not None:
-                udp.close()
-            if error.errno == errno.EADDRINUSE:
-                continue
-            why = (error.strerror or str(error)).partition(" (while ")[0]  # which repeats the address
-            raise NoSuchAddress(f"cannot listen at {at}: {why}") from None
-        udp.setblocking(False)
-        udp.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVED_BYTES)
-        return tcp, udp
-    raise PortTaken(at)
+            udp.close()
+            if error.errno != errno.EADDRINUSE:
+                raise _no_such(host, port, error) from None
+    raise PortTaken(addresses.join(host, port))
+
+
+def _datagrams(host: str, port: int) -> socket.socket:
+    """A UDP socket. Raises PortTaken and NoSuchAddress."""
+    udp: socket.socket | None = None
+    try:
+        family, place = addresses.resolve(host, port, socket.SOCK_DGRAM)
+        udp = socket.socket(family, socket.SOCK_DGRAM)
+        udp.bind(place)
+    except OSError as error:
+        if udp is not None:
+            udp.close()
+        if error.errno == errno.EADDRINUSE:
+            raise PortTaken(addresses.join(host, port)) from None
+        raise _no_such(host, port, error) from None
+    udp.setblocking(False)
+    udp.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVED_BYTES)
+    return udp
+
+
+def _no_such(host: str, port: int, error: OSError) -> NoSuchAddress:
+    why = (error.strerror or str(error)).partition(" (while ")[0]  # which repeats the address
+    return NoSuchAddress(f"cannot listen at {addresses.join(host, port)}: {why}")

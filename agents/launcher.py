@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import logging
 import os
 import signal
@@ -13,6 +14,7 @@ import tempfile
 import urllib.parse
 import uuid
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -38,6 +40,7 @@ from .command import (
 from .coordinating import END_S, CoordinatorFailed, CoordinatorProcess, Task, serve
 from .etcd import is_etcd
 from .logs import WorkerLogs, discard
+from .masterport import MasterPort
 from .memory import available, parse_size
 from .node import AgentError, NodeAgent, NodeConfig, Outcome
 from .pages import AddressTaken
@@ -82,10 +85,12 @@ def _run_node(command: Command, preloader: Preloader) -> Outcome:
             if not command.endpoint:
                 job = uuid.uuid4().hex[:12] if job == "none" else job
             security = _security(command)
-            addresses, coordinator = _coordinate(command, job, security, stack)
+            addresses, coordinator, master = _coordinate(command, job, security, stack)
             link = Attachment(addresses, job, security)
             address = _reach(link, _join_timeout(command))
             agent = NodeAgent(_node_config(command, job, address), link, preloader)
+            if master is not None:
+                agent.on_store = master.serve_store
             others = len(addresses) > (coordinator is not None)  # coordinators, that stay when this node goes
             _stop_on_signals(agent, _signals(command), leaves=signal.SIGTERM if others else None)
             outcome = agent.run()
@@ -131,15 +136,16 @@ def _see_off(coordinator: CoordinatorProcess, agent: NodeAgent, outcome: Outcome
 
 def _coordinate(
     command: Command, job: str, security: Security, stack: contextlib.ExitStack
-) -> tuple[list[str], CoordinatorProcess | None]:
+) -> tuple[list[str], CoordinatorProcess | None, MasterPort | None]:
     """The coordinators' addresses; starts one here if this is a node to have one."""
     endpoints = [_endpoint(one) for one in command.endpoint.split(",")] if command.endpoint else [LOOPBACK]
     here = _is_host(command)
     own = next((one for one in endpoints if hosts.is_own(one.host)), endpoints[0] if here else None)
     if own is None or here is False:
-        return [str(one) for one in endpoints], None
+        return [str(one) for one in endpoints], None, None
     at = _reachable(command, security, own)
     endpoints = [at if one == own else one for one in endpoints]
+    only = bool(here) or (command.torch.max_nodes == 1 and len(endpoints) == 1)  # or another may be there already
     if len(endpoints) > 1 and not is_etcd(command.own.es_store):
         raise LaunchError(
             f"--rdzv-endpoint names {len(endpoints)} coordinators, which can only stand by for one another with a "
@@ -170,16 +176,42 @@ def _coordinate(
         metrics=command.own.es_coordinator_metrics,
         log=command.own.es_log,
     )
+    master: MasterPort | None = None
     try:
+        if command.shares_port:
+            master = _master_port(at, security, stack)
+            at = at._replace(port=master.port)
+            task = replace(task, port=at.port, behind=0)
+            endpoints = [at]
         coordinator = CoordinatorProcess(task, security)
     except CoordinatorFailed as error:
-        if error.taken and (here or (command.torch.max_nodes == 1 and len(endpoints) == 1)):
-            raise LaunchError(f"{at} is in use: choose another port in --rdzv-endpoint") from None
+        if master is not None:
+            master.close()
+        if error.taken and only:
+            flag = "--master-port" if command.shares_port else "--rdzv-endpoint"
+            raise LaunchError(f"{at} is in use: choose another port in {flag}") from None
         if error.taken:
-            return [str(one) for one in endpoints], None  # another node on this host was first
+            return [str(one) for one in endpoints], None, None  # another node on this host was first
         raise LaunchError(str(error)) from None
     stack.callback(coordinator.close)
-    return [str(one if one.port else one._replace(port=coordinator.port)) for one in endpoints], coordinator
+    if master is not None:
+        master.start(coordinator.port)
+    addresses = [str(one if one.port else one._replace(port=coordinator.port)) for one in endpoints]
+    return addresses, coordinator, master
+
+
+def _master_port(at: hosts.Address, security: Security, stack: contextlib.ExitStack) -> MasterPort:
+    """Listen where torchrun has torch's store. Raises CoordinatorFailed as the coordinator itself would."""
+    try:
+        security.check_bind(at.host)
+        master = MasterPort(at)
+    except SecurityError as error:
+        raise CoordinatorFailed(str(error)) from None
+    except OSError as error:
+        taken = error.errno == errno.EADDRINUSE
+        raise CoordinatorFailed(f"cannot listen at {at}: {error.strerror or error}", taken=taken) from None
+    stack.callback(master.close)
+    return master
 
 
 def _is_host(command: Command) -> bool | None:

@@ -113,6 +113,7 @@ class NodeAgent:
         self.node = config.node
         self._lives = 0  # how often this node has joined
         self.on_stop: Callable[[str], None] = lambda why: None  # asked to stop when the job is over here already
+        self.on_store: Callable[[str, int], None] = lambda host, port: None  # where torch's store of this attempt is
         self.on_started = on_started or (lambda: None)
         self.workers: dict[WorkerId, WorkerProcess] = {}
         self.token = ""
@@ -332,6 +333,7 @@ class NodeAgent:
 
     def _on_start(self, message: pb.StartWorkers) -> None:
         self.on_started()
+        self.on_store(message.master_addr, message.master_port)
         if message.group_rank == 0:
             self._stores.open(message.master_port)
             if message.restart_count:
