@@ -236,6 +236,7 @@ def merge_rooms(content: Content, modules: Sequence[Module], shardings: Sharding
         for name in found[0]:
             pieces = [_of_rank(found, name, rank, "a tensor") for rank in range(len(modules))]
             room[name] = of(name).consolidate(name, pieces)
+    content.unknown += dict.fromkeys(name for module in modules for name in module.unknown)
     content.tied.update(modules[0].tied)
     content.layers.update(modules[0].layers)
 

@@ -27,6 +27,7 @@ class Module:
     frozen: dict[str, Lazy] = field(default_factory=dict)
     tied: dict[str, str] = field(default_factory=dict)
     layers: dict[str, int] = field(default_factory=dict)
+    unknown: list[str] = field(default_factory=list)  # what of the module is no tensor
     candidates: dict[str, list[tuple[int, FileTensor]]] = field(default_factory=dict)  # tied: what may be it, by layer
 
     @property
@@ -57,6 +58,7 @@ def whole_module(
         _from_layers(made, layers, {**dict.fromkeys((*frozen, *buffers)), **sizes})
     else:
         made.tensors = {name: tensor for name, tensor in module.items() if isinstance(tensor, FileTensor)}
+        made.unknown += [name for name, value in module.items() if not isinstance(value, FileTensor | None)]
     if not made.shapes:
         made.shapes = _shapes_of(path, made.tensors, placed)
     trained = made.trained
@@ -128,7 +130,9 @@ def take_unclaimed(modules: Sequence[Module], layers: Mapping[int, dict[str, Any
     claimed = {tensor for module in modules for tensor in module.tensors.values()}
     for layer, tensors in layers.items():
         for key, tensor in tensors.items():
-            if isinstance(tensor, FileTensor) and tensor not in claimed:
+            if not isinstance(tensor, FileTensor | None):
+                modules[0].unknown.append(f"{layer}.{key}")
+            elif tensor is not None and tensor not in claimed:
                 name = f"{layer}.{key}"
                 stage = next((each for each in modules if layer in each.layers.values()), modules[0])
                 stage.tensors[name], stage.layers[name] = tensor, layer
@@ -206,6 +210,8 @@ def divided_module(states: Mapping[Path, dict[str, Any]]) -> Module:
             made.buffers[name] = tensor.lazy(f"{path.name}, buffer")
         elif isinstance(tensor, FileTensor):
             made.tensors[name] = tensor
+        elif tensor is not None:
+            made.unknown.append(name)
     for name, shape in (first.get("frozen_param_shapes") or {}).items():
         parts = [(state.get("frozen_param_fragments") or {}).get(name) for state in states.values()]
         if any(part is None for part in parts):

@@ -62,14 +62,23 @@ def read(path: Path, options: Options) -> Content:
         room = content.params if floating and not _BUFFER.search(name) else content.buffers
         room[name] = tensor
         content.notes[name] = f"{name} in {tensor.origin.partition(':')[0]}"
-    if found.shards:
+    if found.parts:
         content.warnings.append(
-            f"{path}: put together of {found.shards} shards of a distributed save, which do not say how many there "
+            f"{path}: put together of {len(found.parts)} shards of a distributed save, which do not say how many there "
             "were: check the shapes"
         )
+    if path.is_dir() and (beside := _beside(path, found)):
+        content.dropped.append((", ".join(beside), "files beside the weights, which are not read: copy what you need"))
     content.tied = tied
     content.extra[EXTRA] = configs
     return content
+
+
+def _beside(folder: Path, found: _Found) -> list[str]:
+    """Files in the folder that hold nothing of what was read: tokenizers, a trainer's states, other weights."""
+    read_ = {tensor.path.name for tensor in found.places.values()} | set(found.parts)
+    known = {*read_, *_CONFIGS.values(), INDEX, _OLD_INDEX}
+    return sorted(each.name for each in folder.iterdir() if each.is_file() and each.name not in known)
 
 
 @dataclass(frozen=True)
@@ -79,7 +88,7 @@ class _Found:
     tensors: dict[str, Lazy]
     metadata: dict[str, str]
     places: dict[str, FileTensor] = field(default_factory=dict)  # where those lie that are whole in one file
-    shards: int = 0  # of how many files each tensor may have parts
+    parts: tuple[str, ...] = ()  # the files of a distributed save, of which each tensor may be in several
 
     @classmethod
     def of(cls, path: Path) -> _Found:
@@ -94,7 +103,7 @@ class _Found:
         files = sorted(path.glob("*.safetensors"))
         if (divided := safetensors_shards.assemble(files)) is not None:
             tensors = {name: dcp_tensors.lazy(tensor) for name, tensor in divided.items()}
-            return cls(tensors, {}, shards=len(files))
+            return cls(tensors, {}, parts=tuple(each.name for each in files))
         if len(files) == 1:
             return cls._of_file(files[0])
         raise ConversionError(f"{path}: {len(files)} safetensors files and no {INDEX}; expected it, or one file")

@@ -29,6 +29,7 @@ from .unpickling import Record
 EXTRA = "megatron"
 _RANK = re.compile(r"mp_rank_(?P<tp>\d+)(?:_(?P<pp>\d+))?(?:_(?P<ep>\d+))?")
 _MODEL = "model_optim_rng.pt"
+_UNDERSTOOD = ("args", "optimizer", "opt_param_scheduler", "rng_state")
 _FLAT = "distrib_optim.pt"
 _EMBEDDING, _OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 _LAYER = re.compile(r"^(?P<stem>(?:.*\.)?layers)\.(?P<layer>\d+)\.")
@@ -247,6 +248,11 @@ def _checked(name: str, main: Lazy, model: Lazy) -> Lazy:
     return Lazy(main.shape, main.dtype, read, main.origin)
 
 
+def _is_kept(key: str) -> bool:
+    """Whether a value of the common state is kept as it is: what is not understood elsewhere."""
+    return key not in _UNDERSTOOD and not re.fullmatch(r"model\d*", key)
+
+
 def _settings(content: Content, first: _Rank) -> None:
     dropped: list[str] = []
     optimizer = first.values.get("optimizer")
@@ -257,7 +263,9 @@ def _settings(content: Content, first: _Rank) -> None:
         content.scheduler = json_values.encode(schedule, dropped, "opt_param_scheduler")
     content.extra[EXTRA] = {
         "args": json_values.encode(first.args, dropped, "args"),
-        "common": {key: first.values[key] for key in ("checkpoint_version", "iteration") if key in first.values},
+        "common": {
+            key: json_values.encode(value, dropped, key) for key, value in first.values.items() if _is_kept(key)
+        },
         "vocab_size": first.args.get("vocab_size"),
         "padded_vocab_size": first.args.get("padded_vocab_size"),
     }

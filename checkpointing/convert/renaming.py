@@ -238,6 +238,9 @@ def rename(
         dropped=content.dropped,
         notes={target: group.note for group in groups for target in (group.targets or group.sources)},
     )
+    for group in groups:
+        if not group.targets:
+            made.dropped.append((", ".join(group.sources), f"{group.rule.where} leaves it out"))
     one_to_one = {group.sources[0]: group.targets[0] for group in groups if len(group.sources + group.targets) == 2}
     for alias, owner in content.tied.items():
         if alias not in one_to_one or owner not in one_to_one:

@@ -275,6 +275,28 @@ def test_one_shard_is_not_read_as_if_it_were_whole(kept: Path, tmp_path: Path, r
     assert "shard 1 is missing" in run.refused(tmp_path / "2")
 
 
+def test_files_beside_the_weights_are_listed(tmp_path: Path, run: Commands) -> None:
+    """A second copy of the weights, a trainer's optimizer, a tokenizer: none of them is read."""
+    folder = safetensors(tmp_path / "in" / "model.safetensors", {"a.weight": (4, 3)})
+    safetensors(folder / "ema.safetensors", {"a.weight": (4, 3)}, seed=1)
+    for name in ("optimizer.pt", "tokenizer.json"):
+        (folder / name).write_text("{}")
+    (folder / "config.json").write_text("{}")
+    ended = run("convert", folder, tmp_path / "out", "--to", "universal")
+    assert "left out: ema.safetensors, optimizer.pt, tokenizer.json (files beside the weights" in ended.stderr
+    assert "left out" not in run("convert", folder / "ema.safetensors", tmp_path / "ema", "--to", "universal").stderr
+
+
+def test_names_that_a_rule_leaves_out_are_listed(tmp_path: Path, run: Commands) -> None:
+    folder = safetensors(tmp_path / "in" / "model.safetensors", {"a.weight": (4, 3), "b.inv_freq": (2,)})
+    rules = tmp_path / "rules.toml"
+    rules.write_text('[[name]]\na = "a.weight"\nb = "c.weight"\n[[name]]\na = "b.inv_freq"\n')
+    ended = run("convert", folder, tmp_path / "out", "--to", "universal", "--names", rules)
+    assert ended.status == 0, ended
+    assert "left out: b.inv_freq (rules.toml" in ended.stderr
+    assert set(read_universal(tmp_path / "out").params) == {"c.weight"}
+
+
 # ------------------------------------------------------------ DeepSpeed and Megatron
 
 
@@ -464,6 +486,8 @@ def test_what_users_save_beside_a_deepspeed_model_is_kept(kept: Path, tmp_path: 
     assert "client_state.ema.weight" in run.refused(tmp_path / "out", to="hf")
     torch.save({**state, "data_sampler": {"at": 3}}, path)
     assert "not understood, and it would be lost: data_sampler" in run.refused(source)
+    torch.save({**state, "module": {**state["module"], "norm._extra_state": {"scale": 3}}}, path)
+    assert "not understood, and it would be lost: norm._extra_state" in run.refused(source)
 
 
 @pytest.mark.parametrize(
