@@ -19,7 +19,7 @@ Key = tuple[str, str]  # ("weight" or "optimizer/<state>" or "other", name)
 def verify_universal(checkpoint: Checkpoint) -> None:
     """Raise ConversionError if a file is not what was written: every one is read, and its checksum compared."""
     for problem in checkpoint.verify():
-        raise _Wrong(problem)
+        raise _wrong(problem)
 
 
 def verify(wanted: Content, found: Content, to: str, work: Work) -> None:
@@ -28,7 +28,7 @@ def verify(wanted: Content, found: Content, to: str, work: Work) -> None:
     Tensors are compared one by one, within the memory and on the threads of `work`.
     """
     if found.step != wanted.step and not (to == "hf" or not wanted.scalars):
-        raise _Wrong(f"step {found.step} where {wanted.step} was written")
+        raise _wrong(f"step {found.step} where {wanted.step} was written")
     pieces = []
     for (room, name), ours, theirs in _pairs(wanted, found):
         size = ours.nbytes + 2 * theirs.nbytes
@@ -36,26 +36,26 @@ def verify(wanted: Content, found: Content, to: str, work: Work) -> None:
     work.run(pieces)
     for state, name, ours_, theirs_ in _numbers(wanted, found):
         if theirs_ is None or theirs_.value != ours_.value:
-            raise _Wrong(f"{state} of {name} is {theirs_ and theirs_.value} where {ours_.value} was written")
+            raise _wrong(f"{state} of {name} is {theirs_ and theirs_.value} where {ours_.value} was written")
 
 
 def _pairs(wanted: Content, found: Content) -> Iterator[tuple[Key, Lazy, Lazy]]:
     ours, theirs = _flat(wanted), _flat(found)
     for key, tensor in ours.items():
         if key not in theirs:
-            raise _Wrong(f"{'/'.join(key)} is not there")
+            raise _wrong(f"{'/'.join(key)} is not there")
         if (
             theirs[key].shape != tensor.shape
             and not _is_padded(tensor, theirs[key])
             and not _is_padded(theirs[key], tensor)
         ):
-            raise _Wrong(f"{'/'.join(key)} has shape {list(theirs[key].shape)} where {list(tensor.shape)} was written")
+            raise _wrong(f"{'/'.join(key)} has shape {list(theirs[key].shape)} where {list(tensor.shape)} was written")
         yield key, tensor, theirs[key]
     for key, tensor in theirs.items():
         if key not in ours:
             owner = ours.get((key[0], wanted.tied.get(key[1], "")))
             if owner is None:
-                raise _Wrong(f"{'/'.join(key)} is there, and was not written")
+                raise _wrong(f"{'/'.join(key)} is there, and was not written")
             yield key, owner, tensor
 
 
@@ -73,13 +73,13 @@ def _is_padded(one: Lazy, other: Lazy) -> bool:
 def _comparing(what: str, ours: Lazy, theirs: Lazy, exact: bool) -> Callable[[], None]:
     def do() -> None:
         if exact and ours.dtype != theirs.dtype:
-            raise _Wrong(f"{what} is {theirs.dtype} where {ours.dtype} was written")
+            raise _wrong(f"{what} is {theirs.dtype} where {ours.dtype} was written")
         read, written = theirs.read(), cast(ours.read(), theirs.dtype)
         if read.shape != written.shape:
             rows = min(len(read), len(written))
             read, written = read[:rows], written[:rows]
         if not _same_bits(read, written):
-            raise _Wrong(f"{what} holds other numbers than were written")
+            raise _wrong(f"{what} holds other numbers than were written")
 
     return do
 
@@ -97,9 +97,8 @@ def _numbers(wanted: Content, found: Content) -> Iterator[tuple[str, str, Scalar
             yield state, name, value, found.scalars.get(state, {}).get(name)
 
 
-class _Wrong(ConversionError):
-    def __init__(self, what: str) -> None:
-        super().__init__(
-            f"what was written reads back otherwise: {what}; nothing is put in place. This is a fault of the disk or a "
-            "bug of everstep (--no-verify goes without the check)"
-        )
+def _wrong(what: str) -> ConversionError:
+    return ConversionError(
+        f"what was written reads back otherwise: {what}; nothing is put in place. This is a fault of the disk or a "
+        "bug of everstep (--no-verify goes without the check)"
+    )
