@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..comms import telemetry_pb2 as pb
-from ..elastic.protocol.events import StragglerFound, StragglerGone
+from ..elastic.protocol.events import StragglerFound, StragglerGone, WaitNoticed
 from ..elastic.protocol.state import State
+from .holdups import Holdups
 from .metrics import CONTENT_TYPE, FAILURES, JOB_PHASES, SHOWN_STRAGGLERS, JobMetrics
 from .pages import Page
 from .series import Series, died_of
@@ -67,6 +68,7 @@ class Observer:
         self.series = Series()
         self.suspects = Suspects()
         self.stragglers = self.suspects.stragglers
+        self.holdups = Holdups()
         self.ranks: dict[int, RankSeries] = {}
         self._state = state
         self._clock = clock
@@ -79,6 +81,7 @@ class Observer:
         self._tokens_per_sample = math.nan
         self._samples_without = 0  # whose tokens are not known yet
         self._compared_s = 0.0
+        self._held_up_s = 0.0  # when waits were looked at last
         self._checkpoint_s = 0.0
         self._checkpoint: Mapping[str, Any] | None = None
         self._saving: Mapping[str, Any] | None = None
@@ -111,6 +114,7 @@ class Observer:
                 series.steps.append(step)
             elapsed_s = telemetry.at_s - before.telemetry.at_s if before else 0.0
             self.suspects.take(telemetry, elapsed_s, now)
+            self.holdups.take(telemetry.ranks, now)
             self._learn_tokens(telemetry)
             if now - self._compared_s >= COMPARE_S:
                 self._compared_s = now
@@ -121,10 +125,17 @@ class Observer:
         """Agents said that they are alive."""
         self.metrics.heartbeats.inc(count)
 
-    def poll(self) -> StragglerFound | StragglerGone | None:
-        """What was found of slow ranks and links since, one at a time: events for the coordinator."""
+    def poll(self) -> StragglerFound | StragglerGone | WaitNoticed | None:
+        """What was found of slow ranks, links and waits since, one at a time: events for the coordinator."""
         with self._lock:
-            return self.suspects.poll()
+            found = self.suspects.poll()
+            now = self._clock()
+            if found is not None or now - self._held_up_s < COMPARE_S:
+                return found
+            wait = self.holdups.poll(self._state(), now, self.series.typical_s)
+            if wait is None:  # else there may be more
+                self._held_up_s = now
+            return wait
 
     # ------------------------------------------------------------ what it is asked
 
@@ -161,6 +172,7 @@ class Observer:
                 at_s=now,
                 state_at_s=self._state_clock(),
                 undecided=self._undecided(),
+                waits=self.holdups.shown(state, now),
                 typical_s=series.typical_s,
                 committed_s=series.committed_s,
                 started_s=series.started_s,

@@ -186,6 +186,7 @@ def concerns(view: View) -> list[str]:
         else f"a link is slow: {one['evidence']}"
         for one in view.get("stragglers", ())
     ]
+    found += view.get("waits", ())
     amiss: dict[str, list[int]] = {}
     for worker in view["workers"]:
         if worker["status"] not in WELL and view["stages"]:

@@ -34,6 +34,7 @@ class Seen:
     at_s: float  # the event log's clock
     state_at_s: float  # the state's clock
     undecided: str
+    waits: Sequence[str]  # who waits for whom, and who stands still
     typical_s: float
     committed_s: float
     started_s: float
@@ -75,6 +76,7 @@ def view_of(seen: Seen) -> dict[str, Any]:
         "unix_s": time.time(),
         "phase": state.phase.value,
         "undecided": seen.undecided,
+        "waits": list(seen.waits),
         "recovering": _recovering(seen),
         "generation": layout.generation if layout else 0,
         "world_size": len(layout.ranks) if layout else 0,

@@ -196,6 +196,11 @@ def _noted(state: State, event: e.WorkerNoted, now: float) -> Outcome:
     return state, [e.Record(event.what, {"rank": event.worker.rank, **event.fields})]
 
 
+def _wait_noticed(state: State, event: e.WaitNoticed, now: float) -> Outcome:
+    fields = {"ranks": list(event.ranks), **({"step": event.step} if event.step >= 0 else {})}
+    return state, [e.Record("warning", {"notice": "waiting", "text": event.text, **fields})]
+
+
 def _enter_in_ledger(state: State, layout: Layout, event: e.WorkerCommitted) -> Outcome:
     """A line for a new step; for one that was computed again, whether it came out the same."""
     # Nothing before it can be gone back to. Of the first version that outlives nodes one hears two steps later.
@@ -272,6 +277,7 @@ _HANDLERS: dict[type[Any], Callable[[State, Any, float], Outcome]] = {
     e.WorkerNoted: _noted,
     e.WorkerLeft: left,
     e.WorkerWentOn: went_on,
+    e.WaitNoticed: _wait_noticed,
     e.WorkerFinished: _finished,
     e.WorkerConcluded: concluded,
     e.WorkerRaised: _raised,

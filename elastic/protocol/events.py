@@ -345,6 +345,15 @@ class StragglerFound:
 
 
 @dataclass(frozen=True)
+class WaitNoticed:
+    """Ranks, or the job (no ranks), wait for long; `text` says for whom. Worth a warning, and decides nothing."""
+
+    text: str
+    ranks: tuple[int, ...] = ()
+    step: int = -1
+
+
+@dataclass(frozen=True)
 class StragglerGone:
     """A rank, or a link, that was slow is level with the others again, or is not there any more."""
 
@@ -395,6 +404,7 @@ Event = (
     | DrainRequested
     | StragglerFound
     | StragglerGone
+    | WaitNoticed
     | RendezvousClosed
     | Ticked
 )

@@ -204,7 +204,7 @@ def polled(job: Job) -> list[Any]:
     found = []
     while (event := job.observer.poll()) is not None:
         found.append(event)
-    return found
+    return [event for event in found if not isinstance(event, e.WaitNoticed)]
 
 
 def test_what_is_found_is_said_once_and_again_after_a_while() -> None:
