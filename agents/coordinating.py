@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from .etcd import EtcdStore, JobOver, is_etcd, reach
 from .eventlog import harmless
 from .observer import Observer
 from .pages import AddressTaken, PageServer
+from .patience import Wait
 from .store import SqliteStore, Store, StoreError, Superseded
 from .story import Narrator, set_up_log
 from .web import routes
@@ -33,6 +35,7 @@ from .web import routes
 log = logging.getLogger("everstep.coordinator")
 
 START_S = 60.0  # until it serves
+LOOK_S = 1.0
 AGAIN_S, LATEST_S = 0.1, 5.0  # one that does not come to serve is tried again: after this, twice this, ...
 END_S = 15.0
 
@@ -134,8 +137,12 @@ async def _serve(task: Task, security: Security, on_ready: Callable[[int], None]
 async def _elected(task: Task, security: Security, coordinator: Coordinator) -> Store | None:
     """The store, once this coordinator leads; None if the job was over before."""
 
+    wait = Wait()
+
     def waits(why: str) -> None:
         coordinator.standing_by = f"this coordinator stands by: {why}"
+        if task.log != "off":
+            wait.look(f"coordinator of job {task.job} stands by: {why}")
 
     def stand() -> EtcdStore:
         return EtcdStore(task.store, task.job, security, waits, stood_by=task.stood_by)
@@ -210,8 +217,12 @@ class CoordinatorProcess:
     def _await(self, ready: int) -> int:
         """The port it serves on. Raises CoordinatorFailed."""
         with os.fdopen(ready) as pipe:
-            if not select.select([pipe], [], [], START_S)[0]:
-                raise CoordinatorFailed(f"the coordinator does not serve after {START_S:g} s")
+            wait = Wait(f"this node waits for its coordinator to serve; it gives up after {START_S:g} s")
+            deadline_s = time.monotonic() + START_S
+            while not select.select([pipe], [], [], LOOK_S)[0]:
+                wait.look()
+                if time.monotonic() > deadline_s:
+                    raise CoordinatorFailed(f"the coordinator does not serve after {START_S:g} s")
             line = pipe.readline()
         if not line:
             raise CoordinatorFailed("the coordinator ended before it served")

@@ -44,6 +44,7 @@ from .masterport import MasterPort
 from .memory import available, parse_size
 from .node import AgentError, NodeAgent, NodeConfig, Outcome
 from .pages import AddressTaken
+from .patience import Wait
 from .preloader import Preloader
 
 LOOPBACK = hosts.Address("127.0.0.1", 0)
@@ -115,8 +116,10 @@ def _security(command: Command) -> Security:
 
 def _reach(link: Attachment, join_timeout_s: float) -> str:
     timeout_s = min(CONNECT_TIMEOUT_S, join_timeout_s)
+    where = ", ".join(link.addresses)
+    wait = Wait(f"this node looks for a coordinator at {where}, where none answers; it gives up after {timeout_s:g} s")
     try:
-        return link.reach(timeout_s)
+        return link.reach(timeout_s, wait.look)
     except Unreachable as error:
         hint = "check --rdzv-endpoint, and that the first node is up (if the port is in use by something else, "
         hint = explain_unreachable(link.addresses[0], link.security) or f"{hint}choose another)"

@@ -37,6 +37,7 @@ from .keeper import KeeperCannotServe, KeeperProcess, NameTaken, obtain
 from .keeper import start as start_keeper
 from .local_ranks import LocalRanks
 from .logs import WorkerLogs
+from .patience import Wait
 from .preloader import Preloader
 from .torchstore import TorchStores
 from .workers import WorkerProcess
@@ -130,6 +131,8 @@ class NodeAgent:
         self._selector = selectors.DefaultSelector()
         self._stores = TorchStores(config.host)
         self._rejoining = False  # has asked to be taken in again
+        self._wait = Wait()
+        self._began = False  # workers were started here
         self._steps_alone: dict[WorkerId, int] = {}
         self._alone_s = 0.0  # since when there has been neither a coordinator nor progress
         self._fenced_s = 0.0  # since when this node has been out
@@ -334,6 +337,7 @@ class NodeAgent:
     def _on_start(self, message: pb.StartWorkers) -> None:
         self.on_started()
         self.on_store(message.master_addr, message.master_port)
+        self._began = True
         if message.group_rank == 0:
             self._stores.open(message.master_port)
             if message.restart_count:
@@ -590,8 +594,32 @@ class NodeAgent:
 
     # ------------------------------------------------------------ watching
 
+    def _waits_for(self, now: float) -> str:
+        """What this node can do nothing without; empty if there is no such thing."""
+        where = ", ".join(self.link.addresses)
+        if self.outcome is not None or self._unfit:
+            return ""
+        if not self.token:
+            return f"this node waits for the coordinator at {where} to take it in"
+        if now - self.link.heard_s > ALONE_S:
+            limit_s = self.config.coordinator_wait_s
+            return (
+                f"this node has no word from a coordinator at {where}; training goes on, and its workers are stopped "
+                f"after {limit_s:g} s without progress"
+            )
+        if any(worker.silent for worker in self.workers.values()):
+            return "this node waits for workers of the last attempt to end"
+        if self._waiting:
+            return "this node waits for the process that its workers are forked from, which imports --es-preload"
+        if not self._began:
+            return (
+                "this node has joined, and waits for the coordinator to start workers on it (for other nodes, perhaps)"
+            )
+        return ""
+
     def _watch(self) -> None:
         now = time.monotonic()
+        self._wait.look(self._waits_for(now))
         if self._unfit:
             if now - self._unfit_s > UNFIT_S and self.outcome is None:
                 self._on_refused(pb.Refused(why=self._unfit))

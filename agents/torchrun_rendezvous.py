@@ -32,6 +32,7 @@ from ..comms import rendezvous_pb2 as pb
 from ..comms.rendezvous_pb2_grpc import RendezvousServiceStub
 from ..comms.rpc import channel_to
 from ..comms.security import Security, SecurityError, digest_of
+from .patience import Wait
 
 BACKEND = "everstep"
 POLL_S = 0.2  # while a round forms
@@ -102,6 +103,10 @@ class EverstepRendezvous(RendezvousHandler):
         deadline_s = time.monotonic() + self._join_timeout_s
         self._store = None
         self._request.store_host, self._request.store_port = "", 0
+        wait = Wait(
+            f"this node waits at {self._address} for a round of at least {self._request.min_nodes} nodes; it gives up "
+            f"after {self._join_timeout_s:g} s"
+        )
         answer = self._call(pb.MEET_ACTION_JOIN, deadline_s)
         if not self._stays.is_alive() and not self._closing.is_set():
             self._stays.start()
@@ -114,6 +119,7 @@ class EverstepRendezvous(RendezvousHandler):
                     f"{self._join_timeout_s:g} s: start the others, or lower --nnodes"
                 )
             else:
+                wait.look()
                 time.sleep(POLL_S)
             answer = self._call(pb.MEET_ACTION_STAY, deadline_s)
         if self._store is None:

@@ -12,6 +12,7 @@ from typing import Any, TextIO
 
 from ..comms.security import Security
 from .asking import Endpoints
+from .patience import said
 from .perfetto import Trace
 from .status import ENDPOINT, told
 
@@ -35,7 +36,11 @@ def trace(arguments: Sequence[str]) -> int:
         parse.error(f"--steps must be from 1 to {MOST_STEPS}")
 
     def write() -> int:
-        found = Trace.of(Endpoints(own.endpoint, Security.of(os.environ)).trace(own.steps, own.timeout))
+        text = (
+            f"the nodes of the job at {own.endpoint} are asked for their spans; {own.timeout:g} s are waited for them"
+        )
+        with said(text):
+            found = Trace.of(Endpoints(own.endpoint, Security.of(os.environ)).trace(own.steps, own.timeout))
         if own.output == "-":
             found.write(sys.stdout)
             return 0

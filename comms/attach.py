@@ -15,7 +15,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,7 +96,7 @@ class Attachment:
             threading.Thread(target=self._beat, name="everstep-heartbeat", daemon=True),
         ]
 
-    def reach(self, timeout_s: float) -> str:
+    def reach(self, timeout_s: float, on_wait: Callable[[], None] = lambda: None) -> str:
         """The first address at which a coordinator answers. Raises Unreachable."""
         deadline = time.monotonic() + timeout_s
         while True:
@@ -106,6 +106,7 @@ class Attachment:
                     return address
             if time.monotonic() > deadline:
                 raise Unreachable(", ".join(self.addresses))
+            on_wait()
             time.sleep(RETRY_S)
 
     def start(self, node: str) -> None:

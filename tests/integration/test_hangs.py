@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.jobs import JOBS, Result, finish, launch, read_result, wait_until
+from tests.jobs import JOBS, Result, everstep, finish, launch, read_result, wait_until
+from tests.jobs.ports import free_port
 
 STEPS = 12
 QUICK = ["--es-hang-timeout=1", "--es-user-timeout=3"]  # in its dataset: a second of silence, three of standing still
@@ -24,8 +25,12 @@ class Job:
         self.out = out
         os.mkfifo(out / "pipe")
         arguments = [json.dumps({"out": str(out), "steps": STEPS, "at": 6, "ranks": [1], **config})]
-        events = ["--es-events", str(out / "events.jsonl"), "--nproc-per-node=2"]
+        self.endpoint = f"127.0.0.1:{free_port()}"
+        events = ["--es-events", str(out / "events.jsonl"), "--nproc-per-node=2", "--rdzv-endpoint", self.endpoint]
         self.launcher = launch(JOBS / "slow_job.py", arguments, [*events, *flags])
+
+    def status(self) -> str:
+        return everstep("status", self.endpoint).stdout
 
     def events(self, name: str) -> list[dict[str, Any]]:
         path = self.out / "events.jsonl"
@@ -138,3 +143,42 @@ def test_without_one_it_is_killed_once_and_then_given_longer(tmp_path: Path, qui
     died = result.named("worker_died")
     assert 1 <= len(died) < 5
     assert ledger(result) == quiet["steps"]
+
+
+# ---------------------------------------------------------------- who waits for whom
+
+
+def test_the_rank_that_the_others_wait_for_is_named(tmp_path: Path, quiet: Ledgers) -> None:
+    """In a warning and in status, with where it is and until when it may be there."""
+    job = Job(tmp_path, [], place="between", how="storage")
+    wait_until(lambda: job.warned("waiting"), 90, "a line says who waits for whom")
+    (line, *_) = job.warned("waiting")
+    assert line["ranks"] == [0]
+    assert line["text"].startswith("rank 0 waits for rank 1 in ")
+    assert "rank 1: no progress for " in line["text"]
+    assert "in the user's code between steps (it waits for storage); taken for hung after 7200 s" in line["text"]
+    status = job.status()
+    assert "rank 0 waits for rank 1 in " in status
+    assert "rank 1: no progress for " in status
+    job.release(1)
+    result = job.result()
+    assert result.named("worker_died") == []
+    assert "rank 0 waits for rank 1" in result.output, "it is on standard error by default"
+    assert ledger(result) == quiet["steps"]
+
+
+def test_a_node_and_its_job_say_that_they_wait_for_other_nodes(tmp_path: Path) -> None:
+    job = Job(tmp_path, ["--nnodes=2", "--rdzv-conf=join_timeout=13"])
+    output = finish(job.launcher)
+    assert job.launcher.returncode == 1, output
+    assert "the job waits for nodes: 1 of at least 2 (--nnodes) have joined" in output
+    assert "this node has joined, and waits for the coordinator to start workers on it" in output
+
+
+def test_a_node_says_that_it_looks_for_a_coordinator(tmp_path: Path) -> None:
+    config = ["--rdzv-conf=is_host=false,join_timeout=12"]
+    job = Job(tmp_path, ["--nnodes=2", *config])
+    output = finish(job.launcher)
+    assert job.launcher.returncode == 2, output
+    assert f"this node looks for a coordinator at {job.endpoint}, where none answers" in output
+    assert "no coordinator answers at" in output
