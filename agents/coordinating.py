@@ -25,6 +25,7 @@ from ..elastic.protocol.state import Config
 from .coordinator import NOBODY, Coordinator, NoSuchAddress, PortTaken
 from .etcd import EtcdStore, JobOver, is_etcd, reach
 from .eventlog import harmless
+from .heldstore import HeldStore
 from .observer import Observer
 from .pages import AddressTaken, PageServer
 from .patience import Wait
@@ -165,6 +166,7 @@ class CoordinatorProcess:
         self._task, self._security = task, security
         self._ending = threading.Event()
         self._process: subprocess.Popen[bytes] | None = None  # once it is not the fork any more
+        self._store = None if is_etcd(task.store) else HeldStore(Path(task.store))
         self._pid, ready = self._fork()
         self.port = self._await(ready)
         here = task.behind == NOBODY
@@ -212,7 +214,10 @@ class CoordinatorProcess:
     def _wait(self) -> int:
         if self._process is not None:
             return self._process.wait()
-        return os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
+        try:
+            return os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
+        except ChildProcessError:
+            return 1  # waited for before: none could be started since
 
     def _await(self, ready: int) -> int:
         """The port it serves on. Raises CoordinatorFailed."""
@@ -229,17 +234,37 @@ class CoordinatorProcess:
         answer: Mapping[str, Any] = json.loads(line)
         if "why" in answer:
             raise CoordinatorFailed(answer["why"], taken=answer["taken"])
+        if self._store is not None:
+            self._store.hold()
         return int(answer["port"])
+
+    def _mend_store(self) -> None:
+        """The store may have been deleted: a coordinator without it would take the job for a new one."""
+        try:
+            mended = self._store is not None and self._store.mend()
+        except OSError as error:
+            raise CoordinatorFailed(
+                f"its store {self._task.store} was deleted, and cannot be written: {error}"
+            ) from None
+        if mended:
+            print(
+                f"everstep: warning: the coordinator's store {self._task.store} was deleted, and has been written "
+                "again: give --es-store a file in a folder that is not cleaned",
+                file=sys.stderr,
+            )
 
     def _keep_up(self) -> None:
         failures = 0
         while True:
             status = self._wait()
             if self._ending.is_set() or status == 0:
+                if self._store is not None:
+                    self._store.close()
                 return
             if self._ending.wait(min(AGAIN_S * 2**failures, LATEST_S) if failures else 0):
                 return
             try:
+                self._mend_store()
                 self._pid, ready = self._start()
                 if self._ending.is_set():
                     os.kill(self._pid, signal.SIGKILL)
