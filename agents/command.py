@@ -39,7 +39,7 @@ OVERRIDES = (
 CHOSEN = (
     *("protection", "snapshot-every", "snapshot-budget", "on-loss", "on-corruption"),
     *("checkpoint", "checkpoint-keep-s", "checkpoint-timeout", "checkpoint-options"),
-    *("resume", "on-damage", "resume-data"),
+    *("resume", "resume-hyperparameters", "on-damage", "resume-data"),
 )
 STOP_GRACE: dict[str, Any] = {
     "type": float,

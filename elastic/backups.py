@@ -124,8 +124,8 @@ class Backups:
             self._snapshots.seal_gradient(shard.index, step, shard.elements, dtype)
             self._gradients[shard.index] = room
 
-    def update(self, groups: list[dict[str, Any]], scale: float | None) -> None:
+    def update(self, terms: Mapping[str, Any]) -> None:
         """Run the optimizer on the copies, as their owners do on the originals."""
         if self._gradients:
-            self.copies.update(self._gradients, groups, scale)
+            self.copies.update(self._gradients, terms)
             self._gradients = {}

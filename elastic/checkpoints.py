@@ -203,7 +203,8 @@ class Checkpoints:
                 return
             waiting.started = True
         # In the run that resumes, nothing outlives nodes yet.
-        agreement = json.dumps({**waiting.terms, "after": waiting.after, "protected": -1}, sort_keys=True)
+        after = {**waiting.terms, "after": waiting.after, "protected": -1, "script": self._run["settings"]}
+        agreement = json.dumps(after, sort_keys=True)
         self._terms[waiting.name] = (waiting.version, agreement)
         writer = f"rank-{waiting.rank}"
         request = self._request(waiting, agreement, writer)
@@ -425,8 +426,9 @@ class Checkpoints:
         self.conclude(on_wait)
         return self._why
 
-    def resumed(self, version: int) -> None:
-        """The job goes on from a checkpoint of `version`."""
+    def resumed(self, version: int, script: Any) -> None:
+        """The job goes on from a checkpoint of `version`, whose script began with these settings, if that is known."""
+        self._run["settings"] = script or self._run["settings"]
         self.newest = version
         self._attempt = (version, 0)
 

@@ -53,6 +53,7 @@ def elastic(
     checkpoint_timeout: float = 300.0,
     checkpoint_options: Mapping[str, Any] | None = None,
     resume: str = "auto",
+    resume_hyperparameters: str = "checkpoint",
     on_damage: str = "stop",
     resume_data: str = "check",
 ) -> Callable[[Callable[Concatenate[Run, P], Any]], Callable[P, None]]:
@@ -72,9 +73,10 @@ def elastic(
     checkpoint is saved `checkpoint_every` steps, and after the last one; at least `checkpoint_keep` are kept, and each
     for `checkpoint_keep_s` seconds. Saving one is given up after `checkpoint_timeout` seconds without progress.
     `resume`: "auto", go on from the newest one there; "never"; or the URL of one to start from when there is none yet.
-    `on_damage`: whether a damaged one may be passed over for the one before it, "older", or ends the job, "stop".
-    `resume_data`: whether a checkpoint is refused when the dataset, the batch sizes or the seed are others than those
-    it was trained with, "check", or continued all the same, "ignore".
+    `resume_hyperparameters`: whether rates and the other settings of the optimizer are the "checkpoint"'s or the
+    "script"'s. `on_damage`: whether a damaged one may be passed over for the one before it, "older", or ends the job,
+    "stop". `resume_data`: whether a checkpoint is refused when the dataset, the batch sizes or the seed are others than
+    those it was trained with, "check", or continued all the same, "ignore".
 
     Call the decorated function without `run`. Under `everstep run` it is one worker of the job; started by itself it
     runs alone. A mistake in these raises no traceback of ours: it ends the script with one line.
@@ -109,6 +111,7 @@ def elastic(
                     checkpoint_timeout=checkpoint_timeout,
                     checkpoint_options=json.dumps(dict(checkpoint_options or {})),
                     resume=resume,
+                    resume_hyperparameters=resume_hyperparameters,
                     on_damage=on_damage,
                     resume_data=resume_data,
                 )

@@ -29,11 +29,13 @@ from ..comms.canonical import sum_scalars
 from ..comms.communicator import Communicator, all_gather, barrier
 from ..resharding.layout import Layout
 from ..resharding.units import Shard
+from .adjustments import Adjustments
 from .backups import Backups
 from .checkpoints import Checkpoints
 from .data import DataSource, Key
 from .errors import UsageError
 from .exchange import Exchange
+from .hyperparameters import pack
 from .membership import Membership, Orders
 from .notices import Notice, warn
 from .pipeline import Pipeline
@@ -42,7 +44,7 @@ from .protection import Protection
 from .replicas import Odd, Replicas, Share, decide, digest, disputed, odd_ones
 from .settings import Settings
 from .stack import LayerStack
-from .stateful import REGISTERED_BYTES, check_size, encode
+from .stateful import REGISTERED_BYTES, check_size, decode, encode
 from .steps import StepState
 from .telemetry import Spent
 from .watch import Change, Changed, Watch, describe, differing_bits
@@ -104,13 +106,16 @@ class Engine:
         self.committed: Callable[[list[int]], dict[int, ShardState]] = lambda shards: {}  # what keepers hold of shards
         self.replicas = Replicas(stack, snapshots, self.backups, self.exchange, settings.verify_every)
         whose = {"optimizer": type(optimizer.user).__name__, "data": described}
+        whose["settings"] = pack(optimizer.hyper_parameters())
         self.checkpoints = Checkpoints(settings, stack, snapshots, membership, whose)
         self.registered: dict[str, Any] = {}  # objects with state_dict / load_state_dict
+        self.unclaimed: dict[str, Any] = {}  # states of the others' objects that this rank has not registered yet
         self.loops = False  # the user's own loop computes the micro-batches
         self.record_bytes = [optimizer.state_bytes(shard) for shard in stack.spec.shards]
         self.driven: set[str] = set()  # those of them that the runtime itself steps
         self.on_commit: list[Callable[[], None]] = []  # the scheduler's step
-        self.max_norm: float | None = None
+        self.adjustments = Adjustments(optimizer, stack)
+        self.skip_nonfinite = False  # whether a step whose gradient is not finite is left out
         self.version = 0
         self.layout: Layout | None = None
         self.state: StepState | None = None
@@ -215,7 +220,8 @@ class Engine:
             proposal = None  # entered already
         mine = {
             "norms": {str(i): float(torch.linalg.vector_norm(g)) for i, g in self.gradients.items() if self._counts(i)},
-            "max_norm": self.max_norm,
+            "adjustments": self.adjustments.share(state.step),
+            "skip_nonfinite": self.skip_nonfinite,
             "losses": {str(m): loss for m, loss in state.losses.items()},
             "join": proposal.plan.generation if proposal else 0,
             "digest": self._owned_digest(),
@@ -233,13 +239,29 @@ class Engine:
         if disputed(replicas):
             self._distrust(state.step, replicas)
         self.suspects = {}
-        self._agreed_on(state, list(shares.values()), proposal)
+        chosen, partly = self.adjustments.merge({rank: share["adjustments"] for rank, share in shares.items()})
+        if partly and not self.loops and self.rank == min(shares):
+            self._warn_of_partial(state.step, partly)
+        self._agreed_on(state, list(shares.values()), chosen, proposal)
 
-    def _agreed_on(self, state: StepState, shares: list[dict[str, Any]], proposal: Orders | None) -> None:
+    def _warn_of_partial(self, step: int, partly: dict[str, list[int]]) -> None:
+        """Every rank's code runs after every step: what only some of them change is lost with them."""
+        name, ranks = next(iter(partly.items()))
+        text = (
+            f"only rank {', '.join(map(str, ranks))} changed {name}; the change counts on all ranks. Make it on every "
+            "rank: a worker that takes the place of a lost one has only what its own code and the others' agree on"
+        )
+        warn(self.membership, Notice.CHANGED_ON_SOME_RANKS, text, step=step)
+
+    def _agreed_on(
+        self, state: StepState, shares: list[dict[str, Any]], chosen: dict[str, Any], proposal: Orders | None
+    ) -> None:
+        frozen = {i for i, p in enumerate(self.stack.spec.parameters) if p.name in chosen.get("frozen", ())}
         norms = {int(i): norm for share in shares for i, norm in share["norms"].items()}
+        norms = {i: norm for i, norm in norms.items() if self.stack.spec.shards[i].parameter not in frozen}
         losses = {int(m): loss for share in shares for m, loss in share["losses"].items()}
         norm = math.sqrt(sum_scalars([norms[i] ** 2 for i in sorted(norms)]))
-        limit = next((share["max_norm"] for share in shares if share["max_norm"] is not None), None)
+        limit = chosen.get("clip", {}).get("norm")
         loss = sum_scalars([losses[m] for m in sorted(losses)]) / len(losses) if losses else None
         ledger = 0
         for share in shares:
@@ -249,7 +271,8 @@ class Engine:
             "loss": loss,
             "norm": norm,
             "scale": None if limit is None else min(1.0, limit / (norm + 1e-6)),
-            "groups": self.optimizer.hyper_parameters(),
+            "skip": any(share["skip_nonfinite"] for share in shares) and not math.isfinite(norm),
+            **chosen,
             "registered": self._registered(state.step),
             "layers": self._layer_norms(norms) if self.settings.on_loss == "neighbors" else {},
             "digest": f"{ledger:016x}",
@@ -376,9 +399,18 @@ class Engine:
         states.update({name: state for name, state in known.items() if name not in self.driven})
         self._registered_at[step] = states
         versions = [v for v in (self.snapshots.protected, self.checkpoints.newest) if v >= 0]
-        for old in [n for n in self._registered_at if n < min(versions, default=step) - 1]:
+        oldest = min(versions, default=step) - 1
+        self.adjustments.forget(oldest)
+        for old in [n for n in self._registered_at if n < oldest]:
             del self._registered_at[old]
         return states
+
+    def claim(self, name: str, item: Any) -> None:
+        """Register an object; if the others had one of that name when this rank joined, it takes over their state."""
+        self.birth.setdefault("registered", {})[name] = encode(item.state_dict(), f"the state of {name!r}")
+        self.registered[name] = item
+        if name in self.unclaimed:
+            item.load_state_dict(decode(self.unclaimed.pop(name)))
 
     def states_of_registered(self) -> dict[str, Any]:
         """The states of the registered objects now, as JSON values."""
@@ -388,7 +420,7 @@ class Engine:
         """What the user's code has made of what it may change between steps: settings, and states it registered."""
         states = self.states_of_registered()
         users = {name: state for name, state in states.items() if name not in self.driven}
-        return {"groups": self.optimizer.hyper_parameters(), "users": users}
+        return {**self.adjustments.terms(), "groups": self.optimizer.hyper_parameters(), "users": users}
 
     def _layer_norms(self, norms: dict[int, float]) -> dict[int, float]:
         """The squared norm of each layer's gradient: how much a neighbour counts where one has to stand in."""
@@ -417,8 +449,8 @@ class Engine:
         self.progress.mark(Phase.UPDATE, terms["step"])
         began_ns = time.monotonic_ns()
         self.pipeline.base_statistics = {}  # the next version's are written now
-        self.optimizer.update(self.gradients, terms["groups"], terms["scale"])
-        self.backups.update(terms["groups"], terms["scale"])
+        self.optimizer.update(self.gradients, terms)
+        self.backups.update(terms)
         self.telemetry.span(Spent.UPDATE, began_ns)
         self.owned_version = terms["step"] + 1
         self.pristine = False
@@ -433,8 +465,10 @@ class Engine:
         began_ns = time.monotonic_ns()
         if step == 0:
             self.stack.hold(layout.stage_of(self.rank).start, layout.stage_of(self.rank).stop)
+        self.adjustments.adopt(step, terms)
         for advance in self.on_commit:
             advance()
+        self.adjustments.settle(self.version)
         self._save_or_protect(terms, agreement, layout)
         self.watch.remember()
         if step > self.shown:

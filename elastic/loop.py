@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch.optim import Optimizer
@@ -12,9 +12,11 @@ from ..resharding.plan import Span
 from .devices import to_device
 from .engine import Engine
 from .errors import UsageError
+from .gradients import GradientWatch
 from .pipeline import tokens_and_samples
 from .progress import Phase
 from .protocol.liveness import Pace
+from .schedule import ScheduledRate
 from .telemetry import Spent
 
 Guard = Callable[..., None]
@@ -27,21 +29,31 @@ class _NoLength(UsageError, TypeError):
 class Batches:
     """Iterates over this rank's micro-batches until the last step is committed."""
 
-    def __init__(self, engine: Engine, guard: Guard, switch: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        gradients: GradientWatch,
+        guard: Guard,
+        switch: Callable[[], None],
+        begin: Callable[[], None],
+        found: Sequence[ScheduledRate],
+    ) -> None:
         self._engine = engine
         self._guard = guard
         self._switch = switch
+        self._begin = begin
+        self._gradients = gradients
+        self._found = found  # schedulers that the user's loop steps
+        self._turn = -1  # the step of the last micro-batch that was handed out; -1: nothing to check of it
         self._open: Span | None = None  # handed out, gradient not yet taken
+        self._skipped = False  # the micro-batch last handed out was
         self._handed_out_ns = 0
 
     def __iter__(self) -> Iterator[Any]:
         engine = self._engine
+        self._begin()
         while True:
-            if self._open is not None:
-                raise UsageError(
-                    "optimizer.step() was not called for the last micro-batch: call it once for each; gradients are "
-                    "accumulated over the step by the runtime"
-                )
+            self._end_turn()
             engine.results.clear()
             if engine.switch is not None:
                 self._guard(self._switch)
@@ -76,6 +88,18 @@ class Batches:
             "run.settings.steps steps, and len(batches.dataset) // run.settings.global_batch_size of them are an epoch"
         )
 
+    def _end_turn(self) -> None:
+        """The user's code asks for the next micro-batch: it has done what belongs to the last one."""
+        if self._open is not None:
+            raise UsageError(
+                "optimizer.step() was not called for the last micro-batch: call it once for each; gradients are "
+                "accumulated over the step by the runtime. To leave a micro-batch out, call run.skip(), then continue"
+            )
+        if self._turn >= 0 and not self._skipped:
+            for rate in self._found:
+                rate.check_called(self._turn)
+        self._turn = -1
+
     def _hand_out(self) -> tuple[Any] | None:
         """The next micro-batch, in a tuple; None if the generation ended instead."""
         engine = self._engine
@@ -97,7 +121,8 @@ class Batches:
             engine.pipeline.restore_statistics(0)
             engine.pipeline.seed_forward(state.step, span.micro_batch)
             engine.pipeline.forwards.before(0)
-            self._open = span
+            self._open, self._turn, self._skipped = span, state.step, False
+            self._gradients.forget()
             self._handed_out_ns = time.monotonic_ns()
             engine.progress.enter(Pace.USER)
 
@@ -106,15 +131,31 @@ class Batches:
 
     def take(self) -> None:
         """Make a leaf of the open micro-batch's gradients, and end the step if it was the last one."""
+        self._end_micro_batch("optimizer.step()")
+
+    def skip(self) -> None:
+        """Leave the open micro-batch out: its leaf is zero, and the batch-norm statistics stay as they were."""
+        self._end_micro_batch("run.skip()")
+
+    def _end_micro_batch(self, call: str) -> None:
         engine, span = self._engine, self._open
+        if span is None and self._skipped:
+            raise UsageError(f"{call} was called behind run.skip(): after it, continue with the next micro-batch")
         if span is None:
-            raise UsageError("optimizer.step() was called outside the loop over the prepared batches")
-        self._open = None
+            raise UsageError(f"{call} was called outside the loop over the prepared batches")
+        self._open, self._skipped = None, call == "run.skip()"
         _, state = engine.current()
         engine.pipeline.forwards.after(0)
         if span not in state.todo:  # a recovery inside the user's turn gave it to another rank
             engine.pipeline.drop_gradients(span)
+            self._gradients.forget()
             return
+        if self._skipped:
+            engine.pipeline.drop_gradients(span)
+            engine.pipeline.restore_statistics(0)
+        else:
+            self._gradients.check(engine.stack.layers[0])
+        engine.adjustments.notice(state.step)
         state.todo.remove(span)
         engine.pipeline.harvest(state, span, {0: engine.pipeline.take_statistics(0)})
         engine.progress.telemetry.span(Spent.COMPUTE, self._handed_out_ns, micro_batch=span.micro_batch)
@@ -132,24 +173,24 @@ class Batches:
 class ElasticOptimizer(Optimizer):
     """Stands for the user's optimizer in an ordinary loop. `step` acts once the step's micro-batches are done."""
 
+    _step_supports_amp_scaling = True  # so that a GradScaler calls `step` in any case, and can be named
+
     def __init__(self, optimizer: Optimizer, batches: Batches) -> None:
-        # Not Optimizer.__init__: this is a view of the user's optimizer, with the same groups.
+        # Not Optimizer.__init__: this is a view of the user's optimizer, with the same groups and hooks.
         self.__dict__.update(optimizer.__dict__)
         self.__dict__.pop("step", None)  # a scheduler's patch of the user's instance
         self._batches = batches
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "step":
-            raise UsageError(
-                "the scheduler was built on the prepared optimizer: build it on your own one before, and pass it on: "
-                "run.prepare(model, optimizer, dataset, scheduler=scheduler)"
-            )
-        super().__setattr__(name, value)
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Take the micro-batch's gradients; update when they were the last of the step."""
         if closure is not None:
             raise UsageError("optimizer.step(closure) is not supported: call loss.backward() and optimizer.step()")
+        if "found_inf" in self.__dict__:
+            raise UsageError(
+                "scaler.step(optimizer): a GradScaler adapts its factor to the micro-batches that this rank happens to "
+                "have. Leave it out, or make it GradScaler(enabled=False): float32 and bfloat16 need none. To leave "
+                "out a step whose gradient is not finite: run.prepare(..., skip_nonfinite=True)"
+            )
         self._batches.take()
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -14,6 +14,8 @@ from typing import Any, Protocol
 class Notice(enum.StrEnum):
     """What a warning is about. The value is its name in the event log and in docs/troubleshooting.md."""
 
+    CHANGED_ON_SOME_RANKS = "changed-on-some-ranks"  # a learning rate set by some ranks' code and not by others'
+    HYPERPARAMETERS_DIFFER = "hyperparameters-differ"  # the script's, where a job goes on from a checkpoint
     LOSS_NOT_FINITE = "loss-not-finite"  # the loss of a committed step is NaN or infinite
     NO_PROGRESS = "no-progress"  # a worker stands still, and has used half of the time that it may
     HUNG_ALIVE = "hung-alive"  # a worker was killed as hung though it showed signs of life

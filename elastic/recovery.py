@@ -44,6 +44,8 @@ class Recovery:
         self.token = token
         self.node = node
         self.fresh = fresh  # has nothing of the job yet
+        self.resumed = False  # from a checkpoint
+        self._joined: tuple[int, dict[str, Any]] = (-1, {})  # the version this rank joined at, and what was agreed then
         self._after: dict[str, Any] = {}  # how the user's code has left things where the guide is
         self.keepers: dict[str, str] = {}  # node -> address, our own first
 
@@ -172,7 +174,7 @@ class Recovery:
         engine.pristine = seeded
         self._take_places(orders, version, anew=fresh or back, seeded=seeded)
         if plan.checkpoint:
-            self._read_checkpoint(plan, version)
+            self._read_checkpoint(plan, version, agreement)
         self._restore(plan, engine.optimizer, engine.owned, version, agreement)
         self._restore(plan, engine.backups.copies, engine.backups.level, version, agreement)
         if engine.rank in plan.refresh:
@@ -195,15 +197,19 @@ class Recovery:
         if self.fresh and plan.guide is not None:
             message = json.loads(bytes(engine.comm.receive(plan.guide, _GUIDE)))
             self._after = message["after"]
+            self.engine.adjustments.take_records(message["records"])
             engine.results = [Step(*step) for step in message["unseen"]]
             engine.leave_at = message["left"]
             return message["version"], message["agreement"]
         version = engine.version if plan.version is None else plan.version
         agreement = engine.agreement if plan.version is None else plan.agreement
+        resumed = agreement and not json.loads(agreement).keys().isdisjoint(("after", "advance"))
+        if self.fresh and not resumed:  # what the others' code made of the last step is lost with them
+            engine.results = [Step(*step) for step in self._unseen(version, agreement)]
         if engine.rank == plan.guide:
             told = {"version": version, "agreement": agreement, "after": self._after_users(version)}
-            told["left"] = engine.leave_at
-            message = json.dumps({**told, "unseen": self._unseen(version, agreement)}).encode()
+            told |= {"left": engine.leave_at, "unseen": self._unseen(version, agreement)}
+            message = json.dumps({**told, "records": engine.adjustments.records()}).encode()
             for rank in plan.fresh:
                 engine.comm.send(rank, _GUIDE, [message])
         return version, agreement
@@ -249,7 +255,8 @@ class Recovery:
         """
         engine = self.engine
         terms: dict[str, Any] = json.loads(agreement) if agreement else {}
-        self._catch_up(terms or engine.birth, back=True, advance=bool(terms))
+        engine.adjustments.leave(engine.version, version, loops=engine.loops)
+        self._catch_up(terms or engine.birth, version, back=True, advance=bool(terms))
         if engine.loops:  # the user's own loop computes again, and begins where it had left things then
             self._leave_as_users(terms.get("after", {}))
         engine.version = engine.owned_version = version
@@ -306,10 +313,10 @@ class Recovery:
                 dtype = engine.exchange.accumulation(engine.stack.spec.shards[index])
                 replays[index] = torch.frombuffer(bytearray(blobs[1]), dtype=dtype)
         if replays:
-            optimizer.update(replays, terms["groups"], terms["scale"])
+            optimizer.update(replays, terms)
         held.update(found)
 
-    def _read_checkpoint(self, plan: Plan, version: int) -> None:
+    def _read_checkpoint(self, plan: Plan, version: int, agreement: str) -> None:
         """Read what is owned here from the checkpoint that all go on from.
 
         If it is damaged, the coordinator is told, and decides.
@@ -326,7 +333,7 @@ class Recovery:
                     optimizer.load(shard.index, states.state(shard))
                     held.add(shard.index)
                     self._patient()
-            engine.checkpoints.resumed(version)
+            engine.checkpoints.resumed(version, json.loads(agreement).get("script") if agreement else None)
             return
         except (CheckpointError, StoreError) as error:
             engine.membership.tell("unreadable", name=plan.checkpoint, why=str(error))
@@ -396,13 +403,15 @@ class Recovery:
         fresh = self.fresh
         engine.layout = plan.layout
         engine.values_version = version
+        if plan.generation > 1:
+            engine.adjustments.interrupted(version)
         terms: dict[str, Any] = json.loads(agreement) if agreement else {}
         if fresh:
             engine.version = version
             engine.agreed, engine.agreement = version - 1, agreement
-            if terms:
-                self._catch_up(terms, back=False, advance=True)
-            self._leave_as_users(self._after or terms.get("after", {}))
+            self.resumed = bool(plan.checkpoint)
+            self._joined = (version, terms)
+            self.come_up()
             engine.shown = max([engine.shown, *(step.index for step in engine.results)])
         if terms and (fresh or back):  # all who committed the step may have died before they could say so
             engine.tell_committed(terms, agreement)
@@ -423,28 +432,44 @@ class Recovery:
         engine.pipeline.begin_step()
         engine.watch.remember()
 
+    def come_up(self) -> None:
+        """This rank joined: bring what the user's code and the schedulers have changed to where it joined."""
+        version, terms = self._joined
+        if self.engine.version != version:
+            return
+        if terms:
+            self._catch_up(terms, version, back=False, advance=True)
+        self._leave_as_users(self._after or terms.get("after", {}))
+        if not (self.resumed and self.engine.settings.resume_hyperparameters == "script"):
+            self.engine.adjustments.join(version, clip=not self.resumed)
+
     def _leave_as_users(self, after: dict[str, Any]) -> None:
         """The user's code has run elsewhere for the steps before this one: take over what it made of them."""
         engine = self.engine
         if "groups" in after:
-            engine.optimizer.set_hyper_parameters(after["groups"])
+            engine.adjustments.set(after)
         for name, state in after.get("users", {}).items():
             if name in engine.registered:
                 engine.registered[name].load_state_dict(decode(state))
+            else:
+                engine.unclaimed[name] = state
 
-    def _catch_up(self, terms: dict[str, Any], *, back: bool, advance: bool) -> None:
+    def _catch_up(self, terms: dict[str, Any], version: int, *, back: bool, advance: bool) -> None:
         """Bring the registered objects (the scheduler) to the version that the others are at, or go back to.
 
         What the user's own code steps between steps is left alone when going back, since that code does not run
         again for steps that it has seen; unless its loop computes them.
         """
         engine = self.engine
-        engine.optimizer.set_hyper_parameters(terms["groups"])
+        engine.adjustments.set(terms)
         for name, state in terms["registered"].items():
-            if name in engine.registered and (not back or engine.loops or name in engine.driven):
+            if name not in engine.registered:
+                engine.unclaimed[name] = state
+            elif not back or engine.loops or name in engine.driven:
                 engine.registered[name].load_state_dict(decode(state))
         if advance:
             engine.protection.adopt(terms)
             for _ in range(terms.get("advance", 1)):
                 for step in engine.on_commit:
                     step()
+        engine.adjustments.settle(version)

@@ -90,7 +90,7 @@ class Replicas:
         copies.own([spec])
         copies.load(shard, read_record(before))
         reduced = torch.frombuffer(bytearray(gradient), dtype=self._exchange.accumulation(spec))
-        copies.update({shard: reduced}, terms["groups"], terms["scale"])
+        copies.update({shard: reduced}, terms)
         return digest(copies.state(shard)["value"].reshape(-1))
 
     def record_differs(self, shard: int, version: int, true: int) -> bool:

@@ -16,7 +16,9 @@ from ..checkpointing.universal.reader import Checkpoint, committed, load, open_c
 from ..checkpointing.universal.store import StoreError, open_store
 from ..resharding.units import Shard
 from .checkpoints import constants
+from .engine import Engine
 from .errors import UsageError
+from .hyperparameters import Groups, same, unpack
 from .notices import Channel, Notice, warn
 from .protocol.events import Saved
 from .settings import Settings
@@ -30,11 +32,12 @@ class Resumption:
     """Finds checkpoints for a job, and refuses those that would not continue it with the same numbers."""
 
     def __init__(
-        self, settings: Settings, stack: LayerStack, birth: dict[str, Any], data: dict[str, Any], channel: Channel
+        self, settings: Settings, stack: LayerStack, engine: Engine, data: dict[str, Any], channel: Channel
     ) -> None:
         self._settings = settings
         self._stack = stack
-        self._birth = birth
+        self._birth = engine.birth
+        self._driven = engine.driven
         self._data = data
         self._channel = channel
 
@@ -72,7 +75,9 @@ class Resumption:
         for problem in self._problems(manifest):
             raise UsageError(f"{checkpoint.url} does not continue this job: {problem}")
         self._compare_data(manifest, checkpoint.url)
-        return Saved(manifest.step, name, manifest.agreement or self._first_agreement(manifest.step))
+        if not manifest.agreement:
+            return Saved(manifest.step, name, self._first_agreement(manifest.step))
+        return Saved(manifest.step, name, self._next_agreement(manifest, checkpoint.url))
 
     def _problems(self, manifest: Manifest) -> list[str]:
         problems: list[str] = []
@@ -85,6 +90,10 @@ class Resumption:
                 problems.append(f"{parameter.name} has the shape {array.shape} there, and {parameter.shape} here")
             elif manifest.agreement and array.dtype != parameter.dtype:
                 problems.append(f"{parameter.name} is {array.dtype} there, and {parameter.dtype} here")
+        groups = len(unpack(json.loads(manifest.agreement)["groups"])) if manifest.agreement else 0
+        if manifest.agreement and groups != len(unpack(self._birth["groups"])):
+            here = len(unpack(self._birth["groups"]))
+            problems.append(f"its optimizer has {groups} parameter groups, and there are {here} here")
         return problems
 
     def _compare_data(self, manifest: Manifest, url: str) -> None:
@@ -112,6 +121,32 @@ class Resumption:
             text = f"the first, the middle or the last sample of the dataset is not the one that {url} was trained on"
             warn(self._channel, Notice.RESUME_DATA, text)
 
+    def _next_agreement(self, manifest: Manifest, url: str) -> str:
+        """Of a checkpoint of ours: its settings, or the script's; what gradients are clipped to is the script's."""
+        terms: dict[str, Any] = json.loads(manifest.agreement)
+        after: dict[str, Any] = terms.get("after", {})
+        terms["clip"] = after["clip"] = self._birth["clip"]
+        began = unpack(terms.get("script", _unscheduled(after.get("groups", terms["groups"]), terms["registered"])))
+        found = differences(began, unpack(self._birth["groups"]))
+        if self._settings.resume_hyperparameters == "script":
+            if "scheduler" in {**terms["registered"], **after.get("users", {})} and "scheduler" not in self._driven:
+                raise UsageError(
+                    "resume_hyperparameters=script: the rates come from a scheduler that the script steps by itself; "
+                    "hand it over, so that it can be stepped anew: run.steps(..., scheduler=scheduler)"
+                )
+            driven = {name: state for name, state in self._birth["registered"].items() if name in self._driven}
+            registered = {**terms["registered"], **driven}
+            terms |= {"groups": self._birth["groups"], "registered": registered, "advance": manifest.step}
+            terms["after"] = {"users": after.get("users", {})}
+            terms["script"] = self._birth["groups"]
+        elif found:
+            text = (
+                f"the script has other settings than the one that saved {url}: {'; '.join(found[:3])}. The "
+                "checkpoint's go on. To take the script's: --es-resume-hyperparameters=script"
+            )
+            warn(self._channel, Notice.HYPERPARAMETERS_DIFFER, text)
+        return json.dumps(terms, sort_keys=True)
+
     def _first_agreement(self, step: int) -> str:
         """Of a checkpoint that another framework wrote: the settings are the script's, the scheduler is stepped up."""
         if step == 0:
@@ -119,6 +154,23 @@ class Resumption:
         unknown: dict[str, Any] = {"loss": None, "norm": None, "scale": None, "layers": {}, "digest": ""}
         terms: dict[str, Any] = {"step": step - 1, **unknown, **self._birth}
         return json.dumps({**terms, "protected": -1, "every": 1, "advance": step}, sort_keys=True)
+
+
+def _unscheduled(groups: Any, registered: Mapping[str, Any]) -> Groups:
+    """The settings that no scheduler changes: of a checkpoint that does not tell what its script began with."""
+    scheduled = {"lr", "initial_lr", "momentum", "betas"} if "scheduler" in registered else set()
+    return [{name: value for name, value in group.items() if name not in scheduled} for group in unpack(groups)]
+
+
+def differences(there: Groups, here: Groups) -> list[str]:
+    """What differs between the settings of groups, in words."""
+    found = []
+    for number, (old, new) in enumerate(zip(there, here, strict=False)):
+        for name in sorted(old.keys() & new.keys(), key=lambda name: (name == "initial_lr", name)):
+            double = name == "initial_lr" and not same(old.get("lr"), new.get("lr"))
+            if not double and not same(old[name], new[name]):
+                found.append(f"{name} of parameter group {number} is {new[name]}, and was {old[name]}")
+    return found
 
 
 def resolve(manifest: Manifest, room: str, name: str) -> str:

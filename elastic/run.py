@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from ..checkpointing.client import KeeperLink
 from ..checkpointing.record import read_record
@@ -23,6 +23,7 @@ from .devices import make_current, own_device
 from .digest import state_digest
 from .engine import Engine, Step
 from .errors import UsageError
+from .gradients import GradientWatch
 from .loop import Batches, ElasticOptimizer
 from .membership import Membership
 from .notices import Notice, warn
@@ -31,10 +32,11 @@ from .protocol.events import Job
 from .protocol.protection import state_slots
 from .recovery import Recovery
 from .resume import Resumption
-from .schedule import ScheduledRate
+from .schedule import ScheduledRate, ScheduleState, check_scheduler, refuse, schedulers_of
 from .settings import Settings, WorkerContext
 from .stack import LayerStack
 from .stateful import check_size, encode
+from .whole_state import complete_model, complete_optimizer
 from .zero import ShardedOptimizer, check_optimizer, is_elementwise
 
 Loss = Callable[[Any, Any], Tensor]
@@ -62,6 +64,11 @@ class Run:
         self._engine: Engine | None = None
         self._recovery: Recovery | None = None
         self._registered: dict[str, Any] = {}
+        self._batches: Batches | None = None
+        self._gradients: GradientWatch | None = None
+        self._optimizers: list[Optimizer] = []  # the user's, and what stands for it in a loop
+        self._schedulers: list[LRScheduler] = []  # those known of
+        self._left_in_loop: list[ScheduledRate] = []  # the one of them that was not handed over
 
     # ------------------------------------------------------------ where we are
 
@@ -117,22 +124,30 @@ class Run:
         *,
         collate_fn: Callable[[list[Any]], Any] | None = None,
         scheduler: LRScheduler | None = None,
+        skip_nonfinite: bool = False,
     ) -> tuple[nn.Module, ElasticOptimizer, Batches]:
         """Make an ordinary loop elastic: returns the model, an optimizer and an iterable of this rank's micro-batches.
 
         Each pass of the loop does one micro-batch: forward, `loss.backward()`, `optimizer.step()`, which acts when the
-        step's micro-batches are done. A `scheduler` built on `optimizer` is stepped by the runtime once per step; its
-        own `step()` in the loop then does nothing. One stage only; `steps` runs any number.
+        step's micro-batches are done. A scheduler built on the optimizer, handed over or found, is stepped by the
+        runtime once per step; its own `step()` in the loop then does nothing. With `skip_nonfinite` a step whose
+        gradient is not finite changes nothing. One stage only; `steps` runs any number.
         """
         if self.settings.stages != 1:
             raise UsageError(
                 f"run.prepare drives one stage, and the job has stages={self.settings.stages}: use run.steps(...)"
             )
         engine = self._set_up(model, optimizer, dataset, collate_fn, _no_loss, scheduler, loops=True)
-        batches = Batches(engine, self._guarded, self._switch)
+        assert self._gradients is not None
+        engine.skip_nonfinite = skip_nonfinite
+        batches = self._batches = Batches(
+            engine, self._gradients, self._guarded, self._switch, self._begin, self._left_in_loop
+        )
         if "module" not in model.__dict__ and "module" not in model._modules:
             model.__dict__["module"] = model  # scripts for DDP write model.module; not a submodule of itself
-        return model, ElasticOptimizer(optimizer, batches), batches
+        prepared = ElasticOptimizer(optimizer, batches)
+        self._optimizers.append(prepared)
+        return model, prepared, batches
 
     def steps(
         self,
@@ -144,17 +159,22 @@ class Run:
         collate_fn: Callable[[list[Any]], Any] | None = None,
         scheduler: LRScheduler | None = None,
         clip_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
     ) -> Iterator[Step]:
         """Train, and yield every step once it is committed, on every rank.
 
         `loss_fn(output, targets)` gives a micro-batch's mean loss; the dataset yields (inputs, targets).
-        `clip_grad_norm` is the largest global gradient norm; `scheduler` is stepped after each step.
+        `clip_grad_norm` is the largest global gradient norm; `scheduler` is stepped after each step. With
+        `skip_nonfinite` a step whose gradient is not finite changes nothing.
         """
         engine = self._set_up(model, optimizer, dataset, collate_fn, loss_fn, scheduler, loops=False)
-        engine.max_norm = clip_grad_norm
+        if clip_grad_norm is not None:
+            engine.adjustments.clip["norm"] = float(clip_grad_norm)
+        engine.skip_nonfinite = skip_nonfinite
         return self._run(engine)
 
     def _run(self, engine: Engine) -> Iterator[Step]:
+        self._begin()
         try:
             while True:
                 while engine.results:
@@ -185,7 +205,23 @@ class Run:
 
     def clip_grad_norm_(self, max_norm: float) -> None:
         """Clip the step's whole gradient to this norm; call it where `torch.nn.utils.clip_grad_norm_` would stand."""
-        self._trained().max_norm = float(max_norm)
+        self._trained().adjustments.clip["norm"] = float(max_norm)
+
+    def clip_grad_value_(self, limit: float) -> None:
+        """Clip each element of the step's gradient to [-limit, limit]; stands for `torch.nn.utils.clip_grad_value_`."""
+        self._trained().adjustments.clip["value"] = float(limit)
+
+    def skip(self) -> None:
+        """Leave the micro-batch at hand out, in a loop over `prepare`'s batches; then `continue`.
+
+        Its gradient counts as zero, so the step's mean is still over all its micro-batches.
+        """
+        if self._batches is None:
+            raise UsageError(
+                "run.skip() is for a loop over run.prepare's batches; with run.steps(..., skip_nonfinite=True) a step "
+                "whose gradient is not finite is left out"
+            )
+        self._batches.skip()
 
     def register_state(self, name: str, item: Any) -> None:
         """Keep an object with `state_dict()` / `load_state_dict()` in step: on workers that join later, on resuming.
@@ -272,6 +308,8 @@ class Run:
             raise UsageError("run.prepare or run.steps was called twice; a run trains one model")
         settings = self.settings
         check_optimizer(optimizer, model)
+        if scheduler is not None:
+            check_scheduler(scheduler)
         known = self._context.begun.samples if self._context and self._context.begun else 0
         data = DataSource(dataset, settings, collate_fn, self._membership, known)
         described = data.described()
@@ -296,17 +334,16 @@ class Run:
             progress=self._progress,
         )
         engine.loops = loops
+        engine.registered = self._registered
+        self._optimizers.append(optimizer)
         if scheduler is not None:
-            rate = ScheduledRate(scheduler)
-            engine.on_commit.append(rate.advance)
-            self.register_state("scheduler", rate)
-            engine.driven.add("scheduler")
+            self._drive(engine, scheduler)
+        self._take_over_schedulers(engine)
         engine.checkpoints.link = link
         if context is not None:  # the token is a secret; what it hashes to names the run
             engine.checkpoints.run_id = hashlib.sha256(context.token.encode()).hexdigest()[:16]
-        engine.registered = self._registered
         engine.birth = {
-            "groups": engine.optimizer.hyper_parameters(),
+            **engine.adjustments.terms(),
             "registered": engine.states_of_registered(),
         }
         self._engine = engine
@@ -336,9 +373,13 @@ class Run:
             state_bytes=tuple(engine.record_bytes),
             gradient_bytes=tuple(engine.gradient_bytes(shard) for shard in stack.spec.shards),
         )
-        first = context is None or context.rank == 0
-        saved = Resumption(settings, stack, engine.birth, described, self._membership).find() if first else []
+        resumption = Resumption(settings, stack, engine, described, self._membership)
+        saved = resumption.find() if context is None or context.rank == 0 else []
         self._membership.ready(self._peer, job, saved)
+        self._gradients = GradientWatch(stack) if loops else None  # before a layer may be frozen
+        complete_optimizer(optimizer, stack, self.full_state_dict)
+        if context is not None and settings.stages > 1:
+            complete_model(stack, self.full_state_dict)
         self._recovery.enter()
         return engine
 
@@ -356,7 +397,7 @@ class Run:
                 "checkpoint that it loads by itself?): the job's own values take their place; checkpoint=URL saves "
                 "and resumes by itself, and run.is_replacement tells a replacement",
             )
-        if not set(self._registered) - engine.driven:
+        if all(isinstance(item, ScheduleState) for item in self._registered.values()):
             warn(
                 self._membership,
                 Notice.REPLACEMENT_STATE,
@@ -364,6 +405,56 @@ class Run:
                 "best scores) start again on it, and files opened with 'w' are emptied; run.register_state(name, "
                 "item) keeps a variable equal on all ranks, and run.is_replacement tells a replacement",
             )
+
+    def _begin(self) -> None:
+        """The user's loop begins."""
+        engine, recovery = self._trained(), self._recovery
+        assert recovery is not None
+        if self._take_over_schedulers(engine):
+            recovery.come_up()
+        undone = engine.adjustments.begin()
+        if engine.version == 0:
+            engine.birth.update(engine.adjustments.terms())
+        elif undone and recovery.resumed:
+            text = (
+                f"the script sets {', '.join(undone[:3])} before its loop, and the job goes on from a checkpoint: the "
+                "checkpoint's values are used. To take the script's: --es-resume-hyperparameters=script"
+            )
+            warn(self._membership, Notice.HYPERPARAMETERS_DIFFER, text)
+
+    def _take_over_schedulers(self, engine: Engine) -> bool:
+        """See to the schedulers that were built on the optimizer and not handed over. Returns whether it steps one.
+
+        In the user's own loop the runtime steps one that is found once a step. Beside `steps` the user's code steps
+        them, after steps that all ranks see: their states are registered, and rates are agreed on anyway.
+        """
+        known = {id(item) for item in self._schedulers}
+        found = [item for item in schedulers_of(self._optimizers) if id(item) not in known]
+        self._schedulers += found
+        plateaus = [item for item in found if isinstance(item, ReduceLROnPlateau)]
+        others = [item for item in found if item not in plateaus]
+        if not engine.loops:
+            for item in found:
+                name = "scheduler" if "scheduler" not in self._registered else f"scheduler {len(self._registered)}"
+                item.optimizer._opt_called = True  # type: ignore[attr-defined]
+                engine.claim(name, ScheduleState(item))
+            return False
+        refuse(plateaus, "the loss of a micro-batch differs between ranks. Use run.steps(...), and step.loss there")
+        if "scheduler" in engine.driven or len(others) > 1:
+            refuse(others, "the runtime steps one scheduler: combine them (SequentialLR, ChainedScheduler) into that")
+        elif others:
+            self._left_in_loop.append(self._drive(engine, others[0]))
+            return True
+        return False
+
+    def _drive(self, engine: Engine, scheduler: LRScheduler) -> ScheduledRate:
+        """Step the scheduler once per committed step."""
+        rate = ScheduledRate(scheduler)
+        self._schedulers.append(scheduler)
+        engine.on_commit.append(rate.advance)
+        engine.driven.add("scheduler")
+        engine.claim("scheduler", rate)
+        return rate
 
     def _guarded(self, action: Callable[..., None], *arguments: Any) -> None:
         """Do something that waits for others; if the generation ends, recover instead."""

@@ -41,6 +41,7 @@ class Settings:
     checkpoint_timeout: float = 300.0  # seconds without progress after which saving one is given up
     checkpoint_options: str = "{}"  # of the fsspec file system, as JSON
     resume: str = "auto"  # auto: from the newest there; never; or the URL of one to start from when there is none
+    resume_hyperparameters: str = "checkpoint"  # whose rates and other settings go on: checkpoint | script
     on_damage: str = "stop"  # what is done about a damaged checkpoint: stop | older
     resume_data: str = "check"  # of other data, or batch sizes, than the checkpoint was trained with: check | ignore
 
@@ -90,6 +91,7 @@ CHOICES = {
     "on_corruption": ("repair", "evict"),
     "on_damage": ("stop", "older"),
     "resume_data": ("check", "ignore"),
+    "resume_hyperparameters": ("checkpoint", "script"),
 }
 TEXTS = ("checkpoint", "checkpoint_options", "resume")
 NUMBERS = ("snapshot_budget", "checkpoint_keep_s", "checkpoint_timeout")

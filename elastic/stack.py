@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,6 +47,7 @@ class LayerStack:
 
     def __init__(self, model: nn.Module, *, cut: bool, whole: bool = False) -> None:
         self.model = model
+        self._reading = threading.local()
         self.layers: list[Layer] = []
         self._names = {id(p): name for name, p in reversed(list(model.named_parameters(remove_duplicate=False)))}
         self.aliases = {
@@ -152,9 +154,19 @@ class LayerStack:
     def constants(self) -> Iterator[tuple[str, Tensor]]:
         """What training does not change: frozen parameters and the persistent buffers that are no statistics."""
         trained = {name for name, *_ in self._specs} | set(self.aliases)
-        for name, tensor in self.model.state_dict().items():
+        self._reading.now = True
+        try:
+            found = self.model.state_dict()
+        finally:
+            self._reading.now = False
+        for name, tensor in found.items():
             if name not in trained:
                 yield name, tensor
+
+    @property
+    def reading(self) -> bool:
+        """Whether this thread looks at the model as it lies here, layers of other stages left out."""
+        return getattr(self._reading, "now", False)
 
     @property
     def device(self) -> torch.device:

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from ..checkpointing.record import ShardState, record_bytes
 from ..resharding.units import Shard
 from .errors import UsageError
+from .hyperparameters import Groups, pack, plain, same, settings_of, unpack
 from .stack import LayerStack
 
 _ELEMENTWISE = frozenset(
@@ -94,36 +95,46 @@ class ShardedOptimizer:
                 self._inner.state.pop(parameter, None)
         self._parameters = parameters
         self._shards = {shard.index: shard for shard in shards}
+        members: dict[int | None, list[nn.Parameter]] = {}
+        for shard in shards:
+            members.setdefault(self._group[shard.parameter], []).append(parameters[shard.index])
         for number, group in enumerate(self._inner.param_groups):
-            group["params"] = [parameters[s.index] for s in shards if self._group[s.parameter] == number]
+            group["params"] = members.get(number, [])
 
     def _view(self, shard: Shard) -> Tensor:
         view = self.stack.view(shard)
         return view.view(self.stack.spec.parameters[shard.parameter].shape) if self.stack.spec.whole else view
 
-    def hyper_parameters(self) -> list[dict[str, Any]]:
+    def hyper_parameters(self) -> Groups:
         """The groups' present settings (lr, betas, ...), as JSON values."""
-        return [
-            {name: _plain(value) for name, value in group.items() if name != "params"}
-            for group in self.user.param_groups
-        ]
+        return [settings_of(group) for group in self.user.param_groups]
 
     def describe(self) -> str:
         """The optimizer's type and settings, to be compared between ranks."""
-        groups = json.dumps(self.hyper_parameters(), default=lambda value: type(value).__name__)
-        return f"{type(self.user).__name__} {groups}"
+        return f"{type(self.user).__name__} {json.dumps(pack(self.hyper_parameters())['settings'])}"
 
-    def set_hyper_parameters(self, groups: list[dict[str, Any]]) -> None:
+    def set_hyper_parameters(self, groups: Groups) -> None:
         """Give the user's groups these settings."""
         for group, settings in zip(self.user.param_groups, groups, strict=True):
             for name, value in settings.items():
-                group[name] = tuple(value) if isinstance(group.get(name), tuple) else value
+                present = group.get(name)
+                if name in group and same(plain(present), value):
+                    continue
+                if isinstance(present, Tensor):
+                    present.fill_(value)
+                else:
+                    group[name] = tuple(value) if isinstance(present, tuple) else value
 
-    def update(self, gradients: Mapping[int, Tensor], groups: list[dict[str, Any]], scale: float | None = None) -> None:
-        """One step of the shards named in `gradients` (shard -> one-dimensional gradient), with these settings.
+    def update(self, gradients: Mapping[int, Tensor], terms: Mapping[str, Any]) -> None:
+        """One step of the shards named in `gradients` (shard -> one-dimensional gradient), on these agreed terms.
 
-        `scale` is what clipping multiplies gradients with. The tensors given are left as they are.
+        `scale` is what clipping multiplies gradients with, `clip` has the limit of an element, the parameters in
+        `frozen` are left alone, and a step that is skipped (`skip`) leaves everything. The tensors given stay as they
+        are.
         """
+        if terms.get("skip"):
+            return
+        scale, limit, frozen = terms["scale"], terms.get("clip", {}).get("value"), set(terms.get("frozen", ()))
         for index, parameter in self._parameters.items():
             gradient = gradients.get(index)
             shard = self._shards[index]
@@ -134,9 +145,12 @@ class ShardedOptimizer:
                     gradient.view(parameter.shape).round() if not parameter.is_floating_point() else gradient
                 )
             elif self._group[shard.parameter] is not None:
+                if self.stack.spec.parameters[shard.parameter].name in frozen:
+                    continue
                 clipped = gradient if scale is None or scale >= 1.0 else gradient * scale
+                clipped = clipped if limit is None else clipped.clamp(-limit, limit)
                 parameter.grad = clipped.to(parameter.device, parameter.dtype).view(parameter.shape)
-        for group, settings in zip(self._inner.param_groups, groups, strict=True):
+        for group, settings in zip(self._inner.param_groups, unpack(terms["groups"]), strict=True):
             group.update(settings)
         try:
             self._inner.step()
@@ -189,12 +203,6 @@ class ShardedOptimizer:
         dummy = nn.Parameter(like)
         dummy.grad = torch.zeros_like(like)
         clone = self._clone()
-        clone.param_groups[self._group[shard.parameter] or 0]["params"] = [dummy]
+        clone.param_groups = [{**clone.param_groups[self._group[shard.parameter] or 0], "params": [dummy]}]
         clone.step()
         return dict(clone.state.get(dummy, {}))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.item()
-    return list(value) if isinstance(value, tuple) else value

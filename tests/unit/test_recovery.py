@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from types import SimpleNamespace
+from typing import Any
 
 from everstep.elastic.engine import Step
 from everstep.elastic.recovery import Recovery
@@ -16,13 +17,21 @@ def test_what_a_guide_told_ends_with_its_plan() -> None:
         "agreement": "{}",
         "after": {"groups": [{"lr": 0.1}]},
         "left": None,
+        "records": {"29": {"frozen": []}},
         "unseen": [[29, 1.0, 2.0]],
     }
+    records: list[dict[str, Any]] = []
     comm = SimpleNamespace(receive=lambda rank, key: json.dumps(told).encode())
-    engine = SimpleNamespace(rank=3, comm=comm, results=[])
+    adjustments = SimpleNamespace(take_records=records.append)
+    engine = SimpleNamespace(rank=3, comm=comm, results=[], version=0, turn=None, adjustments=adjustments)
     recovery = Recovery.__new__(Recovery)
     recovery.engine, recovery.fresh, recovery._after = engine, True, {}
     assert recovery._find_place(SimpleNamespace(guide=1, version=None)) == (30, "{}")
     assert (recovery._after, engine.results) == (told["after"], [Step(29, 1.0, 2.0)])
-    assert recovery._find_place(SimpleNamespace(guide=None, version=29, agreement="of 29")) == (29, "of 29")
-    assert (recovery._after, engine.results) == ({}, [])
+    assert records == [told["records"]]
+    agreed = json.dumps({"step": 28, "loss": 3.0, "norm": 1.0})
+    assert recovery._find_place(SimpleNamespace(guide=None, version=29, agreement=agreed)) == (29, agreed)
+    assert (recovery._after, engine.results) == ({}, [Step(28, 3.0, 1.0)]), "nobody is left whose code has seen step 28"
+    agreed = json.dumps({**json.loads(agreed), "after": {}})
+    recovery._find_place(SimpleNamespace(guide=None, version=29, agreement=agreed))
+    assert engine.results == [], "a checkpoint has what the user's code made of its last step"
