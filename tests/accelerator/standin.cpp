@@ -163,7 +163,23 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> native_batch_norm(
   return {output.to(input.device()), saved_mean.to(input.device()), saved_inverse.to(input.device())};
 }
 
-void on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) { at::native::cpu_fallback(op, stack, true); }
+// As on a GPU, operands on the CPU are refused unless they are scalars, or indices.
+void check_operand(const c10::OperatorHandle& op, const at::Tensor& tensor) {
+  const std::string& name = op.schema().name();
+  bool by_index = name == "aten::index" || name.find("index_put") != std::string::npos;
+  TORCH_CHECK(!tensor.defined() || tensor.device().type() == kStandin || tensor.dim() == 0 || by_index, name,
+              ": expected all tensors to be on the same device, but found standin and ",
+              tensor.device(), " of shape ", tensor.sizes());
+}
+
+void on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  for (const auto& argument : torch::jit::last(*stack, op.schema().arguments().size())) {
+    if (argument.isTensor()) check_operand(op, argument.toTensor());
+    if (argument.isTensorList())
+      for (const at::Tensor& tensor : argument.toTensorVector()) check_operand(op, tensor);
+  }
+  at::native::cpu_fallback(op, stack, true);
+}
 
 TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("empty.memory_format", &empty_memory_format);

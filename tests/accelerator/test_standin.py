@@ -96,8 +96,8 @@ def test_workers_that_are_killed(config: dict[str, Any], tmp_path: Path) -> None
     for path in states:
         assert_same_state(torch.load(path, weights_only=True), expected)
     used = {tuple(json.loads(path.read_text())) for path in result.out.glob("devices-*.json")}
-    assert used <= {("standin:0",), ("standin:1",)}
-    assert all(len(devices) == 1 for devices in used)
+    assert used - {()} <= {("standin:0",), ("standin:1",)}  # who came back after the last step had no batch
+    assert used - {()}
 
 
 def test_more_workers_than_devices(tmp_path: Path) -> None:
