@@ -20,8 +20,8 @@ from ..comms.security import Security
 from ..elastic.protocol.events import WorkerId
 from ..elastic.telemetry import SPANS_KEPT, Records, TelemetryReader
 from .host import HostReader
-from .metrics import CONTENT_TYPE, NodeMetrics
-from .pages import Page, PageServer
+from .metrics import NodeMetrics
+from .pages import Negotiated, PageServer
 from .step_times import StepSums
 from .tracing import EndedSpans, pieces
 
@@ -81,7 +81,7 @@ class Gatherer:
         self._keeper_limit_bytes = keeper_limit_bytes
         self._pages: PageServer | None = None
         if serve_at:
-            pages = {"/metrics": lambda: Page(CONTENT_TYPE, self._metrics.page())}
+            pages = {"/metrics": Negotiated(self._metrics.answer)}
             self._pages = PageServer(serve_at, pages, security or Security())
         self._period_s = period_s
         self._lock = threading.Lock()

@@ -19,11 +19,12 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
+from prometheus_client.exposition import choose_encoder
 
 from ..comms import telemetry_pb2 as pb
+from .pages import Page
 from .step_times import Totals
 
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 STEP_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0, 150.0)
 RECOVERY_BUCKETS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 15.0, 60.0)
 SAVING_BUCKETS = (0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 300.0, 1800.0)
@@ -73,6 +74,11 @@ class _Metrics:
     def page(self) -> bytes:
         """The text that Prometheus scrapes."""
         return generate_latest(self.registry)
+
+    def answer(self, accept: str) -> Page:
+        """The same in the form that a request's Accept header asks for: OpenMetrics, or Prometheus's own text."""
+        encode, content_type = choose_encoder(accept)
+        return Page(content_type, encode(self.registry), {"Vary": "Accept"})
 
     def names(self) -> list[str]:
         """What the metrics here are called, counters with their `_total`."""

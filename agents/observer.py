@@ -19,7 +19,7 @@ from ..comms import telemetry_pb2 as pb
 from ..elastic.protocol.events import StragglerFound, StragglerGone, WaitNoticed
 from ..elastic.protocol.state import State
 from .holdups import Holdups
-from .metrics import CONTENT_TYPE, FAILURES, JOB_PHASES, SHOWN_STRAGGLERS, JobMetrics
+from .metrics import FAILURES, JOB_PHASES, SHOWN_STRAGGLERS, JobMetrics
 from .pages import Page
 from .series import Series, died_of
 from .suspects import Suspects
@@ -139,12 +139,12 @@ class Observer:
 
     # ------------------------------------------------------------ what it is asked
 
-    def page(self) -> Page:
+    def page(self, accept: str = "") -> Page:
         """The job's metrics, for Prometheus."""
         with self._lock:
             self._compare()
             self._refresh()
-        return Page(CONTENT_TYPE, self.metrics.page())
+        return self.metrics.answer(accept)
 
     def targets(self) -> Page:
         """The agents' own metrics addresses, as Prometheus's HTTP service discovery wants them."""

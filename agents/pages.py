@@ -31,6 +31,15 @@ class Page(NamedTuple):
     headers: Mapping[str, str] = MappingProxyType({})
 
 
+class Negotiated(NamedTuple):
+    """A page of which there are several forms: made for a request's Accept header (RFC 9110)."""
+
+    make: Callable[[str], Page]
+
+
+Maker = Callable[[], Page] | Negotiated
+
+
 class AddressTaken(Exception):
     """What a user must know when pages cannot be served."""
 
@@ -41,7 +50,7 @@ class PageServer:
     Raises AddressTaken, whose text names the address, when it cannot listen there.
     """
 
-    def __init__(self, address: str, pages: Mapping[str, Callable[[], Page]], security: Security) -> None:
+    def __init__(self, address: str, pages: Mapping[str, Maker], security: Security) -> None:
         try:
             host, port = addresses.parse(address, host="127.0.0.1")
         except addresses.BadAddress as error:
@@ -99,7 +108,7 @@ class _Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
-    pages: Mapping[str, Callable[[], Page]]
+    pages: Mapping[str, Maker]
     security: Security
     local: bool  # this host alone reaches it
     timeout = REQUEST_TIMEOUT_S
@@ -125,7 +134,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             asked = {"WWW-Authenticate": 'Basic realm="everstep: any user, the job token as password", charset="UTF-8"'}
             return 401, _text("the job's token is asked for: as a password (of any user), or as a Bearer", asked)
         maker = self.pages.get(self.path.partition("?")[0])
-        return (200, maker()) if maker is not None else (404, _text("there is no such page"))
+        if maker is None:
+            return 404, _text("there is no such page")
+        if isinstance(maker, Negotiated):
+            return 200, maker.make(", ".join(self.headers.get_all("Accept", [])))
+        return 200, maker()
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
         """Requests are no news."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .observer import Observer
-from .pages import Page
+from .pages import Maker, Negotiated, Page
 from .screen import concerns
 from .story import Grade, newest_stories, ranks_text, size_text
 from .views import Seen, newest, to_json, view_of
@@ -36,13 +36,13 @@ _COPIED = (
 )
 
 
-def routes(observer: Observer) -> dict[str, Callable[[], Page]]:
+def routes(observer: Observer) -> dict[str, Maker]:
     """What a coordinator serves over HTTP."""
     shown, page = Shown(observer), front_page()
     return {
         "/": lambda: page,
         "/view.json": shown.page,
-        "/metrics": observer.page,
+        "/metrics": Negotiated(observer.page),
         "/targets": observer.targets,
     }
 

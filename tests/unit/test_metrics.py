@@ -14,9 +14,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from everstep.agents.metrics import CONTENT_TYPE, JobMetrics, NodeMetrics
-from everstep.agents.pages import AddressTaken, Page, PageServer
+from everstep.agents.metrics import JobMetrics, NodeMetrics
+from everstep.agents.pages import AddressTaken, Negotiated, Page, PageServer
 from everstep.comms.security import Security
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as open_metrics
+from prometheus_client.parser import text_string_to_metric_families as text_format
 
 from deploy.grafana import generate as grafana
 from deploy.grafana import model
@@ -33,6 +35,9 @@ UNITS = (
     *("checkpoints", "heartbeats", "links", "found", "kills", "loss", "load", "phase", "generation", "decides"),
 )
 _NAME = re.compile(r"\beverstep_[a-z_]+")
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+OPEN_METRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 
 
 def registries() -> tuple[JobMetrics, NodeMetrics]:
@@ -199,3 +204,27 @@ def test_an_address_that_cannot_be_served_is_an_error(address: str) -> None:
 def test_what_observes_never_imports_torch(module: str) -> None:
     check = f"import sys, everstep.{module}; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", check], check=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("accept", "content_type"),
+    [
+        ("", CONTENT_TYPE),
+        ("*/*", CONTENT_TYPE),
+        ("text/html,application/xml;q=0.9", CONTENT_TYPE),
+        ("application/openmetrics-text", OPEN_METRICS),
+        ("application/openmetrics-text; version=1.0.0; charset=utf-8,text/plain;q=0.5", OPEN_METRICS),
+    ],
+)
+def test_metrics_come_in_the_form_that_is_asked_for(accept: str, content_type: str) -> None:
+    job = JobMetrics("run")
+    server = PageServer("127.0.0.1:0", {"/metrics": Negotiated(job.answer)}, Security())
+    try:
+        status, text, headers = fetched(f"{server.url}/metrics", **({"Accept": accept} if accept else {}))
+        assert (status, headers["Vary"]) == (200, "Accept")
+        assert headers["Content-Type"].startswith(content_type.partition("; charset")[0])
+        assert text.endswith("# EOF\n") == (content_type == OPEN_METRICS)
+        parse = open_metrics if content_type == OPEN_METRICS else text_format
+        assert {family.name for family in parse(text)} >= {"everstep_steps", "everstep_loss"}
+    finally:
+        server.close()
