@@ -134,11 +134,11 @@ def _fetcher(address: str, token: str, version: int) -> Any:
 
 def _carry_out(request: SaveRequest, address: str, token: str, moved: Callable[[], None]) -> dict[str, Any]:
     started = time.monotonic()
-    result: dict[str, Any] = {"writer": request.writer, "name": request.name}
+    result: dict[str, Any] = {"writer": request.writer, "name": request.name, "warnings": []}
     try:
         client, fetch = _fetcher(address, token, request.version)
         with contextlib.closing(client):
-            result["committed"] = save_part(request, fetch, moved=moved)
+            result["committed"] = save_part(request, fetch, moved=moved, warned=result["warnings"].append)
         result["bytes"] = saved_bytes(request) if result["committed"] else 0
     except (StoreError, CheckpointError, Gone, KeeperRefused, OSError, ValueError) as error:
         result["error"] = str(error)

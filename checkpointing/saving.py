@@ -15,9 +15,10 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from .record_format import Item, items
+from .universal.lineage import Lineage, begun_s, lineage_of
 from .universal.manifest import NAME, Array, CheckpointError, Manifest, path_of
 from .universal.store import Store, StoreError, open_store
-from .universal.writer import ChunkWriter, retain, try_commit
+from .universal.writer import ChunkWriter, Retained, retain, try_commit
 
 T = TypeVar("T")
 FIRST_RETRY_S = 0.25  # then twice as long each time
@@ -88,10 +89,12 @@ def save_part(
     pause: Callable[[float], None] = time.sleep,
     *,
     moved: Callable[[], None] = lambda: None,
+    warned: Callable[[str], None] = lambda text: None,
 ) -> bool:
     """Write this writer's part of a checkpoint; returns whether it was the last, which commits.
 
-    `fetch` gives the records of shards at the request's version. `moved` is called whenever storage has taken some.
+    `fetch` gives the records of shards at the request's version. `moved` is called whenever storage has taken some,
+    `warned` with what is not as it should be although the checkpoint is saved.
     Raises StoreError when the storage went on failing, Gone when records are not there any more, CheckpointError when
     what was written is not what is there.
     """
@@ -108,17 +111,48 @@ def save_part(
             moved()
     _retried(folder, lambda: writer.finish(request.writer), pause)
     moved()
-    return finish(request, folder, pause)
+    return finish(request, folder, pause, warned=warned)
 
 
-def finish(request: SaveRequest, folder: Store, pause: Callable[[float], None] = time.sleep) -> bool:
-    """Commit if all parts are there; then let older checkpoints go. Returns whether it did."""
+def finish(
+    request: SaveRequest,
+    folder: Store,
+    pause: Callable[[float], None] = time.sleep,
+    *,
+    warned: Callable[[str], None] = lambda text: None,
+) -> bool:
+    """Commit if all parts are there; then let older checkpoints go. Returns whether it did.
+
+    `warned` is told, in words, what is not as it should be although the checkpoint is saved.
+    """
     manifest = replace(Manifest(**request.manifest), saved_at=time.time())
     if not _retried(folder, lambda: try_commit(folder, manifest, request.expected, request.writers), pause):
         return folder.get(NAME, 0, 1) is not None
-    store = open_store(request.url, request.options)
-    _retried(folder, lambda: retain(store, count=request.keep, age_s=request.keep_s, now_s=time.time()), pause)
+    _retain(request, folder, pause, warned)
     return True
+
+
+def _retain(request: SaveRequest, folder: Store, pause: Callable[[float], None], warned: Callable[[str], None]) -> None:
+    """Let older checkpoints of this run go. The new one is there, whatever becomes of those."""
+    store, own = open_store(request.url, request.options), Lineage.from_json(request.manifest["run"])
+
+    def mine(name: str) -> bool:
+        lineage = lineage_of(store, name)
+        return own.has_named(name) if lineage is None else own.owns(lineage.run, begun_s(name))
+
+    def let_go() -> Retained:
+        return retain(store, count=request.keep, age_s=request.keep_s, now_s=time.time(), mine=mine)
+
+    try:
+        strangers = _retried(folder, let_go, pause).strangers
+    except (StoreError, CheckpointError) as error:
+        warned(f"older checkpoints in {request.url} could not be removed: {error}")
+        return
+    if strangers:
+        warned(
+            f"{request.url} has checkpoints of another run too ({strangers[-1]}): they are left alone, and a restart "
+            "of this job will ask which to go on from; give each job a folder of its own"
+        )
 
 
 def saved_bytes(request: SaveRequest) -> int:

@@ -22,6 +22,7 @@ from ..checkpointing.client import KeeperLink
 from ..checkpointing.record import Record, ShardState
 from ..checkpointing.saving import Parameter, Piece, SaveRequest, finish, save_part, saved_bytes
 from ..checkpointing.snapshot import Snapshots
+from ..checkpointing.universal.lineage import Lineage, begun_s
 from ..checkpointing.universal.manifest import Array, CheckpointError, chunk_shape, path_of
 from ..checkpointing.universal.store import StoreError, open_store
 from ..checkpointing.universal.writer import ChunkWriter, folder_name
@@ -66,7 +67,7 @@ class Checkpoints:
         self._membership = membership
         self._run = run  # whose checkpoints they are: what the manifest says of it
         self.link: KeeperLink | None = None
-        self.run_id = secrets.token_hex(8)  # equal on all ranks of a run
+        self.lineage = Lineage(secrets.token_hex(8))  # equal on all ranks of a run
         self.newest = -1  # the newest version that is known to be saved
         self.failures = 0
         self._asked_after: int | None = None  # the newest version that was saved when somebody asked for another
@@ -82,6 +83,10 @@ class Checkpoints:
         self._kept: tuple[int, dict[int, memoryview]] = (-1, {})  # the last version, where there is no keeper
         self._moved_s: dict[str, float] = {}  # writer -> when its save made progress last, of those under way
         self._why = ""  # the last save that failed did because of this
+
+    def unique(self) -> str:
+        """For the name of a checkpoint."""
+        return self.lineage.unique(secrets.token_hex(4))
 
     @property
     def active(self) -> bool:
@@ -101,15 +106,16 @@ class Checkpoints:
             "asked": self._asked(),
             "newest": self.newest,
             "tried": version,
+            "ancestors": [list(item) for item in self.lineage.ancestors],
             "again": version > self.newest and attempted_in not in (0, generation),
             "at": time.time(),
-            "unique": secrets.token_hex(4),
+            "unique": self.unique(),
         }
 
     def agreed(self, step: int, shares: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """What the members' shares (lowest rank first) mean: whether, and as what, the state after `step` is saved."""
         if not self.active:
-            return {"save": "", "saved": -1}
+            return {"save": "", "saved": -1, "ancestors": []}
         version = step + 1
         every, tried = self._settings.checkpoint_every, max(share["tried"] for share in shares)
         due = version // every > tried // every or version == self._settings.steps
@@ -117,7 +123,8 @@ class Checkpoints:
         newest = max(share["newest"] for share in shares)
         begins = due and version > newest and all(share["free"] for share in shares)
         name = folder_name(version, shares[0]["at"], shares[0]["unique"]) if begins else ""
-        return {"save": name, "saved": newest}
+        ancestors = max((share["ancestors"] for share in shares), key=len)  # one that joined has not heard of them
+        return {"save": name, "saved": newest, "ancestors": ancestors}
 
     def _asked(self) -> bool:
         """Whether somebody asked for a checkpoint, and has had none since."""
@@ -135,6 +142,8 @@ class Checkpoints:
         It is saved when it is there, and `settle` has told what the user's code has made of the step.
         """
         self.newest = max(self.newest, terms.get("saved", -1))
+        known = {"id": self.lineage.run, "ancestors": terms.get("ancestors", ())}
+        self.lineage = Lineage.from_json(known)
         name, version = terms.get("save", ""), terms["step"] + 1
         if not name:
             return None
@@ -211,13 +220,13 @@ class Checkpoints:
         if waiting.rank == waiting.layout.ranks[0] and any(True for _ in self._stack.constants()):
             constants = f"{writer}-constants"
             self._opened(constants, waiting.name)
-            self._in_thread(request, constants, lambda: self._save_constants(request, constants))
+            self._in_thread(request, constants, functools.partial(self._save_constants, request, constants))
         if self.link is None:
             records = waiting.records
 
-            def save() -> bool:
+            def save(warned: Callable[[str], None]) -> bool:
                 moves = functools.partial(self._moves, writer)
-                return save_part(request, lambda shards: {s: records[s] for s in shards}, moved=moves)
+                return save_part(request, lambda shards: {s: records[s] for s in shards}, moved=moves, warned=warned)
 
             self._in_thread(request, writer, save)
             return
@@ -239,12 +248,15 @@ class Checkpoints:
     def _moves(self, writer: str) -> None:
         self._moved_s[writer] = time.monotonic()
 
-    def _in_thread(self, request: SaveRequest, writer: str, action: Callable[[], bool]) -> None:
+    def _in_thread(self, request: SaveRequest, writer: str, action: Callable[[Callable[[str], None]], bool]) -> None:
+        warnings: list[str] = []
+
         def work() -> None:
             started = time.monotonic()
             result: dict[str, Any] = {"writer": writer, "name": request.name, "committed": False, "error": ""}
+            result["warnings"] = warnings
             try:
-                result["committed"] = action()
+                result["committed"] = action(warnings.append)
                 result["bytes"] = saved_bytes(request) if result["committed"] else 0
             except (StoreError, CheckpointError, OSError) as error:
                 result["error"] = str(error)
@@ -256,7 +268,7 @@ class Checkpoints:
         with self._lock:
             self._results.append(result)
 
-    def _save_constants(self, request: SaveRequest, name: str) -> bool:
+    def _save_constants(self, request: SaveRequest, name: str, warned: Callable[[str], None]) -> bool:
         """Frozen parameters and buffers: every rank has them, and the lowest one writes them."""
         folder = open_store(request.url, request.options).inside(request.name)
         writer = ChunkWriter(folder)
@@ -271,7 +283,7 @@ class Checkpoints:
                 writer.put(path, number, raw(rows))
                 self._moves(name)
         writer.finish(name)
-        return finish(request, folder)
+        return finish(request, folder, warned=warned)
 
     def _request(self, waiting: _Waiting, agreement: str, writer: str) -> SaveRequest:
         settings, spec = self._settings, self._stack.spec
@@ -320,7 +332,7 @@ class Checkpoints:
                 "position": version * settings.global_batch_size,
             },
             "run": {
-                "id": self.run_id,
+                **self.lineage.to_json(),
                 "layout": layout.describe(),
                 "world_size": len(layout.ranks),
                 "generation": layout.generation,
@@ -385,6 +397,8 @@ class Checkpoints:
         del self._open[writer]
         self._moved_s.pop(writer, None)
         version, agreement = self._terms.get(name, (-1, ""))
+        for text in result.get("warnings", ()):
+            warn(self._membership, Notice.CHECKPOINT_FOLDER, text)
         if result.get("error"):
             self.failures += 1
             self._why = str(result["error"])
@@ -426,9 +440,13 @@ class Checkpoints:
         self.conclude(on_wait)
         return self._why
 
-    def resumed(self, version: int, script: Any) -> None:
-        """The job goes on from a checkpoint of `version`, whose script began with these settings, if that is known."""
+    def resumed(self, version: int, script: Any, name: str, lineage: Lineage) -> None:
+        """The job goes on from the checkpoint `name` of `version`, which a run with this `lineage` has saved.
+
+        `script`: the settings that its script began with, if that is known.
+        """
         self._run["settings"] = script or self._run["settings"]
+        self.lineage = lineage.continued(self.lineage.run, begun_s(name.rstrip("/").rpartition("/")[2]))
         self.newest = version
         self._attempt = (version, 0)
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import secrets
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -557,7 +556,7 @@ class Engine:
 
     def last_name(self) -> str:
         """What a checkpoint of this version may be called."""
-        return folder_name(self.version, time.time(), secrets.token_hex(4))
+        return folder_name(self.version, time.time(), self.checkpoints.unique())
 
     def conclude(self) -> None:
         """Past the last step: return when its version is whole here, parity included."""

@@ -30,7 +30,8 @@ class Notice(enum.StrEnum):
     REPLACEMENT_STATE = "replacement-state"  # a replacement has none of the script's own variables
     SAVE_STALLS = "save-stalls"  # a checkpoint is being saved, and the storage takes nothing
     SAVE_WAITED_FOR = "save-waited-for"  # training has ended, and its last checkpoint is not whole yet
-    NOT_REMOVED = "not-removed"  # a checkpoint that is not kept any longer could not be removed
+    CHECKPOINT_FOLDER = "checkpoint-folder"  # has another run's checkpoints, or older ones cannot be removed
+    NOTHING_LEFT = "nothing-left-to-train"  # the checkpoint that is gone on from has all steps already
 
 
 class Channel(Protocol):

@@ -333,7 +333,8 @@ class Recovery:
                     optimizer.load(shard.index, states.state(shard))
                     held.add(shard.index)
                     self._patient()
-            engine.checkpoints.resumed(version, json.loads(agreement).get("script") if agreement else None)
+            script = json.loads(agreement).get("script") if agreement else None
+            engine.checkpoints.resumed(version, script, plan.checkpoint, states.lineage)
             return
         except (CheckpointError, StoreError) as error:
             engine.membership.tell("unreadable", name=plan.checkpoint, why=str(error))

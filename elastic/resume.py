@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..checkpointing.universal.lineage import Lineage, lineage_of, strangers
 from ..checkpointing.universal.manifest import CheckpointError, Manifest, path_of
 from ..checkpointing.universal.reader import Checkpoint, committed, load, open_checkpoint
-from ..checkpointing.universal.store import StoreError, open_store
+from ..checkpointing.universal.store import Store, StoreError, open_store
 from ..resharding.units import Shard
 from .checkpoints import constants
 from .engine import Engine
@@ -25,6 +26,7 @@ from .settings import Settings
 from .stack import LayerStack
 
 REMEMBERED_CHUNKS = 6
+LOOKED_AT = 32  # checkpoints of a folder, for whose they are
 CANDIDATES = 3  # checkpoints that may be fallen back to
 
 
@@ -45,6 +47,7 @@ class Resumption:
         """The checkpoints that the job may go on from, newest first. Raises UsageError for one that does not fit."""
         settings = self._settings
         if settings.resume == "never":
+            self._look_for_others()
             return []
         try:
             found = self._own() if settings.checkpoint else []
@@ -52,14 +55,55 @@ class Resumption:
                 found = [self._entry(open_checkpoint(settings.resume, _options(settings)), settings.resume)]
         except (CheckpointError, StoreError) as error:
             raise UsageError(f"resume: {error}") from None
+        if found and found[0].version >= settings.steps:
+            text = (
+                f"checkpoint {found[0].name} has {found[0].version} steps, and the job {settings.steps}: nothing is "
+                "left to train; give another job another folder, or resume='never'"
+            )
+            warn(self._channel, Notice.NOTHING_LEFT, text)
         return found
+
+    def _look_for_others(self) -> None:
+        """The job begins anew in a folder that has checkpoints."""
+        settings = self._settings
+        if not settings.checkpoint:
+            return
+        try:
+            names = committed(open_store(settings.checkpoint, _options(settings)))
+        except StoreError:
+            return  # saving will say so
+        if names:
+            text = (
+                f"{settings.checkpoint} has checkpoints of another run ({names[0]}), and resume='never': they are left "
+                "alone, and a restart of this job will ask which to go on from; give each job a folder of its own"
+            )
+            warn(self._channel, Notice.CHECKPOINT_FOLDER, text)
+
+    def _family(self, store: Store, names: list[str]) -> list[str]:
+        """The checkpoints of the job, newest first, in a folder that should have no others.
+
+        Raises UsageError where there are others; with resume=URL of one of them, that one's run is meant.
+        """
+        chosen = self._settings.resume.rstrip("/").rpartition("/")[2]
+        newest = chosen if chosen in names else names[0]
+        own = lineage_of(store, newest)
+        if own is None:
+            return names  # damaged: reading it says so
+        others = strangers(store, names[:LOOKED_AT], own)
+        if others and chosen not in names:
+            raise UsageError(
+                f"{self._settings.checkpoint} has checkpoints of several runs, {newest} and {others[0]}: choose with "
+                f"resume=URL of one of them, and give each job a folder of its own"
+            )
+        return [name for name in names if name not in others]
 
     def _own(self) -> list[Saved]:
         """Of the job's own folder."""
         settings = self._settings
         store = open_store(settings.checkpoint, _options(settings))
         found: list[Saved] = []
-        for name in committed(store)[:CANDIDATES]:
+        names = committed(store)
+        for name in (self._family(store, names) if names else [])[:CANDIDATES]:
             try:
                 checkpoint = load(store.inside(name))
             except CheckpointError:
@@ -199,6 +243,11 @@ class CheckpointStates:
                 raise CheckpointError(f"{settings.checkpoint}/{name}: there is no manifest any more")
             self._checkpoint = found
         self._checkpoint = _Remembering(self._checkpoint.store, self._checkpoint.manifest)
+
+    @property
+    def lineage(self) -> Lineage:
+        """Whose checkpoint it is."""
+        return Lineage.from_json(self._checkpoint.manifest.run)
 
     def state(self, shard: Shard) -> dict[str, Any]:
         """A shard's parameter values ("value") and optimizer state, as a keeper would give it."""

@@ -16,6 +16,7 @@ from ..checkpointing.client import KeeperLink
 from ..checkpointing.record import read_record
 from ..checkpointing.restore import Sources
 from ..checkpointing.snapshot import Snapshots
+from ..checkpointing.universal.lineage import Lineage
 from ..comms.communicator import Aborted, Communicator, Peer
 from ..resharding.layout import Layout
 from .data import DataSource
@@ -341,7 +342,7 @@ class Run:
         self._take_over_schedulers(engine)
         engine.checkpoints.link = link
         if context is not None:  # the token is a secret; what it hashes to names the run
-            engine.checkpoints.run_id = hashlib.sha256(context.token.encode()).hexdigest()[:16]
+            engine.checkpoints.lineage = Lineage(hashlib.sha256(context.token.encode()).hexdigest()[:16])
         engine.birth = {
             **engine.adjustments.terms(),
             "registered": engine.states_of_registered(),

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from .manifest import NAME, Array, CheckpointError, Manifest, checksum
 from .store import Buffer, Store
@@ -167,20 +167,36 @@ def try_commit(store: Store, manifest: Manifest, expected: Iterable[str], writer
     return True
 
 
-def retain(store: Store, *, count: int, age_s: float, now_s: float) -> list[str]:
+class Retained(NamedTuple):
+    """What became of older checkpoints: those that were removed, and those of other runs, which were left alone."""
+
+    removed: list[str]
+    strangers: list[str]
+
+
+def retain(
+    store: Store, *, count: int, age_s: float, now_s: float, mine: Callable[[str], bool] = lambda name: True
+) -> Retained:
     """Remove checkpoints beyond the newest `count` that are also older than `age_s`; and what was never committed.
 
-    An attempt that is not committed is left alone until a newer checkpoint is. Returns what was removed.
+    An attempt that is not committed is left alone until a newer checkpoint is. What is not `mine` (by name, see
+    `lineage.py`) is another run's, and never touched.
     """
     attempts = sorted((parsed, name) for name in store.folders() if (parsed := parse_folder(name)))
     committed = [(at, name) for (at, _), name in attempts if store.inside(name).get(NAME, 0, 1) is not None]
+    strangers = [name for _, name in committed if not mine(name)]
+    committed = [(at, name) for at, name in committed if name not in strangers]
     if not committed:
-        return []
+        return Retained([], strangers)
     newest_s = committed[-1][0]
     good = {name for _, name in committed}
     kept = {name for at, name in committed[-count:]} | {name for at, name in committed if now_s - at < age_s}
-    doomed = [name for (at, _), name in attempts if name not in kept and (name in good or at < newest_s)]
+    doomed = [
+        name
+        for (at, _), name in attempts
+        if name not in kept and name not in strangers and (name in good or (at < newest_s and mine(name)))
+    ]
     for name in doomed:
         store.remove(f"{name}/{NAME}")  # first: what is removed in part must not be there for a reader
         store.remove(name)
-    return doomed
+    return Retained(doomed, strangers)

@@ -193,3 +193,27 @@ def test_a_save_that_hangs_is_given_up(tmp_path: Path) -> None:
         output, _ = process.communicate(timeout=60)
     assert process.returncode == 1, output
     assert "is saved" in output
+
+
+def test_two_jobs_in_one_folder_are_told_apart(tmp_path: Path) -> None:
+    """Neither removes the other's checkpoints; a job that would have to guess which to go on from asks."""
+    folder = tmp_path / "checkpoints"
+    assert job(tmp_path, steps=4).status == 0
+    (first,) = committed(open_store(str(folder), {}))
+    anew = job(tmp_path, "--es-resume=never", "--es-checkpoint-keep=1", steps=2)
+    assert anew.status == 0
+    assert f"{folder} has checkpoints of another run ({first}), and resume='never'" in anew.stderr
+    second, kept = committed(open_store(str(folder), {}))
+    assert kept == first
+    line = job(tmp_path, steps=6).error()
+    assert f"has checkpoints of several runs, {second} and {first}: choose with resume=URL" in line
+    chosen = job(tmp_path, f"--es-resume={folder}/{first}", steps=6)
+    assert chosen.status == 0, chosen.stderr
+    assert [step for step in saved(tmp_path) if step != 2] == [6, 4]
+
+
+def test_nothing_left_to_train_is_said(tmp_path: Path) -> None:
+    assert job(tmp_path, steps=4).status == 0
+    again = job(tmp_path, steps=4)
+    assert again.status == 0
+    assert "has 4 steps, and the job 4: nothing is left to train" in again.stderr

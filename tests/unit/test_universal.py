@@ -174,7 +174,7 @@ def test_retention_keeps_the_newest_and_the_young_and_clears_what_was_never_fini
         else:
             save(store.inside(name), {"params/a": noise((3,), "float32")}, step=step)
     assert committed(store) == [names[4], names[3], names[1], names[0]]
-    assert retain(store, count=1, age_s=4.5, now_s=1006.0) == [names[0], names[1], names[2]]
+    assert retain(store, count=1, age_s=4.5, now_s=1006.0).removed == [names[0], names[1], names[2]]
     assert committed(store) == [names[4], names[3]]
     assert store.folders() == [names[3], names[4], names[5]]
     assert open_checkpoint(url).manifest.step == 4
