@@ -654,7 +654,8 @@ class NodeAgent:
 
         While its workers commit steps it is not cut off: then only the coordinator is away, and will be back.
         """
-        if not self.token or self.outcome is not None or now - self.link.heard_s < ALONE_S:
+        after = any(worker.reading().phase is Phase.AFTER for worker in self.workers.values())
+        if after or not self.token or self.outcome is not None or now - self.link.heard_s < ALONE_S:
             self._alone_s = 0.0
             return False
         steps = {worker.id: worker.reading().step for worker in self.workers.values() if worker.pid}
