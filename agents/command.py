@@ -18,6 +18,7 @@ import torch
 from torch.distributed.launcher.api import LaunchConfig
 from torch.distributed.run import config_from_args, determine_local_world_size, get_args_parser, run_script_path
 
+from ..comms.process import STOPS
 from ..elastic.protocol.liveness import FLOOR_S, USER_S
 from ..elastic.protocol.state import Config
 from .checkup import LEVELS
@@ -41,6 +42,7 @@ CHOSEN = (
     *("checkpoint", "checkpoint-keep-s", "checkpoint-timeout", "checkpoint-options"),
     *("resume", "resume-hyperparameters", "on-damage", "resume-data"),
 )
+SIGNALS = ",".join(number.name for number in STOPS)  # that are handled, unless --signals-to-handle names others
 STOP_GRACE: dict[str, Any] = {
     "type": float,
     "default": Config().stop_grace_s,
@@ -65,6 +67,7 @@ INSECURE_NETWORK: dict[str, Any] = {
     "help": "bind addresses that other hosts reach, without certificates: for networks where everybody is trusted",
 }
 COORDINATOR_WAIT_S = 300.0
+SIGNALS_VARIABLE = "PET_SIGNALS_TO_HANDLE"  # torch's, for a default of its own
 
 METRICS: dict[str, Any] = {
     "default": "",
@@ -102,6 +105,8 @@ def parser() -> argparse.ArgumentParser:
     """Torchrun's own parser, with our flags added."""
     parse: argparse.ArgumentParser = get_args_parser()
     parse.prog = "everstep run"
+    if SIGNALS_VARIABLE not in os.environ and parse.get_default("signals_to_handle") is not None:
+        parse.set_defaults(signals_to_handle=SIGNALS)  # torch's four, and what schedulers give notice by
     parse.description = "Run a training script on this node. Every torchrun flag is accepted; ours begin with --es-."
     own = parse.add_argument_group("everstep")
     for name in OVERRIDES:

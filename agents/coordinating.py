@@ -18,7 +18,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..comms.process import die_with_parent, own_command, rename_process
+from ..comms.process import (
+    SAME_S,
+    STOPS,
+    die_with_parent,
+    leave_signals_to_launcher,
+    own_command,
+    rename_process,
+)
 from ..comms.security import Security, SecurityError
 from ..elastic.progress import COORDINATOR
 from ..elastic.protocol.state import Config
@@ -39,6 +46,8 @@ START_S = 60.0  # until it serves
 LOOK_S = 1.0
 AGAIN_S, LATEST_S = 0.1, 5.0  # one that does not come to serve is tried again: after this, twice this, ...
 END_S = 15.0
+LOOK_S = 0.2
+NOTICE_S = 3.0  # after a signal: nodes that got it too have asked for the job's end by then
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +82,30 @@ class CoordinatorFailed(Exception):
         self.taken = taken
 
 
-def serve(task: Task, security: Security, on_ready: Callable[[int], None]) -> int:
-    """Coordinate until the job is over; returns the exit status. Raises CoordinatorFailed.
+class EndAsked:
+    """Whether a signal has asked this process to end, and when."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.at_s = 0.0
+        self.may_wait: Callable[[], bool] = lambda: False  # for the end of the job
+
+    def listen(self) -> None:
+        """To the signals that this process was not started to ignore."""
+        for number in STOPS:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._heard)
+
+    def _heard(self, number: int, frame: Any) -> None:
+        if self.number and time.monotonic() - self.at_s < SAME_S:
+            return
+        if self.number or not self.may_wait():
+            os._exit(128 + number)
+        self.number, self.at_s = number, time.monotonic()
+
+
+def serve(task: Task, security: Security, on_ready: Callable[[int], None], asked: EndAsked) -> int:
+    """Coordinate until the job is over, or the end is asked for; returns the exit status. Raises CoordinatorFailed.
 
     `on_ready` is told the port. The process has its name once it leads.
     """
@@ -83,7 +114,7 @@ def serve(task: Task, security: Security, on_ready: Callable[[int], None]) -> in
     try:
         while True:
             try:
-                return asyncio.run(_serve(task, security, on_ready))
+                return asyncio.run(_serve(task, security, on_ready, asked))
             except Superseded as error:
                 log.warning("%s", error)
                 task = replace(task, stood_by=True)
@@ -95,7 +126,7 @@ def serve(task: Task, security: Security, on_ready: Callable[[int], None]) -> in
         raise CoordinatorFailed(str(error)) from None
 
 
-async def _serve(task: Task, security: Security, on_ready: Callable[[int], None]) -> int:
+async def _serve(task: Task, security: Security, on_ready: Callable[[int], None], asked: EndAsked) -> int:
     events = Path(task.events) if task.events else None
     coordinator = Coordinator(task.job, task.config, security, events=events)
     observer = Observer(task.job, lambda: coordinator.state, coordinator.now, undecided=lambda: coordinator.undecided)
@@ -124,15 +155,33 @@ async def _serve(task: Task, security: Security, on_ready: Callable[[int], None]
             on_ready(port)
         if store is None:
             return 0
-        await coordinator.lead(store, lambda: rename_process(COORDINATOR))
-        over = True
-        return 0
+        asked.may_wait = lambda: not coordinator.standing_by
+        lead = asyncio.create_task(coordinator.lead(store, lambda: rename_process(COORDINATOR)))
+        over = await _is_over(lead, coordinator, asked)
+        return 0 if over else 128 + asked.number
     finally:
         if pages is not None:
             pages.close()
         await coordinator.stop()
         if store is not None:
             await asyncio.to_thread(store.close, forget=over)
+
+
+async def _is_over(lead: asyncio.Task[None], coordinator: Coordinator, asked: EndAsked) -> bool:
+    """Until the job is over; False if the end is asked for before, and the job does not end for the same reason.
+
+    Who asks may have asked every process of the job: then nodes are about to ask for a checkpoint, and need a
+    coordinator until it is saved.
+    """
+    while not (await asyncio.wait({lead}, timeout=LOOK_S))[0]:
+        ending = coordinator.state.stopping is not None or coordinator.state.leaving
+        if asked.number and not ending and time.monotonic() - asked.at_s > NOTICE_S:
+            lead.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await lead
+            return False
+    lead.result()
+    return True
 
 
 async def _elected(task: Task, security: Security, coordinator: Coordinator) -> Store | None:
@@ -278,8 +327,7 @@ class CoordinatorProcess:
 def _child(task: Task, ready: int) -> None:
     """The life of a coordinator beside a launcher. Does not return."""
     die_with_parent()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
-        signal.signal(number, signal.SIG_IGN)  # the launcher decides what they mean
+    leave_signals_to_launcher()
     status = 1
     try:
         with os.fdopen(ready, "w", buffering=1) as pipe:
@@ -290,7 +338,7 @@ def _child(task: Task, ready: int) -> None:
                 pipe.close()
 
             try:
-                status = serve(task, security, serves)
+                status = serve(task, security, serves, EndAsked())
             except CoordinatorFailed as error:
                 if pipe.closed:
                     print(f"everstep: the coordinator: {error}", file=sys.stderr)

@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import tempfile
+import time
 import urllib.parse
 import uuid
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from typing import Any, TextIO
 
 from ..comms import addresses as hosts
 from ..comms.attach import Attachment, Unreachable
+from ..comms.process import SAME_S
 from ..comms.security import TRUST, Security, SecurityError, explain_unreachable
 from ..elastic.protocol.state import Config
 from .command import (
@@ -30,6 +32,7 @@ from .command import (
     METRICS,
     OVERRIDES,
     QUARANTINE,
+    SIGNALS,
     STOP_GRACE,
     STORE,
     WATCHED,
@@ -37,7 +40,7 @@ from .command import (
     LaunchError,
     node_range,
 )
-from .coordinating import END_S, CoordinatorFailed, CoordinatorProcess, Task, serve
+from .coordinating import END_S, CoordinatorFailed, CoordinatorProcess, EndAsked, Task, serve
 from .etcd import is_etcd
 from .logs import WorkerLogs, discard
 from .masterport import MasterPort
@@ -341,21 +344,32 @@ def _keeper_memory(text: str) -> int:
 
 def _signals(command: Command) -> str:
     """Torchrun's --signals-to-handle, which newer versions of torch have."""
-    return str(getattr(command.torch, "signals_to_handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT"))
+    return str(getattr(command.torch, "signals_to_handle", SIGNALS))
 
 
 def _stop_on_signals(agent: NodeAgent, names: str, *, leaves: signal.Signals | None) -> None:
-    """Signals stop the job; but on the one of these that `leaves`, this node hands over, and the job goes on."""
+    """Signals stop the job; but on the one of these that `leaves`, this node hands over, and the job goes on.
+
+    A signal that this process was started to ignore stays ignored, as nohup wants it; but for SIGINT and SIGQUIT, since
+    a shell without job control starts all that runs in the background so.
+    """
+    asked_s = 0.0
 
     def stop(number: int, frame: Any) -> None:
+        nonlocal asked_s
+        if asked_s and time.monotonic() - asked_s < SAME_S:
+            return
+        asked_s = time.monotonic()
         agent.signal = signal.Signals(number)
         ask = agent.leave if number == leaves else agent.stop
         ask(f"stopped by {signal.Signals(number).name}")
 
-    for name in names.split(","):
-        if name.strip() not in signal.Signals.__members__:
-            raise LaunchError(f"--signals-to-handle: there is no signal {name.strip()!r}")
-        signal.signal(signal.Signals[name.strip()], stop)
+    for name in map(str.strip, names.split(",")):
+        if name not in signal.Signals.__members__:
+            raise LaunchError(f"--signals-to-handle: there is no signal {name!r}")
+        number = signal.Signals[name]
+        if signal.getsignal(number) != signal.SIG_IGN or number in (signal.SIGINT, signal.SIGQUIT):
+            signal.signal(number, stop)
 
 
 def coordinate(arguments: Sequence[str]) -> int:
@@ -403,7 +417,9 @@ def coordinate(arguments: Sequence[str]) -> int:
         def serves(port: int) -> None:
             print(f"coordinator of job {own.rdzv_id} at {hosts.join(host, port)}", flush=True)
 
-        return serve(task, Security.of(os.environ), serves)
+        asked = EndAsked()
+        asked.listen()
+        return serve(task, Security.of(os.environ), serves, asked)
     except CoordinatorFailed as error:
         hint = ": choose another port in --bind" if error.taken else ""
         print(f"everstep: error: {error}{hint}", file=sys.stderr)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import selectors
 import signal
 import sys
@@ -37,12 +38,14 @@ from .keeper import KeeperCannotServe, KeeperProcess, NameTaken, obtain
 from .keeper import start as start_keeper
 from .local_ranks import LocalRanks
 from .logs import WorkerLogs
+from .orphans import ENDED, GRACE_S, Orphans
 from .patience import Wait
 from .preloader import Preloader
 from .torchstore import TorchStores
 from .workers import WorkerProcess
 
 WATCH_S = 0.05
+SWEEP_S = 0.5
 ALONE_S = 2.0  # without a word from a coordinator: there may be none
 UNFIT_S = 5.0  # how long the answer is waited for that a node which is not fit to join gets
 END_GRACE_S = 3.0  # of an elastic worker; a classic one has `shutdown_timeout_s`
@@ -129,6 +132,9 @@ class NodeAgent:
         self._stop_why = ""
         self.signal = signal.SIGTERM  # that workers get when the job is stopped: torchrun passes its own on
         self._selector = selectors.DefaultSelector()
+        self._session = os.getsid(0)
+        self._orphans = Orphans(self._is_ours)  # of workers whose preloaded process is dead
+        self._swept_s = 0.0
         self._stores = TorchStores(config.host)
         self._rejoining = False  # has asked to be taken in again
         self._wait = Wait()
@@ -211,6 +217,8 @@ class NodeAgent:
             worker.close()
         if self._preloader is not None:
             self._preloader.close()
+            self._preloader = None
+        self._orphans.end_all(time.monotonic() + 2 * GRACE_S)
         self._end_keeper()
         self.config.logs.close()
         self._stores.close()
@@ -424,6 +432,8 @@ class NodeAgent:
             self._forked(WorkerId(answer["rank"], answer["incarnation"]), answer["pid"])
         elif kind == "failed":
             raise AgentError(f"--es-preload: {answer['why']}")
+        elif kind == "left":
+            print(ENDED.format(", ".join(answer["names"])), file=sys.stderr, flush=True)
         elif kind == "exited":
             for worker in self.workers.values():
                 if worker.pid == answer["pid"]:
@@ -437,11 +447,24 @@ class NodeAgent:
         status = former.close()
         if not former.ready:
             raise AgentError(f"the process that workers are forked from ended with status {status} before it was ready")
+        self._orphans.expect()
         self._waiting += [(self.workers[worker], start) for worker, start in self._asked.items()]
         self._asked.clear()
         if self.outcome is None:
             self._preloader = Preloader.start(former.modules)
             self._watch_preloader()
+
+    def _is_ours(self, pid: int) -> bool:
+        """Whether a child is one that this process made: the preloaded one, or one in its own session.
+
+        What workers leave behind is in other sessions, and comes here only if the preloaded process is dead.
+        """
+        if self._preloader is not None and pid == self._preloader.pid:
+            return True
+        try:
+            return os.getsid(pid) == self._session
+        except ProcessLookupError:
+            return True
 
     def _fork_waiting(self) -> None:
         """Fork what can be: workers of a restart wait until those of the last attempt are gone."""
@@ -620,6 +643,9 @@ class NodeAgent:
     def _watch(self) -> None:
         now = time.monotonic()
         self._wait.look(self._waits_for(now))
+        if now - self._swept_s > SWEEP_S:
+            self._swept_s = now
+            self._orphans.sweep()
         if self._unfit:
             if now - self._unfit_s > UNFIT_S and self.outcome is None:
                 self._on_refused(pb.Refused(why=self._unfit))

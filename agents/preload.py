@@ -2,8 +2,9 @@
 
 A fresh interpreter takes seconds to its first optimizer step (torch alone imports for several); a fork of this
 process takes milliseconds. The first one of a node is itself a fork of the launcher, which imports torch too. It stays
-single-threaded, touches no device, and dies with its node agent; its forks die with it. Requests and answers are JSON
-datagrams on a socket pair; a request is a file, whose descriptor comes with the worker's.
+single-threaded, touches no device, and dies with its node agent; its forks die with it, and it ends what they leave
+behind (`orphans.py`). Requests and answers are JSON datagrams on a socket pair; a request is a file, whose descriptor
+comes with the worker's.
 """
 
 from __future__ import annotations
@@ -27,14 +28,25 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
 
-from ..comms.process import die_with_parent, leave, process_name, rename_process
+from ..comms.process import (
+    STOPS,
+    adopt_orphans,
+    die_with_parent,
+    leave,
+    leave_signals_to_launcher,
+    process_name,
+    rename_process,
+)
 from ..elastic.settings import WorkerContext
 from .compiler import defer_compiler, load_compiler
 from .descriptors import out_of_the_way
 from .forkable import thread_names, why_not
+from .orphans import ENDED, GRACE_S, Orphans
 
 WHY_BYTES = 4000  # of an answer that says why something failed; a datagram has limits
 NAMED_S = 0.2  # within which a new thread has its name
+NAMES = 100  # of processes, in one answer
+SWEEP_S = 0.1  # while there are orphans
 NAME = "es-preloaded"  # of the process, as `ps` and `top` show it
 
 
@@ -86,8 +98,13 @@ def _import_for_all(name: str) -> None:
 class Preloaded:
     """Answers fork requests of one node agent until it goes away."""
 
-    def __init__(self, channel: socket.socket, workers_name: str, modules: Sequence[str]) -> None:
+    def __init__(
+        self, channel: socket.socket, workers_name: str, modules: Sequence[str], dispositions: dict[int, Any]
+    ) -> None:
         self._channel = channel
+        self._dispositions = dispositions  # of signals, in workers
+        self._workers: set[int] = set()
+        self._orphans = Orphans(self._workers.__contains__)
         self._modules = modules
         self._workers_name = workers_name
         self._wake, self._woken = socket.socketpair()
@@ -97,24 +114,48 @@ class Preloaded:
         signal.signal(signal.SIGCHLD, lambda number, frame: None)
 
     def serve(self) -> None:
+        """Until the agent closes its end, or is gone. Workers, and what they leave behind, end with it."""
         self._tell({"kind": "ready"})
         while True:
-            readable, _, _ = select.select([self._channel, self._woken], [], [])
+            timeout_s = SWEEP_S if self._orphans.found else None
+            readable, _, _ = select.select([self._channel, self._woken], [], [], timeout_s)
             if self._woken in readable:
                 with contextlib.suppress(BlockingIOError):
                     self._woken.recv(4096)
                 self._reap()
+            if (self._woken in readable or self._orphans.found) and (left := self._orphans.sweep()):
+                self._tell({"kind": "left", "names": left[:NAMES]})
             if self._channel in readable:
-                data, fds, _, _ = socket.recv_fds(self._channel, 16, 8)
+                data, fds = self._receive()
                 if not data:
+                    self._end()
                     return
                 with os.fdopen(fds.pop(0), "rb") as file:
                     file.seek(0)  # the position is the sender's too
                     request = json.load(file)
                 self._fork(request, fds)
 
+    def _receive(self) -> tuple[bytes, list[int]]:
+        try:
+            data, fds, _, _ = socket.recv_fds(self._channel, 16, 8)
+        except ConnectionResetError:  # the agent is gone, and did not read what it was told last
+            return b"", []
+        return data, fds
+
+    def _end(self) -> None:
+        """The agent is gone: so are its workers, and what they leave behind."""
+        for pid in self._workers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self._workers.clear()
+        self._orphans.expect()
+        if left := self._orphans.end_all(time.monotonic() + 2 * GRACE_S):
+            with contextlib.suppress(OSError):  # the launcher may be gone, and who read what it said
+                print(ENDED.format(", ".join(left)), file=sys.stderr, flush=True)
+
     def _tell(self, message: dict[str, Any]) -> None:
-        self._channel.send(json.dumps(message).encode())
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the agent is gone, which reading tells
+            self._channel.send(json.dumps(message).encode())
 
     def _reap(self) -> None:
         while True:
@@ -124,8 +165,11 @@ class Preloaded:
                 return
             if end is None:
                 return
-            status = end.si_status if end.si_code == os.CLD_EXITED else -end.si_status
-            self._tell({"kind": "exited", "pid": end.si_pid, "status": status})
+            if end.si_pid in self._workers:
+                self._workers.discard(end.si_pid)
+                status = end.si_status if end.si_code == os.CLD_EXITED else -end.si_status
+                self._tell({"kind": "exited", "pid": end.si_pid, "status": status})
+                self._orphans.expect()
             os.waitpid(end.si_pid, 0)  # only now: until it is told, /proc tells it
 
     def _fork(self, request: dict[str, Any], fds: list[int]) -> None:
@@ -137,6 +181,7 @@ class Preloaded:
         pid = os.fork()
         if pid == 0:
             self._become_worker(request, fds)
+        self._workers.add(pid)
         for fd in fds:
             os.close(fd)
         self._tell({"kind": "forked", "rank": request["rank"], "incarnation": request["incarnation"], "pid": pid})
@@ -145,10 +190,12 @@ class Preloaded:
         code = 1
         try:
             die_with_parent()
+            os.setsid()  # as torchrun has it: what a terminal's or a shell's signals reach is the launcher
+            adopt_orphans()
             rename_process(self._workers_name)
             signal.set_wakeup_fd(-1)
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            for number, handler in self._dispositions.items():
+                signal.signal(number, handler)
             for end in (self._channel, self._wake, self._woken):
                 end.close()
             self._redirect(request)
@@ -250,16 +297,30 @@ def _print_users_traceback() -> None:
     traceback.print_exception(kind, error, trace)
 
 
+def _dispositions() -> dict[int, Any]:
+    """Those of signals in a process that this one's parent would start: what it was told to ignore, it ignores."""
+    found: dict[int, Any] = {signal.SIGCHLD: signal.SIG_DFL}
+    for number in STOPS:
+        default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        found[number] = signal.SIG_IGN if signal.getsignal(number) == signal.SIG_IGN else default
+    return found
+
+
 def serve(channel: socket.socket, modules: Sequence[str]) -> NoReturn:
     """Become the preloaded process: warm up and serve."""
     status = 1
     try:
         die_with_parent()
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the agent decides what it means
+        with contextlib.suppress(PermissionError):  # it leads a session already
+            os.setsid()
+        adopt_orphans()
+        dispositions = _dispositions()
+        leave_signals_to_launcher()
         name = process_name()
         rename_process(NAME)
         warm_up(modules)
-        Preloaded(channel, name, modules).serve()
+        die_with_parent(signal.SIGCONT)  # from now on the channel tells, and there is something to be done at the end
+        Preloaded(channel, name, modules, dispositions).serve()
         status = 0
     except (ImportError, CannotPreload) as error:
         channel.send(json.dumps({"kind": "failed", "why": str(error)[:WHY_BYTES]}).encode())

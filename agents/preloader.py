@@ -10,13 +10,16 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..comms.process import own_command
+from .orphans import GRACE_S
 from .preload import serve
 
 ANSWER_BYTES = 1 << 16
+CLOSE_S = 3 * GRACE_S  # for it to end what workers left behind
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
 
@@ -104,16 +107,27 @@ class Preloader:
         return bool(select.select([self._channel], [], [], 0)[0])
 
     def close(self) -> int:
-        """Kill it; its forks die with it. Returns its exit status, also when asked again."""
+        """End it, its forks, and what these left behind. Returns its exit status, also when asked again."""
         if self._status is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGKILL)  # the number is its own until it is waited for, here
+            with contextlib.suppress(OSError):
+                self._channel.shutdown(socket.SHUT_RDWR)  # not only closed: a fork of this process may have it too
             self._channel.close()
+            until_s = time.monotonic() + (CLOSE_S if self.ready else 0.0)
+            while (status := self._wait(os.WNOHANG)) is None and time.monotonic() < until_s:
+                time.sleep(0.005)
+            if status is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(self.pid, signal.SIGKILL)  # the number is its own until it is waited for, here
+                status = self._wait(0)
+            self._status = status
             if self._process is not None:
-                self._status = self._process.wait()
-            else:
-                self._status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+                self._process.returncode = status
+        assert self._status is not None
         return self._status
+
+    def _wait(self, options: int) -> int | None:
+        pid, status = os.waitpid(self.pid, options)
+        return os.waitstatus_to_exitcode(status) if pid else None
 
 
 def _channel() -> tuple[socket.socket, socket.socket]:

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from ..comms.process import adopt_orphans
 from .descriptors import TooFewDescriptors, allow
 from .preloader import Preloader, single_threaded
 
@@ -29,6 +30,7 @@ def _run(arguments: Sequence[str]) -> int:
     try:
         parsed = parse(arguments)
         _allow_descriptors(str(parsed.nproc_per_node), node_range(parsed.nnodes)[1])
+        adopt_orphans()
         preloader = Preloader.fork(preloads(parsed))
         try:
             from .launcher import launch

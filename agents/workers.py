@@ -94,10 +94,13 @@ class WorkerProcess:
                 signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
 
     def terminate(self, number: signal.Signals = signal.SIGTERM) -> None:
-        """Ask it to end."""
+        """Ask it to end, and, as torchrun does, the processes of its group."""
         if self.pidfd >= 0:
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self.pidfd, number)
+            try:
+                os.killpg(self.pid, number)
+            except ProcessLookupError:  # it has just been forked, and has no group of its own yet; or it is gone
+                with contextlib.suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(self.pidfd, number)
 
     def receive(self) -> list[bytes]:
         """The complete messages that have come."""

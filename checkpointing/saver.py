@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -19,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from ..comms.process import own_command
+from ..comms.process import leave_signals_to_launcher, own_command
 from .client import KeeperClient, KeeperRefused
 from .saving import Gone, SaveRequest, save_part, saved_bytes
 from .universal.manifest import CheckpointError
@@ -147,7 +146,7 @@ def _carry_out(request: SaveRequest, address: str, token: str, moved: Callable[[
 
 def main() -> None:
     """Run a saver for the keeper at the address given; ends with its standard input."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    leave_signals_to_launcher()
     address, token = sys.argv[1], os.environ.pop("EVERSTEP_TOKEN")
     lock = threading.Lock()
 

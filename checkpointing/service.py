@@ -11,7 +11,6 @@ import hmac
 import json
 import os
 import select
-import signal
 import socket
 import sys
 import threading
@@ -19,6 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..comms import addresses
+from ..comms.process import leave_signals_to_launcher
 from ..comms.security import Security, SecurityError, own
 from ..resharding.placement import Placement
 from .client import REQUEST_BYTES
@@ -305,7 +305,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--linger", type=float, default=0.0)
     arguments = parser.parse_args()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    leave_signals_to_launcher()
     with contextlib.suppress(OSError):
         os.nice(NICENESS)
     token = os.environ.pop("EVERSTEP_TOKEN")

@@ -11,16 +11,60 @@ from pathlib import Path
 from typing import NoReturn
 
 _PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
 _libc = ctypes.CDLL(None, use_errno=True)
 
+NOTICES = (signal.SIGUSR1, signal.SIGUSR2)  # what schedulers are told to send some time before they end a job
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, *NOTICES)
+"""Signals that ask a job to end. A scheduler, a service manager or a terminal sends them to every process of it."""
+SAME_S = 1.0  # within which a signal that comes again asks for nothing more: timeout(1) sends its own twice
 
-def die_with_parent() -> None:
+
+def die_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
     """Have the kernel kill this process when its parent ends, however it ends (prctl(2), PR_SET_PDEATHSIG)."""
     parent = os.getppid()
-    if _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+    if _libc.prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
     if os.getppid() != parent:  # it ended in between
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), number)
+
+
+def adopt_orphans() -> None:
+    """Be the parent of all descendants of this process whose own parents end (prctl(2), PR_SET_CHILD_SUBREAPER)."""
+    if _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER) failed")
+
+
+def children() -> list[int]:
+    """The children of this process, those that it has adopted and those that nobody has waited for included."""
+    try:
+        tasks = list(Path("/proc/self/task").iterdir())
+        return [int(pid) for task in tasks for pid in (task / "children").read_text().split()]
+    except OSError:  # a kernel without CONFIG_PROC_CHILDREN: look at all processes
+        return [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if _parent(pid) == os.getpid()]
+
+
+def _parent(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
+
+
+def leave_signals_to_launcher() -> None:
+    """What asks a job to end, the launcher decides about, whoever else of its processes gets it too."""
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def caught_outside_python() -> set[int]:
+    """Signals that code which is not Python's handles here: `faulthandler.register`, a library (proc(5), SigCgt)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("SigCgt:"):
+            mask = int(line.split()[1], 16)
+            caught = {number for number in range(1, 65) if mask >> (number - 1) & 1}
+            return {number for number in caught if signal.getsignal(number) in (signal.SIG_DFL, None)}
+    return set()
 
 
 def own_command(module: str, *arguments: str) -> list[str]:

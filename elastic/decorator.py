@@ -27,6 +27,7 @@ from .membership import AgentMembership, Membership, Solo
 from .progress import Fault, Progress
 from .run import Run
 from .settings import Settings, WorkerContext, resolve, threads
+from .signals import leave_to_launcher
 from .timed import TimedMesh
 
 P = ParamSpec("P")
@@ -90,6 +91,8 @@ def elastic(
                 _refuse_second(function.__name__)
             membership: Membership = AgentMembership(context.control_fd) if context else Solo()
             membership.declare()
+            if context is not None:
+                leave_to_launcher()
             with _reported(membership, context):
                 declared = Settings(
                     steps=steps,
@@ -203,6 +206,7 @@ def _run(settings: Settings, context: WorkerContext | None, membership: Membersh
         yield run
     finally:
         run.release()
+        run.ends.close()
         comm.close()
 
 

@@ -12,10 +12,11 @@ import json
 import math
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import xxhash
@@ -133,6 +134,7 @@ class Engine:
         self.leave_at: int | None = None  # the version at which the user's code has left the loop
         self.after_leaving: dict[str, Any] | None = None  # how it had left things then
         self.birth: dict[str, Any] = {}  # hyper-parameters and registered states before the first step
+        self._stopping: signal.Signals | None = None  # a script that runs alone is to end
         self._registered_at: dict[int, dict[str, Any]] = {}  # step -> states of what the user registered, at its end
 
     # ------------------------------------------------------------ one step
@@ -538,6 +540,22 @@ class Engine:
             self.pipeline.forwards.check_constants(self.version, self.registered.values())
         if self.checkpoints.unsettled:
             self.checkpoints.settle(self.after_leaving or self.after_users())
+            if self._stopping is not None and not self.ended():
+                self._end_saved(self._stopping)
+        elif self._stopping is not None:
+            self.membership.save_asked = True  # the one that was being saved when it came is an older one
+
+    def stop(self, number: signal.Signals) -> None:
+        """A signal to a script that runs alone: save after this step, and end. Safe in a signal handler."""
+        self._stopping = number
+        self.membership.save_asked = True
+
+    def _end_saved(self, number: signal.Signals) -> NoReturn:
+        self.checkpoints.conclude(self._patient)
+        saved = self.checkpoints.newest == self.version
+        state = f"its state after {self.version} steps is saved" if saved else "no checkpoint could be saved"
+        print(f"everstep: stopped by {number.name}; {state}", file=sys.stderr, flush=True)
+        sys.exit(128 + number)
 
     def leave_loop(self) -> None:
         """The user's code has left the loop, be it before the last step: this rank trains no further."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
 from collections.abc import Callable, Iterator
@@ -35,6 +36,7 @@ from .recovery import Recovery
 from .resume import Resumption
 from .schedule import ScheduledRate, ScheduleState, check_scheduler, refuse, schedulers_of
 from .settings import Settings, WorkerContext
+from .signals import saved_on_signals
 from .stack import LayerStack
 from .stateful import check_size, encode
 from .whole_state import complete_model, complete_optimizer
@@ -70,6 +72,7 @@ class Run:
         self._optimizers: list[Optimizer] = []  # the user's, and what stands for it in a loop
         self._schedulers: list[LRScheduler] = []  # those known of
         self._left_in_loop: list[ScheduledRate] = []  # the one of them that was not handed over
+        self.ends = contextlib.ExitStack()  # what is undone when this run ends
 
     # ------------------------------------------------------------ where we are
 
@@ -382,6 +385,8 @@ class Run:
         if context is not None and settings.stages > 1:
             complete_model(stack, self.full_state_dict)
         self._recovery.enter()
+        if context is None and settings.checkpoint:
+            self.ends.enter_context(saved_on_signals(engine.stop))
         return engine
 
     def _note_replacement(self, engine: Engine, values: str) -> None:

@@ -42,6 +42,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(arguments: list[str]) -> int:
     command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
+    if command in ("run", "coordinator"):
+        from .agents.init import fork_from_init
+
+        fork_from_init()
     if command == "run":
         from .agents.run import run
         from .comms.process import leave
