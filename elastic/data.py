@@ -13,6 +13,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ from .errors import UsageError
 from .notices import Channel, Notice, warn
 from .order import DataOrder, derive_seed
 from .settings import Settings
+from .signals import outlive_first_signal
 
 Collate = Callable[[list[Any]], Any]
 Key = tuple[int, int]  # (step, micro-batch); (PROBE, sample) asks for one sample
@@ -247,11 +249,17 @@ def _loader_like(
         collate_fn=_unchanged,
         pin_memory=like.pin_memory,
         timeout=like.timeout,
-        worker_init_fn=like.worker_init_fn,
+        worker_init_fn=partial(_begin_worker, like.worker_init_fn),
         multiprocessing_context=like.multiprocessing_context,
         prefetch_factor=like.prefetch_factor,
         generator=torch.Generator(),  # else torch draws a seed from the generator that the script uses
     )
+
+
+def _begin_worker(users: Callable[[int], Any] | None, number: int) -> None:
+    outlive_first_signal()
+    if users is not None:
+        users(number)
 
 
 def _unchanged(item: Any) -> Any:

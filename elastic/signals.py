@@ -59,6 +59,17 @@ def saved_on_signals(ask: Callable[[signal.Signals], None]) -> Iterator[None]:
         _restore()
 
 
+def outlive_first_signal() -> None:
+    """In a process that fetches data: the job is saved meanwhile, and needs it. A second signal ends it, as its own."""
+
+    def outlive(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in STOPS:
+        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+            signal.signal(number, outlive)
+
+
 def _handle(numbers: Any, handler: Handler) -> None:
     """Handle those signals that nothing else does, and that this process was not started to ignore."""
     if threading.current_thread() is not threading.main_thread():

@@ -119,6 +119,20 @@ def test_a_signal_to_every_process_saves_the_job(number: signal.Signals, tmp_pat
     assert "Traceback" not in output
 
 
+def test_processes_that_fetch_data_outlive_it(tmp_path: Path) -> None:
+    """They are told to end, too, while their workers still need them for a step."""
+    job = Job(tmp_path, loader=True, prepared=True)
+    launcher = job.start()
+    job.await_step()
+    everybody = tree(launcher)
+    assert len(everybody) == 8, "with a process of each worker that fetches data"
+    signal_all(everybody, signal.SIGTERM)
+    output = finish(launcher)
+    assert f"stopped by SIGTERM; its state after {job.saved()} steps is saved" in output
+    assert job.saved() > 2
+    assert "Traceback" not in output
+
+
 def test_what_was_saved_so_is_gone_on_from(tmp_path: Path, undisturbed: dict[str, Any]) -> None:
     """A shell's, a terminal's, timeout's way: to the group of the launcher; and timeout sends its signal twice."""
     job = Job(tmp_path)

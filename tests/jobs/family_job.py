@@ -81,6 +81,8 @@ def train(run):
     model = torch.nn.Linear(6, 3)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     data = torch.utils.data.TensorDataset(torch.randn(64, 6), torch.randn(64, 3))
+    if config.get("loader"):
+        data = torch.utils.data.DataLoader(data, batch_size=2, num_workers=1)
     if config.get("ends_children"):
         ends_children()
 
