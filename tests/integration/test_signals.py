@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -71,6 +72,15 @@ class Job:
         names = committed(open_store(str(self.checkpoints))) if self.checkpoints.exists() else []
         return int(str(names[0]).split("-")[1]) if names else 0
 
+    def assert_said(self, output: str, number: signal.Signals) -> None:
+        """That the state is saved with which the job ended; the folder has it."""
+        said = re.search(rf"stopped by {number.name}; its state after (\d+) steps is saved", output)
+        assert said, output
+        names = committed(open_store(str(self.checkpoints)))
+        assert int(said[1]) in {int(name.split("-")[1]) for name in names}, (output, names)
+        assert 2 < int(said[1]) < STEPS
+        assert "Traceback" not in output
+
     def fast(self) -> None:
         (self.out / "slow").unlink(missing_ok=True)
 
@@ -113,10 +123,8 @@ def test_a_signal_to_every_process_saves_the_job(number: signal.Signals, tmp_pat
     signal_all(everybody, number)
     output = finish(launcher)
     assert launcher.returncode == 1
-    assert job.saved() > 2
-    assert f"stopped by {number.name}; its state after {job.saved()} steps is saved" in output
+    job.assert_said(output, number)
     assert not read_result(job.out, 1, output).named("worker_died"), "nobody dies of it"
-    assert "Traceback" not in output
 
 
 def test_processes_that_fetch_data_outlive_it(tmp_path: Path) -> None:
@@ -128,9 +136,7 @@ def test_processes_that_fetch_data_outlive_it(tmp_path: Path) -> None:
     assert len(everybody) == 8, "with a process of each worker that fetches data"
     signal_all(everybody, signal.SIGTERM)
     output = finish(launcher)
-    assert f"stopped by SIGTERM; its state after {job.saved()} steps is saved" in output
-    assert job.saved() > 2
-    assert "Traceback" not in output
+    job.assert_said(output, signal.SIGTERM)
 
 
 def test_what_was_saved_so_is_gone_on_from(tmp_path: Path, undisturbed: dict[str, Any]) -> None:
@@ -140,8 +146,7 @@ def test_what_was_saved_so_is_gone_on_from(tmp_path: Path, undisturbed: dict[str
     job.await_step()
     timeout.send_signal(signal.SIGTERM)
     output = finish(timeout)
-    assert "stopped by SIGTERM; its state after" in output
-    assert 2 < job.saved() < STEPS
+    job.assert_said(output, signal.SIGTERM)
     job.fast()
     again = job.start(nproc=3)
     output = finish(again)
@@ -194,8 +199,7 @@ def test_a_coordinator_by_itself_stays_until_all_is_saved(tmp_path: Path) -> Non
         job.await_step()
         signal_all([psutil.Process(coordinator.pid), *tree(launcher)], signal.SIGTERM)
         output = finish(launcher)
-        assert f"stopped by SIGTERM; its state after {job.saved()} steps is saved" in output
-        assert job.saved() > 2
+        job.assert_said(output, signal.SIGTERM)
         assert coordinator.wait(30) == 0
         again = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert again.stdout is not None
@@ -262,8 +266,7 @@ def test_a_script_alone_saves_and_ends(
     process.send_signal(number)
     output = finish(process)
     assert process.returncode == 128 + number, output
-    assert f"everstep: stopped by {number.name}; its state after {job.saved()} steps is saved" in output
-    assert 2 < job.saved() < STEPS
+    job.assert_said(output, number)
     assert job.noted("left"), "the script's own way out was taken"
     job.fast()
     again = job.start_alone()
