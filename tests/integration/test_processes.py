@@ -29,7 +29,7 @@ class Family:
         self.out.mkdir()
         (self.out / "slow").touch()
         arguments = [json.dumps({"out": str(self.out), "steps": 2000, "helpers": True, **config})]
-        flags = [f"--nproc-per-node={nproc}", f"--es-events={self.out}/events.jsonl"]
+        flags = [f"--nproc-per-node={nproc}", f"--es-events={self.out}/events.jsonl", f"--log-dir={folder}/logs"]
         self.launcher = launch(SCRIPT, arguments, flags, inside=inside)
 
     def daemons(self) -> list[int]:
