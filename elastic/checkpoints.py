@@ -32,7 +32,7 @@ from ..resharding.units import ParameterSpec, Shard
 from .membership import Membership
 from .notices import Notice, warn
 from .settings import Settings
-from .stack import LayerStack
+from .stack import LayerStack, plain_name
 
 STALLS_S = 20.0  # without progress: then somebody should know
 WAITS_S = 10.0  # for a checkpoint, at the end of training, until that is said
@@ -469,7 +469,7 @@ def _rows(parameter: ParameterSpec, shard: Shard) -> int:
 
 def constants(stack: LayerStack) -> list[tuple[str, str, Any]]:
     """(path, name, tensor) of what training does not change: frozen parameters, and buffers that are no statistics."""
-    frozen = {name for name, _ in stack.model.named_parameters(remove_duplicate=False)}
+    frozen = {plain_name(name) for name, _ in stack.model.named_parameters(remove_duplicate=False)}
     return [
         (path_of("frozen" if name in frozen else "buffers", name), name, tensor) for name, tensor in stack.constants()
     ]

@@ -224,6 +224,7 @@ class Engine:
             "adjustments": self.adjustments.share(state.step),
             "skip_nonfinite": self.skip_nonfinite,
             "losses": {str(m): loss for m, loss in state.losses.items()},
+            "idle": state.idle([[p.index for p in layer.parameters if not p.averaged] for layer in self.stack.layers]),
             "join": proposal.plan.generation if proposal else 0,
             "digest": self._owned_digest(),
             "protection": self.protection.share(state.step),
@@ -243,7 +244,19 @@ class Engine:
         chosen, partly = self.adjustments.merge({rank: share["adjustments"] for rank, share in shares.items()})
         if partly and not self.loops and self.rank == min(shares):
             self._warn_of_partial(state.step, partly)
+        chosen["idle"] = self._idle(state, shares)
         self._agreed_on(state, list(shares.values()), chosen, proposal)
+
+    def _idle(self, state: StepState, shares: dict[int, dict[str, Any]]) -> list[int]:
+        """The parameters of which no micro-batch on any rank had a gradient."""
+        contributors = state.contributors()
+        said = {index for share in shares.values() for index in share["idle"]}
+        found = []
+        for index in sorted(said):
+            ranks = {r for layer in self.stack.spec.parameters[index].layers for r in contributors.get(layer, ())}
+            if all(index in shares[rank]["idle"] for rank in ranks):
+                found.append(index)
+        return found
 
     def _warn_of_partial(self, step: int, partly: dict[str, list[int]]) -> None:
         """Every rank's code runs after every step: what only some of them change is lost with them."""

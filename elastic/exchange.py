@@ -159,6 +159,10 @@ class Exchange:
 
     def publish(self, version: int, layout: Layout, readers: Collection[int]) -> None:
         """Owners send `version` of their shards to `readers`; readers write it into their parameters."""
+        self._publish(version, layout, readers)
+        self.stack.refresh()
+
+    def _publish(self, version: int, layout: Layout, readers: Collection[int]) -> None:
         rank = self.comm.rank
         key = Key(Kind.VALUES, version)
         for reader in self._others(layout):

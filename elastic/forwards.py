@@ -24,7 +24,7 @@ import xxhash
 from torch import Tensor, nn
 
 from .errors import UsageError
-from .stack import LayerStack
+from .stack import LayerStack, plain_name
 from .watch import bytes_of, content_of, edges_of
 
 EDGE_BYTES = 2 << 10  # of either end of a buffer, which are compared after each forward
@@ -141,7 +141,7 @@ class Forwards:
     def __init__(self, stack: LayerStack, warn: Callable[[str], None]) -> None:
         self._stack = stack
         self._warn = warn
-        self._names = {id(module): name for name, module in stack.model.named_modules()}
+        self._names = {id(module): plain_name(name) for name, module in stack.model.named_modules()}
         self._constants = [list(self._constants_of(number)) for number in range(len(stack.layers))]
         self._watched = [list(self._watched_of(number)) for number in range(len(stack.layers))]
         self._next = 0  # of all constants, whose whole content is compared

@@ -124,7 +124,7 @@ class Pipeline:
         if is_last:
             self._seed(state.step, span.micro_batch, span.stop)
             value = self.loss_fn(value, to_device(targets, self.stack.device_of(span.stop - 1)))
-            _check_loss(value)
+            _check_loss(value, state.step, span.micro_batch)
             state.losses[span.micro_batch] = float(value.detach())
         outputs = list(value) if isinstance(value, tuple | list) else [value]
         telemetry.span(Spent.FORWARD, started_ns, micro_batch=span.micro_batch)
@@ -220,6 +220,8 @@ class Pipeline:
             for held in layer.parameters:
                 leaf.append(next(after) if held.averaged else _gradient(held.tensor, self.stack, held.index))
                 if not held.averaged:
+                    if held.tensor.grad is not None:
+                        state.touched.add(held.index)
                     held.tensor.grad = None
             state.hold(span, number, leaf)
         state.held.add(span)
@@ -266,7 +268,13 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _check_loss(loss: Any) -> None:
+def _check_loss(loss: Any, step: int, micro_batch: int) -> None:
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
         raise UsageError(f"loss_fn must return a tensor with one element (the micro-batch's mean loss), got {shape}")
+    if not loss.requires_grad:
+        raise UsageError(
+            f"the loss of micro-batch {micro_batch} of step {step} depends on no trainable parameter (it has no "
+            "grad_fn): nothing would be trained. Look for detach(), item(), torch.no_grad() or argmax between the "
+            "model and the loss"
+        )

@@ -63,7 +63,7 @@ class Replicas:
         """The digests this rank can give."""
         spec = self._stack.spec
         read = {s.index: s for layer in self._stack.held for s in spec.shards_of_layer[layer]}
-        live = {str(i): digest(self._stack.view(s)) for i, s in read.items() if self._compared(i)}
+        live = {str(i): digest(self._stack.computed_with(s)) for i, s in read.items() if self._compared(i)}
         backups = {
             str(s.index): digest(self._backups.copies.state(s.index)["value"].reshape(-1))
             for s in self._backups.shards

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..checkpointing.universal.lineage import Lineage, lineage_of, strangers
-from ..checkpointing.universal.manifest import CheckpointError, Manifest, path_of
+from ..checkpointing.universal.manifest import CheckpointError, Manifest, path_of, room_and_name
 from ..checkpointing.universal.reader import Checkpoint, committed, load, open_checkpoint
 from ..checkpointing.universal.store import Store, StoreError, open_store
 from ..resharding.units import Shard
@@ -23,7 +23,7 @@ from .hyperparameters import Groups, same, unpack
 from .notices import Channel, Notice, warn
 from .protocol.events import Saved
 from .settings import Settings
-from .stack import LayerStack
+from .stack import LayerStack, plain_name
 
 REMEMBERED_CHUNKS = 6
 LOOKED_AT = 32  # checkpoints of a folder, for whose they are
@@ -221,8 +221,19 @@ def resolve(manifest: Manifest, room: str, name: str) -> str:
     """The name under which a parameter is stored: its own, or that of the one it is tied to."""
     if path_of(room, name) in manifest.arrays:
         return name
+    if any("_orig_mod." in path for path in manifest.arrays):  # an older version of ours saved it, compiled
+        compiled = next((n for n in _names_in(manifest, room) if plain_name(n) == name), None)
+        if compiled is not None:
+            return compiled
     owners = {**manifest.tied, **{owner: alias for alias, owner in manifest.tied.items()}}
     return owners.get(name, name)
+
+
+def _names_in(manifest: Manifest, room: str) -> Iterator[str]:
+    for path in manifest.arrays:
+        found, name = room_and_name(path)
+        if found == room:
+            yield name
 
 
 def _options(settings: Settings) -> Mapping[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ..resharding.units import ModelSpec, ParameterSpec, Shard
 from .errors import UsageError
@@ -25,6 +26,7 @@ class Held:
     index: int
     tensor: Tensor
     shape: torch.Size
+    stride: tuple[int, ...]
     averaged: bool = False
     places: list[tuple[nn.Module, str]] = field(default_factory=list)  # the modules that use it, and its names there
 
@@ -46,15 +48,14 @@ class LayerStack:
     """
 
     def __init__(self, model: nn.Module, *, cut: bool, whole: bool = False) -> None:
+        check_model(model)
         self.model = model
         self._reading = threading.local()
         self.layers: list[Layer] = []
-        self._names = {id(p): name for name, p in reversed(list(model.named_parameters(remove_duplicate=False)))}
-        self.aliases = {
-            name: self._names[id(p)]
-            for name, p in model.named_parameters(remove_duplicate=False)
-            if p.requires_grad and self._names[id(p)] != name
-        }
+        named = [(plain_name(name), p) for name, p in model.named_parameters(remove_duplicate=False)]
+        self._names = {id(p): name for name, p in reversed(named)}
+        self.aliases = {name: self._names[id(p)] for name, p in named if p.requires_grad and self._names[id(p)] != name}
+        self._rows: dict[int, Tensor] = {}  # parameter that lies otherwise in memory -> its elements in row-major order
         self._averaged = _statistics(model)
         self._index: dict[int, int] = {}
         self._specs: list[tuple[str, Tensor, list[int], bool]] = []
@@ -84,7 +85,8 @@ class LayerStack:
                 if self._specs[index][2][0] != number:  # tied to an earlier layer: a leaf of its own, so that each
                     tensor = nn.Parameter(parameter.data)  # layer's gradient is summed by itself
                     _replace(module, parameter, tensor)
-                layer.parameters.append(Held(index, tensor, parameter.shape, places=_places(module, tensor)))
+                layer.parameters.append(Held(index, tensor, parameter.shape, tensor.stride()))
+                layer.parameters[-1].places = _places(module, tensor)
             for local, buffer in owner._buffers.items():
                 name = self._averaged.get(id(buffer))
                 if buffer is None:
@@ -94,7 +96,7 @@ class LayerStack:
                 elif id(buffer) not in seen:
                     seen.add(id(buffer))
                     index = self._register(name, buffer, number, averaged=True)
-                    layer.parameters.append(Held(index, buffer, buffer.shape, averaged=True))
+                    layer.parameters.append(Held(index, buffer, buffer.shape, buffer.stride(), averaged=True))
         self.layers.append(layer)
 
     def _register(self, name: str, tensor: Tensor, layer: int, *, averaged: bool) -> int:
@@ -127,6 +129,15 @@ class LayerStack:
                 if other is not held.tensor:
                     held.tensor.data = other.data
         self._live = first
+        before, self._rows = self._rows, {}
+        for index, tensor in first.items():
+            if not tensor.is_contiguous():
+                rows = before.get(index)
+                self._rows[index] = (
+                    rows
+                    if rows is not None
+                    else tensor.detach().reshape(-1).clone(memory_format=torch.contiguous_format)
+                )
 
     def hold(self, start: int, stop: int, *, free: bool = True) -> None:
         """Hold the layers [start, stop): allocate what is new and, with `free`, give back the memory of the others."""
@@ -134,15 +145,33 @@ class LayerStack:
             for held in layer.parameters:
                 if start <= number < stop:
                     if held.tensor.shape != held.shape:
-                        held.tensor.data = torch.empty(held.shape, dtype=held.tensor.dtype, device=held.tensor.device)
+                        like = held.tensor.data
+                        held.tensor.data = like.new_empty_strided(held.shape, held.stride)
                 elif free:
                     held.tensor.data = held.tensor.data.new_empty(0)
         self.held = range(start, stop)
         self._tie()
 
     def flat(self, parameter: int) -> Tensor:
-        """A parameter held here as one dimension, sharing its memory."""
-        return self._live[parameter].data.view(-1)
+        """A parameter held here as one dimension, in row-major order, sharing its memory.
+
+        One that lies otherwise in memory (channels_last, transposed) has a copy in that order, which `refresh` writes
+        to the parameter: its own strides stay, as the kernels that torch chooses depend on them.
+        """
+        rows = self._rows.get(parameter)
+        return rows if rows is not None else self._live[parameter].data.view(-1)
+
+    def refresh(self) -> None:
+        """Write what `flat` gave of parameters that lie otherwise in memory to the parameters."""
+        for index, rows in self._rows.items():
+            live = self._live[index]
+            live.data.copy_(rows.view(live.shape))
+
+    def computed_with(self, shard: Shard) -> Tensor:
+        """A shard's elements as forwards find them."""
+        if shard.parameter in self._rows:
+            return self._live[shard.parameter].data.reshape(-1)[shard.start : shard.stop].contiguous()
+        return self.view(shard)
 
     def view(self, shard: Shard) -> Tensor:
         """A shard's elements, sharing the parameter's memory."""
@@ -160,8 +189,8 @@ class LayerStack:
         finally:
             self._reading.now = False
         for name, tensor in found.items():
-            if name not in trained:
-                yield name, tensor
+            if plain_name(name) not in trained:
+                yield plain_name(name), tensor
 
     @property
     def reading(self) -> bool:
@@ -177,6 +206,40 @@ class LayerStack:
         """Where a layer is; one without parameters, where the model is."""
         parameters = self.layers[number].parameters
         return parameters[0].tensor.device if parameters else self.device
+
+
+def plain_name(name: str) -> str:
+    """The name that a parameter or buffer of a compiled model has without `torch.compile`."""
+    return name.replace("_orig_mod.", "")
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise UsageError for a model with tensors that training cannot keep."""
+    for kind, found in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
+        for name, tensor in found:
+            problem = _problem(tensor)
+            if problem:
+                raise UsageError(f"{kind} {name!r} {problem}")
+
+
+def _problem(tensor: Tensor) -> str:
+    if is_lazy(tensor):
+        return (
+            "has no shape yet, as its layer is lazy: run one forward, model(inputs), before you build the optimizer, "
+            "or give the layer its number of inputs"
+        )
+    if tensor.is_meta:
+        return "is on the meta device, without values: model.to_empty(device=...) and initialise it before"
+    if not isinstance(tensor, nn.Parameter):
+        return ""
+    if tensor.is_complex():
+        return (
+            f"is complex ({tensor.dtype}): hold its real and imaginary parts as one real parameter of shape (..., 2), "
+            "and use torch.view_as_complex(parameter) in forward"
+        )
+    if any(step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True)):
+        return "has elements that share their memory (expand): torch.nn.Parameter(tensor.clone())"
+    return ""
 
 
 def _modules(model: nn.Module, cut: bool) -> Sequence[nn.Module]:
@@ -207,7 +270,7 @@ def _statistics(model: nn.Module) -> dict[int, str]:
     for prefix, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
             for local, buffer in module.named_buffers(recurse=False):
-                found[id(buffer)] = f"{prefix}.{local}" if prefix else local
+                found[id(buffer)] = plain_name(f"{prefix}.{local}" if prefix else local)
     return found
 
 

@@ -37,6 +37,7 @@ class StepState:
     outputs: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict)  # (boundary, micro-batch)
     input_gradients: dict[tuple[int, int], list[Tensor | None]] = field(default_factory=dict)
     losses: dict[int, float] = field(default_factory=dict)
+    touched: set[int] = field(default_factory=set)  # parameters of which some micro-batch here had a gradient
 
     @classmethod
     def begin(cls, step: int, rank: int, leaves: int, work: tuple[Segment, ...]) -> StepState:
@@ -56,6 +57,10 @@ class StepState:
     def hold(self, span: Span, layer: int, gradients: list[Tensor]) -> None:
         """Add one layer's gradient of a micro-batch to the canonical sum."""
         self.sums.setdefault(layer, TreeSum(self.leaves)).add(span.micro_batch, gradients)
+
+    def idle(self, parameters: Sequence[Sequence[int]]) -> list[int]:
+        """Which parameters of the layers summed here (layer -> its parameters) had no gradient here."""
+        return sorted({index for layer in self.sums for index in parameters[layer]} - self.touched)
 
     def contributors(self) -> dict[int, set[int]]:
         """layer -> the ranks that will hold a part of its sum."""

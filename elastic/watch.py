@@ -56,8 +56,8 @@ def content_of(tensor: Tensor) -> int:
     """A hash of a tensor's elements in row-major order."""
     if tensor.device.type != "cpu":
         words = {1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(tensor.element_size(), torch.int64)
-        return int(tensor.detach().reshape(-1).view(words).sum(dtype=torch.int64))
-    return xxhash.xxh3_64_intdigest(tensor.detach().reshape(-1).view(torch.uint8).numpy().data)
+        return int(tensor.detach().reshape(-1).contiguous().view(words).sum(dtype=torch.int64))
+    return xxhash.xxh3_64_intdigest(tensor.detach().reshape(-1).contiguous().view(torch.uint8).numpy().data)
 
 
 def bytes_of(tensor: Tensor) -> memoryview | None:

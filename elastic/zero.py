@@ -129,16 +129,18 @@ class ShardedOptimizer:
         """One step of the shards named in `gradients` (shard -> one-dimensional gradient), on these agreed terms.
 
         `scale` is what clipping multiplies gradients with, `clip` has the limit of an element, the parameters in
-        `frozen` are left alone, and a step that is skipped (`skip`) leaves everything. The tensors given stay as they
+        `frozen` are left alone, as torch's optimizers leave those (`idle`, by number) that no micro-batch of the step
+        had a gradient of, and a step that is skipped (`skip`) leaves everything. The tensors given stay as they
         are.
         """
         if terms.get("skip"):
             return
+        idle = terms.get("idle", ())
         scale, limit, frozen = terms["scale"], terms.get("clip", {}).get("value"), set(terms.get("frozen", ()))
         for index, parameter in self._parameters.items():
             gradient = gradients.get(index)
             shard = self._shards[index]
-            if gradient is None:
+            if gradient is None or shard.parameter in idle:
                 continue
             if self.stack.averaged(shard.parameter):
                 parameter.copy_(

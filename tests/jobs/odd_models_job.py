@@ -1,0 +1,127 @@
+"""Models that lie otherwise in memory, or have odd parameters; the JSON argument names one, or several to train alone.
+
+Two micro-batches a step, whose sum has one order only: so plain torch, which is run beside it, gives the same bytes.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from everstep.elastic.order import DataOrder
+from torch import nn
+
+import everstep
+
+config = json.loads(sys.argv[1])
+out = Path(config["out"])
+MICRO, GLOBAL, SAMPLES, SEED = 3, 6, 30, 2
+
+
+class Net(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        self.conv, self.norm, self.out = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Linear(8 * 36, 2)
+        if kind == "transposed":
+            self.out.weight = nn.Parameter(torch.randn(8 * 36, 2).mul_(0.1).t())
+        elif kind == "sliced":
+            self.out.weight = nn.Parameter(torch.randn(2, 8 * 36 * 2).mul_(0.1)[:, ::2])
+        elif kind == "empty":
+            self.nothing = nn.Parameter(torch.empty(0, 5))
+        elif kind in ("unused", "sometimes"):
+            self.extra = nn.Linear(2, 2)
+        elif kind == "weight_norm":
+            self.conv = nn.utils.parametrizations.weight_norm(self.conv)
+        elif kind == "tied":
+            self.again = nn.Conv2d(3, 8, 3, padding=1)
+            self.again.weight = self.conv.weight
+        elif kind == "lazy":
+            self.out = nn.LazyLinear(2)
+
+    def forward(self, x):
+        hidden = self.conv(x)
+        if self.kind == "tied":
+            hidden = hidden + self.again(x)
+        y = self.out(torch.relu(self.norm(hidden)).flatten(1))
+        if self.kind == "empty":
+            y = y + self.nothing.sum()
+        if self.kind == "sometimes" and float(x[0, 0, 0, 0]) > 0:
+            y = y + self.extra(y)
+        return y
+
+
+def build(kind):
+    torch.manual_seed(0)
+    net = Net(kind)
+    if kind in ("channels_last", "tied", "compiled"):
+        net = net.to(memory_format=torch.channels_last)
+    if kind == "compiled" and not config.get("uncompiled"):
+        net = torch.compile(net, backend="eager")
+    if kind == "lazy":
+        net(torch.ones(2, 3, 6, 6))
+    return net, torch.optim.AdamW(net.parameters(), lr=0.02, weight_decay=0.1)
+
+
+class Pictures(torch.utils.data.Dataset):
+    def __len__(self):
+        return SAMPLES
+
+    def __getitem__(self, index):
+        x = torch.randn(3, 6, 6, generator=torch.Generator().manual_seed(index))
+        return x, torch.stack((x.sum(), x.mean()))
+
+
+def collate(samples):
+    x, y = torch.utils.data.default_collate(samples)
+    return x.contiguous(memory_format=torch.channels_last), y
+
+
+def with_everstep(kind, steps):
+    found = {}
+
+    @everstep.elastic(steps=steps, global_batch_size=GLOBAL, micro_batch_size=MICRO, seed=SEED)
+    def train(run):
+        net, optimizer = build(kind)
+        for _ in run.steps(net, optimizer, Pictures(), loss_fn=nn.functional.mse_loss, collate_fn=collate):
+            pass
+        found.update(run.full_state_dict())
+        assert net.conv.weight.is_contiguous() == (kind not in ("channels_last", "tied", "compiled"))
+
+    train()
+    return found
+
+
+def with_torch(kind, steps):
+    """Batch-norm statistics start at each micro-batch where the step did, and are averaged, as everstep has them."""
+    net, optimizer = build(kind)
+    order = DataOrder(samples=SAMPLES, global_batch_size=GLOBAL, micro_batch_size=MICRO, seed=SEED)
+    data = Pictures()
+    for step in range(steps):
+        before = [buffer.clone() for buffer in net.buffers()]
+        after = []
+        for micro_batch in range(GLOBAL // MICRO):
+            with torch.no_grad():
+                for buffer, value in zip(net.buffers(), before, strict=True):
+                    buffer.copy_(value)
+            x, y = collate([data[i] for i in order.indices(step, micro_batch)])
+            (nn.functional.mse_loss(net(x), y) / 2).backward()
+            after.append([buffer.clone() for buffer in net.buffers()])
+        with torch.no_grad():
+            for buffer, values in zip(net.buffers(), zip(*after, strict=True), strict=True):
+                buffer.copy_((values[0] + values[1]) / 2)
+        optimizer.step()
+        optimizer.zero_grad()
+    names = [name.replace("_orig_mod.", "") for name, _ in net.named_parameters()]
+    states = [optimizer.state.get(parameter) for parameter in net.parameters()]
+    model = {name.replace("_orig_mod.", ""): tensor for name, tensor in net.state_dict().items()}
+    return {"model": model, "optimizer": {n: s for n, s in zip(names, states, strict=True) if s}}
+
+
+if __name__ == "__main__":
+    for kind in config["kinds"]:
+        state = with_everstep(kind, config["steps"])
+        torch.save(state, out / f"state-{kind}-{os.environ.get('RANK', 'alone')}.pt")
+        if "plain" in config:
+            torch.save(with_torch(kind, config["steps"]), out / f"plain-{kind}.pt")
