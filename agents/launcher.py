@@ -125,7 +125,11 @@ def _reach(link: Attachment, join_timeout_s: float) -> str:
         return link.reach(timeout_s, wait.look)
     except Unreachable as error:
         hint = "check --rdzv-endpoint, and that the first node is up (if the port is in use by something else, "
-        hint = explain_unreachable(link.addresses[0], link.security) or f"{hint}choose another)"
+        hint = (
+            _unknown(link.addresses)
+            or explain_unreachable(link.addresses[0], link.security)
+            or f"{hint}choose another)"
+        )
         raise LaunchError(f"no coordinator answers at {error} within {timeout_s:g} s: {hint}") from None
 
 
@@ -284,6 +288,17 @@ def _reachable(command: Command, security: Security, endpoint: hosts.Address) ->
         file=sys.stderr,
     )
     return endpoint
+
+
+def _unknown(addresses: Sequence[str]) -> str:
+    """Names among some addresses that stand for none on this host; empty if all do."""
+    unknown = []
+    for host in {hosts.parse(address).host for address in addresses}:
+        try:
+            hosts.resolve(host, 0)
+        except OSError as error:
+            unknown.append(f"this host knows no address of {host} ({error.strerror})")
+    return "; ".join(sorted(unknown))
 
 
 def _own_address(chosen: str | None, coordinator: str) -> str:

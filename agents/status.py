@@ -38,7 +38,7 @@ def told(command: Callable[[], int]) -> int:
             with contextlib.suppress(OSError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
-        print(f"everstep: error: {error.filename or ''}: {error.strerror}", file=sys.stderr)
+        print(f"everstep: error: {error.filename or 'standard output'}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

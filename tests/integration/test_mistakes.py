@@ -108,6 +108,9 @@ LINES = {
     "--nnodes=2 --rdzv-endpoint=192.0.2.1:29400 --rdzv-conf=join_timeout=1 SCRIPT": "no coordinator answers at",
     "--local-addr=192.0.2.1 SCRIPT": "the snapshot keeper of node",
     "--es-preload=no_such_module SCRIPT": "no_such_module",
+    "--nnodes=2 --rdzv-endpoint=no.such.host.invalid:29400 --rdzv-conf=join_timeout=1 SCRIPT": (
+        "this host knows no address of no.such.host.invalid"
+    ),
     "--rdzv-conf=join_timeout=soon SCRIPT": "join_timeout must be a number of seconds, got 'soon'",
     "--rdzv-conf=is_host=maybe SCRIPT": "is_host must be true or false, got 'maybe'",
     "--nnodes=2 --rdzv-endpoint=127.0.0.1:TAKEN --rdzv-conf=is_host=1 SCRIPT": "is in use: choose another port",
