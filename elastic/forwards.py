@@ -203,7 +203,7 @@ class Forwards:
             if constant.tensor.data_ptr() in _addresses(registered):
                 constant.remember()
                 continue
-            when = f"between steps {step - 1} and {step}" if step else "before the first step"
+            when = f"between steps {step - 1} and {step}, or in the latter" if step else "before or in the first step"
             raise UsageError(
                 f"the script {changed} of {constant.where} {when}: the replacement of a lost worker would not have "
                 "it. Put the old value back before the next batch, or keep it with run.register_state(name, module), "

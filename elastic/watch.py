@@ -139,9 +139,9 @@ class Watch:
 
 def describe(name: str, step: int, *, within: bool, replaced: bool) -> str:
     """What is told the user of a parameter that is not what was committed before `step`."""
-    when = "before the first step" if step == 0 else f"between steps {step - 1} and {step}"
+    when = "before or in the first step" if step == 0 else f"between steps {step - 1} and {step}"
     if within:
-        when = f"in step {step}, or between steps {step - 1} and {step}" if step else "in the first step, or before it"
+        when = f"in step {step}, or between steps {step - 1} and {step}" if step else "before or in the first step"
     how = "was replaced by another tensor" if replaced else "was changed"
     return (
         f"parameter {name!r} {how} by the script {when}: training goes on with what the optimizer made, which every "

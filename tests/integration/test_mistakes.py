@@ -31,6 +31,12 @@ ANYWHERE = {
     "no_step": "optimizer.step() was not called",
     "loss_shape": "loss_fn must return a tensor with one element",
     "buffer_changes": "changes its buffer 'calls' in forward",
+    "attribute_changes": "layer 0 (Averaging) changes its attribute 'mean' in forward",
+    "buffer_between_steps": "the script changed the buffer 'scale' of layer 0 (Averaging) between steps 1 and 2",
+    "frozen_teacher": "the script changed the frozen parameter 'weight' of layer 0 (ModuleDict), module 'teacher'",
+    "loss_of_nothing": "the loss of micro-batch 0 of step 0 depends on no trainable parameter",
+    "lazy": "parameter '0.weight' has no shape yet, as its layer is lazy: run one forward",
+    "loaded_too_late": "parameter '0.weight' was changed by the script before or in the first step",
 }
 IN_A_JOB = {
     "workers": "3 stages need at least as many workers; there are 2",

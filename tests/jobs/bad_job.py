@@ -122,6 +122,60 @@ def buffer_changes(run):
     train_steps(run, Counting())
 
 
+class Averaging(nn.Module):
+    """Keeps an average of its inputs in an attribute; has a buffer that nobody changes."""
+
+    def __init__(self, averages=True):
+        super().__init__()
+        self.layer, self.mean, self.averages = nn.Linear(4, 4), torch.zeros(4), averages
+        self.register_buffer("scale", torch.ones(4), persistent=False)
+
+    def forward(self, inputs):
+        if self.averages:
+            self.mean = 0.9 * self.mean + 0.1 * inputs.detach().mean(0)
+        return self.layer(inputs) * self.scale - self.mean
+
+
+def attribute_changes(run):
+    train_steps(run, Averaging())
+
+
+def buffer_between_steps(run):
+    model = Averaging(averages=False)
+    for step in run.steps(model, sgd(model), samples(), loss_fn=nn.functional.mse_loss):
+        if step.index == 1:
+            model.scale.data.mul_(2)
+
+
+def frozen_teacher(run):
+    model = nn.ModuleDict({"student": nn.Linear(4, 4), "teacher": nn.Linear(4, 4).requires_grad_(False)})
+    _, optimizer, batches = run.prepare(model, sgd(model["student"]), samples())
+    for inputs, targets in batches:
+        nn.functional.mse_loss(model["student"](inputs), targets + model["teacher"](inputs)).backward()
+        optimizer.step()
+        for old, new in zip(model["teacher"].parameters(), model["student"].parameters(), strict=True):
+            old.data = 0.9 * old.data + 0.1 * new.data
+
+
+def loss_of_nothing(run):
+    model = stack()
+    for _ in run.steps(model, sgd(model), samples(), loss_fn=lambda y, targets: (y.detach() - targets).mean()):
+        pass
+
+
+def lazy(run):
+    model = nn.Sequential(nn.LazyLinear(4))
+    train_steps(run, model, optimizer=sgd(model))
+
+
+def loaded_too_late(run):
+    model = stack()
+    steps = run.steps(model, sgd(model), samples(), loss_fn=nn.functional.mse_loss)
+    model.load_state_dict(stack().state_dict())
+    for _ in steps:
+        pass
+
+
 def models_differ(run):
     train_steps(run, stack() if RANK == 0 else nn.Sequential(*stack(), nn.Linear(4, 4)))
 

@@ -104,5 +104,5 @@ def test_bits() -> None:
 
 def test_the_message_says_when() -> None:
     assert "between steps 6 and 7: " in describe("x", 7, within=False, replaced=False)
-    assert "before the first step: " in describe("x", 0, within=False, replaced=False)
+    assert "before or in the first step: " in describe("x", 0, within=False, replaced=False)
     assert "in step 7, or between steps 6 and 7: " in describe("x", 7, within=True, replaced=False)
