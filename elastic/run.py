@@ -416,7 +416,8 @@ class Run:
         """The user's loop begins."""
         engine, recovery = self._trained(), self._recovery
         assert recovery is not None
-        if self._take_over_schedulers(engine):
+        late = any("step" in vars(optimizer) for optimizer in self._optimizers)  # a scheduler wraps it
+        if late and self._take_over_schedulers(engine):
             recovery.come_up()
         undone = engine.adjustments.begin()
         if engine.version == 0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from torch.optim import Optimizer
@@ -73,18 +73,16 @@ def check_scheduler(scheduler: Any) -> None:
         )
 
 
-def schedulers_of(optimizers: Iterable[Optimizer]) -> list[LRScheduler]:
+def schedulers_of(optimizers: Sequence[Optimizer]) -> list[LRScheduler]:
     """The schedulers built on these optimizers that are not part of another one, in an order equal on all ranks."""
-    built = [optimizer for optimizer in optimizers if "step" in vars(optimizer)]  # a scheduler wraps it
-    if not built:
-        return []
-    found = [
-        item
-        for item in gc.get_objects()
-        if issubclass(type(item), LRScheduler) and any(vars(item).get("optimizer") is one for one in built)
-    ]
-    parts = {id(part) for item in found for part in _parts(item)}
-    return sorted((item for item in found if id(item) not in parts), key=_described)
+    known = {id(optimizer) for optimizer in optimizers}
+    holders = gc.get_referrers(*optimizers)
+    attributes = [holder for holder in holders if type(holder) is dict and id(holder.get("optimizer")) in known]
+    if attributes:
+        holders += gc.get_referrers(*attributes)
+    found = {id(h): h for h in holders if issubclass(type(h), LRScheduler) and id(vars(h).get("optimizer")) in known}
+    parts = {id(part) for item in found.values() for part in _parts(item)}
+    return sorted((item for item in found.values() if id(item) not in parts), key=_described)
 
 
 def _parts(scheduler: LRScheduler) -> Iterable[LRScheduler]:

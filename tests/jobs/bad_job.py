@@ -89,10 +89,105 @@ def prepare_stages(run):
     run.prepare(model, sgd(model), samples())
 
 
+def train_loop(run, model, optimizer=None, turn=lambda model, optimizer: None, **named):
+    """An ordinary loop; `turn` is done between backward and step."""
+    model, optimizer, batches = run.prepare(model, optimizer or sgd(model), samples(), **named)
+    for inputs, targets in batches:
+        nn.functional.mse_loss(model(inputs), targets).backward()
+        turn(model, optimizer)
+        optimizer.step()
+
+
 def scheduler(run):
     model = stack()
-    model, optimizer, _ = run.prepare(model, sgd(model), samples())
-    torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    optimizer = sgd(model)
+    left = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    train_loop(run, model, optimizer)
+    left.step()  # once an epoch, in plain torch
+
+
+def two_schedulers(run):
+    model = stack()
+    optimizer = sgd(model)
+    first = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    second = torch.optim.lr_scheduler.StepLR(optimizer, 2)
+    train_loop(run, model, optimizer, lambda *_: (first.step(), second.step()))
+
+
+def plateau(run):
+    model = stack()
+    optimizer = sgd(model)
+    train_loop(run, model, optimizer, scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer))
+
+
+def plateau_in_loop(run):
+    model = stack()
+    optimizer = sgd(model)
+    left = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+    train_loop(run, model, optimizer, lambda *_: left.step(1.0))
+
+
+class CosineOfAnotherLibrary:
+    def step_update(self, number):
+        pass
+
+
+def foreign_scheduler(run):
+    train_loop(run, stack(), scheduler=CosineOfAnotherLibrary())
+
+
+def clipped_by_torch(run):
+    train_loop(run, stack(), turn=lambda model, _: nn.utils.clip_grad_norm_(model.parameters(), 1e9))
+
+
+def scaled_gradient(run):
+    train_loop(run, stack(), turn=lambda model, _: setattr(model[0].weight, "grad", model[0].weight.grad * 2))
+
+
+def grad_scaler(run):
+    model = stack()
+    scaler = torch.amp.GradScaler("cpu")
+    model, optimizer, batches = run.prepare(model, sgd(model), samples())
+    for inputs, targets in batches:
+        scaler.scale(nn.functional.mse_loss(model(inputs), targets)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+
+def loads_optimizer(run):
+    train_loop(run, stack(), turn=lambda _, optimizer: optimizer.load_state_dict(optimizer.state_dict()))
+
+
+def unfrozen(run):
+    model = stack()
+    model[0].requires_grad_(False)
+    train_loop(run, model, turn=lambda model, _: model[0].requires_grad_(True))
+
+
+def added_group(run):
+    model = stack()
+    added = {"params": model[0].parameters()}
+    train_loop(run, model, sgd(model[2]), lambda _, optimizer: optimizer.add_param_group(added))
+
+
+def rate_of_each_turn(run):
+    train_loop(run, stack(), turn=lambda _, optimizer: optimizer.param_groups[0].update(lr=torch.rand(()).item()))
+
+
+def rate_of_each_rank(run):
+    model = stack()
+    optimizer = sgd(model)
+    for _ in run.steps(model, optimizer, samples(), loss_fn=nn.functional.mse_loss):
+        optimizer.param_groups[0]["lr"] = 0.1 / (1 + RANK)
+
+
+def skips_beside_steps(run):
+    for _ in run.steps(model := stack(), sgd(model), samples(), loss_fn=nn.functional.mse_loss):
+        run.skip()
+
+
+def steps_behind_skip(run):
+    train_loop(run, stack(), turn=lambda *_: run.skip())
 
 
 def no_step(run):
