@@ -124,7 +124,7 @@ def test_defaults_by_variables(tmp_path: Path) -> None:
     ("flags", "why"),
     [
         (["--rdzv-backend=etcd-v2"], "nodes meet at everstep's own coordinator"),
-        (["--rdzv-conf=store_type=file"], "there are join_timeout, last_call_timeout, is_host, not store_type"),
+        (["--rdzv-conf=colour=file"], "store_type, use_libuv, not colour"),
         (["--standalone", "--nnodes=2"], "--standalone is a job of one node"),
         (["--event-log-handler=console"], "see --es-events"),
         (["--numa-binding=node"], "no GPU is available"),
