@@ -46,7 +46,8 @@ def dotted(path: Path) -> str:
 
 # What applications call the model's state, where they keep another copy of it (an average, the best) beside it.
 _MODEL_KEYS = ("model", "module", "state_dict", "model_state_dict", "model_state", "net", "network")
-ROOT = "."  # the setting that says: the model is what lies at the top, and all that is nested is part of it
+EVERYTHING = "."  # the setting that says: all tensors are the model's, however they are nested
+TOP = ""  # and: the model is what lies at the top
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def _is_flat(names: tuple[str, ...], prefix: str) -> bool:
 
 
 def _without_optimizer(index: Index, asked: str | None) -> Nesting:
-    if asked == ROOT:
+    if asked == EVERYTHING:
         return Nesting((), everything=True)
     members: dict[Path, dict[Any, Tensor]] = {}
     for name, tensor in index.tensors.items():
@@ -93,7 +94,7 @@ def _without_optimizer(index: Index, asked: str | None) -> Nesting:
     copies = [prefix for prefix in shapes if shapes[prefix].items() <= shapes[largest].items() or prefix == largest]
     known = [prefix for prefix in by_prefix if _is_known(prefix)]
     if asked is not None:
-        prefix = asked.rstrip(".") + "."
+        prefix = _prefix_of(asked)
         if any(name.startswith(prefix) for name in index.tensors):
             return Nesting(_path(prefix))
         return Nesting(_path(_asked(index, sorted(by_prefix), asked)))
@@ -104,7 +105,7 @@ def _without_optimizer(index: Index, asked: str | None) -> Nesting:
         return Nesting(_path(known[0] if len(known) == 1 else ""))
     raise ConversionError(
         f"{index.folder}: has tensors at {', '.join(map(_shown, sorted(by_prefix)))}, and which are the model's is not "
-        f"said: give --set model=KEY (the rest is kept beside it), or --set model={ROOT} for all"
+        f"said: give --set model=KEY (the rest is kept beside it), or --set model={EVERYTHING} for all"
     )
 
 
@@ -116,8 +117,12 @@ def _shown(prefix: str) -> str:
     return repr(prefix.rstrip(".")) if prefix else "the top"
 
 
+def _prefix_of(asked: str) -> str:
+    return "" if asked in (TOP, EVERYTHING) else asked.rstrip(".") + "."
+
+
 def _asked(index: Index, candidates: Sequence[str], asked: str) -> str:
-    prefix = "" if asked == ROOT else asked.rstrip(".") + "."
+    prefix = _prefix_of(asked)
     if prefix not in candidates:
         raise ConversionError(
             f"{index.folder}: --set model={asked}: the model's parameters are not there, but at "
@@ -137,7 +142,7 @@ def _chosen(index: Index, candidates: Sequence[str], asked: str | None) -> tuple
     if len(known) != 1:
         raise ConversionError(
             f"{index.folder}: holds the model's parameters {len(candidates)} times, at {all_of_them}: say which are "
-            "the model's with --set model=KEY; the others are kept beside it"
+            "the model's with --set model=KEY (no KEY for the top); the others are kept beside it"
         )
     return known[0], (
         f"{index.folder}: holds the model's parameters {len(candidates)} times, at {all_of_them}: those at "

@@ -104,6 +104,16 @@ def test_of_two_copies_that_nothing_tells_apart_neither_is_taken(
     assert "--set model=pupil" in run.refused(source, "--set", "model=pupil")
 
 
+def test_the_top_can_be_chosen(tmp_path: Path, run: Commands) -> None:
+    model, _ = trained(SHAPES)
+    source = save(tmp_path / "in", {**model, "average": {name: value - 1 for name, value in model.items()}})
+    assert "2 times, at the top and at 'average'" in run.refused(source)
+    run.done("convert", source, tmp_path / "out", "--to", "universal", "--set", "model=")
+    content = read_universal(tmp_path / "out")
+    assert_tensors(content.params, model, "params")
+    assert set(content.other) == {"average.up.weight", "average.up.bias"}
+
+
 def test_parts_of_a_model_are_told_from_copies_by_the_user(tmp_path: Path, run: Commands) -> None:
     parts = {"encoder": {"weight": torch.rand(3, 2)}, "decoder": {"weight": torch.rand(2, 3)}}
     source = save(tmp_path / "in", parts)
