@@ -302,7 +302,12 @@ def _convert_to_url(conversion: Conversion, content: Content, watch: Watch) -> N
     work = Work.unrecorded(conversion.threads, conversion.budget_bytes, watch)
     universal.write(content, store, work, _identity(conversion))
     if conversion.verify:
-        verify_universal(open_checkpoint(conversion.destination))
+        try:
+            verify_universal(open_checkpoint(conversion.destination), work)
+        except ConversionError:
+            store.remove(MANIFEST)  # first: what is removed in part must not be there for a reader
+            store.remove("")
+            raise
 
 
 def _convert_to_folder(conversion: Conversion, content: Content, watch: Watch) -> None:
@@ -324,25 +329,20 @@ def _convert_to_folder(conversion: Conversion, content: Content, watch: Watch) -
 
 
 def _write(conversion: Conversion, content: Content, partial: Path, identity: Mapping[str, Any], watch: Watch) -> None:
+    unrecorded = Work.unrecorded(conversion.threads, conversion.budget_bytes, watch)
     if conversion.to == UNIVERSAL:
         store = LocalStore(partial)
         if load_universal(store) is None:  # else an earlier attempt was killed when all was done
-            work = Work.unrecorded(conversion.threads, conversion.budget_bytes, watch)
-            universal.write(content, store, work, identity)
+            universal.write(content, store, unrecorded, identity)
         store.remove(PARTS)
         if conversion.verify:
-            verify_universal(open_checkpoint(str(partial)))
+            verify_universal(open_checkpoint(str(partial)), unrecorded)
     else:
         work = Work(partial, threads=conversion.threads, budget_bytes=conversion.budget_bytes, watch=watch)
         load(conversion.to).write(content, partial, conversion.options, work)
         work.close()
         if conversion.verify:
-            again = Work.unrecorded(conversion.threads, conversion.budget_bytes, watch)
-            verify(
-                content,
-                read(str(partial), conversion.to, Options(rules=conversion.options.rules)),
-                conversion.to,
-                again,
-            )
+            found = read(str(partial), conversion.to, Options(rules=conversion.options.rules))
+            verify(content, found, conversion.to, unrecorded)
     if _identity(conversion) != identity:
         raise ConversionError(f"{conversion.source} has changed while it was converted: convert it again")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 
+from ..universal.manifest import CheckpointError
 from ..universal.reader import Checkpoint
 from .casting import cast
 from .content import Content, ConversionError, Lazy, Scalar
@@ -16,10 +18,16 @@ _RUN_BYTES = 1 << 20
 Key = tuple[str, str]  # ("weight" or "optimizer/<state>" or "other", name)
 
 
-def verify_universal(checkpoint: Checkpoint) -> None:
+def verify_universal(checkpoint: Checkpoint, work: Work) -> None:
     """Raise ConversionError if a file is not what was written: every one is read, and its checksum compared."""
-    for problem in checkpoint.verify():
-        raise _wrong(problem)
+    pieces = [
+        Piece(f"verify {file}", size, partial(checkpoint.check_file, file, told, size))
+        for file, told, size in checkpoint.manifest.files()
+    ]
+    try:
+        work.run(pieces)
+    except CheckpointError as error:
+        raise _wrong(str(error)) from None
 
 
 def verify(wanted: Content, found: Content, to: str, work: Work) -> None:

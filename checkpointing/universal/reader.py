@@ -85,6 +85,10 @@ class Checkpoint:
         if found != told:
             raise CheckpointError(f"{self.url}/{file} is damaged: its checksum is {found}, expected {told}", file)
 
+    def check_file(self, file: str, told: str, size: int) -> None:
+        """Read a file, and compare it with its size and checksum. Raises CheckpointError, which names it."""
+        self._checked(file, told, size)
+
     def verify(self, on_file: Callable[[int], None] = lambda nbytes: None) -> Iterator[str]:
         """Check every file of the checkpoint; gives a line for each that is damaged, missing, or does not belong."""
         there = self.store.sizes()
@@ -92,7 +96,7 @@ class Checkpoint:
         for file, told, size in self.manifest.files():
             expected.add(file)
             try:
-                self._checked(file, told, size)
+                self.check_file(file, told, size)
             except CheckpointError as error:
                 yield str(error)
             on_file(size)

@@ -21,7 +21,7 @@ from everstep.checkpointing.convert import huggingface
 from everstep.checkpointing.convert.content import Content, Lazy
 from everstep.checkpointing.universal.dtypes import NAMES
 from everstep.checkpointing.universal.reader import open_checkpoint
-from everstep.checkpointing.universal.store import LocalStore
+from everstep.checkpointing.universal.store import LocalStore, ObjectStore
 
 from ..jobs.peers import run_peer
 from .commands import Commands, safetensors
@@ -558,6 +558,24 @@ def test_a_universal_checkpoint_is_read_again_too(
     monkeypatch.setattr(LocalStore, "put", torn)
     assert "what was written reads back otherwise" in run.refused(source)
     run.done("convert", source, tmp_path / "unseen", "--to", "universal", "--no-verify")
+
+
+def test_what_reads_back_otherwise_at_a_url_is_no_checkpoint(
+    tmp_path: Path, run: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = safetensors(tmp_path / "in" / "model.safetensors", {"a.weight": (4, 3)})
+    url = f"memory://{tmp_path.parent.name}-{tmp_path.name}"
+    put = ObjectStore.put
+
+    def torn(self: ObjectStore, path: str, pieces: Any) -> None:
+        put(self, path, [b"\x01" + b"".join(map(bytes, pieces))[1:]] if "/c/" in path else pieces)
+
+    monkeypatch.setattr(ObjectStore, "put", torn)
+    assert "what was written reads back otherwise" in run("convert", source, url, "--to", "universal").error()
+    assert "not an everstep checkpoint" in run("verify", url).error()
+    monkeypatch.undo()
+    run.done("convert", source, url, "--to", "universal")
+    run.done("verify", url)
 
 
 def read_universal(path: Path) -> Content:
