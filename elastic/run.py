@@ -20,6 +20,7 @@ from ..checkpointing.snapshot import Snapshots
 from ..checkpointing.universal.lineage import Lineage
 from ..comms.communicator import Aborted, Communicator, Peer
 from ..resharding.layout import Layout
+from ..resharding.units import Shard
 from .data import DataSource
 from .devices import make_current, own_device
 from .digest import state_digest
@@ -568,8 +569,11 @@ def _assemble(engine: Engine, states: dict[int, dict[str, Any]]) -> dict[str, An
     spec = engine.stack.spec
     model: dict[str, Tensor] = {}
     optimizer: dict[str, dict[str, Any]] = {}
+    shards_of: dict[int, list[Shard]] = {}
+    for shard in spec.shards:
+        shards_of.setdefault(shard.parameter, []).append(shard)
     for index, parameter in enumerate(spec.parameters):
-        shards = [shard for shard in spec.shards if shard.parameter == index]
+        shards = shards_of[index]
         columns: dict[str, list[Any]] = {}
         for shard in shards:
             for name, value in states[shard.index].items():

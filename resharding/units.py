@@ -76,10 +76,11 @@ class ModelSpec:
     @cached_property
     def shards_of_layer(self) -> tuple[tuple[Shard, ...], ...]:
         """For each layer, the shards of the parameters it holds, in canonical order."""
-        return tuple(
-            tuple(s for s in self.shards if layer in self.parameters[s.parameter].layers)
-            for layer in range(self.layers)
-        )
+        found: list[list[Shard]] = [[] for _ in range(self.layers)]
+        for shard in self.shards:
+            for layer in self.parameters[shard.parameter].layers:
+                found[layer].append(shard)
+        return tuple(map(tuple, found))
 
     @cached_property
     def _layer_bytes(self) -> tuple[int, ...]:
