@@ -148,6 +148,8 @@ def _where(state: State, rank: int, told: Told | None) -> str:
         return f"rank {rank} is gone"
     if worker.status is Status.STARTING:
         return f"rank {rank} is starting on node {worker.node}"
+    if worker.status is Status.AFTER:
+        return f"training is over at rank {rank}, whose script goes on"
     if told is None:
         return f"what rank {rank} (node {worker.node}) does is not known"
     if told.state.waits_s >= LEAST_S:

@@ -22,8 +22,10 @@ import numpy as np
 import torch
 
 from ..comms.process import keep_freed_memory
+from .collectives import INSTEAD, Watch, group, raised_there
 from .errors import JobEnded, UsageError, shortened
 from .membership import AgentMembership, Membership, Solo
+from .notices import Notice, warn
 from .progress import Fault, Progress
 from .run import Run
 from .settings import Settings, WorkerContext, resolve, threads
@@ -93,6 +95,7 @@ def elastic(
             membership.declare()
             if context is not None:
                 leave_to_launcher()
+                _watch_collectives(membership, context)
             with _reported(membership, context):
                 declared = Settings(
                     steps=steps,
@@ -232,8 +235,21 @@ def _reported(membership: Membership, context: WorkerContext | None) -> Iterator
         if context is None:
             raise
         _record_for_torch(error)
+        hint = f" ({INSTEAD})" if membership.changed and raised_there(error) else ""
         trace = "".join(traceback.format_exception(error.with_traceback(_users_part(error.__traceback__))))
-        _raise_in_job(membership, f"{type(error).__name__}: {error}", trace)
+        _raise_in_job(membership, f"{type(error).__name__}: {error}{hint}", f"{trace}{hint and INSTEAD + chr(10)}")
+
+
+def _watch_collectives(membership: Membership, context: WorkerContext) -> None:
+    membership.changed = context.incarnation > 0
+
+    def warned(text: str) -> None:
+        warn(membership, Notice.COLLECTIVE, text)
+
+    def given_up(text: str) -> None:
+        membership.tell("raised", message=text, traceback="", host=socket.gethostname())
+
+    Watch(warned, given_up).start(lambda: membership.changed and group() is membership.lost_group)
 
 
 def _raise_in_job(membership: Membership, message: str, trace: str) -> NoReturn:

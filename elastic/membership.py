@@ -17,6 +17,7 @@ from ..comms.communicator import Aborted, Peer
 from ..resharding.placement import Placement
 from ..resharding.plan import Plan, Report, plan_resume, plan_start
 from ..resharding.planners import initial_layout
+from .collectives import group
 from .errors import JobEnded, UsageError
 from .notices import Shown
 from .protocol.events import Job, Saved
@@ -48,6 +49,8 @@ class Membership(ABC):
     def __init__(self) -> None:
         self.on_abort: Callable[[], None] = lambda: None
         self.save_asked = False  # somebody wants a checkpoint now
+        self.lost_group: object | None = None  # that the script had made then: it is of no use any more
+        self.changed = False  # members were lost, or came; of a replacement: before it began
         self.conclusion: Conclusion | None = None  # is due
 
     @abstractmethod
@@ -214,6 +217,7 @@ class AgentMembership(Membership):
                 self._aborted, self._aborted_at = message["generation"], time.monotonic()
                 self._proposal = None
                 self.conclusion = None
+                self.changed, self.lost_group = True, group()
                 self.on_abort()
             elif kind == "plan":
                 self._take(message)

@@ -19,6 +19,7 @@ class Notice(enum.StrEnum):
     LOSS_NOT_FINITE = "loss-not-finite"  # the loss of a committed step is NaN or infinite
     NO_PROGRESS = "no-progress"  # a worker stands still, and has used half of the time that it may
     HUNG_ALIVE = "hung-alive"  # a worker was killed as hung though it showed signs of life
+    COLLECTIVE = "collective-stuck"  # the script waits in a collective of torch.distributed for a lost worker
     WAITING = "waiting"  # ranks, or the job, have waited for long: for whom, and where that one is
     SETTING_IGNORED = "setting-ignored"  # something the script asks for has no effect here
     ATTRIBUTE_CHANGED = "attribute-changed"  # a forward leaves a number behind, which the next one may use

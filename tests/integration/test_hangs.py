@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.jobs import JOBS, Result, everstep, finish, launch, read_result, wait_until
+from tests.jobs import JOBS, Result, everstep, finish, launch, read_result, run_job, wait_until
 from tests.jobs.ports import free_port
 
 STEPS = 12
@@ -182,3 +182,16 @@ def test_a_node_says_that_it_looks_for_a_coordinator(tmp_path: Path) -> None:
     assert job.launcher.returncode == 2, output
     assert f"this node looks for a coordinator at {job.endpoint}, where none answers" in output
     assert "no coordinator answers at" in output
+
+
+def test_collectives_of_the_script_end_with_a_lost_worker_in_an_error_that_helps() -> None:
+    """As long as none is lost they work."""
+    script = "collective_job.py"
+    calm = run_job(nproc=2, steps=6, script=script)
+    assert calm.status == 0, calm.output
+    assert "all averaged" in calm.output
+    lost = run_job(nproc=2, steps=6, script=script, faults=[{"rank": 1, "phase": "compute", "step": 3}])
+    assert lost.status == 1, lost.output
+    last = lost.output.strip().splitlines()[-1]
+    assert last.startswith("everstep: error: ")
+    assert "cannot go on without it. Use what goes on: the loss of a Step of run.steps(...)" in last
