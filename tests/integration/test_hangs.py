@@ -184,13 +184,14 @@ def test_a_node_says_that_it_looks_for_a_coordinator(tmp_path: Path) -> None:
     assert "no coordinator answers at" in output
 
 
-def test_collectives_of_the_script_end_with_a_lost_worker_in_an_error_that_helps() -> None:
+def test_collectives_of_the_script_end_with_a_lost_worker_in_an_error_that_helps(tmp_path: Path) -> None:
     """As long as none is lost they work."""
     script = "collective_job.py"
     calm = run_job(nproc=2, steps=6, script=script)
     assert calm.status == 0, calm.output
     assert "all averaged" in calm.output
-    lost = run_job(nproc=2, steps=6, script=script, faults=[{"rank": 1, "phase": "compute", "step": 3}])
+    faults, flags = [{"rank": 1, "phase": "compute", "step": 3}], [f"--log-dir={tmp_path}/logs"]
+    lost = run_job(nproc=2, steps=6, script=script, faults=faults, flags=flags)
     assert lost.status == 1, lost.output
     last = lost.output.strip().splitlines()[-1]
     assert last.startswith("everstep: error: ")
