@@ -94,13 +94,18 @@ class WorkerProcess:
                 signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
 
     def terminate(self, number: signal.Signals = signal.SIGTERM) -> None:
-        """Ask it to end, and, as torchrun does, the processes of its group."""
-        if self.pidfd >= 0:
-            try:
+        """Ask it to end; of an ordinary script, as torchrun does, also the processes of its group.
+
+        An elastic one ends its own: it would take a process that fetches data, and dies, for a failure.
+        """
+        if self.pidfd < 0:
+            return
+        with contextlib.suppress(ProcessLookupError):  # it has just been forked, and has no group; or it is gone
+            if not self.elastic:
                 os.killpg(self.pid, number)
-            except ProcessLookupError:  # it has just been forked, and has no group of its own yet; or it is gone
-                with contextlib.suppress(ProcessLookupError):
-                    signal.pidfd_send_signal(self.pidfd, number)
+                return
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pidfd, number)
 
     def receive(self) -> list[bytes]:
         """The complete messages that have come."""
