@@ -97,6 +97,18 @@ def test_two_nodes_at_once(protection: str, rounds: list[tuple[int, int]], tmp_p
     assert len(result.named("node_lost")) == 4 + 2 * len(rounds)
 
 
+def test_settings_by_hand_in_steps_computed_again(tmp_path: Path) -> None:
+    """Versions outlive nodes every five steps: a lost node takes steps along, and the loop does not show them again."""
+    faults = [{"rank": 1, "phase": "compute", "step": 13, "kind": "node"}]
+    faults += [{"rank": 2, "phase": "update", "step": 28, "kind": "node"}]
+    with Hosts(3) as hosts:
+        job = Cluster(hosts, tmp_path, steps=40, flags=["--es-snapshot-every=5"], by_hand=True)
+        job.start(faults=faults)
+        job.see_to_the_end(120)
+        result = job.check()
+    assert sum(event["lost_steps"] for event in result.named("recovered") if event["nodes"]) > 0
+
+
 def test_nodes_of_several_workers(tmp_path: Path) -> None:
     """Each node in turn is lost with its two workers, at the same moment as one worker of another node."""
     with Hosts(3) as hosts:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.jobs import JOBS, Result, command, read_result, run_job
+from tests.jobs import JOBS, Result, command, everstep, read_result, run_job
 
 STEPS = 8
 KILLS = [
@@ -92,5 +92,61 @@ def test_a_scheduler_built_on_the_prepared_optimizer() -> None:
         assert result.status == 0, result.output
     expected = results[1].state()
     assert expected["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.02 * 0.8**STEPS)
+    for path in results[0].out.glob("state-*.pt"):
+        assert equal(torch.load(path), expected), path
+
+
+def resumed(folder: Path, steps: int, rate: float, *flags: str, **config: Any) -> tuple[float, str]:
+    """The rate that a job ends with that goes on from this folder, and what it says on standard error."""
+    config = {"out": str(folder), "steps": steps, "loop": "steps", "changes": [], "rate": rate, **config}
+    folder.mkdir(exist_ok=True)
+    flags = (f"--es-checkpoint={folder / 'saved'}", *flags)
+    ended = everstep("run", "--nproc-per-node=2", *flags, str(JOBS / "changing_job.py"), json.dumps(config))
+    assert ended.status == 0, ended.stderr
+    states = [torch.load(folder / f"state-{rank}.pt") for rank in (0, 1)]
+    assert equal(*states)
+    return states[0]["optimizer"]["param_groups"][0]["lr"], ended.stderr
+
+
+def test_another_rate_in_the_script_on_resume(tmp_path: Path) -> None:
+    assert "hyperparameters-differ" not in resumed(tmp_path / "hand", 3, 0.5)[1]
+    rate, said = resumed(tmp_path / "hand", 5, 0.25)
+    assert rate == 0.5
+    assert "lr of parameter group 0 is 0.25, and was 0.5" in said
+    assert "--es-resume-hyperparameters=script [hyperparameters-differ]" in said
+    assert "hyperparameters-differ" in resumed(tmp_path / "hand", 6, 0.25)[1], "as long as they differ"
+    rate, said = resumed(tmp_path / "hand", 8, 0.25, "--es-resume-hyperparameters=script")
+    assert (rate, "hyperparameters-differ" in said) == (0.25, False)
+    assert "hyperparameters-differ" not in resumed(tmp_path / "hand", 9, 0.25)[1]
+
+
+def test_the_scripts_schedule_on_resume(tmp_path: Path) -> None:
+    """A scheduler that the runtime steps is stepped up from the script's rate."""
+    resumed(tmp_path / "schedule", 3, 0.5, changes=["schedule"], handed=True)
+    script = "--es-resume-hyperparameters=script"
+    found = resumed(tmp_path / "schedule", 6, 0.25, script, changes=["schedule"], handed=True)[0]
+    assert found == resumed(tmp_path / "whole", 6, 0.25, changes=["schedule"], handed=True)[0]
+
+
+def test_a_rate_that_one_rank_sets() -> None:
+    result = run_job(nproc=2, steps=4, script="changing_job.py", loop="steps", changes=[], alone=0.375)
+    assert result.status == 0, result.output
+    for rank in (0, 1):
+        assert result.state(rank)["optimizer"]["param_groups"][1]["lr"] == 0.375
+    assert result.output.count("only rank 1 changed lr of parameter group 1; the change counts on all ranks") == 1
+
+
+@pytest.mark.parametrize("loop", ["prepare", "steps"])
+def test_a_step_without_a_finite_gradient_is_left_out(loop: str) -> None:
+    config: dict[str, Any] = {"loop": loop, "changes": ["skip", "schedule"], "whole_steps": True}
+    results = [
+        run_job(nproc=3, steps=STEPS, script="changing_job.py", faults=KILLS[:2], **config),
+        run_job(nproc=1, steps=STEPS, script="changing_job.py", **config),
+    ]
+    for result in results:
+        assert result.status == 0, result.output
+    expected = results[1].state()
+    assert all(torch.isfinite(tensor).all() for tensor in expected["model"].values())
+    assert {state["step"].item() for state in expected["optimizer"]["state"].values()} == {STEPS - 1}
     for path in results[0].out.glob("state-*.pt"):
         assert equal(torch.load(path), expected), path

@@ -38,7 +38,7 @@ def build():
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1))
     groups = [{"params": [*model[0].parameters(), *model[2].parameters()]}, {"params": model[4].parameters()}]
-    optimizer = torch.optim.AdamW(groups, lr=0.02, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(groups, lr=config.get("rate", 0.02), weight_decay=0.1)
     scheduler = None
     if "schedule" in what:
         warm = torch.optim.lr_scheduler.LinearLR(optimizer, 0.25, total_iters=3)
@@ -82,14 +82,15 @@ def plain():
 @everstep.elastic(steps=config["steps"], global_batch_size=BATCH, micro_batch_size=MICRO, seed=SEED, stages=STAGES)
 def train(run):
     model, optimizer, scheduler = build()
+    whole = config.get("whole_steps", False)  # a step is left out, and not a micro-batch
     if config["loop"] == "prepare":
-        prepared, optimizer, batches = run.prepare(model, optimizer, Data())
+        prepared, optimizer, batches = run.prepare(model, optimizer, Data(), skip_nonfinite=whole)
         if config.get("late"):  # built on what prepare returned
             scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.8)
         for x, y in batches:
             change(run.step, model, optimizer)
             loss = mse(prepared(x), y)
-            if not torch.isfinite(loss):
+            if not torch.isfinite(loss) and not whole:
                 run.skip()
                 continue
             loss.backward()
@@ -100,7 +101,8 @@ def train(run):
                 scheduler.step()
             optimizer.zero_grad()
     else:
-        steps = run.steps(model, optimizer, Data(), loss_fn=mse)
+        handed = scheduler if config.get("handed") else None
+        steps = run.steps(model, optimizer, Data(), loss_fn=mse, scheduler=handed, skip_nonfinite=whole)
         change(0, model, optimizer)  # also where this process takes the place of another one, in mid-run
         if config.get("clip"):
             run.clip_grad_value_(config["clip"])
@@ -109,6 +111,8 @@ def train(run):
                 change(step.index + 1, model, optimizer)
             if scheduler:
                 scheduler.step()
+            if "alone" in config and step.index == 1 and run.rank == 1:
+                optimizer.param_groups[1]["lr"] = config["alone"]
     write(model.state_dict(), optimizer)
     whole = run.full_state_dict()
     assert all(torch.equal(whole["model"][name], tensor) for name, tensor in model.state_dict().items())

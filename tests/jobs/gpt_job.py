@@ -55,6 +55,8 @@ def train(run):
                 "generation": run.generation,
                 "world_size": run.world_size,
             }
+            if config.get("by_hand"):
+                optimizer.param_groups[0]["weight_decay"] = 0.02 * (step.index % 7)
             log.write(json.dumps(line) + "\n")
             if config.get("dump") and run.rank == 0:
                 torch.save(run.full_state_dict(), out / f"at-{run.step}.pt")
