@@ -17,7 +17,7 @@ from .hyperparameters import pack, same, settings_of, unpack
 from .stack import LayerStack
 from .zero import ShardedOptimizer
 
-Key = tuple[Any, ...]  # ("group", number, setting) | ("frozen", parameter) | ("clip", "norm" or "value")
+Key = tuple[Any, ...]  # ("group", number, setting) | ("frozen", parameter): True | ("clip", "norm" or "value")
 Values = dict[Key, Any]
 NAMES = ("groups", "frozen", "clip")  # of what an agreement holds of them
 
@@ -53,7 +53,7 @@ class Adjustments:
             for number, group in enumerate(self._optimizer.user.param_groups)
             for name, value in settings_of(group).items()
         }
-        values.update((("frozen", name), not tensors[0].requires_grad) for name, tensors in self._tensors.items())
+        values.update((("frozen", name), True) for name, held in self._tensors.items() if not held[0].requires_grad)
         values.update((("clip", kind), limit) for kind, limit in self.clip.items())
         return values
 
@@ -71,7 +71,9 @@ class Adjustments:
         """Put what an agreement holds in force here."""
         self._optimizer.set_hyper_parameters(unpack(terms["groups"]))
         frozen = set(terms.get("frozen", ()))
-        self._apply({("frozen", name): name in frozen for name in self._tensors})
+        for name, tensors in self._tensors.items():
+            if tensors[0].requires_grad == (name in frozen):
+                self._apply({("frozen", name): name in frozen})
         self.clip.update(terms.get("clip", {}))
 
     def _apply(self, values: Values) -> None:
@@ -104,7 +106,9 @@ class Adjustments:
 
     def _other_than(self, values: Values) -> Values:
         present = self.present()
-        return {key: now for key, now in present.items() if key not in values or not same(values[key], now)}
+        found = {key: now for key, now in present.items() if key not in values or not same(values[key], now)}
+        found.update((key, False) for key in values if key[0] == "frozen" and key not in present)
+        return found
 
     # ------------------------------------------------------------ the user's code
 
@@ -113,8 +117,8 @@ class Adjustments:
         entered, self._entered = self._entered, None
         if entered is None:
             return []
-        undone = [key for key in self._other_than(entered) if key in entered]
-        self._apply({key: entered[key] for key in undone})
+        undone = [key for key in self._other_than(entered) if key in entered or key[0] == "frozen"]
+        self._apply({key: entered.get(key, False) for key in undone})
         return [_name(key) for key in undone]
 
     def notice(self, step: int) -> None:
@@ -167,10 +171,11 @@ class Adjustments:
         """The values in force now are equal on all ranks at `version`; what the user's code left there follows."""
         self._agreed = self.present()
         if self._entered is not None:
-            self._entered = {key: self._agreed[key] for key in self._entered if key in self._agreed}
+            clip = any(key[0] == "clip" for key in self._entered)
+            self._entered = {key: value for key, value in self._agreed.items() if clip or key[0] != "clip"}
         if self._ahead is not None and self._ahead[0] <= version:
             (_, values), self._ahead = self._ahead, None
-            self._apply(values)
+            self.set(self.terms(values))
 
     def forget(self, before: int) -> None:
         """Steps before this one are not computed again."""
