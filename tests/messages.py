@@ -1,7 +1,7 @@
 """What the product's code can say to a user: the errors and warnings in it, as templates with `…` for what varies.
 
 `docs/troubleshooting.md` is compared with these, so that it lists every one of them. They are found in the source: what
-is given to an error class that users meet, to `fail` (how the coordinator ends a job) and to `warn`.
+is given to an error class that users meet, and to `fail`, by which the coordinator ends a job. Warnings have names.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("agents", "checkpointing", "comms", "elastic", "everstep", "resharding")
 GAP = "…"
-SPEAKERS = {"fail": 1, "warn": 2, "_warn": 1}  # function -> which argument is the text
+SPEAKERS = {"fail": 1}  # function -> which argument is the text
 REASONS = frozenset({"difference"})  # functions that return a text that ends a job, or keeps a newcomer out
 ERRORS = frozenset(
     {
