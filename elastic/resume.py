@@ -42,6 +42,7 @@ class Resumption:
         self._driven = engine.driven
         self._data = data
         self._channel = channel
+        self._looked_at = False  # whether the newest checkpoint has been
 
     def find(self) -> list[Saved]:
         """The checkpoints that the job may go on from, newest first. Raises UsageError for one that does not fit."""
@@ -183,12 +184,13 @@ class Resumption:
             terms |= {"groups": self._birth["groups"], "registered": registered, "advance": manifest.step}
             terms["after"] = {"users": after.get("users", {})}
             terms["script"] = self._birth["groups"]
-        elif found:
+        elif found and not self._looked_at:  # older ones are looked at too
             text = (
                 f"the script has other settings than the one that saved {url}: {'; '.join(found[:3])}. The "
                 "checkpoint's go on. To take the script's: --es-resume-hyperparameters=script"
             )
             warn(self._channel, Notice.HYPERPARAMETERS_DIFFER, text)
+        self._looked_at = True
         return json.dumps(terms, sort_keys=True)
 
     def _first_agreement(self, step: int) -> str:
