@@ -57,7 +57,7 @@ IN_A_JOB = {
     "values_differ": "initialised its model with other values than the others",
     "settings_differ": "give every rank the same settings",
     "optimizers_differ": "built another optimizer than the others",
-    "rate_of_each_rank": "rank 0 set lr of parameter group 0 to 0.1 and rank 1 to 0.05: work it out from what is equal",
+    "rate_of_each_rank": "rank 0 set lr of parameter group 0 to 0.3 and rank 1 to 0.15: work it out from what is equal",
 }
 
 # One interpreter that imports torch once and forks a child per case: each child is `python bad_job.py CASE`.

@@ -178,7 +178,7 @@ def rate_of_each_rank(run):
     model = stack()
     optimizer = sgd(model)
     for _ in run.steps(model, optimizer, samples(), loss_fn=nn.functional.mse_loss):
-        optimizer.param_groups[0]["lr"] = 0.1 / (1 + RANK)
+        optimizer.param_groups[0]["lr"] = 0.3 / (1 + RANK)
 
 
 def skips_beside_steps(run):
