@@ -51,7 +51,7 @@ def test_everybody_leaves_at_one_step(tmp_path: Path, loop: bool) -> None:
     assert ended.status == 0, ended.stderr
     assert "worker of rank 1 killed by SIGKILL" in ended.stderr
     for out in (plain, killed):
-        assert saved(out) == [AT + 1]
+        assert set(saved(out)) == {AT + 1}
         for rank in (0, 1):
             assert (out / f"left-{rank}").read_text() == str(AT + 1)
             assert (out / f"done-{rank}").exists()
