@@ -51,6 +51,7 @@ from .patience import Wait
 from .preloader import Preloader
 
 LOOPBACK = hosts.Address("127.0.0.1", 0)
+TORCH_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT"
 CONNECT_TIMEOUT_S = 60.0  # torchrun waits as long for its store
 REJOIN_S = 60.0
 LOST = 3  # the exit status of a job that has trained, and has lost something all the same
@@ -308,7 +309,9 @@ def _own_address(chosen: str | None, coordinator: str) -> str:
 
 def _node_config(command: Command, job: str, address: str) -> NodeConfig:
     torch, own = command.torch, command.own
-    environment = {**os.environ, "TORCHELASTIC_SIGNALS_TO_HANDLE": _signals(command)}
+    handled = _signals(command)
+    # By default workers find there what torchrun gives them, though this launcher handles more.
+    environment = {**os.environ, "TORCHELASTIC_SIGNALS_TO_HANDLE": TORCH_SIGNALS if handled == SIGNALS else handled}
     for name in (*OVERRIDES, *CHOSEN):
         value = getattr(own, f"es_{name.replace('-', '_')}")
         if value is not None:
