@@ -1,0 +1,146 @@
+"""The documentation against the repository: links, files and tests that it names, flags, settings and events."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from everstep.agents.command import parser
+from everstep.elastic.decorator import elastic
+from everstep.elastic.settings import Settings
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md")])
+REFERENCE = DOCS / "reference.md"
+ROOMS = ("agents", "checkpointing", "comms", "elastic", "everstep", "resharding")
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+FILE = re.compile(r"`((?:[a-z_]+/)+[a-z_]+\.(?:py|proto|toml|md|yml|yaml|sbatch))[:`]")
+TEST = re.compile(r"`(test_\w+)`")
+
+
+def prose(page: Path) -> Iterator[tuple[int, str]]:
+    """The numbered lines of a page that are not code."""
+    code = False
+    for number, line in enumerate(page.read_text().splitlines(), 1):
+        if line.startswith("```"):
+            code = not code
+        elif not code:
+            yield number, line
+
+
+def anchors(page: Path) -> set[str]:
+    """What a link may name in a page, as GitHub makes it of headings."""
+    headings = [line.lstrip("# ") for _, line in prose(page) if line.startswith("#")]
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.fixture(params=PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def page(request) -> Path:
+    """Each page in turn."""
+    return request.param
+
+
+def test_links_lead_somewhere(page) -> None:
+    for number, line in prose(page):
+        for target in LINK.findall(line):
+            if "://" in target:
+                continue
+            path, _, anchor = target.partition("#")
+            other = (page.parent / path).resolve() if path else page
+            assert other.exists(), f"line {number}: {target}"
+            assert not anchor or anchor in anchors(other), f"line {number}: {target}"
+
+
+def test_files_that_are_named_exist(page) -> None:
+    named = {(number, path) for number, line in prose(page) for path in FILE.findall(line)}
+    missing = [f"line {number}: {path}" for number, path in sorted(named) if not _exists(path, page)]
+    assert not missing, missing
+
+
+def _exists(path: str, page: Path) -> bool:
+    return any((folder / path).exists() for folder in (ROOT, page.parent))
+
+
+def test_tests_that_are_named_exist(page) -> None:
+    names = {name for _, line in prose(page) for name in TEST.findall(line)}
+    if not names:
+        return
+    defined = {
+        node.name
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
+    } | {path.stem for path in (ROOT / "tests").rglob("test_*.py")}
+    assert names <= defined, names - defined
+
+
+def test_the_readme_and_the_index_link_every_page() -> None:
+    for start in (ROOT / "README.md", DOCS / "README.md"):
+        linked = {(start.parent / target.partition("#")[0]).resolve() for target in LINK.findall(start.read_text())}
+        missing = set(PAGES) - linked - {start}
+        assert not missing, f"{start.relative_to(ROOT)} does not link {sorted(map(str, missing))}"
+
+
+# ---------------------------------------------------------------- the reference
+
+
+def test_every_flag_of_ours_is_in_the_reference() -> None:
+    text = REFERENCE.read_text()
+    flags = {flag for action in parser()._actions for flag in action.option_strings if flag.startswith("--es-")}
+    assert len(flags) > len(dataclasses.fields(Settings))
+    assert not [flag for flag in sorted(flags) if f"`{flag}`" not in text and f"`{flag} " not in text]
+
+
+def test_every_setting_is_in_the_reference_with_its_default() -> None:
+    rows = dict(re.findall(r"^\| `(\w+)` \| `--es-[a-z-]+` \| (.*?) \|", REFERENCE.read_text(), re.M))
+    assert set(rows) == {field.name for field in dataclasses.fields(Settings)}
+    for field in dataclasses.fields(Settings):
+        assert rows[field.name] in _shown(field), f"{field.name}: {rows[field.name]}"
+
+
+def test_the_decorator_has_the_defaults_of_the_settings() -> None:
+    spelled = {"snapshot_every": {"auto": 0}, "checkpoint_options": {None: "{}"}}
+    arguments = inspect.signature(elastic).parameters
+    assert set(arguments) == {field.name for field in dataclasses.fields(Settings)}
+    for field in dataclasses.fields(Settings):
+        default = arguments[field.name].default
+        expected = inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
+        assert spelled.get(field.name, {}).get(default, default) == expected, field.name
+
+
+def _shown(field: dataclasses.Field[object]) -> list[str]:
+    """How the default of a setting may stand in the table."""
+    if field.default is dataclasses.MISSING:
+        return ["required"]
+    if field.name == "snapshot_every":
+        return ['`"auto"`']
+    if isinstance(field.default, str):
+        return [f'`"{field.default}"`', f"`{field.default}`"] if field.default else ["none"]
+    return [f"{field.default:g}"] if isinstance(field.default, int | float) else []
+
+
+def test_every_event_is_in_the_reference() -> None:
+    """Those that are recorded by a name that stands in the source."""
+    cells = re.findall(r"^\| (`[a-z_]+`.*?) \|", REFERENCE.read_text().partition("## Events")[2], re.M)
+    listed = {name for cell in cells for name in re.findall(r"`([a-z_]+)`", cell)}
+    recorded = {name for room in ROOMS for path in (ROOT / room).rglob("*.py") for name in _recorded(path)}
+    assert len(recorded) > 30
+    assert not recorded - listed, recorded - listed
+
+
+def _recorded(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.Call):
+            continue
+        called = getattr(node.func, "attr", getattr(node.func, "id", ""))
+        first = node.args[0] if called == "Record" and node.args else None
+        named = [first.body, first.orelse] if isinstance(first, ast.IfExp) else [first]
+        if called == "tell":  # what a worker reports: `what` is the event
+            named = [keyword.value for keyword in node.keywords if keyword.arg == "what"]
+        yield from (n.value for n in named if isinstance(n, ast.Constant) and isinstance(n.value, str))
