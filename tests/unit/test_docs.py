@@ -17,6 +17,7 @@ from everstep.elastic.settings import Settings
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md")])
+COLUMNS = 120
 REFERENCE = DOCS / "reference.md"
 ROOMS = ("agents", "checkpointing", "comms", "elastic", "everstep", "resharding")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -55,6 +56,12 @@ def test_links_lead_somewhere(page) -> None:
             other = (page.parent / path).resolve() if path else page
             assert other.exists(), f"line {number}: {target}"
             assert not anchor or anchor in anchors(other), f"line {number}: {target}"
+
+
+def test_prose_is_narrow(page) -> None:
+    """Tables, indented code and lists of messages may be wider."""
+    wide = [(n, line) for n, line in prose(page) if len(line) > COLUMNS and not line.startswith(("|", "    ", "- `"))]
+    assert not wide, wide
 
 
 def test_files_that_are_named_exist(page) -> None:
