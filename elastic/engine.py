@@ -127,6 +127,7 @@ class Engine:
         self.agreement = ""
         self.switch: Orders | None = None  # a join that everybody agreed to enter before the next step
         self.gradients: dict[int, Tensor] = {}  # reduced, of the shards owned here; in keeper memory
+        self.looping = False  # the user's own loop has asked for its first micro-batch
         self.results: list[Step] = []  # committed, not yet shown to the user
         self._loss_trusted = True  # no warning yet
         self.shown = -1  # the last step that was, or will be, shown: none is shown twice

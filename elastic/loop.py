@@ -55,6 +55,7 @@ class Batches:
         while True:
             self._end_turn()
             engine.results.clear()
+            engine.looping = True
             if engine.switch is not None:
                 self._guard(self._switch)
             elif engine.ended():
@@ -149,6 +150,7 @@ class Batches:
         if span not in state.todo:  # a recovery inside the user's turn gave it to another rank
             engine.pipeline.drop_gradients(span)
             self._gradients.forget()
+            self._complete_what_is_done()
             return
         if self._skipped:
             engine.pipeline.drop_gradients(span)
@@ -160,14 +162,21 @@ class Batches:
         engine.pipeline.harvest(state, span, {0: engine.pipeline.take_statistics(0)})
         engine.progress.telemetry.span(Spent.COMPUTE, self._handed_out_ns, micro_batch=span.micro_batch)
         engine.progress.mark(Phase.COMPUTE, state.step, finished=len(state.held))
-        self._guard(self._complete_if_done)
+        self._complete_what_is_done()
+
+    def _complete_what_is_done(self) -> None:
+        """Commit the step, if this rank's part of it is done: so that the user's turn that ended it sees it committed.
+
+        A recovery on the way is followed by another attempt, unless it leaves work to this rank, or goes back.
+        """
+        engine, version = self._engine, self._engine.version
+        while engine.version == version and not engine.current()[1].todo and not engine.ended():
+            self._guard(self._complete)
         engine.progress.leave()
 
-    def _complete_if_done(self) -> None:
-        engine = self._engine
-        engine.comm.ready(())  # raises Aborted
-        if not engine.current()[1].todo:
-            engine.complete()
+    def _complete(self) -> None:
+        self._engine.comm.ready(())  # raises Aborted
+        self._engine.complete()
 
 
 class ElasticOptimizer(Optimizer):

@@ -53,7 +53,9 @@ class Resumption:
         try:
             found = self._own() if settings.checkpoint else []
             if not found and settings.resume != "auto":
-                found = [self._entry(open_checkpoint(settings.resume, _options(settings)), settings.resume)]
+                checkpoint = open_checkpoint(settings.resume, _options(settings))
+                self._compare_data(checkpoint.manifest, checkpoint.url)
+                found = [self._entry(checkpoint, settings.resume)]
         except (CheckpointError, StoreError) as error:
             raise UsageError(f"resume: {error}") from None
         if found and found[0].version >= settings.steps:
@@ -112,6 +114,8 @@ class Resumption:
                     raise
                 continue
             if checkpoint is not None:
+                if not found:  # an older one is only gone back to, by a job that goes on from the newest
+                    self._compare_data(checkpoint.manifest, checkpoint.url)
                 found.append(self._entry(checkpoint, name))
         return found
 
@@ -119,7 +123,6 @@ class Resumption:
         manifest = checkpoint.manifest
         for problem in self._problems(manifest):
             raise UsageError(f"{checkpoint.url} does not continue this job: {problem}")
-        self._compare_data(manifest, checkpoint.url)
         if not manifest.agreement:
             return Saved(manifest.step, name, self._first_agreement(manifest.step))
         return Saved(manifest.step, name, self._next_agreement(manifest, checkpoint.url))

@@ -103,8 +103,15 @@ class Run:
 
     @property
     def step(self) -> int:
-        """How many steps are committed."""
-        return self._engine.version if self._engine else 0
+        """How many steps are committed.
+
+        Before a loop over prepared batches begins on a replacement: how many of them the script has seen on others. So
+        a script that remembers this number there notices the step that was committed while it joined.
+        """
+        engine = self._engine
+        if engine is None:
+            return 0
+        return engine.version - (0 if engine.looping or not engine.loops else len(engine.results))
 
     @property
     def is_replacement(self) -> bool:
