@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import inspect
 import re
 from collections.abc import Iterator
@@ -76,15 +77,15 @@ def _exists(path: str, page: Path) -> bool:
 
 def test_tests_that_are_named_exist(page) -> None:
     names = {name for _, line in prose(page) for name in TEST.findall(line)}
-    if not names:
-        return
-    defined = {
-        node.name
-        for path in (ROOT / "tests").rglob("test_*.py")
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.FunctionDef)
-    } | {path.stem for path in (ROOT / "tests").rglob("test_*.py")}
-    assert names <= defined, names - defined
+    assert names <= defined_tests(), names - defined_tests()
+
+
+@functools.cache
+def defined_tests() -> frozenset[str]:
+    """Every test, and every file of tests, by name."""
+    paths = sorted((ROOT / "tests").rglob("test_*.py"))
+    functions = (node for path in paths for node in ast.walk(ast.parse(path.read_text())))
+    return frozenset({n.name for n in functions if isinstance(n, ast.FunctionDef)} | {path.stem for path in paths})
 
 
 def test_the_readme_and_the_index_link_every_page() -> None:
