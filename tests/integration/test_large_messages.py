@@ -31,11 +31,13 @@ from everstep.comms.attach import Attachment
 from everstep.comms.rpc import Server, Session
 from everstep.comms.security import Security
 from everstep.elastic.progress import create_page
+from everstep.elastic.settings import WorkerContext
 
 from tests.jobs import assert_same_run, finish, launch, run_job, wait_until
 
 MIB = 1 << 20
 LARGE = "0123456789abcdef" * MIB  # 16 MiB
+CONTEXT = WorkerContext(rank=0, incarnation=0, world_size=1, host="127.0.0.1", host_id="h", token="t", keeper_name="")
 TOKEN = "a job's token"
 
 # ---------------------------------------------------------------- agent and coordinator, and whoever asks
@@ -126,7 +128,7 @@ def test_heartbeats_are_of_one_size_whatever_is_in_them() -> None:
 WORKER = """
 import sys, time
 from everstep.elastic import membership
-from everstep.elastic.errors import UsageError
+from everstep.elastic.errors import JobEnded, UsageError
 
 worker = membership.AgentMembership(int(sys.argv[1]))
 worker.tell("noted", what="x", fields={"text": "0123456789abcdef" * 2**20})
@@ -137,7 +139,11 @@ try:
     worker.tell("ready", job="0123456789abcdef" * 2**20)
 except UsageError as error:
     worker.tell("raised", message=str(error))
-worker.wait_for_end(lambda: None)
+try:
+    worker.wait_for_end(lambda: None)
+except JobEnded:
+    sys.exit(0)
+sys.exit(1)
 """
 
 
@@ -187,12 +193,11 @@ def test_a_preloaded_process_is_given_16_mib(tmp_path: Path) -> None:
         request = {
             "rank": 0,
             "incarnation": 0,
-            "environment": {"LARGE": LARGE, "TORCHELASTIC_RESTART_COUNT": "0"},
+            "environment": {"LARGE": LARGE, "TORCHELASTIC_RESTART_COUNT": "0", **CONTEXT.to_environment()},
             "program": {"kind": "script", "target": str(script), "arguments": [LARGE]},
             "stdout": str(out),
             "stderr": "",
             "numa": ["", 0],
-            "fds": [240, 241],
         }
         preloader.request(request, [channel.theirs.fileno(), page])
         wait_until(lambda: heard_of("exited"), 60, "the worker has ended")
