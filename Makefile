@@ -7,6 +7,8 @@ SOURCES := $(shell find everstep elastic comms checkpointing resharding agents '
 OTHERS := tests/integration tests/accelerator tests/gpu tests/conversion tests/conformance tests/sim tests/property tests/unit
 # Of the faults, those that go with the others, so that both streams take as long.
 MOVED := $(addprefix tests/faults/test_,coordinators_etcd.py draining.py quarantine.py checkpoint_damage.py)
+# And of the others, those that go with the faults.
+TAKEN := $(addprefix tests/integration/test_,changed_values.py data.py hangs.py processes.py signals.py)
 
 .PHONY: demo test check bench gpu clean setup peers
 
@@ -48,9 +50,9 @@ demo: setup
 # has what it starts in the background ignore SIGINT.
 test: SHELL := /bin/bash
 test: setup peers
-	@set -m; nice -n 10 $(BIN)/python -m pytest $(OTHERS) $(MOVED) > build/others.log 2>&1 & others=$$!; \
+	@set -m; nice -n 10 $(BIN)/python -m pytest $(OTHERS) $(MOVED) $(addprefix --ignore=,$(TAKEN)) > build/others.log 2>&1 & others=$$!; \
 	trap "kill $$others 2>/dev/null" INT TERM; \
-	$(BIN)/python -m pytest tests/faults $(addprefix --ignore=,$(MOVED)); status=$$?; \
+	$(BIN)/python -m pytest tests/faults $(TAKEN) $(addprefix --ignore=,$(MOVED)); status=$$?; \
 	wait $$others || status=$$?; cat build/others.log; exit $$status
 
 # mypy would find the folder everstep/ alone; the tree of links has the whole package.
