@@ -104,8 +104,9 @@ def compare(device: str, steps: int, *, small: bool = False, budget_s: float = 4
         undisturbed[name] = quiet
         entry |= _entry(killed, quiet)
         entry["wall_s"] = round(time.monotonic() - began_s, 1)
-    if len(undisturbed) == len(LAYOUTS):
-        results["differences_between_layouts"] = differences(*undisturbed.values())[:20]
+    first, *others = undisturbed.values() or [None]
+    if first is not None and others:
+        results["differences_between_layouts"] = [d for other in others for d in differences(other, first)][:20]
     results["identical"] = all(entry["identical"] for entry in results["layouts"].values())
     return results
 
