@@ -65,8 +65,7 @@ def text_line(story: Story, unix_s: float) -> str:
     """A story as a line of a log: when by the world's clock, grade, event, fields, words."""
     when = datetime.fromtimestamp(unix_s, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     fields = "".join(f" {name}={_field(value)}" for name, value in story.fields.items())
-    event = "" if story.event == "warning" else f" {story.event}"
-    return f"{when} {story.grade.name.lower():7}{event}{fields}: {story.text}"
+    return f"{when} {story.grade.name.lower():7} {story.event}{fields}: {story.text}"
 
 
 def json_line(story: Story, unix_s: float, line: Line) -> str:
