@@ -317,7 +317,7 @@ def _everything_gone(state: State, recovery: Recovery, newest: int) -> str:
     kept = "nothing was protected from lost nodes"
     if state.protected >= 0:
         kept = f"version {state.protected} was the newest that outlives nodes"
-    where = ", ".join(recovery.nodes_lost) or "nodes that are still there"
+    where = ", ".join(recovery.nodes_lost) or f"nodes that are still there (what was lost there: {recovery.why})"
     assert state.job is not None
     policy = {
         "checkpoint": "; on_loss='checkpoint': no checkpoint of the job has been saved yet"
