@@ -10,6 +10,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from ..comms.process import STOPS
 from ..elastic.protocol.liveness import FLOOR_S, USER_S
 from ..elastic.protocol.state import Config
 from .checkup import LEVELS
+from .environment import variables
 from .forkable import in_a_fork
 from .policy import policy
 from .story import LOGS
@@ -284,20 +286,9 @@ def _program(parsed: argparse.Namespace, target: Any, rest: list[str]) -> dict[s
     return {"kind": "script", "target": script, "arguments": arguments}
 
 
-@contextlib.contextmanager
-def _unseen_devices() -> Iterator[None]:
+def _unseen_devices() -> AbstractContextManager[None]:
     """Torch asks for CUDA as it makes a LaunchConfig. That there is none it finds here, without the driver."""
-    unseen = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
-    before = {name: os.environ.get(name) for name in unseen}
-    os.environ.update(unseen)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+    return variables({"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"})
 
 
 @contextlib.contextmanager

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..comms import everstep_pb2 as pb
@@ -57,3 +59,18 @@ def program_for(program: Mapping[str, Any], local_rank: int) -> dict[str, Any]:
     """The program with torchrun's macro ${local_rank} filled in."""
     arguments = [argument.replace("${local_rank}", str(local_rank)) for argument in program["arguments"]]
     return {**program, "arguments": arguments}
+
+
+@contextlib.contextmanager
+def variables(values: Mapping[str, str]) -> Iterator[None]:
+    """Set these variables of this process, and put back what they were before."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

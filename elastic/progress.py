@@ -302,11 +302,16 @@ def _kill_coordinator() -> None:
 
 
 def _kill_node() -> None:
-    """Kill this worker's node agent and all that it started: stopped first, so that none sees another die."""
-    agent = psutil.Process(os.getppid()).parent()
+    """Kill this worker's node agent and all that it started: stopped first, so that none sees another die.
+
+    Its parent is killed last: this process dies with it, and whatever were not yet killed would stay stopped for ever.
+    """
+    parent = psutil.Process(os.getppid())
+    agent = parent.parent()
     assert agent is not None
-    family = [agent, *agent.children(recursive=True)]
-    others = [process.pid for process in family if process.pid != os.getpid()]
+    ancestors = [agent.pid, parent.pid]
+    family = [process.pid for process in agent.children(recursive=True)]
+    others = [*(pid for pid in family if pid not in (os.getpid(), parent.pid)), *ancestors]
     for number in (signal.SIGSTOP, signal.SIGKILL):
         for pid in others:
             with contextlib.suppress(ProcessLookupError):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from everstep.agents.command import LaunchError, _unseen_devices, configure, parse
+from everstep.agents.environment import variables
 from everstep.agents.forkable import in_a_fork
 from everstep.agents.preloader import Preloader
 
@@ -77,16 +78,8 @@ def outcome(*parts: str, path: Path | None = None) -> str:
 
 def answer(modules: list[str], environment: dict[str, str]) -> dict[str, object]:
     """What a preloaded process says first."""
-    before = {name: os.environ.get(name) for name in environment}
-    os.environ.update(environment)
-    try:
+    with variables(environment):
         preloader = Preloader.start(modules)
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
     try:
         assert select.select([preloader], [], [], 60)[0]
         return preloader.answer() or {}
