@@ -19,7 +19,7 @@ place = {} if method == "env://" else {"rank": rank, "world_size": world}
 dist.init_process_group("gloo", init_method=method, **place)
 total = torch.ones(1) * (rank + 1)
 dist.all_reduce(total)
-os.write(1, f"sum {total.item()} attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}\n".encode())  # one write: a line
+os.write(1, f"sum {total.item()} attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}\\n".encode())  # one write: a line
 if len(sys.argv) > 2 and rank == 0 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
     os._exit(9)
 dist.barrier()
