@@ -2,8 +2,6 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := $(shell find everstep elastic comms checkpointing resharding agents '(' -name '*.py' -o -name '*.toml' -o -name 'page.*' ')' -not -path '*/__pycache__/*')
-
 OTHERS := tests/integration tests/accelerator tests/gpu tests/conversion tests/conformance tests/sim tests/property tests/unit
 # Of the faults, those that go with the others, so that both streams take as long.
 MOVED := $(addprefix tests/faults/test_,coordinators_etcd.py draining.py quarantine.py checkpoint_damage.py)
@@ -20,17 +18,11 @@ $(VENV)/.python: constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt torch setuptools wheel
 	touch $@
 
-# Installed editable, with a tree of links that type checkers can follow; made anew when the set of files changes.
-$(VENV)/.ready: $(VENV)/.python pyproject.toml constraints.txt $(VENV)/.files
+# Installed editable: everstep/ has links to the other rooms, so a new file is found as soon as it is there.
+$(VENV)/.ready: $(VENV)/.python pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --group check
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation \
-		--config-settings editable_mode=strict --editable .
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable .
 	touch $@
-
-$(VENV)/.files: $(VENV)/.python FORCE
-	@printf '%s\n' $(SOURCES) | sort | cmp -s - $@ || printf '%s\n' $(SOURCES) | sort > $@
-
-FORCE:
 
 # Frameworks whose checkpoints are converted: in an environment beside ours that lends it torch, so that ours has none.
 peers: $(VENV)-peers/.ready
@@ -55,12 +47,10 @@ test: setup peers
 	$(BIN)/python -m pytest tests/faults $(TAKEN) $(addprefix --ignore=,$(MOVED)); status=$$?; \
 	wait $$others || status=$$?; cat build/others.log; exit $$status
 
-# mypy would find the folder everstep/ alone; the tree of links has the whole package.
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	cd build/__editable__.everstep-*/ && "$(CURDIR)/$(BIN)/mypy" --config-file "$(CURDIR)/pyproject.toml" \
-		--cache-dir "$(CURDIR)/.mypy_cache" --python-executable "$(CURDIR)/$(BIN)/python" -p everstep
+	$(BIN)/mypy -p everstep
 
 # The benchmarks compare with peers; torchft is optional and is named in the result when it is missing.
 bench: setup peers

@@ -1,6 +1,6 @@
 """Draw the map of rooms in CONTRIBUTING.md from the imports of the source: `python docs/rooms.py` rewrites it.
 
-A room is a package that pyproject.toml gives a folder, with the folders in it that are no rooms themselves.
+A room is a package of one of the top folders; a folder that holds nothing but rooms is none, and everstep/ is one.
 `tests/unit/test_rooms.py` checks that the map is up to date.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import functools
-import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -18,11 +17,23 @@ BEGIN, END = "<!-- rooms: written by docs/rooms.py -->", "<!-- end of rooms -->"
 Imports = Mapping[str, frozenset[str]]  # room -> the other rooms from which it imports
 
 
+TOPS = ("agents", "checkpointing", "comms", "elastic", "everstep", "resharding")
+
+
 @functools.cache
 def rooms() -> dict[str, Path]:
     """Each room with its folder."""
-    folders = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-dir"]
-    return {name: ROOT / folder for name, folder in folders.items()}
+    folders = (path.parent for top in TOPS for path in sorted((ROOT / top).rglob("__init__.py")))
+    return {_name(folder): folder for folder in folders if _has_modules(folder) and folder.parent.name != "everstep"}
+
+
+def _has_modules(folder: Path) -> bool:
+    return any(path.stat().st_size for path in folder.glob("*.py"))
+
+
+def _name(folder: Path) -> str:
+    parts = folder.relative_to(ROOT).parts
+    return ".".join(parts if parts[0] == "everstep" else ("everstep", *parts))
 
 
 def imports() -> Imports:
@@ -39,7 +50,7 @@ def sources() -> Iterator[tuple[str, Path]]:
     folders = {folder: room for room, folder in rooms().items()}
     for folder, room in folders.items():
         for path in sorted(folder.rglob("*.py")):
-            if next(parent for parent in path.parents if parent in folders) == folder:
+            if next((parent for parent in path.parents if parent in folders), None) == folder:
                 yield room, path
 
 

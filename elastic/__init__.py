@@ -11,7 +11,7 @@ class _CallableModule(types.ModuleType):
     """`everstep.elastic` names both this package and the public decorator; calling the package is the decorator."""
 
     def __call__(self, **settings: Any) -> Any:
-        from .decorator import elastic
+        from .api.decorator import elastic
 
         return elastic(**settings)
 

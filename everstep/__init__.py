@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-_here = Path(__file__).resolve().parent
-if not (_here / "elastic").exists():  # a source checkout, where the rooms stand beside this folder
-    __path__.append(str(_here.parent))
-
 if TYPE_CHECKING:
-    from .elastic.decorator import elastic as elastic
-    from .elastic.digest import state_digest as state_digest
-    from .elastic.engine import Step as Step
-    from .elastic.errors import UsageError as UsageError
-    from .elastic.run import Run as Run
+    from .elastic.api.decorator import elastic as elastic
+    from .elastic.api.run import Run as Run
+    from .elastic.contract.digest import state_digest as state_digest
+    from .elastic.contract.errors import UsageError as UsageError
+    from .elastic.engine.engine import Step as Step
 
 __version__ = "0.1.0"
 __all__ = ["Run", "Step", "UsageError", "elastic", "state_digest"]
 
 _HOMES = {
-    "Run": ".elastic.run",
-    "Step": ".elastic.engine",
-    "UsageError": ".elastic.errors",
-    "state_digest": ".elastic.digest",
+    "Run": ".elastic.api.run",
+    "Step": ".elastic.engine.engine",
+    "UsageError": ".elastic.contract.errors",
+    "state_digest": ".elastic.contract.digest",
 }
 
 

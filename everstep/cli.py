@@ -43,23 +43,23 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(arguments: list[str]) -> int:
     command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
     if command in ("run", "coordinator"):
-        from .agents.init import fork_from_init
+        from .agents.launch.init import fork_from_init
 
         fork_from_init()
     if command == "run":
-        from .agents.run import run
-        from .comms.process import leave
+        from .agents.launch.run import run
+        from .comms.base.process import leave
 
         leave(run(rest))
     if command == "coordinator":
-        from .agents.launcher import coordinate
-        from .comms.process import leave
+        from .agents.launch.launcher import coordinate
+        from .comms.base.process import leave
 
         leave(coordinate(rest))
     if command in ("status", "events", "top", "trace"):
         return _watch(command, rest)
     if command in ("convert", "inspect", "verify", "diff"):
-        from . import checkpoints
+        from . import checkpoint_commands as checkpoints
 
         action: Callable[[list[str]], int] = getattr(checkpoints, command)
         return action(rest)
@@ -83,14 +83,14 @@ def _watch(command: str, rest: list[str]) -> int:
     """A command that asks a coordinator."""
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # gRPC reads it when it is imported; errors are ours to tell
     if command == "top":
-        from .agents.top import top
+        from .agents.tools.top import top
 
         return top(rest)
     if command == "trace":
-        from .agents.trace import trace
+        from .agents.tools.trace import trace
 
         return trace(rest)
-    from .agents import status
+    from .agents.tools import status
 
     show: Callable[[list[str]], int] = getattr(status, command)
     return show(rest)

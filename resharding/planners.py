@@ -6,7 +6,12 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
 
-from .layout import Block, Layout, LayoutError, Stage
+from .layout import (
+    Block,
+    Layout,
+    LayoutError,
+    Stage,
+)
 from .units import ModelSpec, Shard
 
 

@@ -12,7 +12,13 @@ from typing import Any
 import numpy as np
 
 from .dtypes import numpy_dtype
-from .manifest import NAME, Array, CheckpointError, Manifest, checksum
+from .manifest import (
+    NAME,
+    Array,
+    CheckpointError,
+    Manifest,
+    checksum,
+)
 from .store import Store, open_store
 from .writer import parse_folder
 

@@ -13,7 +13,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from .manifest import NAME, Array, CheckpointError, Manifest, checksum
+from .manifest import (
+    NAME,
+    Array,
+    CheckpointError,
+    Manifest,
+    checksum,
+)
 from .store import Buffer, Store
 
 PARTS = "parts"

@@ -10,7 +10,14 @@ from dataclasses import replace
 from . import events as e
 from .draining import let_go
 from .losing import silent_node, without_node
-from .outcome import Effects, Outcome, current, fail, ranks_text, with_workers
+from .outcome import (
+    Effects,
+    Outcome,
+    current,
+    fail,
+    ranks_text,
+    with_workers,
+)
 from .state import Phase, State, Status
 
 

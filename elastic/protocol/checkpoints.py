@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 from . import events as e
-from .outcome import Effects, Outcome, current, end_with_loss, fail, last_version
+from .outcome import (
+    Effects,
+    Outcome,
+    current,
+    end_with_loss,
+    fail,
+    last_version,
+)
 from .recovering import begin_recovery
 from .state import Phase, State
 

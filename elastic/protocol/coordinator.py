@@ -10,12 +10,25 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from ...resharding.layout import Layout
-from ...resharding.plan import Plan, plan_join
+from everstep.resharding.layout import Layout
+from everstep.resharding.plan import Plan, plan_join
+
 from . import after
 from . import events as e
-from .checkpoints import give_up_saving, saved, stop_requested, unreadable
-from .draining import cannot_leave, drain_requested, handed_over, offer_leave, release, withdraw_leave
+from .checkpoints import (
+    give_up_saving,
+    saved,
+    stop_requested,
+    unreadable,
+)
+from .draining import (
+    cannot_leave,
+    drain_requested,
+    handed_over,
+    offer_leave,
+    release,
+    withdraw_leave,
+)
 from .ending import (
     all_finished,
     concluded,
@@ -26,10 +39,26 @@ from .ending import (
     went_on,
     went_on_alone,
 )
-from .forming import last_call, node_joined, rendezvous_closed, store_opened
-from .losing import heartbeats, node_lost, returned, silent_node
+from .forming import (
+    last_call,
+    node_joined,
+    rendezvous_closed,
+    store_opened,
+)
+from .losing import (
+    heartbeats,
+    node_lost,
+    returned,
+    silent_node,
+)
 from .newcomers import difference, refused
-from .outcome import Effects, Outcome, current, fail, with_workers
+from .outcome import (
+    Effects,
+    Outcome,
+    current,
+    fail,
+    with_workers,
+)
 from .quarantine import keep_out
 from .recovering import (
     all_ready,
@@ -44,8 +73,18 @@ from .recovering import (
     reported,
     resumed,
 )
-from .state import Config, Phase, State, Status
-from .troubles import count_troubles, node_unhealthy, straggler_found, straggler_gone
+from .state import (
+    Config,
+    Phase,
+    State,
+    Status,
+)
+from .troubles import (
+    count_troubles,
+    node_unhealthy,
+    straggler_found,
+    straggler_gone,
+)
 
 
 def initial_state(config: Config, now: float) -> State:

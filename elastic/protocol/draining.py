@@ -10,14 +10,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ...resharding.plan import plan_leave
+from everstep.resharding.plan import plan_leave
+
 from . import events as e
 from .checkpoints import stop_requested
 from .leaving import concluded, left, nobody_left
 from .losing import without_node
 from .outcome import Effects, Outcome
 from .recovering import all_ready, begin_training, carry_out
-from .state import Leaving, Phase, State, Status
+from .state import (
+    Leaving,
+    Phase,
+    State,
+    Status,
+)
 
 
 def drain_requested(state: State, event: e.DrainRequested, now: float) -> Outcome:

@@ -11,8 +11,22 @@ from dataclasses import replace
 
 from . import events as e
 from .after import training_over
-from .outcome import Effects, Outcome, current, end_with_loss, last_version, ranks_text, with_workers
-from .state import Concluding, Phase, State, Status, Worker
+from .outcome import (
+    Effects,
+    Outcome,
+    current,
+    end_with_loss,
+    last_version,
+    ranks_text,
+    with_workers,
+)
+from .state import (
+    Concluding,
+    Phase,
+    State,
+    Status,
+    Worker,
+)
 
 ALONE_S = 1.0  # until a loop that was left counts as left: it may have been an exception, which is about to be told
 ALL_LEAVE = (

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from ...resharding.placement import Placement
-from ...resharding.plan import Plan, Report
-from ...resharding.units import ModelSpec
+from everstep.resharding.placement import Placement
+from everstep.resharding.plan import Plan, Report
+from everstep.resharding.units import ModelSpec
 
 
 class WorkerId(NamedTuple):

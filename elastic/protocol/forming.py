@@ -6,7 +6,13 @@ from dataclasses import replace
 
 from . import events as e
 from .outcome import Outcome, fail, start_workers
-from .state import Heard, Node, Phase, State, Worker
+from .state import (
+    Heard,
+    Node,
+    Phase,
+    State,
+    Worker,
+)
 from .troubles import kept_out
 
 

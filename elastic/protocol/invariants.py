@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from ...resharding.layout import Layout
-from ...resharding.placement import Placement
-from ...resharding.plan import Plan
-from ...resharding.units import ModelSpec
+from everstep.resharding.layout import Layout
+from everstep.resharding.placement import Placement
+from everstep.resharding.plan import Plan
+from everstep.resharding.units import ModelSpec
+
 from . import events as e
 from .state import Phase, State, Status
 

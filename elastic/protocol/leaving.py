@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 
-from ...resharding.plan import Plan, Report
+from everstep.resharding.plan import Plan, Report
+
 from .outcome import with_workers
 from .state import State, Status, Worker
 

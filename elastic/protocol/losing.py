@@ -8,8 +8,19 @@ from dataclasses import replace
 from . import events as e
 from .leaving import still_needed
 from .outcome import Outcome, fail
-from .recovering import all_ready, begin_recovery, begin_training, plan_if_complete
-from .state import Config, Heard, Phase, State, Status
+from .recovering import (
+    all_ready,
+    begin_recovery,
+    begin_training,
+    plan_if_complete,
+)
+from .state import (
+    Config,
+    Heard,
+    Phase,
+    State,
+    Status,
+)
 
 GAP_FACTOR = 4.0  # times the longest silence that a node has shown and come back from
 GAP_MEMORY = 0.99  # how slowly that is forgotten, per heartbeat

@@ -6,7 +6,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from . import events as e
-from .state import Phase, State, Status, Worker
+from .state import (
+    Phase,
+    State,
+    Status,
+    Worker,
+)
 
 Effects = list[e.Effect]
 Outcome = tuple[State, Effects]

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from ...resharding.layout import Layout
-from ...resharding.neighbors import stand_ins
-from ...resharding.placement import Placement, place
-from ...resharding.plan import Plan, Report, plan_resume
-from ...resharding.planners import change_layout
+from everstep.resharding.layout import Layout
+from everstep.resharding.neighbors import stand_ins
+from everstep.resharding.placement import Placement, place
+from everstep.resharding.plan import Plan, Report, plan_resume
+from everstep.resharding.planners import change_layout
+
 from . import events as e
 from .state import Recovery, State
 

@@ -6,9 +6,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from ...resharding.layout import LayoutError
-from ...resharding.plan import Plan, PlanError, Report, plan_recovery, plan_resume, plan_rollback, plan_start
-from ...resharding.planners import change_layout, initial_layout
+from everstep.resharding.layout import LayoutError
+from everstep.resharding.plan import (
+    Plan,
+    PlanError,
+    Report,
+    plan_recovery,
+    plan_resume,
+    plan_rollback,
+    plan_start,
+)
+from everstep.resharding.planners import change_layout, initial_layout
+
 from . import events as e
 from .leaving import nobody_left, still_needed, without_the_left
 from .outcome import (
@@ -35,7 +44,14 @@ from .protection import (
     too_small,
 )
 from .restarts import classic_exit
-from .state import Loss, Phase, Recovery, State, Status, Worker
+from .state import (
+    Loss,
+    Phase,
+    Recovery,
+    State,
+    Status,
+    Worker,
+)
 
 
 def died(state: State, event: e.WorkerDied, now: float) -> Outcome:

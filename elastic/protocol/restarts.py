@@ -6,8 +6,18 @@ from dataclasses import replace
 
 from . import events as e
 from .forming import launch
-from .outcome import Effects, Outcome, fail, with_workers
-from .state import Phase, State, Status, Worker
+from .outcome import (
+    Effects,
+    Outcome,
+    fail,
+    with_workers,
+)
+from .state import (
+    Phase,
+    State,
+    Status,
+    Worker,
+)
 
 
 def classic_exit(state: State, worker: Worker, event: e.WorkerDied) -> Outcome:

@@ -7,10 +7,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from ...resharding.layout import Layout
-from ...resharding.placement import Placement
-from ...resharding.plan import Plan, Report
-from .events import Job, Saved, Stopping, WorkerId
+from everstep.resharding.layout import Layout
+from everstep.resharding.placement import Placement
+from everstep.resharding.plan import Plan, Report
+
+from .events import (
+    Job,
+    Saved,
+    Stopping,
+    WorkerId,
+)
 
 
 class Phase(enum.Enum):

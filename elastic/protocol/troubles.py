@@ -12,7 +12,12 @@ from typing import Any
 
 from . import events as e
 from .outcome import Effects, Outcome
-from .state import Phase, Quarantine, State, Trouble
+from .state import (
+    Phase,
+    Quarantine,
+    State,
+    Trouble,
+)
 
 TROUBLES_KEPT = 16  # of one host, the newest
 HOSTS_KEPT = 1024

@@ -8,18 +8,24 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...resharding.plan import Plan
-from ..protocol import codec, coordinator, invariants
-from ..protocol import events as e
-from ..protocol.protection import state_slots
-from ..protocol.state import Config, Phase, State
+from everstep.elastic.protocol import codec, coordinator, invariants
+from everstep.elastic.protocol import events as e
+from everstep.elastic.protocol.protection import state_slots
+from everstep.elastic.protocol.state import Config, Phase, State
+from everstep.resharding.plan import Plan
+
 from .keeper import Board
 from .ledger import Ledger, Promise
 from .links import Key
 from .transcript import brief
 from .values import Reference, ShardState
 from .worker import SimWorker, Surroundings
-from .world import Pipe, Process, Steps, World
+from .world import (
+    Pipe,
+    Process,
+    Steps,
+    World,
+)
 
 TICK_S = 0.1
 HEARTBEAT_S = 0.5

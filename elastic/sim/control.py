@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ...resharding.plan import Report
-from ..protocol import events as e
+from everstep.elastic.protocol import events as e
+from everstep.resharding.plan import Report
+
 from .links import Aborted
 from .world import Steps
 

@@ -6,8 +6,9 @@ import functools
 import random
 from dataclasses import dataclass
 
-from ..protocol.events import WorkerId
-from ..protocol.state import Phase
+from everstep.elastic.protocol.events import WorkerId
+from everstep.elastic.protocol.state import Phase
+
 from .cluster import Cluster
 
 PHASES = ("compute", "reduce", "agree", "update", "commit", "recover", "restore", "join", "end")

@@ -6,8 +6,9 @@ import functools
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 
-from ...resharding.placement import Placement, Stripe
-from ..protocol.events import WorkerId
+from everstep.elastic.protocol.events import WorkerId
+from everstep.resharding.placement import Placement, Stripe
+
 from .values import ShardState, updated
 from .world import Process, Steps, World
 

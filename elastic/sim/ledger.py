@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping, Sequence
 
-from ...resharding.plan import Plan
-from ..protocol import events as e
-from ..protocol.state import Phase, State
+from everstep.elastic.protocol import events as e
+from everstep.elastic.protocol.state import Phase, State
+from everstep.resharding.plan import Plan
+
 from .keeper import Keeper
 from .values import Reference, ShardState
 from .worker import SimWorker

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from ..protocol.events import WorkerId
+from everstep.elastic.protocol.events import WorkerId
+
 from .world import Steps
 
 Key = tuple[Any, ...]

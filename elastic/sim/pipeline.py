@@ -5,10 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ...resharding.layout import Segment
-from ...resharding.plan import Span
+from everstep.resharding.layout import Segment
+from everstep.resharding.plan import Span
+
 from .links import Key, Links
-from .values import backwarded, forwarded, loss_gradient, mixed
+from .values import (
+    backwarded,
+    forwarded,
+    loss_gradient,
+    mixed,
+)
 from .world import Steps
 
 

@@ -6,7 +6,8 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ...resharding.placement import Placement
+from everstep.resharding.placement import Placement
+
 from .snapshots import Snapshots
 from .world import Steps, World
 

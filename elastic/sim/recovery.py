@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ...resharding.plan import Plan, Report
-from ..protocol import events as e
+from everstep.elastic.protocol import events as e
+from everstep.resharding.plan import Plan, Report
+
 from .keeper import sources_first
 from .links import Aborted
 from .pipeline import StepState

@@ -8,12 +8,21 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ...resharding.units import ModelSpec, ParameterSpec
-from ..protocol import events as e
-from ..protocol.ending import ALL_LEAVE
-from ..protocol.state import Config
+from everstep.elastic.protocol import events as e
+from everstep.elastic.protocol.ending import ALL_LEAVE
+from everstep.elastic.protocol.state import Config
+from everstep.resharding.units import ModelSpec, ParameterSpec
+
 from .cluster import ASKED, Cluster, Timing
-from .faults import Drain, Fault, Injector, NodeFault, draw, draw_drains, draw_nodes
+from .faults import (
+    Drain,
+    Fault,
+    Injector,
+    NodeFault,
+    draw,
+    draw_drains,
+    draw_nodes,
+)
 from .values import Reference, reference
 from .world import World
 

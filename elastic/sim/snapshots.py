@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
 
-from ...resharding.placement import Placement
-from ..protocol.events import WorkerId
+from everstep.elastic.protocol.events import WorkerId
+from everstep.resharding.placement import Placement
+
 from .keeper import Keeper, Slots
 from .values import ShardState
 from .world import Process, Steps, World

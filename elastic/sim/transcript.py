@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ...resharding.plan import Plan
-from ..protocol import events as e
+from everstep.elastic.protocol import events as e
+from everstep.resharding.plan import Plan
 
 _LEAVES = e.DrainRequested | e.ReleaseNode
 

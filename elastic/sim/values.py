@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ...resharding.units import ModelSpec, Shard
+from everstep.resharding.units import ModelSpec, Shard
 
 
 def mixed(*parts: object) -> str:

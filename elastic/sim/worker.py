@@ -12,10 +12,11 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ...resharding.layout import Layout
-from ...resharding.plan import Plan
-from ...resharding.units import Shard
-from ..protocol import events as e
+from everstep.elastic.protocol import events as e
+from everstep.resharding.layout import Layout
+from everstep.resharding.plan import Plan
+from everstep.resharding.units import Shard
+
 from .control import Control, JobEnded
 from .keeper import Board
 from .links import Aborted, Key, Links
@@ -23,7 +24,13 @@ from .pipeline import Pipeline, StepState
 from .protection import Protection
 from .recovery import Recovery
 from .snapshots import Snapshots
-from .values import ShardState, agreement_of, initial, summed, updated
+from .values import (
+    ShardState,
+    agreement_of,
+    initial,
+    summed,
+    updated,
+)
 from .world import Steps, World
 
 

@@ -18,9 +18,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..comms.process import die_with_parent
-from ..elastic.order import DataOrder
-from ..elastic.progress import Fault
+from everstep.comms.base.process import die_with_parent
+from everstep.elastic.contract.progress import Fault
+from everstep.elastic.step.order import DataOrder
+
 from . import job
 
 WORKERS = 4

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 import everstep
-from everstep.demo.model import GPTConfig, gpt, next_byte_loss
-from everstep.demo.text import SourceText
+
+from .model import GPTConfig, gpt, next_byte_loss
+from .text import SourceText
 
 STEPS = 60
 STAGES = 2

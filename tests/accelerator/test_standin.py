@@ -129,7 +129,7 @@ def test_only_workers_ask_for_devices(tmp_path: Path) -> None:
     assert process.returncode == 0, output
     lines = [json.loads(line) for line in recorded.read_text().splitlines()]
     commands = {" ".join(line["command"]) for line in lines if "loaded" in line}
-    for part in ("everstep run", "everstep.checkpointing.service", "everstep.checkpointing.saver"):
+    for part in ("everstep run", "everstep.checkpointing.keeper.service", "everstep.checkpointing.saving.saver"):
         assert any(part in text for text in commands), (part, commands)
     asked = [line for line in lines if "asked" in line and not line["unseen"]]
     assert any(line["worker"] for line in asked), "nobody records"

@@ -31,11 +31,12 @@ import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 import zarr
+from systems import versions
+
 from everstep.checkpointing.universal.manifest import Array, Manifest, chunk_shape
 from everstep.checkpointing.universal.reader import open_checkpoint
 from everstep.checkpointing.universal.store import open_store
 from everstep.checkpointing.universal.writer import ChunkWriter, try_commit
-from systems import versions
 
 try:
     from safetensors.torch import load_file, save_file

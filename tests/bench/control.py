@@ -29,19 +29,27 @@ from typing import Any
 
 import grpc
 import psutil
-from everstep.agents.durable import Durable
-from everstep.agents.store import SqliteStore
-from everstep.comms import beats
-from everstep.comms import everstep_pb2 as pb
-from everstep.comms.attach import PROTOCOL
-from everstep.comms.everstep_pb2_grpc import CoordinatorServiceStub
-from everstep.comms.rpc import Unreachable, get_status
-from everstep.comms.security import Security, digest_of
+from processes import die_with_parent
+
+from everstep.agents.coordinator.durable import Durable
+from everstep.agents.coordinator.store import SqliteStore
+from everstep.comms.base.security import Security, digest_of
+from everstep.comms.control import beats
+from everstep.comms.control import everstep_pb2 as pb
+from everstep.comms.control.attach import PROTOCOL
+from everstep.comms.control.everstep_pb2_grpc import CoordinatorServiceStub
+from everstep.comms.control.rpc import Unreachable, get_status
 from everstep.elastic.protocol import events as e
-from everstep.elastic.protocol.state import Config, Node, Phase, State, Status, Worker
+from everstep.elastic.protocol.state import (
+    Config,
+    Node,
+    Phase,
+    State,
+    Status,
+    Worker,
+)
 from everstep.resharding.planners import initial_layout
 from everstep.resharding.units import ModelSpec, ParameterSpec
-from processes import die_with_parent
 
 JOB, TOKEN = "control", "a token of the benchmark"
 STREAMS_PER_CHANNEL = 100

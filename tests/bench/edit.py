@@ -22,11 +22,12 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
-from everstep.comms.communicator import Key, Kind, barrier
-from everstep.comms.mesh import MeshCommunicator
 from processes import die_with_parent
 from torch._C._distributed_c10d import PrefixStore, ProcessGroupGloo
 from torch.distributed import TCPStore
+
+from everstep.comms.mesh.communicator import Key, Kind, barrier
+from everstep.comms.mesh.mesh import MeshCommunicator
 
 SIZES = (4, 8, 12)
 GLOO_TIMEOUT = datetime.timedelta(seconds=60)

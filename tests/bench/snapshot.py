@@ -29,9 +29,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from everstep.checkpointing.client import KeeperLink
-from everstep.checkpointing.record import record_bytes
-from everstep.checkpointing.snapshot import Snapshots
 from processes import die_with_parent, environment
 from stamps import median
 from systems import versions
@@ -40,6 +37,10 @@ from torch import Tensor
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 from wire import bytes_on_the_wire
+
+from everstep.checkpointing.access.client import KeeperLink
+from everstep.checkpointing.access.snapshot import Snapshots
+from everstep.checkpointing.memory.record import record_bytes
 
 SHARD_ELEMENTS = 1 << 20
 STATE_BYTES = 12  # of a parameter: itself and two moments
@@ -169,7 +170,7 @@ def make_state(megabytes: int) -> State:
 def keeper() -> Any:
     """A keeper in a process of its own; gives its name."""
     name = f"everstep-benchmark-{os.getpid()}"
-    command = [sys.executable, "-m", "everstep.checkpointing.service", "--node", "0", "--name", name]
+    command = [sys.executable, "-m", "everstep.checkpointing.keeper.service", "--node", "0", "--name", name]
     process = subprocess.Popen(
         [*command, "--host", "127.0.0.1"],
         env=environment(EVERSTEP_TOKEN=TOKEN),

@@ -13,10 +13,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 import xxhash
-from everstep.checkpointing.copying import copy_with_checksum
-from everstep.checkpointing.erasure import Code
 from pyeclib.ec_iface import ECDriver
 from stamps import median
+
+from everstep.checkpointing.access.erasure import Code
+from everstep.checkpointing.memory.copying import copy_with_checksum
 
 DATA, PARITY = 4, 2
 LOST = (0, 1)  # members, which is the dearest case

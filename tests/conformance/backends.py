@@ -15,11 +15,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
-from everstep.comms.communicator import Communicator, EditReport, Peer, barrier
-from everstep.comms.gloo import GlooCommunicator
-from everstep.comms.memory import MemoryCommunicator, MemoryNetwork
-from everstep.comms.mesh import MeshCommunicator
 from torch.distributed import TCPStore
+
+from everstep.comms.mesh.communicator import (
+    Communicator,
+    EditReport,
+    Peer,
+    barrier,
+)
+from everstep.comms.mesh.gloo import GlooCommunicator
+from everstep.comms.mesh.in_memory import MemoryCommunicator, MemoryNetwork
+from everstep.comms.mesh.mesh import MeshCommunicator
 
 RING_BYTES = 4 << 20
 

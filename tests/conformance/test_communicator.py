@@ -11,7 +11,14 @@ import time
 import numpy as np
 import pytest
 from backends import BACKENDS, RING_BYTES, Cluster, Thread
-from everstep.comms.communicator import Aborted, Key, Kind, all_gather, barrier
+
+from everstep.comms.mesh.communicator import (
+    Aborted,
+    Key,
+    Kind,
+    all_gather,
+    barrier,
+)
 
 pytestmark = pytest.mark.timeout(60)
 

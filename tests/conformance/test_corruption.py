@@ -10,10 +10,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from backends import MeshBackend, Thread
-from everstep.comms.communicator import Aborted, Key, Kind
-from everstep.comms.frames import HEADER_BYTES, HELLO_BYTES
-from everstep.comms.links import TCP_PIECE_BYTES
 from flipping import FlippingProxy, FlippingSocket, flip
+
+from everstep.comms.mesh.communicator import Aborted, Key, Kind
+from everstep.comms.mesh.frames import HEADER_BYTES, HELLO_BYTES
+from everstep.comms.mesh.links import TCP_PIECE_BYTES
 
 pytestmark = pytest.mark.timeout(120)
 

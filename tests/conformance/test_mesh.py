@@ -10,8 +10,11 @@ from contextlib import closing, suppress
 import numpy as np
 import pytest
 from backends import BACKENDS, Cluster, Thread
-from everstep.comms.communicator import Aborted, Key, Kind
-from everstep.comms.frames import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from everstep.comms.mesh.communicator import Aborted, Key, Kind
+from everstep.comms.mesh.frames import (
     HEADER_BYTES,
     HELLO_BYTES,
     PROTOCOL_VERSION,
@@ -22,11 +25,9 @@ from everstep.comms.frames import (
     checksum_of,
     token_digest,
 )
-from everstep.comms.links import cut
-from everstep.comms.mesh import MeshCommunicator
-from everstep.comms.ring import RingReader, RingWriter, piece_bytes
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from everstep.comms.mesh.links import cut
+from everstep.comms.mesh.mesh import MeshCommunicator
+from everstep.comms.mesh.ring import RingReader, RingWriter, piece_bytes
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -12,12 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from everstep.agents import etcd
-from everstep.agents.etcd import EtcdStore, JobOver
-from everstep.agents.store import SqliteStore, Store, StoreError, Superseded
-from everstep.comms.process import die_with_parent
-from everstep.comms.security import Security
 
+from everstep.agents.coordinator import etcd
+from everstep.agents.coordinator.etcd import EtcdStore, JobOver
+from everstep.agents.coordinator.store import (
+    SqliteStore,
+    Store,
+    StoreError,
+    Superseded,
+)
+from everstep.comms.base.process import die_with_parent
+from everstep.comms.base.security import Security
 from tests.jobs.ports import free_ports
 
 Opener = Callable[[], Store]

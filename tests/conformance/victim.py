@@ -4,9 +4,15 @@ import json
 import sys
 
 from backends import GlooBackend, MeshBackend, die_with_parent
-from everstep.comms.communicator import Key, Kind, Peer, barrier
-from everstep.comms.gloo import GlooCommunicator
 from torch.distributed import TCPStore
+
+from everstep.comms.mesh.communicator import (
+    Key,
+    Kind,
+    Peer,
+    barrier,
+)
+from everstep.comms.mesh.gloo import GlooCommunicator
 
 
 def main() -> None:

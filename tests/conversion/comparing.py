@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from everstep.checkpointing.convert import driver, formats
-from everstep.checkpointing.convert.content import Content, Lazy
-from everstep.checkpointing.convert.driver import Conversion
-from everstep.checkpointing.convert.formats import Options
-from everstep.checkpointing.convert.work import Work
+
+from everstep.checkpointing.convert.core import format as formats
+from everstep.checkpointing.convert.core.content import Content, Lazy
+from everstep.checkpointing.convert.core.format import Options
+from everstep.checkpointing.convert.core.work import Work
+from everstep.checkpointing.convert.drive import driver
+from everstep.checkpointing.convert.drive.driver import Conversion
 
 BUDGET_BYTES = 1 << 28
 
@@ -43,7 +45,7 @@ def through_universal(source: Path, out: Path, to: str) -> Content:
 def assert_read_alone(source: Path, form: str) -> None:
     """A checkpoint's format is found out and all of it read by a process that imports neither torch nor its library."""
     program = (
-        "import sys; from everstep.checkpointing.convert import driver;"
+        "import sys; from everstep.checkpointing.convert.drive import driver;"
         "conversion = driver.Conversion(source=sys.argv[1], destination='', to='universal');"
         "assert driver.format_of(sys.argv[1]) == sys.argv[2], driver.format_of(sys.argv[1]);"
         "[tensor.read() for _, _, tensor in driver.prepare(conversion).tensors()];"

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from everstep.checkpointing.convert.casting import cast
-from everstep.checkpointing.convert.content import Lazy
-from everstep.checkpointing.convert.torchwriting import Instance, Size, save
+
+from everstep.checkpointing.convert.core.casting import cast
+from everstep.checkpointing.convert.core.content import Lazy
+from everstep.checkpointing.convert.files.torchwriting import Instance, Size, save
 
 STATES = ("fp32", "exp_avg", "exp_avg_sq")
 Pieces = Mapping[str, Sequence[np.ndarray]]  # of each parameter, by tensor-parallel rank

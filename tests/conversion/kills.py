@@ -16,8 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from everstep.checkpointing.convert import driver, formats  # before the fork: what is killed is the conversion
-
+from everstep.checkpointing.convert.core import format as formats  # before the fork: what is killed is the conversion
+from everstep.checkpointing.convert.drive import driver  # before the fork: what is killed is the conversion
 from everstep.cli import main
 
 PARTIAL = ".everstep-partial"

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from everstep.checkpointing.convert.dcp_metadata import Chunk, Span, Tensor
-from everstep.checkpointing.convert.dcp_tensors import read_box
 from hypothesis import given
 from hypothesis import strategies as st
+
+from everstep.checkpointing.convert.formats.dcp.metadata import Chunk, Span, Tensor
+from everstep.checkpointing.convert.formats.dcp.tensors import read_box
 
 SHAPES = ((), (7,), (5, 6), (3, 4, 5), (2, 3, 2, 4))
 

@@ -224,9 +224,9 @@ def test_code_is_refused_by_name(name: str, file: str, copy: Callable[[str], Pat
 
 AS_NOBODY = """
 import importlib, locale, os, pkgutil, sys
-import everstep.checkpoints, everstep.checkpointing.convert as convert
-for module in pkgutil.iter_modules(convert.__path__):
-    importlib.import_module(f"{convert.__name__}.{module.name}")
+import everstep.checkpoint_commands, everstep.checkpointing.convert as convert
+for module in pkgutil.walk_packages(convert.__path__, f"{convert.__name__}."):
+    importlib.import_module(module.name)
 if os.geteuid() == 0:
     os.setgroups([])
     os.setegid(65534)

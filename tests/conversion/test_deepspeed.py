@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from everstep.checkpointing.convert import deepspeed, deepspeed_universal
-from everstep.checkpointing.convert.content import Content, ConversionError, Lazy
-from everstep.checkpointing.convert.formats import Format, Options, detect
-from everstep.checkpointing.convert.torchfile import load
-from everstep.checkpointing.convert.work import Work
 
+from everstep.checkpointing.convert.core.content import Content, ConversionError, Lazy
+from everstep.checkpointing.convert.core.format import Format, Options, detect
+from everstep.checkpointing.convert.core.work import Work
+from everstep.checkpointing.convert.files.torchfile import load
+from everstep.checkpointing.convert.formats.deepspeed import format as deepspeed
+from everstep.checkpointing.convert.formats.deepspeed import universal as deepspeed_universal
 from tests.jobs.peers import run_peer
 
 from .conftest import FOUR, PARALLEL, PLAIN, UNIVERSAL

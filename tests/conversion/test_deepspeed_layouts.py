@@ -9,12 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from everstep.checkpointing.convert import deepspeed, deepspeed_universal
-from everstep.checkpointing.convert.content import Content, ConversionError
-from everstep.checkpointing.convert.formats import Options
-from everstep.checkpointing.convert.torchfile import load
-from everstep.checkpointing.convert.torchwriting import save
-from everstep.checkpointing.convert.work import Work
+
+from everstep.checkpointing.convert.core.content import Content, ConversionError
+from everstep.checkpointing.convert.core.format import Options
+from everstep.checkpointing.convert.core.work import Work
+from everstep.checkpointing.convert.files.torchfile import load
+from everstep.checkpointing.convert.files.torchwriting import save
+from everstep.checkpointing.convert.formats.deepspeed import format as deepspeed
+from everstep.checkpointing.convert.formats.deepspeed import universal as deepspeed_universal
 
 from .deepspeed_synthetic import STATES, Job, cut, fragment, lazy, numbered, state_of, write
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from everstep.checkpointing.convert.content import Content, ConversionError, Lazy
+
+from everstep.checkpointing.convert.core.content import Content, ConversionError, Lazy
 
 from ..jobs.peers import run_peer
 from .comparing import (

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from everstep.checkpointing.convert.content import ConversionError
+
+from everstep.checkpointing.convert.core.content import ConversionError
 
 from ..jobs.peers import run_peer
 from .comparing import (

@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-from everstep.checkpointing.convert.content import Content
-from everstep.checkpointing.convert.renaming import rename
-from everstep.checkpointing.convert.rulefile import built_in, read_rules
-from everstep.checkpointing.convert.torchfile import load
-from everstep.checkpointing.convert.torchwriting import save
 
+from everstep.checkpointing.convert.core.content import Content
+from everstep.checkpointing.convert.files.torchfile import load
+from everstep.checkpointing.convert.files.torchwriting import save
+from everstep.checkpointing.convert.rules.renaming import rename
+from everstep.checkpointing.convert.rules.rulefile import built_in, read_rules
 from tests.jobs.peers import run_peer
 
 SCRIPT = Path(__file__).parent / "samples" / "names_samples.py"

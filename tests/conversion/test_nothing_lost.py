@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from everstep.checkpointing.convert import huggingface
-from everstep.checkpointing.convert.content import Content, Lazy
+
+from everstep.checkpointing.convert.core.content import Content, Lazy
+from everstep.checkpointing.convert.formats.huggingface import format as huggingface
 from everstep.checkpointing.universal.dtypes import NAMES
 from everstep.checkpointing.universal.reader import open_checkpoint
 from everstep.checkpointing.universal.store import LocalStore, ObjectStore
@@ -403,7 +404,7 @@ def flats(path: Path) -> list[torch.Tensor]:
     """The flat tensors of one rank: parameters and moments by group."""
     content = read("deepspeed", path.parent)  # it is whole
     assert content.params
-    from everstep.checkpointing.convert.torchfile import load
+    from everstep.checkpointing.convert.files.torchfile import load
 
     state = load(path)["optimizer_state_dict"]
     found = list(state["single_partition_of_fp32_groups"])
@@ -579,6 +580,6 @@ def test_what_reads_back_otherwise_at_a_url_is_no_checkpoint(
 
 
 def read_universal(path: Path) -> Content:
-    from everstep.checkpointing.convert import universal
+    from everstep.checkpointing.convert.formats import universal
 
     return universal.contents(open_checkpoint(str(path)))

@@ -10,7 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from everstep.checkpointing.convert.content import Content, ConversionError, Lazy, Scalar
+
+from everstep.checkpointing.convert.core.content import (
+    Content,
+    ConversionError,
+    Lazy,
+    Scalar,
+)
 
 from ..jobs.peers import run_peer
 from .comparing import (

@@ -17,7 +17,7 @@ STEPS = 60
 
 
 def keepers(hosts: Hosts, host: int) -> list[psutil.Process]:
-    return saying(hosts.pids(host), "everstep.checkpointing.service")
+    return saying(hosts.pids(host), "everstep.checkpointing.keeper.service")
 
 
 def test_a_keeper_outlives_its_agent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

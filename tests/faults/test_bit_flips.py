@@ -13,13 +13,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
-from everstep.checkpointing.client import KeeperLink
-from everstep.checkpointing.keeper import Keeper
-from everstep.checkpointing.restore import Sources
-from everstep.checkpointing.segment import Segment
-from everstep.checkpointing.service import KeeperServer
-from everstep.resharding.placement import Placement, place
 
+from everstep.checkpointing.access.client import KeeperLink
+from everstep.checkpointing.access.restore import Sources
+from everstep.checkpointing.keeper.keeper import Keeper
+from everstep.checkpointing.keeper.service import KeeperServer
+from everstep.checkpointing.memory.segment import Segment
+from everstep.resharding.placement import Placement, place
 from tests.jobs import wait_until
 
 NODES = ("a", "b", "c", "d")

@@ -13,10 +13,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from everstep.checkpointing.universal.manifest import NAME, Array, CheckpointError, Manifest, checksum, chunk_shape
+
+from everstep.checkpointing.universal.manifest import (
+    NAME,
+    Array,
+    CheckpointError,
+    Manifest,
+    checksum,
+    chunk_shape,
+)
 from everstep.checkpointing.universal.reader import committed, load, open_checkpoint
 from everstep.checkpointing.universal.store import StoreError, open_store
-from everstep.checkpointing.universal.writer import ChunkWriter, folder_name, retain, try_commit
+from everstep.checkpointing.universal.writer import (
+    ChunkWriter,
+    folder_name,
+    retain,
+    try_commit,
+)
 
 KILLS, DAMAGES, SEED = 100, 1000, 7
 SHAPES = {"params/a": (40, 50), "params/b": (17,), "optimizer/exp_avg/a": (40, 50), "buffers/c": (), "frozen/d": (9, 3)}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from everstep.checkpointing.universal.reader import open_checkpoint
-
 from tests.jobs.cluster import Cluster
 from tests.jobs.hosts import Hosts
 

@@ -16,9 +16,9 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+
 from everstep.checkpointing.universal.reader import committed, load, open_checkpoint
 from everstep.checkpointing.universal.store import open_store
-
 from tests.jobs import (
     JOBS,
     Result,
@@ -140,7 +140,7 @@ def test_the_saver_may_be_killed(tmp_path):
     killed: set[int] = set()
     deadline = time.monotonic() + 60
     while _steps(out) < STEPS - 2 and time.monotonic() < deadline:
-        for process in saying(psutil.Process(job.pid).children(recursive=True), "everstep.checkpointing.saver"):
+        for process in saying(psutil.Process(job.pid).children(recursive=True), "everstep.checkpointing.saving.saver"):
             if process.pid not in killed:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from everstep.comms.process import die_with_parent
 
+from everstep.comms.base.process import die_with_parent
 from tests.jobs import HANG_S, JOBS, assert_same_run, finish, launch, read_result, reference, run_job, wait_until
 from tests.jobs.cluster import Cluster
 from tests.jobs.hosts import COORDINATOR, Hosts

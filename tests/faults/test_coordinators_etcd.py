@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from everstep.comms.process import die_with_parent
-from everstep.comms.rpc import Unreachable, get_status
-from everstep.comms.security import Security
 
+from everstep.comms.base.process import die_with_parent
+from everstep.comms.base.security import Security
+from everstep.comms.control.rpc import Unreachable, get_status
 from tests.jobs import JOBS, Result, assert_same_run, finish, launch, read_result, reference, wait_until
 from tests.jobs.object_store import Line
 from tests.jobs.ports import free_ports

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from everstep.agents.preload import NAME as PRELOADED
 
+from everstep.agents.node.preload import NAME as PRELOADED
 from tests.jobs.cluster import Cluster
 from tests.jobs.hosts import COORDINATOR, Hosts
 from tests.jobs.processes import each, saying
 
-KEEPER = "everstep.checkpointing.service"
+KEEPER = "everstep.checkpointing.keeper.service"
 WARM_UP, RECOVERIES = 10, 50
 
 
@@ -69,7 +69,7 @@ def usages(job: Cluster) -> dict[int, Usage]:
 # Run on a keeper's host, with its process id: prints what it says that it holds.
 HELD = """
 import json, pathlib, psutil, sys
-from everstep.checkpointing.client import KeeperClient
+from everstep.checkpointing.access.client import KeeperClient
 environment = pathlib.Path(f"/proc/{sys.argv[1]}/environ").read_text().split(chr(0))
 (token,) = [item.partition("=")[2] for item in environment if item.startswith("EVERSTEP_TOKEN=")]
 connections = psutil.Process(int(sys.argv[1])).net_connections("tcp")

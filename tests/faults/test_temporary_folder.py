@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 
 import psutil
-from everstep.elastic.progress import COORDINATOR
 
+from everstep.elastic.contract.progress import COORDINATOR
 from tests.jobs import JOBS, assert_same_run, finish, launch, read_result, reference, slowly, wait_until
 
 STEPS = 14

@@ -7,15 +7,12 @@ that tries the comparison, and says nothing about a GPU.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import time
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -75,23 +72,9 @@ def why_no_gpu() -> str:
 
 
 def make_importable() -> None:
-    """Where everstep is not installed, as on a machine that was lent: a folder of links that has the whole package."""
-    if importlib.util.find_spec("everstep.agents") is not None:
-        return
-    folder = ROOT / "build" / "package"
-    shutil.rmtree(folder, ignore_errors=True)
-    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-dir"]
-    for package in sorted(packages, key=lambda name: name.count(".")):
-        if package.count(".") == 0:
-            (folder / package).mkdir(parents=True)
-            for path in (ROOT / packages[package]).iterdir():
-                (folder / package / path.name).symlink_to(path)
-        elif package.count(".") == 1 and not (folder / package.replace(".", "/")).exists():
-            (folder / package.replace(".", "/")).symlink_to(ROOT / packages[package])
-    sys.path.insert(0, str(folder))
-    for name in [name for name in sys.modules if name.split(".")[0] == "everstep"]:
-        del sys.modules[name]  # the folder of that name in the sources, which has a part only
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH", "")])])
+    """Where everstep is not installed, as on a machine that was lent: from the sources."""
+    sys.path.insert(0, str(ROOT))
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH", "")])])
 
 
 def machine(device: str) -> dict[str, str]:

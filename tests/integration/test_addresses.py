@@ -9,8 +9,8 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from everstep.comms import addresses
 
+from everstep.comms.base import addresses
 from tests.jobs import JOBS, everstep, finish, launch, wait_until
 from tests.jobs.ports import free_port
 

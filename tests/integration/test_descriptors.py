@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from everstep.agents.descriptors import LEAST, LEAST_A_WORKER
 
+from everstep.agents.node.descriptors import LEAST, LEAST_A_WORKER
 from tests.jobs import JOBS, command, finish, launch
 
 SCRIPT = JOBS / "gpt_job.py"

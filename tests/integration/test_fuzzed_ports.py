@@ -21,16 +21,16 @@ from socket import AF_INET, AF_UNIX
 
 import psutil
 import pytest
-from everstep.comms import beats
-from everstep.comms import everstep_pb2 as pb
-from everstep.comms.attach import PROTOCOL
-from everstep.comms.communicator import Aborted, Key, Kind
-from everstep.comms.frames import Hello, token_digest
-from everstep.comms.mesh import MeshCommunicator
-from everstep.comms.rpc import channel_to, stub
-from everstep.comms.security import Security, digest_of
-from everstep.elastic.progress import COORDINATOR
 
+from everstep.comms.base.security import Security, digest_of
+from everstep.comms.control import beats
+from everstep.comms.control import everstep_pb2 as pb
+from everstep.comms.control.attach import PROTOCOL
+from everstep.comms.control.rpc import channel_to, stub
+from everstep.comms.mesh.communicator import Aborted, Key, Kind
+from everstep.comms.mesh.frames import Hello, token_digest
+from everstep.comms.mesh.mesh import MeshCommunicator
+from everstep.elastic.contract.progress import COORDINATOR
 from tests.jobs import JOBS, assert_same_run, finish, launch, read_result, reference, wait_until
 from tests.jobs.ports import free_ports
 from tests.jobs.processes import each, named, saying
@@ -175,7 +175,7 @@ def test_ten_thousand_malformed_inputs_a_port(tmp_path: Path) -> None:
         wait_until(lambda: events.exists() and '"step": 2' in events.read_text(), 60, "it trains")
         root = psutil.Process(launcher.pid)
         family = [root, *root.children(recursive=True)]
-        keepers, coordinators = saying(family, "everstep.checkpointing.service"), named(family, COORDINATOR)
+        keepers, coordinators = saying(family, "everstep.checkpointing.keeper.service"), named(family, COORDINATOR)
         ports: set[tuple[str, Place]] = {
             (process.name(), connection.laddr.port)
             for process, connections in each(family, lambda process: process.net_connections("tcp"))

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from everstep.comms.process import host_id
 
+from everstep.comms.base.process import host_id
 from tests.jobs import assert_same_run, reference, wait_until
 from tests.jobs.hosts import COORDINATOR, HostJob, Hosts, available
 from tests.jobs.networks import NAMESPACES, own_namespaces
@@ -222,7 +222,7 @@ def test_what_a_killed_run_left_is_removed() -> None:
 def test_hosts_are_different_to_the_links() -> None:
     """Abstract unix sockets end at a namespace's border, so its processes must not look for each other's beyond."""
     with Hosts(2, namespaces=True) as hosts:
-        script = "from everstep.comms.process import host_id; print(host_id())"
+        script = "from everstep.comms.base.process import host_id; print(host_id())"
         ids = [line_of(python(hosts, host, script)) for host in (0, 0, 1)]
     assert ids[0] == ids[1] != ids[2]
     assert host_id() not in ids

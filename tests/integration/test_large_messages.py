@@ -15,24 +15,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from everstep.agents.asking import Endpoints
-from everstep.agents.channel import Channel
-from everstep.agents.keeper import start as start_keeper
-from everstep.agents.preloader import Preloader
-from everstep.checkpointing import client as keeper_client
-from everstep.checkpointing.client import KeeperClient, KeeperLink, KeeperRefused
-from everstep.checkpointing.keeper import Keeper
-from everstep.checkpointing.saving import SaveRequest
-from everstep.checkpointing.segment import Segment
-from everstep.checkpointing.service import KeeperServer
-from everstep.comms import beats
-from everstep.comms import everstep_pb2 as pb
-from everstep.comms.attach import Attachment
-from everstep.comms.rpc import Server, Session
-from everstep.comms.security import Security
-from everstep.elastic.progress import create_page
-from everstep.elastic.settings import WorkerContext
 
+from everstep.agents.node.channel import Channel
+from everstep.agents.node.keeper_process import start as start_keeper
+from everstep.agents.node.preloader import Preloader
+from everstep.agents.tools.client import Endpoints
+from everstep.checkpointing.access import client as keeper_client
+from everstep.checkpointing.access.client import KeeperClient, KeeperLink, KeeperRefused
+from everstep.checkpointing.keeper.keeper import Keeper
+from everstep.checkpointing.keeper.service import KeeperServer
+from everstep.checkpointing.memory.segment import Segment
+from everstep.checkpointing.saving.part import SaveRequest
+from everstep.comms.base.security import Security
+from everstep.comms.control import beats
+from everstep.comms.control import everstep_pb2 as pb
+from everstep.comms.control.attach import Attachment
+from everstep.comms.control.rpc import Server, Session
+from everstep.elastic.contract.progress import create_page
+from everstep.elastic.contract.settings import WorkerContext
 from tests.jobs import assert_same_run, finish, launch, run_job, wait_until
 
 MIB = 1 << 20
@@ -127,8 +127,8 @@ def test_heartbeats_are_of_one_size_whatever_is_in_them() -> None:
 
 WORKER = """
 import sys, time
-from everstep.elastic import membership
-from everstep.elastic.errors import JobEnded, UsageError
+from everstep.elastic.contract import membership
+from everstep.elastic.contract.errors import JobEnded, UsageError
 
 worker = membership.AgentMembership(int(sys.argv[1]))
 worker.tell("noted", what="x", fields={"text": "0123456789abcdef" * 2**20})

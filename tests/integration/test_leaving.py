@@ -10,9 +10,9 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+
 from everstep.checkpointing.universal.reader import committed, open_checkpoint
 from everstep.checkpointing.universal.store import open_store
-
 from tests.jobs import JOBS, Ended, assert_same_state, command, everstep, launch, processes_of, wait_until
 from tests.jobs.ports import free_port
 from tests.jobs.processes import saying
@@ -173,7 +173,7 @@ def test_a_save_that_hangs_is_given_up(tmp_path: Path) -> None:
     process = launch(SCRIPT, [json.dumps(arguments)], ["--nproc-per-node=2", *flags, f"--es-events={events}"])
 
     def savers() -> list[psutil.Process]:
-        return saying(processes_of(str(tmp_path)), "everstep.checkpointing.saver")
+        return saying(processes_of(str(tmp_path)), "everstep.checkpointing.saving.saver")
 
     def told(event: str) -> list[dict[str, object]]:
         lines = map(json.loads, events.read_text().splitlines() if events.exists() else ())

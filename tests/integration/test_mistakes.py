@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from everstep.elastic.errors import UsageError
-from everstep.elastic.settings import Settings, resolve
 
+from everstep.elastic.contract.errors import UsageError
+from everstep.elastic.contract.settings import Settings, resolve
 from tests.jobs import JOBS, PROTECTION, Ended, command, everstep
 from tests.jobs.ports import free_port
 
@@ -63,7 +63,7 @@ IN_A_JOB = {
 # One interpreter that imports torch once and forks a child per case: each child is `python bad_job.py CASE`.
 ALONE = """
 import json, os, runpy, sys, traceback
-from everstep.agents.preload import warm_up
+from everstep.agents.node.preload import warm_up
 warm_up([])
 script, results = sys.argv[1], {}
 for case in sys.argv[2:]:

@@ -15,8 +15,8 @@ from typing import Any
 
 import psutil
 import pytest
-from everstep.agents.preload import NAME as PRELOADED
 
+from everstep.agents.node.preload import NAME as PRELOADED
 from tests.jobs import (
     JOBS,
     PROTECTION,
@@ -33,6 +33,8 @@ from tests.jobs import (
 )
 from tests.jobs.ports import free_port
 from tests.jobs.processes import named, saying
+
+KEEPER = "everstep.checkpointing.keeper.service"
 
 
 @dataclass
@@ -215,10 +217,10 @@ def test_the_keeper_is_killed_and_then_a_worker(tmp_path: Path) -> None:
     """It comes back, the workers hand it their segments again, and a replacement finds its shards there."""
 
     def disturb(launcher: subprocess.Popen[str]) -> None:
-        (keeper,) = children(launcher, "everstep.checkpointing.service")
+        (keeper,) = children(launcher, KEEPER)
         keeper.kill()
         wait_until(
-            lambda: [k.pid for k in children(launcher, "everstep.checkpointing.service")] not in ([], [keeper.pid]),
+            lambda: [k.pid for k in children(launcher, KEEPER)] not in ([], [keeper.pid]),
             10,
             "a new keeper",
         )

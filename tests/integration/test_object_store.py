@@ -10,11 +10,21 @@ import numpy as np
 import pytest
 import torch
 import zarr
-from everstep.checkpointing.universal.manifest import Array, CheckpointError, Manifest, chunk_shape
+
+from everstep.checkpointing.universal.manifest import (
+    Array,
+    CheckpointError,
+    Manifest,
+    chunk_shape,
+)
 from everstep.checkpointing.universal.reader import committed, load, open_checkpoint
 from everstep.checkpointing.universal.store import StoreError, open_store
-from everstep.checkpointing.universal.writer import ChunkWriter, folder_name, retain, try_commit
-
+from everstep.checkpointing.universal.writer import (
+    ChunkWriter,
+    folder_name,
+    retain,
+    try_commit,
+)
 from tests.jobs import (
     JOBS,
     assert_same_state,

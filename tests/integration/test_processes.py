@@ -12,8 +12,8 @@ from typing import Any
 
 import psutil
 import pytest
-from everstep.agents.preload import NAME as PRELOADED
 
+from everstep.agents.node.preload import NAME as PRELOADED
 from tests.jobs import JOBS, finish, launch, wait_until
 from tests.jobs.processes import named
 

@@ -8,11 +8,11 @@ import shutil
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from everstep.checkpointing.universal.reader import committed, open_checkpoint
-from everstep.checkpointing.universal.store import open_store
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict
 
+from everstep.checkpointing.universal.reader import committed, open_checkpoint
+from everstep.checkpointing.universal.store import open_store
 from tests.jobs import JOBS, command, everstep, run_job
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from everstep.agents.certs import make
-from everstep.comms.addresses import is_loopback
-from everstep.comms.security import NAME, Security, SecurityError
 
+from everstep.agents.launch.certs import make
+from everstep.comms.base.addresses import is_loopback
+from everstep.comms.base.security import NAME, Security, SecurityError
 from tests.jobs import JOBS, Result, assert_same_run, everstep, finish, launch, read_result, reference, wait_until
 from tests.jobs.ports import free_ports
 from tests.jobs.processes import each

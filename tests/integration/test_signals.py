@@ -15,11 +15,11 @@ from typing import Any
 
 import psutil
 import pytest
+
 from everstep.checkpointing.universal.reader import committed
 from everstep.checkpointing.universal.store import open_store
-from everstep.comms.process import NOTICES, SAME_S, STOPS
-from everstep.elastic.progress import COORDINATOR
-
+from everstep.comms.base.process import NOTICES, SAME_S, STOPS
+from everstep.elastic.contract.progress import COORDINATOR
 from tests.jobs import JOBS, Result, assert_same_state, finish, launch, read_result, wait_until
 from tests.jobs.ports import free_port
 from tests.jobs.processes import named

@@ -14,8 +14,8 @@ from typing import Any
 
 import psutil
 import pytest
-from everstep.comms.process import die_with_parent
 
+from everstep.comms.base.process import die_with_parent
 from tests.jobs import JOBS, finish, wait_until
 
 TORCHRUN = str(Path(sys.executable).with_name("torchrun"))

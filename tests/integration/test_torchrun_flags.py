@@ -11,10 +11,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from everstep.agents.command import LaunchError, configure, parse, parser
-from everstep.agents.environment import virtual_rank
 from torch.distributed.run import get_args_parser
 
+from everstep.agents.launch.command import (
+    LaunchError,
+    configure,
+    parse,
+    parser,
+)
+from everstep.agents.node.environment import virtual_rank
 from tests.jobs import JOBS, finish, launch, wait_until
 from tests.jobs.ports import free_port
 

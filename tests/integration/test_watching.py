@@ -25,11 +25,11 @@ from typing import Any
 
 import psutil
 import pytest
-from everstep.agents.certs import make
-from everstep.comms.process import die_with_parent
-from everstep.elastic.progress import COORDINATOR
-from everstep.elastic.telemetry import Spent
 
+from everstep.agents.launch.certs import make
+from everstep.comms.base.process import die_with_parent
+from everstep.elastic.contract.progress import COORDINATOR
+from everstep.elastic.contract.telemetry import Spent
 from tests.jobs import JOBS, everstep, launch, wait_until
 from tests.jobs.browser import browser, needs_chromium
 from tests.jobs.ports import free_ports

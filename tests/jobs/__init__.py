@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from everstep.comms.process import die_with_parent
+
+from everstep.comms.base.process import die_with_parent
 
 JOBS = Path(__file__).parent
 HANG_S = 120

@@ -19,7 +19,8 @@ from typing import Any
 
 import aiohttp
 import pytest
-from everstep.comms.process import die_with_parent
+
+from everstep.comms.base.process import die_with_parent
 
 CHROMIUM = shutil.which("chromium")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")

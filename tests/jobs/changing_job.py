@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import torch
-from everstep.elastic.order import DataOrder
 from torch import nn
 
 import everstep
+from everstep.elastic.step.order import DataOrder
 
 config = json.loads(sys.argv[1])
 out = Path(config["out"])

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from everstep.agents.preload import NAME as PRELOADED
 
+from everstep.agents.node.preload import NAME as PRELOADED
 from tests.jobs import Result, assert_same_run, reference, slowly
 from tests.jobs.hosts import HostJob, Hosts
 

@@ -8,8 +8,7 @@ import signal
 import sys
 from collections.abc import Mapping
 
-from everstep.agents.store import SqliteStore
-
+from everstep.agents.coordinator.store import SqliteStore
 from everstep.cli import main
 
 _commit = SqliteStore.commit

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from everstep.comms import attach
-
 from everstep.cli import main
+from everstep.comms.control import attach
 
 if __name__ == "__main__":
     attach.OUTBOX_MESSAGES = 20

@@ -28,8 +28,8 @@ from types import TracebackType
 from typing import Any
 
 import pytest
-from everstep.comms.process import die_with_parent
 
+from everstep.comms.base.process import die_with_parent
 from tests.jobs import HANG_S, JOBS, Result, finish, launch, read_result, wait_until
 from tests.jobs.networks import COORDINATOR, Cannot, Loopback, Namespaces, available, has_netem
 

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 
 import boto3
 import pytest
-from everstep.comms.process import die_with_parent
 
+from everstep.comms.base.process import die_with_parent
 from tests.jobs import wait_until
 
 from .ports import free_port

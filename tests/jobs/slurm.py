@@ -14,8 +14,8 @@ from types import TracebackType
 
 import psutil
 import pytest
-from everstep.comms.process import die_with_parent
 
+from everstep.comms.base.process import die_with_parent
 from tests.jobs import wait_until
 
 from .ports import free_ports

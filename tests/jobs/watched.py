@@ -20,10 +20,10 @@ from typing import Any
 
 import psutil
 import pytest
-from everstep.comms.process import die_with_parent
-from everstep.elastic.progress import COORDINATOR
 
 from deploy.prometheus.generate import Speed, rules
+from everstep.comms.base.process import die_with_parent
+from everstep.elastic.contract.progress import COORDINATOR
 from tests.jobs import JOBS, launch, slowly, wait_until
 from tests.jobs.ports import free_ports
 from tests.jobs.processes import disk_full, named

@@ -6,10 +6,19 @@ import random
 
 import pytest
 import torch
-from everstep.comms.canonical import Node, TreeSum, combine, covering, promote, root, sum_scalars
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+
+from everstep.elastic.step.canonical import (
+    Node,
+    TreeSum,
+    combine,
+    covering,
+    promote,
+    root,
+    sum_scalars,
+)
 
 
 def dumb(leaves: list[Tensor], start: int, size: int) -> Tensor:

@@ -11,10 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import pytest
-from everstep.checkpointing import erasure
-from everstep.checkpointing.erasure import Code, ErasureLibraryMissing
 from hypothesis import given
 from hypothesis import strategies as st
+
+from everstep.checkpointing.access import erasure
+from everstep.checkpointing.access.erasure import Code, ErasureLibraryMissing
 
 LENGTHS = [1, 7, 15, 16, 31, 32, 33, 63, 64, 65, 127, 1000, 4097]
 POLYNOMIAL = 0x11D  # x^8 + x^4 + x^3 + x^2 + 1, ISA-L's field
@@ -228,7 +229,7 @@ def test_a_missing_library_says_what_to_install(monkeypatch: pytest.MonkeyPatch)
 
 def test_pyeclib_itself_is_not_imported() -> None:
     program = (
-        "import sys; from everstep.checkpointing.erasure import Code; Code(2, 1); "
+        "import sys; from everstep.checkpointing.access.erasure import Code; Code(2, 1); "
         "assert not [name for name in sys.modules if 'eclib' in name]; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], check=True)

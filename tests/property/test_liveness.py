@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-from everstep.elastic.protocol.liveness import MOST_DOUBLINGS, SHARED, Pace, Patience, Pulse, Sign, judge
 from hypothesis import given
 from hypothesis import strategies as st
+
+from everstep.elastic.protocol.liveness import (
+    MOST_DOUBLINGS,
+    SHARED,
+    Pace,
+    Patience,
+    Pulse,
+    Sign,
+    judge,
+)
 
 SECONDS = st.floats(0.05, 5000.0)
 PATIENCE = st.builds(

@@ -5,16 +5,23 @@ from __future__ import annotations
 import contextlib
 import json
 
-from everstep.agents.messages import agent_event
-from everstep.comms import beats
-from everstep.comms import everstep_pb2 as pb
-from everstep.comms.frames import HEADER_BYTES, HELLO_BYTES, Header, Hello, ProtocolError
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from everstep.agents.coordinator.messages import agent_event
+from everstep.comms.control import beats
+from everstep.comms.control import everstep_pb2 as pb
+from everstep.comms.mesh.frames import (
+    HEADER_BYTES,
+    HELLO_BYTES,
+    Header,
+    Hello,
+    ProtocolError,
+)
 from everstep.elastic.protocol import coordinator
 from everstep.elastic.protocol.codec import Unreadable, state_of
 from everstep.elastic.protocol.events import Record
 from everstep.elastic.protocol.state import Config
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 KEY = beats.key_of("a token")
 JSON = st.recursive(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from everstep.resharding.neighbors import stand_ins
-from everstep.resharding.units import ModelSpec, ParameterSpec
 from hypothesis import given
 from hypothesis import strategies as st
+
+from everstep.resharding.neighbors import stand_ins
+from everstep.resharding.units import ModelSpec, ParameterSpec
 
 
 @st.composite

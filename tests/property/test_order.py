@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from everstep.elastic.order import DataOrder, derive_seed, permuted
 from hypothesis import given
 from hypothesis import strategies as st
+
+from everstep.elastic.step.order import DataOrder, derive_seed, permuted
 
 
 @given(st.integers(1, 400), st.integers(0, 2**62), st.integers(0, 50))

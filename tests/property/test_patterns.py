@@ -7,12 +7,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from everstep.checkpointing.convert.affine import affine
-from everstep.checkpointing.convert.content import Content, ConversionError, Lazy, Scalar
-from everstep.checkpointing.convert.patterns import template
-from everstep.checkpointing.convert.renaming import rename
-from everstep.checkpointing.convert.rulefile import built_in, read_rules
-from everstep.checkpointing.convert.sharding import (
+from hypothesis import given
+from hypothesis import strategies as st
+
+from everstep.checkpointing.convert.core.content import (
+    Content,
+    ConversionError,
+    Lazy,
+    Scalar,
+)
+from everstep.checkpointing.convert.rules.affine import affine
+from everstep.checkpointing.convert.rules.patterns import template
+from everstep.checkpointing.convert.rules.renaming import rename
+from everstep.checkpointing.convert.rules.rulefile import built_in, read_rules
+from everstep.checkpointing.convert.rules.sharding import (
     Average,
     Expert,
     Flat,
@@ -22,8 +30,6 @@ from everstep.checkpointing.convert.sharding import (
     even,
     same_bits,
 )
-from hypothesis import given
-from hypothesis import strategies as st
 
 
 def lazy(array: np.ndarray) -> Lazy:

@@ -10,9 +10,17 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import pytest
-from everstep.resharding.placement import FRESH_TOLERANCE, GROWTH, KEPT_TOLERANCE, Placement, Stripe, place
 from hypothesis import given
 from hypothesis import strategies as st
+
+from everstep.resharding.placement import (
+    FRESH_TOLERANCE,
+    GROWTH,
+    KEPT_TOLERANCE,
+    Placement,
+    Stripe,
+    place,
+)
 
 BRUTE_FORCE = 2000  # so many combinations of lost nodes are tried one by one, of more a sample
 

@@ -6,13 +6,28 @@ import itertools
 from dataclasses import replace
 
 import pytest
-from everstep.elastic.protocol.invariants import check_plan
-from everstep.resharding.layout import Layout, LayoutError, Segment
-from everstep.resharding.plan import Plan, PlanError, Report, Span, plan_join, plan_recovery, plan_start
-from everstep.resharding.planners import change_layout, deal_micro_batches, deal_shards, initial_layout, partition
-from everstep.resharding.units import ModelSpec, ParameterSpec
 from hypothesis import given
 from hypothesis import strategies as st
+
+from everstep.elastic.protocol.invariants import check_plan
+from everstep.resharding.layout import Layout, LayoutError, Segment
+from everstep.resharding.plan import (
+    Plan,
+    PlanError,
+    Report,
+    Span,
+    plan_join,
+    plan_recovery,
+    plan_start,
+)
+from everstep.resharding.planners import (
+    change_layout,
+    deal_micro_batches,
+    deal_shards,
+    initial_layout,
+    partition,
+)
+from everstep.resharding.units import ModelSpec, ParameterSpec
 
 from .worlds import ROW, Loss, histories, losses, models
 

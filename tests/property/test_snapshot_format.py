@@ -8,11 +8,12 @@ import math
 import pytest
 import torch
 import xxhash
-from everstep.checkpointing.record import Record, read_record
-from everstep.checkpointing.segment import Segment, plan_entries
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+
+from everstep.checkpointing.memory.record import Record, read_record
+from everstep.checkpointing.memory.segment import Segment, plan_entries
 
 DTYPES = ("float32", "float64", "float16", "bfloat16", "int8", "uint8", "int16", "int32", "int64", "bool", "complex64")
 NAMES = st.text(min_size=1, max_size=12)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hypothesis import strategies as st
+
 from everstep.resharding.layout import Layout
 from everstep.resharding.plan import Report, Span
 from everstep.resharding.planners import change_layout, initial_layout
 from everstep.resharding.units import ModelSpec, ParameterSpec
-from hypothesis import strategies as st
 
 ROW = 1 << 14  # float32 elements: one row is the smallest shard
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+
 from everstep.elastic.protocol import events as e
 from everstep.elastic.protocol.state import Phase
-
 from tests.sim.script import Script, w
 
 SAVED = (e.Saved(6, "step-6", "a5"), e.Saved(4, "step-4", "a3"))

@@ -6,12 +6,19 @@ import itertools
 import random
 
 import pytest
+
 from everstep.elastic.protocol import coordinator, invariants
 from everstep.elastic.protocol import events as e
 from everstep.elastic.protocol.state import Config, Phase
 from everstep.elastic.sim.cluster import Timing
 from everstep.elastic.sim.faults import PHASES, Fault
-from everstep.elastic.sim.run import SHAPES, Shape, SimulationFailed, model, simulate
+from everstep.elastic.sim.run import (
+    SHAPES,
+    Shape,
+    SimulationFailed,
+    model,
+    simulate,
+)
 from everstep.elastic.sim.values import reference
 from everstep.elastic.sim.worker import SimWorker
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+
 from everstep.elastic.protocol import events as e
 from everstep.elastic.protocol.state import Phase, Status
 from everstep.elastic.sim.faults import Drain, Fault, NodeFault

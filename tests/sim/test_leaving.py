@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+
 from everstep.elastic.protocol import events as e
 from everstep.elastic.protocol.ending import ALONE_S
 from everstep.elastic.protocol.state import Phase, Status

@@ -6,7 +6,8 @@ import itertools
 
 import pytest
 import torch
-from everstep.checkpointing.snapshot import Snapshots
+
+from everstep.checkpointing.access.snapshot import Snapshots
 from everstep.elastic.sim.faults import NODE_PHASES, Fault, NodeFault
 from everstep.elastic.sim.run import SHAPES, Outcome, simulate
 

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 
 import pytest
+
 from everstep.elastic.protocol import events as e
 from everstep.elastic.protocol.codec import changed_rows, state_of
 from everstep.elastic.protocol.state import Config, Phase

@@ -5,7 +5,19 @@ from __future__ import annotations
 import random
 
 import pytest
-from everstep.agents.rendezvous import Action, Answer, Group, Limits, Phase, Place, Said, expire, over, step
+
+from everstep.agents.rendezvous.machine import (
+    Action,
+    Answer,
+    Group,
+    Limits,
+    Phase,
+    Place,
+    Said,
+    expire,
+    over,
+    step,
+)
 
 LIMITS = Limits(min_nodes=2, max_nodes=4, last_call_s=3.0, lost_after_s=5.0)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import socket
 
 import pytest
-from everstep.comms import addresses
-from everstep.comms.addresses import Address, BadAddress, parse
+
+from everstep.comms.base import addresses
+from everstep.comms.base.addresses import Address, BadAddress, parse
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from everstep.elastic.adjustments import Adjustments
-from everstep.elastic.hyperparameters import pack, settings_of, unpack
-from everstep.elastic.stack import LayerStack
-from everstep.elastic.zero import ShardedOptimizer
 from torch import nn
 
 from everstep import UsageError
+from everstep.elastic.holding.adjustments import Adjustments
+from everstep.elastic.holding.hyperparameters import pack, settings_of, unpack
+from everstep.elastic.holding.stack import LayerStack
+from everstep.elastic.holding.zero import ShardedOptimizer
 
 
 class Rank:

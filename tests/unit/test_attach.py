@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from everstep.comms import attach
-from everstep.comms import everstep_pb2 as pb
-from everstep.comms.attach import Attachment
-from everstep.comms.security import Security
+
+from everstep.comms.base.security import Security
+from everstep.comms.control import attach
+from everstep.comms.control import everstep_pb2 as pb
+from everstep.comms.control.attach import Attachment
 
 
 def test_what_is_kept_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:

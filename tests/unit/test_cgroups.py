@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from everstep.agents.cgroups import OutOfMemory, groups, left
+from everstep.agents.node.cgroups import OutOfMemory, groups, left
 
 MIB = 1 << 20
 

@@ -8,8 +8,9 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from everstep.agents import channel as module
-from everstep.agents.channel import Channel
+
+from everstep.agents.node import channel as module
+from everstep.agents.node.channel import Channel
 
 MIB = 1 << 20
 LARGE = b"x" * (16 * MIB)

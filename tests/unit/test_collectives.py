@@ -6,7 +6,14 @@ import sys
 from types import FrameType, ModuleType
 
 import pytest
-from everstep.elastic.collectives import SAID_S, STUCK_S, Watch, _call, raised_there
+
+from everstep.elastic.contract.collectives import (
+    SAID_S,
+    STUCK_S,
+    Watch,
+    _call,
+    raised_there,
+)
 
 WRAPPED = """
 import sys

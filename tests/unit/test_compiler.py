@@ -7,7 +7,7 @@ import sys
 
 TRAIN = """
 import sys, torch
-from everstep.agents.compiler import defer_compiler
+from everstep.agents.node.compiler import defer_compiler
 defer_compiler()
 stand_in = torch._dynamo
 
@@ -93,7 +93,7 @@ def test_the_compiler_comes_when_it_is_needed() -> None:
 def test_a_compiler_that_is_there_stays() -> None:
     script = (
         "import sys, torch; sys.modules['torch._dynamo'] = there = object();"
-        "from everstep.agents.compiler import defer_compiler; defer_compiler();"
+        "from everstep.agents.node.compiler import defer_compiler; defer_compiler();"
         "assert sys.modules['torch._dynamo'] is there"
     )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)

@@ -7,8 +7,8 @@ import socket
 import threading
 
 import pytest
-from everstep.agents.coordinator import NoSuchAddress, PortTaken, _reserve
 
+from everstep.agents.coordinator.server import NoSuchAddress, PortTaken, _reserve
 from tests.jobs.ports import free_port
 
 ROUNDS = 300

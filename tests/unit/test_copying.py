@@ -8,7 +8,13 @@ import random
 import pytest
 import torch
 import xxhash
-from everstep.checkpointing.copying import CHUNK_BYTES, CheckedCopy, copy_with_checksum, tensor_bytes
+
+from everstep.checkpointing.memory.copying import (
+    CHUNK_BYTES,
+    CheckedCopy,
+    copy_with_checksum,
+    tensor_bytes,
+)
 
 
 @pytest.mark.parametrize("length", [0, 1, 63, 4097, CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES + 1, 3 * CHUNK_BYTES + 5])

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from everstep.elastic.devices import own_device, seed_torch, to_device
-from everstep.elastic.errors import UsageError
-from everstep.elastic.settings import WorkerContext
+
+from everstep.elastic.contract.errors import UsageError
+from everstep.elastic.contract.settings import WorkerContext
+from everstep.elastic.step.devices import own_device, seed_torch, to_device
 
 META = torch.device("meta")
 Pair = namedtuple("Pair", "left right")

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from everstep.agents.command import parser
-from everstep.elastic.decorator import elastic
-from everstep.elastic.settings import Settings
+
+from everstep.agents.launch.command import parser
+from everstep.elastic.api.decorator import elastic
+from everstep.elastic.contract.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"

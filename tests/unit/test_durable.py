@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from everstep.agents.durable import Durable
-from everstep.agents.store import SqliteStore
-from everstep.comms import everstep_pb2 as pb
+from everstep.agents.coordinator.durable import Durable
+from everstep.agents.coordinator.store import SqliteStore
+from everstep.comms.control import everstep_pb2 as pb
 from everstep.elastic.protocol import coordinator
 from everstep.elastic.protocol.events import NodeJoined
 from everstep.elastic.protocol.state import Config

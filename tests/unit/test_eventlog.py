@@ -8,13 +8,20 @@ import sys
 from pathlib import Path
 
 import pytest
-from everstep.agents.eventlog import WAITING_LINES, EventLog, Listeners, harmless, newest_number
+
+from everstep.agents.coordinator.eventlog import (
+    WAITING_LINES,
+    EventLog,
+    Listeners,
+    harmless,
+    newest_number,
+)
 
 # Run with a file's name: no file may be larger than 1000 bytes, for a while.
 FULL = """
 import resource, sys
 from pathlib import Path
-from everstep.agents.eventlog import EventLog, Listeners
+from everstep.agents.coordinator.eventlog import EventLog, Listeners
 path = Path(sys.argv[1])
 heard = []
 log = EventLog(path, Listeners(record=[heard.append]))

@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import zarr
+
 from everstep.checkpointing.universal.manifest import NAME, CheckpointError, checksum
 from everstep.checkpointing.universal.reader import open_checkpoint
 

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from everstep.elastic.errors import UsageError
-from everstep.elastic.forwards import EDGE_BYTES, Forwards
-from everstep.elastic.stack import LayerStack
 from torch import Tensor, nn
+
+from everstep.elastic.contract.errors import UsageError
+from everstep.elastic.holding.stack import LayerStack
+from everstep.elastic.step.forwards import EDGE_BYTES, Forwards
 
 
 class Keeping(nn.Module):

@@ -7,8 +7,9 @@ import weakref
 from collections.abc import Iterator
 
 import pytest
-from everstep.agents import garbage
-from everstep.agents.garbage import LongLived
+
+from everstep.agents.coordinator import gc_tuning as garbage
+from everstep.agents.coordinator.gc_tuning import LongLived
 
 
 class Knot:

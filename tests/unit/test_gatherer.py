@@ -9,14 +9,15 @@ import types
 
 import psutil
 import pytest
-from everstep.agents import gatherer as module
-from everstep.agents.gatherer import Gatherer
-from everstep.agents.host import HostReader
-from everstep.agents.metrics import ACTIVITIES
-from everstep.comms import telemetry_pb2 as pb
-from everstep.elastic.progress import create_page
+
+from everstep.agents.monitoring.metrics import ACTIVITIES
+from everstep.agents.node import gatherer as module
+from everstep.agents.node.gatherer import Gatherer
+from everstep.agents.node.host import HostReader
+from everstep.comms.control import telemetry_pb2 as pb
+from everstep.elastic.contract.progress import create_page
+from everstep.elastic.contract.telemetry import SHARED_BYTES, Spent, Telemetry
 from everstep.elastic.protocol.events import WorkerId
-from everstep.elastic.telemetry import SHARED_BYTES, Spent, Telemetry
 
 
 class Node:

@@ -9,10 +9,11 @@ import time
 
 import numpy as np
 import pytest
-from everstep.agents import checkup
-from everstep.agents.health import judge, odd
-from everstep.agents.policy import Policy, policy
-from everstep.elastic.progress import Fault
+
+from everstep.agents.analysis.health import judge, odd
+from everstep.agents.launch.quarantine_flag import Policy, policy
+from everstep.agents.node import checkup
+from everstep.elastic.contract.progress import Fault
 from everstep.elastic.protocol.state import Config
 
 WELL = {
@@ -145,7 +146,8 @@ def test_what_is_no_policy(text: str) -> None:
 def test_the_products_for_gpus_are_exact_in_both_types() -> None:
     """On the processor here; and where there is no device there is nothing to say."""
     import torch
-    from everstep.agents.gpu_checkup import check
+
+    from everstep.agents.node.gpu_checkup import check
 
     figures = check([torch.device("cpu")], 128)
     assert (figures["gpu_wrong"], figures["gpu_runs"]) == (0, 16)

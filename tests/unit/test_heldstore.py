@@ -8,13 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from everstep.agents.heldstore import HeldStore
-from everstep.agents.store import SqliteStore
+
+from everstep.agents.coordinator.held_store import HeldStore
+from everstep.agents.coordinator.store import SqliteStore
 
 WRITES = """
 import os, signal, sys
 from pathlib import Path
-from everstep.agents.store import SqliteStore
+from everstep.agents.coordinator.store import SqliteStore
 store = SqliteStore(Path(sys.argv[1]), "job")
 store.commit({"kept": b"before"}, sync=True)
 print("serves", flush=True)

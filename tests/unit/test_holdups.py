@@ -5,11 +5,19 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from everstep.agents.holdups import OLD_S, Holdups
-from everstep.comms import telemetry_pb2 as pb
+from everstep.agents.monitoring.holdups import OLD_S, Holdups
+from everstep.comms.control import telemetry_pb2 as pb
 from everstep.elastic.protocol.coordinator import initial_state, step
 from everstep.elastic.protocol.events import Record, WaitNoticed, WorkerId
-from everstep.elastic.protocol.state import Config, Node, Phase, Recovery, State, Status, Worker
+from everstep.elastic.protocol.state import (
+    Config,
+    Node,
+    Phase,
+    Recovery,
+    State,
+    Status,
+    Worker,
+)
 from everstep.elastic.protocol.waiting import FIRST_S, Spoken
 
 

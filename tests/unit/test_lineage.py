@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from everstep.checkpointing.universal.lineage import Lineage, begun_s, lineage_of, strangers
+from everstep.checkpointing.universal.lineage import (
+    Lineage,
+    begun_s,
+    lineage_of,
+    strangers,
+)
 from everstep.checkpointing.universal.manifest import Manifest
 from everstep.checkpointing.universal.reader import committed
 from everstep.checkpointing.universal.store import Store, open_store

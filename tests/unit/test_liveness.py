@@ -6,7 +6,13 @@ import re
 from pathlib import Path
 
 import pytest
-from everstep.elastic.progress import Phase, Progress, create_page, read_page
+
+from everstep.elastic.contract.progress import (
+    Phase,
+    Progress,
+    create_page,
+    read_page,
+)
 from everstep.elastic.protocol.liveness import (
     FLOOR_S,
     MOST_DOUBLINGS,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 
 import pytest
-from everstep.agents.local_ranks import LocalRanks
+
+from everstep.agents.node.local_ranks import LocalRanks
 
 
 def test_a_whole_node_in_the_order_of_ranks() -> None:

@@ -14,15 +14,20 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from everstep.agents.metrics import JobMetrics, NodeMetrics
-from everstep.agents.pages import AddressTaken, Negotiated, Page, PageServer
-from everstep.comms.security import Security
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as open_metrics
 from prometheus_client.parser import text_string_to_metric_families as text_format
 
 from deploy.grafana import generate as grafana
 from deploy.grafana import model
 from deploy.prometheus import generate as prometheus
+from everstep.agents.monitoring.metrics import JobMetrics, NodeMetrics
+from everstep.agents.monitoring.pages import (
+    AddressTaken,
+    Negotiated,
+    Page,
+    PageServer,
+)
+from everstep.comms.base.security import Security
 
 ROOT = Path(__file__).parents[2]
 LABELS = {
@@ -117,7 +122,7 @@ def test_every_alert_has_a_place_in_the_runbook() -> None:
 
 
 def test_counters_go_on_when_a_worker_is_replaced() -> None:
-    from everstep.agents.step_times import Totals
+    from everstep.agents.analysis.step_times import Totals
 
     metrics = NodeMetrics("job", "node")
     first, second = Totals(), Totals()
@@ -200,7 +205,7 @@ def test_an_address_that_cannot_be_served_is_an_error(address: str) -> None:
         PageServer(address, {}, Security())
 
 
-@pytest.mark.parametrize("module", ["agents.observer", "agents.metrics", "agents.gatherer"])
+@pytest.mark.parametrize("module", ["agents.monitoring.observer", "agents.monitoring.metrics", "agents.node.gatherer"])
 def test_what_observes_never_imports_torch(module: str) -> None:
     check = f"import sys, everstep.{module}; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", check], check=True, timeout=60)

@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from everstep.elastic.errors import UsageError
-from everstep.elastic.pipeline import _check_loss
-from everstep.elastic.stack import LayerStack, plain_name
-from everstep.elastic.steps import StepState
 from torch import nn
+
+from everstep.elastic.contract.errors import UsageError
+from everstep.elastic.holding.stack import LayerStack, plain_name
+from everstep.elastic.step.pipeline import _check_loss
+from everstep.elastic.step.steps import StepState
 
 
 def with_parameter(tensor: torch.Tensor) -> nn.Module:

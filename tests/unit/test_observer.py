@@ -8,15 +8,23 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from everstep.agents import series as series_module
-from everstep.agents.observer import RANK_STEPS, Observer
-from everstep.agents.screen import concerns
-from everstep.agents.series import Series, reason_of
-from everstep.agents.suspects import AGAIN_S
-from everstep.comms import telemetry_pb2 as pb
+
+from everstep.agents.analysis import series as series_module
+from everstep.agents.analysis.series import Series, reason_of
+from everstep.agents.analysis.suspects import AGAIN_S
+from everstep.agents.monitoring.observer import RANK_STEPS, Observer
+from everstep.agents.monitoring.screen import concerns
+from everstep.comms.control import telemetry_pb2 as pb
 from everstep.elastic.protocol import coordinator
 from everstep.elastic.protocol import events as e
-from everstep.elastic.protocol.state import Config, Phase, Quarantine, State, Trouble, Worker
+from everstep.elastic.protocol.state import (
+    Config,
+    Phase,
+    Quarantine,
+    State,
+    Trouble,
+    Worker,
+)
 from everstep.resharding.layout import Layout, Stage
 from everstep.resharding.units import ModelSpec, ParameterSpec
 

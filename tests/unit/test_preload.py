@@ -11,10 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from everstep.agents.command import LaunchError, _unseen_devices, configure, parse
-from everstep.agents.environment import variables
-from everstep.agents.forkable import in_a_fork
-from everstep.agents.preloader import Preloader
+
+from everstep.agents.launch.command import (
+    LaunchError,
+    _unseen_devices,
+    configure,
+    parse,
+)
+from everstep.agents.node.environment import variables
+from everstep.agents.node.forkable import in_a_fork
+from everstep.agents.node.preloader import Preloader
 
 # A device that torch takes for the machine's accelerator: autograd starts a thread for it, as it does for a GPU.
 ACCELERATOR = """
@@ -88,13 +94,13 @@ def answer(modules: list[str], environment: dict[str, str]) -> dict[str, object]
 
 
 def test_no_device_is_asked_for() -> None:
-    warm_up = "from everstep.agents.preload import warm_up\nwarm_up([])\nprint(asked)"
+    warm_up = "from everstep.agents.node.preload import warm_up\nwarm_up([])\nprint(asked)"
     assert outcome(ASKED, warm_up) == "[]"
     assert "torch.accelerator.current_accelerator" in outcome(ASKED, TRAIN, "train()\nprint(asked)"), "nobody records"
 
 
 def test_forks_train_where_there_is_an_accelerator() -> None:
-    warm_up = "from everstep.agents.preload import warm_up\nwarm_up([])\nfork(train)"
+    warm_up = "from everstep.agents.node.preload import warm_up\nwarm_up([])\nfork(train)"
     assert outcome(ACCELERATOR, TRAIN, FORK, warm_up) == "0"
     refused = outcome(ACCELERATOR, TRAIN, FORK, "train()\nfork(train)")
     assert "Unable to handle autograd's threading" in refused, "the stand-in is no stand-in"
@@ -105,7 +111,7 @@ def test_an_import_that_computes_leaves_forks_that_compute(tmp_path: Path) -> No
     (tmp_path / "parallel.py").write_text(PARALLEL)
     work = "def work():\n    torch.set_num_threads(2)\n    torch.ones(1 << 22).sum()"
     two = "import torch\ntorch.set_num_threads(2)"
-    warm_up = "from everstep.agents.preload import warm_up\nwarm_up(['parallel'])"
+    warm_up = "from everstep.agents.node.preload import warm_up\nwarm_up(['parallel'])"
     assert outcome(two, work, FORK, warm_up, "fork(work)", path=tmp_path) == "0"
 
 

@@ -6,8 +6,8 @@ import json
 from types import SimpleNamespace
 from typing import Any
 
-from everstep.elastic.engine import Step
-from everstep.elastic.recovery import Recovery
+from everstep.elastic.engine.engine import Step
+from everstep.elastic.engine.recovery import Recovery
 
 
 def test_what_a_guide_told_ends_with_its_plan() -> None:

@@ -5,10 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from everstep.checkpointing.convert.content import ConversionError
-from everstep.checkpointing.convert.patterns import Table
-from everstep.checkpointing.convert.rulefile import built_in, read_rules
-from everstep.checkpointing.convert.sharding import Expert, Flat, Fused, Replicated, Vocabulary, along
+
+from everstep.checkpointing.convert.core.content import ConversionError
+from everstep.checkpointing.convert.rules.patterns import Table
+from everstep.checkpointing.convert.rules.rulefile import built_in, read_rules
+from everstep.checkpointing.convert.rules.sharding import (
+    Expert,
+    Flat,
+    Fused,
+    Replicated,
+    Vocabulary,
+    along,
+)
 
 GOOD = """
 [[shard]]

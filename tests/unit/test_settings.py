@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 
 import pytest
-from everstep.elastic.settings import Settings, WorkerContext, resolve
 
 from everstep import UsageError
+from everstep.elastic.contract.settings import Settings, WorkerContext, resolve
 
 DECLARED = Settings(steps=10, global_batch_size=8, micro_batch_size=2)
 

@@ -6,11 +6,17 @@ import random
 from collections.abc import Callable, Sequence
 
 import pytest
-from everstep.agents.slow_links import LIMITS as LINK_LIMITS
-from everstep.agents.slow_links import LINKS_KEPT, WINDOWS, SlowLinks
-from everstep.agents.stragglers import LIMITS, WARM_UP_STEPS, WINDOW_STEPS, Stragglers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from everstep.agents.analysis.slow_links import LIMITS as LINK_LIMITS
+from everstep.agents.analysis.slow_links import LINKS_KEPT, WINDOWS, SlowLinks
+from everstep.agents.analysis.stragglers import (
+    LIMITS,
+    WARM_UP_STEPS,
+    WINDOW_STEPS,
+    Stragglers,
+)
 
 SLOW_WITHIN = WINDOW_STEPS // 2 + LIMITS.patience + 2  # steps until what is slow is called so, and back
 

@@ -7,8 +7,9 @@ import math
 from typing import Any
 
 import pytest
-from everstep.agents.eventlog import EventLog, Listeners
-from everstep.agents.strictjson import dumps
+
+from everstep.agents.base.strict_json import dumps
+from everstep.agents.coordinator.eventlog import EventLog, Listeners
 
 
 def strictly(text: str) -> Any:
@@ -44,7 +45,10 @@ def test_nothing_writes_json_for_others_without_it() -> None:
     """Files and answers that other programs read are written by one encoder."""
     import inspect
 
-    from everstep.agents import coordinator, eventlog, perfetto, status, story, views
+    from everstep.agents.coordinator import eventlog
+    from everstep.agents.coordinator import server as coordinator
+    from everstep.agents.monitoring import story, views
+    from everstep.agents.tools import perfetto, status
 
     for module in (coordinator, eventlog, perfetto, status, story, views):
         assert "json.dumps(" not in inspect.getsource(module), module.__name__

@@ -14,14 +14,49 @@ import pytest
 import everstep
 
 ROOT = Path(__file__).parents[2]
-ROOMS = {  # in the order of docs/design.md: each with the rooms it may import
+_CONVERT = "checkpointing.convert"
+_CORE = {f"{_CONVERT}.core", "checkpointing.universal"}
+_FORMATS = {*_CORE, f"{_CONVERT}.files", f"{_CONVERT}.rules", f"{_CONVERT}.formats.dcp"}
+_WORKER = {"resharding", "elastic.protocol", "comms.base", "comms.mesh", "elastic.contract"}
+_MEMORY = {"checkpointing.access", "checkpointing.memory", "checkpointing.universal"}
+_AGENT = {"elastic.protocol", "elastic.contract", "comms.base", "comms.control", "agents.base"}
+ROOMS = {  # from the bottom up: each with the rooms it may import
     "resharding": set(),
     "elastic.protocol": {"resharding"},
     "elastic.sim": {"resharding", "elastic.protocol"},
-    "comms": {"resharding", "elastic.protocol"},
-    "checkpointing": {"resharding", "comms"},
-    "elastic": {"resharding", "elastic.protocol", "elastic.sim", "comms", "checkpointing"},
-    "agents": {"resharding", "elastic.protocol", "elastic.sim", "comms", "checkpointing", "elastic"},
+    "comms.base": set(),
+    "comms.mesh": {"comms.base"},
+    "comms.control": {"comms.base"},
+    "checkpointing.universal": set(),
+    "checkpointing.memory": {"checkpointing.universal"},
+    "checkpointing.access": {"resharding", "comms.base", "checkpointing.memory"},
+    "checkpointing.saving": {*_MEMORY, "comms.base"},
+    "checkpointing.keeper": {*_MEMORY, "resharding", "comms.base", "checkpointing.saving"},
+    _CONVERT: set(),
+    f"{_CONVERT}.core": {"checkpointing.universal"},
+    f"{_CONVERT}.files": _CORE,
+    f"{_CONVERT}.rules": _CORE,
+    f"{_CONVERT}.formats": _CORE,
+    f"{_CONVERT}.formats.dcp": {*_CORE, f"{_CONVERT}.files"},
+    f"{_CONVERT}.formats.deepspeed": _FORMATS,
+    f"{_CONVERT}.formats.megatron": _FORMATS,
+    f"{_CONVERT}.formats.huggingface": _FORMATS,
+    f"{_CONVERT}.drive": {*_CORE, f"{_CONVERT}.rules", f"{_CONVERT}.formats"},
+    "elastic.contract": _WORKER - {"elastic.contract"},
+    "elastic.holding": {*_WORKER, "checkpointing.memory"},
+    "elastic.step": {*_WORKER, "elastic.holding"},
+    "elastic.guard": {*_WORKER, *_MEMORY, "checkpointing.saving", "elastic.holding", "elastic.step"},
+    "elastic.engine": {*_WORKER, *_MEMORY, "elastic.holding", "elastic.step", "elastic.guard"},
+    "elastic.api": {*_WORKER, *_MEMORY, "elastic.holding", "elastic.step", "elastic.engine"},
+    "elastic": {"elastic.api"},
+    "agents.base": {"elastic.protocol"},
+    "agents.analysis": {"elastic.protocol", "elastic.contract", "comms.control"},
+    "agents.monitoring": {*_AGENT, "agents.analysis"},
+    "agents.rendezvous": _AGENT,
+    "agents.node": {*_AGENT, "agents.analysis", "agents.monitoring", "checkpointing.access"},
+    "agents.coordinator": {*_AGENT, "resharding", "agents.monitoring", "agents.rendezvous"},
+    "agents.launch": {*_AGENT, "agents.monitoring", "agents.node", "agents.coordinator"},
+    "agents.tools": {*_AGENT, "agents.analysis", "agents.monitoring"},
 }
 
 
@@ -34,7 +69,8 @@ def room_of(module: str) -> str:
 def sources(room: str) -> Iterator[Path]:
     folder = ROOT / room.replace(".", "/")
     for path in sorted(folder.rglob("*.py")):
-        if room_of(".".join(path.relative_to(ROOT).with_suffix("").parts)) == room:
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        if room_of(".".join(parts[:-1] if parts[-1] == "__init__" else parts)) == room:
             yield path
 
 
@@ -63,7 +99,7 @@ def test_rooms_import_only_what_they_may(room: str) -> None:
                 assert other == room or other in ROOMS[room], f"{path.relative_to(ROOT)} imports {module}"
 
 
-@pytest.mark.parametrize("room", ["resharding", "elastic.protocol", "elastic.sim"])
+@pytest.mark.parametrize("room", ["resharding", "elastic.protocol", "elastic.sim", "agents.analysis"])
 def test_pure_rooms_use_no_torch_clock_or_network(room: str) -> None:
     for path in sources(room):
         found = {module.split(".")[0] for module in imported(path)}
@@ -73,7 +109,7 @@ def test_pure_rooms_use_no_torch_clock_or_network(room: str) -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["checkpointing.keeper", "resharding.plan", "elastic.protocol.coordinator", "elastic.sim.run", "cli"],
+    ["checkpointing.keeper.keeper", "resharding.plan", "elastic.protocol.coordinator", "elastic.sim.run", "cli"],
 )
 def test_modules_that_never_import_torch(module: str) -> None:
     check = f"import sys, everstep.{module}; sys.exit('torch' in sys.modules)"
@@ -96,10 +132,14 @@ def test_the_package_is_typed() -> None:
 def test_generated_code_is_what_the_proto_generates(tmp_path) -> None:
     pytest.importorskip("grpc_tools")
     environment = {**os.environ, "PYTHON": sys.executable}
-    subprocess.run(["sh", str(ROOT / "comms" / "generate.sh"), str(tmp_path)], check=True, env=environment, timeout=60)
+    subprocess.run(
+        ["sh", str(ROOT / "comms" / "control" / "generate.sh"), str(tmp_path)], check=True, env=environment, timeout=60
+    )
     generated = sorted(tmp_path.iterdir())
     names = ["everstep_pb2.py", "everstep_pb2.pyi", "everstep_pb2_grpc.py", "telemetry_pb2.py", "telemetry_pb2.pyi"]
     names += ["rendezvous_pb2.py", "rendezvous_pb2.pyi", "rendezvous_pb2_grpc.py"]
     assert [path.name for path in generated] == sorted(names)
     for path in generated:
-        assert path.read_text() == (ROOT / "comms" / path.name).read_text(), f"run comms/generate.sh: {path.name}"
+        assert path.read_text() == (ROOT / "comms" / "control" / path.name).read_text(), (
+            f"run comms/control/generate.sh: {path.name}"
+        )

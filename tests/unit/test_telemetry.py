@@ -12,13 +12,21 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from everstep.agents.step_times import StepSums
-from everstep.elastic.progress import create_page
-from everstep.elastic.telemetry import RING_RECORDS, SHARED_BYTES, Spent, Telemetry, TelemetryReader, spans
+
+from everstep.agents.analysis.step_times import StepSums
+from everstep.elastic.contract.progress import create_page
+from everstep.elastic.contract.telemetry import (
+    RING_RECORDS,
+    SHARED_BYTES,
+    Spent,
+    Telemetry,
+    TelemetryReader,
+    spans,
+)
 
 WRITER = """
 import mmap, sys
-from everstep.elastic.telemetry import SHARED_BYTES, Spent, Telemetry
+from everstep.elastic.contract.telemetry import SHARED_BYTES, Spent, Telemetry
 telemetry = Telemetry(mmap.mmap(int(sys.argv[1]), SHARED_BYTES))
 for n in range(1, int(sys.argv[2]) + 1):
     telemetry.step = telemetry.generation = n

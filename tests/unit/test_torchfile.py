@@ -14,8 +14,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from everstep.checkpointing.convert.content import ConversionError
-from everstep.checkpointing.convert.torchfile import Dtype, FileTensor, Record, load, load_pickle, load_span
+
+from everstep.checkpointing.convert.core.content import ConversionError
+from everstep.checkpointing.convert.files.torchfile import (
+    Dtype,
+    FileTensor,
+    Record,
+    load,
+    load_pickle,
+    load_span,
+)
 from everstep.checkpointing.universal.dtypes import NAMES, numpy_dtype
 
 
@@ -261,5 +269,5 @@ def test_a_pickle_cannot_point_a_tensor_elsewhere(tmp_path: Path) -> None:
 
 
 def test_no_torch_is_imported() -> None:
-    code = "import sys, everstep.checkpointing.convert.torchfile; sys.exit('torch' in sys.modules)"
+    code = "import sys, everstep.checkpointing.convert.files.torchfile; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from everstep.checkpointing.convert.content import ConversionError, Lazy
-from everstep.checkpointing.convert.torchfile import Dtype, load
-from everstep.checkpointing.convert.torchwriting import Size, save
+
+from everstep.checkpointing.convert.core.content import ConversionError, Lazy
+from everstep.checkpointing.convert.files.torchfile import Dtype, load
+from everstep.checkpointing.convert.files.torchwriting import Size, save
 from everstep.checkpointing.universal.dtypes import NAMES, numpy_dtype
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 
-from everstep.agents.story import _WORDS, Grade
-from everstep.elastic.notices import Notice
-
+from everstep.agents.monitoring.story import _WORDS, Grade
+from everstep.elastic.contract.notices import Notice
 from tests.messages import ROOT, messages
 
 PAGE = ROOT / "docs" / "troubleshooting.md"

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
+
 from everstep.checkpointing.universal.dtypes import NAMES, dtype_name, numpy_dtype
 from everstep.checkpointing.universal.manifest import (
     NAME,

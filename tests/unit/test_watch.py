@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from everstep.elastic.stack import LayerStack
-from everstep.elastic.watch import EDGE_BYTES, Change, Watch, describe, differing_bits
 from torch import nn
+
+from everstep.elastic.holding.stack import LayerStack
+from everstep.elastic.holding.watch import (
+    EDGE_BYTES,
+    Change,
+    Watch,
+    describe,
+    differing_bits,
+)
 
 BIG = EDGE_BYTES  # elements: its middle is not compared before a step
 

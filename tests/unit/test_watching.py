@@ -14,30 +14,60 @@ from typing import Any
 
 import numpy as np
 import pytest
-from everstep.agents import story as story_module
-from everstep.agents.asked import SpanCollector
-from everstep.agents.asking import Endpoints, NoAnswer
-from everstep.agents.dials import dials, sparkline
-from everstep.agents.observer import Observer
-from everstep.agents.perfetto import BEHIND, LANES, Trace, lanes
-from everstep.agents.screen import concerns, screen
-from everstep.agents.story import Grade, Narrator, ranks_text, seconds, set_up_log, size_text, tell, text_line
-from everstep.agents.tracing import PIECE_RECORDS, EndedSpans, pieces
-from everstep.agents.verdicts import Finding
-from everstep.agents.views import to_json
-from everstep.agents.web import HEAT_CELLS, HEAT_ROWS, NODES, Shown, digest, front_page, heat
-from everstep.comms import everstep_pb2 as pb
-from everstep.comms import telemetry_pb2 as tpb
-from everstep.comms.rpc import Busy, Server
-from everstep.comms.security import Security
+from rich.console import Console
+
+from everstep.agents.analysis.verdicts import Finding
+from everstep.agents.coordinator.span_collector import SpanCollector
+from everstep.agents.monitoring import story as story_module
+from everstep.agents.monitoring.observer import Observer
+from everstep.agents.monitoring.screen import concerns, screen
+from everstep.agents.monitoring.story import (
+    Grade,
+    Narrator,
+    ranks_text,
+    seconds,
+    set_up_log,
+    size_text,
+    tell,
+    text_line,
+)
+from everstep.agents.monitoring.views import to_json
+from everstep.agents.monitoring.web import (
+    HEAT_CELLS,
+    HEAT_ROWS,
+    NODES,
+    Shown,
+    digest,
+    front_page,
+    heat,
+)
+from everstep.agents.node.tracing import PIECE_RECORDS, EndedSpans, pieces
+from everstep.agents.tools.client import Endpoints, NoAnswer
+from everstep.agents.tools.live_view import dials, sparkline
+from everstep.agents.tools.perfetto import (
+    BEHIND,
+    LANES,
+    Trace,
+    lanes,
+)
+from everstep.comms.base.security import Security
+from everstep.comms.control import everstep_pb2 as pb
+from everstep.comms.control import telemetry_pb2 as tpb
+from everstep.comms.control.rpc import Busy, Server
+from everstep.elastic.contract.telemetry import RECORD_LAYOUT, Span, Spent
 from everstep.elastic.protocol import coordinator
 from everstep.elastic.protocol import events as e
 from everstep.elastic.protocol.events import WorkerId
-from everstep.elastic.protocol.state import Config, Leaving, Node, Phase, Status, Worker
-from everstep.elastic.telemetry import RECORD_LAYOUT, Span, Spent
+from everstep.elastic.protocol.state import (
+    Config,
+    Leaving,
+    Node,
+    Phase,
+    Status,
+    Worker,
+)
 from everstep.resharding.layout import Layout, Stage
 from everstep.resharding.units import ModelSpec, ParameterSpec
-from rich.console import Console
 
 
 class Job:

@@ -1,0 +1,100 @@
+"""The search for slow ranks and links in a running job: fed with telemetry, it says once what it finds, and what ends.
+
+What it says are events for the coordinator's machine, which logs and counts them (`elastic/protocol/troubles.py`).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+from everstep.comms.control import telemetry_pb2 as pb
+from everstep.elastic.protocol.events import StragglerFound, StragglerGone
+from everstep.elastic.protocol.state import State
+
+from .slow_links import SlowLinks
+from .stragglers import LIMITS, Stragglers
+from .verdicts import Finding
+
+AGAIN_S = 300.0  # what goes on for so long is said again, and counts again
+NEWS_KEPT = 256
+
+Key = tuple[object, ...]
+
+
+class Suspects:
+    """Not thread-safe: the observer's lock guards it. Bounded by the world size and LINKS_KEPT."""
+
+    def __init__(self) -> None:
+        self.stragglers = Stragglers()
+        self.links = SlowLinks()
+        self._told: dict[Key, tuple[Finding, float]] = {}  # and when it was said last
+        self._news: deque[StragglerFound | StragglerGone] = deque(maxlen=NEWS_KEPT)
+
+    def take(self, telemetry: pb.Telemetry, elapsed_s: float, now_s: float) -> None:
+        """What a node's agent tells; `elapsed_s`: by its clock since the last time, 0 if there was none."""
+        for step in telemetry.steps:
+            self.stragglers.add(
+                step.rank, step.compute_s, step.micro_batches, wait_s=step.wait_s, generation=step.generation
+            )
+        for link in telemetry.links:
+            self.links.add(link.rank, link.peer, link.received_bytes, link.receive_s, elapsed_s, now_s)
+
+    def compare(self, state: State, now_s: float) -> None:
+        """Look at all together, and note what is new."""
+        layout = state.layout
+        if layout is None:
+            return
+        places = [((stage.start, stage.stop), stage.ranks) for stage in layout.stages]
+        self.stragglers.compare(places, now_s)
+        ratios = self.stragglers.ratios
+        disturbed = self.stragglers.slow | {rank for rank, ratio in ratios.items() if ratio > LIMITS.slow}
+        nodes = {rank: worker.node for rank, worker in state.workers.items()}
+        self.links.compare(nodes, disturbed, places, now_s)
+        self._note(state, now_s)
+
+    def findings(self) -> list[Finding]:
+        """Who is slow now. Nodes are named of links only: which one a rank is on, the state says."""
+        return [*self.stragglers.findings.values(), *self.links.findings.values()]
+
+    def poll(self) -> StragglerFound | StragglerGone | None:
+        """The next thing to say."""
+        return self._news.popleft() if self._news else None
+
+    def _present(self, nodes: Mapping[int, str]) -> dict[Key, Finding]:
+        found: dict[Key, Finding] = {("link", *whom): finding for whom, finding in self.links.findings.items()}
+        for rank, finding in self.stragglers.findings.items():
+            found["compute", rank] = Finding(**{**vars(finding), "node": nodes.get(rank, "")})
+        return found
+
+    def _note(self, state: State, now_s: float) -> None:
+        present = self._present({rank: worker.node for rank, worker in state.workers.items()})
+        for key, finding in present.items():
+            said_s = self._told[key][1] if key in self._told else None
+            if said_s is None or now_s - said_s >= AGAIN_S:
+                fields: dict[str, Any] = {**finding.fields, "for_s": round(now_s - finding.since_s, 1)}
+                self._news.append(
+                    StragglerFound(
+                        finding.node,
+                        finding.rank,
+                        finding.what,
+                        finding.factor,
+                        finding.evidence,
+                        peer=finding.peer,
+                        fields=fields,
+                        again=said_s is not None,
+                        blamed=finding.blamed,
+                    )
+                )
+                said_s = now_s
+            self._told[key] = (finding, said_s)
+        for key in [key for key in self._told if key not in present]:
+            finding, _ = self._told.pop(key)
+            self._news.append(self._gone(finding, now_s))
+
+    def _gone(self, finding: Finding, now_s: float) -> StragglerGone:
+        ratio = self.stragglers.ratios.get(finding.rank) if finding.what == "compute" else None
+        why = f"{ratio:.2f} times what it is compared with" if ratio else "level again, or not to be compared any more"
+        evidence = f"{why}, after {now_s - finding.since_s:.0f} s"
+        return StragglerGone(finding.node, finding.rank, finding.what, evidence, peer=finding.peer)

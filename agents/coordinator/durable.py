@@ -1,0 +1,181 @@
+"""What a coordinator would have to know to go on where another one stopped, and its rows in a store.
+
+state/...        the protocol's state (elastic/protocol/codec.py)
+node/NAME        the numbers of its last message that was taken in, and of the last order given to it
+order/NAME/N     an order that it has not acknowledged
+record/N         a line of the event log, for the newest `REMEMBERED_RECORDS`
+token, clock     the job's secret; the coordinator's time, and the world's at that moment
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from everstep.comms.control import everstep_pb2 as pb
+from everstep.elastic.protocol.codec import Unreadable, changed_rows, state_of
+from everstep.elastic.protocol.state import Config, State
+
+from .store import Store, StoreError, Superseded
+
+REMEMBERED_RECORDS = 2000
+
+
+@dataclass
+class Channel:
+    """What was said and ordered between a node and its coordinators."""
+
+    seen: int = 0  # the number of its last message that was taken in
+    kept: int = 0  # and that the store has
+    ordered: int = 0  # the number of the last order
+    pending: dict[int, bytes] = field(default_factory=dict)  # orders that it has not acknowledged
+
+
+class Durable:
+    """The rows that change from one decision to the next, gathered, and written together."""
+
+    def __init__(self, store: Store, token: str) -> None:
+        self._store = store
+        self.token = token
+        self.channels: dict[str, Channel] = {}
+        self.records: deque[dict[str, Any]] = deque(maxlen=REMEMBERED_RECORDS)
+        self.recorded = 0  # the number of the last record
+        self._state: State | None = None  # as written
+        self._rows: dict[str, bytes | None] = {"token": token.encode()}
+        self._acknowledged: list[str] = []  # rows of orders that may go, with the next that is written
+
+    # ------------------------------------------------------------ reading
+
+    @classmethod
+    def load(cls, store: Store, config: Config, token: str) -> tuple[Durable, State | None, float]:
+        """What the store has: (this, the state or None for a new job, what to add to this clock). Raises StoreError."""
+        rows = store.load()
+        durable = cls(store, token)
+        if "token" not in rows:
+            return durable, None, 0.0
+        try:
+            state = durable._read(config, rows)
+            saved = json.loads(rows["clock"])
+            passed_s = max(0.0, time.time() - saved["wall_s"])
+            return durable, state, saved["now_s"] + passed_s - time.monotonic()
+        except (Unreadable, KeyError, ValueError, TypeError) as error:
+            raise StoreError(
+                f"the store is not whole, or of another version ({error}): go on with the version that wrote it, or "
+                "move it away to begin anew"
+            ) from None
+
+    def _read(self, config: Config, rows: Mapping[str, bytes]) -> State:
+        texts = {name[6:]: data.decode() for name, data in rows.items() if name.startswith("state/")}
+        state = state_of(config, texts)
+        self.token, self._state = rows["token"].decode(), state
+        self._rows.clear()
+        for name, data in rows.items():
+            if name.startswith("node/"):
+                seen, ordered = json.loads(data)
+                self.channels[name[5:]] = Channel(seen, seen, ordered)
+        for name in sorted(name for name in rows if name.startswith("order/")):
+            node, _, number = name[6:].rpartition("/")
+            if node in self.channels:
+                self.channels[node].pending[int(number)] = rows[name]
+        lines = sorted((int(name[7:]), data) for name, data in rows.items() if name.startswith("record/"))
+        self.records.extend({**json.loads(data), "number": number} for number, data in lines)
+        self.recorded = lines[-1][0] if lines else 0
+        return state
+
+    # ------------------------------------------------------------ gathering
+
+    def open(self, node: str) -> Channel:
+        """A node that says hello for the first time."""
+        channel = self.channels[node] = Channel()
+        self._note(node, channel)
+        return channel
+
+    def close(self, node: str) -> None:
+        """A node that is gone: whoever comes by its name is told so."""
+        channel = self.channels.pop(node, None)
+        if channel is not None:
+            self._rows[f"node/{node}"] = None
+            self._rows.update({_order(node, number): None for number in channel.pending})
+
+    def saw(self, node: str, number: int) -> None:
+        """A message was taken in."""
+        self.channels[node].seen = number
+        self._note(node, self.channels[node])
+
+    def order(self, node: str, message: pb.AttachResponse) -> bool:
+        """Give an order the next number; whether the node is known."""
+        channel = self.channels.get(node)
+        if channel is None:
+            return False
+        channel.ordered += 1
+        message.number = channel.ordered
+        channel.pending[channel.ordered] = data = message.SerializeToString()
+        self._rows[_order(node, channel.ordered)] = data
+        self._note(node, channel)
+        return True
+
+    def acknowledge(self, node: str, number: int) -> None:
+        """The node has got its orders up to this one. This alone is no reason to write."""
+        pending = self.channels[node].pending
+        for got in [n for n in pending if n <= number]:
+            del pending[got]
+            if self._rows.get(_order(node, got)) is not None:
+                del self._rows[_order(node, got)]  # never was written
+            else:
+                self._acknowledged.append(_order(node, got))
+
+    def record(self, line: Mapping[str, Any]) -> dict[str, Any]:
+        """A line of the event log; returns it with its number."""
+        self.recorded += 1
+        numbered = {**line, "number": self.recorded}
+        if len(self.records) == REMEMBERED_RECORDS:
+            self._rows[f"record/{self.records[0]['number']}"] = None
+        self.records.append(numbered)
+        self._rows[f"record/{self.recorded}"] = json.dumps(line).encode()
+        return numbered
+
+    def _note(self, node: str, channel: Channel) -> None:
+        self._rows[f"node/{node}"] = f"[{channel.seen},{channel.ordered}]".encode()
+
+    # ------------------------------------------------------------ writing: in the event loop, but for `write`
+
+    def due(self) -> bool:
+        """Whether anything was gathered."""
+        return bool(self._rows)
+
+    def gather(self, state: State, now_s: float) -> dict[str, bytes | None]:
+        """The rows to write now; none of them is told again."""
+        rows = self._rows
+        rows.update({f"state/{name}": _bytes(text) for name, text in changed_rows(self._state, state).items()})
+        rows["clock"] = json.dumps({"now_s": now_s, "wall_s": time.time()}).encode()
+        acknowledged, self._acknowledged = self._acknowledged, []
+        rows.update(dict.fromkeys(acknowledged))
+        self._rows, self._state = {}, state
+        return rows
+
+    def check(self) -> None:
+        """Raises Superseded, if it is known that another coordinator leads."""
+        if self._store.superseded:
+            raise Superseded("another coordinator leads this job: this one stands by again")
+
+    def write(self, rows: Mapping[str, bytes | None], *, sync: bool) -> None:
+        """Blocks. Raises Superseded and StoreError; then nothing was written, and this coordinator may do nothing."""
+        self._store.commit(rows, sync=sync)
+
+    def kept(self, seen: Mapping[str, int]) -> None:
+        """A commit is done in which nodes had said so much."""
+        for node, number in seen.items():
+            if node in self.channels:
+                self.channels[node].kept = number
+
+
+def _order(node: str, number: int) -> str:
+    return f"order/{node}/{number:012}"
+
+
+def _bytes(text: str | None) -> bytes | None:
+    return None if text is None else text.encode()

@@ -1,0 +1,246 @@
+"""A coordinator's server: it listens, stands by, and leads when it has the store."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import secrets
+import socket
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from everstep.agents.base.strict_json import dumps
+from everstep.agents.monitoring.views import to_json
+from everstep.agents.rendezvous.service import Rendezvous
+from everstep.comms.base import addresses
+from everstep.comms.base.security import Security
+from everstep.comms.control import everstep_pb2 as pb
+from everstep.comms.control.rpc import Server, Session
+from everstep.elastic.protocol import coordinator
+from everstep.elastic.protocol.events import Event, RendezvousClosed
+from everstep.elastic.protocol.protection import describe_protection
+from everstep.elastic.protocol.state import Config, State
+
+from .durable import Durable
+from .eventlog import EventLog, Listeners
+from .leader import Leader
+from .node_sessions import Links
+from .span_collector import SpanCollector
+from .store import Store, StoreError
+
+VIEW_STEPS = 1000  # that anybody may ask for
+
+
+NOBODY = -1  # stands before the coordinator
+LOOPBACK = "127.0.0.1"
+RECEIVED_BYTES = 4 << 20  # of beats that wait to be heard; the system may allow less
+
+
+class PortTaken(Exception):
+    """The coordinator's address is in use."""
+
+
+class NoSuchAddress(Exception):
+    """The coordinator's address cannot be listened at, whoever else is there: not this machine's, or not allowed."""
+
+
+class Coordinator:
+    """One job's coordinator. All of it runs in one event loop; nothing is served before `lead`."""
+
+    def __init__(self, job: str, config: Config, security: Security, *, events: Path | None = None) -> None:
+        self.job = job
+        self.listeners = Listeners()
+        self.standing_by = "this coordinator has just started: try again"
+        self.viewed: Callable[[int, int], Mapping[str, Any]] = lambda steps, rank_steps: {}  # whoever observes sets it
+        self.polls: list[Callable[[], Event | None]] = []  # asked at every tick whether something has happened
+        self._spans = SpanCollector(self._order)
+        self._config = config
+        self._security = security
+        self._events = EventLog(events, self.listeners)
+        self._server = Server(self, security)
+        self._rendezvous = Rendezvous(job, security, self.refusal)
+        self._rendezvous.serve(self._server.aio)
+        self._udp: socket.socket | None = None
+        self._links: Links | None = None
+        self._leader: Leader | None = None
+        self._nothing = coordinator.initial_state(config, 0.0)
+
+    @property
+    def state(self) -> State:
+        """What it knows; immutable."""
+        return self._leader.state if self._leader is not None else self._nothing
+
+    @property
+    def undecided(self) -> str:
+        """Why nothing is decided here at the moment: another one leads, or the store is away. Empty if all is well."""
+        return self.standing_by or (self._leader.held_up if self._leader is not None else "")
+
+    def now(self) -> float:
+        """The clock of the state's times."""
+        return self._leader.now() if self._leader is not None else time.monotonic()
+
+    # ------------------------------------------------------------ serving
+
+    async def serve(self, host: str, port: int, behind: int = NOBODY) -> int:
+        """Listen, TCP and UDP by one number (0: any); returns it. Raises PortTaken, NoSuchAddress and SecurityError.
+
+        `behind`: somebody else listens there and passes on what is ours, to this port of loopback, which is returned.
+        """
+        self._security.check_bind(host)
+        if behind != NOBODY:
+            self._udp = _datagrams(host, port)
+            return await self._start(LOOPBACK, behind)
+        tcp, self._udp = _reserve(host, port)
+        port = tcp.getsockname()[1]
+        tcp.close()  # gRPC would log a line of its own if it were taken
+        return await self._start(host, port)
+
+    async def _start(self, host: str, port: int) -> int:
+        served = await self._server.start(addresses.join(host, port))
+        if not served:
+            raise PortTaken(addresses.join(host, port))
+        await self._server.tell_health(leads=False)
+        return served
+
+    async def lead(self, store: Store, on_leading: Callable[[], None] = lambda: None) -> None:
+        """Be the job's coordinator until the job ends, from what the store has. Raises StoreError and Superseded.
+
+        `on_leading` is called once it is written that this one leads.
+        """
+        assert self._udp is not None, "serve first"
+        token = self._security.token or secrets.token_hex(16)
+        durable, state, ahead_s = await asyncio.to_thread(Durable.load, store, self._config, token)
+        if self._security.token not in ("", durable.token):
+            raise StoreError("the store is of a job with another token: give that one, or move the store away")
+        self._links = Links(durable, self._udp)
+        self._leader = Leader(
+            self.job, self._config, self._security, durable, self._links, self._events, self.listeners
+        )
+        self._leader.polls += [lambda: RendezvousClosed() if self._rendezvous.over() else None, *self.polls]
+        self._links.listen()
+        self.standing_by = ""
+        await self._server.tell_health(leads=True)
+        await self._leader.lead(state, ahead_s, on_leading)
+
+    async def stop(self) -> None:
+        """Stop serving. Agents take that for a coordinator that will be back."""
+        self.standing_by = "this coordinator stops"
+        if self._links is not None:
+            self._links.close()
+        if self._udp is not None:
+            self._udp.close()
+        await self._server.stop(1.0)
+
+    # ------------------------------------------------------------ called by the server
+
+    def refusal(self) -> str:
+        return self.standing_by
+
+    def deliver(self, session: Session, request: pb.AttachRequest) -> None:
+        if self._leader is None:
+            return
+        if request.WhichOneof("body") == "spans":
+            if self._links is not None and self._links.session(session.node) is session:
+                self._spans.heard(session.node, request.spans)
+            return
+        self._leader.put(session, request)
+
+    def lost(self, session: Session, why: str) -> None:
+        if self._leader is not None:
+            self._leader.put(session, why)
+
+    def status(self) -> str:
+        state = self.state
+        return dumps(
+            {
+                "job": self.job,
+                "phase": state.phase.value,
+                "generation": state.layout.generation if state.layout else 0,
+                "committed_step": state.committed,
+                "steps": state.job.steps if state.job else None,
+                "layout": state.layout.describe() if state.layout else None,
+                "protection": describe_protection(state.job.protection, state.placement)
+                if state.job and state.placement
+                else None,
+                "exposure": self._exposure(),
+                "checkpoint": {"steps": state.saved[0].version, "name": state.saved[0].name} if state.saved else None,
+                "nodes": sorted(state.nodes),
+                "workers": {str(w.id.rank): w.status.value for w in state.workers.values()},
+            }
+        )
+
+    def view(self, steps: int, rank_steps: int) -> str:
+        return to_json(self.viewed(min(steps, VIEW_STEPS), min(rank_steps, VIEW_STEPS)))
+
+    async def trace(self, steps: int) -> AsyncGenerator[pb.GetTraceResponse, None]:
+        first = max(0, self.state.committed + 1 - max(1, steps))
+        clock = {"at_s": time.monotonic(), "unix_s": time.time()}
+        nodes = {name: node.host for name, node in self.state.nodes.items()}
+        head = {"job": self.job, "first_step": first, "nodes": nodes, **clock}
+        yield pb.GetTraceResponse(head=dumps(head))
+        async with contextlib.aclosing(self._spans.collect(sorted(nodes), first)) as pieces:
+            async for node, spans in pieces:
+                yield pb.GetTraceResponse(node=node, spans=spans)
+        view = self.viewed(steps, 0)
+        told = {name: view.get(name, []) for name in ("recoveries", "events", "series")}
+        yield pb.GetTraceResponse(tail=dumps({**told, "silent": self._spans.silent}))
+
+    def _order(self, node: str, message: pb.AttachResponse) -> bool:
+        """Tell a node something without a number; whether it can be reached."""
+        session = self._links.session(node) if self._links is not None else None
+        if session is not None:
+            session.send(message)
+        return session is not None
+
+    def _exposure(self) -> dict[str, float | None] | None:
+        """What the loss of a node would take along: versions, and seconds since the one that outlives it was made."""
+        state = self.state
+        if state.placement is None or not state.placement.stripes:
+            return None
+        seconds = self._events.age_s(state.protected - 1)
+        return {"steps": state.committed + 1 - state.protected, "seconds": seconds}
+
+
+def _reserve(host: str, port: int) -> tuple[socket.socket, socket.socket]:
+    """A TCP and a UDP socket by one number. Raises PortTaken and NoSuchAddress.
+
+    UDP first: who has that holds it, and nobody else tries TCP, which has to be let go for a moment until gRPC listens.
+    """
+    for _ in range(1 if port else 100):
+        try:
+            udp = _datagrams(host, port)
+        except PortTaken:
+            continue
+        try:
+            return addresses.listen(host, udp.getsockname()[1]), udp
+        except OSError as error:
+            udp.close()
+            if error.errno != errno.EADDRINUSE:
+                raise _no_such(host, port, error) from None
+    raise PortTaken(addresses.join(host, port))
+
+
+def _datagrams(host: str, port: int) -> socket.socket:
+    """A UDP socket. Raises PortTaken and NoSuchAddress."""
+    udp: socket.socket | None = None
+    try:
+        family, place = addresses.resolve(host, port, socket.SOCK_DGRAM)
+        udp = socket.socket(family, socket.SOCK_DGRAM)
+        udp.bind(place)
+    except OSError as error:
+        if udp is not None:
+            udp.close()
+        if error.errno == errno.EADDRINUSE:
+            raise PortTaken(addresses.join(host, port)) from None
+        raise _no_such(host, port, error) from None
+    udp.setblocking(False)
+    udp.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVED_BYTES)
+    return udp
+
+
+def _no_such(host: str, port: int, error: OSError) -> NoSuchAddress:
+    why = (error.strerror or str(error)).partition(" (while ")[0]  # which repeats the address
+    return NoSuchAddress(f"cannot listen at {addresses.join(host, port)}: {why}")

@@ -1,0 +1,304 @@
+"""The command line of `everstep run`: torchrun's, with our flags added."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.launcher.api import LaunchConfig
+from torch.distributed.run import config_from_args, determine_local_world_size, get_args_parser, run_script_path
+
+from everstep.agents.monitoring.story import LOGS
+from everstep.agents.node.checkup import LEVELS
+from everstep.agents.node.environment import variables
+from everstep.agents.node.forkable import in_a_fork
+from everstep.comms.base.process import STOPS
+from everstep.elastic.protocol.liveness import FLOOR_S, USER_S
+from everstep.elastic.protocol.state import Config
+
+from .quarantine_flag import policy
+
+DEFAULT_PORT = 29400
+BACKENDS = ("static", "c10d", "everstep")
+RENDEZVOUS = ("join_timeout", "last_call_timeout", "is_host")  # of --rdzv-conf; torch adds rank and timeout by itself
+WITHOUT_EFFECT = (  # what torch's own rendezvous takes, about connections that there are none of here
+    *("timeout", "close_timeout", "heartbeat_timeout", "keep_alive_interval", "keep_alive_max_attempt"),
+    *("read_timeout", "store_type", "use_libuv"),
+)
+OVERRIDES = (
+    *("steps", "stages", "global-batch-size", "micro-batch-size", "seed", "node-losses", "verify-every"),
+    *("checkpoint-every", "checkpoint-keep"),
+)
+CHOSEN = (
+    *("protection", "snapshot-every", "snapshot-budget", "on-loss", "on-corruption"),
+    *("checkpoint", "checkpoint-keep-s", "checkpoint-timeout", "checkpoint-options"),
+    *("resume", "resume-hyperparameters", "on-damage", "resume-data"),
+)
+SIGNALS = ",".join(number.name for number in STOPS)  # that are handled, unless --signals-to-handle names others
+STOP_GRACE: dict[str, Any] = {
+    "type": float,
+    "default": Config().stop_grace_s,
+    "metavar": "SECONDS",
+    "help": "how long a job that is told to stop may take to save a checkpoint",
+}
+
+STORE: dict[str, Any] = {
+    "default": "",
+    "metavar": "FILE or URL",
+    "help": "where the coordinator keeps its state: a file (SQLite), or etcd://HOST:PORT[,HOST:PORT...]",
+}
+QUARANTINE: dict[str, Any] = {
+    "type": policy,
+    "default": policy("off"),
+    "metavar": "N/SECONDS[/SECONDS]",
+    "help": "keep a host out after N failures or slownesses within so many seconds, for as many, or for the second "
+    "number (off: never)",
+}
+INSECURE_NETWORK: dict[str, Any] = {
+    "action": "store_true",
+    "help": "bind addresses that other hosts reach, without certificates: for networks where everybody is trusted",
+}
+COORDINATOR_WAIT_S = 300.0
+SIGNALS_VARIABLE = "PET_SIGNALS_TO_HANDLE"  # torch's, for a default of its own
+
+METRICS: dict[str, Any] = {
+    "default": "",
+    "metavar": "HOST:PORT",
+    "help": "serve Prometheus metrics there (port 0: any)",
+}
+
+WATCHED = "serve the job's web page (/) and its Prometheus metrics (/metrics) there"
+LOG: dict[str, Any] = {
+    "default": "warnings",
+    "choices": LOGS,
+    "help": "lines on standard error, from the node that has the coordinator: warnings and alarms, or every event of "
+    "importance as text or JSON",
+}
+
+
+class LaunchError(Exception):
+    """A command line that cannot be carried out."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A parsed command line: torch's part and ours."""
+
+    torch: LaunchConfig
+    program: dict[str, Any]
+    own: argparse.Namespace
+    node_rank: int
+    endpoint: str  # empty: one node, with a coordinator of its own
+    shares_port: bool  # the endpoint is --master-addr and --master-port, where scripts find torch's store
+    log_dir_chosen: bool  # else torch makes one, of which nothing need stay
+
+
+def parser() -> argparse.ArgumentParser:
+    """Torchrun's own parser, with our flags added."""
+    parse: argparse.ArgumentParser = get_args_parser()
+    parse.prog = "everstep run"
+    if SIGNALS_VARIABLE not in os.environ and parse.get_default("signals_to_handle") is not None:
+        parse.set_defaults(signals_to_handle=SIGNALS)  # torch's four, and what schedulers give notice by
+    parse.description = "Run a training script on this node. Every torchrun flag is accepted; ours begin with --es-."
+    own = parse.add_argument_group("everstep")
+    for name in OVERRIDES:
+        own.add_argument(f"--es-{name}", type=int, metavar="N", help=f"overrides {name.replace('-', '_')}")
+    for name in CHOSEN:
+        own.add_argument(f"--es-{name}", metavar="VALUE", help=f"overrides {name.replace('-', '_')}")
+    own.add_argument(
+        "--es-keeper-memory", default="", metavar="SIZE", help="memory of this node for protection, such as 8GiB"
+    )
+    own.add_argument(
+        "--es-keeper-linger",
+        type=float,
+        default=os.environ.get("EVERSTEP_KEEPER_LINGER", "30"),
+        metavar="SECONDS",
+        help="how long this node's keeper waits for a new agent after its own was killed",
+    )
+    own.add_argument("--es-stop-grace", **STOP_GRACE)
+    own.add_argument("--es-quarantine", **QUARANTINE)
+    own.add_argument(
+        "--es-health-check",
+        default="quick",
+        choices=LEVELS,
+        help="what this node tries of itself before it joins: full has larger sizes, and the GPUs",
+    )
+    own.add_argument("--es-store", **STORE)
+    own.add_argument("--es-insecure-network", **INSECURE_NETWORK)
+    own.add_argument(
+        "--es-coordinator-wait",
+        type=float,
+        default=COORDINATOR_WAIT_S,
+        metavar="SECONDS",
+        help="how long this node's workers may make no progress without a coordinator before they are stopped",
+    )
+    own.add_argument("--es-events", metavar="FILE", help="append every event of the job to FILE, one JSON a line")
+    own.add_argument("--es-metrics", **METRICS)
+    own.add_argument(
+        "--es-coordinator-metrics",
+        default="",
+        metavar="HOST:PORT",
+        help=f"{WATCHED}, on the node that has the coordinator",
+    )
+    own.add_argument("--es-log", **LOG)
+    own.add_argument("--es-config", metavar="FILE", help="TOML file with an [everstep] table of settings")
+    own.add_argument(
+        "--es-preload", default="", metavar="MODULES", help="comma-separated modules to import before forks"
+    )
+    own.add_argument("--es-hang-timeout", type=float, default=FLOOR_S, metavar="SECONDS", help="least hang timeout")
+    own.add_argument("--es-share-gpu", action="store_true", help="let workers of this node share a GPU")
+    own.add_argument(
+        "--es-user-timeout",
+        type=float,
+        default=USER_S,
+        metavar="SECONDS",
+        help="how long your own code (dataset, loop) may show no progress, signs of life provided",
+    )
+    own.add_argument("--es-tcp", action="store_true", help="do not share memory between ranks of one host")
+    return parse
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse a command line, touching no device. Raises LaunchError for what is refused so far."""
+    parsed = parser().parse_args(list(arguments))
+    if not (parsed.module or parsed.no_python) and not Path(parsed.training_script).exists():
+        raise LaunchError(f"no such script: {parsed.training_script}")
+    _, most = node_range(parsed.nnodes)
+    if parsed.standalone and most > 1:
+        raise LaunchError(f"--standalone is a job of one node, and --nnodes={parsed.nnodes}: leave one of them out")
+    if parsed.rdzv_backend not in BACKENDS:
+        raise LaunchError(
+            f"--rdzv-backend={parsed.rdzv_backend}: nodes meet at everstep's own coordinator; {', '.join(BACKENDS)} "
+            "all mean that (several coordinators may share an etcd: --es-store)"
+        )
+    if parsed.event_log_handler != "null":
+        raise LaunchError("--event-log-handler: torch's events are not made; everstep has its own, see --es-events")
+    return parsed
+
+
+def preloads(parsed: argparse.Namespace) -> list[str]:
+    """The modules to import before workers are forked."""
+    return [name for name in parsed.es_preload.split(",") if name]
+
+
+def configure(parsed: argparse.Namespace) -> Command:
+    """What a parsed command line asks for. Raises LaunchError for what torch refuses."""
+    _count_devices(parsed)
+    chosen = bool(parsed.log_dir)
+    parsed.log_dir = parsed.log_dir or tempfile.mkdtemp(prefix="torchelastic_")  # as torch would, but not left behind
+    with _quiet_torch(), _unseen_devices():
+        try:
+            config, target, rest = config_from_args(parsed)
+        except (AssertionError, ValueError) as error:
+            _discard(parsed.log_dir, chosen)
+            raise LaunchError(str(error)) from None
+    try:
+        _check(config)
+    except LaunchError:
+        _discard(parsed.log_dir, chosen)
+        raise
+    own = argparse.Namespace(**{k: v for k, v in vars(parsed).items() if k.startswith("es_")})
+    program = _program(parsed, target, rest)
+    endpoint = _chosen_endpoint(parsed, config.max_nodes)
+    shares_port = bool(endpoint) and not parsed.rdzv_endpoint
+    return Command(config, program, own, int(parsed.node_rank), endpoint, shares_port, chosen)
+
+
+def _discard(log_dir: str, chosen: bool) -> None:
+    if not chosen:
+        shutil.rmtree(log_dir, ignore_errors=True)
+
+
+def _count_devices(parsed: argparse.Namespace) -> None:
+    """Let torch make a number of --nproc-per-node=gpu, auto and the like, in a process that then ends.
+
+    To count devices may initialise their driver, which this process, and whatever is forked from it, shall not.
+    """
+    if str(parsed.nproc_per_node).isdigit():
+        return
+    with _quiet_torch():
+        count, error = in_a_fork(lambda: determine_local_world_size(parsed.nproc_per_node))
+    if error:
+        raise LaunchError(f"--nproc-per-node={parsed.nproc_per_node}: {error}")
+    if not count:
+        raise LaunchError(f"--nproc-per-node={parsed.nproc_per_node}: there are no such devices")
+    parsed.nproc_per_node = str(count)
+
+
+def _check(config: LaunchConfig) -> None:
+    """Raise LaunchError for what torch takes, and nothing here would heed, or could."""
+    unknown = sorted(config.rdzv_configs.keys() - {*RENDEZVOUS, *WITHOUT_EFFECT, "rank"})
+    if unknown:
+        raise LaunchError(
+            f"--rdzv-conf: there are {', '.join((*RENDEZVOUS, *WITHOUT_EFFECT))}, not {', '.join(unknown)}"
+        )
+    if getattr(config, "numa_options", None) is not None and not in_a_fork(torch.cuda.is_available)[0]:
+        raise LaunchError("--numa-binding binds workers to the processors near their GPUs, and no GPU is available")
+    parent = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if getattr(config, "virtual_local_rank", False) and parent is not None:
+        count = len(parent.split(","))
+        if count < config.nproc_per_node:
+            raise LaunchError(
+                f"--virtual-local-rank gives each of {config.nproc_per_node} workers a GPU of its own, and "
+                f"CUDA_VISIBLE_DEVICES={parent} names {count}"
+            )
+
+
+def node_range(text: str) -> tuple[int, int]:
+    """The least and the greatest number of nodes in N or MIN:MAX."""
+    low, _, high = str(text).partition(":")
+    if not low.isdigit() or not (high or low).isdigit() or not 0 < int(low) <= int(high or low):
+        raise LaunchError(f"--nnodes must be N or MIN:MAX, got {text!r}")
+    return int(low), int(high or low)
+
+
+def _chosen_endpoint(parsed: argparse.Namespace, max_nodes: int) -> str:
+    """Where the user wants the nodes to meet; empty for a job of one node that names no place."""
+    if parsed.standalone:
+        return ""
+    if parsed.rdzv_endpoint:
+        return str(parsed.rdzv_endpoint)
+    if parsed.master_port is None and max_nodes == 1:
+        return ""
+    return f"{parsed.master_addr}:{parsed.master_port or DEFAULT_PORT}"
+
+
+def _program(parsed: argparse.Namespace, target: Any, rest: list[str]) -> dict[str, Any]:
+    """What a worker runs. `rest` is torch's command after the interpreter: flags, script, arguments."""
+    script = parsed.training_script
+    arguments = list(rest[rest.index(script) + 1 :]) if script in rest else list(rest)
+    if parsed.no_python and not parsed.run_path:
+        return {"kind": "command", "target": str(target), "arguments": arguments}
+    if target not in (sys.executable, run_script_path):  # PYTHON_EXEC: another interpreter, which imports all anew
+        return {"kind": "command", "target": str(target), "arguments": list(rest)}
+    if parsed.module:
+        return {"kind": "module", "target": script, "arguments": arguments}
+    return {"kind": "script", "target": script, "arguments": arguments}
+
+
+def _unseen_devices() -> AbstractContextManager[None]:
+    """Torch asks for CUDA as it makes a LaunchConfig. That there is none it finds here, without the driver."""
+    return variables({"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"})
+
+
+@contextlib.contextmanager
+def _quiet_torch() -> Iterator[None]:
+    """Torch's launcher warns of defaults (OMP_NUM_THREADS=1) that are documented here."""
+    logger = logging.getLogger("torch.distributed.run")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

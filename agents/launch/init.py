@@ -1,0 +1,40 @@
+"""The first process of a container: the kernel makes every orphan its child, and gives it no signal's default action.
+
+So it does nothing but that: the command itself runs in a child. Signals are passed on to that, orphans are waited for,
+and when it ends, so does this process, with its status; the kernel then ends whatever else is in the container.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+
+from everstep.comms.base.process import STOPS
+
+PASSED_ON = (*STOPS, signal.SIGCONT, signal.SIGWINCH)
+
+
+def fork_from_init() -> None:
+    """Return in a process that is not the first one: this one, or a child of it. The first one does not return."""
+    if os.getpid() != 1:
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)  # until it is known to whom they go
+    command = os.fork()
+    if command == 0:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
+        return
+    for number in PASSED_ON:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda number, frame: _pass_on(number, command))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
+    while True:
+        pid, status = os.wait()
+        if pid == command:
+            code = os.waitstatus_to_exitcode(status)
+            os._exit(code if code >= 0 else 128 - code)
+
+
+def _pass_on(number: int, command: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(command, number)

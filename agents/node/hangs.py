@@ -1,0 +1,153 @@
+"""Finds the workers of a node that hang: reads their pages, looks at what the kernel shows of those that stand still.
+
+What counts as hung is decided in `elastic/protocol/liveness.py`. Before one is killed its stacks are taken.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Collection
+
+from everstep.comms.control import telemetry_pb2 as pb
+from everstep.elastic.contract.notices import Notice
+from everstep.elastic.contract.progress import Phase, Reading
+from everstep.elastic.protocol.liveness import (
+    RULES,
+    SLEPT_S,
+    Hangs,
+    Pace,
+    Patience,
+    Sign,
+    Verdict,
+    judge,
+    stalled_together,
+)
+
+from . import vitals
+from .workers import WorkerProcess
+
+LOOK_S = 0.2  # how long a counter stands still before the kernel is asked; then as often, later less often
+LOOK_RATIO, MOST_LOOK_S = 0.05, 5.0  # of the time it has stood still
+WARNED_S = 10.0  # a limit that is shorter strikes without a warning
+STACKS_S = 1.0  # how long the stacks of a worker that is about to be killed are waited for
+STACKS_KEPT = 8192  # letters, for the event log; standard error gets all that were read
+STATES_S = 0.5  # how often what the workers do is made known
+STATES = 64  # of so many
+
+
+class HangWatch:
+    """Looks at the workers of a node, again and again. `warn` tells the coordinator."""
+
+    def __init__(self, floor_s: float, user_s: float, warn: Callable[[WorkerProcess, Notice, str], None]) -> None:
+        self._patience = Patience(floor_s, user_s)
+        self._warn = warn
+        self._hangs: dict[int, Hangs] = {}  # of ranks
+        self._first_s = 0.0  # the longest pause in first steps that workers of this node have done
+        self._looked_s = 0.0
+        self.states: tuple[pb.RankState, ...] = ()  # what the workers do; read from other threads
+        self._states_s = 0.0
+
+    def look(self, workers: Collection[WorkerProcess], now: float) -> None:
+        """Once: read, judge, kill."""
+        slept_s = now - self._looked_s if self._looked_s else 0.0
+        self._looked_s = now
+        readings = [(worker, worker.reading()) for worker in workers if worker.pid and not worker.fenced]
+        readings = [(worker, reading) for worker, reading in readings if reading.phase is not Phase.AFTER]
+        for worker, reading in readings:
+            if slept_s > SLEPT_S:
+                worker.pulse = worker.pulse.slept(slept_s)
+            worker.pulse = worker.pulse.read(reading.counter, now, reading.pace)
+        begun = [(worker, reading) for worker, reading in readings if worker.pulse.counter > 0]
+        shared = _stalled(begun, now)
+        for worker, reading in begun:
+            self._look_at(worker, reading, now, shared=shared)
+        if now - self._states_s >= STATES_S:
+            self._states_s = now
+            self.states = tuple(_state(worker, reading, now) for worker, reading in begun[:STATES])
+
+    def _look_at(self, worker: WorkerProcess, reading: Reading, now: float, *, shared: bool) -> None:
+        rank, pulse = worker.id.rank, worker.pulse
+        hangs = self._hangs[rank] = self._hangs.get(rank, Hangs()).read(reading.step, reading.pace)
+        if now - pulse.changed_s < LOOK_S:
+            if pulse.pace is Pace.STEADY:
+                self._first_s = max(self._first_s, pulse.pauses[Pace.FIRST])
+            worker.moves()
+            return
+        self._look_for_life(worker, now)
+        patience = Patience(self._patience.floor_s, self._patience.user_s, self._first_s, shared, hangs.times)
+        worker.verdict = verdict = judge(worker.pulse, now, patience)
+        if verdict.hung:
+            self._end(worker, reading, verdict, now)
+        elif not worker.warned and verdict.limit_s >= WARNED_S and verdict.still_s > verdict.limit_s / 2:
+            worker.warned = True
+            self._warn(worker, Notice.NO_PROGRESS, f"rank {rank}: {no_progress(worker, reading, verdict)}")
+
+    def _look_for_life(self, worker: WorkerProcess, now: float) -> None:
+        pulse = worker.pulse
+        often_s = min(MOST_LOOK_S, max(LOOK_S, LOOK_RATIO * (now - pulse.changed_s)))
+        if now - worker.looked_s >= often_s:
+            worker.looked_s = now
+            worker.pulse = pulse.seen(worker.vitals.look(now), now)
+
+    def _end(self, worker: WorkerProcess, reading: Reading, verdict: Verdict, now: float) -> None:
+        """Take its stacks, which it writes itself at a signal, and kill it then; unless it moves meanwhile."""
+        if not worker.asked_s:
+            worker.asked_s = now
+            worker.ask_stacks()
+            return
+        if worker.pulse.sign is not Sign.STOPPED and not worker.has_stacks() and now - worker.asked_s < STACKS_S:
+            return
+        rank, place = worker.id.rank, place_of(reading)
+        worker.hang = "alive" if verdict.lived else "silent"
+        last = {Sign.WORKS: ", though it works", Sign.STORAGE: ", waiting for storage", Sign.STOPPED: ", stopped"}
+        cause = f"hung: no progress for {verdict.still_s:.1f} s in {place}{last.get(worker.pulse.sign, '')}"
+        waits = vitals.describe(worker.pid)
+        stacks = worker.read_stacks() or "its Python stacks could not be had\n"
+        worker.stacks = f"{stacks[:STACKS_KEPT]}{waits}"[: 2 * STACKS_KEPT]
+        print(f"everstep: rank {rank} is killed: {cause}\n{stacks}{waits}", file=sys.stderr, flush=True)
+        worker.kill(cause)
+        self._hangs[rank] = hangs = self._hangs[rank].again(reading.step)
+        if verdict.lived:
+            text = (
+                f"rank {rank} was killed after {verdict.still_s:.0f} s without progress in {place}, though it showed "
+                f"signs of life; its replacement has {2**hangs.times} times as long. If its work takes that long, call "
+                "run.heartbeat() in it, or raise --es-user-timeout (in the user's code) or --es-hang-timeout"
+            )
+            self._warn(worker, Notice.HUNG_ALIVE, text)
+
+
+def _stalled(begun: Collection[tuple[WorkerProcess, Reading]], now: float) -> bool:
+    standing = [worker.pulse.pace for worker, _ in begun if now - worker.pulse.changed_s >= LOOK_S]
+    rest = [reading for worker, reading in begun if now - worker.pulse.changed_s < LOOK_S]
+    return stalled_together(standing, all(reading.waits is not None for reading in rest))
+
+
+def place_of(reading: Reading) -> str:
+    """Where a worker is."""
+    if reading.pace in (Pace.FIRST, Pace.STEADY):
+        return f"{Phase(reading.phase).name.lower()} of step {reading.step}"
+    place = RULES[reading.pace].place
+    return place if reading.pace is Pace.FREE else f"{place} in step {reading.step}"
+
+
+def no_progress(worker: WorkerProcess, reading: Reading, verdict: Verdict) -> str:
+    signs = {Sign.WORKS: "it works", Sign.STORAGE: "it waits for storage", Sign.STOPPED: "it is stopped"}
+    sign = signs.get(worker.pulse.sign, "no sign of life")
+    return (
+        f"no progress for {verdict.still_s:.0f} s in {place_of(reading)} ({sign}); taken for hung after "
+        f"{verdict.limit_s:.0f} s"
+    )
+
+
+def _state(worker: WorkerProcess, reading: Reading, now: float) -> pb.RankState:
+    """What a worker does, for the coordinator."""
+    state = pb.RankState(
+        rank=worker.id.rank, incarnation=worker.id.incarnation, step=reading.step, place=place_of(reading)
+    )
+    verdict, waits = worker.verdict, reading.waits
+    if verdict is not None:
+        state.still_s, state.limit_s, state.sign = verdict.still_s, verdict.limit_s, worker.pulse.sign.name.lower()
+    if waits is not None:
+        state.waits_s, state.waits_for = max(0.001, now - waits.since_s), waits.what
+        state.waits_ranks.extend(waits.ranks)
+    return state

@@ -1,0 +1,132 @@
+"""The node agent's hold on its snapshot keeper: started, or taken over from an agent that died, and ended.
+
+A keeper outlives its agent by a while (its *linger*), so that what it holds is still there when the agent is started
+again: the new agent finds it by a name that only this job on this host makes, and takes the leash.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+from dataclasses import dataclass
+
+from everstep.comms.base.process import own_command
+
+MOST_PER_HOST = 64  # agents of one job on one host
+ANSWER_S = 5.0
+
+
+class KeeperCannotServe(Exception):
+    """Why a keeper ended before it served."""
+
+
+@dataclass
+class KeeperProcess:
+    """A keeper on our leash. `process` is None for one that was taken over; then `leash` is the connection to it."""
+
+    name: str
+    port: int
+    pid: int
+    process: subprocess.Popen[str] | None = None
+    leash: socket.socket | None = None
+
+    def gone(self) -> bool:
+        """Whether it has ended."""
+        if self.process is not None:
+            return self.process.poll() is not None
+        assert self.leash is not None
+        return bool(select.select([self.leash], [], [], 0)[0])  # nothing is ever said on it but its end
+
+    def kill(self) -> None:
+        """End it, and what it holds."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            for stream in (self.process.stdin, self.process.stdout):
+                if stream is not None:
+                    stream.close()
+        elif not self.gone():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+        if self.leash is not None:
+            self.leash.close()
+
+
+def keeper_name(token: str, host: str, number: int) -> str:
+    """The unix socket (abstract namespace) of the `number`-th keeper of a job on a host."""
+    return f"everstep-{hashlib.sha256(f'keeper {token} {host}'.encode()).hexdigest()[:32]}-{number}"
+
+
+def obtain(node: str, host: str, token: str, linger_s: float) -> KeeperProcess:
+    """A keeper for `node`: one of this job that has lost its agent, else a new one. Raises KeeperCannotServe."""
+    for number in range(MOST_PER_HOST):
+        name = keeper_name(token, host, number)
+        try:
+            found = _take_over(name, node, token)
+        except ConnectionRefusedError:  # nobody has the name
+            try:
+                return start(name, node, host, 0, token, linger_s)
+            except NameTaken:
+                continue  # another agent was faster
+        if found is not None:
+            return found
+    raise KeeperCannotServe(f"{MOST_PER_HOST} agents of this job run on {host} already")
+
+
+class NameTaken(Exception):
+    """Another keeper has this name."""
+
+
+def start(name: str, node: str, host: str, port: int, token: str, linger_s: float) -> KeeperProcess:
+    """Start a keeper on a name and a port (0: any)."""
+    command = own_command("everstep.checkpointing.keeper.service", "--node", node, "--name", name)
+    command += ["--host", host, "--port", str(port), "--linger", str(linger_s)]
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,  # its end is the end of the leash
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "EVERSTEP_TOKEN": token},
+    )
+    assert process.stdout is not None
+    line = process.stdout.readline().strip()
+    if line.isdigit():
+        return KeeperProcess(name, int(line), process.pid, process)
+    status = process.wait()
+    for stream in (process.stdin, process.stdout):
+        if stream is not None:
+            stream.close()
+    if line == "name taken":
+        raise NameTaken(name)
+    raise KeeperCannotServe(line or f"it ended with status {status}")
+
+
+def _take_over(name: str, node: str, token: str) -> KeeperProcess | None:
+    """The keeper that has this name, if its agent is gone; None if it has one.
+
+    Raises ConnectionRefusedError when there is none.
+    """
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.settimeout(ANSWER_S)
+    try:
+        connection.connect("\0" + name)
+        for line in ({"token": token}, {"op": "adopt", "node": node}):
+            connection.sendall(json.dumps(line).encode() + b"\n")
+        with connection.makefile("rb") as stream:
+            answer = json.loads(stream.readline() or b"{}")
+    except ConnectionRefusedError:
+        connection.close()
+        raise
+    except (OSError, ValueError):
+        connection.close()
+        return None
+    if not answer.get("adopted"):
+        connection.close()
+        return None
+    return KeeperProcess(name, answer["port"], answer["pid"], leash=connection)

@@ -1,0 +1,139 @@
+"""A node's worker processes: forked, watched through their pidfds and progress pages, fenced with SIGKILL."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import signal
+import time
+from dataclasses import dataclass, field
+
+from everstep.elastic.contract.progress import (
+    STACKS_OFFSET,
+    STACKS_SIGNAL,
+    Reading,
+    create_page,
+    read_page,
+)
+from everstep.elastic.protocol.events import WorkerId
+from everstep.elastic.protocol.liveness import Pulse, Verdict
+
+from .channel import Channel
+from .vitals import Vitals
+
+STACKS_BYTES = 64 << 10  # of a worker's stacks, read at most
+
+
+@dataclass
+class WorkerProcess:
+    """One worker: its channel, its progress page and, once it is forked, its process."""
+
+    id: WorkerId
+    channel: Channel
+    page_fd: int
+    page: mmap.mmap
+    pid: int = 0
+    pidfd: int = -1
+    status: int | None = None
+    fenced: str = ""  # why we killed it
+    silent: bool = False  # ended by order: its end is no news
+    deadline_s: float = 0.0  # it was asked to end by then
+    elastic: bool = False  # it has declared itself so
+    local_rank: int = 0
+    error_file: str = ""
+    ended_s: float = 0.0
+    pulse: Pulse = field(default_factory=lambda: Pulse(0, time.monotonic()))
+    vitals: Vitals = field(default_factory=lambda: Vitals(0))
+    looked_s: float = 0.0  # when the kernel was asked last
+    verdict: Verdict | None = None  # while its counter stands still
+    warned: bool = False  # it was said that it stands still
+    asked_s: float = 0.0  # since when its stacks are awaited
+    hang: str = ""  # it was killed as hung: silent | alive
+    stacks: str = ""  # what its threads did then
+    _seen: int = 0  # bytes of stacks at the last look
+
+    @classmethod
+    def prepare(cls, worker: WorkerId) -> WorkerProcess:
+        fd = create_page()
+        return cls(worker, Channel(), fd, mmap.mmap(fd, mmap.PAGESIZE, prot=mmap.PROT_READ))
+
+    def forked(self, pid: int) -> None:
+        """The process exists."""
+        self.pid = pid
+        with contextlib.suppress(ProcessLookupError):
+            self.pidfd = os.pidfd_open(pid)
+        self.pulse = Pulse(0, time.monotonic())
+        self.vitals = Vitals(pid)
+        self.channel.theirs.close()
+
+    def reading(self) -> Reading:
+        return read_page(self.page)
+
+    def moves(self) -> None:
+        """Its counter has moved: forget what was thought of it while it stood still."""
+        if self.verdict is not None:
+            self.vitals.forget()
+            self.verdict, self.warned, self.asked_s = None, False, 0.0
+
+    def ask_stacks(self) -> None:
+        """Have it write down what its threads do; its handler needs no interpreter."""
+        os.ftruncate(self.page_fd, STACKS_OFFSET)
+        self._seen = 0
+        if self.pidfd >= 0:
+            with contextlib.suppress(OSError):
+                signal.pidfd_send_signal(self.pidfd, STACKS_SIGNAL)
+
+    def has_stacks(self) -> bool:
+        """Whether it has, and no more comes."""
+        before, self._seen = self._seen, os.fstat(self.page_fd).st_size - STACKS_OFFSET
+        return 0 < self._seen == before
+
+    def read_stacks(self) -> str:
+        """As far as they are there; empty where nothing is."""
+        return os.pread(self.page_fd, STACKS_BYTES, STACKS_OFFSET).replace(b"\0", b"").decode(errors="replace")
+
+    def kill(self, why: str) -> None:
+        """Fence it."""
+        self.fenced = self.fenced or why
+        if self.pidfd >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+
+    def terminate(self, number: signal.Signals = signal.SIGTERM) -> None:
+        """Ask it to end; of an ordinary script, as torchrun does, also the processes of its group.
+
+        An elastic one ends its own: it would take a process that fetches data, and dies, for a failure.
+        """
+        if self.pidfd < 0:
+            return
+        with contextlib.suppress(ProcessLookupError):  # it has just been forked, and has no group; or it is gone
+            if not self.elastic:
+                os.killpg(self.pid, number)
+                return
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pidfd, number)
+
+    def receive(self) -> list[bytes]:
+        """The complete messages that have come."""
+        lines = self.channel.receive()
+        self.elastic = self.elastic or bool(lines)  # an ordinary script never speaks to us
+        return lines
+
+    def cause(self) -> str:
+        """Why it ended, in words."""
+        if self.fenced:
+            return self.fenced
+        if self.status is None:
+            return "the process is gone"
+        if self.status < 0:
+            return f"killed by {signal.Signals(-self.status).name}"
+        return f"exit status {self.status}"
+
+    def close(self) -> None:
+        self.channel.close()
+        self.page.close()
+        for fd in (self.page_fd, self.pidfd):
+            if fd >= 0:
+                os.close(fd)
+        self.page_fd = self.pidfd = -1

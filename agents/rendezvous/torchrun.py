@@ -1,0 +1,26 @@
+"""What plain torchrun loads of us, whatever its --rdzv-backend is (entry point `torchrun.handlers`).
+
+So nothing is imported here, and its process and its workers' environment stay as they are, until the backend is used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.rendezvous.api import (
+        RendezvousHandler,
+        RendezvousHandlerCreator,
+        RendezvousParameters,
+    )
+
+
+def handler() -> RendezvousHandlerCreator:
+    """What torch's registry asks for: how to make a handler of `torchrun`'s parameters."""
+    return _everstep
+
+
+def _everstep(parameters: RendezvousParameters) -> RendezvousHandler:
+    from .torchrun_handler import EverstepRendezvous
+
+    return EverstepRendezvous(parameters)

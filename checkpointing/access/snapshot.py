@@ -1,0 +1,275 @@
+"""A worker's side of its snapshots: writes every committed version of its shards to keeper memory, behind compute.
+
+The order that makes any single loss exact:
+
+1. the state of version k is copied while step k computes; the optimizer waits for what is not copied yet. The
+   parameter values, which the user's code can change as soon as it runs, are copied before that;
+2. the reduced gradient of step k is summed straight into keeper memory and sealed before the step is agreed on;
+3. so once anybody has passed the agreement of step k, the keepers can give version k + 1 of every shard: as itself, or
+   as version k and the gradient that leads to it.
+
+Where nodes may be lost, a third slot holds the newest version that is known to outlive them (`protected`) until a newer
+one does.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent import futures
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from everstep.checkpointing.memory.record import Record, ShardState
+from everstep.checkpointing.memory.segment import Segment, seed_of
+from everstep.resharding.placement import Placement
+
+from .client import KeeperLink
+
+
+class _Begun(NamedTuple):
+    """A record on its way into a slot: its values are there."""
+
+    shard: int
+    record: Record
+    segment: Segment
+    slot: int
+    room: Tensor
+
+
+class Snapshots:
+    """Writes this worker's shards into segments that its node's keeper guards.
+
+    Without a keeper (`link` None: a script that runs alone) the memory is private and only the gradient slots are used.
+    """
+
+    def __init__(self, link: KeeperLink | None, states: int = 2) -> None:
+        self._link = link
+        self._states = states
+        self._generation = 0
+        self._home: dict[int, tuple[int, Segment]] = {}  # shard -> segment
+        self._bytes: dict[int, Tensor] = {}  # segment number -> its memory as uint8
+        self._leaving: dict[int, int] = {}  # shard -> the version at which it got another owner
+        self._numbers = 0
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="everstep-snapshot") if link else None
+        self._pending: Future[None] | None = None
+        self.checksums: dict[int, int] = {}  # shard -> xxh3 of its newest record
+        self.version: dict[int, int] = {}  # shard -> newest version written or being written
+        self.protected = -1  # the newest version that all members know to outlive lost nodes
+        self.saving = -1  # the version that a checkpoint is being made of
+        self.waited_s = 0.0
+        self.spread_s = 0.0  # a copy takes this long if nobody waits for it, so as not to crowd out the compute
+        self._hurry = threading.Event()
+        self.on_copied: Callable[[int, int, float], None] = lambda started_ns, length, busy_s: None
+        """Called, in the thread that copies, when a version is sealed: with its bytes, and the time less the pauses."""
+
+    def enter(self, generation: int, placement: Placement, addresses: Mapping[str, str], sizes: list[int]) -> None:
+        """Go to a new generation. `sizes`: bytes of each shard's record at most."""
+        self._generation = generation
+        if self._link is not None:
+            self._link.ensure()
+            capacities = [max(sizes[shard] for shard in stripe.shards) for stripe in placement.stripes]
+            self._link.enter(generation, placement.to_json(), dict(addresses), capacities)
+
+    def has(self, shard: int) -> bool:
+        """Whether there is room for a shard already."""
+        return shard in self._home and shard not in self._leaving
+
+    def protect(self, sizes: Iterable[tuple[int, int, int]]) -> None:
+        """Make room for (shard, state bytes, gradient bytes); shards that have room already are passed over."""
+        new = [item for item in sizes if not self.has(item[0])]
+        if not new:
+            return
+        segment = Segment.create(new, self._states)
+        number = self._link.register(segment) if self._link else self._next()
+        self._bytes[number] = torch.frombuffer(segment.memory, dtype=torch.uint8)
+        for shard, _, _ in new:
+            self._home[shard] = (number, segment)
+            self._leaving.pop(shard, None)
+            self.version.pop(shard, None)
+
+    def _next(self) -> int:
+        self._numbers += 1
+        return self._numbers
+
+    def begin(
+        self,
+        version: int,
+        states: Callable[[int], ShardState],
+        shards: Iterable[int],
+        *,
+        protect: bool = False,
+        then: Callable[[], None] | None = None,
+    ) -> None:
+        """Start copying `version` of the shards. The values are copied already when this returns.
+
+        The memory of the rest, the optimizer's state, must not change before `wait` returns. With `protect` it is to
+        outlive nodes too: keepers then make parity of it, behind all this. `then` is called, in the thread that
+        copies, when all is sealed.
+        """
+        if self._link is None:
+            return
+        self._link.ensure()
+        todo = [shard for shard in shards if self.version.get(shard) != version]
+        for shard in todo:
+            self.version[shard] = version
+        assert self._pool is not None
+        self._hurry.clear()
+        opened = [self._open(shard, version, Record(states(shard))) for shard in todo]
+        for device in {device for begun in opened for device in begun.record.devices}:
+            if device.type != "cpu":  # another thread copies the rest, on a stream of its own: all is there by now
+                torch.get_device_module(device).synchronize(device)
+        self._pending = self._pool.submit(
+            self._copy, self._generation, version, opened, self._pending, protect=protect, then=then
+        )
+
+    def _open(self, shard: int, version: int, record: Record) -> _Begun:
+        """Open a slot for a record, and copy its values, so that nobody can change them any more."""
+        number, segment = self._home[shard]
+        slot = segment.free_slot(shard, (self.protected, version - 1, self.saving))
+        start = segment.open_slot(shard, slot, record.length)
+        room = self._bytes[number][start : start + segment.entries[shard].state_bytes]
+        record.write_values(room.numpy().data)
+        return _Begun(shard, record, segment, slot, room)
+
+    def _copy(
+        self,
+        generation: int,
+        version: int,
+        opened: Sequence[_Begun],
+        earlier: Future[None] | None,
+        *,
+        protect: bool,
+        then: Callable[[], None] | None,
+    ) -> None:
+        if earlier is not None:
+            earlier.result()
+        total, done, started = sum(begun.record.length for begun in opened), 0, time.monotonic()
+        started_ns, paused_s = time.monotonic_ns(), 0.0
+        for begun in opened:
+            self._write(version, begun)
+            done += begun.record.length
+            ahead_s = self.spread_s * done / total - (time.monotonic() - started)
+            if ahead_s > 0:
+                pause = time.monotonic()
+                self._hurry.wait(ahead_s)
+                paused_s += time.monotonic() - pause
+        self.on_copied(started_ns, total, time.monotonic() - started - paused_s)
+        assert self._link is not None
+        self._link.sealed(generation, version, self.protected, protect=protect)
+        if then is not None:
+            then()
+
+    def _write(self, version: int, begun: _Begun) -> None:
+        shard, record, segment, slot, room = begun
+        checksum = record.write_rest(room.numpy().data, seed_of(shard, version, record.length))
+        self.checksums[shard] = segment.seal_slot(shard, slot, version, record.length, checksum)
+
+    def wait(self, on_wait: Callable[[], None] = lambda: None) -> None:
+        """Return when everything begun is written; calls `on_wait` every 50 ms, adds the time to `waited_s`."""
+        if self._pending is None:
+            return
+        started = time.monotonic()
+        self._hurry.set()
+        while not futures.wait([self._pending], timeout=0.05).done:
+            on_wait()
+        self._pending.result()
+        self._pending = None
+        self.waited_s += time.monotonic() - started
+
+    def stored(self, shard: int, version: int) -> bytes | None:
+        """A shard's record at `version` from this worker's own memory; None if it is not there, or damaged."""
+        if self._link is None or not self.has(shard):
+            return None
+        segment = self._home[shard][1]
+        slot = segment.find(shard, version)
+        return segment.read(slot) if slot is not None else None
+
+    def resume(self, shard: int, version: int) -> bytes | None:
+        """`stored`; and what is found counts as written: `begin` need not write it again."""
+        data = self.stored(shard, version)
+        if data is not None:
+            slot = self._home[shard][1].find(shard, version)
+            assert slot is not None
+            self.version[shard] = version
+            self.checksums[shard] = slot.checksum
+        return data
+
+    def stored_gradient(self, shard: int, step: int) -> bytes | None:
+        """The reduced gradient of a step from this worker's own memory; None if it is not there, or damaged."""
+        if self._link is None or not self.has(shard):
+            return None
+        segment = self._home[shard][1]
+        slot = segment.find_gradient(shard, step)
+        return segment.read(slot) if slot is not None else None
+
+    def discard(self, shard: int, version: int | None = None) -> None:
+        """A shard's record at `version` (None: any) was made of damaged values: nobody is to use it."""
+        if self._link is None or not self.has(shard):
+            return
+        segment = self._home[shard][1]
+        for slot in range(segment.states):
+            stored = segment.stored(shard, slot)
+            if stored is not None and version in (None, stored.version):
+                segment.open_slot(shard, slot, 0)
+        self.version.pop(shard, None)
+
+    def protection(self) -> tuple[tuple[int, int], tuple[int, int], list[dict[str, Any]]]:
+        """(generation, version), twice, and damage found: the newest version that is whole at this node's keeper.
+
+        Parity included; in this generation, and in the last one that had any.
+        """
+        state = self._link.state() if self._link is not None else None
+        if state is None:
+            return (0, -1), (0, -1), []
+        (generation, version), (earlier, old) = state["complete"], state["before"]
+        return (generation, version), (earlier, old), state["incidents"]
+
+    def gradient(self, shard: int, step: int, elements: int, dtype: torch.dtype) -> Tensor:
+        """Where to write the reduced gradient of `step`: a view of keeper memory, invalid until sealed."""
+        number, segment = self._home[shard]
+        length = elements * dtype.itemsize
+        start = segment.open_slot(shard, segment.gradient_slot(step), length)
+        return self._bytes[number][start : start + length].view(dtype)
+
+    def seal_gradient(self, shard: int, step: int, elements: int, dtype: torch.dtype) -> None:
+        """Declare the gradient of `step` complete."""
+        if self._link is not None:
+            _, segment = self._home[shard]
+            segment.seal_slot(shard, segment.gradient_slot(step), step, elements * dtype.itemsize)
+
+    def leave(self, shards: Iterable[int], version: int) -> None:
+        """These shards have another owner from `version` on; what is kept of them is let go by a later `forget`."""
+        for shard in shards:
+            if shard in self._home:
+                self._leaving[shard] = version
+
+    def forget(self, *, nodes: bool = False) -> None:
+        """Let go of segments none of whose shards is still needed here. Call when their new owners protect them.
+
+        With `nodes` (they may be lost), a shard is needed until a version of its new owner outlives them. What a
+        checkpoint is being made of is needed, too.
+        """
+        if self.saving >= 0:
+            return
+        for shard in [s for s, version in self._leaving.items() if not nodes or self.protected >= version]:
+            del self._leaving[shard]
+            self._home.pop(shard, None)
+            self.checksums.pop(shard, None)
+            self.version.pop(shard, None)
+        used = {number for number, _ in self._home.values()}
+        for number in [n for n in self._bytes if n not in used]:
+            del self._bytes[number]
+            if self._link is not None:
+                self._link.drop(number)
+
+    def close(self) -> None:
+        """Stop copying. The keeper goes on guarding what was written."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True)
+        if self._link is not None:
+            self._link.close()

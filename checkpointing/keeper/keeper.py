@@ -1,0 +1,194 @@
+"""What a node's snapshot keeper holds: the segments of its workers, and the parity it keeps for other nodes.
+
+It outlives the workers. It never imports torch, and never writes to a segment.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from everstep.checkpointing.memory.segment import Entry, Segment, Stored
+from everstep.resharding.placement import Placement
+
+STALE_VERSIONS = 3  # without parity: a dead worker's segment this far behind a live one is of no more use
+
+
+@dataclass(frozen=True)
+class Guarded:
+    """A segment and whose it is."""
+
+    rank: int
+    incarnation: int
+    segment: Segment
+    connection: int = 0  # over which it was handed over
+
+
+@dataclass(frozen=True)
+class Membership:
+    """A generation as keepers see it. `capacities`: bytes of the largest record of each stripe."""
+
+    generation: int
+    placement: Placement
+    addresses: dict[str, str]
+    capacities: tuple[int, ...]
+
+
+class Superseded(Exception):
+    """What was waited for will not come: the generation, or the version, is over."""
+
+
+class Keeper:
+    """The segments of a node, and the answers about them. Thread-safe; `changed` is notified when there is news."""
+
+    def __init__(self, node: str = "") -> None:
+        self.node = node
+        self.changed = threading.Condition()
+        self.membership: Membership | None = None
+        self.incidents: list[dict[str, Any]] = []  # damage found, for the workers to pass on
+        self._segments: dict[tuple[int, int, int], Guarded] = {}
+        self._dead: set[tuple[int, int]] = set()  # workers whose segments are kept only as long as they are of use
+        self._protected = -1
+
+    # ------------------------------------------------------------ what workers say
+
+    def register(
+        self,
+        rank: int,
+        incarnation: int,
+        number: int,
+        fd: int,
+        size: int,
+        entries: list[Entry],
+        states: int,
+        connection: int = 0,
+    ) -> None:
+        """Guard a segment. Segments of dead workers that nobody needs any more are let go."""
+        segment = Segment(fd, size, entries, states)
+        with self.changed:
+            self._release((rank, incarnation, number))
+            self._dead.discard((rank, incarnation))
+            self._segments[(rank, incarnation, number)] = Guarded(rank, incarnation, segment, connection)
+            self._prune()
+            self.changed.notify_all()
+
+    def drop(self, rank: int, incarnation: int, number: int) -> None:
+        """Let a segment go."""
+        with self.changed:
+            self._release((rank, incarnation, number))
+
+    def left(self, rank: int, incarnation: int, connection: int) -> None:
+        """A worker's connection ended: it is dead, unless it has handed its segments over another one."""
+        with self.changed:
+            guarded = [g for g in self._segments.values() if (g.rank, g.incarnation) == (rank, incarnation)]
+            if all(g.connection == connection for g in guarded):
+                self._dead.add((rank, incarnation))
+
+    def enter(self, membership: Membership) -> bool:
+        """Go to a newer generation; returns whether it is news."""
+        with self.changed:
+            if self.membership is not None and membership.generation <= self.membership.generation:
+                return False
+            self.membership = membership
+            self.changed.notify_all()
+            return True
+
+    def sealed(self, protected: int) -> None:
+        """A worker sealed a version of its shards; versions before `protected` are of no more use."""
+        with self.changed:
+            self._protected = max(self._protected, protected)
+            self._prune()
+            self.changed.notify_all()
+
+    def found_damage(self, where: str, node: str, shard: int, detail: str) -> None:
+        """Remember an incident until a worker asks for it."""
+        with self.changed:
+            if len(self.incidents) < 1000:
+                self.incidents.append({"where": where, "node": node, "shard": shard, "detail": detail})
+
+    def take_incidents(self) -> list[dict[str, Any]]:
+        """The incidents that no worker has been told of."""
+        with self.changed:
+            taken, self.incidents = self.incidents, []
+            return taken
+
+    def _release(self, name: tuple[int, int, int]) -> None:
+        guarded = self._segments.pop(name, None)
+        if guarded is not None:
+            guarded.segment.close()
+
+    def _prune(self) -> None:
+        latest = {g.rank: 0 for g in self._segments.values()}
+        for guarded in self._segments.values():
+            latest[guarded.rank] = max(latest[guarded.rank], guarded.incarnation)
+        newest = max((g.segment.newest() for g in self._segments.values()), default=-1)
+        needed = newest - STALE_VERSIONS + 1 if self._protected < 0 else min(self._protected, newest - 1)
+        for name, guarded in list(self._segments.items()):
+            dead = (guarded.rank, guarded.incarnation) in self._dead or guarded.incarnation < latest[guarded.rank]
+            if dead and guarded.segment.newest() < needed:
+                self._release(name)
+
+    # ------------------------------------------------------------ answers
+
+    def fetch(
+        self, shards: Sequence[int], version: int, *, replay: bool
+    ) -> tuple[list[dict[str, Any]], list[bytes], list[int]]:
+        """For each shard that is held: its state at `version`, or, with `replay`, the state before it and the gradient
+        of step version - 1. Slots whose bytes do not match their checksum are passed over, and their shards listed.
+        """
+        found: list[dict[str, Any]] = []
+        blobs: list[bytes] = []
+        damaged: list[int] = []
+        with self.changed:
+            for shard in shards:
+                for held, parts in self._candidates(shard, version, replay):
+                    data = [segment.read(stored) for segment, stored in parts]
+                    sound = [blob for blob in data if blob is not None]
+                    if len(sound) == len(data):
+                        found.append({"shard": shard, "version": held, "lengths": [len(blob) for blob in sound]})
+                        blobs.extend(sound)
+                        break
+                    damaged.append(shard)
+        return found, blobs, damaged
+
+    def _candidates(self, shard: int, version: int, replay: bool) -> Iterator[tuple[int, list[tuple[Segment, Stored]]]]:
+        holders = [g.segment for g in self._segments.values() if shard in g.segment.entries]
+        for segment in holders:
+            state = segment.find(shard, version)
+            if state is not None:
+                yield version, [(segment, state)]
+        for segment in holders if replay and version > 0 else ():
+            state = segment.find(shard, version - 1)
+            gradient = segment.find_gradient(shard, version - 1)
+            if state is not None and gradient is not None:
+                yield version - 1, [(segment, state), (segment, gradient)]
+
+    def located(self, shard: int, version: int) -> tuple[Segment, Stored] | None:
+        """Where a shard's state at `version` lies. Call with `changed` held."""
+        for guarded in self._segments.values():
+            stored = guarded.segment.find(shard, version) if shard in guarded.segment.entries else None
+            if stored is not None:
+                return guarded.segment, stored
+        return None
+
+    def await_shard(self, shard: int, version: int, generation: int, slice_s: float) -> tuple[Segment, Stored] | None:
+        """Wait until a version of a shard is sealed, for `slice_s` at most. Raises Superseded in a newer generation."""
+        with self.changed:
+            place = self.located(shard, version)
+            if place is None:
+                if self.membership is not None and self.membership.generation > generation:
+                    raise Superseded
+                self.changed.wait(slice_s)
+                place = self.located(shard, version)
+            return place
+
+    def held(self) -> dict[str, Any]:
+        """How many segments and bytes are held, by rank."""
+        with self.changed:
+            return {
+                "segments": len(self._segments),
+                "bytes": sum(g.segment.size for g in self._segments.values()),
+                "ranks": sorted({g.rank for g in self._segments.values()}),
+            }

@@ -1,0 +1,188 @@
+"""Encodes the parity that a node holds, version after version, from what other nodes' keepers send on request."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from everstep.checkpointing.access.client import KeeperClient, KeeperRefused
+from everstep.checkpointing.memory.segment import checksum_of
+
+from .keeper import Keeper, Membership
+from .parity import Block, ParityStore
+
+FLOWS = 2  # connections to each other node
+RETRY_S = 0.05
+WAIT_SLICE_S = 0.1
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One member that one of our blocks needs."""
+
+    block: Block
+    member: int
+    shard: int
+    capacity: int
+
+
+class Protector:
+    """Makes a node's part of each version outlive other nodes. `state()` says how far it has come."""
+
+    def __init__(self, keeper: Keeper, store: ParityStore, token: str) -> None:
+        self._keeper = keeper
+        self._store = store
+        self._token = token
+        self._wanted: list[int] = []  # versions to be encoded, oldest first
+        self._protected = -1
+        self._complete = (0, -1)
+        self._before = (0, -1)  # what was complete in the last generation that had anything
+        self._clients: dict[tuple[str, int], KeeperClient] = {}
+        self._pool = ThreadPoolExecutor(64, thread_name_prefix="everstep-parity")
+        threading.Thread(target=self._run, name="everstep-protector", daemon=True).start()
+
+    # ------------------------------------------------------------ what workers ask
+
+    def want(self, generation: int, version: int, protected: int) -> None:
+        """Workers here have sealed `version`; everything before `protected` may go."""
+        keeper = self._keeper
+        with keeper.changed:
+            if keeper.membership is None or keeper.membership.generation != generation:
+                return
+            self._protected = max(self._protected, protected)
+            if version not in self._wanted and self._complete != (generation, version):
+                self._wanted.append(version)
+            keeper.changed.notify_all()
+
+    def enter(self) -> None:
+        """There is a new generation: what was asked for in the last one is asked for again."""
+        with self._keeper.changed:
+            self._wanted.clear()
+            self._before = self._complete if self._complete[1] >= 0 else self._before
+            self._complete = (self._generation(), -1)
+            self._keeper.changed.notify_all()
+
+    def state(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(generation, version): the newest version that is whole here, parity of others included.
+
+        In this generation (-1: none yet), and in the last one that had any.
+        """
+        with self._keeper.changed:
+            return self._complete, self._before
+
+    def _generation(self) -> int:
+        return self._keeper.membership.generation if self._keeper.membership else 0
+
+    # ------------------------------------------------------------ the work
+
+    def _run(self) -> None:
+        while True:
+            with self._keeper.changed:
+                while not self._wanted:
+                    self._keeper.changed.wait()
+                membership, version = self._keeper.membership, self._wanted[0]
+                kept = {self._protected, self._complete[1], *self._wanted}
+                if self._before[1] > self._protected:  # nobody has agreed yet that it, or a newer one, outlives nodes
+                    kept.add(self._before[1])
+            assert membership is not None
+            for flow in [flow for flow in self._clients if flow[0] not in membership.addresses]:
+                self._forget(flow)  # of nodes that are lost
+            self._store.keep(kept)
+            whole = self._encode(membership, version) and self._await_own(membership, version)
+            with self._keeper.changed:
+                if version in self._wanted and self._generation() == membership.generation:
+                    self._wanted.remove(version)
+                    if whole:
+                        self._complete = (membership.generation, max(version, self._complete[1]))
+
+    def _given_up(self, membership: Membership, version: int) -> bool:
+        """Whether nobody waits for this any more: another generation, or two newer versions."""
+        with self._keeper.changed:
+            return self._generation() != membership.generation or len(self._wanted) > 2
+
+    def _encode(self, membership: Membership, version: int) -> bool:
+        """Bring our blocks of `version` up; whether all are sealed."""
+        capacities = membership.capacities
+        blocks: list[tuple[int, Block]] = []
+        for number, row in membership.placement.held_by(self._keeper.node):
+            stripe = membership.placement.stripes[number]
+            blocks.append((number, self._store.open(version, stripe, row, capacities[number])))
+        self._store.trim(capacities[number] for number, _ in blocks)
+        by_flow: dict[tuple[str, int], list[Piece]] = {}
+        for number, block in blocks:
+            stripe = membership.placement.stripes[number]
+            for member, (shard, node) in enumerate(zip(stripe.shards, stripe.nodes, strict=True)):
+                if block.checksum is None and member not in block.members:
+                    piece = Piece(block, member, shard, capacities[number])
+                    by_flow.setdefault((node, number % FLOWS), []).append(piece)
+        flows = [self._pool.submit(self._pull, membership, version, *item) for item in by_flow.items()]
+        for flow in flows:
+            flow.result()
+        return all(block.checksum is not None for _, block in blocks)
+
+    def _await_own(self, membership: Membership, version: int) -> bool:
+        """Wait until the shards that this node owns are sealed; whether they are."""
+        own = [
+            shard
+            for stripe in membership.placement.stripes
+            for shard, node in zip(stripe.shards, stripe.nodes, strict=True)
+            if node == self._keeper.node
+        ]
+        while not self._given_up(membership, version):
+            with self._keeper.changed:
+                if all(self._keeper.located(shard, version) for shard in own):
+                    return True
+                self._keeper.changed.wait(WAIT_SLICE_S)
+        return False
+
+    def _pull(self, membership: Membership, version: int, flow: tuple[str, int], pieces: list[Piece]) -> None:
+        """Get the pieces that lie on one node, over one connection, until all are in or nobody waits for them."""
+        staging = bytearray(max(piece.capacity for piece in pieces))
+        distrusted: dict[int, int] = {}
+        while pieces and not self._given_up(membership, version):
+            try:
+                client = self._client(membership, flow)
+                for piece, length, checksum in self._collect(client, membership, version, pieces, staging):
+                    data, started = memoryview(staging)[:length], time.monotonic()
+                    if checksum_of(data, piece.shard, version) == checksum:
+                        piece.block.add(piece.member, data, checksum)
+                        self._store.encoded(length, time.monotonic() - started)
+                    else:
+                        distrusted[piece.shard] = distrusted.get(piece.shard, 0) + 1
+                        detail = f"version {version}, on its way to the parity on {self._keeper.node}"
+                        self._keeper.found_damage("keeper", flow[0], piece.shard, detail)
+            except KeeperRefused:
+                self._forget(flow)
+                return
+            except (OSError, ValueError):
+                self._forget(flow)
+                with self._keeper.changed:
+                    self._keeper.changed.wait(RETRY_S)
+            pieces = [p for p in pieces if p.member not in p.block.members and distrusted.get(p.shard, 0) < 2]
+
+    def _collect(
+        self, client: KeeperClient, membership: Membership, version: int, pieces: list[Piece], staging: bytearray
+    ) -> Iterator[tuple[Piece, int, int]]:
+        def patient() -> None:
+            if self._given_up(membership, version):
+                raise KeeperRefused("nobody waits for this version any more")
+
+        answers = client.collect([p.shard for p in pieces], version, membership.generation, staging, patient)
+        for piece, (length, checksum) in zip(pieces, answers, strict=True):
+            yield piece, length, checksum
+
+    def _client(self, membership: Membership, flow: tuple[str, int]) -> KeeperClient:
+        client = self._clients.get(flow)
+        address = membership.addresses[flow[0]]
+        if client is None or client.address != address or client.closed:
+            self._forget(flow)
+            client = self._clients[flow] = KeeperClient(address, self._token)
+        return client
+
+    def _forget(self, flow: tuple[str, int]) -> None:
+        client = self._clients.pop(flow, None)
+        if client is not None:
+            client.close()

@@ -1,0 +1,210 @@
+"""One writer's part in saving a version: its shards' records, as chunks of a checkpoint's arrays.
+
+A shard is a chunk: shards are cut by rows, and all of a parameter but the last are equal. So an owner writes its own
+chunks, and nobody waits for anybody.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+
+from everstep.checkpointing.memory.record_format import Item, items
+from everstep.checkpointing.universal.lineage import Lineage, begun_s, lineage_of
+from everstep.checkpointing.universal.manifest import (
+    NAME,
+    Array,
+    CheckpointError,
+    Manifest,
+    path_of,
+)
+from everstep.checkpointing.universal.store import Store, StoreError, open_store
+from everstep.checkpointing.universal.writer import (
+    ChunkWriter,
+    Retained,
+    retain,
+    try_commit,
+)
+
+T = TypeVar("T")
+FIRST_RETRY_S = 0.25  # then twice as long each time
+SHARDS_AT_ONCE = 8  # whose records are in memory together
+
+
+class Parameter(NamedTuple):
+    """A parameter as chunks: `room` is "params" or "buffers"; `rows`: of a chunk."""
+
+    name: str
+    room: str
+    shape: tuple[int, ...]
+    rows: int
+
+
+class Piece(NamedTuple):
+    """A shard: which chunk of which parameter it is."""
+
+    shard: int
+    parameter: int
+    chunk: int
+    elements: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveRequest:
+    """What one writer is to save.
+
+    `manifest`: all but the arrays, equal for all writers. `keep`, `keep_s`: how many checkpoints are retained at least,
+    and for how long.
+    """
+
+    url: str
+    options: Mapping[str, Any]
+    name: str
+    writer: str
+    writers: int  # how many there are
+    version: int
+    parameters: tuple[Parameter, ...]
+    pieces: tuple[Piece, ...]
+    expected: tuple[str, ...]  # paths of all the arrays that must be there, whoever writes them
+    manifest: Mapping[str, Any]
+    keep: int
+    keep_s: float
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> SaveRequest:
+        raw: dict[str, Any] = json.loads(text)
+        raw["parameters"] = tuple(Parameter(p[0], p[1], tuple(p[2]), p[3]) for p in raw["parameters"])
+        raw["pieces"] = tuple(Piece(*piece) for piece in raw["pieces"])
+        raw["expected"] = tuple(raw["expected"])
+        return cls(**raw)
+
+
+class Gone(Exception):
+    """The version is no longer in memory."""
+
+
+Fetch = Callable[[Sequence[int]], Mapping[int, bytes | memoryview]]
+
+
+def save_part(
+    request: SaveRequest,
+    fetch: Fetch,
+    pause: Callable[[float], None] = time.sleep,
+    *,
+    moved: Callable[[], None] = lambda: None,
+    warned: Callable[[str], None] = lambda text: None,
+) -> bool:
+    """Write this writer's part of a checkpoint; returns whether it was the last, which commits.
+
+    `fetch` gives the records of shards at the request's version. `moved` is called whenever storage has taken some,
+    `warned` with what is not as it should be although the checkpoint is saved.
+    Raises StoreError when the storage went on failing, Gone when records are not there any more, CheckpointError when
+    what was written is not what is there.
+    """
+    folder = open_store(request.url, request.options).inside(request.name)
+    writer = ChunkWriter(folder)
+    for first in range(0, len(request.pieces), SHARDS_AT_ONCE):
+        pieces = request.pieces[first : first + SHARDS_AT_ONCE]
+        records = fetch([piece.shard for piece in pieces])
+        for piece in pieces:
+            if piece.shard not in records:
+                raise Gone(f"version {request.version} of shard {piece.shard} is no longer in any memory")
+            found = items(records[piece.shard])
+            _retried(folder, lambda piece=piece, found=found: _put(writer, request, piece, found), pause)  # type: ignore[misc]
+            moved()
+    _retried(folder, lambda: writer.finish(request.writer), pause)
+    moved()
+    return finish(request, folder, pause, warned=warned)
+
+
+def finish(
+    request: SaveRequest,
+    folder: Store,
+    pause: Callable[[float], None] = time.sleep,
+    *,
+    warned: Callable[[str], None] = lambda text: None,
+) -> bool:
+    """Commit if all parts are there; then let older checkpoints go. Returns whether it did.
+
+    `warned` is told, in words, what is not as it should be although the checkpoint is saved.
+    """
+    manifest = replace(Manifest(**request.manifest), saved_at=time.time())
+    if not _retried(folder, lambda: try_commit(folder, manifest, request.expected, request.writers), pause):
+        return folder.get(NAME, 0, 1) is not None
+    _retain(request, folder, pause, warned)
+    return True
+
+
+def _retain(request: SaveRequest, folder: Store, pause: Callable[[float], None], warned: Callable[[str], None]) -> None:
+    """Let older checkpoints of this run go. The new one is there, whatever becomes of those."""
+    store, own = open_store(request.url, request.options), Lineage.from_json(request.manifest["run"])
+
+    def mine(name: str) -> bool:
+        lineage = lineage_of(store, name)
+        return own.has_named(name) if lineage is None else own.owns(lineage.run, begun_s(name))
+
+    def let_go() -> Retained:
+        return retain(store, count=request.keep, age_s=request.keep_s, now_s=time.time(), mine=mine)
+
+    try:
+        strangers = _retried(folder, let_go, pause).strangers
+    except (StoreError, CheckpointError) as error:
+        warned(f"older checkpoints in {request.url} could not be removed: {error}")
+        return
+    if strangers:
+        warned(
+            f"{request.url} has checkpoints of another run too ({strangers[-1]}): they are left alone, and a restart "
+            "of this job will ask which to go on from; give each job a folder of its own"
+        )
+
+
+def saved_bytes(request: SaveRequest) -> int:
+    """The size of all arrays of a committed checkpoint; 0 if that cannot be found out any more."""
+    try:
+        data = open_store(request.url, request.options).inside(request.name).get(NAME)
+        arrays = Manifest.from_bytes(data, request.name).arrays.values() if data is not None else ()
+    except (StoreError, CheckpointError):
+        return 0
+    return sum(array.chunks * array.chunk_bytes for array in arrays)
+
+
+def _put(writer: ChunkWriter, request: SaveRequest, piece: Piece, found: Sequence[Item]) -> None:
+    parameter = request.parameters[piece.parameter]
+    for item in found:
+        if item.name == "value":
+            room = parameter.room
+        elif not item.dtype or item.value.ndim == 0:
+            value = item.value.item() if item.dtype else item.value
+            writer.scalar(item.name, parameter.name, item.dtype, value)
+            continue
+        else:
+            room = f"optimizer/{item.name}"
+        shape, rows, chunk = parameter.shape, parameter.rows, piece.chunk
+        if item.value.size != piece.elements:  # only where a shard is a whole parameter
+            shape, rows, chunk = item.value.shape, item.value.shape[0], 0
+        path = path_of(room, parameter.name)
+        if not writer.has(path, chunk):
+            array = Array(tuple(shape), item.dtype, (rows, *shape[1:]) if shape else ()).named(parameter.name)
+            writer.declare(path, array)
+            if array.chunks:
+                writer.put(path, chunk, item.value.reshape(-1).view(np.uint8).data)
+
+
+def _retried(store: Store, action: Callable[[], T], pause: Callable[[float], None]) -> T:
+    """Storage fails now and then: try again, a bounded number of times, ever later."""
+    for attempt in range(store.tries):
+        try:
+            return action()
+        except (StoreError, CheckpointError):
+            if attempt == store.tries - 1:
+                raise
+            pause(FIRST_RETRY_S * 2**attempt)
+    raise AssertionError("unreachable")

@@ -1,0 +1,285 @@
+"""`@elastic`: from an ordinary training function to a worker of an elastic job."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import json
+import logging
+import os
+import random
+import socket
+import sys
+import time
+import traceback
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from types import TracebackType
+from typing import Any, Concatenate, Literal, NoReturn, ParamSpec
+
+import numpy as np
+import torch
+
+from everstep.comms.base.process import keep_freed_memory
+from everstep.elastic.contract.collectives import (
+    INSTEAD,
+    Watch,
+    group,
+    raised_there,
+)
+from everstep.elastic.contract.errors import JobEnded, UsageError, shortened
+from everstep.elastic.contract.membership import AgentMembership, Membership, Solo
+from everstep.elastic.contract.notices import Notice, warn
+from everstep.elastic.contract.progress import Fault, Progress
+from everstep.elastic.contract.settings import (
+    Settings,
+    WorkerContext,
+    resolve,
+    threads,
+)
+from everstep.elastic.contract.signals import leave_to_launcher
+from everstep.elastic.contract.timed import TimedMesh
+
+from .run import Run
+
+P = ParamSpec("P")
+
+
+def elastic(
+    *,
+    steps: int,
+    global_batch_size: int,
+    micro_batch_size: int,
+    stages: int = 1,
+    seed: int = 0,
+    protection: str = "parity",
+    node_losses: int = 1,
+    snapshot_every: int | Literal["auto"] = "auto",
+    snapshot_budget: float = 0.02,
+    on_loss: str = "checkpoint",
+    verify_every: int = 100,
+    on_corruption: str = "repair",
+    checkpoint: str = "",
+    checkpoint_every: int = 1000,
+    checkpoint_keep: int = 2,
+    checkpoint_keep_s: float = 0.0,
+    checkpoint_timeout: float = 300.0,
+    checkpoint_options: Mapping[str, Any] | None = None,
+    resume: str = "auto",
+    resume_hyperparameters: str = "checkpoint",
+    on_damage: str = "stop",
+    resume_data: str = "check",
+) -> Callable[[Callable[Concatenate[Run, P], Any]], Callable[P, None]]:
+    """Make `train(run, ...)` a job that survives lost workers: `@elastic(steps=..., ...)`.
+
+    `steps`: optimizer steps in all. `global_batch_size`: samples a step; `micro_batch_size`: samples a forward, by
+    which it must be divisible. `stages`: pipeline stages. `seed`: of the data order, dropout and initialisation.
+
+    `protection`: how the state outlives lost nodes: "parity" (erasure code), "replicate" (copies), "replay" (a backup
+    that gets the reduced gradients and runs the same optimizer), "none". `node_losses`: how many nodes may be lost at
+    once. `snapshot_every`: steps between the versions that outlive nodes, or "auto": as often as `snapshot_budget`
+    (a share of the step's time) allows. `on_loss`, when more is lost: "checkpoint", "neighbors" (lossy), "stop".
+    `verify_every`: steps between comparisons of the replicas of each parameter, 0 for never; `on_corruption`: what is
+    done about one that differs, "repair" or "evict".
+
+    `checkpoint`: the URL of a folder (any fsspec file system, whose options are `checkpoint_options`) in which a
+    checkpoint is saved `checkpoint_every` steps, and after the last one; at least `checkpoint_keep` are kept, and each
+    for `checkpoint_keep_s` seconds. Saving one is given up after `checkpoint_timeout` seconds without progress.
+    `resume`: "auto", go on from the newest one there; "never"; or the URL of one to start from when there is none yet.
+    `resume_hyperparameters`: whether rates and the other settings of the optimizer are the "checkpoint"'s or the
+    "script"'s. `on_damage`: whether a damaged one may be passed over for the one before it, "older", or ends the job,
+    "stop". `resume_data`: whether a checkpoint is refused when the dataset, the batch sizes or the seed are others than
+    those it was trained with, "check", or continued all the same, "ignore".
+
+    Call the decorated function without `run`. Under `everstep run` it is one worker of the job; started by itself it
+    runs alone. A mistake in these raises no traceback of ours: it ends the script with one line.
+    """
+
+    def decorate(function: Callable[Concatenate[Run, P], Any]) -> Callable[P, None]:
+        @functools.wraps(function)
+        def main(*args: P.args, **kwargs: P.kwargs) -> None:
+            context = WorkerContext.from_environment()
+            if context is not None and _trained:
+                _refuse_second(function.__name__)
+            membership: Membership = AgentMembership(context.control_fd) if context else Solo()
+            membership.declare()
+            if context is not None:
+                leave_to_launcher()
+                _watch_collectives(membership, context)
+            with _reported(membership, context):
+                declared = Settings(
+                    steps=steps,
+                    global_batch_size=global_batch_size,
+                    micro_batch_size=micro_batch_size,
+                    stages=stages,
+                    seed=seed,
+                    protection=protection,
+                    node_losses=node_losses,
+                    snapshot_every=0 if snapshot_every == "auto" else snapshot_every,
+                    snapshot_budget=snapshot_budget,
+                    on_loss=on_loss,
+                    verify_every=verify_every,
+                    on_corruption=on_corruption,
+                    checkpoint=checkpoint,
+                    checkpoint_every=checkpoint_every,
+                    checkpoint_keep=checkpoint_keep,
+                    checkpoint_keep_s=checkpoint_keep_s,
+                    checkpoint_timeout=checkpoint_timeout,
+                    checkpoint_options=json.dumps(dict(checkpoint_options or {})),
+                    resume=resume,
+                    resume_hyperparameters=resume_hyperparameters,
+                    on_damage=on_damage,
+                    resume_data=resume_data,
+                )
+                settings = resolve(declared)
+                with _run(settings, context, membership) as run:
+                    ending = _carried_out(lambda: function(run, *args, **kwargs))
+                    if run.layout is None:
+                        raise UsageError(
+                            f"{function.__name__} {'ended' if ending else 'returned'} without calling run.prepare(...) "
+                            "or run.steps(...): nothing was trained"
+                        )
+                    run._finish()
+                    _ended_well(function.__name__, membership)
+            if ending is not None:
+                raise ending
+
+        return main
+
+    return decorate
+
+
+LOST = 3  # exit status of a script that runs alone and could not save its last checkpoint
+
+_trained: list[tuple[str, Membership]] = []  # the training of this process, once it is over
+_unsaved: list[str] = []  # what a script that runs alone has lost
+
+
+def _ended_well(name: str, membership: Membership) -> None:
+    _trained.append((name, membership))
+    if isinstance(membership, Solo) and membership.lost:
+        _unsaved.append(membership.lost)
+
+
+def _refuse_second(name: str) -> NoReturn:
+    """Other ranks, their keepers and the coordinator know of one training."""
+    first, membership = _trained[0]
+    why = f"{name}: this script has trained already ({first}), and a job is one training: start another job for it"
+    _raise_in_job(membership, why, "")
+
+
+@atexit.register
+def _end_with_loss() -> None:
+    """The script has run to its end, and what was lost is said: the exit status is all that is left to give."""
+    if _unsaved and getattr(sys, "last_value", None) is None:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        logging.shutdown()
+        os._exit(LOST)
+
+
+def _carried_out(function: Callable[[], Any]) -> SystemExit | None:
+    """Run the user's function. It may end the script with status 0: then its last step is a good end of training."""
+    try:
+        function()
+    except SystemExit as ending:
+        if ending.code:
+            raise
+        return ending
+    return None
+
+
+@contextlib.contextmanager
+def _run(settings: Settings, context: WorkerContext | None, membership: Membership) -> Iterator[Run]:
+    rank = context.rank if context else 0
+    incarnation = context.incarnation if context else 0
+    faults = Fault.parse(os.environ.get(Fault.VARIABLE, ""))
+    progress = Progress(context.progress_fd if context else None, rank, incarnation, faults)
+    comm = TimedMesh(
+        progress.telemetry,
+        rank,
+        incarnation,
+        host=context.host if context else "127.0.0.1",
+        host_id=context.host_id if context else uuid.uuid4().hex,
+        token=context.token if context else uuid.uuid4().hex,
+        shared_memory=context.shared_memory if context else True,
+        on_wait=progress.tick,
+    )
+    membership.on_abort = comm.abort
+    progress.awaited = comm.awaited
+    comm.on_corruption = lambda source, what: membership.tell(
+        "corruption", generation=comm.generation, where="frame", rank=source, detail=what
+    )
+    seed_everything(settings.seed)
+    torch.set_num_threads(threads())
+    keep_freed_memory()
+    run = Run(settings, context, comm, comm.peer, membership, progress)
+    try:
+        yield run
+    finally:
+        run.release()
+        run.ends.close()
+        comm.close()
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch, so that every rank builds the same model."""
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    torch.manual_seed(seed)
+
+
+@contextlib.contextmanager
+def _reported(membership: Membership, context: WorkerContext | None) -> Iterator[None]:
+    """Turn how the user's function ends into what the job does."""
+    try:
+        yield
+    except JobEnded:
+        sys.exit(1)
+    except UsageError as error:
+        if context is None:
+            sys.exit(f"everstep: error: {error}")
+        _raise_in_job(membership, str(error), "")
+    except (SystemExit, KeyboardInterrupt, Exception) as error:
+        if context is None:
+            raise
+        _record_for_torch(error)
+        hint = f" ({INSTEAD})" if membership.changed and raised_there(error) else ""
+        trace = "".join(traceback.format_exception(error.with_traceback(_users_part(error.__traceback__))))
+        _raise_in_job(membership, f"{type(error).__name__}: {error}{hint}", f"{trace}{hint and INSTEAD + chr(10)}")
+
+
+def _watch_collectives(membership: Membership, context: WorkerContext) -> None:
+    membership.changed = context.incarnation > 0
+
+    def warned(text: str) -> None:
+        warn(membership, Notice.COLLECTIVE, text)
+
+    def given_up(text: str) -> None:
+        membership.tell("raised", message=text, traceback="", host=socket.gethostname())
+
+    Watch(warned, given_up).start(lambda: membership.changed and group() is membership.lost_group)
+
+
+def _raise_in_job(membership: Membership, message: str, trace: str) -> NoReturn:
+    membership.tell("raised", message=shortened(message), traceback=shortened(trace), host=socket.gethostname())
+    while not membership.interrupted():
+        time.sleep(0.02)
+    os._exit(1)
+
+
+def _users_part(trace: TracebackType | None) -> TracebackType | None:
+    """A traceback from the first frame that is not this module's on."""
+    while trace is not None and trace.tb_next is not None and trace.tb_frame.f_code.co_filename == __file__:
+        trace = trace.tb_next
+    return trace
+
+
+def _record_for_torch(error: BaseException) -> None:
+    """Write the error file that torch's elastic tools read (TORCHELASTIC_ERROR_FILE)."""
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    if os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        get_error_handler().record_exception(error)

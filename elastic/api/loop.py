@@ -1,0 +1,206 @@
+"""The user's own loop: `Batches` hands out micro-batches, `ElasticOptimizer.step` takes their gradients."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from torch.optim import Optimizer
+
+from everstep.elastic.contract.errors import UsageError
+from everstep.elastic.contract.progress import Phase
+from everstep.elastic.contract.telemetry import Spent
+from everstep.elastic.engine.engine import Engine
+from everstep.elastic.protocol.liveness import Pace
+from everstep.elastic.step.devices import to_device
+from everstep.elastic.step.gradients import GradientWatch
+from everstep.elastic.step.pipeline import tokens_and_samples
+from everstep.elastic.step.schedule import ScheduledRate
+from everstep.resharding.plan import Span
+
+Guard = Callable[..., None]
+
+
+class _NoLength(UsageError, TypeError):
+    """What Python expects of an iterable without a length, in the words of the user's error."""
+
+
+class Batches:
+    """Iterates over this rank's micro-batches until the last step is committed."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        gradients: GradientWatch,
+        guard: Guard,
+        switch: Callable[[], None],
+        begin: Callable[[], None],
+        found: Sequence[ScheduledRate],
+    ) -> None:
+        self._engine = engine
+        self._guard = guard
+        self._switch = switch
+        self._begin = begin
+        self._gradients = gradients
+        self._found = found  # schedulers that the user's loop steps
+        self._turn = -1  # the step of the last micro-batch that was handed out; -1: nothing to check of it
+        self._open: Span | None = None  # handed out, gradient not yet taken
+        self._skipped = False  # the micro-batch last handed out was
+        self._handed_out_ns = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        engine = self._engine
+        self._begin()
+        while True:
+            self._end_turn()
+            engine.results.clear()
+            engine.looping = True
+            if engine.switch is not None:
+                self._guard(self._switch)
+            elif engine.ended():
+                self._guard(engine.conclude)
+                if engine.ended() and engine.switch is None:
+                    engine.progress.leave()
+                    return
+            elif engine.current()[1].todo:
+                batch = self._hand_out()
+                if batch is not None:
+                    yield batch[0]
+            else:
+                self._guard(engine.complete)
+
+    @property
+    def dataset(self) -> Any:
+        """The user's dataset."""
+        return self._engine.data.dataset
+
+    @property
+    def batch_size(self) -> int:
+        """Samples of a micro-batch: of one turn of the loop."""
+        return self._engine.settings.micro_batch_size
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __len__(self) -> int:
+        raise _NoLength(
+            "len(batches): how many micro-batches a rank computes changes with the membership; the job has run.step of "
+            "run.settings.steps steps, and len(batches.dataset) // run.settings.global_batch_size of them are an epoch"
+        )
+
+    def _end_turn(self) -> None:
+        """The user's code asks for the next micro-batch: it has done what belongs to the last one."""
+        if self._open is not None:
+            raise UsageError(
+                "optimizer.step() was not called for the last micro-batch: call it once for each; gradients are "
+                "accumulated over the step by the runtime. To leave a micro-batch out, call run.skip(), then continue"
+            )
+        if self._turn >= 0 and not self._skipped:
+            for rate in self._found:
+                rate.check_called(self._turn)
+        self._turn = -1
+
+    def _hand_out(self) -> tuple[Any] | None:
+        """The next micro-batch, in a tuple; None if the generation ended instead."""
+        engine = self._engine
+        ready: list[Any] = []
+
+        def fetch() -> None:
+            engine.settle()
+            engine.comm.ready(())  # raises Aborted
+            _, state = engine.current()
+            span = state.todo[0]
+            engine.progress.mark(Phase.COMPUTE, state.step, finished=len(state.held))
+            started_ns = time.monotonic_ns()
+            with engine.progress.within(Pace.FETCH):
+                ready.append(to_device(engine.data.fetch(state.step, span.micro_batch), engine.stack.device))
+            tokens, samples = tokens_and_samples(ready[0])
+            engine.progress.telemetry.span(
+                Spent.FETCH, started_ns, micro_batch=span.micro_batch, amount=tokens, value=samples
+            )
+            engine.pipeline.restore_statistics(0)
+            engine.pipeline.seed_forward(state.step, span.micro_batch)
+            engine.pipeline.forwards.before(0)
+            self._open, self._turn, self._skipped = span, state.step, False
+            self._gradients.forget()
+            self._handed_out_ns = time.monotonic_ns()
+            engine.progress.enter(Pace.USER)
+
+        self._guard(fetch)
+        return (ready[0],) if self._open is not None else None
+
+    def take(self) -> None:
+        """Make a leaf of the open micro-batch's gradients, and end the step if it was the last one."""
+        self._end_micro_batch("optimizer.step()")
+
+    def skip(self) -> None:
+        """Leave the open micro-batch out: its leaf is zero, and the batch-norm statistics stay as they were."""
+        self._end_micro_batch("run.skip()")
+
+    def _end_micro_batch(self, call: str) -> None:
+        engine, span = self._engine, self._open
+        if span is None and self._skipped:
+            raise UsageError(f"{call} was called behind run.skip(): after it, continue with the next micro-batch")
+        if span is None:
+            raise UsageError(f"{call} was called outside the loop over the prepared batches")
+        self._open, self._skipped = None, call == "run.skip()"
+        _, state = engine.current()
+        engine.pipeline.forwards.after(0)
+        if span not in state.todo:  # a recovery inside the user's turn gave it to another rank
+            engine.pipeline.drop_gradients(span)
+            self._gradients.forget()
+            self._complete_what_is_done()
+            return
+        if self._skipped:
+            engine.pipeline.drop_gradients(span)
+            engine.pipeline.restore_statistics(0)
+        else:
+            self._gradients.check(engine.stack.layers[0])
+        engine.adjustments.notice(state.step)
+        state.todo.remove(span)
+        engine.pipeline.harvest(state, span, {0: engine.pipeline.take_statistics(0)})
+        engine.progress.telemetry.span(Spent.COMPUTE, self._handed_out_ns, micro_batch=span.micro_batch)
+        engine.progress.mark(Phase.COMPUTE, state.step, finished=len(state.held))
+        self._complete_what_is_done()
+
+    def _complete_what_is_done(self) -> None:
+        """Commit the step, if this rank's part of it is done: so that the user's turn that ended it sees it committed.
+
+        A recovery on the way is followed by another attempt, unless it leaves work to this rank, or goes back.
+        """
+        engine, version = self._engine, self._engine.version
+        while engine.version == version and not engine.current()[1].todo and not engine.ended():
+            self._guard(self._complete)
+        engine.progress.leave()
+
+    def _complete(self) -> None:
+        self._engine.comm.ready(())  # raises Aborted
+        self._engine.complete()
+
+
+class ElasticOptimizer(Optimizer):
+    """Stands for the user's optimizer in an ordinary loop. `step` acts once the step's micro-batches are done."""
+
+    _step_supports_amp_scaling = True  # so that a GradScaler calls `step` in any case, and can be named
+
+    def __init__(self, optimizer: Optimizer, batches: Batches) -> None:
+        # Not Optimizer.__init__: this is a view of the user's optimizer, with the same groups and hooks.
+        self.__dict__.update(optimizer.__dict__)
+        self.__dict__.pop("step", None)  # a scheduler's patch of the user's instance
+        self._batches = batches
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Take the micro-batch's gradients; update when they were the last of the step."""
+        if closure is not None:
+            raise UsageError("optimizer.step(closure) is not supported: call loss.backward() and optimizer.step()")
+        if "found_inf" in self.__dict__:
+            raise UsageError(
+                "scaler.step(optimizer): a GradScaler adapts its factor to the micro-batches that this rank happens to "
+                "have. Leave it out, or make it GradScaler(enabled=False): float32 and bfloat16 need none. To leave "
+                "out a step whose gradient is not finite: run.prepare(..., skip_nonfinite=True)"
+            )
+        self._batches.take()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Nothing is left to clear: `step` takes the gradients out of the parameters."""

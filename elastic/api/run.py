@@ -1,0 +1,615 @@
+"""`Run`: what a training script holds in its hands."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from everstep.checkpointing.access.client import KeeperLink
+from everstep.checkpointing.access.restore import Sources
+from everstep.checkpointing.access.snapshot import Snapshots
+from everstep.checkpointing.memory.record import read_record
+from everstep.checkpointing.universal.lineage import Lineage
+from everstep.comms.mesh.communicator import Aborted, Communicator, Peer
+from everstep.elastic.contract.digest import state_digest
+from everstep.elastic.contract.errors import UsageError
+from everstep.elastic.contract.membership import Membership
+from everstep.elastic.contract.notices import Notice, warn
+from everstep.elastic.contract.progress import Progress
+from everstep.elastic.contract.settings import Settings, WorkerContext
+from everstep.elastic.contract.signals import saved_on_signals
+from everstep.elastic.contract.stateful import check_size, encode
+from everstep.elastic.engine.engine import Engine, Step
+from everstep.elastic.engine.recovery import Recovery
+from everstep.elastic.engine.resume import Resumption
+from everstep.elastic.holding.stack import LayerStack
+from everstep.elastic.holding.whole_state import complete_model, complete_optimizer
+from everstep.elastic.holding.zero import ShardedOptimizer, check_optimizer, is_elementwise
+from everstep.elastic.protocol.events import Job
+from everstep.elastic.protocol.protection import state_slots
+from everstep.elastic.step.data import DataSource
+from everstep.elastic.step.devices import make_current, own_device
+from everstep.elastic.step.gradients import GradientWatch
+from everstep.elastic.step.schedule import (
+    ScheduledRate,
+    ScheduleState,
+    check_scheduler,
+    refuse,
+    schedulers_of,
+)
+from everstep.resharding.layout import Layout
+from everstep.resharding.units import Shard
+
+from .loop import Batches, ElasticOptimizer
+
+Loss = Callable[[Any, Any], Tensor]
+GATHER_TIMEOUT_S = 120.0
+
+
+class Run:
+    """One worker's part in an elastic training job. Made by the `elastic` decorator, passed to the user's function."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        context: WorkerContext | None,
+        comm: Communicator,
+        peer: Peer,
+        membership: Membership,
+        progress: Progress,
+    ) -> None:
+        self.settings = settings
+        self._context = context
+        self._comm = comm
+        self._peer = peer
+        self._membership = membership
+        self._progress = progress
+        self._engine: Engine | None = None
+        self._recovery: Recovery | None = None
+        self._registered: dict[str, Any] = {}
+        self._batches: Batches | None = None
+        self._gradients: GradientWatch | None = None
+        self._optimizers: list[Optimizer] = []  # the user's, and what stands for it in a loop
+        self._schedulers: list[LRScheduler] = []  # those known of
+        self._left_in_loop: list[ScheduledRate] = []  # the one of them that was not handed over
+        self.ends = contextlib.ExitStack()  # what is undone when this run ends
+
+    # ------------------------------------------------------------ where we are
+
+    @property
+    def layout(self) -> Layout | None:
+        """The layout in force; None before `prepare` or `steps`."""
+        return self._engine.layout if self._engine else None
+
+    @property
+    def rank(self) -> int:
+        """This worker's place among the live ones, 0 to world_size - 1. Changes when the generation does."""
+        if self.layout is None:
+            return self._comm.rank
+        return self.layout.ranks.index(self._comm.rank)
+
+    @property
+    def world_size(self) -> int:
+        """How many workers train now."""
+        if self.layout is None:
+            return self._context.world_size if self._context else 1
+        return len(self.layout.ranks)
+
+    @property
+    def generation(self) -> int:
+        """How often the membership has changed, counted from 1."""
+        return self.layout.generation if self.layout else 0
+
+    @property
+    def step(self) -> int:
+        """How many steps are committed.
+
+        Before a loop over prepared batches begins on a replacement: how many of them the script has seen on others. So
+        a script that remembers this number there notices the step that was committed while it joined.
+        """
+        engine = self._engine
+        if engine is None:
+            return 0
+        return engine.version - (0 if engine.looping or not engine.loops else len(engine.results))
+
+    @property
+    def is_replacement(self) -> bool:
+        """Whether training had begun before this worker started: what must not be done twice can ask this."""
+        return self._context is not None and self._context.begun is not None
+
+    @property
+    def device(self) -> torch.device:
+        """Where this worker's model belongs: its GPU, by its local rank, if there is one, else the CPU.
+
+        It becomes torch's current device. Raises UsageError if there are more workers than GPUs on the node.
+        """
+        return own_device(self._context)
+
+    # ------------------------------------------------------------ training
+
+    def prepare(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        dataset: Any,
+        *,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        scheduler: LRScheduler | None = None,
+        skip_nonfinite: bool = False,
+    ) -> tuple[nn.Module, ElasticOptimizer, Batches]:
+        """Make an ordinary loop elastic: returns the model, an optimizer and an iterable of this rank's micro-batches.
+
+        Each pass of the loop does one micro-batch: forward, `loss.backward()`, `optimizer.step()`, which acts when the
+        step's micro-batches are done. A scheduler built on the optimizer, handed over or found, is stepped by the
+        runtime once per step; its own `step()` in the loop then does nothing. With `skip_nonfinite` a step whose
+        gradient is not finite changes nothing. One stage only; `steps` runs any number.
+        """
+        if self.settings.stages != 1:
+            raise UsageError(
+                f"run.prepare drives one stage, and the job has stages={self.settings.stages}: use run.steps(...)"
+            )
+        engine = self._set_up(model, optimizer, dataset, collate_fn, _no_loss, scheduler, loops=True)
+        assert self._gradients is not None
+        engine.skip_nonfinite = skip_nonfinite
+        batches = self._batches = Batches(
+            engine, self._gradients, self._guarded, self._switch, self._begin, self._left_in_loop
+        )
+        if "module" not in model.__dict__ and "module" not in model._modules:
+            model.__dict__["module"] = model  # scripts for DDP write model.module; not a submodule of itself
+        prepared = ElasticOptimizer(optimizer, batches)
+        self._optimizers.append(prepared)
+        return model, prepared, batches
+
+    def steps(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        dataset: Any,
+        *,
+        loss_fn: Loss,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        scheduler: LRScheduler | None = None,
+        clip_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+    ) -> Iterator[Step]:
+        """Train, and yield every step once it is committed, on every rank.
+
+        `loss_fn(output, targets)` gives a micro-batch's mean loss; the dataset yields (inputs, targets).
+        `clip_grad_norm` is the largest global gradient norm; `scheduler` is stepped after each step. With
+        `skip_nonfinite` a step whose gradient is not finite changes nothing.
+        """
+        engine = self._set_up(model, optimizer, dataset, collate_fn, loss_fn, scheduler, loops=False)
+        if clip_grad_norm is not None:
+            engine.adjustments.clip["norm"] = float(clip_grad_norm)
+        engine.skip_nonfinite = skip_nonfinite
+        return self._run(engine)
+
+    def _run(self, engine: Engine) -> Iterator[Step]:
+        self._begin()
+        try:
+            while True:
+                while engine.results:
+                    self._progress.leave()
+                    engine.turn = engine.results.pop(0)
+                    yield engine.turn
+                    engine.turn = None
+                if engine.switch is not None:
+                    self._guarded(self._switch)
+                elif engine.ended():
+                    self._guarded(engine.conclude)
+                    if engine.ended() and engine.switch is None and not engine.results:
+                        self._progress.leave()
+                        return
+                else:
+                    self._guarded(_one_step, engine)
+        except GeneratorExit:
+            engine.leave_loop()
+            raise
+
+    def heartbeat(self) -> None:
+        """Say that this worker is alive, from code of yours that takes long: its time begins to count again.
+
+        For a dataset, an evaluation or other work that may wait for longer than docs/guarantees.md allows it to. Call
+        it where that work goes on, not from a thread that would go on without it.
+        """
+        self._progress.tick()
+
+    def clip_grad_norm_(self, max_norm: float) -> None:
+        """Clip the step's whole gradient to this norm; call it where `torch.nn.utils.clip_grad_norm_` would stand."""
+        self._trained().adjustments.clip["norm"] = float(max_norm)
+
+    def clip_grad_value_(self, limit: float) -> None:
+        """Clip each element of the step's gradient to [-limit, limit]; stands for `torch.nn.utils.clip_grad_value_`."""
+        self._trained().adjustments.clip["value"] = float(limit)
+
+    def skip(self) -> None:
+        """Leave the micro-batch at hand out, in a loop over `prepare`'s batches; then `continue`.
+
+        Its gradient counts as zero, so the step's mean is still over all its micro-batches.
+        """
+        if self._batches is None:
+            raise UsageError(
+                "run.skip() is for a loop over run.prepare's batches; with run.steps(..., skip_nonfinite=True) a step "
+                "whose gradient is not finite is left out"
+            )
+        self._batches.skip()
+
+    def register_state(self, name: str, item: Any) -> None:
+        """Keep an object with `state_dict()` / `load_state_dict()` in step: on workers that join later, on resuming.
+
+        Its state may hold numbers, text, lists, tuples, dictionaries, bytes, tensors and arrays. It must be small (1
+        MiB in all, tensors as base64), since it is agreed on in every step, and change in the same way on every rank.
+        """
+        if not callable(getattr(item, "state_dict", None)) or not callable(getattr(item, "load_state_dict", None)):
+            raise UsageError(f"register_state({name!r}): a {type(item).__name__} has no state_dict and load_state_dict")
+        state = encode(item.state_dict(), f"register_state({name!r})")
+        if name in self._registered:
+            raise UsageError(f"register_state({name!r}): that name is taken")
+        others = {known: encode(one.state_dict(), known) for known, one in self._registered.items()}
+        check_size({**others, name: state})
+        self._registered[name] = item
+
+    # ------------------------------------------------------------ the whole state
+
+    def full_state_dict(self) -> dict[str, Any]:
+        """{"model": {name: tensor}, "optimizer": {name: {state: tensor}}} of the whole model, on any rank that asks.
+
+        Read from the snapshot keepers, so no other rank has to take part.
+        """
+        with self._progress.called(), self._progress.waiting("snapshots in keepers, for full_state_dict"):
+            return self._gather_state(self._trained())
+
+    def _gather_state(self, engine: Engine) -> dict[str, Any]:
+        deadline = time.monotonic() + GATHER_TIMEOUT_S
+        while True:
+            states = self._shard_states(engine)
+            if len(states) == len(engine.stack.spec.shards):
+                return _assemble(engine, states)
+            if time.monotonic() > deadline:
+                raise UsageError(
+                    f"full_state_dict: {len(engine.stack.spec.shards) - len(states)} shards of version "
+                    f"{engine.version} did not appear in any snapshot keeper within {GATHER_TIMEOUT_S:g} s"
+                )
+            self._guarded(self._pause)
+
+    def release(self) -> None:
+        """End what this run has started in this process besides threads: the worker processes of a DataLoader."""
+        if self._engine is not None:
+            self._engine.data.close()
+
+    def _shard_states(self, engine: Engine) -> dict[int, dict[str, Any]]:
+        self._progress.tick()
+        engine.snapshots.wait(self._progress.tick)
+        if self._context is None:
+            engine.check_values(thorough=True)
+            return {s.index: dict(engine.optimizer.state(s.index)) for s in engine.optimizer.owned}
+        assert self._recovery is not None
+        sources = Sources(self._recovery.keepers, self._context.token, self._progress.tick)
+        try:
+            found = sources.fetch([s.index for s in engine.stack.spec.shards], engine.version, replay=False)
+        finally:
+            sources.close()
+        return {index: read_record(blobs[0]) for index, (_, blobs) in found.items()}
+
+    def _pause(self) -> None:
+        """Let 20 ms pass, unless the generation ends."""
+        self._progress.tick()
+        self._comm.ready(())
+        time.sleep(0.02)
+
+    # ------------------------------------------------------------ inside
+
+    def _trained(self) -> Engine:
+        if self._engine is None:
+            raise UsageError("call run.prepare(...) or run.steps(...) first")
+        return self._engine
+
+    def _set_up(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        dataset: Any,
+        collate_fn: Callable[[list[Any]], Any] | None,
+        loss_fn: Loss,
+        scheduler: LRScheduler | None,
+        *,
+        loops: bool,
+    ) -> Engine:
+        if self._engine is not None:
+            raise UsageError("run.prepare or run.steps was called twice; a run trains one model")
+        settings = self.settings
+        check_optimizer(optimizer, model)
+        if scheduler is not None:
+            check_scheduler(scheduler)
+        known = self._context.begun.samples if self._context and self._context.begun else 0
+        data = DataSource(dataset, settings, collate_fn, self._membership, known)
+        described = data.described()
+        stack = LayerStack(model, cut=not loops, whole=not is_elementwise(optimizer))
+        make_current(stack.device)
+        if settings.stages > len(stack.layers):
+            raise UsageError(_too_few_layers(model, settings.stages, len(stack.layers)))
+        link, slots, context = None, 2, self._context
+        if context is not None:
+            link = KeeperLink(context.keeper_name, context.token, context.rank, context.incarnation)
+            slots = state_slots(settings.protection, context.max_nodes, checkpoints=bool(settings.checkpoint))
+        engine = Engine(
+            settings=settings,
+            stack=stack,
+            optimizer=ShardedOptimizer(optimizer, stack),
+            data=data,
+            described=described,
+            loss_fn=loss_fn,
+            comm=self._comm,
+            membership=self._membership,
+            snapshots=Snapshots(link, slots),
+            progress=self._progress,
+        )
+        engine.loops = loops
+        engine.registered = self._registered
+        self._optimizers.append(optimizer)
+        if scheduler is not None:
+            self._drive(engine, scheduler)
+        self._take_over_schedulers(engine)
+        engine.checkpoints.link = link
+        if context is not None:  # the token is a secret; what it hashes to names the run
+            engine.checkpoints.lineage = Lineage(hashlib.sha256(context.token.encode()).hexdigest()[:16])
+        engine.birth = {
+            **engine.adjustments.terms(),
+            "registered": engine.states_of_registered(),
+        }
+        self._engine = engine
+        token, node = (context.token, context.node) if context else ("", "")
+        self._recovery = Recovery(engine, token, node, fresh=True)
+        engine.committed = self._recovery.committed
+        values = state_digest(model.state_dict())
+        self._note_replacement(engine, values)
+        job = Job(
+            steps=settings.steps,
+            stages=settings.stages,
+            micro_batches=settings.micro_batches,
+            global_batch_size=settings.global_batch_size,
+            model=stack.spec,
+            seed=settings.seed,
+            values=values,
+            constants=state_digest(dict(stack.constants())),
+            samples=data.samples,
+            shuffle=data.order.shuffle,
+            sample_digests=tuple(described["sample_digests"]),
+            optimizer=engine.optimizer.describe(),
+            protection=settings.protection,
+            node_losses=settings.node_losses,
+            on_loss=settings.on_loss,
+            checkpoints=bool(settings.checkpoint),
+            on_damage=settings.on_damage,
+            state_bytes=tuple(engine.record_bytes),
+            gradient_bytes=tuple(engine.gradient_bytes(shard) for shard in stack.spec.shards),
+        )
+        resumption = Resumption(settings, stack, engine, described, self._membership)
+        saved = resumption.find() if context is None or context.rank == 0 else []
+        self._membership.ready(self._peer, job, saved)
+        self._gradients = GradientWatch(stack) if loops else None  # before a layer may be frozen
+        complete_optimizer(optimizer, stack, self.full_state_dict)
+        if context is not None and settings.stages > 1:
+            complete_model(stack, self.full_state_dict)
+        self._recovery.enter()
+        if context is None and settings.checkpoint:
+            self.ends.enter_context(saved_on_signals(engine.stop))
+        return engine
+
+    def _note_replacement(self, engine: Engine, values: str) -> None:
+        """Warn of what the script of a replacement does, or lacks, that the job cannot use."""
+        begun = self._context.begun if self._context else None
+        if begun is None:
+            return
+        if values != begun.values:
+            engine.pristine = False
+            warn(
+                self._membership,
+                Notice.REPLACEMENT_VALUES,
+                "the script of a replacement initialised its model with other values than the job began with (a "
+                "checkpoint that it loads by itself?): the job's own values take their place; checkpoint=URL saves "
+                "and resumes by itself, and run.is_replacement tells a replacement",
+            )
+        if all(isinstance(item, ScheduleState) for item in self._registered.values()):
+            warn(
+                self._membership,
+                Notice.REPLACEMENT_STATE,
+                "a replacement runs the script from its beginning: the script's own variables (averages, counters, "
+                "best scores) start again on it, and files opened with 'w' are emptied; run.register_state(name, "
+                "item) keeps a variable equal on all ranks, and run.is_replacement tells a replacement",
+            )
+
+    def _begin(self) -> None:
+        """The user's loop begins."""
+        engine, recovery = self._trained(), self._recovery
+        assert recovery is not None
+        late = any("step" in vars(optimizer) for optimizer in self._optimizers)  # a scheduler wraps it
+        if late and self._take_over_schedulers(engine):
+            recovery.come_up()
+        undone = engine.adjustments.begin()
+        if engine.version == 0:
+            engine.birth.update(engine.adjustments.terms())
+        elif undone and recovery.resumed:
+            text = (
+                f"the script sets {', '.join(undone[:3])} before its loop, and the job goes on from a checkpoint: the "
+                "checkpoint's values are used. To take the script's: --es-resume-hyperparameters=script"
+            )
+            warn(self._membership, Notice.HYPERPARAMETERS_DIFFER, text)
+
+    def _take_over_schedulers(self, engine: Engine) -> bool:
+        """See to the schedulers that were built on the optimizer and not handed over. Returns whether it steps one.
+
+        In the user's own loop the runtime steps one that is found once a step. Beside `steps` the user's code steps
+        them, after steps that all ranks see: their states are registered, and rates are agreed on anyway.
+        """
+        known = {id(item) for item in self._schedulers}
+        found = [item for item in schedulers_of(self._optimizers) if id(item) not in known]
+        self._schedulers += found
+        plateaus = [item for item in found if isinstance(item, ReduceLROnPlateau)]
+        others = [item for item in found if item not in plateaus]
+        if not engine.loops:
+            for item in found:
+                name = "scheduler" if "scheduler" not in self._registered else f"scheduler {len(self._registered)}"
+                item.optimizer._opt_called = True  # type: ignore[attr-defined]
+                engine.claim(name, ScheduleState(item))
+            return False
+        refuse(plateaus, "the loss of a micro-batch differs between ranks. Use run.steps(...), and step.loss there")
+        if "scheduler" in engine.driven or len(others) > 1:
+            refuse(others, "the runtime steps one scheduler: combine them (SequentialLR, ChainedScheduler) into that")
+        elif others:
+            self._left_in_loop.append(self._drive(engine, others[0]))
+            return True
+        return False
+
+    def _drive(self, engine: Engine, scheduler: LRScheduler) -> ScheduledRate:
+        """Step the scheduler once per committed step."""
+        rate = ScheduledRate(scheduler)
+        self._schedulers.append(scheduler)
+        engine.on_commit.append(rate.advance)
+        engine.driven.add("scheduler")
+        engine.claim("scheduler", rate)
+        return rate
+
+    def _guarded(self, action: Callable[..., None], *arguments: Any) -> None:
+        """Do something that waits for others; if the generation ends, recover instead."""
+        try:
+            action(*arguments)
+        except Aborted:
+            self._interrupted()
+
+    def _interrupted(self) -> None:
+        """After `Aborted`: recover; or, where nobody trains any further, save what there is, and wait for the end."""
+        assert self._recovery is not None
+        while self._membership.conclusion is not None:
+            self._conclude()
+            if self._membership.wait_for_end(self._progress.tick):
+                raise AssertionError("training is over, and this rank is in the midst of it")
+        self._recovery.recover()
+
+    def _conclude(self) -> None:
+        """Save this rank's part of the last version, should that be due."""
+        conclusion, self._membership.conclusion = self._membership.conclusion, None
+        assert self._recovery is not None
+        if conclusion is None:
+            return
+        try:
+            why = self._trained().save_last(conclusion.version, conclusion.name, self._wait_at_end)
+        except Aborted:
+            self._recovery.recover()
+        else:
+            self._membership.tell("concluded", name=conclusion.name, why=why)
+
+    def _wait_at_end(self) -> None:
+        self._progress.tick()
+        if self._membership.interrupted():
+            raise Aborted(self.generation)
+
+    def _switch(self) -> None:
+        """Enter the generation of a join or leave that everybody agreed on."""
+        engine, recovery = self._trained(), self._recovery
+        assert recovery is not None
+        assert engine.switch is not None
+        engine.settle()
+        orders, engine.switch = engine.switch, None
+        if engine.rank in orders.plan.leaving:
+            recovery.leave(orders)
+        else:
+            recovery.carry_out(orders)
+
+    def _finish(self) -> None:
+        """The user's function is over: help the others until they are there too, and training is over."""
+        engine = self._trained()
+        engine.leave_loop()
+        while True:
+            if engine.switch is not None:
+                self._guarded(self._switch)
+            elif not engine.ended():
+                self._again(engine)
+            else:
+                self._guarded(engine.conclude)
+                if engine.ended() and engine.switch is None:
+                    break
+        self._membership.tell("finished", version=engine.version, name=engine.last_name())
+        while not self._wait_for_end():
+            if self._membership.conclusion is not None:
+                self._conclude()
+            else:
+                self._interrupted()
+            while not engine.ended():
+                self._again(engine)
+        self._progress.after_training(engine.version)
+
+    def _again(self, engine: Engine) -> None:
+        """More was lost than the last version outlived: it is computed again."""
+        if engine.loops:
+            raise UsageError(
+                "a lost node took the last steps with it after the training loop had ended: only the loop "
+                "can compute them again; use run.steps(...), or protect every step (snapshot_every=1)"
+            )
+        self._guarded(_one_step, engine)
+
+    def _wait_for_end(self) -> bool:
+        with self._progress.waiting("the other ranks, whose training function has not returned"):
+            return self._membership.wait_for_end(self._progress.tick)
+
+
+def _one_step(engine: Engine) -> None:
+    engine.compute()
+    engine.complete()
+
+
+def _no_loss(output: Any, targets: Any) -> Tensor:
+    raise AssertionError("the user's loop computes the loss")
+
+
+def _too_few_layers(model: nn.Module, stages: int, layers: int) -> str:
+    if layers > 1:
+        return f"{stages} stages need at least as many layers, and the model has {layers}: lower stages"
+    return (
+        f"{type(model).__name__} cannot be cut into {stages} stages: pass an nn.Sequential, or give the model a method "
+        "pipeline_layers() that returns its layers in order"
+    )
+
+
+def _assemble(engine: Engine, states: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    spec = engine.stack.spec
+    model: dict[str, Tensor] = {}
+    optimizer: dict[str, dict[str, Any]] = {}
+    shards_of: dict[int, list[Shard]] = {}
+    for shard in spec.shards:
+        shards_of.setdefault(shard.parameter, []).append(shard)
+    for index, parameter in enumerate(spec.parameters):
+        shards = shards_of[index]
+        columns: dict[str, list[Any]] = {}
+        for shard in shards:
+            for name, value in states[shard.index].items():
+                columns.setdefault(name, []).append(value)
+        joined = {
+            name: _join(values, [s.elements for s in shards], parameter.shape) for name, values in columns.items()
+        }
+        model[parameter.name] = joined.pop("value")
+        if joined:
+            optimizer[parameter.name] = joined
+    for name, tensor in engine.stack.constants():
+        model[name] = tensor.detach().to("cpu", copy=True)
+    for name, original in engine.stack.aliases.items():
+        model[name] = model[original]
+    return {"model": model, "optimizer": optimizer}
+
+
+def _join(values: list[Any], elements: list[int], shape: tuple[int, ...]) -> Any:
+    """Rows back into a parameter; a state that is one scalar per shard is the same in all of them."""
+    cut = [
+        isinstance(v, Tensor) and v.numel() == count and v.dim() > 0 for v, count in zip(values, elements, strict=True)
+    ]
+    if all(cut):
+        return torch.cat([v.detach().reshape(-1).cpu() for v in values]).view(shape)
+    return values[0].detach().cpu().clone() if isinstance(values[0], Tensor) else values[0]

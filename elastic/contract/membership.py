@@ -1,0 +1,337 @@
+"""How a worker hears of its fellow members: from its node agent, or, alone, from itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
+
+from everstep.comms.mesh.communicator import Aborted, Peer
+from everstep.elastic.protocol.events import Job, Saved
+from everstep.resharding.placement import Placement
+from everstep.resharding.plan import (
+    Plan,
+    Report,
+    plan_resume,
+    plan_start,
+)
+from everstep.resharding.planners import initial_layout
+
+from .collectives import group
+from .errors import JobEnded, UsageError
+from .notices import Shown
+
+MESSAGE_BYTES = 128 << 20  # of one message between a worker and its agent; gRPC's limit on the way on is twice that
+
+
+@dataclass(frozen=True)
+class Orders:
+    """A plan, and where to reach the others."""
+
+    plan: Plan
+    peers: Mapping[int, Peer]
+    keepers: Mapping[str, str]  # node -> address
+    placement: Placement
+    nodes: Mapping[int, str]  # rank -> node
+
+
+class Conclusion(NamedTuple):
+    """Nobody trains beyond `version`: what has to be saved of it is to be, as `name`."""
+
+    version: int
+    name: str
+
+
+class Membership(ABC):
+    """The worker's side of the control plane."""
+
+    def __init__(self) -> None:
+        self.on_abort: Callable[[], None] = lambda: None
+        self.save_asked = False  # somebody wants a checkpoint now
+        self.lost_group: object | None = None  # that the script had made then: it is of no use any more
+        self.changed = False  # members were lost, or came; of a replacement: before it began
+        self.conclusion: Conclusion | None = None  # is due
+
+    @abstractmethod
+    def declare(self) -> None:
+        """This script is elastic."""
+
+    @abstractmethod
+    def ready(self, peer: Peer, job: Job, saved: Sequence[Saved]) -> None:
+        """This worker has built its model, and found these checkpoints, newest first."""
+
+    @abstractmethod
+    def orders(self, on_wait: Callable[[], None]) -> Orders:
+        """Wait for a plan that is not out of date.
+
+        Raises Aborted when a report is due again first, JobEnded when the job is over.
+        """
+
+    @abstractmethod
+    def report(self, make: Callable[[int], Report]) -> None:
+        """Answer the newest abort with the report that `make` gives for its generation."""
+
+    @abstractmethod
+    def proposed(self, last: bool) -> Orders | None:
+        """A join or leave that waits for the members to switch. `last`: no further step will ask."""
+
+    @abstractmethod
+    def superseded(self, generation: int) -> bool:
+        """Whether `generation` is over already."""
+
+    @abstractmethod
+    def begun(self, step: int) -> None:
+        """This worker needs others for `step` now. Raises Aborted if nobody trains that far."""
+
+    @abstractmethod
+    def interrupted(self) -> bool:
+        """Whether a report is due, or the job has ended."""
+
+    @abstractmethod
+    def tell(self, kind: str, **fields: Any) -> None:
+        """Tell the coordinator something that needs no answer."""
+
+    @abstractmethod
+    def wait_for_end(self, on_wait: Callable[[], None]) -> bool:
+        """Wait until training is over (True), or a report or the last checkpoint is due (False).
+
+        Raises JobEnded when the job is over.
+        """
+
+
+class Solo(Membership):
+    """A script started without the launcher: one worker, which is all the members."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._orders: Orders | None = None
+        self._saved: list[Saved] = []  # the checkpoints that may be gone on from, newest first
+        self._older = False  # whether one that is damaged may be passed over
+        self._shown = Shown()
+        self._newest = -1  # the newest version that is saved
+        self.lost = ""  # what is not saved at the end, and why
+
+    def declare(self) -> None:
+        pass
+
+    def ready(self, peer: Peer, job: Job, saved: Sequence[Saved]) -> None:
+        # One process holds all layers, whatever `stages` says: the layout changes no numbers.
+        layout = initial_layout(job.model, [0], 1, job.micro_batches)
+        nowhere = Placement(generation=1, width=0, losses=0, wanted=0, stripes=())
+        self._saved, self._older = list(saved), job.on_damage == "older"
+        self._newest = max((item.version for item in saved), default=-1)
+        self._orders = Orders(plan_start(layout), {0: peer}, {}, nowhere, {0: ""})
+        self._job = job
+        if saved:
+            self._resume(1)
+
+    def _resume(self, generation: int) -> None:
+        """Go on from the newest checkpoint that there still is."""
+        assert self._orders is not None
+        newest, layout = self._saved[0], replace(self._orders.plan.layout, generation=generation)
+        plan = plan_resume(self._job.model, layout, newest.version, newest.agreement, newest.name)
+        self._orders = replace(self._orders, plan=plan)
+
+    def orders(self, on_wait: Callable[[], None]) -> Orders:
+        assert self._orders is not None
+        return self._orders
+
+    def report(self, make: Callable[[int], Report]) -> None:
+        """Nobody asks; the next plan is there."""
+
+    def proposed(self, last: bool) -> Orders | None:
+        return None
+
+    def superseded(self, generation: int) -> bool:
+        return False
+
+    def begun(self, step: int) -> None:
+        """There are no others."""
+
+    def interrupted(self) -> bool:
+        return False
+
+    def tell(self, kind: str, **fields: Any) -> None:
+        if kind == "saved":
+            self._newest = max(self._newest, fields["version"])
+        elif kind == "finished":
+            self._last = Conclusion(fields["version"], fields["name"])
+            saves = self._job.checkpoints and fields["version"] > max(0, self._newest)
+            self.conclusion = self._last if saves else None
+        elif kind == "concluded":
+            if self._newest < self._last.version:
+                newest = f"the newest checkpoint is of {self._newest} steps" if self._newest >= 0 else "there is none"
+                why = fields["why"] or "it did not get whole"
+                self.lost = f"the state after {self._last.version} steps is not saved ({why}); {newest}"
+                print(f"everstep: error: {self.lost}", file=sys.stderr, flush=True)
+        elif kind == "unreadable":
+            self._saved = [item for item in self._saved if item.name != fields["name"]]
+            if not self._older or not self._saved:
+                raise UsageError(fields["why"])
+            assert self._orders is not None
+            print(f"everstep: {fields['why']}: the checkpoint before it is used", file=sys.stderr, flush=True)
+            self._resume(self._orders.plan.generation + 1)
+            self.on_abort()
+        elif kind == "noted" and fields["what"] == "checkpoint_failed":
+            print(f"everstep: a checkpoint could not be saved: {fields['fields']['why']}", file=sys.stderr, flush=True)
+        elif kind == "noted" and fields["what"] == "warning":
+            notice, text = fields["fields"]["notice"], fields["fields"]["text"]
+            if self._shown.first(notice, text):
+                print(f"everstep: warning: {text} [{notice}]", file=sys.stderr, flush=True)
+
+    def wait_for_end(self, on_wait: Callable[[], None]) -> bool:
+        return self.conclusion is None
+
+
+class AgentMembership(Membership):
+    """The control channel to the node agent: JSON lines, read by a thread of its own."""
+
+    def __init__(self, fd: int) -> None:
+        super().__init__()
+        self._socket = socket.socket(fileno=fd)
+        self._changed = threading.Condition()
+        self._send_lock = threading.Lock()
+        self._aborted = 0  # the newest generation we were told to stop for
+        self._aborted_at = 0.0
+        self._reported = 0  # the newest generation we have reported for
+        self._orders: Orders | None = None
+        self._proposal: Orders | None = None
+        self._past_last = False
+        self._begun = -1  # the last step that others were needed for here
+        self._left_at: int | None = None  # some rank has left the loop at this version
+        self._trained = False
+        self._ended = False
+        threading.Thread(target=self._listen, name="everstep-control", daemon=True).start()
+
+    def _listen(self) -> None:
+        with self._socket.makefile("rb") as stream:
+            for line in stream:
+                self._heard(json.loads(line))
+        os._exit(1)  # the agent is gone, and with it everything this worker could go on for
+
+    def _heard(self, message: dict[str, Any]) -> None:
+        kind = message["kind"]
+        with self._changed:
+            if kind == "abort" and message["generation"] > self._aborted:
+                self._aborted, self._aborted_at = message["generation"], time.monotonic()
+                self._proposal = None
+                self.conclusion = None
+                self.changed, self.lost_group = True, group()
+                self.on_abort()
+            elif kind == "plan":
+                self._take(message)
+            elif kind == "save":
+                self.save_asked = True
+            elif kind == "left":
+                self._left_at = message["version"]
+                self._tell_if_past()
+            elif kind == "conclude":
+                self.conclusion = Conclusion(message["version"], message["name"])
+                if self._begun >= self.conclusion.version:  # else it has that step before it to do, as all others have
+                    self.on_abort()
+            elif kind == "trained":
+                self._trained = True
+            elif kind == "end":
+                self._ended = True
+                self.on_abort()
+            self._changed.notify_all()
+
+    def _take(self, message: dict[str, Any]) -> None:
+        plan = Plan.from_json(message["plan"])
+        if plan.digest != message["digest"]:
+            raise AssertionError(f"the plan of generation {plan.generation} arrived changed")
+        peers = {int(rank): Peer(**peer) for rank, peer in message["peers"].items()}
+        nodes = {int(rank): node for rank, node in message["nodes"].items()}
+        orders = Orders(plan, peers, message["keepers"], Placement.from_json(message["placement"]), nodes)
+        if plan.generation < self._aborted:
+            return
+        if plan.version is None and message["rank"] not in plan.fresh:
+            if self._past_last:
+                self.tell("idled", generation=plan.generation)
+            else:
+                self._proposal = orders
+        else:
+            self._orders = orders
+
+    def declare(self) -> None:
+        self.tell("elastic")
+
+    def ready(self, peer: Peer, job: Job, saved: Sequence[Saved]) -> None:
+        found = [list(item) for item in saved]
+        self.tell("ready", peer=asdict(peer), job={**asdict(job), "model": job.model.to_json()}, saved=found)
+
+    def orders(self, on_wait: Callable[[], None]) -> Orders:
+        with self._changed:
+            while True:
+                if self._ended:
+                    raise JobEnded
+                if self._aborted > self._reported:
+                    raise Aborted(self._aborted)  # before the plan for the last report came
+                if self._orders is not None and self._orders.plan.generation >= self._aborted:
+                    orders, self._orders = self._orders, None
+                    return orders
+                self._changed.wait(0.05)
+                on_wait()
+
+    def report(self, make: Callable[[int], Report]) -> None:
+        with self._changed:
+            if self._ended:
+                raise JobEnded
+            generation, since = self._aborted, self._aborted_at
+            self._reported = generation
+        report = make(generation)
+        self.tell("reported", generation=generation, report=report.to_json(), busy_s=time.monotonic() - since)
+
+    def superseded(self, generation: int) -> bool:
+        with self._changed:
+            return self._ended or self._aborted > generation
+
+    def begun(self, step: int) -> None:
+        with self._changed:
+            self._begun = step
+            self._tell_if_past()
+            if self.conclusion is not None and step >= self.conclusion.version:
+                raise Aborted(self._reported)
+
+    def _tell_if_past(self) -> None:
+        """Somebody has left the loop, and here it goes on: that is for the coordinator to know."""
+        if self._left_at is not None and self._begun >= self._left_at:
+            self.tell("went_on", step=self._begun)
+
+    def interrupted(self) -> bool:
+        with self._changed:
+            return self._ended or self._aborted > self._reported
+
+    def proposed(self, last: bool) -> Orders | None:
+        with self._changed:
+            self._past_last = self._past_last or last
+            proposal = self._proposal
+            if last:
+                self._proposal = None
+            return proposal
+
+    def tell(self, kind: str, **fields: Any) -> None:
+        line = json.dumps({"kind": kind, **fields}, separators=(",", ":")).encode() + b"\n"
+        if len(line) > MESSAGE_BYTES:
+            raise UsageError(
+                f"what this worker has to tell its node agent ({kind!r}) is {len(line) / 2**20:.0f} MiB, and the limit "
+                f"is {MESSAGE_BYTES >> 20} MiB: it grows with the number of parameters and of registered states"
+            )
+        with self._send_lock:
+            self._socket.sendall(line)
+
+    def wait_for_end(self, on_wait: Callable[[], None]) -> bool:
+        with self._changed:
+            while not self._trained and self.conclusion is None and self._aborted <= self._reported:
+                if self._ended:
+                    raise JobEnded
+                self._changed.wait(0.05)
+                on_wait()
+            return self._trained

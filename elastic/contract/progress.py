@@ -1,0 +1,320 @@
+"""A worker's progress page: a few words of memory shared with its node agent, and the place where faults are injected.
+
+The same memory has, after the page, the ring of what the worker spends its time on (`telemetry`).
+
+The counter rises with everything the worker does, and while it waits; a counter that stands still is a hung worker.
+What stands in the page outlives a killed worker: the agent reads there what it was doing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import faulthandler
+import json
+import mmap
+import os
+import signal
+import struct
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import psutil
+
+from everstep.elastic.protocol.liveness import Pace
+from everstep.elastic.protocol.waiting import Spoken
+
+from .telemetry import SHARED_BYTES, Spent, Telemetry
+
+_PAGE = struct.Struct("<QqqqqQ")  # counter, step, phase, finished micro-batches, pace, time of an injected fault (ns)
+_WAITS = struct.Struct(
+    "<QHH"
+)  # since when (monotonic ns; 0: it waits for nobody), letters of the text, ranks; they follow
+_WAITS_OFFSET, MOST_TEXT, MOST_RANKS = 64, 200, 64
+STACKS_OFFSET = SHARED_BYTES  # where a worker's own handler writes its stacks, at the agent's signal
+STACKS_SIGNAL = signal.SIGRTMAX - 3  # real-time, and neither the first nor the last: few programs have a use for it
+
+
+COORDINATOR = "es-coordinator"  # the name of its process
+
+
+class Phase(enum.IntEnum):
+    """What a worker is doing."""
+
+    START = 0
+    COMPUTE = 1
+    REDUCE = 2
+    AGREE = 3
+    UPDATE = 4
+    COMMIT = 5
+    RECOVER = 6
+    RESTORE = 7
+    JOIN = 8
+    END = 9
+    LEAVE = 10
+    AFTER = 11  # training is over: what the script does now is its own
+
+
+_MOVES = frozenset({Phase.RECOVER, Phase.RESTORE, Phase.JOIN, Phase.LEAVE})  # layers may change hands
+
+
+@dataclass(frozen=True)
+class Waits:
+    """Whom or what a worker waits for: a text, or the ranks whose messages are due (the first `MOST_RANKS`)."""
+
+    since_s: float  # of the monotonic clock
+    what: str = ""
+    ranks: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the agent sees of a worker."""
+
+    counter: int
+    step: int
+    phase: Phase
+    finished_micro_batches: int
+    pace: Pace
+    fault_ns: int
+    waits: Waits | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """An injected fault: the `after`-th time that this incarnation of `rank` marks `phase`, from `step` on.
+
+    With `period`, only in every `period`-th step from `step` on: so faults of ranks that come back whenever they can
+    keep their distance.
+    """
+
+    rank: int
+    phase: str
+    step: int = 0
+    incarnation: int = 0
+    after: int = 0
+    period: int = 0
+    kind: str = "kill"  # kill | stop | loop | pause | node (all of it, at one instant) | coordinator | flip, ...
+    seconds: float = 0.0  # of a pause
+
+    VARIABLE = "EVERSTEP_FAULTS"
+
+    @classmethod
+    def parse(cls, text: str) -> list[Fault]:
+        items = json.loads(text) if text else []
+        return [cls(**item) for item in items if item.get("kind") != "unhealthy"]  # that is the agent's
+
+
+def create_page() -> int:
+    """A descriptor of a new progress page, and of the ring of spans behind it."""
+    fd = os.memfd_create("everstep-progress", os.MFD_CLOEXEC)
+    os.ftruncate(fd, SHARED_BYTES)
+    return fd
+
+
+def read_page(memory: mmap.mmap) -> Reading:
+    counter, step, phase, finished, pace, fault_ns = _PAGE.unpack_from(memory, 0)
+    return Reading(counter, step, Phase(phase), finished, Pace(pace), fault_ns, _read_waits(memory))
+
+
+def _read_waits(memory: mmap.mmap) -> Waits | None:
+    since_ns, letters, count = _WAITS.unpack_from(memory, _WAITS_OFFSET)
+    if not since_ns:
+        return None
+    start = _WAITS_OFFSET + _WAITS.size
+    what = bytes(memory[start : start + min(letters, MOST_TEXT)]).decode(errors="replace")
+    ranks = struct.unpack_from(f"<{min(count, MOST_RANKS)}i", memory, start + MOST_TEXT)
+    return Waits(since_ns / 1e9, what, ranks)
+
+
+class Progress:
+    """The worker's side of its page."""
+
+    def __init__(self, fd: int | None, rank: int, incarnation: int, faults: list[Fault]) -> None:
+        self._memory = mmap.mmap(-1 if fd is None else fd, SHARED_BYTES)
+        self.telemetry = Telemetry(self._memory)
+        self._counter = 0
+        self._place = (-1, Phase.START)
+        self._finished = 0
+        self._first: int | None = None  # the first step of this process, or with these layers, once it has begun
+        self._outside = True  # in the user's own code between steps, which may take what it likes
+        self._within: Pace | None = None  # in the user's code in the middle of a step: its dataset, or its loop
+        self.awaited: Callable[[], Waits | None] = lambda: None  # the peers that a transfer waits for
+        self._waiting: Waits | None = None
+        self._waits_written = False
+        self._said = Spoken() if fd is None else None  # no agent looks at the page
+        self._left_ns = time.monotonic_ns()
+        self._faults = [f for f in faults if f.rank == rank and f.incarnation == incarnation]
+        self._seen: dict[Fault, int] = {}
+        self.damage: Callable[[str], None] = lambda kind: None
+        self._write()
+        if fd is not None:  # signals reach the handler also while the interpreter is held
+            self._stacks = os.dup(fd)
+            os.lseek(self._stacks, STACKS_OFFSET, os.SEEK_SET)
+            faulthandler.register(STACKS_SIGNAL, self._stacks, all_threads=True)
+
+    def _write(self, fault_ns: int = 0) -> None:
+        step, phase = self._place
+        pace = Pace.STEADY if self._first is not None and step > self._first else Pace.FIRST
+        pace = Pace.FREE if self._outside else pace if self._within is None else self._within
+        _PAGE.pack_into(self._memory, 0, self._counter, step, phase, self._finished, pace, fault_ns)
+
+    def tick(self) -> None:
+        """Still alive; called all the time while it waits, so that what is waited for costs nothing before."""
+        self._counter += 1
+        self._write()
+        waits = self.awaited() or self._waiting
+        if waits is not None:
+            self._write_waits(waits)
+            if self._said is not None and self._said.due(waited_s := time.monotonic() - waits.since_s, waits.since_s):
+                print(f"everstep: this script has waited for {waits.what} for {waited_s:.0f} s", file=sys.stderr)
+        elif self._waits_written:
+            self._waits_over()
+
+    def _write_waits(self, waits: Waits) -> None:
+        text, ranks = waits.what.encode()[:MOST_TEXT], waits.ranks[:MOST_RANKS]
+        start = _WAITS_OFFSET + _WAITS.size
+        self._memory[start : start + len(text)] = text
+        struct.pack_into(f"<{len(ranks)}i", self._memory, start + MOST_TEXT, *ranks)
+        _WAITS.pack_into(self._memory, _WAITS_OFFSET, int(waits.since_s * 1e9), len(text), len(ranks))
+        self._waits_written = True
+
+    def _waits_over(self) -> None:
+        _WAITS.pack_into(self._memory, _WAITS_OFFSET, 0, 0, 0)
+        self._waits_written = False
+
+    @contextlib.contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """Wait for something that has no rank: in words, which follow "waits for"."""
+        before, self._waiting = self._waiting, Waits(time.monotonic(), what)
+        try:
+            yield
+        finally:
+            self._waiting = before
+            if self._waits_written:
+                self._waits_over()
+
+    @contextlib.contextmanager
+    def within(self, pace: Pace) -> Iterator[None]:
+        """In the user's dataset, or its loop, in the middle of a step."""
+        self.enter(pace)
+        try:
+            yield
+        finally:
+            self.enter(None)
+
+    def enter(self, pace: Pace | None) -> None:
+        """The same without an end; the next mark ends it too."""
+        self._counter += 1
+        if self._waits_written:
+            self._waits_over()
+        self._within = pace
+        self._write()
+
+    @contextlib.contextmanager
+    def called(self) -> Iterator[None]:
+        """In something that the user's code calls, wherever that is; afterwards the user's code goes on."""
+        outside, within = self._outside, self._within
+        try:
+            yield
+        finally:
+            self._outside, self._within = outside, within
+            self.tick()
+
+    def leave(self) -> None:
+        """The user's own code goes on between steps: evaluating, saving, building a model."""
+        self._counter += 1
+        self._within = None
+        if self._waits_written:
+            self._waits_over()
+        if not self._outside:
+            self._outside, self._left_ns = True, time.monotonic_ns()
+        self._write()
+
+    def after_training(self, step: int) -> None:
+        """What comes now is no part of training, and takes as long as it likes."""
+        self.mark(Phase.AFTER, step)
+        self.leave()
+
+    def mark(self, phase: Phase, step: int, *, finished: int | None = None) -> None:
+        """Enter a phase of a step; `finished` micro-batches of it are done here."""
+        self._counter += 1
+        self._within = None
+        if self._waits_written:
+            self._waits_over()
+        self._place = (step, phase)
+        self.telemetry.step = step
+        if finished is not None:
+            self._finished = finished
+        if phase in _MOVES:
+            self._first = None
+        elif phase is Phase.COMPUTE and self._first is None:
+            self._first = step
+        if self._outside:
+            self._outside = False
+            self.telemetry.span(Spent.OUTSIDE, self._left_ns)
+        self._write()
+        if self._faults:
+            self._inject(phase, step)
+
+    def _inject(self, phase: Phase, step: int) -> None:
+        for fault in self._faults:
+            if fault.phase != phase.name.lower() or step < fault.step:
+                continue
+            if fault.period and (step - fault.step) % fault.period:
+                continue
+            seen = self._seen.get(fault, 0)
+            self._seen[fault] = seen + 1
+            if seen == fault.after:
+                self._suffer(fault)
+
+    def _suffer(self, fault: Fault) -> None:
+        self._write(time.monotonic_ns())
+        if fault.kind == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif fault.kind == "node":
+            _kill_node()
+        elif fault.kind == "coordinator":
+            _kill_coordinator()
+        elif fault.kind.startswith("flip"):
+            self.damage(fault.kind)
+        elif fault.kind == "pause":
+            time.sleep(fault.seconds)
+        elif fault.kind == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        while fault.kind == "loop":
+            pass
+
+
+def _kill_coordinator() -> None:
+    """Kill the coordinator that this node's launcher has beside it, as soon as one serves."""
+    launcher = psutil.Process(os.getppid()).parent()
+    assert launcher is not None
+    while True:
+        for process in launcher.children():
+            with contextlib.suppress(psutil.NoSuchProcess):  # another one ended just now
+                if process.name() == COORDINATOR:
+                    process.kill()
+                    process.wait(10)
+                    return
+        time.sleep(0.01)
+
+
+def _kill_node() -> None:
+    """Kill this worker's node agent and all that it started: stopped first, so that none sees another die.
+
+    Its parent is killed last: this process dies with it, and whatever were not yet killed would stay stopped for ever.
+    """
+    parent = psutil.Process(os.getppid())
+    agent = parent.parent()
+    assert agent is not None
+    ancestors = [agent.pid, parent.pid]
+    family = [process.pid for process in agent.children(recursive=True)]
+    others = [*(pid for pid in family if pid not in (os.getpid(), parent.pid)), *ancestors]
+    for number in (signal.SIGSTOP, signal.SIGKILL):
+        for pid in others:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,90 @@
+"""States of what a user registers, as JSON: whatever a `state_dict()` is made of, and nothing that runs when read."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from everstep.comms.mesh.tensors import raw
+
+from .errors import UsageError
+
+_MARK = "__everstep__"
+REGISTERED_BYTES = (
+    1 << 20
+)  # of all registered states, as JSON: each step agrees on them, and the coordinator keeps them
+
+
+def check_size(states: Mapping[str, Any]) -> None:
+    """Raises UsageError, naming the largest, if these encoded states are more than a step can agree on."""
+    sizes = {name: len(json.dumps(state)) for name, state in states.items()}
+    if sum(sizes.values()) > REGISTERED_BYTES:
+        largest = max(sizes, key=lambda name: sizes[name])
+        raise UsageError(
+            f"register_state({largest!r}): its state takes {_size(sizes[largest])} (tensors as base64), all registered "
+            f"states {_size(sum(sizes.values()))}, and the limit is {_size(REGISTERED_BYTES)} in all, since every step "
+            "agrees on them: register what is small (counters, generators, means), not tensors of the model's size"
+        )
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB" if count >= 1 << 20 else f"{count / 2**10:.0f} KiB"
+
+
+def encode(value: Any, where: str) -> Any:
+    """`value` as JSON values, tensors and arrays included. Raises UsageError, naming `where`, for anything else."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list):
+        return [encode(item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if isinstance(value, dict):
+        if all(isinstance(key, str) for key in value) and _MARK not in value:
+            return {key: encode(item, f"{where}[{key!r}]") for key, item in value.items()}
+        pairs = [[encode(key, where), encode(item, f"{where}[{key!r}]")] for key, item in value.items()]
+        return {_MARK: "dict", "value": pairs}
+    if isinstance(value, tuple):
+        return {_MARK: "tuple", "value": [encode(item, f"{where}[{i}]") for i, item in enumerate(value)]}
+    if isinstance(value, bytes):
+        return {_MARK: "bytes", "value": base64.b64encode(value).decode()}
+    if isinstance(value, torch.Tensor):
+        tensor = value.detach().cpu().contiguous()
+        dtype, data = str(tensor.dtype).removeprefix("torch."), base64.b64encode(raw(tensor)).decode()
+        return {_MARK: "tensor", "dtype": dtype, "shape": list(tensor.shape), "value": data}
+    if isinstance(value, np.generic | np.ndarray) and value.dtype.kind in "biufc":
+        kind = "scalar" if isinstance(value, np.generic) else "array"
+        data = base64.b64encode(np.ascontiguousarray(value).tobytes()).decode()
+        return {_MARK: kind, "dtype": value.dtype.str, "shape": list(value.shape), "value": data}
+    raise UsageError(
+        f"{where} is a {type(value).__name__}: a registered state may hold numbers, text, lists, tuples, "
+        "dictionaries, bytes, tensors and arrays"
+    )
+
+
+def decode(value: Any) -> Any:
+    """What was encoded."""
+    if isinstance(value, list):
+        return [decode(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    kind = value.get(_MARK)
+    if kind is None:
+        return {key: decode(item) for key, item in value.items()}
+    body = value["value"]
+    if kind == "dict":
+        return {decode(key): decode(item) for key, item in body}
+    if kind == "tuple":
+        return tuple(decode(item) for item in body)
+    data = bytearray(base64.b64decode(body))
+    if kind == "bytes":
+        return bytes(data)
+    if kind == "tensor":
+        dtype = getattr(torch, value["dtype"])
+        flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+        return flat.view(value["shape"])
+    array = np.frombuffer(data, np.dtype(value["dtype"])).reshape(value["shape"])
+    return array[()] if kind == "scalar" else array

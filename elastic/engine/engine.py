@@ -1,0 +1,637 @@
+"""The engine of a worker: carries training from one committed version to the next.
+
+    compute -> reduce -> agree -> update -> commit
+
+A call that waits raises `Aborted` when the generation ends; `Recovery` then brings this rank and the others to one
+version again, and the same calls are made again: what is done already is not done twice.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+import xxhash
+from torch import Tensor
+
+from everstep.checkpointing.access.snapshot import Snapshots
+from everstep.checkpointing.memory.record import ShardState
+from everstep.checkpointing.universal.writer import folder_name
+from everstep.comms.mesh.communicator import Communicator, all_gather, barrier
+from everstep.elastic.contract.errors import UsageError
+from everstep.elastic.contract.membership import Membership, Orders
+from everstep.elastic.contract.notices import Notice, warn
+from everstep.elastic.contract.progress import Phase, Progress
+from everstep.elastic.contract.settings import Settings
+from everstep.elastic.contract.stateful import (
+    REGISTERED_BYTES,
+    check_size,
+    decode,
+    encode,
+)
+from everstep.elastic.contract.telemetry import Spent
+from everstep.elastic.guard.backups import Backups
+from everstep.elastic.guard.checkpoint_agreement import Checkpoints
+from everstep.elastic.guard.protection import Protection
+from everstep.elastic.guard.replicas import (
+    Odd,
+    Replicas,
+    Share,
+    decide,
+    digest,
+    disputed,
+    odd_ones,
+)
+from everstep.elastic.holding.adjustments import Adjustments
+from everstep.elastic.holding.hyperparameters import pack
+from everstep.elastic.holding.stack import LayerStack
+from everstep.elastic.holding.watch import (
+    Change,
+    Changed,
+    Watch,
+    describe,
+    differing_bits,
+)
+from everstep.elastic.holding.zero import ShardedOptimizer
+from everstep.elastic.step.canonical import sum_scalars
+from everstep.elastic.step.data import DataSource, Key
+from everstep.elastic.step.exchange import Exchange
+from everstep.elastic.step.pipeline import Pipeline
+from everstep.elastic.step.steps import StepState
+from everstep.resharding.layout import Layout
+from everstep.resharding.units import Shard
+
+# What a rank waits for beside other ranks, in words that follow "waits for".
+SNAPSHOT = "its snapshot to be copied to keeper memory"
+PARITY = "the keepers of its parity group to hold the last version"
+SAVES = "checkpoints that are being saved"
+DECISION = "the coordinator to begin a new generation"
+PACE = 0.3  # of a step's time, over which its snapshot is spread
+_SLACK = 1  # micro-batches in flight beyond 1F1B's: hides the latency of links and uneven stages
+
+
+@dataclass(frozen=True)
+class Step:
+    """A committed step: its index, its global mean loss (None where the user computes it), the gradient's norm."""
+
+    index: int
+    loss: float | None
+    gradient_norm: float | None
+
+
+class Engine:
+    """One worker's training state. Versions count committed steps: version v is the state before step v."""
+
+    def __init__(
+        self,
+        *,
+        settings: Settings,
+        stack: LayerStack,
+        optimizer: ShardedOptimizer,
+        data: DataSource,
+        described: dict[str, Any],
+        loss_fn: Callable[[Any, Any], Tensor],
+        comm: Communicator,
+        membership: Membership,
+        snapshots: Snapshots,
+        progress: Progress,
+    ) -> None:
+        self.settings = settings
+        self.stack = stack
+        self.optimizer = optimizer
+        self.data = data
+        data.upcoming = self._upcoming
+        self.comm = comm
+        self.membership = membership
+        self.snapshots = snapshots
+        self.progress = progress
+        progress.damage = self._damage
+        self.telemetry = progress.telemetry
+        snapshots.on_copied = self._copied
+        self.pipeline = Pipeline(stack, comm, progress, settings.seed, data.fetch, loss_fn, self._warn_of_attribute)
+        self.exchange = Exchange(stack, comm)
+        self.protection = Protection(settings, snapshots, membership)
+        self.backups = Backups(optimizer.user, stack, comm, snapshots, self.exchange)
+        self.watch = Watch(stack)
+        self.suspects: dict[int, int] = {}  # shard that may be damaged here -> digest of what was committed
+        self.committed: Callable[[list[int]], dict[int, ShardState]] = lambda shards: {}  # what keepers hold of shards
+        self.replicas = Replicas(stack, snapshots, self.backups, self.exchange, settings.verify_every)
+        whose = {"optimizer": type(optimizer.user).__name__, "data": described}
+        whose["settings"] = pack(optimizer.hyper_parameters())
+        self.checkpoints = Checkpoints(settings, stack, snapshots, membership, whose)
+        self.registered: dict[str, Any] = {}  # objects with state_dict / load_state_dict
+        self.unclaimed: dict[str, Any] = {}  # states of the others' objects that this rank has not registered yet
+        self.loops = False  # the user's own loop computes the micro-batches
+        self.record_bytes = [optimizer.state_bytes(shard) for shard in stack.spec.shards]
+        self.driven: set[str] = set()  # those of them that the runtime itself steps
+        self.on_commit: list[Callable[[], None]] = []  # the scheduler's step
+        self.adjustments = Adjustments(optimizer, stack)
+        self.skip_nonfinite = False  # whether a step whose gradient is not finite is left out
+        self.version = 0
+        self.layout: Layout | None = None
+        self.state: StepState | None = None
+        self.owned: set[int] = set()  # shards held in good order at `owned_version`
+        self.owned_version = 0
+        self.pristine = True  # every value is still as it was made from the seed
+        self.values_version = 0  # -1 while values are being replaced
+        self.agreed = -1
+        self.agreement = ""
+        self.switch: Orders | None = None  # a join that everybody agreed to enter before the next step
+        self.gradients: dict[int, Tensor] = {}  # reduced, of the shards owned here; in keeper memory
+        self.looping = False  # the user's own loop has asked for its first micro-batch
+        self.results: list[Step] = []  # committed, not yet shown to the user
+        self._loss_trusted = True  # no warning yet
+        self.shown = -1  # the last step that was, or will be, shown: none is shown twice
+        self.turn: Step | None = None  # what the user's code has been shown, and is at
+        self.leave_at: int | None = None  # the version at which the user's code has left the loop
+        self.after_leaving: dict[str, Any] | None = None  # how it had left things then
+        self.birth: dict[str, Any] = {}  # hyper-parameters and registered states before the first step
+        self._stopping: signal.Signals | None = None  # a script that runs alone is to end
+        self._registered_at: dict[int, dict[str, Any]] = {}  # step -> states of what the user registered, at its end
+
+    # ------------------------------------------------------------ one step
+
+    @property
+    def rank(self) -> int:
+        return self.comm.rank
+
+    def current(self) -> tuple[Layout, StepState]:
+        assert self.layout is not None
+        assert self.state is not None
+        return self.layout, self.state
+
+    def _upcoming(self) -> Iterator[Key]:
+        """The micro-batches that this rank is to fetch from now on, as long as the membership stays as it is."""
+        layout, state = self.current()
+        yield from [(state.step, span.micro_batch) for span in state.todo]
+        mine = sorted(s.micro_batch for s in layout.segments() if s.rank == self.rank)
+        for step in range(state.step + 1, self.settings.steps):
+            yield from ((step, micro_batch) for micro_batch in mine)
+
+    def compute(self) -> None:
+        """Run this rank's remaining segments of the step."""
+        self.settle()
+        layout, state = self.current()
+        self.membership.begun(state.step)
+        stages_from_here = sum(stage.start >= layout.stage_of(self.rank).start for stage in layout.stages)
+        self.pipeline.run(state, depth=stages_from_here + _SLACK)
+
+    def complete(self) -> None:
+        """Reduce, agree, update and commit the step whose micro-batches are done."""
+        layout, state = self.current()
+        self.membership.begun(state.step)
+        self.check_values(thorough=True)
+        span, began_ns = self.telemetry.span, time.monotonic_ns()
+        self._reduce(layout, state)
+        span(Spent.REDUCE, began_ns)
+        began_ns = time.monotonic_ns()
+        self._agree(layout, state)
+        span(Spent.AGREE, began_ns)
+        self.snapshots.forget(nodes=self.protection.nodes)  # all who own a shard now have it in their keepers
+        self.update(self.agreement)
+        self.values_version = -1
+        began_ns = time.monotonic_ns()
+        self.exchange.publish(state.step + 1, layout, layout.ranks)
+        span(Spent.PUBLISH, began_ns)
+        self.commit(self.agreement)
+
+    def _copied(self, started_ns: int, length: int, busy_s: float) -> None:
+        self.telemetry.span(Spent.SNAPSHOT, started_ns, amount=length, value=busy_s)
+
+    def _reduce(self, layout: Layout, state: StepState) -> None:
+        self.progress.mark(Phase.REDUCE, state.step, finished=len(state.held))
+        self.pipeline.end_step()
+        gradients = {
+            shard.index: self.snapshots.gradient(
+                shard.index, state.step, shard.elements, self.exchange.accumulation(shard)
+            )
+            for shard in self.optimizer.owned
+        }
+        self.exchange.reduce(state, layout, gradients)
+        for shard in self.optimizer.owned:
+            dtype = self.exchange.accumulation(shard)
+            self.snapshots.seal_gradient(shard.index, state.step, shard.elements, dtype)
+        self.gradients = gradients
+        self.backups.exchange(state.step, layout, gradients)
+
+    def _agree(self, layout: Layout, state: StepState) -> None:
+        """Exchange norms and losses. Who returns knows that every owner's gradient and snapshot are in its keeper."""
+        self.progress.mark(Phase.AGREE, state.step)
+        began_ns = time.monotonic_ns()
+        waiting = self.progress.waiting
+        with waiting(SNAPSHOT):
+            self.snapshots.wait(self._patient)
+        with waiting(PARITY):
+            self.protection.wait(state.step, self._patient)
+        self.telemetry.span(Spent.BLOCKED, began_ns)
+        last = state.step + 1 == self.settings.steps
+        if last:
+            with waiting(SAVES):
+                self.checkpoints.conclude(self._patient)  # so that there is room for one of the end
+        proposal = self.membership.proposed(last=last)
+        if proposal is not None and proposal.plan.generation <= layout.generation:
+            proposal = None  # entered already
+        mine = {
+            "norms": {str(i): float(torch.linalg.vector_norm(g)) for i, g in self.gradients.items() if self._counts(i)},
+            "adjustments": self.adjustments.share(state.step),
+            "skip_nonfinite": self.skip_nonfinite,
+            "losses": {str(m): loss for m, loss in state.losses.items()},
+            "idle": state.idle([[p.index for p in layer.parameters if not p.averaged] for layer in self.stack.layers]),
+            "join": proposal.plan.generation if proposal else 0,
+            "digest": self._owned_digest(),
+            "protection": self.protection.share(state.step),
+            "checkpoint": self.checkpoints.share(layout.generation),
+            "replicas": self._replica_digests() if self.replicas.due(state.step) else {},
+            "suspects": bool(self.suspects),
+        }
+        table = all_gather(self.comm, state.step, 0, json.dumps(mine).encode())
+        shares = {rank: json.loads(data) for rank, data in table.items()}
+        replicas = {rank: share["replicas"] for rank, share in shares.items()}
+        if any(share["suspects"] for share in shares.values()) and not self.replicas.due(state.step):
+            table = all_gather(self.comm, state.step, 3, json.dumps(self._replica_digests()).encode())
+            replicas = {rank: json.loads(data) for rank, data in table.items()}
+        if disputed(replicas):
+            self._distrust(state.step, replicas)
+        self.suspects = {}
+        chosen, partly = self.adjustments.merge({rank: share["adjustments"] for rank, share in shares.items()})
+        if partly and not self.loops and self.rank == min(shares):
+            self._warn_of_partial(state.step, partly)
+        chosen["idle"] = self._idle(state, shares)
+        self._agreed_on(state, list(shares.values()), chosen, proposal)
+
+    def _idle(self, state: StepState, shares: dict[int, dict[str, Any]]) -> list[int]:
+        """The parameters of which no micro-batch on any rank had a gradient."""
+        contributors = state.contributors()
+        said = {index for share in shares.values() for index in share["idle"]}
+        found = []
+        for index in sorted(said):
+            ranks = {r for layer in self.stack.spec.parameters[index].layers for r in contributors.get(layer, ())}
+            if all(index in shares[rank]["idle"] for rank in ranks):
+                found.append(index)
+        return found
+
+    def _warn_of_partial(self, step: int, partly: dict[str, list[int]]) -> None:
+        """Every rank's code runs after every step: what only some of them change is lost with them."""
+        name, ranks = next(iter(partly.items()))
+        text = (
+            f"only rank {', '.join(map(str, ranks))} changed {name}; the change counts on all ranks. Make it on every "
+            "rank: a worker that takes the place of a lost one has only what its own code and the others' agree on"
+        )
+        warn(self.membership, Notice.CHANGED_ON_SOME_RANKS, text, step=step)
+
+    def _agreed_on(
+        self, state: StepState, shares: list[dict[str, Any]], chosen: dict[str, Any], proposal: Orders | None
+    ) -> None:
+        frozen = {i for i, p in enumerate(self.stack.spec.parameters) if p.name in chosen.get("frozen", ())}
+        norms = {int(i): norm for share in shares for i, norm in share["norms"].items()}
+        norms = {i: norm for i, norm in norms.items() if self.stack.spec.shards[i].parameter not in frozen}
+        losses = {int(m): loss for share in shares for m, loss in share["losses"].items()}
+        norm = math.sqrt(sum_scalars([norms[i] ** 2 for i in sorted(norms)]))
+        limit = chosen.get("clip", {}).get("norm")
+        loss = sum_scalars([losses[m] for m in sorted(losses)]) / len(losses) if losses else None
+        ledger = 0
+        for share in shares:
+            ledger ^= share["digest"]
+        agreement = {
+            "step": state.step,
+            "loss": loss,
+            "norm": norm,
+            "scale": None if limit is None else min(1.0, limit / (norm + 1e-6)),
+            "skip": any(share["skip_nonfinite"] for share in shares) and not math.isfinite(norm),
+            **chosen,
+            "registered": self._registered(state.step),
+            "layers": self._layer_norms(norms) if self.settings.on_loss == "neighbors" else {},
+            "digest": f"{ledger:016x}",
+            **self.protection.agreed(
+                state.step,
+                [share["protection"] for share in shares],
+                speaks=self.rank == min(self.comm.members),
+            ),
+            **self.checkpoints.agreed(state.step, [share["checkpoint"] for share in shares]),
+        }
+        last = state.step + 1 == self.settings.steps
+        wanted = proposal is not None and all(share["join"] == proposal.plan.generation for share in shares)
+        if proposal is not None and wanted and not (last and proposal.plan.leaving):  # the end lets go of who leaves
+            self.switch = proposal
+        elif proposal is not None and last:
+            self.membership.tell("idled", generation=proposal.plan.generation)
+        self.agreement = json.dumps(agreement, sort_keys=True)
+        if len(self.agreement) > REGISTERED_BYTES:  # a state may grow
+            check_size(agreement["registered"])
+        self.agreed = state.step
+        self.protection.adopt(agreement)
+
+    def _distrust(self, step: int, shares: dict[int, Share]) -> None:
+        """Replicas differ: nobody passes this agreement. The odd ones forget their values, and all recover.
+
+        Nothing of the step is kept: what the odd one computed went into the others' gradients.
+        """
+        layout, _ = self.current()
+        self.state = StepState.begin(step, self.rank, self.settings.micro_batches, layout.segments())
+        terms = json.loads(self.agreement)
+        mine = [shard for shard in disputed(shares) if layout.owners[shard] == self.rank]
+        made = {shard: self.replicas.made_again(shard, step, terms) for shard in mine}
+        table = all_gather(self.comm, step, 1, json.dumps(made).encode())
+        truth = decide(shares, {int(k): v for data in table.values() for k, v in json.loads(data).items()})
+        odd = odd_ones(shares, truth)
+        for shard in mine:
+            if self.replicas.record_differs(shard, step, truth[shard]):
+                self.snapshots.discard(shard, step)  # the version before it and the gradient give it again
+        self._forget_odd([item for item in odd if item.rank == self.rank])
+        barrier(self.comm, step, 2)  # nobody speaks before all have heard: the abort that follows cuts off the rest
+        if self.rank == min(self.comm.members):
+            self._name_odd(step, layout.generation, odd)
+        if self.settings.on_corruption == "evict" and any(item.rank == self.rank for item in odd):
+            os.kill(os.getpid(), signal.SIGKILL)
+        with self.progress.waiting(DECISION):
+            while True:
+                self._patient()
+                time.sleep(0.01)
+
+    def _warn_of_attribute(self, text: str) -> None:
+        warn(self.membership, Notice.ATTRIBUTE_CHANGED, text, rank=self.rank, step=self.version)
+
+    def check_values(self, *, thorough: bool) -> None:
+        """Raise UsageError if the script has changed a parameter and not put it back.
+
+        One bit that nobody wrote is damage: replicas are compared in this step then, whether that is due or not.
+        """
+        found = self.watch.changed(thorough=thorough)
+        for changed in found:
+            if changed.how is Change.SILENT and len(found) == 1 and self._is_damage(changed):
+                continue
+            name = self.stack.spec.parameters[changed.held.index].name
+            raise UsageError(describe(name, self.version, within=thorough, replaced=changed.how is Change.REPLACED))
+
+    def _is_damage(self, changed: Changed) -> bool:
+        """Whether a value differs from what was committed by a single bit, as memory fails and no script writes."""
+        index = changed.held.index
+        shards = [shard for shard in self.stack.spec.shards if shard.parameter == index]
+        committed = self.committed([shard.index for shard in shards])
+        flat = changed.held.tensor.detach().reshape(-1)
+        if len(committed) < len(shards):
+            return False
+        values = {s.index: committed[s.index]["value"] for s in shards}
+        if sum(differing_bits(flat[s.start : s.stop], values[s.index]) for s in shards) > 1:
+            return False
+        self.suspects.update({index: digest(value.reshape(-1)) for index, value in values.items()})
+        return True
+
+    def _replica_digests(self) -> Share:
+        """What this rank adds to a comparison of replicas: what it computes with, and what that should be."""
+        return {"committed": {str(index): value for index, value in self.suspects.items()}, **self.replicas.share()}
+
+    def _forget_odd(self, odd: list[Odd]) -> None:
+        """Values here are wrong: they are not reported as held."""
+        for item in odd:
+            if item.backup:
+                self.backups.level.discard(item.shard)
+                self.snapshots.discard(item.shard)  # the versions before are of the same copy: its owner has others
+            else:
+                self.owned.discard(item.shard)
+                self.values_version = -1
+
+    def _name_odd(self, step: int, generation: int, odd: list[Odd]) -> None:
+        """Tell the coordinator of some shard of each odd one; it begins a new generation."""
+        detail = f"steps {self.replicas.since(step)} to {step} may have been computed with other values than replicas"
+        for item in {(item.rank, item.backup): item for item in reversed(odd)}.values():
+            where = "backup" if item.backup else "replica"
+            fields = {"where": where, "rank": item.rank, "shard": item.shard, "detail": detail}
+            self.membership.tell("corruption", generation=generation, **fields)
+
+    def _damage(self, kind: str) -> None:
+        """An injected fault: flip one bit of a frame, or of a value that is owned, only read, or a backup here."""
+        layout, _ = self.current()
+        if kind == "flip-frame":
+            self.comm.damage()
+            return
+        if kind == "flip-backup":
+            self.backups.copies.state(self.backups.shards[-1].index)["value"][:1].view(torch.uint8)[1] ^= 16
+            return
+        for layer in reversed(self.stack.held):
+            for shard in reversed(self.stack.spec.shards_of_layer[layer]):
+                if shard.elements > 1000 and (layout.owners[shard.index] == self.rank) == (kind == "flip-owned"):
+                    self.stack.view(shard)[:1].view(torch.uint8)[1] ^= 16
+                    return
+
+    def _patient(self) -> None:
+        self.progress.tick()
+        self.comm.ready(())  # raises Aborted
+
+    def _registered(self, step: int) -> dict[str, Any]:
+        """The registered objects' states at the end of `step`: when it is computed again, what they were then."""
+        states = self.states_of_registered()
+        known = self._registered_at.get(step, {}) if step <= self.shown else {}
+        states.update({name: state for name, state in known.items() if name not in self.driven})
+        self._registered_at[step] = states
+        versions = [v for v in (self.snapshots.protected, self.checkpoints.newest) if v >= 0]
+        oldest = min(versions, default=step) - 1
+        self.adjustments.forget(oldest)
+        for old in [n for n in self._registered_at if n < oldest]:
+            del self._registered_at[old]
+        return states
+
+    def claim(self, name: str, item: Any) -> None:
+        """Register an object; if the others had one of that name when this rank joined, it takes over their state."""
+        self.birth.setdefault("registered", {})[name] = encode(item.state_dict(), f"the state of {name!r}")
+        self.registered[name] = item
+        if name in self.unclaimed:
+            item.load_state_dict(decode(self.unclaimed.pop(name)))
+
+    def states_of_registered(self) -> dict[str, Any]:
+        """The states of the registered objects now, as JSON values."""
+        return {name: encode(item.state_dict(), name) for name, item in self.registered.items()}
+
+    def after_users(self) -> dict[str, Any]:
+        """What the user's code has made of what it may change between steps: settings, and states it registered."""
+        states = self.states_of_registered()
+        users = {name: state for name, state in states.items() if name not in self.driven}
+        return {**self.adjustments.terms(), "groups": self.optimizer.hyper_parameters(), "users": users}
+
+    def _layer_norms(self, norms: dict[int, float]) -> dict[int, float]:
+        """The squared norm of each layer's gradient: how much a neighbour counts where one has to stand in."""
+        spec = self.stack.spec
+        layers: dict[int, float] = {}
+        for index in sorted(norms):
+            layer = spec.home(spec.shards[index])
+            layers[layer] = layers.get(layer, 0.0) + norms[index] ** 2
+        return layers
+
+    def _counts(self, shard: int) -> bool:
+        """Whether a shard's gradient is one: a batch norm's statistics are averaged the same way, but are none."""
+        return not self.stack.averaged(self.stack.spec.shards[shard].parameter)
+
+    def _owned_digest(self) -> int:
+        """A digest of the owned shards' snapshots that adds up (xor) to the same total under any ownership."""
+        total = 0
+        for shard, checksum in self.snapshots.checksums.items():
+            if shard in self.owned:
+                total ^= xxhash.xxh3_64_intdigest(shard.to_bytes(8, "little") + checksum.to_bytes(8, "little"))
+        return total
+
+    def update(self, agreement: str) -> None:
+        """Run the optimizer on the owned shards, as agreed."""
+        terms = json.loads(agreement)
+        self.progress.mark(Phase.UPDATE, terms["step"])
+        began_ns = time.monotonic_ns()
+        self.pipeline.base_statistics = {}  # the next version's are written now
+        self.optimizer.update(self.gradients, terms)
+        self.backups.update(terms)
+        self.telemetry.span(Spent.UPDATE, began_ns)
+        self.owned_version = terms["step"] + 1
+        self.pristine = False
+
+    def commit(self, agreement: str) -> None:
+        """Version step + 1 is held here: start protecting it, and go on to the next step."""
+        layout, _ = self.current()
+        terms = json.loads(agreement)
+        step = terms["step"]
+        self.values_version = self.version = step + 1
+        self.progress.mark(Phase.COMMIT, step, finished=0)
+        began_ns = time.monotonic_ns()
+        if step == 0:
+            self.stack.hold(layout.stage_of(self.rank).start, layout.stage_of(self.rank).stop)
+        self.adjustments.adopt(step, terms)
+        for advance in self.on_commit:
+            advance()
+        self.adjustments.settle(self.version)
+        self._save_or_protect(terms, agreement, layout)
+        self.watch.remember()
+        if step > self.shown:
+            self.results.append(Step(step, terms["loss"], terms["norm"]))
+            self.shown = step
+        self.tell_committed(terms, agreement)
+        self.begin_step(layout)
+        self.telemetry.span(Spent.COMMIT, began_ns)
+        self.telemetry.committed(terms["loss"], self.settings.global_batch_size)
+        self._look_at_loss(terms["loss"], step, layout)
+
+    def _look_at_loss(self, loss: float | None, step: int, layout: Layout) -> None:
+        """Warn, one rank for all, when the loss is no number to train by; training goes on."""
+        if loss is not None and not math.isfinite(loss) and self._loss_trusted and self.rank == min(layout.ranks):
+            self._loss_trusted = False
+            text = (
+                f"the loss is {loss}, and so will be the parameters: look at the learning rate and the data, and go on "
+                "from a checkpoint before that"
+            )
+            warn(self.membership, Notice.LOSS_NOT_FINITE, text, step=step)
+
+    def _save_or_protect(self, terms: dict[str, Any], agreement: str, layout: Layout) -> None:
+        """Protect this version, and, if that was agreed, have a checkpoint made of it."""
+        if self.checkpoints.link is None:
+            self.checkpoints.begin_alone(terms, layout, self._state_of)
+            self.protect(anyway=self.ended())
+        else:
+            self.protect(anyway=self.ended(), then=self.checkpoints.begin(terms, layout, self.rank))
+
+    def tell_committed(self, terms: dict[str, Any], agreement: str) -> None:
+        """Tell the coordinator that the step of these terms is committed: a line of the ledger."""
+        told = {name: terms[name] for name in ("step", "loss", "digest", "protected")}
+        generation = self.layout.generation if self.layout else 0
+        self.membership.tell("committed", **told, agreement=agreement, generation=generation)
+
+    def begin_step(self, layout: Layout) -> None:
+        """A step of which nothing is done, under `layout`."""
+        self.state = StepState.begin(self.version, self.rank, self.settings.micro_batches, layout.segments())
+        self.pipeline.begin_step()
+
+    def protect(self, *, anyway: bool = False, then: Callable[[], None] | None = None) -> None:
+        """Have the keeper hold this version of every owned shard; copied while the next step computes.
+
+        Whether it is to outlive nodes too is a matter of the interval, or, in the first version of a generation, not.
+        `then` is called when it is there.
+        """
+        self.snapshots.protect(
+            (s.index, self.record_bytes[s.index], self.gradient_bytes(s))
+            for s in (*self.optimizer.owned, *self.backups.shards)
+            if not self.snapshots.has(s.index)
+        )
+        protect = self.protection.begins(self.version, anyway=anyway)
+        self.snapshots.spread_s = PACE * self.protection.step_s
+        shards = sorted(self.owned | self.backups.level)
+        self.snapshots.begin(self.version, self._state_of, shards, protect=protect, then=then)
+
+    def _state_of(self, shard: int) -> ShardState:
+        return (self.optimizer if shard in self.owned else self.backups.copies).state(shard)
+
+    def gradient_bytes(self, shard: Shard) -> int:
+        """How many bytes the reduced gradient of a shard takes."""
+        return shard.elements * self.exchange.accumulation(shard).itemsize
+
+    def settle(self) -> None:
+        """The user's code has run for the last step: what it made of it goes with this version."""
+        if self.leave_at is None:  # after the loop the model is the script's
+            self.check_values(thorough=False)
+            self.pipeline.forwards.check_constants(self.version, self.registered.values())
+        if self.checkpoints.unsettled:
+            self.checkpoints.settle(self.after_leaving or self.after_users())
+            if self._stopping is not None and not self.ended():
+                self._end_saved(self._stopping)
+        elif self._stopping is not None:
+            self.membership.save_asked = True  # the one that was being saved when it came is an older one
+
+    def stop(self, number: signal.Signals) -> None:
+        """A signal to a script that runs alone: save after this step, and end. Safe in a signal handler."""
+        self._stopping = number
+        self.membership.save_asked = True
+
+    def _end_saved(self, number: signal.Signals) -> NoReturn:
+        self.checkpoints.conclude(self._patient)
+        saved = self.checkpoints.newest == self.version
+        state = f"its state after {self.version} steps is saved" if saved else "no checkpoint could be saved"
+        print(f"everstep: stopped by {number.name}; {state}", file=sys.stderr, flush=True)
+        sys.exit(128 + number)
+
+    def leave_loop(self) -> None:
+        """The user's code has left the loop, be it before the last step: this rank trains no further."""
+        if self.leave_at is not None:
+            return
+        self.leave_at = self.version
+        self.after_leaving = self.after_users()
+        if self.checkpoints.link is None:
+            self.checkpoints.keep(self.version, self._state_of)
+        if self.version == self.settings.steps:
+            return
+        self.membership.tell("left", version=self.version, name=self.last_name())
+        proposal = self.membership.proposed(last=True)
+        if proposal is not None and self.layout is not None and proposal.plan.generation > self.layout.generation:
+            self.membership.tell("idled", generation=proposal.plan.generation)
+
+    def last_name(self) -> str:
+        """What a checkpoint of this version may be called."""
+        return folder_name(self.version, time.time(), self.checkpoints.unique())
+
+    def conclude(self) -> None:
+        """Past the last step: return when its version is whole here, parity included."""
+        self.settle()
+        if self.version < self.settings.steps:
+            self.protect(anyway=True)
+        with self.progress.waiting(SNAPSHOT):
+            self.snapshots.wait(self._patient)
+        with self.progress.waiting(PARITY):
+            self.protection.wait(self.version + 1, self._patient)
+        with self.progress.waiting(SAVES):
+            self.checkpoints.conclude(self._patient)
+
+    def save_last(self, version: int, name: str, on_wait: Callable[[], None]) -> str:
+        """Save this rank's part of the last version, which is not whole yet. Returns why not, if it could not."""
+        if version != self.version:
+            return f"rank {self.rank} is at version {self.version}"
+        layout, _ = self.current()
+        self.settle()
+        self.snapshots.wait(on_wait)
+        terms = {**json.loads(self.agreement), "save": name}
+        after = self.after_leaving or self.after_users()
+        return self.checkpoints.save_last(terms, layout, self.rank, after, self._state_of, on_wait)
+
+    def ended(self) -> bool:
+        """Whether every step is committed that there is to be."""
+        return self.version >= (self.settings.steps if self.leave_at is None else self.leave_at)

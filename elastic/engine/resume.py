@@ -1,0 +1,335 @@
+"""Going on from a checkpoint: which ones there are, whether one fits this job, and a shard's state out of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from everstep.checkpointing.universal.lineage import Lineage, lineage_of, strangers
+from everstep.checkpointing.universal.manifest import (
+    CheckpointError,
+    Manifest,
+    path_of,
+    room_and_name,
+)
+from everstep.checkpointing.universal.reader import (
+    Checkpoint,
+    committed,
+    load,
+    open_checkpoint,
+)
+from everstep.checkpointing.universal.store import Store, StoreError, open_store
+from everstep.elastic.contract.errors import UsageError
+from everstep.elastic.contract.notices import Channel, Notice, warn
+from everstep.elastic.contract.settings import Settings
+from everstep.elastic.guard.checkpoint_agreement import constants
+from everstep.elastic.holding.hyperparameters import Groups, same, unpack
+from everstep.elastic.holding.stack import LayerStack, plain_name
+from everstep.elastic.protocol.events import Saved
+from everstep.resharding.units import Shard
+
+from .engine import Engine
+
+REMEMBERED_CHUNKS = 6
+LOOKED_AT = 32  # checkpoints of a folder, for whose they are
+CANDIDATES = 3  # checkpoints that may be fallen back to
+
+
+class Resumption:
+    """Finds checkpoints for a job, and refuses those that would not continue it with the same numbers."""
+
+    def __init__(
+        self, settings: Settings, stack: LayerStack, engine: Engine, data: dict[str, Any], channel: Channel
+    ) -> None:
+        self._settings = settings
+        self._stack = stack
+        self._birth = engine.birth
+        self._driven = engine.driven
+        self._data = data
+        self._channel = channel
+        self._looked_at = False  # whether the newest checkpoint has been
+
+    def find(self) -> list[Saved]:
+        """The checkpoints that the job may go on from, newest first. Raises UsageError for one that does not fit."""
+        settings = self._settings
+        if settings.resume == "never":
+            self._look_for_others()
+            return []
+        try:
+            found = self._own() if settings.checkpoint else []
+            if not found and settings.resume != "auto":
+                checkpoint = open_checkpoint(settings.resume, _options(settings))
+                self._compare_data(checkpoint.manifest, checkpoint.url)
+                found = [self._entry(checkpoint, settings.resume)]
+        except (CheckpointError, StoreError) as error:
+            raise UsageError(f"resume: {error}") from None
+        if found and found[0].version >= settings.steps:
+            text = (
+                f"checkpoint {found[0].name} has {found[0].version} steps, and the job {settings.steps}: nothing is "
+                "left to train; give another job another folder, or resume='never'"
+            )
+            warn(self._channel, Notice.NOTHING_LEFT, text)
+        return found
+
+    def _look_for_others(self) -> None:
+        """The job begins anew in a folder that has checkpoints."""
+        settings = self._settings
+        if not settings.checkpoint:
+            return
+        try:
+            names = committed(open_store(settings.checkpoint, _options(settings)))
+        except StoreError:
+            return  # saving will say so
+        if names:
+            text = (
+                f"{settings.checkpoint} has checkpoints of another run ({names[0]}), and resume='never': they are left "
+                "alone, and a restart of this job will ask which to go on from; give each job a folder of its own"
+            )
+            warn(self._channel, Notice.CHECKPOINT_FOLDER, text)
+
+    def _family(self, store: Store, names: list[str]) -> list[str]:
+        """The checkpoints of the job, newest first, in a folder that should have no others.
+
+        Raises UsageError where there are others; with resume=URL of one of them, that one's run is meant.
+        """
+        chosen = self._settings.resume.rstrip("/").rpartition("/")[2]
+        newest = chosen if chosen in names else names[0]
+        own = lineage_of(store, newest)
+        if own is None:
+            return names  # damaged: reading it says so
+        others = strangers(store, names[:LOOKED_AT], own)
+        if others and chosen not in names:
+            raise UsageError(
+                f"{self._settings.checkpoint} has checkpoints of several runs, {newest} and {others[0]}: choose with "
+                f"resume=URL of one of them, and give each job a folder of its own"
+            )
+        return [name for name in names if name not in others]
+
+    def _own(self) -> list[Saved]:
+        """Of the job's own folder."""
+        settings = self._settings
+        store = open_store(settings.checkpoint, _options(settings))
+        found: list[Saved] = []
+        names = committed(store)
+        for name in (self._family(store, names) if names else [])[:CANDIDATES]:
+            try:
+                checkpoint = load(store.inside(name))
+            except CheckpointError:
+                if settings.on_damage == "stop":
+                    raise
+                continue
+            if checkpoint is not None:
+                if not found:  # an older one is only gone back to, by a job that goes on from the newest
+                    self._compare_data(checkpoint.manifest, checkpoint.url)
+                found.append(self._entry(checkpoint, name))
+        return found
+
+    def _entry(self, checkpoint: Checkpoint, name: str) -> Saved:
+        manifest = checkpoint.manifest
+        for problem in self._problems(manifest):
+            raise UsageError(f"{checkpoint.url} does not continue this job: {problem}")
+        if not manifest.agreement:
+            return Saved(manifest.step, name, self._first_agreement(manifest.step))
+        return Saved(manifest.step, name, self._next_agreement(manifest, checkpoint.url))
+
+    def _problems(self, manifest: Manifest) -> list[str]:
+        problems: list[str] = []
+        for index, parameter in enumerate(self._stack.spec.parameters):
+            room = "buffers" if self._stack.averaged(index) else "params"
+            array = manifest.arrays.get(path_of(room, resolve(manifest, room, parameter.name)))
+            if array is None:
+                problems.append(f"it has no {room}/{parameter.name}")
+            elif array.shape != parameter.shape:
+                problems.append(f"{parameter.name} has the shape {array.shape} there, and {parameter.shape} here")
+            elif manifest.agreement and array.dtype != parameter.dtype:
+                problems.append(f"{parameter.name} is {array.dtype} there, and {parameter.dtype} here")
+        groups = len(unpack(json.loads(manifest.agreement)["groups"])) if manifest.agreement else 0
+        if manifest.agreement and groups != len(unpack(self._birth["groups"])):
+            here = len(unpack(self._birth["groups"]))
+            problems.append(f"its optimizer has {groups} parameter groups, and there are {here} here")
+        return problems
+
+    def _compare_data(self, manifest: Manifest, url: str) -> None:
+        """Refuse other data than the checkpoint was trained on, or, where that is to be ignored, warn of it."""
+        ours = {"global_batch_size": self._settings.global_batch_size, "samples": self._data["samples"]}
+        ours |= {"micro_batch_size": self._settings.micro_batch_size, "seed": self._settings.seed}
+        ours |= {"shuffle": self._data["shuffle"]}
+        former = {"shuffle": True, **manifest.data}
+        changed = [
+            f"{name} was {former[name]}, and is {value} now"
+            for name, value in ours.items()
+            if former.get(name, value) != value
+        ]
+        digests, theirs = self._data["sample_digests"], former.get("sample_digests", [])
+        if changed and self._settings.resume_data == "check":
+            raise UsageError(
+                f"{url} does not continue this job: {changed[0]}: the data would come in another order (to continue "
+                "all the same, with the order of the new data from here on: --es-resume-data=ignore, or "
+                'resume_data="ignore")'
+            )
+        if changed:
+            text = f"{url} is continued with other data: {', '.join(changed)}; the order of the data changes here"
+            warn(self._channel, Notice.RESUME_DATA, text)
+        elif digests and theirs and digests != theirs:
+            text = f"the first, the middle or the last sample of the dataset is not the one that {url} was trained on"
+            warn(self._channel, Notice.RESUME_DATA, text)
+
+    def _next_agreement(self, manifest: Manifest, url: str) -> str:
+        """Of a checkpoint of ours: its settings, or the script's; what gradients are clipped to is the script's."""
+        terms: dict[str, Any] = json.loads(manifest.agreement)
+        after: dict[str, Any] = terms.get("after", {})
+        terms["clip"] = after["clip"] = self._birth["clip"]
+        began = unpack(terms.get("script", _unscheduled(after.get("groups", terms["groups"]), terms["registered"])))
+        found = differences(began, unpack(self._birth["groups"]))
+        if self._settings.resume_hyperparameters == "script":
+            if "scheduler" in {**terms["registered"], **after.get("users", {})} and "scheduler" not in self._driven:
+                raise UsageError(
+                    "resume_hyperparameters=script: the rates come from a scheduler that the script steps by itself; "
+                    "hand it over, so that it can be stepped anew: run.steps(..., scheduler=scheduler)"
+                )
+            driven = {name: state for name, state in self._birth["registered"].items() if name in self._driven}
+            registered = {**terms["registered"], **driven}
+            terms |= {"groups": self._birth["groups"], "registered": registered, "advance": manifest.step}
+            terms["after"] = {"users": after.get("users", {})}
+            terms["script"] = self._birth["groups"]
+        elif found and not self._looked_at:  # older ones are looked at too
+            text = (
+                f"the script has other settings than the one that saved {url}: {'; '.join(found[:3])}. The "
+                "checkpoint's go on. To take the script's: --es-resume-hyperparameters=script"
+            )
+            warn(self._channel, Notice.HYPERPARAMETERS_DIFFER, text)
+        self._looked_at = True
+        return json.dumps(terms, sort_keys=True)
+
+    def _first_agreement(self, step: int) -> str:
+        """Of a checkpoint that another framework wrote: the settings are the script's, the scheduler is stepped up."""
+        if step == 0:
+            return ""
+        unknown: dict[str, Any] = {"loss": None, "norm": None, "scale": None, "layers": {}, "digest": ""}
+        terms: dict[str, Any] = {"step": step - 1, **unknown, **self._birth}
+        return json.dumps({**terms, "protected": -1, "every": 1, "advance": step}, sort_keys=True)
+
+
+def _unscheduled(groups: Any, registered: Mapping[str, Any]) -> Groups:
+    """The settings that no scheduler changes: of a checkpoint that does not tell what its script began with."""
+    scheduled = {"lr", "initial_lr", "momentum", "betas"} if "scheduler" in registered else set()
+    return [{name: value for name, value in group.items() if name not in scheduled} for group in unpack(groups)]
+
+
+def differences(there: Groups, here: Groups) -> list[str]:
+    """What differs between the settings of groups, in words."""
+    found = []
+    for number, (old, new) in enumerate(zip(there, here, strict=False)):
+        for name in sorted(old.keys() & new.keys(), key=lambda name: (name == "initial_lr", name)):
+            double = name == "initial_lr" and not same(old.get("lr"), new.get("lr"))
+            if not double and not same(old[name], new[name]):
+                found.append(f"{name} of parameter group {number} is {new[name]}, and was {old[name]}")
+    return found
+
+
+def resolve(manifest: Manifest, room: str, name: str) -> str:
+    """The name under which a parameter is stored: its own, or that of the one it is tied to."""
+    if path_of(room, name) in manifest.arrays:
+        return name
+    if any("_orig_mod." in path for path in manifest.arrays):  # an older version of ours saved it, compiled
+        compiled = next((n for n in _names_in(manifest, room) if plain_name(n) == name), None)
+        if compiled is not None:
+            return compiled
+    owners = {**manifest.tied, **{owner: alias for alias, owner in manifest.tied.items()}}
+    return owners.get(name, name)
+
+
+def _names_in(manifest: Manifest, room: str) -> Iterator[str]:
+    for path in manifest.arrays:
+        found, name = room_and_name(path)
+        if found == room:
+            yield name
+
+
+def _options(settings: Settings) -> Mapping[str, Any]:
+    options: dict[str, Any] = json.loads(settings.checkpoint_options)
+    return options
+
+
+class CheckpointStates:
+    """The states of shards, and the constants, out of a checkpoint. Raises CheckpointError or StoreError."""
+
+    def __init__(self, settings: Settings, stack: LayerStack, name: str) -> None:
+        self._stack = stack
+        if "/" in name:
+            self._checkpoint = open_checkpoint(name, _options(settings))
+        else:
+            found = load(open_store(settings.checkpoint, _options(settings)).inside(name))
+            if found is None:
+                raise CheckpointError(f"{settings.checkpoint}/{name}: there is no manifest any more")
+            self._checkpoint = found
+        self._checkpoint = _Remembering(self._checkpoint.store, self._checkpoint.manifest)
+
+    @property
+    def lineage(self) -> Lineage:
+        """Whose checkpoint it is."""
+        return Lineage.from_json(self._checkpoint.manifest.run)
+
+    def state(self, shard: Shard) -> dict[str, Any]:
+        """A shard's parameter values ("value") and optimizer state, as a keeper would give it."""
+        manifest, spec = self._checkpoint.manifest, self._stack.spec
+        parameter = spec.parameters[shard.parameter]
+        room = "buffers" if self._stack.averaged(shard.parameter) else "params"
+        name = resolve(manifest, room, parameter.name)
+        state = {"value": self._rows(path_of(room, name), shard)}
+        for item in manifest.states if room == "params" else ():
+            if path_of(f"optimizer/{item}", name) in manifest.arrays:
+                state[item] = self._rows(path_of(f"optimizer/{item}", name), shard)
+        for item, values in manifest.scalars.items():
+            if name in values:
+                state[item] = _number(values[name])
+        return state
+
+    def _rows(self, path: str, shard: Shard) -> Tensor:
+        array, parameter = self._checkpoint.array(path), self._stack.spec.parameters[shard.parameter]
+        if array.shape != parameter.shape:  # a state of a shape of its own
+            return tensor_of(self._checkpoint.read(path))
+        row = max(1, parameter.elements // max(1, parameter.rows))
+        part = tensor_of(self._checkpoint.read(path, shard.start // row, -(-shard.stop // row)))
+        return part if self._stack.spec.whole else part.reshape(-1)
+
+    def load_constants(self) -> None:
+        """Read frozen parameters and buffers into the model; what the checkpoint lacks stays as it was built."""
+        for path, _, tensor in constants(self._stack):
+            if path in self._checkpoint.manifest.arrays:
+                with torch.no_grad():
+                    tensor.copy_(tensor_of(self._checkpoint.read(path)))
+
+
+@dataclass(frozen=True)
+class _Remembering(Checkpoint):
+    """Keeps the last few chunks: where another framework's are larger than shards, each serves several."""
+
+    held: dict[tuple[str, int], bytes] = field(default_factory=dict)
+
+    def chunk(self, path: str, number: int) -> bytes:
+        data = self.held.pop((path, number), None)
+        self.held[(path, number)] = data if data is not None else super().chunk(path, number)
+        while len(self.held) > REMEMBERED_CHUNKS:
+            del self.held[next(iter(self.held))]
+        return self.held[(path, number)]
+
+
+def tensor_of(array: np.ndarray) -> Tensor:
+    """A numpy array as a tensor that shares its memory; bfloat16 and fp8 too."""
+    dtype = getattr(torch, str(array.dtype))
+    if not array.size:
+        return torch.empty(array.shape, dtype=dtype)
+    return torch.from_numpy(array.reshape(-1).view(np.uint8)).view(dtype).view(array.shape)
+
+
+def _number(scalar: Mapping[str, Any]) -> Any:
+    if not scalar["dtype"]:
+        return scalar["value"]
+    return torch.tensor(scalar["value"], dtype=getattr(torch, scalar["dtype"]))

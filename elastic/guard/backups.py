@@ -1,0 +1,131 @@
+"""Replay: passive copies of other nodes' shards, kept level by running the same optimizer on the same gradients.
+
+A backup gets the reduced gradient of each step (4 bytes an element of float32, where a copy of the state has 12 with
+Adam) before the step is agreed on, and has it and the state before it in its own node's keeper by then. So whoever
+passes the agreement of step k knows that version k + 1 of every shard can be had on as many nodes as asked for, and a
+lost node takes no version along.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from everstep.checkpointing.access.snapshot import Snapshots
+from everstep.comms.mesh.communicator import Communicator, Key, Kind
+from everstep.comms.mesh.tensors import raw
+from everstep.elastic.holding.stack import LayerStack
+from everstep.elastic.holding.zero import ShardedOptimizer
+from everstep.elastic.step.exchange import Exchange
+from everstep.resharding.layout import Layout
+from everstep.resharding.placement import Placement
+from everstep.resharding.units import Shard
+
+
+def backup_ranks(layout: Layout, placement: Placement, nodes: Mapping[int, str]) -> dict[int, tuple[int, ...]]:
+    """Shard -> the ranks that back it up: one on each node that the placement names, dealt in turn."""
+    of_node: dict[str, list[int]] = {}
+    for rank in layout.ranks:
+        of_node.setdefault(nodes[rank], []).append(rank)
+    dealt: dict[int, tuple[int, ...]] = {}
+    for stripe in placement.stripes:
+        for shard in stripe.shards:
+            dealt[shard] = tuple(of_node[node][shard % len(of_node[node])] for node in stripe.parity)
+    return dealt
+
+
+class Copies(ShardedOptimizer):
+    """The optimizer of shards whose values are no part of the live model."""
+
+    def __init__(self, optimizer: Optimizer, stack: LayerStack) -> None:
+        self._values: dict[int, Tensor] = {}
+        super().__init__(optimizer, stack)
+
+    def _view(self, shard: Shard) -> Tensor:
+        spec = self.stack.spec
+        if shard.index not in self._values:
+            like = self.stack.parameter_of[shard.parameter]
+            self._values[shard.index] = torch.empty(shard.elements, dtype=like.dtype, device=like.device)
+        value = self._values[shard.index]
+        return value.view(spec.parameters[shard.parameter].shape) if spec.whole else value
+
+    def keep_only(self, shards: Sequence[Shard]) -> None:
+        """Drop the values of all other shards."""
+        kept = {shard.index for shard in shards}
+        self._values = {index: value for index, value in self._values.items() if index in kept}
+
+    def seed(self, shard: Shard) -> None:
+        """Take a shard's value from the model as it was built."""
+        whole = self.stack.parameter_of[shard.parameter].data.reshape(-1)
+        self.load(shard.index, {"value": whole[shard.start : shard.stop].view(self._view(shard).shape)})
+
+
+class Backups:
+    """One rank's passive copies. Idle, with no shards, in every other mode of protection."""
+
+    def __init__(
+        self, optimizer: Optimizer, stack: LayerStack, comm: Communicator, snapshots: Snapshots, exchange: Exchange
+    ) -> None:
+        self._stack = stack
+        self._comm = comm
+        self._snapshots = snapshots
+        self._exchange = exchange
+        self.copies = Copies(optimizer, stack)
+        self.level: set[int] = set()  # the copies that are at the version of the rank
+        self._of: dict[int, tuple[int, ...]] = {}
+        self._gradients: dict[int, Tensor] = {}
+
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        """The shards backed up here."""
+        return self.copies.owned
+
+    def take_places(self, layout: Layout, ranks: Mapping[int, tuple[int, ...]], *, anew: bool) -> None:
+        """Back up what this generation says; `anew`: nothing that is held is used."""
+        self._of = dict(ranks)
+        mine = [s for s in self._stack.spec.shards if self._comm.rank in ranks.get(s.index, ())]
+        indices = {shard.index for shard in mine}
+        self.level = set() if anew else self.level & indices
+        self.copies.own(mine)
+        self.copies.keep_only(mine)
+        self._gradients = {}
+
+    def exchange(self, step: int, layout: Layout, gradients: Mapping[int, Tensor]) -> None:
+        """Send the reduced gradients of the shards owned here to their backups, and take in those of the others'."""
+        if not self._of:
+            return
+        key, rank = Key(Kind.BACKUP, step), self._comm.rank
+        for backup in layout.ranks:
+            shards = [index for index in sorted(gradients) if backup in self._of.get(index, ())]
+            if shards and backup != rank:
+                self._comm.send(backup, key, [raw(gradients[index]) for index in shards])
+        by_owner: dict[int, list[Shard]] = {}
+        for shard in self.shards:
+            by_owner.setdefault(layout.owners[shard.index], []).append(shard)
+        self._gradients = {}
+        waiting = {(owner, key) for owner in by_owner}
+        while waiting:
+            owner, name, data = self._comm.receive_any(waiting)
+            waiting.discard((owner, name))
+            self._take(step, by_owner[owner], data)
+
+    def _take(self, step: int, shards: Sequence[Shard], data: memoryview) -> None:
+        offset = 0
+        for shard in shards:
+            dtype = self._exchange.accumulation(shard)
+            room = self._snapshots.gradient(shard.index, step, shard.elements, dtype)
+            if shard.elements:
+                room.copy_(torch.frombuffer(data, dtype=dtype, count=shard.elements, offset=offset))
+            offset += shard.elements * dtype.itemsize
+            self._snapshots.seal_gradient(shard.index, step, shard.elements, dtype)
+            self._gradients[shard.index] = room
+
+    def update(self, terms: Mapping[str, Any]) -> None:
+        """Run the optimizer on the copies, as their owners do on the originals."""
+        if self._gradients:
+            self.copies.update(self._gradients, terms)
+            self._gradients = {}

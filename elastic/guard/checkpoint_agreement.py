@@ -1,0 +1,487 @@
+"""A worker's part in checkpoints: when one is due is agreed in the step; saving is somebody else's work.
+
+The saver of each node writes what its workers own, from keeper memory, while training goes on; whoever is last
+commits. A save that fails is told, counted, and tried again when the next one is due.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import secrets
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from everstep.checkpointing.access.client import KeeperLink
+from everstep.checkpointing.access.snapshot import Snapshots
+from everstep.checkpointing.memory.record import Record, ShardState
+from everstep.checkpointing.saving.part import (
+    Parameter,
+    Piece,
+    SaveRequest,
+    finish,
+    save_part,
+    saved_bytes,
+)
+from everstep.checkpointing.universal.lineage import Lineage, begun_s
+from everstep.checkpointing.universal.manifest import (
+    Array,
+    CheckpointError,
+    chunk_shape,
+    path_of,
+)
+from everstep.checkpointing.universal.store import StoreError, open_store
+from everstep.checkpointing.universal.writer import ChunkWriter, folder_name
+from everstep.comms.mesh.tensors import raw
+from everstep.elastic.contract.membership import Membership
+from everstep.elastic.contract.notices import Notice, warn
+from everstep.elastic.contract.settings import Settings
+from everstep.elastic.holding.stack import LayerStack, plain_name
+from everstep.resharding.layout import Layout
+from everstep.resharding.units import ParameterSpec, Shard
+
+STALLS_S = 20.0  # without progress: then somebody should know
+WAITS_S = 10.0  # for a checkpoint, at the end of training, until that is said
+TRIES = 3  # of a save whose saver, or keeper, is lost
+CONSTANT_CHUNK_BYTES = 16 << 20
+
+
+@dataclass
+class _Waiting:
+    """A version that is to be saved, and what of it is still missing. `records`: its shards', where no keeper is."""
+
+    name: str
+    version: int
+    terms: dict[str, Any]
+    layout: Layout
+    rank: int
+    sealed: bool = False
+    after: dict[str, Any] | None = None
+    started: bool = False
+    records: dict[int, memoryview] = field(default_factory=dict)
+
+
+class Checkpoints:
+    """When this job's state is saved, and what this rank does for it. Does nothing in a job that saves none."""
+
+    def __init__(
+        self, settings: Settings, stack: LayerStack, snapshots: Snapshots, membership: Membership, run: dict[str, Any]
+    ) -> None:
+        self._settings = settings
+        self._stack = stack
+        self._snapshots = snapshots
+        self._membership = membership
+        self._run = run  # whose checkpoints they are: what the manifest says of it
+        self.link: KeeperLink | None = None
+        self.lineage = Lineage(secrets.token_hex(8))  # equal on all ranks of a run
+        self.newest = -1  # the newest version that is known to be saved
+        self.failures = 0
+        self._asked_after: int | None = None  # the newest version that was saved when somebody asked for another
+        self._open: dict[str, str] = {}  # writer -> name, of what is being saved
+        self._terms: dict[str, tuple[int, str]] = {}  # name -> version, agreement
+        self._attempt: tuple[int, int] = (0, 0)  # version and generation of the last one that began
+        self._results: list[dict[str, Any]] = []  # of saves in this process
+        self._waiting: _Waiting | None = None
+        self._requests: dict[str, SaveRequest] = {}  # what the saver was asked, by name
+        self._again = 0  # how often it was asked again
+        self._handed_over = ""  # the last name that the keeper was told of
+        self._lock = threading.Lock()
+        self._kept: tuple[int, dict[int, memoryview]] = (-1, {})  # the last version, where there is no keeper
+        self._moved_s: dict[str, float] = {}  # writer -> when its save made progress last, of those under way
+        self._why = ""  # the last save that failed did because of this
+
+    def unique(self) -> str:
+        """For the name of a checkpoint."""
+        return self.lineage.unique(secrets.token_hex(4))
+
+    @property
+    def active(self) -> bool:
+        """Whether the job saves checkpoints."""
+        return bool(self._settings.checkpoint)
+
+    # ------------------------------------------------------------ agreeing
+
+    def share(self, generation: int) -> dict[str, Any]:
+        """What this rank adds to the agreement of a step."""
+        if not self.active:
+            return {}
+        self.poll()
+        version, attempted_in = self._attempt
+        return {
+            "free": not self._open,
+            "asked": self._asked(),
+            "newest": self.newest,
+            "tried": version,
+            "ancestors": [list(item) for item in self.lineage.ancestors],
+            "again": version > self.newest and attempted_in not in (0, generation),
+            "at": time.time(),
+            "unique": self.unique(),
+        }
+
+    def agreed(self, step: int, shares: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """What the members' shares (lowest rank first) mean: whether, and as what, the state after `step` is saved."""
+        if not self.active:
+            return {"save": "", "saved": -1, "ancestors": []}
+        version = step + 1
+        every, tried = self._settings.checkpoint_every, max(share["tried"] for share in shares)
+        due = version // every > tried // every or version == self._settings.steps
+        due = due or any(share["asked"] or share["again"] for share in shares)
+        newest = max(share["newest"] for share in shares)
+        begins = due and version > newest and all(share["free"] for share in shares)
+        name = folder_name(version, shares[0]["at"], shares[0]["unique"]) if begins else ""
+        ancestors = max((share["ancestors"] for share in shares), key=len)  # one that joined has not heard of them
+        return {"save": name, "saved": newest, "ancestors": ancestors}
+
+    def _asked(self) -> bool:
+        """Whether somebody asked for a checkpoint, and has had none since."""
+        if self._membership.save_asked and self._asked_after is None:
+            self._asked_after = self.newest
+        if self._asked_after is not None and self.newest > self._asked_after:
+            self._membership.save_asked, self._asked_after = False, None
+        return self._asked_after is not None
+
+    # ------------------------------------------------------------ saving
+
+    def begin(self, terms: dict[str, Any], layout: Layout, rank: int) -> Callable[[], None] | None:
+        """What was agreed: if the version after the step is saved, what is to be called when it is in the keeper.
+
+        It is saved when it is there, and `settle` has told what the user's code has made of the step.
+        """
+        self.newest = max(self.newest, terms.get("saved", -1))
+        known = {"id": self.lineage.run, "ancestors": terms.get("ancestors", ())}
+        self.lineage = Lineage.from_json(known)
+        name, version = terms.get("save", ""), terms["step"] + 1
+        if not name:
+            return None
+        self._attempt = (version, layout.generation)
+        self._snapshots.saving = version
+        self._opened(f"rank-{rank}", name)
+        waiting = self._waiting = _Waiting(name, version, terms, layout, rank)
+        if rank == layout.ranks[0]:
+            self._membership.tell("noted", what="checkpoint_begun", fields={"version": version, "name": name})
+
+        def sealed() -> None:
+            with self._lock:
+                waiting.sealed = True
+            self._start(waiting)
+
+        return sealed
+
+    def begin_alone(self, terms: dict[str, Any], layout: Layout, states: Callable[[int], ShardState]) -> None:
+        """Without the launcher there is no keeper: the state is copied here, and a thread of this process saves it."""
+        sealed = self.begin(terms, layout, 0)
+        if sealed is None:
+            return
+        assert self._waiting is not None
+        version, records = self._kept
+        self._waiting.records = records if version == self._waiting.version else self._copies(states)
+        sealed()
+
+    def _copies(self, states: Callable[[int], ShardState]) -> dict[int, memoryview]:
+        copies: dict[int, memoryview] = {}
+        for shard in self._stack.spec.shards:
+            record = Record(states(shard.index))
+            data = copies[shard.index] = memoryview(bytearray(record.length))
+            record.write(data)
+        return copies
+
+    def keep(self, version: int, states: Callable[[int], ShardState]) -> None:
+        """Copy the last version where there is no keeper, before the script makes what it likes of the model."""
+        if self.active and version > max(0, self.newest):
+            self._kept = (version, self._copies(states))
+
+    def settle(self, after: dict[str, Any]) -> None:
+        """The next step begins: how the user's code has left things after the last one ("groups", "users")."""
+        waiting = self._waiting
+        if waiting is not None:
+            with self._lock:
+                waiting.after = after
+            self._waiting = None
+            self._start(waiting)
+
+    @property
+    def unsettled(self) -> bool:
+        """Whether a version that is to be saved waits for `settle`."""
+        return self._waiting is not None
+
+    def abandon(self) -> None:
+        """An older version is gone back to: what was to be saved will be again."""
+        waiting, self._waiting = self._waiting, None
+        if waiting is not None:
+            self._open.clear()
+            self._moved_s.clear()
+            self._snapshots.saving = -1
+
+    def _start(self, waiting: _Waiting) -> None:
+        with self._lock:
+            if not waiting.sealed or waiting.after is None or waiting.started:
+                return
+            waiting.started = True
+        # In the run that resumes, nothing outlives nodes yet.
+        after = {**waiting.terms, "after": waiting.after, "protected": -1, "script": self._run["settings"]}
+        agreement = json.dumps(after, sort_keys=True)
+        self._terms[waiting.name] = (waiting.version, agreement)
+        writer = f"rank-{waiting.rank}"
+        request = self._request(waiting, agreement, writer)
+        if waiting.rank == waiting.layout.ranks[0] and any(True for _ in self._stack.constants()):
+            constants = f"{writer}-constants"
+            self._opened(constants, waiting.name)
+            self._in_thread(request, constants, functools.partial(self._save_constants, request, constants))
+        if self.link is None:
+            records = waiting.records
+
+            def save(warned: Callable[[str], None]) -> bool:
+                moves = functools.partial(self._moves, writer)
+                return save_part(request, lambda shards: {s: records[s] for s in shards}, moved=moves, warned=warned)
+
+            self._in_thread(request, writer, save)
+            return
+        self._requests[waiting.name], self._again = request, 0
+        self._hand_over(request)
+
+    def _hand_over(self, request: SaveRequest) -> None:
+        assert self.link is not None
+        try:
+            self.link.save(request.to_json())
+            self._handed_over = request.name
+        except OSError as error:
+            self._ended({"writer": request.writer, "name": request.name, "error": str(error)})
+
+    def _opened(self, writer: str, name: str) -> None:
+        self._open[writer] = name
+        self._moves(writer)
+
+    def _moves(self, writer: str) -> None:
+        self._moved_s[writer] = time.monotonic()
+
+    def _in_thread(self, request: SaveRequest, writer: str, action: Callable[[Callable[[str], None]], bool]) -> None:
+        warnings: list[str] = []
+
+        def work() -> None:
+            started = time.monotonic()
+            result: dict[str, Any] = {"writer": writer, "name": request.name, "committed": False, "error": ""}
+            result["warnings"] = warnings
+            try:
+                result["committed"] = action(warnings.append)
+                result["bytes"] = saved_bytes(request) if result["committed"] else 0
+            except (StoreError, CheckpointError, OSError) as error:
+                result["error"] = str(error)
+            self._ended({**result, "seconds": time.monotonic() - started})
+
+        threading.Thread(target=work, name="everstep-checkpoint", daemon=True).start()
+
+    def _ended(self, result: dict[str, Any]) -> None:
+        with self._lock:
+            self._results.append(result)
+
+    def _save_constants(self, request: SaveRequest, name: str, warned: Callable[[str], None]) -> bool:
+        """Frozen parameters and buffers: every rank has them, and the lowest one writes them."""
+        folder = open_store(request.url, request.options).inside(request.name)
+        writer = ChunkWriter(folder)
+        for path, tensor_name, tensor in constants(self._stack):
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            shape = tuple(tensor.shape)
+            array = Array(shape, dtype, chunk_shape(shape, dtype, CONSTANT_CHUNK_BYTES)).named(tensor_name)
+            writer.declare(path, array)
+            for number in range(array.chunks):
+                first = number * array.chunk_rows
+                rows = tensor[first : first + array.chunk_rows] if shape else tensor
+                writer.put(path, number, raw(rows))
+                self._moves(name)
+        writer.finish(name)
+        return finish(request, folder, warned=warned)
+
+    def _request(self, waiting: _Waiting, agreement: str, writer: str) -> SaveRequest:
+        settings, spec = self._settings, self._stack.spec
+        first: dict[int, Shard] = {}
+        pieces: list[Piece] = []
+        for shard in spec.shards:
+            number = shard.index - first.setdefault(shard.parameter, shard).index
+            if waiting.layout.owners[shard.index] == waiting.rank:
+                pieces.append(Piece(shard.index, shard.parameter, number, shard.elements))
+        parameters = tuple(
+            Parameter(p.name, "buffers" if self._stack.averaged(i) else "params", p.shape, _rows(p, first[i]))
+            for i, p in enumerate(spec.parameters)
+        )
+        expected = [path_of(p.room, p.name) for p in parameters] + [path for path, _, _ in constants(self._stack)]
+        return SaveRequest(
+            url=open_store(settings.checkpoint, json.loads(settings.checkpoint_options)).url,
+            options=json.loads(settings.checkpoint_options),
+            name=waiting.name,
+            writer=writer,
+            writers=len(waiting.layout.ranks) + any(True for _ in self._stack.constants()),
+            version=waiting.version,
+            parameters=parameters,
+            pieces=tuple(pieces),
+            expected=tuple(expected),
+            manifest=self._manifest(waiting.version, agreement, waiting.layout),
+            keep=settings.checkpoint_keep,
+            keep_s=settings.checkpoint_keep_s,
+        )
+
+    def _manifest(self, version: int, agreement: str, layout: Layout) -> dict[str, Any]:
+        settings, spec = self._settings, self._stack.spec
+        terms = json.loads(agreement)
+        registered = {**terms["registered"], **terms["after"]["users"]}
+        return {
+            "step": version,
+            "tied": self._stack.aliases,
+            "layers": {p.name: list(p.layers) for p in spec.parameters},
+            "optimizer": {"name": self._run["optimizer"], "groups": terms["after"]["groups"]},
+            "scheduler": registered.get("scheduler"),
+            "registered": registered,
+            "data": {
+                **self._run["data"],
+                "global_batch_size": settings.global_batch_size,
+                "micro_batch_size": settings.micro_batch_size,
+                "seed": settings.seed,
+                "position": version * settings.global_batch_size,
+            },
+            "run": {
+                **self.lineage.to_json(),
+                "layout": layout.describe(),
+                "world_size": len(layout.ranks),
+                "generation": layout.generation,
+                "everstep": metadata.version("everstep"),
+                "torch": torch.__version__,
+            },
+            "agreement": agreement,
+        }
+
+    # ------------------------------------------------------------ what became of it
+
+    def poll(self) -> None:
+        """Look whether saves have ended. What failed is told; it costs training nothing else."""
+        if not self._open:
+            return
+        handed_over = self._handed_over
+        with self._lock:
+            results, self._results = self._results, []
+        for writer, name in list(self._open.items()):
+            told = self.link.saves(writer) if self.link is not None and not writer.endswith("-constants") else None
+            if told is not None:
+                results += [{"writer": writer, **result} for result in told["results"]]
+                known = any(r["writer"] == writer and r["name"] == name for r in results)
+                if name in told["still_s"]:
+                    self._moved_s[writer] = time.monotonic() - told["still_s"][name]
+                if not known and name not in told["open"] and name == handed_over:
+                    lost = "the snapshot keeper that had it saved was lost"
+                    results.append({"writer": writer, "name": name, "error": lost, "lost": True})
+        ended = {(result["writer"], result["name"]) for result in results}
+        results += [self._given_up(*item) for item in self._open.items() if item not in ended and self._stalls(*item)]
+        for result in results:
+            self._take(result)
+        if not self._open:
+            self._snapshots.saving = -1
+
+    def _stalls(self, writer: str, name: str) -> bool:
+        """Whether a save has made no progress for too long; some time before that it is said."""
+        if name not in self._terms and self._waiting is not None and self._waiting.name == name:
+            self._moves(writer)  # it has not begun: the user's code is at the step that it is of
+        still_s, limit_s = time.monotonic() - self._moved_s[writer], self._settings.checkpoint_timeout
+        if still_s > min(STALLS_S, limit_s / 2) and name in self._terms:
+            version = self._terms[name][0]
+            text = (
+                f"the storage has taken nothing of the checkpoint of {version} steps for a while: after {limit_s:g} s "
+                "without progress it is given up (checkpoint_timeout)"
+            )
+            warn(self._membership, Notice.SAVE_STALLS, text, version=version, name=name)
+        return still_s > limit_s
+
+    def _given_up(self, writer: str, name: str) -> dict[str, Any]:
+        if self.link is not None and not writer.endswith("-constants"):
+            self.link.abandon(writer, name)
+        why = (
+            f"no progress for {self._settings.checkpoint_timeout:g} s: the storage does not answer (checkpoint_timeout)"
+        )
+        return {"writer": writer, "name": name, "error": why}
+
+    def _take(self, result: dict[str, Any]) -> None:
+        writer, name = result["writer"], result["name"]
+        if self._open.get(writer) != name:
+            return
+        del self._open[writer]
+        self._moved_s.pop(writer, None)
+        version, agreement = self._terms.get(name, (-1, ""))
+        for text in result.get("warnings", ()):
+            warn(self._membership, Notice.CHECKPOINT_FOLDER, text)
+        if result.get("error"):
+            self.failures += 1
+            self._why = str(result["error"])
+            fields = {"version": version, "name": name, "why": result["error"], "failures": self.failures}
+            self._membership.tell("noted", what="checkpoint_failed", fields=fields)
+            request = self._requests.get(name)
+            if result.get("lost") and request is not None and self._again < TRIES:  # who was at it is gone, that is all
+                self._again += 1
+                self._opened(writer, name)
+                self._hand_over(request)
+        elif result.get("committed"):
+            self.newest = max(self.newest, version)
+            fields = {"seconds": round(result.get("seconds", 0.0), 3), "bytes": result.get("bytes", 0)}
+            self._membership.tell("saved", version=version, name=name, agreement=agreement, fields=fields)
+        self._terms = {n: t for n, t in self._terms.items() if n in self._open.values()}
+        self._requests = {n: r for n, r in self._requests.items() if n in self._open.values()}
+
+    def save_last(
+        self,
+        terms: dict[str, Any],
+        layout: Layout,
+        rank: int,
+        after: dict[str, Any],
+        states: Callable[[int], ShardState],
+        on_wait: Callable[[], None],
+    ) -> str:
+        """Save the last version, which is in the keeper, once more. Returns why it was not saved here, if so."""
+        self.conclude(on_wait)
+        if self._open:
+            return self._why
+        self._why = ""
+        if self.link is None:
+            self.begin_alone(terms, layout, states)
+        else:
+            sealed = self.begin(terms, layout, rank)
+            assert sealed is not None
+            sealed()
+        self.settle(after)
+        self.conclude(on_wait)
+        return self._why
+
+    def resumed(self, version: int, script: Any, name: str, lineage: Lineage) -> None:
+        """The job goes on from the checkpoint `name` of `version`, which a run with this `lineage` has saved.
+
+        `script`: the settings that its script began with, if that is known.
+        """
+        self._run["settings"] = script or self._run["settings"]
+        self.lineage = lineage.continued(self.lineage.run, begun_s(name.rstrip("/").rpartition("/")[2]))
+        self.newest = version
+        self._attempt = (version, 0)
+
+    def conclude(self, on_wait: Callable[[], None]) -> None:
+        """Wait for what is still being saved, as long as that makes progress."""
+        started = time.monotonic()
+        while self._open:
+            on_wait()
+            time.sleep(0.01)
+            self.poll()
+            if self._open and time.monotonic() - started > WAITS_S:
+                limit_s = self._settings.checkpoint_timeout
+                text = f"training has ended, and waits for the last checkpoint; {limit_s:g} s without progress end that"
+                warn(self._membership, Notice.SAVE_WAITED_FOR, text)
+
+
+def _rows(parameter: ParameterSpec, shard: Shard) -> int:
+    return max(1, shard.elements * parameter.rows // max(1, parameter.elements))
+
+
+def constants(stack: LayerStack) -> list[tuple[str, str, Any]]:
+    """(path, name, tensor) of what training does not change: frozen parameters, and buffers that are no statistics."""
+    frozen = {plain_name(name) for name, _ in stack.model.named_parameters(remove_duplicate=False)}
+    return [
+        (path_of("frozen" if name in frozen else "buffers", name), name, tensor) for name, tensor in stack.constants()
+    ]

@@ -1,0 +1,285 @@
+"""The user's model as a stack of layers: what each holds, and which of them this worker holds now."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from everstep.elastic.contract.errors import UsageError
+from everstep.resharding.units import ModelSpec, ParameterSpec, Shard
+
+
+@dataclass
+class Held:
+    """One parameter as one layer holds it. A tied parameter has one per layer, sharing memory where both are held.
+
+    `averaged` marks a batch-norm statistic: its value after a step is the mean over the step's micro-batches.
+    """
+
+    index: int
+    tensor: Tensor
+    shape: torch.Size
+    stride: tuple[int, ...]
+    averaged: bool = False
+    places: list[tuple[nn.Module, str]] = field(default_factory=list)  # the modules that use it, and its names there
+
+
+@dataclass
+class Layer:
+    """A layer: the module, and its trainable parameters in canonical order."""
+
+    module: nn.Module
+    parameters: list[Held] = field(default_factory=list)
+    other_buffers: list[tuple[str, Tensor]] = field(default_factory=list)
+
+
+class LayerStack:
+    """The layers of a model, cut for pipeline stages where the model allows it.
+
+    An `nn.Sequential`, or a module with a method `pipeline_layers()` that returns its layers in order (such that
+    applying them one after the other is the model), has a layer per element; any other module is one layer.
+    """
+
+    def __init__(self, model: nn.Module, *, cut: bool, whole: bool = False) -> None:
+        check_model(model)
+        self.model = model
+        self._reading = threading.local()
+        self.layers: list[Layer] = []
+        named = [(plain_name(name), p) for name, p in model.named_parameters(remove_duplicate=False)]
+        self._names = {id(p): name for name, p in reversed(named)}
+        self.aliases = {name: self._names[id(p)] for name, p in named if p.requires_grad and self._names[id(p)] != name}
+        self._rows: dict[int, Tensor] = {}  # parameter that lies otherwise in memory -> its elements in row-major order
+        self._averaged = _statistics(model)
+        self._index: dict[int, int] = {}
+        self._specs: list[tuple[str, Tensor, list[int], bool]] = []
+        trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        for module in _distinct(_modules(model, cut)):
+            self._add_layer(module)
+        missing = [name for name, p in trainable if id(p) not in self._index]
+        if missing:
+            raise UsageError(f"parameter {missing[0]!r} is in none of the layers that pipeline_layers() returns")
+        if not self._specs:
+            raise UsageError("the model has no trainable parameter")
+        self.parameter_of = {index: spec[1] for index, spec in enumerate(self._specs)}
+        self.spec = ModelSpec(tuple(self._cost(layer) for layer in self.layers), self._parameter_specs(), whole)
+        self.held = range(len(self.layers))
+        self._tie()
+
+    def _add_layer(self, module: nn.Module) -> None:
+        layer, number = Layer(module), len(self.layers)
+        seen: set[int] = set()
+        for owner in module.modules():
+            for local, parameter in owner._parameters.items():
+                if parameter is None or not parameter.requires_grad or id(parameter) in seen:
+                    continue
+                seen.add(id(parameter))
+                index = self._register(self._names.get(id(parameter), local), parameter, number, averaged=False)
+                tensor: Tensor = parameter
+                if self._specs[index][2][0] != number:  # tied to an earlier layer: a leaf of its own, so that each
+                    tensor = nn.Parameter(parameter.data)  # layer's gradient is summed by itself
+                    _replace(module, parameter, tensor)
+                layer.parameters.append(Held(index, tensor, parameter.shape, tensor.stride()))
+                layer.parameters[-1].places = _places(module, tensor)
+            for local, buffer in owner._buffers.items():
+                name = self._averaged.get(id(buffer))
+                if buffer is None:
+                    continue
+                if name is None:
+                    layer.other_buffers.append((local, buffer))
+                elif id(buffer) not in seen:
+                    seen.add(id(buffer))
+                    index = self._register(name, buffer, number, averaged=True)
+                    layer.parameters.append(Held(index, buffer, buffer.shape, buffer.stride(), averaged=True))
+        self.layers.append(layer)
+
+    def _register(self, name: str, tensor: Tensor, layer: int, *, averaged: bool) -> int:
+        index = self._index.get(id(tensor))
+        if index is None:
+            index = self._index[id(tensor)] = len(self._specs)
+            self._specs.append((name, tensor, [], averaged))
+        if layer not in self._specs[index][2]:
+            self._specs[index][2].append(layer)
+        return index
+
+    def _parameter_specs(self) -> tuple[ParameterSpec, ...]:
+        return tuple(
+            ParameterSpec(name, tuple(t.shape), str(t.dtype).removeprefix("torch."), t.element_size(), tuple(layers))
+            for name, t, layers, _ in self._specs
+        )
+
+    @staticmethod
+    def _cost(layer: Layer) -> float:
+        """Multiply-adds per sample grow with the parameters; a look-up table costs next to nothing."""
+        tables = {id(m.weight) for m in layer.module.modules() if isinstance(m, nn.Embedding)}
+        return 1.0 + sum(p.tensor.numel() for p in layer.parameters if id(p.tensor) not in tables)
+
+    def _tie(self) -> None:
+        """Let the layers held here that share a parameter share its memory."""
+        first: dict[int, Tensor] = {}
+        for number in self.held:
+            for held in self.layers[number].parameters:
+                other = first.setdefault(held.index, held.tensor)
+                if other is not held.tensor:
+                    held.tensor.data = other.data
+        self._live = first
+        before, self._rows = self._rows, {}
+        for index, tensor in first.items():
+            if not tensor.is_contiguous():
+                rows = before.get(index)
+                self._rows[index] = (
+                    rows
+                    if rows is not None
+                    else tensor.detach().reshape(-1).clone(memory_format=torch.contiguous_format)
+                )
+
+    def hold(self, start: int, stop: int, *, free: bool = True) -> None:
+        """Hold the layers [start, stop): allocate what is new and, with `free`, give back the memory of the others."""
+        for number, layer in enumerate(self.layers):
+            for held in layer.parameters:
+                if start <= number < stop:
+                    if held.tensor.shape != held.shape:
+                        like = held.tensor.data
+                        held.tensor.data = like.new_empty_strided(held.shape, held.stride)
+                elif free:
+                    held.tensor.data = held.tensor.data.new_empty(0)
+        self.held = range(start, stop)
+        self._tie()
+
+    def flat(self, parameter: int) -> Tensor:
+        """A parameter held here as one dimension, in row-major order, sharing its memory.
+
+        One that lies otherwise in memory (channels_last, transposed) has a copy in that order, which `refresh` writes
+        to the parameter: its own strides stay, as the kernels that torch chooses depend on them.
+        """
+        rows = self._rows.get(parameter)
+        return rows if rows is not None else self._live[parameter].data.view(-1)
+
+    def refresh(self) -> None:
+        """Write what `flat` gave of parameters that lie otherwise in memory to the parameters."""
+        for index, rows in self._rows.items():
+            live = self._live[index]
+            live.data.copy_(rows.view(live.shape))
+
+    def computed_with(self, shard: Shard) -> Tensor:
+        """A shard's elements as forwards find them."""
+        if shard.parameter in self._rows:
+            return self._live[shard.parameter].data.reshape(-1)[shard.start : shard.stop].contiguous()
+        return self.view(shard)
+
+    def view(self, shard: Shard) -> Tensor:
+        """A shard's elements, sharing the parameter's memory."""
+        return self.flat(shard.parameter)[shard.start : shard.stop]
+
+    def averaged(self, parameter: int) -> bool:
+        return self._specs[parameter][3]
+
+    def constants(self) -> Iterator[tuple[str, Tensor]]:
+        """What training does not change: frozen parameters and the persistent buffers that are no statistics."""
+        trained = {name for name, *_ in self._specs} | set(self.aliases)
+        self._reading.now = True
+        try:
+            found = self.model.state_dict()
+        finally:
+            self._reading.now = False
+        for name, tensor in found.items():
+            if plain_name(name) not in trained:
+                yield plain_name(name), tensor
+
+    @property
+    def reading(self) -> bool:
+        """Whether this thread looks at the model as it lies here, layers of other stages left out."""
+        return getattr(self._reading, "now", False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self._specs[0][1].device
+
+    def device_of(self, number: int) -> torch.device:
+        """Where a layer is; one without parameters, where the model is."""
+        parameters = self.layers[number].parameters
+        return parameters[0].tensor.device if parameters else self.device
+
+
+def plain_name(name: str) -> str:
+    """The name that a parameter or buffer of a compiled model has without `torch.compile`."""
+    return name.replace("_orig_mod.", "")
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise UsageError for a model with tensors that training cannot keep."""
+    for kind, found in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
+        for name, tensor in found:
+            problem = _problem(tensor)
+            if problem:
+                raise UsageError(f"{kind} {name!r} {problem}")
+
+
+def _problem(tensor: Tensor) -> str:
+    if is_lazy(tensor):
+        return (
+            "has no shape yet, as its layer is lazy: run one forward, model(inputs), before you build the optimizer, "
+            "or give the layer its number of inputs"
+        )
+    if tensor.is_meta:
+        return "is on the meta device, without values: model.to_empty(device=...) and initialise it before"
+    if not isinstance(tensor, nn.Parameter):
+        return ""
+    if tensor.is_complex():
+        return (
+            f"is complex ({tensor.dtype}): hold its real and imaginary parts as one real parameter of shape (..., 2), "
+            "and use torch.view_as_complex(parameter) in forward"
+        )
+    if any(step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True)):
+        return "has elements that share their memory (expand): torch.nn.Parameter(tensor.clone())"
+    return ""
+
+
+def _modules(model: nn.Module, cut: bool) -> Sequence[nn.Module]:
+    declared: Callable[[], Sequence[nn.Module]] | None = getattr(model, "pipeline_layers", None)
+    if not cut:
+        return [model]
+    if declared is not None:
+        return list(declared())
+    return list(model) if isinstance(model, nn.Sequential) and len(model) else [model]
+
+
+def _distinct(modules: Sequence[nn.Module]) -> list[nn.Module]:
+    """A module that stands in the sequence twice gets a second body over the same parameters."""
+    seen: set[int] = set()
+    result = []
+    for module in modules:
+        if id(module) in seen:
+            shared: dict[int, Any] = {id(p): p for p in module.parameters()}
+            module = copy.deepcopy(module, shared)
+        seen.add(id(module))
+        result.append(module)
+    return result
+
+
+def _statistics(model: nn.Module) -> dict[int, str]:
+    """The running statistics of batch norms: buffers that a forward changes in a way that can be averaged."""
+    found: dict[int, str] = {}
+    for prefix, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
+            for local, buffer in module.named_buffers(recurse=False):
+                found[id(buffer)] = plain_name(f"{prefix}.{local}" if prefix else local)
+    return found
+
+
+def _replace(module: nn.Module, old: Tensor, new: Tensor) -> None:
+    for owner in module.modules():
+        for local, parameter in owner._parameters.items():
+            if parameter is old:
+                owner._parameters[local] = new  # type: ignore[assignment]
+
+
+def _places(module: nn.Module, parameter: Tensor) -> list[tuple[nn.Module, str]]:
+    return [(owner, local) for owner in module.modules() for local, p in owner._parameters.items() if p is parameter]

@@ -1,0 +1,310 @@
+"""Where the samples of a micro-batch come from: the user's dataset, or a DataLoader's, with its workers and collation.
+
+A DataLoader's worker processes fetch ahead what this rank will compute next, keyed by (step, micro-batch). A change of
+the membership discards what was fetched ahead, and nothing else: the samples of a micro-batch, and the random numbers
+of its augmentation, are a function of (seed, step, micro-batch), whichever process fetches them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import signal
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    default_collate,
+)
+from torch.utils.data.distributed import DistributedSampler
+
+from everstep.elastic.contract.digest import content_digest
+from everstep.elastic.contract.errors import UsageError
+from everstep.elastic.contract.notices import Channel, Notice, warn
+from everstep.elastic.contract.settings import Settings
+from everstep.elastic.contract.signals import outlive_first_signal
+
+from .devices import seed_torch
+from .order import DataOrder, derive_seed
+
+Collate = Callable[[list[Any]], Any]
+Key = tuple[int, int]  # (step, micro-batch); (PROBE, sample) asks for one sample
+PROBE = -1
+WORKER_DEATHS = 5  # of a DataLoader's worker processes in a row, without a micro-batch between them
+
+
+class DataSource:
+    """The samples of a job, by micro-batch.
+
+    `samples` is how many are trained on: `known` where the job has begun with fewer than there are now.
+    """
+
+    def __init__(
+        self, given: Any, settings: Settings, collate_fn: Collate | None, channel: Channel, known: int = 0
+    ) -> None:
+        """Raises UsageError for what cannot be dealt out by micro-batch."""
+        self._loader = given if isinstance(given, DataLoader) else None
+        dataset = given.dataset if self._loader is not None else given
+        shuffle = True
+        if self._loader is not None:
+            shuffle = _check_loader(self._loader, settings, collate_fn)
+            collate_fn = self._loader.collate_fn
+        _check_dataset(dataset, settings)
+        self.dataset = dataset
+        self._collate = collate_fn or default_collate
+        self._channel = channel
+        self._seed = settings.seed
+        self.samples = len(dataset)
+        if known and self.samples > known:
+            warn(
+                channel,
+                Notice.DATA_GREW,
+                f"the dataset of a replacement has {self.samples} samples, and the job began with {known}: only the "
+                f"first {known} are used",
+            )
+            self.samples = known
+        self.order = DataOrder(
+            samples=self.samples,
+            global_batch_size=settings.global_batch_size,
+            micro_batch_size=settings.micro_batch_size,
+            seed=settings.seed,
+            shuffle=shuffle,
+        )
+        self._ahead: _Ahead | None = None
+        self.upcoming: Callable[[], Iterable[Key]] = lambda: ()
+
+    def load(self, key: Key) -> Any:
+        """What a key stands for, in this process. Random augmentation is seeded by the key."""
+        step, number = key
+        seed = derive_seed("data", self._seed, step, number)
+        random.seed(seed)
+        np.random.seed(seed & 0xFFFFFFFF)
+        seed_torch(seed)
+        if step == PROBE:
+            return self.dataset[number]
+        return self._collate([self.dataset[i] for i in self.order.indices(step, number)])
+
+    def fetch(self, step: int, micro_batch: int) -> Any:
+        """The samples of a micro-batch, collated."""
+        if self._loader is None or not self._loader.num_workers:
+            return self.load((step, micro_batch))
+        if self._ahead is None:
+            self._ahead = _Ahead(self._loader, self.load, lambda: self.upcoming(), self._channel)
+        return self._ahead.take((step, micro_batch))
+
+    def digests(self) -> tuple[str, ...]:
+        """Digests of the first, the middle and the last sample; empty if they are not the same when fetched again.
+
+        The worker processes of a DataLoader fetch them: what a dataset opens at its first use, such as a file, must not
+        be shared by processes that are forked later.
+        """
+        keys = [(PROBE, index) for index in sorted({0, self.samples // 2, self.samples - 1})]
+        twice = [*keys, *keys]
+        if self._loader is None or not self._loader.num_workers:
+            found = [content_digest(self.load(key)) for key in twice]
+        else:
+            probes = _worker_loader(self._loader, lambda key: content_digest(self.load(key)), twice, workers=1)
+            found = [digest for _, digest in probes]
+        if found[: len(keys)] == found[len(keys) :]:
+            return tuple(found[: len(keys)])
+        warn(
+            self._channel,
+            Notice.DATA_NOT_REPEATABLE,
+            "the dataset gives another sample when the same index is fetched again: a micro-batch that is computed "
+            "again after a loss will differ; draw random numbers from torch's, NumPy's and Python's global generators, "
+            "which are seeded for each micro-batch",
+        )
+        return ()
+
+    def described(self) -> dict[str, Any]:
+        """What a checkpoint says of the data, and ranks compare; see `digests`."""
+        return {"samples": self.samples, "shuffle": self.order.shuffle, "sample_digests": list(self.digests())}
+
+    def close(self) -> None:
+        """End the worker processes."""
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
+
+
+class _Ahead:
+    """Takes micro-batches from a DataLoader's worker processes in the order in which they will be wanted."""
+
+    def __init__(
+        self,
+        loader: DataLoader[Any],
+        load: Callable[[Key], Any],
+        upcoming: Callable[[], Iterable[Key]],
+        channel: Channel,
+    ) -> None:
+        self._loader = loader
+        self._load = load
+        self._upcoming = upcoming
+        self._channel = channel
+        self._running: Iterator[tuple[Key, Any]] | None = None
+        self._deaths = 0
+
+    def take(self, key: Key) -> Any:
+        """This micro-batch. Fetching begins again, from it, where another one was expected."""
+        while True:
+            if self._running is None:
+                self._running = self._start(key)
+            try:
+                found, batch = next(self._running, (None, None))
+            except RuntimeError as error:
+                self._worker_died(error)
+                continue
+            self._deaths = 0
+            if found == key:
+                return batch
+            self.close()
+
+    def _start(self, key: Key) -> Iterator[tuple[Key, Any]]:
+        with _undisturbed():
+            return iter(_worker_loader(self._loader, self._load, _from(key, self._upcoming())))
+
+    def _worker_died(self, error: RuntimeError) -> None:
+        """A worker process that was killed is replaced; what it raised is the user's. Raises."""
+        self.close()
+        if "DataLoader worker" not in str(error) or ("killed" not in str(error) and "exited" not in str(error)):
+            raise error
+        self._deaths += 1
+        if self._deaths >= WORKER_DEATHS:
+            raise error
+        text = f"a worker process of the DataLoader was lost, and its samples are fetched again: {error}"
+        warn(self._channel, Notice.DATA_WORKER_LOST, text)
+
+    def close(self) -> None:
+        shut = getattr(self._running, "_shutdown_workers", None)
+        self._running = None  # its destructor ends the processes
+        if shut is not None:
+            shut()
+
+
+def _from(first: Key, others: Iterable[Key]) -> Iterator[Key]:
+    """`first`, then the others."""
+    yield first
+    yield from (key for key in others if key != first)
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Let no signal handler of torch's stay that raises wherever the script is when a worker process is lost.
+
+    The loss is noticed when the next micro-batch is taken.
+    """
+    former = signal.getsignal(signal.SIGCHLD)
+    yield
+    if signal.getsignal(signal.SIGCHLD) is not former and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, former)
+
+
+class _Keyed(Dataset[Any]):
+    """What worker processes fetch: an item per key."""
+
+    def __init__(self, load: Callable[[Key], Any]) -> None:
+        self._load = load
+
+    def __getitem__(self, key: Key) -> tuple[Key, Any]:
+        return key, self._load(key)
+
+
+class _Keys:
+    """A sampler of these keys, lazily: torch asks for as many as its workers fetch ahead."""
+
+    def __init__(self, keys: Iterable[Key]) -> None:
+        self._keys = keys
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self._keys)
+
+
+def _worker_loader(
+    like: DataLoader[Any], load: Callable[[Key], Any], keys: Iterable[Key], workers: int = 0
+) -> DataLoader[Any]:
+    """A DataLoader with the processes of another one, for keys instead of samples."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what torch has to say of these settings it said when the script made them
+        return _loader_like(like, load, keys, workers)
+
+
+def _loader_like(
+    like: DataLoader[Any], load: Callable[[Key], Any], keys: Iterable[Key], workers: int
+) -> DataLoader[Any]:
+    return DataLoader(
+        _Keyed(load),
+        batch_size=None,
+        sampler=_Keys(keys),
+        num_workers=workers or like.num_workers,
+        collate_fn=_unchanged,
+        pin_memory=like.pin_memory,
+        timeout=like.timeout,
+        worker_init_fn=partial(_begin_worker, like.worker_init_fn),
+        multiprocessing_context=like.multiprocessing_context,
+        prefetch_factor=like.prefetch_factor,
+        generator=torch.Generator(),  # else torch draws a seed from the generator that the script uses
+    )
+
+
+def _begin_worker(users: Callable[[int], Any] | None, number: int) -> None:
+    outlive_first_signal()
+    if users is not None:
+        users(number)
+
+
+def _unchanged(item: Any) -> Any:
+    return item
+
+
+def _check_loader(loader: DataLoader[Any], settings: Settings, collate_fn: Collate | None) -> bool:
+    """Refuse what cannot be dealt out by micro-batch; returns whether the samples are shuffled."""
+    if collate_fn is not None:
+        raise UsageError("collate_fn was given beside a DataLoader, which has one of its own: leave it out")
+    if isinstance(loader.dataset, IterableDataset):
+        raise UsageError(_stream(loader.dataset))
+    if loader.batch_size is None or type(loader.batch_sampler) is not BatchSampler:
+        raise UsageError(
+            "the DataLoader has no fixed batch size, or a batch sampler of its own: give it batch_size="
+            f"{settings.micro_batch_size} (the job's micro_batch_size)"
+        )
+    if loader.batch_size != settings.micro_batch_size:
+        raise UsageError(
+            f"the DataLoader has batch_size={loader.batch_size}, and the job micro_batch_size="
+            f"{settings.micro_batch_size}: make them equal, since a turn of the loop is one micro-batch"
+        )
+    sampler = loader.sampler
+    if isinstance(sampler, DistributedSampler):  # its share of the samples is the runtime's to choose
+        return bool(sampler.shuffle)
+    if type(sampler) is SequentialSampler:
+        return False
+    if type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == len(sampler.data_source):
+        return True
+    raise UsageError(
+        f"the DataLoader's sampler is a {type(sampler).__name__}, whose order cannot be dealt out to ranks that come "
+        "and go: use shuffle=True or shuffle=False, and choose samples by a torch.utils.data.Subset"
+    )
+
+
+def _check_dataset(dataset: Any, settings: Settings) -> None:
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+        raise UsageError(_stream(dataset))
+    if len(dataset) < settings.global_batch_size:
+        raise UsageError(
+            f"the dataset has {len(dataset)} samples, fewer than one batch (global_batch_size = "
+            f"{settings.global_batch_size}): use more data or a smaller batch"
+        )
+
+
+def _stream(dataset: Any) -> str:
+    return f"the dataset must be map-style (have __len__ and __getitem__); got {type(dataset).__name__}"

@@ -1,0 +1,88 @@
+"""The device that a worker computes on: which one it is, its random numbers, and batches brought to it.
+
+Written for whatever torch calls an accelerator, by `torch.accelerator` and the module of its kind (`torch.cuda`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from everstep.elastic.contract.errors import UsageError
+from everstep.elastic.contract.settings import WorkerContext
+
+_CPU = torch.device("cpu")
+
+
+def own_device(context: WorkerContext | None) -> torch.device:
+    """The accelerator of this worker, made the current one; the CPU where there is none.
+
+    Raises UsageError if there are more workers than accelerators on this node, unless they may share.
+    """
+    kind = torch.accelerator.current_accelerator()
+    if kind is None or not torch.accelerator.is_available():
+        return _CPU
+    local_rank, workers, shares = 0, 1, False
+    if context is not None:
+        local_rank, workers, shares = context.local_rank, context.gpu_workers, context.share_gpu
+    count = torch.accelerator.device_count()
+    if workers > count and not shares:
+        raise UsageError(
+            f"this node has {workers} workers and {count} {kind.type} device{'s' if count > 1 else ''}: start at most "
+            f"{count} (--nproc-per-node={count}), or let several workers share a device (--es-share-gpu)"
+        )
+    device = torch.device(kind.type, local_rank % count)
+    make_current(device)
+    return device
+
+
+def make_current(device: torch.device) -> None:
+    """What is allocated on this kind of device without an index is allocated there."""
+    if device.type != "cpu" and device.index is not None:
+        torch.get_device_module(device).set_device(device.index)
+
+
+def seed_torch(seed: int) -> None:
+    """Seed the generators in use. `torch.manual_seed` would do, but formats a stack trace for CUDA at every call."""
+    torch.default_generator.manual_seed(seed)
+    kind = torch.accelerator.current_accelerator()
+    if kind is not None:
+        module = torch.get_device_module(kind)
+        if module.is_initialized():
+            module.manual_seed_all(seed)
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """A batch with its tensors on `device`, however they are nested; what is there already is not copied.
+
+    Mappings, sequences, named tuples and dataclasses keep their type; objects with a method `to(device)`, such as the
+    batches of text and graph libraries, move themselves. For the CPU a batch is what the dataset and collation made.
+    """
+    if device.type == "cpu":
+        return value
+    if isinstance(value, Tensor) or callable(getattr(value, "to", None)):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return _like(value, {key: to_device(item, device) for key, item in value.items()})
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(to_device(item, device) for item in value))
+    if isinstance(value, tuple | list):
+        return _like(value, [to_device(item, device) for item in value])
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        moved = {f.name: to_device(getattr(value, f.name), device) for f in dataclasses.fields(value) if f.init}
+        return dataclasses.replace(value, **moved)
+    return value
+
+
+def _like(value: Any, moved: Any) -> Any:
+    """`moved` in the type of `value`; where that takes other arguments, as it is."""
+    if type(value) is type(moved):
+        return moved
+    try:
+        return type(value)(moved)
+    except TypeError:
+        return moved

@@ -1,0 +1,49 @@
+"""Notices that the user's loop changes gradients between backward and `optimizer.step()`.
+
+Each turn of that loop has the gradient of one micro-batch. The step's gradient is the mean of all of them, and is put
+together later: what clips or scales between the two does so to each micro-batch, which is something else.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from everstep.elastic.contract.errors import UsageError
+from everstep.elastic.holding.stack import Layer, LayerStack
+
+
+class GradientWatch:
+    """The gradients as backward left them, by a hook that torch calls behind each accumulation."""
+
+    def __init__(self, stack: LayerStack) -> None:
+        self._stack = stack
+        self._left: dict[
+            int, tuple[Tensor, int]
+        ] = {}  # id of a parameter -> its gradient, and how often it was written
+        for layer in stack.layers:
+            for held in layer.parameters:
+                if not held.averaged:
+                    held.tensor.register_post_accumulate_grad_hook(self._accumulated)  # type: ignore[no-untyped-call]
+
+    def _accumulated(self, parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            self._left[id(parameter)] = (parameter.grad, parameter.grad._version)
+
+    def check(self, layer: Layer) -> None:
+        """Raise UsageError if a gradient is another than backward left."""
+        left, self._left = self._left, {}
+        for held in layer.parameters:
+            gradient, known = held.tensor.grad, left.get(id(held.tensor))
+            if known is None or gradient is None or (gradient is known[0] and gradient._version == known[1]):
+                continue
+            name = self._stack.spec.parameters[held.index].name
+            raise UsageError(
+                f"the gradient of {name!r} was changed between backward() and optimizer.step(), where it is of one "
+                "micro-batch alone. To clip the step's whole gradient write run.clip_grad_norm_(x) for "
+                "torch.nn.utils.clip_grad_norm_(model.parameters(), x), and run.clip_grad_value_(x) for "
+                "clip_grad_value_; to scale it, scale the loss"
+            )
+
+    def forget(self) -> None:
+        """The gradients are dropped."""
+        self._left = {}

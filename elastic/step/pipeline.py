@@ -1,0 +1,281 @@
+"""The pipeline executor: runs a rank's segments of a step, forwards and backwards, in whatever order inputs allow.
+
+Backward first when its gradient is there, else the next forward while fewer than `depth` micro-batches are in flight
+(1F1B: Narayanan et al., 2019). The order changes no bits: every micro-batch's gradient is a leaf of the canonical sum,
+and the random numbers of a layer are a function of (seed, step, micro-batch, layer).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from everstep.comms.mesh.communicator import Communicator, Key, Kind
+from everstep.comms.mesh.tensors import decode, encode
+from everstep.elastic.contract.errors import UsageError
+from everstep.elastic.contract.progress import Phase, Progress
+from everstep.elastic.contract.telemetry import Spent
+from everstep.elastic.holding.stack import LayerStack
+from everstep.elastic.protocol.liveness import Pace
+from everstep.resharding.plan import Span
+
+from .devices import seed_torch, to_device
+from .forwards import Forwards
+from .order import derive_seed
+from .steps import Graph, StepState
+
+Batch = tuple[Any, Any]
+
+
+class Pipeline:
+    """Runs segments for one rank. `fetch(step, micro_batch)` gives (inputs, targets)."""
+
+    def __init__(
+        self,
+        stack: LayerStack,
+        comm: Communicator,
+        progress: Progress,
+        seed: int,
+        fetch: Callable[[int, int], Batch],
+        loss_fn: Callable[[Any, Any], Tensor],
+        warn: Callable[[str], None],
+    ) -> None:
+        self.stack = stack
+        self.forwards = Forwards(stack, warn)
+        self.comm = comm
+        self.progress = progress
+        self.seed = seed
+        self.fetch = fetch
+        self.loss_fn = loss_fn
+        self.base_statistics: dict[int, list[Tensor]] = {}
+
+    def resend(self, state: StepState, started_elsewhere: set[Span]) -> None:
+        """After a change of generation: send again what others need of the work already done here."""
+        for span in (*state.held, *state.started):
+            following = state.next_segment(span)
+            if following is not None and Span(*following[1:]) not in started_elsewhere:
+                self._send_activation(state, span, following.rank)
+        for span in state.held:
+            before = state.previous_segment(span)
+            if before is not None:
+                self._send_gradient(state, span, before.rank)
+
+    def run(self, state: StepState, depth: int) -> None:
+        """Finish this rank's work of the step. Raises Aborted between two micro-batches when the generation ends."""
+        while state.todo or state.started:
+            self.comm.ready(())  # raises Aborted
+            gradients = {
+                (state.gradient_source(span), Key(Kind.GRADIENT, state.step, span.micro_batch, span.stop)): span
+                for span in state.started
+            }
+            arrived = self.comm.ready(gradients)
+            if arrived is not None:
+                self._backward(state, gradients[arrived], self.comm.receive(*arrived))
+                continue
+            span = self._next_forward(state, depth)
+            if span is None:
+                source, key, data = self.comm.receive_any(gradients)
+                self._backward(state, gradients[(source, key)], data)
+            elif span.start == 0:
+                self._forward(state, span, None)
+            else:
+                wanted = (state.activation_source(span), Key(Kind.ACTIVATION, state.step, span.micro_batch, span.start))
+                source, key, data = self.comm.receive_any({wanted, *gradients})
+                if (source, key) == wanted:
+                    self._forward(state, span, data)
+                else:
+                    self._backward(state, gradients[(source, key)], data)
+
+    @staticmethod
+    def _next_forward(state: StepState, depth: int) -> Span | None:
+        if not state.todo:
+            return None
+        span = state.todo[0]
+        lowest = min((s.micro_batch for s in state.started), default=span.micro_batch)
+        return span if len(state.started) < depth or span.micro_batch <= lowest else None
+
+    def _forward(self, state: StepState, span: Span, data: memoryview | None) -> None:
+        self.progress.mark(Phase.COMPUTE, state.step, finished=len(state.held))
+        inputs: list[Tensor | None] = []
+        value: Any
+        targets: Any = None
+        is_last = span.stop == len(self.stack.layers)
+        telemetry, started_ns = self.progress.telemetry, time.monotonic_ns()
+        if data is None or is_last:
+            with self.progress.within(Pace.FETCH):
+                first, targets = self.fetch(state.step, span.micro_batch)
+            counted = tokens_and_samples(first) if data is None else (0, 0.0)
+            telemetry.span(Spent.FETCH, started_ns, micro_batch=span.micro_batch, amount=counted[0], value=counted[1])
+            started_ns = time.monotonic_ns()
+        if data is None:
+            value = to_device(first, self.stack.device_of(span.start))
+        else:
+            inputs = decode(data, self.stack.device_of(span.start))
+            for tensor in inputs:
+                if tensor is not None and tensor.is_floating_point():
+                    tensor.requires_grad_()
+            value = inputs[0] if len(inputs) == 1 else tuple(inputs)
+        statistics: dict[int, list[Tensor]] = {}
+        for number in range(span.start, span.stop):
+            value = self.apply(number, state.step, span.micro_batch, value, statistics)
+        if is_last:
+            self._seed(state.step, span.micro_batch, span.stop)
+            value = self.loss_fn(value, to_device(targets, self.stack.device_of(span.stop - 1)))
+            _check_loss(value, state.step, span.micro_batch)
+            state.losses[span.micro_batch] = float(value.detach())
+        outputs = list(value) if isinstance(value, tuple | list) else [value]
+        telemetry.span(Spent.FORWARD, started_ns, micro_batch=span.micro_batch)
+        state.todo.remove(span)
+        graph = Graph(inputs, outputs, statistics)
+        if is_last:
+            self._finish(state, span, graph, None)
+            return
+        state.outputs[(span.stop, span.micro_batch)] = [output.detach() for output in outputs]
+        state.started[span] = graph
+        following = state.next_segment(span)
+        if following is not None:
+            self._send_activation(state, span, following.rank)
+
+    def apply(self, number: int, step: int, micro_batch: int, value: Any, statistics: dict[int, list[Tensor]]) -> Any:
+        """One layer's forward: its own random numbers, batch-norm statistics as at the start of the step."""
+        layer = self.stack.layers[number]
+        self.restore_statistics(number)
+        self._seed(step, micro_batch, number)
+        self.forwards.before(number)
+        value = layer.module(value)
+        self.forwards.after(number)
+        statistics[number] = self.take_statistics(number)
+        return value
+
+    def restore_statistics(self, number: int) -> None:
+        for held, base in zip(self._averaged(number), self.base_statistics.get(number, ()), strict=False):
+            held.data.copy_(base)  # not seen by autograd: a graph in flight does not use the values
+
+    def take_statistics(self, number: int) -> list[Tensor]:
+        return [
+            tensor.detach().to(accumulation_dtype(tensor.dtype), copy=True).reshape(-1)
+            for tensor in self._averaged(number)
+        ]
+
+    def begin_step(self) -> None:
+        """Remember the batch-norm statistics that every micro-batch of the step starts from."""
+        self.base_statistics = {}
+        self.extend_step()
+
+    def extend_step(self) -> None:
+        """The same for layers that came to be held in the middle of the step."""
+        for number in self.stack.held:
+            if number not in self.base_statistics:
+                self.base_statistics[number] = [t.detach().clone() for t in self._averaged(number)]
+
+    def end_step(self) -> None:
+        """Put the batch-norm statistics back to the start of the step, before they are updated."""
+        for number in self.base_statistics:
+            if number in self.stack.held:
+                self.restore_statistics(number)
+
+    def _averaged(self, number: int) -> list[Tensor]:
+        return [held.tensor for held in self.stack.layers[number].parameters if held.averaged]
+
+    def seed_forward(self, step: int, micro_batch: int) -> None:
+        """Seed torch for a forward that the user runs."""
+        self._seed(step, micro_batch, 0)
+
+    def _seed(self, step: int, micro_batch: int, layer: int) -> None:
+        seed_torch(derive_seed("forward", self.seed, step, micro_batch, layer))
+
+    def _backward(self, state: StepState, span: Span, data: memoryview) -> None:
+        self.progress.mark(Phase.COMPUTE, state.step, finished=len(state.held))
+        self._finish(state, span, state.started.pop(span), decode(data, self.stack.device_of(span.stop - 1)))
+
+    def _finish(self, state: StepState, span: Span, graph: Graph, gradients: Sequence[Tensor | None] | None) -> None:
+        """The backward of a span: its gradients become leaves of the sums, the input's goes upstream."""
+        started_ns = time.monotonic_ns()
+        pairs = [
+            (output, gradient)
+            for output, gradient in zip(graph.outputs, gradients or [None] * len(graph.outputs), strict=True)
+            if output.requires_grad and (gradients is None or gradient is not None)
+        ]
+        if pairs:
+            torch.autograd.backward([o for o, _ in pairs], [g for _, g in pairs])
+        self.harvest(state, span, graph.statistics)
+        self.progress.telemetry.span(Spent.BACKWARD, started_ns, micro_batch=span.micro_batch)
+        if span.start > 0:
+            found = [t.grad if t is not None else None for t in graph.inputs]
+            state.input_gradients[(span.start, span.micro_batch)] = found
+            before = state.previous_segment(span)
+            if before is not None:
+                self._send_gradient(state, span, before.rank)
+        self.progress.mark(Phase.COMPUTE, state.step, finished=len(state.held))
+
+    def harvest(self, state: StepState, span: Span, statistics: dict[int, list[Tensor]]) -> None:
+        """Take the gradients of a micro-batch out of the parameters and into the sums."""
+        for number in range(span.start, span.stop):
+            layer = self.stack.layers[number]
+            after = iter(statistics.get(number, ()))
+            leaf: list[Tensor] = []
+            for held in layer.parameters:
+                leaf.append(next(after) if held.averaged else _gradient(held.tensor, self.stack, held.index))
+                if not held.averaged:
+                    if held.tensor.grad is not None:
+                        state.touched.add(held.index)
+                    held.tensor.grad = None
+            state.hold(span, number, leaf)
+        state.held.add(span)
+
+    def drop_gradients(self, span: Span) -> None:
+        """Forget the gradients of a micro-batch that is not ours any more."""
+        for number in range(span.start, span.stop):
+            for held in self.stack.layers[number].parameters:
+                held.tensor.grad = None
+
+    def _send_activation(self, state: StepState, span: Span, to: int) -> None:
+        key = Key(Kind.ACTIVATION, state.step, span.micro_batch, span.stop)
+        self.comm.send(to, key, encode(state.outputs[(span.stop, span.micro_batch)]))
+
+    def _send_gradient(self, state: StepState, span: Span, to: int) -> None:
+        key = Key(Kind.GRADIENT, state.step, span.micro_batch, span.start)
+        self.comm.send(to, key, encode(state.input_gradients[(span.start, span.micro_batch)]))
+
+
+def _gradient(tensor: Tensor, stack: LayerStack, index: int) -> Tensor:
+    gradient = tensor.grad
+    if gradient is None:
+        return torch.zeros(tensor.numel(), dtype=accumulation_dtype(tensor.dtype), device=tensor.device)
+    if gradient.layout != torch.strided:
+        name = stack.spec.parameters[index].name
+        raise UsageError(f"parameter {name!r} has a sparse gradient: use sparse=False in its layer")
+    return gradient.reshape(-1).to(accumulation_dtype(tensor.dtype))
+
+
+def tokens_and_samples(inputs: Any) -> tuple[int, float]:
+    """How many tokens (0 if it is no text: whole numbers in two dimensions) and samples a micro-batch's inputs are."""
+    parts = (
+        inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, tuple | list) else (inputs,)
+    )
+    tensor = next((part for part in parts if isinstance(part, Tensor)), None)
+    if tensor is None or not tensor.dim():
+        return 0, 0.0
+    text = tensor.dim() == 2 and not tensor.is_floating_point() and not tensor.is_complex()
+    return (tensor.numel() if text else 0), float(tensor.shape[0])
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Sums are taken in float32, or in float64 for parameters of that type."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _check_loss(loss: Any, step: int, micro_batch: int) -> None:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise UsageError(f"loss_fn must return a tensor with one element (the micro-batch's mean loss), got {shape}")
+    if not loss.requires_grad:
+        raise UsageError(
+            f"the loss of micro-batch {micro_batch} of step {step} depends on no trainable parameter (it has no "
+            "grad_fn): nothing would be trained. Look for detach(), item(), torch.no_grad() or argmax between the "
+            "model and the loss"
+        )
