@@ -9,7 +9,9 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
+from .index import LayoutIndex
 from .units import ModelSpec
+from .work import Segment, Work
 
 
 class LayoutError(ValueError):
@@ -43,15 +45,6 @@ class Stage:
         raise LayoutError(f"no rank of the stage of layers {self.start}-{self.stop - 1} has micro-batch {micro_batch}")
 
 
-class Segment(NamedTuple):
-    """One micro-batch's way through the layers [start, stop) on one rank: a forward and a backward."""
-
-    rank: int
-    micro_batch: int
-    start: int
-    stop: int
-
-
 @dataclass(frozen=True)
 class Layout:
     """The three maps, immutable. `home` is the layout of stages the job was started with: what it returns to."""
@@ -66,24 +59,43 @@ class Layout:
     def ranks(self) -> tuple[int, ...]:
         return tuple(sorted(rank for stage in self.stages for rank in stage.ranks))
 
+    @cached_property
+    def _stage_of_rank(self) -> dict[int, Stage]:
+        return {rank: stage for stage in self.stages for rank in stage.ranks}
+
+    @cached_property
+    def _stage_of_layer(self) -> dict[int, Stage]:
+        return {layer: stage for stage in self.stages for layer in range(stage.start, stage.stop)}
+
+    def __contains__(self, rank: int) -> bool:
+        return rank in self._stage_of_rank
+
     def stage_of(self, rank: int) -> Stage:
-        for stage in self.stages:
-            if rank in stage.ranks:
-                return stage
-        raise LayoutError(f"rank {rank} is not in the layout of generation {self.generation}")
+        """The stage of a rank. Raises LayoutError if it is no member."""
+        if rank not in self._stage_of_rank:
+            raise LayoutError(f"rank {rank} is not in the layout of generation {self.generation}")
+        return self._stage_of_rank[rank]
 
     def holders(self, layer: int) -> tuple[int, ...]:
-        for stage in self.stages:
-            if layer in stage:
-                return stage.ranks
-        raise LayoutError(f"no stage holds layer {layer}")
+        """The ranks that hold a layer."""
+        if layer not in self._stage_of_layer:
+            raise LayoutError(f"no stage holds layer {layer}")
+        return self._stage_of_layer[layer].ranks
 
-    def readers(self, spec: ModelSpec, parameter: int) -> tuple[int, ...]:
-        """Every rank that computes with a parameter; several stages' when it is tied."""
-        return tuple(sorted({r for layer in spec.parameters[parameter].layers for r in self.holders(layer)}))
+    def index(self, spec: ModelSpec) -> LayoutIndex:
+        """The tables of shards, owners and readers: built once for a model, in O(shards + ranks)."""
+        known: LayoutIndex | None = self.__dict__.get("_index")
+        if known is None or known.spec is not spec:
+            known = self.__dict__["_index"] = LayoutIndex(self, spec)
+        return known
+
+    @cached_property
+    def work(self) -> Work:
+        """The work of an undisturbed step."""
+        return Work(self.segments())
 
     def segments(self) -> tuple[Segment, ...]:
-        """The work of an undisturbed step."""
+        """The work of an undisturbed step, as it travels in plans."""
         return tuple(
             Segment(block.rank, micro_batch, stage.start, stage.stop)
             for stage in self.stages
@@ -112,8 +124,9 @@ class Layout:
                 yield f"stage {stage.start}-{stage.stop} gives micro-batches to ranks it does not have"
         if len(self.owners) != len(spec.shards):
             yield f"{len(self.owners)} owners for {len(spec.shards)} shards"
+        holders = {layer: frozenset(stage.ranks) for layer, stage in self._stage_of_layer.items()}
         for shard, owner in zip(spec.shards, self.owners, strict=False):
-            if owner not in self.holders(spec.home(shard)):
+            if owner not in holders.get(spec.home(shard), ()):
                 yield f"shard {shard.index} is owned by rank {owner}, which does not hold its layer"
 
     def describe(self) -> str:

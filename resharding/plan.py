@@ -9,17 +9,10 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-from .layout import Layout, Segment, Stage
+from .layout import Layout, Stage
 from .planners import change_layout
 from .units import ModelSpec
-
-
-class Span(NamedTuple):
-    """A micro-batch's way through the layers [start, stop), on the rank that reports it."""
-
-    micro_batch: int
-    start: int
-    stop: int
+from .work import Segment, Span
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +125,8 @@ class Plan:
     @property
     def guide(self) -> int | None:
         """The rank that tells the fresh ones where the job is; None when all are fresh."""
-        return next((rank for rank in self.layout.ranks if rank not in self.fresh), None)
+        fresh = set(self.fresh)
+        return next((rank for rank in self.layout.ranks if rank not in fresh), None)
 
     @property
     def digest(self) -> str:
@@ -176,16 +170,16 @@ def _plan_switch(spec: ModelSpec, old: Layout, layout: Layout) -> Plan:
         if layout.owners[s.index] != old.owners[s.index]
     )
     refresh = tuple(
-        rank for rank in layout.ranks if rank not in old.ranks or not _covers(old.stage_of(rank), layout.stage_of(rank))
+        rank for rank in layout.ranks if rank not in old or not _covers(old.stage_of(rank), layout.stage_of(rank))
     )
     return Plan(
         layout=layout,
         version=None,
         gains=gains,
         refresh=refresh,
-        fresh=tuple(rank for rank in layout.ranks if rank not in old.ranks),
+        fresh=tuple(rank for rank in layout.ranks if rank not in old),
         work=layout.segments(),
-        leaving=tuple(rank for rank in old.ranks if rank not in layout.ranks),
+        leaving=tuple(rank for rank in old.ranks if rank not in layout),
     )
 
 
@@ -211,10 +205,11 @@ def plan_recovery(
     behind = [r.rank for r in reports if not r.fresh and r.owned_version not in (version - 1, version)]
     if behind:
         raise PlanError(f"ranks {behind} hold shards of other versions than {version - 1} and {version}")
+    owned = {report.rank: frozenset(report.owned) for report in reports}
     gains = tuple(
         Gain(s.index, layout.owners[s.index], old.owners[s.index])
         for s in spec.shards
-        if s.index not in by_rank[layout.owners[s.index]].owned
+        if s.index not in owned[layout.owners[s.index]]
     )
     refresh = tuple(
         rank
@@ -282,12 +277,15 @@ def _remaining_work(layout: Layout, kept: Sequence[Segment], current: Sequence[R
     claims = {span: r.rank for r in current for span in (*r.todo, *r.started)}
     if not kept and not claims:
         return layout.segments()
+    held: dict[int, list[Segment]] = {}
+    for segment in kept:
+        held.setdefault(segment.micro_batch, []).append(segment)
     load = dict.fromkeys(layout.ranks, 0.0)
     work: list[Segment] = []
     orphans: list[tuple[Span, Stage]] = []
     for stage in layout.stages:
         for micro_batch in range(layout.micro_batches):
-            for start, stop in _gaps(stage, micro_batch, kept):
+            for start, stop in _gaps(stage, micro_batch, held.get(micro_batch, ())):
                 span = Span(micro_batch, start, stop)
                 rank = claims.get(span)
                 if rank in stage.ranks:
@@ -303,8 +301,8 @@ def _remaining_work(layout: Layout, kept: Sequence[Segment], current: Sequence[R
 
 
 def _gaps(stage: Stage, micro_batch: int, kept: Iterable[Segment]) -> list[tuple[int, int]]:
-    """The maximal ranges of the stage's layers in which no gradient of the micro-batch is held."""
-    spans = sorted((s.start, s.stop) for s in kept if s.micro_batch == micro_batch)
+    """The maximal ranges of the stage's layers in which no gradient of the micro-batch is held, of which `kept` are."""
+    spans = sorted((s.start, s.stop) for s in kept)
     for (_, left), (right, _) in itertools.pairwise(spans):
         if right < left:
             raise PlanError(f"the gradient of micro-batch {micro_batch} at layer {right} is held twice")

@@ -17,7 +17,7 @@ from everstep.elastic.step.devices import to_device
 from everstep.elastic.step.gradients import GradientWatch
 from everstep.elastic.step.pipeline import tokens_and_samples
 from everstep.elastic.step.schedule import ScheduledRate
-from everstep.resharding.plan import Span
+from everstep.resharding.work import Span
 
 Guard = Callable[..., None]
 

@@ -172,7 +172,7 @@ class Engine:
         """The micro-batches that this rank is to fetch from now on, as long as the membership stays as it is."""
         layout, state = self.current()
         yield from [(state.step, span.micro_batch) for span in state.todo]
-        mine = sorted(s.micro_batch for s in layout.segments() if s.rank == self.rank)
+        mine = [span.micro_batch for span in layout.work.spans_of(self.rank)]
         for step in range(state.step + 1, self.settings.steps):
             yield from ((step, micro_batch) for micro_batch in mine)
 
@@ -269,11 +269,10 @@ class Engine:
 
     def _idle(self, state: StepState, shares: dict[int, dict[str, Any]]) -> list[int]:
         """The parameters of which no micro-batch on any rank had a gradient."""
-        contributors = state.contributors()
         said = {index for share in shares.values() for index in share["idle"]}
         found = []
         for index in sorted(said):
-            ranks = {r for layer in self.stack.spec.parameters[index].layers for r in contributors.get(layer, ())}
+            ranks = {r for layer in self.stack.spec.parameters[index].layers for r in state.work.contributors(layer)}
             if all(index in shares[rank]["idle"] for rank in ranks):
                 found.append(index)
         return found
@@ -335,7 +334,7 @@ class Engine:
         Nothing of the step is kept: what the odd one computed went into the others' gradients.
         """
         layout, _ = self.current()
-        self.state = StepState.begin(step, self.rank, self.settings.micro_batches, layout.segments())
+        self.state = StepState.begin(step, self.rank, self.settings.micro_batches, layout.work)
         terms = json.loads(self.agreement)
         mine = [shard for shard in disputed(shares) if layout.owners[shard] == self.rank]
         made = {shard: self.replicas.made_again(shard, step, terms) for shard in mine}
@@ -540,7 +539,7 @@ class Engine:
 
     def begin_step(self, layout: Layout) -> None:
         """A step of which nothing is done, under `layout`."""
-        self.state = StepState.begin(self.version, self.rank, self.settings.micro_batches, layout.segments())
+        self.state = StepState.begin(self.version, self.rank, self.settings.micro_batches, layout.work)
         self.pipeline.begin_step()
 
     def protect(self, *, anyway: bool = False, then: Callable[[], None] | None = None) -> None:

@@ -27,7 +27,8 @@ from everstep.elastic.guard.backups import Copies, backup_ranks
 from everstep.elastic.holding.zero import ShardedOptimizer
 from everstep.elastic.step.steps import StepState
 from everstep.resharding.neighbors import stand_ins
-from everstep.resharding.plan import Plan, Report, Span
+from everstep.resharding.plan import Plan, Report
+from everstep.resharding.work import Work
 
 from .engine import (
     DECISION,
@@ -279,7 +280,7 @@ class Recovery:
         if (engine.stack.held.start, engine.stack.held.stop) != (stage.start, stage.stop):
             engine.values_version = engine.values_version if seeded else -1
             engine.stack.hold(stage.start, stage.stop, free=not seeded)
-        shards = [s for s in engine.stack.spec.shards if layout.owners[s.index] == engine.rank]
+        shards = layout.index(engine.stack.spec).owned(engine.rank)
         gained = {gain.shard for gain in plan.gains if gain.rank == engine.rank}
         kept = {s.index for s in shards} - gained if not anew else set()
         before = backed | {s.index for s in engine.optimizer.owned}
@@ -426,16 +427,16 @@ class Recovery:
             engine.protect(anyway=True)
             engine.pipeline.extend_step()
             engine.watch.remember(only_new=True)
-            engine.state.resume(plan.work, plan.kept, plan.started)
-            engine.pipeline.resend(engine.state, {Span(*s[1:]) for s in plan.started})
+            engine.state.resume(Work(plan.work, plan.kept), plan.started)
+            engine.pipeline.resend(engine.state, {s.span for s in plan.started})
             return
         if not fresh and engine.version == version - 1:
             engine.agreed, engine.agreement = version - 1, agreement
             engine.protection.adopt(terms)
             engine.commit(agreement)
         engine.protect(anyway=True)
-        engine.state = StepState.begin(version, engine.rank, engine.settings.micro_batches, plan.work)
-        engine.state.kept = plan.kept
+        work = Work(plan.work, plan.kept)
+        engine.state = StepState.begin(version, engine.rank, engine.settings.micro_batches, work)
         engine.pipeline.begin_step()
         engine.watch.remember()
 

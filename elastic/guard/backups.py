@@ -87,7 +87,8 @@ class Backups:
     def take_places(self, layout: Layout, ranks: Mapping[int, tuple[int, ...]], *, anew: bool) -> None:
         """Back up what this generation says; `anew`: nothing that is held is used."""
         self._of = dict(ranks)
-        mine = [s for s in self._stack.spec.shards if self._comm.rank in ranks.get(s.index, ())]
+        shards, rank = self._stack.spec.shards, self._comm.rank
+        mine = [shards[index] for index, backups in sorted(ranks.items()) if rank in backups]
         indices = {shard.index for shard in mine}
         self.level = set() if anew else self.level & indices
         self.copies.own(mine)
@@ -99,9 +100,12 @@ class Backups:
         if not self._of:
             return
         key, rank = Key(Kind.BACKUP, step), self._comm.rank
-        for backup in layout.ranks:
-            shards = [index for index in sorted(gradients) if backup in self._of.get(index, ())]
-            if shards and backup != rank:
+        backed_up: dict[int, list[int]] = {}
+        for index in sorted(gradients):
+            for backup in self._of.get(index, ()):
+                backed_up.setdefault(backup, []).append(index)
+        for backup, shards in sorted(backed_up.items()):
+            if backup != rank:
                 self._comm.send(backup, key, [raw(gradients[index]) for index in shards])
         by_owner: dict[int, list[Shard]] = {}
         for shard in self.shards:

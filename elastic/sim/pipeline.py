@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from everstep.resharding.layout import Segment
-from everstep.resharding.plan import Span
+from everstep.resharding.work import Segment, Span
 
 from .links import Key, Links
 from .values import (

@@ -16,6 +16,7 @@ from typing_extensions import Buffer
 from everstep.comms.mesh.communicator import Communicator, Key, Kind
 from everstep.comms.mesh.tensors import raw
 from everstep.elastic.holding.stack import LayerStack
+from everstep.resharding.index import LayoutIndex
 from everstep.resharding.layout import Layout
 from everstep.resharding.units import Shard
 
@@ -35,83 +36,50 @@ class Exchange:
         self.comm = comm
         self._position = [{held.index: at for at, held in enumerate(layer.parameters)} for layer in stack.layers]
 
-        self._generation = 0
-        self._owned: dict[int, tuple[tuple[Shard, ...], ...]] = {}
-        self._read: dict[tuple[int, int], tuple[Shard, ...]] = {}
-
-    def _forget(self, layout: Layout) -> None:
-        if layout.generation != self._generation:
-            self._generation = layout.generation
-            self._owned.clear()
-            self._read.clear()
-
-    def _owned_by_layer(self, layout: Layout, owner: int) -> tuple[tuple[Shard, ...], ...]:
-        """For each layer, the shards in it that `owner` owns. A tied parameter's stand in several layers."""
-        self._forget(layout)
-        if owner not in self._owned:
-            self._owned[owner] = tuple(
-                tuple(s for s in shards if layout.owners[s.index] == owner)
-                for shards in self.stack.spec.shards_of_layer
-            )
-        return self._owned[owner]
-
-    def _read_from(self, layout: Layout, owner: int, reader: int) -> tuple[Shard, ...]:
-        """The shards of `owner` that `reader` computes with."""
-        self._forget(layout)
-        if (owner, reader) not in self._read:
-            spec, stage = self.stack.spec, layout.stage_of(reader)
-            self._read[(owner, reader)] = tuple(
-                s
-                for s in spec.shards
-                if layout.owners[s.index] == owner
-                and any(layer in stage for layer in spec.parameters[s.parameter].layers)
-            )
-        return self._read[(owner, reader)]
+    def _index(self, layout: Layout) -> LayoutIndex:
+        return layout.index(self.stack.spec)
 
     # ------------------------------------------------------------ partial sums to owners
 
     def reduce(self, state: StepState, layout: Layout, gradients: dict[int, Tensor]) -> None:
         """Write the canonical mean gradient of every shard owned here into `gradients` (shard -> flat tensor)."""
-        contributors = state.contributors()
-        for owner in self._others(layout):
-            layers = self._shared_layers(contributors, layout, self.comm.rank, owner)
-            if layers:
-                key = Key(Kind.PARTIAL, state.step)
-                self.comm.send(owner, key, list(self._partials(state, layout, layers, owner)))
+        index, rank = self._index(layout), self.comm.rank
+        for owner in self._others(owner for layer in state.work.layers_of(rank) for owner in index.owners_in(layer)):
+            layers = self._shared_layers(state, index, rank, owner)
+            self.comm.send(owner, Key(Kind.PARTIAL, state.step), list(self._partials(state, index, layers, owner)))
         parts: Parts = {}
-        for layer in self._shared_layers(contributors, layout, self.comm.rank, self.comm.rank):
-            self._add_own(state, layout, layer, parts)
+        for layer in self._shared_layers(state, index, rank, rank):
+            self._add_own(state, index, layer, parts)
         waiting = {
             (source, Key(Kind.PARTIAL, state.step))
-            for source in self._others(layout)
-            if self._shared_layers(contributors, layout, source, self.comm.rank)
+            for layer in index.owned_in(rank)
+            for source in state.work.contributors(layer)
+            if source != rank
         }
         while waiting:
             source, key, data = self.comm.receive_any(waiting)
             waiting.discard((source, key))
-            layers = self._shared_layers(contributors, layout, source, self.comm.rank)
-            self._add_received(data, layers, layout, parts)
+            self._add_received(data, self._shared_layers(state, index, source, rank), index, parts)
         for shard_index, out in gradients.items():
             self._combine(shard_index, parts, state.leaves, out)
 
-    def _others(self, layout: Layout) -> list[int]:
-        """The other ranks, starting after this one, so that not all send to the same one first."""
-        ranks = list(layout.ranks)
-        at = ranks.index(self.comm.rank)
-        return ranks[at + 1 :] + ranks[:at]
+    def _others(self, ranks: Iterable[int]) -> list[int]:
+        """Those of `ranks` that are not this one, beginning after it, so that not all send to the same one first."""
+        return sorted(set(ranks) - {self.comm.rank}, key=lambda rank: (rank < self.comm.rank, rank))
 
-    def _shared_layers(self, contributors: dict[int, set[int]], layout: Layout, source: int, owner: int) -> list[int]:
-        """The layers of which `source` holds partial sums and `owner` owns shards."""
-        owned = self._owned_by_layer(layout, owner)
-        return [layer for layer in sorted(contributors) if source in contributors[layer] and owned[layer]]
+    @staticmethod
+    def _shared_layers(state: StepState, index: LayoutIndex, source: int, owner: int) -> list[int]:
+        """The layers of which `source` holds partial sums and `owner` owns shards, ascending."""
+        owned = index.owned_in(owner)
+        return [layer for layer in state.work.layers_of(source) if layer in owned]
 
-    def _partials(self, state: StepState, layout: Layout, layers: list[int], owner: int) -> Iterator[Buffer]:
+    def _partials(self, state: StepState, index: LayoutIndex, layers: list[int], owner: int) -> Iterator[Buffer]:
         yield b"".join(
             struct.pack("<I", len(state.sums[layer].nodes)) + b"".join(_NODE.pack(*n) for n in state.sums[layer].nodes)
             for layer in layers
         )
         for layer in layers:
-            shards = self._owned_by_layer(layout, owner)[layer]
+            shards = index.owned_in(owner)[layer]
             for tensors in state.sums[layer].nodes.values():
                 for shard in shards:
                     yield raw(self._slice(tensors, layer, shard))
@@ -119,12 +87,12 @@ class Exchange:
     def _slice(self, tensors: list[Tensor], layer: int, shard: Shard) -> Tensor:
         return tensors[self._position[layer][shard.parameter]][shard.start : shard.stop]
 
-    def _add_own(self, state: StepState, layout: Layout, layer: int, parts: Parts) -> None:
-        for shard in self._owned_by_layer(layout, self.comm.rank)[layer]:
+    def _add_own(self, state: StepState, index: LayoutIndex, layer: int, parts: Parts) -> None:
+        for shard in index.owned_in(self.comm.rank)[layer]:
             for node, tensors in state.sums[layer].nodes.items():
                 parts.setdefault((layer, shard.index), {})[node] = self._slice(tensors, layer, shard).cpu()
 
-    def _add_received(self, data: memoryview, layers: list[int], layout: Layout, parts: Parts) -> None:
+    def _add_received(self, data: memoryview, layers: list[int], index: LayoutIndex, parts: Parts) -> None:
         offset = 0
         nodes: dict[int, list[Node]] = {}
         for layer in layers:
@@ -133,7 +101,7 @@ class Exchange:
             nodes[layer] = [Node(*_NODE.unpack_from(data, offset + i * _NODE.size)) for i in range(count)]
             offset += count * _NODE.size
         for layer in layers:
-            shards = self._owned_by_layer(layout, self.comm.rank)[layer]
+            shards = index.owned_in(self.comm.rank)[layer]
             for node in nodes[layer]:
                 for shard in shards:
                     dtype = self.accumulation(shard)
@@ -164,19 +132,17 @@ class Exchange:
         self.stack.refresh()
 
     def _publish(self, version: int, layout: Layout, readers: Collection[int]) -> None:
-        rank = self.comm.rank
-        key = Key(Kind.VALUES, version)
-        for reader in self._others(layout):
-            shards = self._read_from(layout, rank, reader) if reader in readers else ()
-            if shards:
-                self.comm.send(reader, key, [raw(self.stack.view(shard)) for shard in shards])
-        if rank not in readers:
+        index, rank = self._index(layout), self.comm.rank
+        key, receiving = Key(Kind.VALUES, version), set(readers)
+        for reader in self._others(receiving.intersection(index.readers(rank))):
+            self.comm.send(reader, key, [raw(self.stack.view(shard)) for shard in index.read_from(rank, reader)])
+        if rank not in receiving:
             return
-        waiting = {(owner, key) for owner in self._others(layout) if self._read_from(layout, owner, rank)}
+        waiting = {(owner, key) for owner in index.sources(rank) if owner != rank}
         while waiting:
             owner, _, data = self.comm.receive_any(waiting)
             waiting.discard((owner, key))
-            self._take_values(data, self._read_from(layout, owner, rank))
+            self._take_values(data, index.read_from(owner, rank))
 
     def _take_values(self, data: memoryview, shards: Iterable[Shard]) -> None:
         offset = 0

@@ -21,7 +21,7 @@ from everstep.elastic.contract.progress import Phase, Progress
 from everstep.elastic.contract.telemetry import Spent
 from everstep.elastic.holding.stack import LayerStack
 from everstep.elastic.protocol.liveness import Pace
-from everstep.resharding.plan import Span
+from everstep.resharding.work import Span
 
 from .devices import seed_torch, to_device
 from .forwards import Forwards
@@ -56,11 +56,11 @@ class Pipeline:
     def resend(self, state: StepState, started_elsewhere: set[Span]) -> None:
         """After a change of generation: send again what others need of the work already done here."""
         for span in (*state.held, *state.started):
-            following = state.next_segment(span)
-            if following is not None and Span(*following[1:]) not in started_elsewhere:
+            following = state.work.next_segment(span)
+            if following is not None and following.span not in started_elsewhere:
                 self._send_activation(state, span, following.rank)
         for span in state.held:
-            before = state.previous_segment(span)
+            before = state.work.previous_segment(span)
             if before is not None:
                 self._send_gradient(state, span, before.rank)
 
@@ -69,7 +69,7 @@ class Pipeline:
         while state.todo or state.started:
             self.comm.ready(())  # raises Aborted
             gradients = {
-                (state.gradient_source(span), Key(Kind.GRADIENT, state.step, span.micro_batch, span.stop)): span
+                (state.work.gradient_source(span), Key(Kind.GRADIENT, state.step, span.micro_batch, span.stop)): span
                 for span in state.started
             }
             arrived = self.comm.ready(gradients)
@@ -83,7 +83,10 @@ class Pipeline:
             elif span.start == 0:
                 self._forward(state, span, None)
             else:
-                wanted = (state.activation_source(span), Key(Kind.ACTIVATION, state.step, span.micro_batch, span.start))
+                wanted = (
+                    state.work.activation_source(span),
+                    Key(Kind.ACTIVATION, state.step, span.micro_batch, span.start),
+                )
                 source, key, data = self.comm.receive_any({wanted, *gradients})
                 if (source, key) == wanted:
                     self._forward(state, span, data)
@@ -136,7 +139,7 @@ class Pipeline:
             return
         state.outputs[(span.stop, span.micro_batch)] = [output.detach() for output in outputs]
         state.started[span] = graph
-        following = state.next_segment(span)
+        following = state.work.next_segment(span)
         if following is not None:
             self._send_activation(state, span, following.rank)
 
@@ -207,7 +210,7 @@ class Pipeline:
         if span.start > 0:
             found = [t.grad if t is not None else None for t in graph.inputs]
             state.input_gradients[(span.start, span.micro_batch)] = found
-            before = state.previous_segment(span)
+            before = state.work.previous_segment(span)
             if before is not None:
                 self._send_gradient(state, span, before.rank)
         self.progress.mark(Phase.COMPUTE, state.step, finished=len(state.held))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from everstep.resharding.layout import Segment
-from everstep.resharding.plan import Span
+from everstep.resharding.work import Segment, Span, Work
 
 from .canonical import TreeSum
 
@@ -24,13 +23,12 @@ class Graph:
 
 @dataclass
 class StepState:
-    """Step `step` as this rank sees it. `work` and `kept` are everybody's segments, the rest is its own."""
+    """Step `step` as this rank sees it. `work` is that of all ranks, the rest is its own."""
 
     step: int
     rank: int
     leaves: int
-    work: tuple[Segment, ...]
-    kept: tuple[Segment, ...] = ()
+    work: Work
     todo: list[Span] = field(default_factory=list)
     started: dict[Span, Graph] = field(default_factory=dict)
     held: set[Span] = field(default_factory=set)
@@ -41,19 +39,19 @@ class StepState:
     touched: set[int] = field(default_factory=set)  # parameters of which some micro-batch here had a gradient
 
     @classmethod
-    def begin(cls, step: int, rank: int, leaves: int, work: tuple[Segment, ...]) -> StepState:
-        """A step of which nothing is done."""
-        todo = [Span(s.micro_batch, s.start, s.stop) for s in work if s.rank == rank]
-        return cls(step, rank, leaves, work, todo=sorted(todo))
+    def begin(cls, step: int, rank: int, leaves: int, work: Work) -> StepState:
+        """A step of which nothing is done here."""
+        return cls(step, rank, leaves, work, todo=list(work.spans_of(rank)))
 
-    def resume(self, work: tuple[Segment, ...], kept: tuple[Segment, ...], started: tuple[Segment, ...]) -> None:
+    def resume(self, work: Work, started: Sequence[Segment]) -> None:
         """Go on with the work of a plan: keep what is held and the forwards that are still ours."""
-        self.work, self.kept = work, kept
-        ours = {Span(s.micro_batch, s.start, s.stop) for s in work if s.rank == self.rank}
-        theirs = {Span(s.micro_batch, s.start, s.stop) for s in started if s.rank == self.rank}
+        self.work = work
+        ours = set(work.spans_of(self.rank))
+        theirs = {s.span for s in started if s.rank == self.rank}
         self.started = {span: graph for span, graph in self.started.items() if span in ours and span in theirs}
         self.todo = sorted(ours - set(self.started))
-        self.losses = {m: loss for m, loss in self.losses.items() if any(s.micro_batch == m for s in self.held)}
+        held = {span.micro_batch for span in self.held}
+        self.losses = {m: loss for m, loss in self.losses.items() if m in held}
 
     def hold(self, span: Span, layer: int, gradients: list[Tensor]) -> None:
         """Add one layer's gradient of a micro-batch to the canonical sum."""
@@ -62,40 +60,3 @@ class StepState:
     def idle(self, parameters: Sequence[Sequence[int]]) -> list[int]:
         """Which parameters of the layers summed here (layer -> its parameters) had no gradient here."""
         return sorted({index for layer in self.sums for index in parameters[layer]} - self.touched)
-
-    def contributors(self) -> dict[int, set[int]]:
-        """layer -> the ranks that will hold a part of its sum."""
-        found: dict[int, set[int]] = {}
-        for segment in (*self.work, *self.kept):
-            for layer in range(segment.start, segment.stop):
-                found.setdefault(layer, set()).add(segment.rank)
-        return found
-
-    def next_segment(self, span: Span) -> Segment | None:
-        """The segment still to run that takes this span's output."""
-        return _find(self.work, span.micro_batch, start=span.stop)
-
-    def previous_segment(self, span: Span) -> Segment | None:
-        """The segment still to run that waits for this span's input gradient."""
-        return _find(self.work, span.micro_batch, stop=span.start)
-
-    def activation_source(self, span: Span) -> int:
-        """The rank that has, or will have, the input of a span."""
-        segment = _find((*self.work, *self.kept), span.micro_batch, stop=span.start)
-        assert segment is not None, f"nobody computes the input of {span}"
-        return segment.rank
-
-    def gradient_source(self, span: Span) -> int:
-        """The rank that has, or will have, the gradient of a span's output."""
-        segment = _find((*self.work, *self.kept), span.micro_batch, start=span.stop)
-        assert segment is not None, f"nobody computes the output gradient of {span}"
-        return segment.rank
-
-
-def _find(
-    segments: Iterable[Segment], micro_batch: int, *, start: int | None = None, stop: int | None = None
-) -> Segment | None:
-    for segment in segments:
-        if segment.micro_batch == micro_batch and start in (None, segment.start) and stop in (None, segment.stop):
-            return segment
-    return None

@@ -10,12 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from everstep.elastic.protocol.invariants import check_plan
-from everstep.resharding.layout import Layout, LayoutError, Segment
+from everstep.resharding.layout import Layout, LayoutError
 from everstep.resharding.plan import (
     Plan,
     PlanError,
     Report,
-    Span,
     plan_join,
     plan_recovery,
     plan_start,
@@ -28,6 +27,7 @@ from everstep.resharding.planners import (
     partition,
 )
 from everstep.resharding.units import ModelSpec, ParameterSpec
+from everstep.resharding.work import Segment, Span
 
 from .worlds import ROW, Loss, histories, losses, models
 

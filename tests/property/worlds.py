@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from hypothesis import strategies as st
 
 from everstep.resharding.layout import Layout
-from everstep.resharding.plan import Report, Span
+from everstep.resharding.plan import Report
 from everstep.resharding.planners import change_layout, initial_layout
 from everstep.resharding.units import ModelSpec, ParameterSpec
+from everstep.resharding.work import Span
 
 ROW = 1 << 14  # float32 elements: one row is the smallest shard
 

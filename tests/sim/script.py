@@ -7,7 +7,8 @@ from everstep.elastic.protocol import events as e
 from everstep.elastic.protocol.state import Config, State
 from everstep.elastic.sim.run import model
 from everstep.elastic.sim.transcript import brief, brief_plan
-from everstep.resharding.plan import Report, Span
+from everstep.resharding.plan import Report
+from everstep.resharding.work import Span
 
 
 class Script:

@@ -1,0 +1,114 @@
+"""The work of a step: who computes which micro-batch through which layers, with the look-ups that a rank makes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from typing import NamedTuple
+
+
+class Span(NamedTuple):
+    """A micro-batch's way through the layers [start, stop), on the rank that reports it."""
+
+    micro_batch: int
+    start: int
+    stop: int
+
+
+class Segment(NamedTuple):
+    """One micro-batch's way through the layers [start, stop) on one rank: a forward and a backward."""
+
+    rank: int
+    micro_batch: int
+    start: int
+    stop: int
+
+    @property
+    def span(self) -> Span:
+        return Span(self.micro_batch, self.start, self.stop)
+
+
+class Work:
+    """The segments of a step that are still to run, and those whose gradients are `kept` from before a recovery.
+
+    Immutable. The tables are built once, in O(segments); a look-up costs O(1).
+    """
+
+    def __init__(self, segments: Iterable[Segment], kept: Iterable[Segment] = ()) -> None:
+        self.segments = tuple(segments)
+        self.kept = tuple(kept)
+
+    @cached_property
+    def _spans(self) -> Mapping[int, tuple[Span, ...]]:
+        found: dict[int, list[Span]] = {}
+        for segment in self.segments:
+            found.setdefault(segment.rank, []).append(segment.span)
+        return {rank: tuple(sorted(spans)) for rank, spans in found.items()}
+
+    @cached_property
+    def _starting(self) -> Mapping[tuple[int, int], Segment]:
+        return {(s.micro_batch, s.start): s for s in self.segments}
+
+    @cached_property
+    def _stopping(self) -> Mapping[tuple[int, int], Segment]:
+        return {(s.micro_batch, s.stop): s for s in self.segments}
+
+    @cached_property
+    def _kept_starting(self) -> Mapping[tuple[int, int], Segment]:
+        return {(s.micro_batch, s.start): s for s in self.kept}
+
+    @cached_property
+    def _kept_stopping(self) -> Mapping[tuple[int, int], Segment]:
+        return {(s.micro_batch, s.stop): s for s in self.kept}
+
+    @cached_property
+    def _layers(self) -> Mapping[int, tuple[int, ...]]:
+        ranges: dict[int, set[tuple[int, int]]] = {}
+        for segment in (*self.segments, *self.kept):
+            ranges.setdefault(segment.rank, set()).add((segment.start, segment.stop))
+        return {
+            rank: tuple(sorted({layer for start, stop in found for layer in range(start, stop)}))
+            for rank, found in ranges.items()
+        }
+
+    @cached_property
+    def _contributors(self) -> Mapping[int, tuple[int, ...]]:
+        found: dict[int, list[int]] = {}
+        for rank in sorted(self._layers):
+            for layer in self._layers[rank]:
+                found.setdefault(layer, []).append(rank)
+        return {layer: tuple(ranks) for layer, ranks in found.items()}
+
+    def spans_of(self, rank: int) -> tuple[Span, ...]:
+        """What `rank` is still to run, by micro-batch."""
+        return self._spans.get(rank, ())
+
+    def layers_of(self, rank: int) -> tuple[int, ...]:
+        """The layers of which `rank` will hold a part of the sum, ascending."""
+        return self._layers.get(rank, ())
+
+    def contributors(self, layer: int) -> tuple[int, ...]:
+        """The ranks that will hold a part of a layer's sum, ascending."""
+        return self._contributors.get(layer, ())
+
+    def next_segment(self, span: Span) -> Segment | None:
+        """The segment still to run that takes a span's output."""
+        return self._starting.get((span.micro_batch, span.stop))
+
+    def previous_segment(self, span: Span) -> Segment | None:
+        """The segment still to run that waits for a span's input gradient."""
+        return self._stopping.get((span.micro_batch, span.start))
+
+    def activation_source(self, span: Span) -> int:
+        """The rank that has, or will have, the input of a span."""
+        name = (span.micro_batch, span.start)
+        segment = self._stopping.get(name) or self._kept_stopping.get(name)
+        assert segment is not None, f"no rank computes the input of {span}"
+        return segment.rank
+
+    def gradient_source(self, span: Span) -> int:
+        """The rank that has, or will have, the gradient of a span's output."""
+        name = (span.micro_batch, span.stop)
+        segment = self._starting.get(name) or self._kept_starting.get(name)
+        assert segment is not None, f"no rank computes the output gradient of {span}"
+        return segment.rank
