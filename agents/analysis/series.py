@@ -110,7 +110,7 @@ class Series:
         """A `recovered` line."""
         point = RecoveryPoint(
             at_s=line["at_s"],
-            reason=reason_of(line),
+            reason=line["reason"],
             why=line["why"],
             ranks=tuple(line["ranks"]),
             nodes=tuple(line.get("nodes", ())),
@@ -141,25 +141,3 @@ class Series:
         recent = list(self.steps)[-of:]
         seconds = sum(point.step_s for point in recent)
         return len(recent) / seconds if seconds > 0 else 0.0
-
-
-def reason_of(line: Mapping[str, Any]) -> str:
-    """Which of `metrics.REASONS` a recovery had; the text is for people, and unbounded."""
-    why = line["why"]
-    if line.get("nodes"):
-        return "node_lost"
-    for text, reason in (
-        ("a damaged ", "corruption"),
-        ("is not whole", "not_whole"),
-        ("is damaged", "checkpoint_damaged"),
-    ):
-        if text in why:
-            return reason
-    if line["ranks"]:
-        return died_of(why)
-    return "other"
-
-
-def died_of(cause: str) -> str:
-    """How a worker ended: it hung, or it died."""
-    return "worker_hung" if "hung" in cause else "worker_died"

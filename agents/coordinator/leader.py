@@ -21,6 +21,7 @@ from everstep.comms.control.attach import PROTOCOL
 from everstep.comms.control.rpc import Session
 from everstep.elastic.protocol import coordinator
 from everstep.elastic.protocol import events as e
+from everstep.elastic.protocol.causes import Ending
 from everstep.elastic.protocol.losing import beat_s
 from everstep.elastic.protocol.state import Config, Phase, State
 
@@ -163,7 +164,8 @@ class Leader:
 
     def _fail(self, error: Exception) -> e.EndJob:
         self.state = replace(self.state, phase=Phase.DONE)
-        return e.EndJob(False, f"the coordinator failed, a bug of everstep: {error!r}", traceback.format_exc())
+        why = f"the coordinator failed, a bug of everstep: {error!r}"
+        return e.EndJob(False, why, traceback.format_exc(), ending=Ending.BUG)
 
     # ------------------------------------------------------------ what agents say
 
@@ -289,7 +291,8 @@ class Leader:
             else:
                 orders += self._orders(effect)
                 if isinstance(effect, e.EndJob):
-                    fields = {"succeeded": effect.succeeded, "why": effect.why, "lost": list(effect.lost)}
+                    how = {"succeeded": effect.succeeded, "reason": effect.ending.value}
+                    fields = {**how, "why": effect.why, "lost": list(effect.lost)}
                     records.append(self._record("ended", fields))
         if not self._durable.due():
             return

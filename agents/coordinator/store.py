@@ -86,7 +86,7 @@ class SqliteStore:
             raise sqlite3.DatabaseError(verdict)
 
     def _explain(self, error: sqlite3.Error) -> str:
-        if isinstance(error, sqlite3.OperationalError) and "locked" in str(error):
+        if getattr(error, "sqlite_errorcode", None) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
             return f"{self.path} is in use: another coordinator of this job runs on this machine"
         return f"{self.path} is damaged, or no store of ours ({error}): move the file away to begin anew"
 

@@ -23,6 +23,7 @@ from prometheus_client.exposition import choose_encoder
 
 from everstep.agents.analysis.step_times import Totals
 from everstep.comms.control import telemetry_pb2 as pb
+from everstep.elastic.protocol.causes import Cause
 
 from .pages import Page
 
@@ -30,9 +31,8 @@ STEP_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 2
 RECOVERY_BUCKETS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 15.0, 60.0)
 SAVING_BUCKETS = (0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 300.0, 1800.0)
 JOB_PHASES = ("forming", "launched", "running", "recovering", "after training", "done")
-REASONS = ("worker_died", "worker_hung", "node_lost", "corruption", "not_whole", "checkpoint_damaged", "other")
 RECOVERY_PHASES = ("detect", "abort", "agree", "edit", "restore", "recompute")
-FAILURES = ("worker_died", "worker_hung", "node_lost", "corruption")
+FAILURES = (Cause.WORKER_DIED, Cause.WORKER_HUNG, Cause.NODE_LOST, Cause.CORRUPTION)  # of a host
 ACTIVITIES = ("compute", "fetch", "wait", "send", "receive", "update", "outside")
 SHOWN_STRAGGLERS = 16  # ranks with a series of their own
 
@@ -131,7 +131,7 @@ class JobMetrics(_Metrics):
         self.recovery_phases = self.histogram(
             "everstep_recovery_phase_seconds", "time in a phase of a recovery", RECOVERY_BUCKETS, "phase", "reason"
         )
-        for reason in REASONS:  # from nothing on, so that the first one is a rise
+        for reason in [cause.value for cause in Cause]:  # from nothing on, so that the first one is a rise
             self.recoveries.labels(reason)
             self.recovery_seconds.labels(reason)
             for phase in RECOVERY_PHASES:

@@ -15,9 +15,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from everstep.agents.analysis.series import Series, died_of
+from everstep.agents.analysis.series import Series
 from everstep.agents.analysis.suspects import Suspects
 from everstep.comms.control import telemetry_pb2 as pb
+from everstep.elastic.protocol.causes import Cause
 from everstep.elastic.protocol.events import StragglerFound, StragglerGone, WaitNoticed
 from everstep.elastic.protocol.state import State
 
@@ -250,30 +251,30 @@ class Observer:
             metrics.recovery_phases.labels(phase, point.reason).observe(seconds)
         metrics.lost_micro_batches.inc(point.redone_micro_batches)
 
-    def _failed(self, node: str, kind: str) -> None:
+    def _failed(self, node: str, kind: Cause) -> None:
         host = self._hosts.get(node) or node
-        self.metrics.failures.labels(host, kind).inc()
+        self.metrics.failures.labels(host, kind.value).inc()
 
     def _node_joined(self, line: Mapping[str, Any]) -> None:
         self._hosts[line["node"]] = line["host"]
         while len(self._hosts) > RANK_POINTS // 10:
             self._hosts.pop(next(iter(self._hosts)))
         for kind in FAILURES:
-            self.metrics.failures.labels(line["host"], kind)
+            self.metrics.failures.labels(line["host"], kind.value)
 
     def _node_lost(self, line: Mapping[str, Any]) -> None:
-        self._failed(line["node"], "node_lost")
+        self._failed(line["node"], Cause.NODE_LOST)
         self._seen.pop(line["node"], None)
 
     def _worker_died(self, line: Mapping[str, Any]) -> None:
-        self._failed(line["node"], died_of(line["cause"]))
+        self._failed(line["node"], Cause.of_death(line.get("hang", "")))
         if line.get("hang"):
             self.metrics.hung_kills.labels(line["hang"]).inc()
 
     def _corruption(self, line: Mapping[str, Any]) -> None:
         self.metrics.corruptions.labels(line["where"]).inc()
         if line.get("node"):
-            self._failed(line["node"], "corruption")
+            self._failed(line["node"], Cause.CORRUPTION)
 
     def _straggler_found(self, line: Mapping[str, Any]) -> None:
         self.metrics.stragglers_found.labels(line["what"]).inc()

@@ -16,6 +16,7 @@ import socket
 import subprocess
 from dataclasses import dataclass
 
+from everstep.checkpointing.access.startup import Failure, Started
 from everstep.comms.base.process import own_command
 
 MOST_PER_HOST = 64  # agents of one job on one host
@@ -95,16 +96,16 @@ def start(name: str, node: str, host: str, port: int, token: str, linger_s: floa
         env={**os.environ, "EVERSTEP_TOKEN": token},
     )
     assert process.stdout is not None
-    line = process.stdout.readline().strip()
-    if line.isdigit():
-        return KeeperProcess(name, int(line), process.pid, process)
+    started = Started.of(process.stdout.readline())
+    if started.failure is None:
+        return KeeperProcess(name, started.port, process.pid, process)
     status = process.wait()
     for stream in (process.stdin, process.stdout):
         if stream is not None:
             stream.close()
-    if line == "name taken":
+    if started.failure is Failure.NAME_TAKEN:
         raise NameTaken(name)
-    raise KeeperCannotServe(line or f"it ended with status {status}")
+    raise KeeperCannotServe(started.why or f"it ended with status {status}")
 
 
 def _take_over(name: str, node: str, token: str) -> KeeperProcess | None:

@@ -10,7 +10,7 @@ import grpc
 from everstep.comms.base import addresses
 from everstep.comms.base.security import CERTIFICATES, Security
 from everstep.comms.control import everstep_pb2 as pb
-from everstep.comms.control.rpc import channel_to, stub
+from everstep.comms.control.rpc import channel_to, stands_by, stub
 
 TIMEOUT_S = 5.0
 
@@ -76,7 +76,7 @@ class Endpoints:
             return f"no coordinator answers at {address} in time", True
         if code == grpc.StatusCode.UNIMPLEMENTED:
             return f"the coordinator at {address} is of another version, which does not know this", False
-        if code == grpc.StatusCode.UNAVAILABLE and "this coordinator" in details:
+        if stands_by(error):
             return f"{address}: {details}", True
         if code != grpc.StatusCode.UNAVAILABLE:
             return f"{address} refuses: {details}", code == grpc.StatusCode.RESOURCE_EXHAUSTED

@@ -39,7 +39,9 @@ def dials(view: View, *, note: str = "", width: int = 100, height: int = 40) -> 
     title, *figures = head(view)
     style = {"running": "bold green", "recovering": "bold red"}.get(view["phase"], "bold")
     parts.append(Text(title, style=style))
-    parts += [Text(line, style="red" if line.startswith("recovering") else "") for line in figures]
+    if view.get("recovering"):
+        parts.append(Text(figures.pop(0), style="red"))
+    parts += [Text(line) for line in figures]
     parts.append(curves(view, width - 4))
     parts.append(Panel(layout(view, width - 4), title="layout: step time of each rank", title_align="left"))
     if view["recoveries"]:

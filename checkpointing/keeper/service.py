@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 from everstep.checkpointing.access.client import REQUEST_BYTES
+from everstep.checkpointing.access.startup import Failure, Started
 from everstep.checkpointing.memory.segment import Entry
 from everstep.checkpointing.saving.part import SaveRequest
 from everstep.checkpointing.saving.saver import Saver
@@ -34,6 +35,10 @@ GREETING_BYTES, GREETING_S = 4096, 10.0  # of who has not shown the token yet
 STRANGERS = 256  # such connections at a time
 NICENESS = 10  # compute goes first on a busy machine
 WAIT_SLICE_S = 0.1
+
+
+class NameTaken(OSError):
+    """Another keeper has this name."""
 
 
 class Leash:
@@ -97,7 +102,7 @@ class KeeperServer:
         try:
             self._unix.bind("\0" + name)
         except OSError as error:
-            raise OSError("name taken") from error
+            raise NameTaken(f"another keeper has the name {name}") from error
         self._unix.listen(64)
         self._strangers = threading.BoundedSemaphore(STRANGERS)
         self._security = security or own()
@@ -298,7 +303,7 @@ class _Lines:
 
 
 def main() -> None:
-    """Run a keeper; prints its TCP port on standard output when it serves."""
+    """Run a keeper; prints what became of it, a line of `Started`, on standard output."""
     parser = argparse.ArgumentParser(prog="everstep-keeper")
     parser.add_argument("--node", required=True)
     parser.add_argument("--name", required=True)
@@ -314,10 +319,11 @@ def main() -> None:
         keeper, leash = Keeper(arguments.node), Leash(arguments.linger)
         server = KeeperServer(keeper, arguments.name, arguments.host, arguments.port, token, leash)
     except (OSError, SecurityError) as error:
-        print(error, flush=True)  # our agent reads it
+        failure = Failure.NAME_TAKEN if isinstance(error, NameTaken) else Failure.OTHER
+        print(Started(failure=failure, why=str(error)).line(), flush=True)
         sys.exit(1)
     leash.follow(sys.stdin)
-    print(server.port, flush=True)
+    print(Started(server.port).line(), flush=True)
     sys.stdout.close()
     server.serve()
 

@@ -45,6 +45,7 @@ IMPATIENT: list[tuple[str, Any]] = [
     ("grpc.max_reconnect_backoff_ms", 500),
 ]
 SERVICE = "everstep.v1.CoordinatorService"
+STANDS_BY = ("everstep-stands-by", "1")  # goes with UNAVAILABLE: a coordinator answers, and another one leads
 HEALTHY, STANDING_BY = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 
 
@@ -54,6 +55,11 @@ class Unreachable(Exception):
 
 class Busy(Exception):
     """One at a time: try again."""
+
+
+def stands_by(error: grpc.RpcError) -> bool:
+    """Whether it was a coordinator that refused, because it does not lead; else none may be there."""
+    return any(item.key == STANDS_BY[0] for item in error.trailing_metadata() or ())
 
 
 def channel_to(address: str, security: Security) -> grpc.Channel:
@@ -170,7 +176,7 @@ class Servicer(CoordinatorServiceServicer):
     async def _available(self, context: Any) -> None:
         why = self._shell.refusal()
         if why:
-            await context.abort(grpc.StatusCode.UNAVAILABLE, why)
+            await context.abort(grpc.StatusCode.UNAVAILABLE, why, (STANDS_BY,))
 
 
 class Server:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from . import events as e
+from .causes import Ending
 from .draining import let_go
 from .losing import silent_node, without_node
 from .outcome import (
@@ -25,7 +26,7 @@ def training_over(state: State, version: int) -> Outcome:
     """Scripts go on with what comes after training. Workers that were to join it are not needed any more."""
     members = {w.id.rank: w for w in state.members()}
     if state.stopping is not None:
-        return fail(state, "; ".join((state.stopping.why, *state.lost)))
+        return fail(state, state.stopping.ending, "; ".join((state.stopping.why, *state.lost)))
     released: Effects = []
     for node in [node for node in state.leaving if all(w.node != node for w in members.values())]:
         state, let_go_of = let_go(state, node)
@@ -58,7 +59,7 @@ def died(state: State, event: e.WorkerDied, now: float) -> Outcome:
     state = with_workers(state, replace(worker, status=Status.EXITED))
     if not event.clean and state.stopping is None:
         why = f"training is done, but what comes after it failed: {event.cause}"
-        return fail(state, why, rank=worker.id.rank)
+        return fail(state, Ending.AFTER_TRAINING, why, rank=worker.id.rank)
     if not event.clean:
         cut = f"what comes after training was cut off on rank {worker.id.rank}: {event.cause}"
         state = replace(state, lost=(*state.lost, cut))
@@ -107,7 +108,9 @@ def node_lost(state: State, event: e.NodeLost, now: float) -> Outcome:
     if running:
         where = f"node {event.node} ({node.host}) is lost ({event.why})"
         gone, effects = fail(
-            gone, f"training is done, but what comes after it was lost on {ranks_text(running)}: {where}"
+            gone,
+            Ending.AFTER_TRAINING,
+            f"training is done, but what comes after it was lost on {ranks_text(running)}: {where}",
         )
     else:
         gone, effects = _end_when_all_have(gone)
@@ -134,5 +137,9 @@ def raised(state: State, event: e.WorkerRaised, now: float) -> Outcome:
     if current(state, event.worker) is None:
         return state, []
     return fail(
-        state, f"training is done, but what comes after it failed: {event.message}", event.traceback, event.worker.rank
+        state,
+        Ending.AFTER_TRAINING,
+        f"training is done, but what comes after it failed: {event.message}",
+        event.traceback,
+        event.worker.rank,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from . import events as e
+from .causes import Cause, Ending
 from .outcome import (
     Effects,
     Outcome,
@@ -29,7 +30,8 @@ def saved(state: State, event: e.CheckpointSaved, now: float) -> Outcome:
     effects: Effects = [e.Record("checkpoint_saved", fields)]
     if state.stopping is not None and event.saved.version > state.stopping.committed:
         ends = end_with_loss if state.stopping.left else fail
-        state, ended = ends(state, f"{state.stopping.why}; its state after {event.saved.version} steps is saved")
+        why = f"{state.stopping.why}; its state after {event.saved.version} steps is saved"
+        state, ended = ends(state, state.stopping.ending, why)
         return state, [*effects, *ended]
     return state, effects
 
@@ -48,9 +50,11 @@ def unreadable(state: State, event: e.CheckpointUnreadable, now: float) -> Outco
             if job.on_damage == "older"
             else "on_damage='older' would go on from the one before it"
         )
-        state, effects = fail(state, f"{event.why} ({advice})")
+        state, effects = fail(state, Ending.CHECKPOINT_DAMAGED, f"{event.why} ({advice})")
         return state, [record, *effects]
-    state, effects = begin_recovery(state, None, now, why=f"checkpoint {event.name} is damaged")
+    state, effects = begin_recovery(
+        state, None, now, cause=Cause.CHECKPOINT_DAMAGED, why=f"checkpoint {event.name} is damaged"
+    )
     assert state.recovery is not None
     state = replace(state, recovery=replace(state.recovery, ceiling=-1))  # nothing is whole, in any memory
     return state, [record, *effects]
@@ -60,17 +64,18 @@ def stop_requested(state: State, event: e.StopRequested, now: float) -> Outcome:
     """Somebody wants the job to end: at once, or, where it has checkpoints, when one more is saved."""
     job = state.job
     if job is None or not job.checkpoints or state.phase not in (Phase.RUNNING, Phase.RECOVERING):
-        return fail(state, event.why)
+        return fail(state, event.ending, event.why)
     if state.stopping is not None:
         return state, []
     if state.committed + 1 >= last_version(state):  # trained: what is being saved may get done
         if any(item.version > state.committed for item in state.saved):
-            return fail(state, f"{event.why}; its state after {state.committed + 1} steps is saved")
+            return fail(state, event.ending, f"{event.why}; its state after {state.committed + 1} steps is saved")
         concluding = state.concluding
         if concluding is not None and concluding.name:
             deadline_s = min(concluding.deadline_s, now + state.config.stop_grace_s)
             state = replace(state, concluding=concluding._replace(deadline_s=deadline_s))
-    state = replace(state, stopping=e.Stopping(event.why, state.committed, now + state.config.stop_grace_s))
+    deadline_s = now + state.config.stop_grace_s
+    state = replace(state, stopping=e.Stopping(event.why, state.committed, deadline_s, event.ending))
     record = e.Record("stopping", {"why": event.why, "committed": state.committed})
     asked: Effects = [e.AskSave(worker.id) for worker in state.members()]
     told: Effects = [e.TellNode(node, f"{event.why}: saving a checkpoint before the job ends") for node in state.nodes]
@@ -83,4 +88,5 @@ def give_up_saving(state: State, now: float) -> Outcome:
     if stopping is None or now < stopping.deadline_s or state.phase is Phase.DONE:
         return state, []
     ends = end_with_loss if stopping.left else fail
-    return ends(state, f"{stopping.why}; no checkpoint was saved in the {state.config.stop_grace_s:g} s there were")
+    why = f"{stopping.why}; no checkpoint was saved in the {state.config.stop_grace_s:g} s there were"
+    return ends(state, stopping.ending, why)

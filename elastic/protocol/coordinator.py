@@ -15,6 +15,7 @@ from everstep.resharding.plan import Plan, plan_join
 
 from . import after
 from . import events as e
+from .causes import Ending
 from .checkpoints import (
     give_up_saving,
     saved,
@@ -133,7 +134,7 @@ def _ready(state: State, event: e.WorkerReady, now: float) -> Outcome:
         return state, []
     why = difference(state, event.job, event.worker.rank) if state.job is not None else ""
     if why and state.phase is Phase.LAUNCHED:
-        return fail(state, why)
+        return fail(state, Ending.RANKS_DIFFER, why)
     if why:
         state, effects = refused(state, worker, why)
         if state.phase is Phase.RECOVERING:  # it may have been the last that was waited for
@@ -293,7 +294,7 @@ def _raised(state: State, event: e.WorkerRaised, now: float) -> Outcome:
         return state, []
     if not state.elastic:
         return state, []  # a classic job: its exit follows, and restarts decide
-    return fail(state, event.message, event.traceback, event.worker.rank)
+    return fail(state, Ending.RAISED, event.message, event.traceback, event.worker.rank)
 
 
 _HANDLERS: dict[type[Any], Callable[[State, Any, float], Outcome]] = {

@@ -13,6 +13,7 @@ from dataclasses import replace
 from everstep.resharding.plan import plan_leave
 
 from . import events as e
+from .causes import Ending
 from .checkpoints import stop_requested
 from .leaving import concluded, left, nobody_left
 from .losing import without_node
@@ -32,8 +33,8 @@ def drain_requested(state: State, event: e.DrainRequested, now: float) -> Outcom
         return state, []
     staying = state.nodes.keys() - state.leaving.keys() - {event.node}
     if len(staying) < max(1, state.config.min_nodes) or not (state.elastic or state.phase is Phase.FORMING):
-        return stop_requested(state, e.StopRequested(event.why), now)
-    state = replace(state, leaving={**state.leaving, event.node: Leaving(event.why)})
+        return stop_requested(state, e.StopRequested(event.why, Ending.NO_NODE_STAYS), now)
+    state = replace(state, leaving={**state.leaving, event.node: Leaving(event.why, departure=event.departure)})
     record = e.Record("draining", {"node": event.node, "why": event.why, "ranks": _ranks(state, event.node)})
     if state.phase in (Phase.FORMING, Phase.LAUNCHED):  # it holds nothing yet
         state, effects = let_go(state, event.node)
@@ -127,4 +128,4 @@ def cannot_leave(state: State, now: float) -> Outcome:
     """Those who were to go on are lost: who is left saves, and ends."""
     if not state.leaving or state.stopping is not None or state.nodes.keys() - state.leaving.keys():
         return state, []
-    return stop_requested(state, e.StopRequested(nobody_left(state)), now)
+    return stop_requested(state, e.StopRequested(nobody_left(state), Ending.NO_NODE_STAYS), now)

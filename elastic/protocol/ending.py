@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from . import events as e
 from .after import training_over
+from .causes import Ending
 from .outcome import (
     Effects,
     Outcome,
@@ -179,5 +180,5 @@ def _concluded(state: State, version: int) -> Outcome:
     if concluding is not None and concluding.alone:
         is_saved = f"; the state after {version} steps is saved" if state.job.checkpoints and version else ""
         why = concluding.alone + (f"; {unsaved}" if unsaved else is_saved)
-        return end_with_loss(state, why)
+        return end_with_loss(state, Ending.LEFT_ALONE, why)
     return training_over(replace(state, lost=(*state.lost, unsaved) if unsaved else state.lost), version)

@@ -10,6 +10,8 @@ from everstep.resharding.placement import Placement
 from everstep.resharding.plan import Plan, Report
 from everstep.resharding.units import ModelSpec
 
+from .causes import Departure, Ending
+
 
 class WorkerId(NamedTuple):
     """A worker process: its rank, and how many processes had that rank before it."""
@@ -65,13 +67,18 @@ class Saved(NamedTuple):
 class Stopping(NamedTuple):
     """The job is to end, and waits for a checkpoint of a version after step `committed`, until `deadline_s`.
 
-    `left`: because a rank ended its process, which is its script's mistake.
+    `ending`: how it ends then; where that is PROCESS_ENDED, by a mistake of the script.
     """
 
     why: str
     committed: int
     deadline_s: float
-    left: bool = False
+    ending: Ending = Ending.STOPPED
+
+    @property
+    def left(self) -> bool:
+        """Whether a rank ended its process."""
+        return self.ending is Ending.PROCESS_ENDED
 
 
 REMEMBERED_CHECKPOINTS = 8
@@ -316,6 +323,7 @@ class WorkerRaised:
 @dataclass(frozen=True)
 class StopRequested:
     why: str
+    ending: Ending = Ending.STOPPED
 
 
 @dataclass(frozen=True)
@@ -324,6 +332,7 @@ class DrainRequested:
 
     node: str
     why: str
+    departure: Departure = Departure.ASKED
 
 
 @dataclass(frozen=True)
@@ -531,6 +540,7 @@ class EndJob:
     detail: str = ""
     rank: int = -1
     lost: tuple[str, ...] = ()
+    ending: Ending = Ending.DONE
 
 
 @dataclass(frozen=True)

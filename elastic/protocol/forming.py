@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from . import events as e
+from .causes import Ending
 from .outcome import Outcome, fail, start_workers
 from .state import (
     Heard,
@@ -94,6 +95,7 @@ def last_call(state: State, now: float) -> Outcome:
     if now - state.formed_s >= config.join_timeout_s:
         return fail(
             state,
+            Ending.TOO_FEW_NODES,
             f"only {len(state.nodes)} of at least {config.min_nodes} nodes joined in {config.join_timeout_s:g} s:"
             " start the others, or lower --nnodes",
         )

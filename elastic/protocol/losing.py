@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from . import events as e
+from .causes import Cause, Ending
 from .leaving import still_needed
 from .outcome import Outcome, fail
 from .recovering import (
@@ -94,9 +95,9 @@ def node_lost(state: State, event: e.NodeLost, now: float) -> Outcome:
         return gone, told
     where = f"node {event.node} ({lost.host}) with ranks {ranks} is lost ({event.why})"
     if not gone.elastic:
-        state, effects = fail(gone, f"{where}, before its script said that it is elastic")
+        state, effects = fail(gone, Ending.TOO_FEW_NODES, f"{where}, before its script said that it is elastic")
     elif not gone.nodes:
-        state, effects = fail(gone, f"{where}, and it was the last one")
+        state, effects = fail(gone, Ending.TOO_MUCH_LOST, f"{where}, and it was the last one")
     elif state.phase is Phase.LAUNCHED:
         state, effects = _lost_before_training(gone, where)
     else:
@@ -119,7 +120,7 @@ def without_node(state: State, node: str) -> State:
 
 def _lost_before_training(state: State, where: str) -> Outcome:
     if len(state.nodes) < state.config.min_nodes:
-        return fail(state, f"{where} before training began, and fewer than --nnodes are left")
+        return fail(state, Ending.TOO_FEW_NODES, f"{where} before training began, and fewer than --nnodes are left")
     return begin_training(state) if state.job is not None and all_ready(state) else (state, [])
 
 
@@ -142,4 +143,4 @@ def _lost_in_training(before: State, state: State, event: e.NodeLost, now: float
         return plan_if_complete(state, now)
     why = f"node {event.node} is lost ({event.why})"
     entered = [replace(w, since=state.committed + 1) if w.status is Status.READY else w for w in held]
-    return begin_recovery(state, None, now, why=why, node=event.node, lost=entered)
+    return begin_recovery(state, None, now, cause=Cause.NODE_LOST, why=why, node=event.node, lost=entered)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from . import events as e
+from .causes import Ending
 from .outcome import Outcome, fail
 from .state import State, Worker
 
@@ -72,7 +73,7 @@ def refused(state: State, worker: Worker, why: str) -> Outcome:
     others = {r: other for r, other in state.workers.items() if r != rank}
     record = e.Record("newcomer_refused", {"rank": rank, "node": worker.node, "why": why})
     if not others:
-        state, effects = fail(state, why, rank=rank)
+        state, effects = fail(state, Ending.RANKS_DIFFER, why, rank=rank)
         return state, [record, *effects]
     state = replace(state, workers=others, vacant={**state.vacant, rank: incarnation})
     return state, [record, e.KillWorkers(worker.node, (worker.id,))]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from . import events as e
+from .causes import Ending
 from .state import (
     Phase,
     State,
@@ -39,14 +40,15 @@ def start_workers(state: State, node: str, only: e.WorkerId | None = None) -> e.
     return e.StartWorkers(node, started, len(state.workers), state.restarts, master, *place, begun)
 
 
-def fail(state: State, why: str, detail: str = "", rank: int = -1) -> Outcome:
+def fail(state: State, ending: Ending, why: str, detail: str = "", rank: int = -1) -> Outcome:
     """The job is over, and has failed."""
-    return replace(state, phase=Phase.DONE), [e.EndJob(False, why, detail, rank)]
+    return replace(state, phase=Phase.DONE), [e.EndJob(False, why, detail, rank, ending=ending)]
 
 
-def end_with_loss(state: State, why: str) -> Outcome:
+def end_with_loss(state: State, ending: Ending, why: str) -> Outcome:
     """The job is over before its time, though not by a failure of the machine."""
-    return replace(state, phase=Phase.DONE, concluding=None), [e.EndJob(False, why, lost=(*state.lost, why))]
+    end = e.EndJob(False, why, lost=(*state.lost, why), ending=ending)
+    return replace(state, phase=Phase.DONE, concluding=None), [end]
 
 
 def last_version(state: State) -> int:

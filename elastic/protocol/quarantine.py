@@ -10,12 +10,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from . import events as e
+from .causes import Departure
 from .draining import drain_requested
 from .outcome import Effects, Outcome
 from .state import Phase, State, Status
 from .troubles import spares
-
-WHY = "quarantine: "  # how the reason of a departure begins that nobody asked for
 
 
 def keep_out(state: State, now: float) -> Outcome:
@@ -48,7 +47,8 @@ def _drain_one(state: State, now: float) -> Outcome:
     for name, node in state.nodes.items():
         quarantine = state.quarantined.get(node.host)
         if quarantine is not None and name not in state.leaving and spares(state, name):
-            return drain_requested(state, e.DrainRequested(name, f"{WHY}{quarantine.why}"), now)
+            drain = e.DrainRequested(name, f"quarantine: {quarantine.why}", Departure.QUARANTINE)
+            return drain_requested(state, drain, now)
     return state, []
 
 
@@ -57,5 +57,9 @@ def _take_back(state: State) -> State:
     if state.nodes.keys() - state.leaving.keys() or state.join is not None:
         return state
     left = {worker.node for worker in state.workers.values() if worker.status is Status.LEFT}
-    leaving = {name: known for name, known in state.leaving.items() if name in left or not known.why.startswith(WHY)}
+    leaving = {
+        name: known
+        for name, known in state.leaving.items()
+        if name in left or known.departure is not Departure.QUARANTINE
+    }
     return replace(state, leaving=leaving) if len(leaving) < len(state.leaving) else state

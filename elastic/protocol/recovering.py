@@ -19,6 +19,7 @@ from everstep.resharding.plan import (
 from everstep.resharding.planners import change_layout, initial_layout
 
 from . import events as e
+from .causes import Cause, Ending
 from .leaving import nobody_left, still_needed, without_the_left
 from .outcome import (
     Effects,
@@ -80,7 +81,7 @@ def died(state: State, event: e.WorkerDied, now: float) -> Outcome:
     if worker.deaths >= state.config.crash_limit or worker.hangs >= state.config.hang_limit:
         times = f"died {worker.deaths} times" if event.hang != "alive" else f"was taken for hung {worker.hangs} times"
         why = f"rank {worker.id.rank} {times} without a committed step between ({event.cause}): giving up"
-        state, effects = fail(state, why, rank=worker.id.rank)
+        state, effects = fail(state, Ending.WORKER_FAILED, why, rank=worker.id.rank)
         return state, [record, *effects]
     was_member = worker.status in (Status.MEMBER, Status.FINISHED) or still_needed(state, worker)
     joining = state.join is not None and worker.id.rank in state.join.layout.ranks
@@ -118,10 +119,10 @@ def _ended_its_process(state: State, worker: Worker, event: e.WorkerDied, now: f
     others = {r: other for r, other in state.workers.items() if r != rank}
     state = replace(state, workers=others, vacant={**state.vacant, rank: incarnation})
     if not job.checkpoints or not others or has_trained(state, worker):
-        return end_with_loss(state, why)
+        return end_with_loss(state, Ending.PROCESS_ENDED, why)
     if state.stopping is None:
         deadline_s = now + state.config.stop_grace_s
-        state = replace(state, stopping=e.Stopping(why, state.committed, deadline_s, left=True))
+        state = replace(state, stopping=e.Stopping(why, state.committed, deadline_s, Ending.PROCESS_ENDED))
     asked: Effects = [e.AskSave(w.id) for w in state.members()]
     state, effects = begin_recovery(state, event, now)
     return state, [*effects, *asked]
@@ -151,7 +152,9 @@ def lacking(state: State, event: e.WorkerLacking, now: float) -> Outcome:
         return state, []
     fields = {"rank": event.worker.rank, "version": event.version, "shards": len(event.shards)}
     record = e.Record("lacking", {**fields, "first_shards": list(event.shards[:8])})
-    state, effects = begin_recovery(state, None, now, why=f"version {event.version} is not whole")
+    state, effects = begin_recovery(
+        state, None, now, cause=Cause.NOT_WHOLE, why=f"version {event.version} is not whole"
+    )
     assert state.recovery is not None
     recovery = replace(state.recovery, ceiling=event.version - 1, lacking=event.shards)
     return replace(state, recovery=recovery), [record, *effects]
@@ -165,7 +168,9 @@ def corrupted(state: State, event: e.CorruptionFound, now: float) -> Outcome:
     record = e.Record("corruption", {**found, "found_by": event.worker.rank, "detail": event.detail})
     if event.where not in ("frame", "replica", "backup") or not _in_force(state, event.generation):
         return state, [record]  # what was found in a keeper was passed over, and had from elsewhere
-    state, effects = begin_recovery(state, None, now, why=f"a damaged {event.where} of rank {event.rank}")
+    state, effects = begin_recovery(
+        state, None, now, cause=Cause.CORRUPTION, why=f"a damaged {event.where} of rank {event.rank}"
+    )
     return state, [record, *effects]
 
 
@@ -176,9 +181,10 @@ def _in_force(state: State, generation: int) -> bool:
 
 def begin_recovery(
     state: State,
-    cause: e.WorkerDied | None,
+    death: e.WorkerDied | None,
     now: float,
     *,
+    cause: Cause = Cause.OTHER,
     why: str = "a worker joins",
     node: str = "",
     lost: Sequence[Worker] = (),
@@ -193,17 +199,20 @@ def begin_recovery(
     earlier = state.recovery  # under way, or over but for the next commit: one story, one line in the log
     if earlier is not None and state.phase is Phase.RECOVERING:
         asked += [w for w in state.workers.values() if w.id in earlier.awaited and w not in asked]
-    died = (cause.worker,) if cause else tuple(worker.id for worker in lost)
-    detected_s = cause.detected_at_s if cause and cause.detected_at_s else now
-    killed_s = cause.killed_at_s if cause and cause.killed_at_s else detected_s
+    if death is not None:
+        cause, why = Cause.of_death(death.hang), death.cause
+    died = (death.worker,) if death else tuple(worker.id for worker in lost)
+    detected_s = death.detected_at_s if death and death.detected_at_s else now
+    killed_s = death.killed_at_s if death and death.killed_at_s else detected_s
     recovery = Recovery(
         generation=generation,
-        why=earlier.why if earlier else (cause.cause if cause else why),
+        cause=cause.after(earlier.cause if earlier else None),
+        why=earlier.why if earlier else why,
         dead=(earlier.dead if earlier else ()) + died,
-        step=earlier.step if earlier else (cause.step if cause else -1),
-        phase=earlier.phase if earlier else (cause.phase if cause else ""),
+        step=earlier.step if earlier else (death.step if death else -1),
+        phase=earlier.phase if earlier else (death.phase if death else ""),
         lost_micro_batches=(earlier.lost_micro_batches if earlier else 0)
-        + (cause.finished_micro_batches if cause else 0),
+        + (death.finished_micro_batches if death else 0),
         killed_s=earlier.killed_s if earlier else killed_s,
         detected_s=earlier.detected_s if earlier else detected_s,
         started_s=earlier.started_s if earlier else now,
@@ -256,8 +265,9 @@ def plan_if_complete(state: State, now: float) -> Outcome:
     if starting and all(report.fresh for report in reports):
         return state, []  # nobody is left who was training: start, with all replacements, from what the keepers hold
     if not reports:
-        stopping = state.stopping
-        return end_with_loss(state, stopping.why) if stopping and stopping.left else fail(state, nobody_left(state))
+        if state.stopping is not None and state.stopping.left:
+            return end_with_loss(state, state.stopping.ending, state.stopping.why)
+        return fail(state, Ending.NO_NODE_STAYS if state.leaving else Ending.NO_MEMBER, nobody_left(state))
     furthest = max([state.agreed, *(report.agreed for report in reports)]) + 1
     # Some may not have carried out a rollback yet: what they agreed on before was given up.
     newest = max([state.agreed, *(r.agreed for r in reports if r.generation >= state.rolled_back)]) + 1
@@ -269,7 +279,7 @@ def plan_if_complete(state: State, now: float) -> Outcome:
         version, recovery = stand_in(state, job, recovery, newest)
     gone = version < 0 or (version < newest and version > 0 and version - 1 not in state.agreements)
     if gone and not resumable(state, recovery, newest):
-        return fail(state, _everything_gone(state, recovery, newest))
+        return fail(state, Ending.TOO_MUCH_LOST, _everything_gone(state, recovery, newest))
     try:
         if gone:
             state, plan = resume_plan(state, sorted(report.rank for report in reports))
@@ -279,7 +289,11 @@ def plan_if_complete(state: State, now: float) -> Outcome:
         plan = replace(plan, protected=max(plan.protected, min(version, protected_now(state, by_node))))
         plan = replace(plan, substitutes=recovery.substitutes)
     except (LayoutError, PlanError) as error:
-        return fail(state, f"generation {recovery.generation} cannot be planned, which is a bug of everstep: {error}")
+        return fail(
+            state,
+            Ending.BUG,
+            f"generation {recovery.generation} cannot be planned, which is a bug of everstep: {error}",
+        )
     assert plan.version is not None
     lost_steps = max(recovery.lost_steps, state.committed + 1 - plan.version)
     if plan.version != recovery.step:  # the interrupted step had been agreed on, or all of it is computed again
@@ -359,7 +373,7 @@ def begin_training(state: State) -> Outcome:
     try:
         layout = initial_layout(job.model, sorted(state.workers), job.stages, job.micro_batches)
     except LayoutError as error:
-        return fail(state, str(error))
+        return fail(state, Ending.DOES_NOT_FIT, str(error))
     layout = replace(layout, generation=state.generation + 1)
     if not state.saved:
         return enter(state, plan_start(layout), "started", {"layout": layout.describe()})
@@ -407,7 +421,7 @@ def carry_out(state: State, plan: Plan) -> Outcome:
     needed = memory_needed(state, plan.layout, placement)
     lacks = too_small(state, needed) if before is None else ""
     if lacks:
-        return fail(state, lacks)
+        return fail(state, Ending.DOES_NOT_FIT, lacks)
     told: Effects = []
     as_before = before is not None and (before.width, before.losses, before.note) == (
         placement.width,
@@ -446,6 +460,7 @@ def recovered(recovery: Recovery, step: int, now: float) -> e.Record:
         "recovered",
         {
             "generation": recovery.generation,
+            "reason": recovery.cause.value,
             "why": recovery.why,
             "ranks": [worker.rank for worker in recovery.dead],
             "interrupted_step": recovery.step,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from . import events as e
+from .causes import Ending
 from .forming import launch
 from .outcome import (
     Effects,
@@ -28,7 +29,8 @@ def classic_exit(state: State, worker: Worker, event: e.WorkerDied) -> Outcome:
             return replace(state, phase=Phase.DONE), [e.EndJob(True)]
         return state, []
     if state.restarts >= state.config.max_restarts:
-        return fail(state, f"rank {worker.id.rank} failed: {event.cause}", rank=worker.id.rank)
+        rank = worker.id.rank
+        return fail(state, Ending.WORKER_FAILED, f"rank {rank} failed: {event.cause}", rank=rank)
     kills: Effects = [
         e.KillWorkers(node, tuple(w.id for w in state.workers.values() if w.node == node)) for node in state.nodes
     ]

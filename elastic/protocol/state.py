@@ -11,6 +11,7 @@ from everstep.resharding.layout import Layout
 from everstep.resharding.placement import Placement
 from everstep.resharding.plan import Plan, Report
 
+from .causes import Cause, Departure
 from .events import (
     Job,
     Saved,
@@ -120,6 +121,7 @@ class Leaving(NamedTuple):
     why: str
     concluded: tuple[int, ...] = ()
     since: int = -1
+    departure: Departure = Departure.ASKED
 
 
 class Concluding(NamedTuple):
@@ -148,6 +150,7 @@ class Recovery:
     """A recovery under way, and after it until the next commit: what its log line will say."""
 
     generation: int
+    cause: Cause
     why: str
     dead: tuple[WorkerId, ...]
     step: int

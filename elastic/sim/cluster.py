@@ -31,7 +31,6 @@ TICK_S = 0.1
 HEARTBEAT_S = 0.5
 RESTARTS = 0.1  # how likely another coordinator takes over, at each tick
 LATE_S = 1.0  # longer than anything is on its way
-ASKED = "asked to leave"
 
 
 @dataclass
@@ -142,7 +141,7 @@ class Cluster:
     def drain(self, node: str) -> None:
         """A node is asked to go, and says so."""
         if not self._over() and self.nodes[node].up:
-            self.nodes[node].stream.send(e.DrainRequested(node, ASKED))
+            self.nodes[node].stream.send(e.DrainRequested(node, "asked to leave"))
 
     def _over(self) -> bool:
         """Whether training is: faults after it are another story, which ends with the job."""

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from everstep.elastic.protocol import events as e
-from everstep.elastic.protocol.ending import ALL_LEAVE
+from everstep.elastic.protocol.causes import Ending
 from everstep.elastic.protocol.state import Config
 from everstep.resharding.units import ModelSpec, ParameterSpec
 
-from .cluster import ASKED, Cluster, Timing
+from .cluster import Cluster, Timing
 from .faults import (
     Drain,
     Fault,
@@ -27,8 +27,6 @@ from .values import Reference, reference
 from .world import World
 
 BOUND_S = 60.0  # of virtual time, after the last fault: by then a job has reached its end
-AFTER = "training is done, but what comes after it"
-GONE = ("are gone: they were held by", "and it was the last one")  # how a job may end when too much was lost
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +165,7 @@ def simulate(seed: int, shape: Shape, *, faults: list[Fault] | None = None, timi
     assert cluster.outcome is not None
     return Outcome(
         seed=seed,
-        why="" if AFTER in cluster.outcome.why else cluster.outcome.why,
+        why="" if cluster.outcome.ending is Ending.AFTER_TRAINING else cluster.outcome.why,
         broken=cluster.promise.broken,
         nodes_lost=injector.struck,
         nodes_asked=injector.asked,
@@ -190,11 +188,12 @@ def _faults(rng: random.Random, shape: Shape, horizon_s: float) -> list[Fault]:
 def _run(world: World, cluster: Cluster, injector: Injector, horizon_s: float) -> None:
     while world.advance(max(horizon_s, injector.last_s) + BOUND_S):
         if cluster.outcome is not None and not cluster.outcome.succeeded:
-            if cluster.promise.broken and any(text in cluster.outcome.why for text in GONE):
+            ending = cluster.outcome.ending
+            if cluster.promise.broken and ending is Ending.TOO_MUCH_LOST:
                 return
-            if AFTER in cluster.outcome.why or (cluster.leaves_alone and ALL_LEAVE in cluster.outcome.why):
+            if ending is Ending.AFTER_TRAINING or (cluster.leaves_alone and ending is Ending.LEFT_ALONE):
                 return  # a script was lost on its way from training to its end, or left it alone
-            if not cluster.stays and ASKED in cluster.outcome.why:
+            if not cluster.stays and ending is Ending.NO_NODE_STAYS:
                 return  # those who were to go on are lost, or leave, too
             raise AssertionError(f"the job failed: {cluster.outcome.why}")
         if cluster.outcome is not None and cluster.done():

@@ -220,7 +220,7 @@ def _fault(event: dict[str, Any]) -> dict[str, Any]:
     ranks = ",".join(f"rank {rank}" for rank in event["ranks"])
     return {
         "step": event["interrupted_step"] if event["interrupted_step"] >= 0 else event["step"],
-        "kind": "node" if event["nodes"] else "hang" if event["why"].startswith("hung") else "kill",
+        "kind": "node" if event["nodes"] else "hang" if event["reason"] == "worker_hung" else "kill",
         "target": f"node of {ranks}" if event["nodes"] else ranks,
         "phase": event["phase"],
         **{name: round(event[name], 4) for name in _TIMES},

@@ -40,6 +40,7 @@ from wire import bytes_on_the_wire
 
 from everstep.checkpointing.access.client import KeeperLink
 from everstep.checkpointing.access.snapshot import Snapshots
+from everstep.checkpointing.access.startup import Started
 from everstep.checkpointing.memory.record import record_bytes
 
 SHARD_ELEMENTS = 1 << 20
@@ -180,7 +181,7 @@ def keeper() -> Any:
     )
     try:
         assert process.stdout is not None
-        if not process.stdout.readline().strip().isdigit():
+        if Started.of(process.stdout.readline().decode()).failure is not None:
             raise RuntimeError("the keeper did not start")
         yield name
     finally:

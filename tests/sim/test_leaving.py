@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from everstep.elastic.protocol import events as e
+from everstep.elastic.protocol.causes import Ending
 from everstep.elastic.protocol.ending import ALONE_S
 from everstep.elastic.protocol.state import Phase, Status
 from everstep.elastic.sim.run import SHAPES, simulate
@@ -159,7 +160,8 @@ def test_a_failure_after_training_ends_the_job() -> None:
     """Nobody is replaced, and nothing trained again."""
     s = after_training(trained())
     effects = s(e.WorkerDied(w(1), "killed by SIGKILL"))
-    assert effects == [e.EndJob(False, "training is done, but what comes after it failed: killed by SIGKILL", rank=1)]
+    why = "training is done, but what comes after it failed: killed by SIGKILL"
+    assert effects == [e.EndJob(False, why, rank=1, ending=Ending.AFTER_TRAINING)]
 
 
 def test_a_node_lost_after_training() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from everstep.agents.monitoring.holdups import OLD_S, Holdups
 from everstep.comms.control import telemetry_pb2 as pb
+from everstep.elastic.protocol.causes import Cause
 from everstep.elastic.protocol.coordinator import initial_state, step
 from everstep.elastic.protocol.events import Record, WaitNoticed, WorkerId
 from everstep.elastic.protocol.state import (
@@ -127,7 +128,16 @@ def test_what_the_coordinator_itself_waits_for() -> None:
     assert waits_of_the_job(replace(launched, elastic=False)) == [], "an ordinary script never does"
     assert waits_of_the_job(replace(state, workers=starting))[0].startswith("rank 2 (node a) is starting; training")
     recovery = Recovery(
-        generation=2, why="", dead=(), step=1, phase="", lost_micro_batches=0, killed_s=0, detected_s=0, started_s=0
+        generation=2,
+        cause=Cause.OTHER,
+        why="",
+        dead=(),
+        step=1,
+        phase="",
+        lost_micro_batches=0,
+        killed_s=0,
+        detected_s=0,
+        started_s=0,
     )
     awaited = frozenset({WorkerId(1, 0), WorkerId(3, 0)})
     recovering = replace(state, phase=Phase.RECOVERING, recovery=replace(recovery, awaited=awaited))

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 
 from everstep.agents.analysis import series as series_module
-from everstep.agents.analysis.series import Series, reason_of
+from everstep.agents.analysis.series import Series
 from everstep.agents.analysis.suspects import AGAIN_S
 from everstep.agents.monitoring.observer import RANK_STEPS, Observer
 from everstep.agents.monitoring.screen import concerns
 from everstep.comms.control import telemetry_pb2 as pb
 from everstep.elastic.protocol import coordinator
 from everstep.elastic.protocol import events as e
+from everstep.elastic.protocol.causes import Cause
 from everstep.elastic.protocol.state import (
     Config,
     Phase,
@@ -61,10 +62,10 @@ class Job:
         self.state = replace(self.state, committed=self.step)
         self.line("committed", step=self.step, loss=1.0 / (1 + self.step), generation=1, digest="", protected=-1)
 
-    def recovered(self, total_s: float, why: str = "killed by SIGKILL", **fields: Any) -> None:
+    def recovered(self, total_s: float, reason: str = "worker_died", **fields: Any) -> None:
         phases = {f"{phase}_s": total_s / 6 for phase in series_module.PHASES}
         line = {"ranks": [1], "nodes": [], "generation": 2, "interrupted_step": self.step, "lost_steps": 0, **fields}
-        self.line("recovered", why=why, redone_micro_batches=3, total_s=total_s, **phases, **line)
+        self.line("recovered", reason=reason, why="", redone_micro_batches=3, total_s=total_s, **phases, **line)
 
     def value(self, name: str, **labels: str) -> float:
         self.observer.page()
@@ -134,20 +135,23 @@ def test_a_coordinator_that_decides_nothing_says_why() -> None:
     assert not any("no step was committed" in line for line in rest), "that is not known here"
 
 
-@pytest.mark.parametrize(
-    ("why", "fields", "reason"),
-    [
-        ("killed by SIGKILL", {}, "worker_died"),
-        ("hung: no progress for 2.1 s in compute", {}, "worker_hung"),
-        ("node a is lost (no heartbeat for 1.6 s)", {"nodes": ["a"]}, "node_lost"),
-        ("a damaged frame of rank 1", {"ranks": []}, "corruption"),
-        ("version 7 is not whole", {"ranks": []}, "not_whole"),
-        ("checkpoint step-7 is damaged", {"ranks": []}, "checkpoint_damaged"),
-        ("", {"ranks": []}, "other"),
-    ],
-)
-def test_reasons_are_bounded(why: str, fields: dict[str, Any], reason: str) -> None:
-    assert reason_of({"why": why, "ranks": [1], "nodes": [], **fields}) == reason
+def test_every_reason_of_a_recovery_has_series_from_the_start() -> None:
+    job = Job()
+    for cause in Cause:
+        assert job.value("everstep_recoveries_total", reason=cause.value) == 0
+        job.recovered(1.0, reason=cause.value)
+        assert job.value("everstep_recoveries_total", reason=cause.value) == 1
+
+
+@pytest.mark.parametrize(("hang", "kind"), [("", "worker_died"), ("silent", "worker_hung"), ("alive", "worker_hung")])
+def test_a_death_counts_as_a_hang_by_its_field_alone(hang: str, kind: str) -> None:
+    """A script may well say that something hung; that is text."""
+    job = Job()
+    job.line("node_joined", node="n0", host="h")
+    job.line("worker_died", rank=1, node="n0", cause="failed: the queue hung", hang=hang)
+    other = "worker_died" if hang else "worker_hung"
+    assert job.value("everstep_host_failures_total", host="h", kind=kind) == 1
+    assert job.value("everstep_host_failures_total", host="h", kind=other) == 0
 
 
 def steps(rank: int, first: int, count: int, compute_s: float) -> list[pb.StepTimes]:

@@ -109,10 +109,11 @@ class Job:
                 self.observer.told(name, tpb.Telemetry(at_s=self.now, steps=times, host=host, gpus=[gpu]))
 
     def recover(self) -> None:
-        self.line("worker_died", rank=1, node="n0", cause="hung: no progress", phase="reduce", step=3)
+        self.line("worker_died", rank=1, node="n0", cause="hung: no progress", hang="silent", phase="reduce", step=3)
         phases = {f"{phase}_s": 0.01 for phase in ("detect", "abort", "agree", "edit", "restore", "recompute")}
         place = {"ranks": [1], "nodes": [], "generation": 2, "interrupted_step": 3, "step": 4, "lost_steps": 0}
-        self.line("recovered", why="hung: no progress", total_s=0.06, redone_micro_batches=1, **phases, **place)
+        why = {"reason": "worker_hung", "why": "hung: no progress"}
+        self.line("recovered", **why, total_s=0.06, redone_micro_batches=1, **phases, **place)
 
 
 def drawn(view: dict[str, Any], **settings: Any) -> str:
