@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,72 +19,26 @@ import torch
 from torch.distributed.launcher.api import LaunchConfig
 from torch.distributed.run import config_from_args, determine_local_world_size, get_args_parser, run_script_path
 
-from everstep.agents.monitoring.story import LOGS
 from everstep.agents.node.checkup import LEVELS
 from everstep.agents.node.environment import variables
 from everstep.agents.node.forkable import in_a_fork
+from everstep.comms.base.addresses import DEFAULT_PORT
 from everstep.comms.base.process import STOPS
+from everstep.elastic.contract.errors import UsageError
+from everstep.elastic.contract.settings import SETTINGS, Setting
 from everstep.elastic.protocol.liveness import FLOOR_S, USER_S
-from everstep.elastic.protocol.state import Config
 
-from .quarantine_flag import policy
+from .coordinator_flags import WATCHED, add_coordinator_flags
 
-DEFAULT_PORT = 29400
 BACKENDS = ("static", "c10d", "everstep")
 RENDEZVOUS = ("join_timeout", "last_call_timeout", "is_host")  # of --rdzv-conf; torch adds rank and timeout by itself
 WITHOUT_EFFECT = (  # what torch's own rendezvous takes, about connections that there are none of here
     *("timeout", "close_timeout", "heartbeat_timeout", "keep_alive_interval", "keep_alive_max_attempt"),
     *("read_timeout", "store_type", "use_libuv"),
 )
-OVERRIDES = (
-    *("steps", "stages", "global-batch-size", "micro-batch-size", "seed", "node-losses", "verify-every"),
-    *("checkpoint-every", "checkpoint-keep"),
-)
-CHOSEN = (
-    *("protection", "snapshot-every", "snapshot-budget", "on-loss", "on-corruption"),
-    *("checkpoint", "checkpoint-keep-s", "checkpoint-timeout", "checkpoint-options"),
-    *("resume", "resume-hyperparameters", "on-damage", "resume-data"),
-)
 SIGNALS = ",".join(number.name for number in STOPS)  # that are handled, unless --signals-to-handle names others
-STOP_GRACE: dict[str, Any] = {
-    "type": float,
-    "default": Config().stop_grace_s,
-    "metavar": "SECONDS",
-    "help": "how long a job that is told to stop may take to save a checkpoint",
-}
-
-STORE: dict[str, Any] = {
-    "default": "",
-    "metavar": "FILE or URL",
-    "help": "where the coordinator keeps its state: a file (SQLite), or etcd://HOST:PORT[,HOST:PORT...]",
-}
-QUARANTINE: dict[str, Any] = {
-    "type": policy,
-    "default": policy("off"),
-    "metavar": "N/SECONDS[/SECONDS]",
-    "help": "keep a host out after N failures or slownesses within so many seconds, for as many, or for the second "
-    "number (off: never)",
-}
-INSECURE_NETWORK: dict[str, Any] = {
-    "action": "store_true",
-    "help": "bind addresses that other hosts reach, without certificates: for networks where everybody is trusted",
-}
 COORDINATOR_WAIT_S = 300.0
 SIGNALS_VARIABLE = "PET_SIGNALS_TO_HANDLE"  # torch's, for a default of its own
-
-METRICS: dict[str, Any] = {
-    "default": "",
-    "metavar": "HOST:PORT",
-    "help": "serve Prometheus metrics there (port 0: any)",
-}
-
-WATCHED = "serve the job's web page (/) and its Prometheus metrics (/metrics) there"
-LOG: dict[str, Any] = {
-    "default": "warnings",
-    "choices": LOGS,
-    "help": "lines on standard error, from the node that has the coordinator: warnings and alarms, or every event of "
-    "importance as text or JSON",
-}
 
 
 class LaunchError(Exception):
@@ -112,10 +66,16 @@ def parser() -> argparse.ArgumentParser:
         parse.set_defaults(signals_to_handle=SIGNALS)  # torch's four, and what schedulers give notice by
     parse.description = "Run a training script on this node. Every torchrun flag is accepted; ours begin with --es-."
     own = parse.add_argument_group("everstep")
-    for name in OVERRIDES:
-        own.add_argument(f"--es-{name}", type=int, metavar="N", help=f"overrides {name.replace('-', '_')}")
-    for name in CHOSEN:
-        own.add_argument(f"--es-{name}", metavar="VALUE", help=f"overrides {name.replace('-', '_')}")
+    for known in SETTINGS:
+        own.add_argument(known.flag, type=_text_of(known), metavar=_metavar(known), help=_help(known.about.plain))
+    add_coordinator_flags(own, log="warnings")
+    own.add_argument("--es-metrics", default="", metavar="HOST:PORT", help="serve this node's Prometheus metrics there")
+    own.add_argument(
+        "--es-coordinator-metrics",
+        default="",
+        metavar="HOST:PORT",
+        help=f"{WATCHED}, on the node that has the coordinator",
+    )
     own.add_argument(
         "--es-keeper-memory", default="", metavar="SIZE", help="memory of this node for protection, such as 8GiB"
     )
@@ -126,16 +86,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="how long this node's keeper waits for a new agent after its own was killed",
     )
-    own.add_argument("--es-stop-grace", **STOP_GRACE)
-    own.add_argument("--es-quarantine", **QUARANTINE)
     own.add_argument(
         "--es-health-check",
         default="quick",
         choices=LEVELS,
         help="what this node tries of itself before it joins: full has larger sizes, and the GPUs",
     )
-    own.add_argument("--es-store", **STORE)
-    own.add_argument("--es-insecure-network", **INSECURE_NETWORK)
     own.add_argument(
         "--es-coordinator-wait",
         type=float,
@@ -143,15 +99,6 @@ def parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="how long this node's workers may make no progress without a coordinator before they are stopped",
     )
-    own.add_argument("--es-events", metavar="FILE", help="append every event of the job to FILE, one JSON a line")
-    own.add_argument("--es-metrics", **METRICS)
-    own.add_argument(
-        "--es-coordinator-metrics",
-        default="",
-        metavar="HOST:PORT",
-        help=f"{WATCHED}, on the node that has the coordinator",
-    )
-    own.add_argument("--es-log", **LOG)
     own.add_argument("--es-config", metavar="FILE", help="TOML file with an [everstep] table of settings")
     own.add_argument(
         "--es-preload", default="", metavar="MODULES", help="comma-separated modules to import before forks"
@@ -167,6 +114,35 @@ def parser() -> argparse.ArgumentParser:
     )
     own.add_argument("--es-tcp", action="store_true", help="do not share memory between ranks of one host")
     return parse
+
+
+def _text_of(known: Setting) -> Callable[[str], str]:
+    """The text of a flag, which a worker reads; refused here where it cannot."""
+
+    def text_of(text: str) -> str:
+        try:
+            known.parse(text, "the value")
+        except UsageError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+        return text
+
+    return text_of
+
+
+def _metavar(known: Setting) -> str:
+    if known.about.choices:
+        return "|".join(known.about.choices)
+    return "N" if known.kind == "int" else known.about.unit.upper() or "VALUE"
+
+
+def _help(text: str) -> str:
+    return text.replace("%", "%%")
+
+
+def overrides(own: argparse.Namespace) -> dict[str, str]:
+    """The variables of the settings that flags give."""
+    given = {known.variable: getattr(own, known.flag.removeprefix("--").replace("-", "_")) for known in SETTINGS}
+    return {name: text for name, text in given.items() if text is not None}
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

@@ -50,22 +50,8 @@ from everstep.comms.base.security import (
 from everstep.comms.control.attach import Attachment, Unreachable
 from everstep.elastic.protocol.state import Config
 
-from .command import (
-    CHOSEN,
-    DEFAULT_PORT,
-    INSECURE_NETWORK,
-    LOG,
-    METRICS,
-    OVERRIDES,
-    QUARANTINE,
-    SIGNALS,
-    STOP_GRACE,
-    STORE,
-    WATCHED,
-    Command,
-    LaunchError,
-    node_range,
-)
+from .command import SIGNALS, Command, LaunchError, node_range, overrides
+from .coordinator_flags import WATCHED, add_coordinator_flags
 from .masterport import MasterPort
 
 LOOPBACK = hosts.Address("127.0.0.1", 0)
@@ -186,24 +172,17 @@ def _coordinate(
     if not store:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="everstep-", ignore_cleanup_errors=True))
         store = f"{folder}/store.sqlite"
-    config = Config(
+    task = _task(
+        command.own,
+        job,
+        at,
+        store,
+        command.own.es_coordinator_metrics,
         min_nodes=command.torch.min_nodes,
         max_nodes=command.torch.max_nodes,
         max_restarts=command.torch.max_restarts,
         join_timeout_s=_join_timeout(command),
         last_call_s=_seconds(command, "last_call_timeout", Config().last_call_s),
-        stop_grace_s=command.own.es_stop_grace,
-        **command.own.es_quarantine.config(),
-    )
-    task = Task(
-        job=job,
-        config=config,
-        host=at.host,
-        port=at.port,
-        store=store,
-        events=command.own.es_events or "",
-        metrics=command.own.es_coordinator_metrics,
-        log=command.own.es_log,
     )
     master: MasterPort | None = None
     try:
@@ -227,6 +206,21 @@ def _coordinate(
         master.start(coordinator.port)
     addresses = [str(one if one.port else one._replace(port=coordinator.port)) for one in endpoints]
     return addresses, coordinator, master
+
+
+def _task(own: argparse.Namespace, job: str, at: hosts.Address, store: str, metrics: str, **nodes: Any) -> Task:
+    """What a coordinator at `at` is to do; `nodes`: the fields of Config that are no flags of these."""
+    config = Config(**nodes, stop_grace_s=own.es_stop_grace, **own.es_quarantine.config())
+    return Task(
+        job=job,
+        config=config,
+        host=at.host,
+        port=at.port,
+        store=store,
+        events=own.es_events,
+        metrics=metrics,
+        log=own.es_log,
+    )
 
 
 def _master_port(at: hosts.Address, security: Security, stack: contextlib.ExitStack) -> MasterPort:
@@ -275,7 +269,7 @@ def _open_events(path: str) -> TextIO:
 
 def _endpoint(endpoint: str, flag: str = "--rdzv-endpoint") -> hosts.Address:
     try:
-        return hosts.parse(endpoint.strip(), port=DEFAULT_PORT)
+        return hosts.parse(endpoint.strip(), port=hosts.DEFAULT_PORT)
     except hosts.BadAddress:
         hint = " (an IPv6 address in brackets: [::1]:29400)" if endpoint.count(":") > 1 else ""
         raise LaunchError(f"{flag} must be HOST:PORT, got {endpoint!r}{hint}") from None
@@ -330,10 +324,7 @@ def _node_config(command: Command, job: str, address: str) -> NodeConfig:
     handled = _signals(command)
     # By default workers find there what torchrun gives them, though this launcher handles more.
     environment = {**os.environ, "TORCHELASTIC_SIGNALS_TO_HANDLE": TORCH_SIGNALS if handled == SIGNALS else handled}
-    for name in (*OVERRIDES, *CHOSEN):
-        value = getattr(own, f"es_{name.replace('-', '_')}")
-        if value is not None:
-            environment[f"EVERSTEP_{name.replace('-', '_').upper()}"] = str(value)
+    environment |= overrides(own)
     if own.es_config:
         environment["EVERSTEP_CONFIG"] = own.es_config
     assert torch.logs_specs is not None
@@ -411,47 +402,27 @@ def _stop_on_signals(agent: NodeAgent, names: str, *, leaves: signal.Signals | N
 def coordinate(arguments: Sequence[str]) -> int:
     """`everstep coordinator`: a coordinator by itself, for one job."""
     parse = argparse.ArgumentParser(prog="everstep coordinator", description="Coordinate one job.")
-    parse.add_argument("--bind", default=f"127.0.0.1:{DEFAULT_PORT}", metavar="HOST:PORT")
+    parse.add_argument("--bind", default=f"127.0.0.1:{hosts.DEFAULT_PORT}", metavar="HOST:PORT")
     parse.add_argument("--nnodes", default="1", metavar="N or MIN:MAX")
     parse.add_argument("--rdzv-id", default="none")
     parse.add_argument("--max-restarts", type=int, default=0)
-    parse.add_argument("--es-stop-grace", **STOP_GRACE)
-    parse.add_argument("--es-quarantine", **QUARANTINE)
-    parse.add_argument("--es-events", metavar="FILE")
-    parse.add_argument("--es-store", **STORE)
-    parse.add_argument("--es-insecure-network", **INSECURE_NETWORK)
-    parse.add_argument("--es-metrics", **{**METRICS, "help": WATCHED})
-    parse.add_argument("--es-log", **{**LOG, "default": "text"})
+    add_coordinator_flags(parse, log="text")
+    parse.add_argument("--es-metrics", default="", metavar="HOST:PORT", help=WATCHED)
     own = parse.parse_args(list(arguments))
     logging.basicConfig(format="everstep: %(message)s", level=logging.INFO)
     try:
-        host, port = _endpoint(own.bind, "--bind")
+        at = _endpoint(own.bind, "--bind")
         low, high = node_range(own.nnodes)
-        config = Config(
-            min_nodes=low,
-            max_nodes=high,
-            max_restarts=own.max_restarts,
-            stop_grace_s=own.es_stop_grace,
-            **own.es_quarantine.config(),
-        )
         if own.es_events:
             _open_events(own.es_events).close()
         if own.es_insecure_network:
             os.environ[TRUST] = "1"
-        store = own.es_store or str(default_store(own.rdzv_id, host, port))
-        task = Task(
-            job=own.rdzv_id,
-            config=config,
-            host=host,
-            port=port,
-            store=store,
-            events=own.es_events or "",
-            metrics=own.es_metrics,
-            log=own.es_log,
-        )
+        store = own.es_store or str(default_store(own.rdzv_id, at.host, at.port))
+        nodes = {"min_nodes": low, "max_nodes": high, "max_restarts": own.max_restarts}
+        task = _task(own, own.rdzv_id, at, store, own.es_metrics, **nodes)
 
         def serves(port: int) -> None:
-            print(f"coordinator of job {own.rdzv_id} at {hosts.join(host, port)}", flush=True)
+            print(f"coordinator of job {own.rdzv_id} at {hosts.join(at.host, port)}", flush=True)
 
         asked = EndAsked()
         asked.listen()

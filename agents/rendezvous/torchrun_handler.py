@@ -37,7 +37,6 @@ from everstep.comms.control.rpc import channel_to
 BACKEND = "everstep"
 POLL_S = 0.2  # while a round forms
 CALL_S = 3.0
-DEFAULT_PORT = 29400
 GONE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)  # it may come back
 DEFAULTS = {
     "join_timeout": 600.0,  # until a round has formed, in seconds
@@ -225,6 +224,6 @@ def _settings(parameters: RendezvousParameters) -> dict[str, float]:
 
 def _endpoint(text: str) -> str:
     try:
-        return str(addresses.parse(text, port=DEFAULT_PORT))
+        return str(addresses.parse(text, port=addresses.DEFAULT_PORT))
     except addresses.BadAddress as error:
         raise ValueError(f"--rdzv-endpoint must be HOST:PORT of an `everstep coordinator`: {error}") from None

@@ -10,6 +10,8 @@ import ipaddress
 import socket
 from typing import Any, NamedTuple
 
+DEFAULT_PORT = 29400  # of a job's coordinator; torchrun's, too
+
 
 class BadAddress(ValueError):
     """A text that is no HOST:PORT."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
-import json
+import inspect
 import logging
 import os
 import random
@@ -14,9 +14,10 @@ import sys
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING
 from types import TracebackType
-from typing import Any, Concatenate, Literal, NoReturn, ParamSpec
+from typing import Any, Concatenate, NoReturn, ParamSpec, Unpack
 
 import numpy as np
 import torch
@@ -33,8 +34,11 @@ from everstep.elastic.contract.membership import AgentMembership, Membership, So
 from everstep.elastic.contract.notices import Notice, warn
 from everstep.elastic.contract.progress import Fault, Progress
 from everstep.elastic.contract.settings import (
+    SETTINGS,
+    Arguments,
     Settings,
     WorkerContext,
+    declared,
     resolve,
     threads,
 )
@@ -46,31 +50,7 @@ from .run import Run
 P = ParamSpec("P")
 
 
-def elastic(
-    *,
-    steps: int,
-    global_batch_size: int,
-    micro_batch_size: int,
-    stages: int = 1,
-    seed: int = 0,
-    protection: str = "parity",
-    node_losses: int = 1,
-    snapshot_every: int | Literal["auto"] = "auto",
-    snapshot_budget: float = 0.02,
-    on_loss: str = "checkpoint",
-    verify_every: int = 100,
-    on_corruption: str = "repair",
-    checkpoint: str = "",
-    checkpoint_every: int = 1000,
-    checkpoint_keep: int = 2,
-    checkpoint_keep_s: float = 0.0,
-    checkpoint_timeout: float = 300.0,
-    checkpoint_options: Mapping[str, Any] | None = None,
-    resume: str = "auto",
-    resume_hyperparameters: str = "checkpoint",
-    on_damage: str = "stop",
-    resume_data: str = "check",
-) -> Callable[[Callable[Concatenate[Run, P], Any]], Callable[P, None]]:
+def elastic(**arguments: Unpack[Arguments]) -> Callable[[Callable[Concatenate[Run, P], Any]], Callable[P, None]]:
     """Make `train(run, ...)` a job that survives lost workers: `@elastic(steps=..., ...)`.
 
     `steps`: optimizer steps in all. `global_batch_size`: samples a step; `micro_batch_size`: samples a forward, by
@@ -96,6 +76,8 @@ def elastic(
     runs alone. A mistake in these raises no traceback of ours: it ends the script with one line.
     """
 
+    SIGNATURE.bind(**arguments)
+
     def decorate(function: Callable[Concatenate[Run, P], Any]) -> Callable[P, None]:
         @functools.wraps(function)
         def main(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -108,31 +90,7 @@ def elastic(
                 leave_to_launcher()
                 _watch_collectives(membership, context)
             with _reported(membership, context):
-                declared = Settings(
-                    steps=steps,
-                    global_batch_size=global_batch_size,
-                    micro_batch_size=micro_batch_size,
-                    stages=stages,
-                    seed=seed,
-                    protection=protection,
-                    node_losses=node_losses,
-                    snapshot_every=0 if snapshot_every == "auto" else snapshot_every,
-                    snapshot_budget=snapshot_budget,
-                    on_loss=on_loss,
-                    verify_every=verify_every,
-                    on_corruption=on_corruption,
-                    checkpoint=checkpoint,
-                    checkpoint_every=checkpoint_every,
-                    checkpoint_keep=checkpoint_keep,
-                    checkpoint_keep_s=checkpoint_keep_s,
-                    checkpoint_timeout=checkpoint_timeout,
-                    checkpoint_options=json.dumps(dict(checkpoint_options or {})),
-                    resume=resume,
-                    resume_hyperparameters=resume_hyperparameters,
-                    on_damage=on_damage,
-                    resume_data=resume_data,
-                )
-                settings = resolve(declared)
+                settings = resolve(declared(arguments))
                 with _run(settings, context, membership) as run:
                     ending = _carried_out(lambda: function(run, *args, **kwargs))
                     if run.layout is None:
@@ -148,6 +106,20 @@ def elastic(
         return main
 
     return decorate
+
+
+SIGNATURE = inspect.Signature(
+    [
+        inspect.Parameter(
+            known.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if known.argument is MISSING else known.argument,
+            annotation=Arguments.__annotations__[known.name],
+        )
+        for known in SETTINGS
+    ]
+)
+elastic.__signature__ = SIGNATURE  # type: ignore[attr-defined]  # what help() and editors show
 
 
 LOST = 3  # exit status of a script that runs alone and could not save its last checkpoint

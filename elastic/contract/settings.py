@@ -10,53 +10,134 @@ import json
 import os
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple, Required, TypedDict
 
 from everstep.elastic.protocol.events import Begun
 
 from .errors import UsageError
 
 
+@dataclass(frozen=True)
+class About:
+    """What there is to know of a setting beside its name, type and default; `meaning` is Markdown, for users."""
+
+    meaning: str
+    more: str = ""  # what the reference adds
+    unit: str = ""  # of its value: steps, samples, seconds, ...
+    choices: tuple[str, ...] = ()
+    least: int | None = None
+    shown: str = ""  # how a default that stands for something else is written
+    instead: tuple[tuple[str, int | float | str], ...] = ()  # texts that stand for a value
+
+    @property
+    def plain(self) -> str:
+        """The meaning without Markdown, for a terminal."""
+        return self.meaning.replace("`", "")
+
+
+def setting(meaning: str, *, default: Any = MISSING, **about: Any) -> Any:
+    """A field of `Settings`, which needs no other declaration."""
+    return field(default=default, metadata={"about": About(meaning, **about)})
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """A run's settings. Batch sizes are in samples; `global_batch_size` is what one step consumes."""
+    """A run's settings: each is an argument of the decorator, a flag, a variable and a key of the settings file.
 
-    steps: int
-    global_batch_size: int
-    micro_batch_size: int
-    stages: int = 1
-    seed: int = 0
-    protection: str = "parity"  # what lost nodes are made up from: parity | replay | replicate | none
-    node_losses: int = 1  # how many nodes may be lost at once
-    snapshot_every: int = 0  # steps between versions that outlive nodes; 0: "auto"
-    snapshot_budget: float = 0.02  # of a step's time, for "auto"
-    on_loss: str = "checkpoint"  # when more is lost than is protected: checkpoint | neighbors | stop
-    verify_every: int = 100  # steps between comparisons of the replicas of a parameter; 0: never
-    on_corruption: str = "repair"  # of a replica that differs: repair | evict
-    checkpoint: str = ""  # the URL of the folder in which checkpoints are saved, and looked for; empty: none are
-    checkpoint_every: int = 1000  # steps
-    checkpoint_keep: int = 2  # how many are kept at least
-    checkpoint_keep_s: float = 0.0  # and for how long, if that is more
-    checkpoint_timeout: float = 300.0  # seconds without progress after which saving one is given up
-    checkpoint_options: str = "{}"  # of the fsspec file system, as JSON
-    resume: str = "auto"  # auto: from the newest there; never; or the URL of one to start from when there is none
-    resume_hyperparameters: str = "checkpoint"  # whose rates and other settings go on: checkpoint | script
-    on_damage: str = "stop"  # what is done about a damaged checkpoint: stop | older
-    resume_data: str = "check"  # of other data, or batch sizes, than the checkpoint was trained with: check | ignore
+    What is said of them here is what the command line's help and docs/reference.md say.
+    """
+
+    steps: int = setting("Optimizer steps in all.", unit="steps", least=1)
+    global_batch_size: int = setting("Samples per step.", unit="samples", least=1)
+    micro_batch_size: int = setting("Samples per forward; divides `global_batch_size`.", unit="samples", least=1)
+    stages: int = setting("Pipeline stages.", unit="stages", default=1, least=1)
+    seed: int = setting("Seed of the data order, dropout and initialisation.", default=0)
+    protection: str = setting(
+        'How the state survives lost nodes: `"parity"`, `"replicate"`, `"replay"` or `"none"`.',
+        more="See [below](#protection).",
+        default="parity",
+        choices=("parity", "replay", "replicate", "none"),
+    )
+    node_losses: int = setting("How many nodes may be lost at once.", unit="nodes", default=1, least=1)
+    snapshot_every: int = setting(
+        'Steps between the versions that outlive nodes; `"auto"`: as often as `snapshot_budget` allows.',
+        unit="steps",
+        default=0,
+        shown="auto",
+        instead=(("auto", 0),),
+    )
+    snapshot_budget: float = setting(
+        'The share of a step\'s time that protection may cost, for `"auto"`.', unit="of a step", default=0.02
+    )
+    on_loss: str = setting(
+        'When more is lost than is protected: return to the newest `"checkpoint"`, approximate the lost shards from '
+        '`"neighbors"` (lossy), or `"stop"`.',
+        default="checkpoint",
+        choices=("checkpoint", "neighbors", "stop"),
+    )
+    verify_every: int = setting(
+        "Steps between comparisons of the replicas of each parameter; 0: never.", unit="steps", default=100, least=0
+    )
+    on_corruption: str = setting(
+        'What happens to a replica that differs: `"repair"` or `"evict"`.',
+        default="repair",
+        choices=("repair", "evict"),
+    )
+    checkpoint: str = setting(
+        "The URL of the folder of this job's checkpoints.",
+        more="[Checkpoints](checkpoints.md) explains this and the next settings.",
+        unit="URL",
+        default="",
+    )
+    checkpoint_every: int = setting("Steps between checkpoints.", unit="steps", default=1000, least=1)
+    checkpoint_keep: int = setting("How many checkpoints are kept at least.", unit="checkpoints", default=2, least=1)
+    checkpoint_keep_s: float = setting(
+        "How long each is kept, if that is more, in seconds.", unit="seconds", default=0.0
+    )
+    checkpoint_timeout: float = setting(
+        "Seconds without progress after which a save is given up.", unit="seconds", default=300.0
+    )
+    checkpoint_options: str = setting(
+        "Options of the fsspec file system; JSON on the command line, in a variable and in the file.",
+        unit="JSON",
+        default="{}",
+    )
+    resume: str = setting(
+        '`"auto"`: resume from the newest checkpoint of the job; `"never"`; or the URL of a checkpoint to start from '
+        "when the job has none.",
+        unit="auto, never or URL",
+        default="auto",
+    )
+    resume_hyperparameters: str = setting(
+        'Whether the learning rates and other settings of the optimizer come from the `"checkpoint"` or the '
+        '`"script"`.',
+        default="checkpoint",
+        choices=("checkpoint", "script"),
+    )
+    on_damage: str = setting(
+        'A damaged checkpoint ends the job (`"stop"`), or the one before it is used (`"older"`).',
+        default="stop",
+        choices=("stop", "older"),
+    )
+    resume_data: str = setting(
+        'A checkpoint of another dataset, batch size or seed is refused (`"check"`) or continued (`"ignore"`).',
+        default="check",
+        choices=("check", "ignore"),
+    )
 
     def __post_init__(self) -> None:
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise UsageError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        for name, least in (("node_losses", 1), ("verify_every", 0), ("checkpoint_every", 1), ("checkpoint_keep", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise UsageError(f"{name} must be a whole number of at least {least}, got {value!r}")
-        every = self.snapshot_every
-        if not isinstance(every, int) or isinstance(every, bool) or every < 0:
-            raise UsageError(f'snapshot_every must be "auto" or a whole number of at least 1, got {every!r}')
+        for known in SETTINGS:
+            value, least = getattr(self, known.name), known.about.least
+            if known.about.choices and value not in known.about.choices:
+                raise UsageError(f"{known.name} must be one of {', '.join(known.about.choices)}, got {value!r}")
+            if least is not None and not (_is_whole(value) and value >= least):
+                raise UsageError(f"{known.name} must be a whole number of at least {least}, got {value!r}")
+        if not _is_whole(self.snapshot_every) or self.snapshot_every < 0:
+            raise UsageError(
+                f'snapshot_every must be "auto" or a whole number of at least 1, got {self.snapshot_every!r}'
+            )
         if not isinstance(self.snapshot_budget, int | float) or not 0 < self.snapshot_budget <= 10:
             raise UsageError(
                 f"snapshot_budget must be a share of a step's time, more than 0, such as 0.02; got "
@@ -71,10 +152,6 @@ class Settings:
                 raise ValueError("it is no object")
         except ValueError as error:
             raise UsageError(f"checkpoint_options must be a JSON object: {error}") from None
-        for name in ("steps", "global_batch_size", "micro_batch_size", "stages"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise UsageError(f"{name} must be a whole number of at least 1, got {value!r}")
         if self.global_batch_size % self.micro_batch_size:
             raise UsageError(
                 f"global_batch_size ({self.global_batch_size}) must be a multiple of micro_batch_size "
@@ -86,58 +163,118 @@ class Settings:
         return self.global_batch_size // self.micro_batch_size
 
 
-CHOICES = {
-    "protection": ("parity", "replay", "replicate", "none"),
-    "on_loss": ("checkpoint", "neighbors", "stop"),
-    "on_corruption": ("repair", "evict"),
-    "on_damage": ("stop", "older"),
-    "resume_data": ("check", "ignore"),
-    "resume_hyperparameters": ("checkpoint", "script"),
-}
-TEXTS = ("checkpoint", "checkpoint_options", "resume")
-NUMBERS = ("snapshot_budget", "checkpoint_keep_s", "checkpoint_timeout")
+class Arguments(TypedDict, total=False):
+    """The settings as arguments of the decorator, for type checkers; the defaults are those of `Settings`."""
+
+    steps: Required[int]
+    global_batch_size: Required[int]
+    micro_batch_size: Required[int]
+    stages: int
+    seed: int
+    protection: str
+    node_losses: int
+    snapshot_every: int | Literal["auto"]
+    snapshot_budget: float
+    on_loss: str
+    verify_every: int
+    on_corruption: str
+    checkpoint: str
+    checkpoint_every: int
+    checkpoint_keep: int
+    checkpoint_keep_s: float
+    checkpoint_timeout: float
+    checkpoint_options: Mapping[str, Any] | None
+    resume: str
+    resume_hyperparameters: str
+    on_damage: str
+    resume_data: str
+
+
+class Setting(NamedTuple):
+    """A setting, and where a user may give it."""
+
+    name: str
+    kind: str  # int, float or str
+    default: Any  # MISSING: it has to be given
+    about: About
+
+    @property
+    def flag(self) -> str:
+        """Of `everstep run`."""
+        return f"--es-{self.name.replace('_', '-')}"
+
+    @property
+    def variable(self) -> str:
+        """Of the environment."""
+        return f"EVERSTEP_{self.name.upper()}"
+
+    @property
+    def argument(self) -> Any:
+        """The default as the decorator has it."""
+        return self.about.shown or self.default
+
+    def parse(self, text: str, source: str) -> int | float | str:
+        """The value that a text stands for, which `source` gave. Raises UsageError."""
+        for written, value in self.about.instead:
+            if text == written:
+                return value
+        if self.kind == "float":
+            try:
+                return float(text)
+            except ValueError:
+                raise UsageError(f"{source} must be a number, got {text!r}") from None
+        return _whole(source, text) if self.kind == "int" else text
+
+
+SETTINGS = tuple(
+    Setting(field.name, str(field.type), field.default, field.metadata["about"]) for field in fields(Settings)
+)
+
+
+def declared(arguments: Arguments) -> Settings:
+    """The settings that the decorator's arguments are."""
+    given = _with_values(arguments)
+    if "checkpoint_options" in given:
+        given["checkpoint_options"] = json.dumps(dict(arguments["checkpoint_options"] or {}))
+    return Settings(**given)
 
 
 def resolve(declared: Settings) -> Settings:
     """The decorator's settings, overridden by file and environment."""
     overrides: dict[str, Any] = {}
     path = os.environ.get("EVERSTEP_CONFIG")
-    names = {field.name for field in fields(Settings)}
     if path:
-        overrides.update(_from_file(Path(path), names))
-    for name in names:
-        variable = f"EVERSTEP_{name.upper()}"
-        if variable in os.environ:
-            overrides[name] = _value(name, variable, os.environ[variable])
+        overrides.update(_from_file(Path(path)))
+    for known in SETTINGS:
+        if known.variable in os.environ:
+            overrides[known.name] = known.parse(os.environ[known.variable], known.variable)
     return replace(declared, **overrides)
 
 
-def _from_file(path: Path, names: set[str]) -> dict[str, Any]:
+def _from_file(path: Path) -> dict[str, Any]:
     try:
         table = tomllib.loads(path.read_text()).get("everstep", {})
     except OSError as error:
         raise UsageError(f"EVERSTEP_CONFIG names {path}, which cannot be read: {error.strerror}") from None
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{path} is not TOML: {error}") from None
-    unknown = sorted(set(table) - names)
+    unknown = sorted(set(table) - {known.name for known in SETTINGS})
     if unknown:
-        raise UsageError(f"{path}: unknown setting {unknown[0]!r} in [everstep]; there are {', '.join(sorted(names))}")
-    if table.get("snapshot_every") == "auto":
-        table["snapshot_every"] = 0
-    return dict(table)
+        there = ", ".join(sorted(known.name for known in SETTINGS))
+        raise UsageError(f"{path}: unknown setting {unknown[0]!r} in [everstep]; there are {there}")
+    return _with_values(table)
 
 
-def _value(name: str, variable: str, text: str) -> int | float | str:
-    if name in CHOICES or name in TEXTS:
-        return text
-    if name == "snapshot_every" and text == "auto":
-        return 0
-    if name in NUMBERS:
-        try:
-            return float(text)
-        except ValueError:
-            raise UsageError(f"{variable} must be a number, got {text!r}") from None
-    return _whole(variable, text)
+def _with_values(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with values for the texts that stand for one."""
+    instead = {(known.name, text): value for known in SETTINGS for text, value in known.about.instead}
+    return {
+        name: instead.get((name, value), value) if isinstance(value, str) else value for name, value in given.items()
+    }
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _whole(name: str, text: str) -> int:

@@ -41,7 +41,7 @@ class Job:
     optimizer: str = ""  # its type and settings, as text
     protection: str = "parity"  # parity | replay | replicate | none
     node_losses: int = 1  # how many nodes may be lost at once
-    on_loss: str = "stop"  # checkpoint | neighbors | stop
+    on_loss: str = "checkpoint"  # checkpoint | neighbors | stop
     checkpoints: bool = False  # whether it saves any
     on_damage: str = "stop"  # what is done about a damaged checkpoint: stop | older
     state_bytes: tuple[int, ...] = ()  # of each shard's record

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import ast
-import dataclasses
 import functools
-import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from everstep.agents.launch.command import parser
-from everstep.elastic.api.decorator import elastic
-from everstep.elastic.contract.settings import Settings
+from everstep.elastic.contract.settings import SETTINGS
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -102,36 +99,8 @@ def test_the_readme_and_the_index_link_every_page() -> None:
 def test_every_flag_of_ours_is_in_the_reference() -> None:
     text = REFERENCE.read_text()
     flags = {flag for action in parser()._actions for flag in action.option_strings if flag.startswith("--es-")}
-    assert len(flags) > len(dataclasses.fields(Settings))
+    assert len(flags) > len(SETTINGS)
     assert not [flag for flag in sorted(flags) if f"`{flag}`" not in text and f"`{flag} " not in text]
-
-
-def test_every_setting_is_in_the_reference_with_its_default() -> None:
-    rows = dict(re.findall(r"^\| `(\w+)` \| `--es-[a-z-]+` \| (.*?) \|", REFERENCE.read_text(), re.M))
-    assert set(rows) == {field.name for field in dataclasses.fields(Settings)}
-    for field in dataclasses.fields(Settings):
-        assert rows[field.name] in _shown(field), f"{field.name}: {rows[field.name]}"
-
-
-def test_the_decorator_has_the_defaults_of_the_settings() -> None:
-    spelled = {"snapshot_every": {"auto": 0}, "checkpoint_options": {None: "{}"}}
-    arguments = inspect.signature(elastic).parameters
-    assert set(arguments) == {field.name for field in dataclasses.fields(Settings)}
-    for field in dataclasses.fields(Settings):
-        default = arguments[field.name].default
-        expected = inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
-        assert spelled.get(field.name, {}).get(default, default) == expected, field.name
-
-
-def _shown(field: dataclasses.Field[object]) -> list[str]:
-    """How the default of a setting may stand in the table."""
-    if field.default is dataclasses.MISSING:
-        return ["required"]
-    if field.name == "snapshot_every":
-        return ['`"auto"`']
-    if isinstance(field.default, str):
-        return [f'`"{field.default}"`', f"`{field.default}`"] if field.default else ["none"]
-    return [f"{field.default:g}"] if isinstance(field.default, int | float) else []
 
 
 def test_every_event_is_in_the_reference() -> None:

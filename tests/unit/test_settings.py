@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
+import inspect
 import os
 from pathlib import Path
+from types import ModuleType
+from typing import get_type_hints
 
 import pytest
 
+import everstep
 from everstep import UsageError
-from everstep.elastic.contract.settings import Settings, WorkerContext, resolve
+from everstep.agents.launch.command import overrides, parser
+from everstep.elastic.api.decorator import elastic
+from everstep.elastic.contract.settings import SETTINGS, Arguments, Settings, WorkerContext, declared, resolve
+from everstep.elastic.protocol.events import Job
 
 DECLARED = Settings(steps=10, global_batch_size=8, micro_batch_size=2)
 
@@ -35,11 +44,149 @@ def test_environment_over_file_over_decorator(tmp_path, monkeypatch) -> None:
     assert resolve(DECLARED) == Settings(steps=30, global_batch_size=8, micro_batch_size=2, seed=5)
 
 
-def test_every_setting_has_a_variable(monkeypatch) -> None:
-    values = {"steps": 3, "global_batch_size": 12, "micro_batch_size": 3, "stages": 2, "seed": -1}
-    for name, value in values.items():
-        monkeypatch.setenv(f"EVERSTEP_{name.upper()}", str(value))
-    assert resolve(DECLARED) == Settings(**values)
+# name, type, default, choices: what users have in their scripts. The flag and the variable are made of the name.
+FROZEN = """
+steps int required
+global_batch_size int required
+micro_batch_size int required
+stages int 1
+seed int 0
+protection str 'parity' parity|replay|replicate|none
+node_losses int 1
+snapshot_every int 'auto'
+snapshot_budget float 0.02
+on_loss str 'checkpoint' checkpoint|neighbors|stop
+verify_every int 100
+on_corruption str 'repair' repair|evict
+checkpoint str ''
+checkpoint_every int 1000
+checkpoint_keep int 2
+checkpoint_keep_s float 0.0
+checkpoint_timeout float 300.0
+checkpoint_options str '{}'
+resume str 'auto'
+resume_hyperparameters str 'checkpoint' checkpoint|script
+on_damage str 'stop' stop|older
+resume_data str 'check' check|ignore
+"""
+GIVEN = {  # another value than the default for each, as text and as a value
+    "steps": ("3", 3),
+    "global_batch_size": ("12", 12),
+    "micro_batch_size": ("3", 3),
+    "stages": ("2", 2),
+    "seed": ("-1", -1),
+    "protection": ("replay", "replay"),
+    "node_losses": ("2", 2),
+    "snapshot_every": ("7", 7),
+    "snapshot_budget": ("0.5", 0.5),
+    "on_loss": ("stop", "stop"),
+    "verify_every": ("0", 0),
+    "on_corruption": ("evict", "evict"),
+    "checkpoint": ("/x", "/x"),
+    "checkpoint_every": ("9", 9),
+    "checkpoint_keep": ("5", 5),
+    "checkpoint_keep_s": ("1.5", 1.5),
+    "checkpoint_timeout": ("60", 60.0),
+    "checkpoint_options": ('{"a": 1}', '{"a": 1}'),
+    "resume": ("never", "never"),
+    "on_damage": ("older", "older"),
+    "resume_hyperparameters": ("script", "script"),
+    "resume_data": ("ignore", "ignore"),
+}
+
+
+def test_the_settings_are_these() -> None:
+    """What is frozen here is public: a change of it breaks the scripts and command lines of users."""
+    lines = []
+    for known in SETTINGS:
+        default = "required" if known.argument is dataclasses.MISSING else repr(known.argument)
+        lines.append(" ".join([known.name, known.kind, default, *filter(None, ["|".join(known.about.choices)])]))
+        assert known.flag == f"--es-{known.name.replace('_', '-')}"
+        assert known.variable == f"EVERSTEP_{known.name.upper()}"
+    assert lines == FROZEN.strip().splitlines()
+
+
+def test_a_setting_is_given_by_variable_flag_file_and_decorator(tmp_path, monkeypatch) -> None:
+    """Each of them, each way: all come to the same."""
+    expected = Settings(**{name: value for name, (_, value) in GIVEN.items()})
+    assert {known.name for known in SETTINGS} == set(GIVEN)
+    assert not [known.name for known in SETTINGS if getattr(expected, known.name) == known.default]
+    flags = [f"{known.flag}={GIVEN[known.name][0]}" for known in SETTINGS]
+    for name, text in overrides(parser().parse_args([*flags, "script.py"])).items():
+        monkeypatch.setenv(name, text)
+    assert resolve(DECLARED) == expected
+    for known in SETTINGS:
+        monkeypatch.delenv(known.variable)
+    lines = [f"{name} = {value!r}" for name, (_, value) in GIVEN.items()]
+    write(tmp_path / "all.toml", "\n".join(["[everstep]", *lines]), monkeypatch)
+    assert resolve(DECLARED) == expected
+    arguments = {name: value for name, (_, value) in GIVEN.items()} | {"checkpoint_options": {"a": 1}}
+    assert declared(Arguments(**arguments)) == expected
+
+
+def test_no_flag_gives_nothing() -> None:
+    assert overrides(parser().parse_args(["script.py"])) == {}
+
+
+@pytest.mark.parametrize(("flag", "text"), [("steps", "many"), ("snapshot-every", "often"), ("snapshot-budget", "x")])
+def test_a_flag_that_cannot_be_read_is_refused_at_once(flag: str, text: str, capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parser().parse_args([f"--es-{flag}={text}", "script.py"])
+    assert ended.value.code == 2
+    assert f"argument --es-{flag}: the value must be a " in capsys.readouterr().err
+
+
+def test_the_decorators_arguments_are_the_settings() -> None:
+    signature = inspect.signature(elastic)
+    assert list(signature.parameters) == [known.name for known in SETTINGS]
+    for known in SETTINGS:
+        default = signature.parameters[known.name].default
+        assert default == (inspect.Parameter.empty if known.argument is dataclasses.MISSING else known.argument)
+    assert list(get_type_hints(Arguments)) == [known.name for known in SETTINGS]
+    needed = {known.name for known in SETTINGS if known.default is dataclasses.MISSING}
+    assert {name for name, kind in Arguments.__annotations__.items() if "Required" in str(kind)} == needed
+    assert declared(Arguments(steps=10, global_batch_size=8, micro_batch_size=2)) == DECLARED
+    automatic = Arguments(steps=10, global_batch_size=8, micro_batch_size=2, snapshot_every="auto")
+    assert declared(automatic) == DECLARED
+
+
+def test_a_misspelled_argument_of_the_decorator_is_pythons_error() -> None:
+    with pytest.raises(TypeError, match="got an unexpected keyword argument 'stagez'"):
+        everstep.elastic(steps=1, global_batch_size=1, micro_batch_size=1, stagez=2)
+    with pytest.raises(TypeError, match="missing a required argument: 'steps'"):
+        everstep.elastic(global_batch_size=1, micro_batch_size=1)
+
+
+def test_what_a_worker_says_of_its_settings_has_their_defaults() -> None:
+    """`Job` is how the coordinator hears of them."""
+    same = {known.name: known.default for known in SETTINGS}
+    found = [field for field in dataclasses.fields(Job) if field.name in same]
+    fields = [field for field in found if field.default is not dataclasses.MISSING]
+    assert {"protection", "node_losses", "on_loss", "on_damage", "seed"} <= {field.name for field in fields}
+    assert {field.name: field.default for field in fields} == {field.name: same[field.name] for field in fields}
+
+
+@pytest.fixture(scope="module")
+def page() -> ModuleType:
+    """docs/settings.py, which is a script and in no package."""
+    path = Path(__file__).parents[2] / "docs" / "settings.py"
+    spec = importlib.util.spec_from_file_location("settings_page", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_table_in_the_reference_is_up_to_date(page) -> None:
+    text = page.PAGE.read_text()
+    assert text == page.page(text), "run python docs/settings.py"
+    assert '| `on_loss` | `--es-on-loss` | `"checkpoint"` |' in text
+
+
+def test_a_page_without_its_marks_is_refused(page) -> None:
+    with pytest.raises(ValueError, match="has no lines"):
+        page.page("# Reference\n")
 
 
 def test_a_file_without_our_table_says_nothing(tmp_path, monkeypatch) -> None:

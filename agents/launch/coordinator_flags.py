@@ -1,0 +1,52 @@
+"""The flags that say how a job is coordinated: those that `everstep run` and `everstep coordinator` share."""
+
+from __future__ import annotations
+
+import argparse
+
+from everstep.agents.monitoring.story import LOGS
+from everstep.elastic.protocol.state import Config
+
+from .quarantine_flag import policy
+
+WATCHED = "serve the job's web page (/) and its Prometheus metrics (/metrics) there"
+
+
+def add_coordinator_flags(group: argparse._ActionsContainer, *, log: str) -> None:
+    """Declare them; `log` is the default of --es-log."""
+    group.add_argument(
+        "--es-stop-grace",
+        type=float,
+        default=Config().stop_grace_s,
+        metavar="SECONDS",
+        help="how long a job that is told to stop may take to save a checkpoint",
+    )
+    group.add_argument(
+        "--es-quarantine",
+        type=policy,
+        default=policy("off"),
+        metavar="N/SECONDS[/SECONDS]",
+        help="keep a host out after N failures or slownesses within so many seconds, for as many, or for the second "
+        "number (off: never)",
+    )
+    group.add_argument(
+        "--es-store",
+        default="",
+        metavar="FILE or URL",
+        help="where the coordinator keeps its state: a file (SQLite), or etcd://HOST:PORT[,HOST:PORT...]",
+    )
+    group.add_argument(
+        "--es-events", default="", metavar="FILE", help="append every event of the job to FILE, one JSON a line"
+    )
+    group.add_argument(
+        "--es-log",
+        default=log,
+        choices=LOGS,
+        help="lines on standard error, from the node that has the coordinator: warnings and alarms, or every event of "
+        "importance as text or JSON",
+    )
+    group.add_argument(
+        "--es-insecure-network",
+        action="store_true",
+        help="bind addresses that other hosts reach, without certificates: for networks where everybody is trusted",
+    )
