@@ -20,7 +20,7 @@ from typing import Any
 from everstep.agents.analysis.health import judge
 from everstep.agents.base.patience import Wait
 from everstep.comms.base import addresses
-from everstep.comms.base.process import exit_status, host_id
+from everstep.comms.base.process import exit_status, host_id, runs_without_main_thread
 from everstep.comms.control import everstep_pb2 as pb
 from everstep.comms.control.attach import Aborted, Attachment, Broken
 from everstep.comms.control.telemetry_pb2 import AskSpans
@@ -32,6 +32,7 @@ from everstep.elastic.protocol.liveness import FLOOR_S, USER_S
 
 from . import checkup
 from .cgroups import OutOfMemory
+from .deaths import DeathWatch
 from .environment import (
     program_for,
     torch_environment,
@@ -60,6 +61,7 @@ SWEEP_S = 0.5
 ALONE_S = 2.0  # without a word from a coordinator: there may be none
 UNFIT_S = 5.0  # how long the answer is waited for that a node which is not fit to join gets
 END_GRACE_S = 3.0  # of an elastic worker; a classic one has `shutdown_timeout_s`
+REST_S = 3.0  # how long other threads of a worker may outlive its main thread
 
 
 class AgentError(Exception):
@@ -140,6 +142,7 @@ class NodeAgent:
         self._failures = Failures(config.role)
         self._local_ranks = LocalRanks(config.slots)
         self._memory = OutOfMemory()
+        self._deaths = DeathWatch()
         self._stop_why = ""
         self.signal = signal.SIGTERM  # that workers get when the job is stopped: torchrun passes its own on
         self._selector = selectors.DefaultSelector()
@@ -177,6 +180,7 @@ class NodeAgent:
         try:
             self._watch_preloader()
             self._selector.register(self.link.wake_fd, selectors.EVENT_READ, self._link_woke)
+            self._selector.register(self._deaths, selectors.EVENT_READ, self._main_threads_ended)
             self.link.start(self._new_name())
             self._gatherer.start()
             while not self._done():
@@ -234,6 +238,7 @@ class NodeAgent:
         self.config.logs.close()
         self._stores.close()
         self._selector.close()
+        self._deaths.close()
         self.link.close()
 
     def _end_keeper(self) -> None:
@@ -365,6 +370,7 @@ class NodeAgent:
         self._local_ranks.give([item.rank for item in message.workers], running)
         for item in message.workers:
             worker = WorkerProcess.prepare(WorkerId(item.rank, item.incarnation))
+            self._deaths.prepare(worker)
             worker.local_rank = self._local_ranks[item.rank]
             self.workers[worker.id] = worker
             self._gatherer.watch(worker.id, worker.page_fd, message.group_world_size)
@@ -377,7 +383,7 @@ class NodeAgent:
         deadline_s = time.monotonic() + self.config.shutdown_timeout_s
         for item in message.workers:
             worker = self.workers.get(WorkerId(item.rank, item.incarnation))
-            if worker is not None:
+            if worker is not None and not worker.lost:
                 worker.silent, worker.deadline_s = True, deadline_s
                 worker.terminate()
 
@@ -478,12 +484,16 @@ class NodeAgent:
             return True
 
     def _fork_waiting(self) -> None:
-        """Fork what can be: workers of a restart wait until those of the last attempt are gone."""
-        if self._preloader is None or not self._preloader.ready or any(w.silent for w in self.workers.values()):
+        """Fork what can be. New workers wait until those before them are gone: their memory, ports and devices too."""
+        if self._preloader is None or not self._preloader.ready or self._ending():
             return
         waiting, self._waiting = self._waiting, []
         for worker, start in waiting:
             self._fork(self._preloader, worker, start)
+
+    def _ending(self) -> bool:
+        """Whether workers that were ended, or are lost, are not gone yet."""
+        return any(worker.silent or worker.lost for worker in self.workers.values())
 
     def _fork(self, preloader: Preloader, worker: WorkerProcess, start: pb.StartWorkers) -> None:
         config = self.config
@@ -571,19 +581,35 @@ class NodeAgent:
         elif registered is not None and registered.events != events:
             self._selector.modify(channel, events, registered.data)
 
+    def _main_threads_ended(self) -> None:
+        """Main threads of workers have ended. With a failure, the worker is lost: say so before its process is gone.
+
+        With status 0 nothing is in a hurry, and other threads may go on: the pidfd tells when they have ended too.
+        """
+        for end in self._deaths.ended():
+            worker = self.workers.get(end.worker)
+            if worker is None or worker.gone:
+                continue  # its pidfd tells
+            worker.main_ended_s = end.at_s
+            if end.status:
+                worker.status, worker.ended_s, worker.lost = end.status, end.at_s, True
+                self._pass_lines(worker)
+                self._report_death(worker)
+
     def _ended(self, worker: WorkerProcess) -> None:
-        """A worker process is gone: say so at once, with what it was doing."""
-        worker.ended_s = time.monotonic()
+        """A worker process is gone: say so at once, with what it was doing, unless that was said already."""
         if worker.pidfd >= 0:
             self._selector.unregister(worker.pidfd)
         with contextlib.suppress(KeyError, ValueError):
             self._selector.unregister(worker.channel)
         self._pass_lines(worker)
         self._learn_status(worker)
-        del self.workers[worker.id]
-        if not worker.silent and self.outcome is None:
+        if not worker.lost:
+            worker.ended_s = time.monotonic()
             self._report_death(worker)
+        del self.workers[worker.id]
         self._gatherer.ended(worker.id)
+        self._deaths.forget(worker.id)
         worker.close()
         self._fork_waiting()
 
@@ -600,6 +626,8 @@ class NodeAgent:
             self._preloader_spoke()
 
     def _report_death(self, worker: WorkerProcess) -> None:
+        if worker.silent or self.outcome is not None:
+            return
         reading = worker.reading()
         if worker.status != 0:
             status = worker.status if worker.status is not None else -int(signal.SIGKILL)
@@ -641,7 +669,7 @@ class NodeAgent:
                 f"this node has no word from a coordinator at {where}; training goes on, and its workers are stopped "
                 f"after {limit_s:g} s without progress"
             )
-        if any(worker.silent for worker in self.workers.values()):
+        if self._ending():
             return "this node waits for workers of the last attempt to end"
         if self._waiting:
             return "this node waits for the process that its workers are forked from, which imports --es-preload"
@@ -676,9 +704,22 @@ class NodeAgent:
             )
             self._obtain_keeper()  # on the same port and name: workers hand it their segments again
         for worker in self.workers.values():
+            self._deaths.look(worker)
             if worker.deadline_s and now > worker.deadline_s:
                 worker.kill("it did not end when asked to")
-        self._hang_watch.look(self.workers.values(), now)
+            if worker.main_ended_s and now - worker.main_ended_s > REST_S:
+                self._end_rest(worker)
+        self._hang_watch.look([worker for worker in self.workers.values() if not worker.main_ended_s], now)
+
+    def _end_rest(self, worker: WorkerProcess) -> None:
+        """End what goes on of a worker whose main thread has ended, if it is lost or was to train.
+
+        One that a signal has killed needs no other: the kernel is busy with it.
+        """
+        trains = worker.elastic and worker.reading().phase is not Phase.AFTER
+        killed = worker.status is not None and worker.status < 0
+        if (worker.lost or trains) and not killed and runs_without_main_thread(worker.pid):
+            worker.kill("its main thread has ended, and other threads have not")
 
     def _warn(self, worker: WorkerProcess, notice: Notice, text: str) -> None:
         """A warning about a worker, for all who watch the job."""

@@ -37,6 +37,7 @@ from everstep.comms.base.process import (
     process_name,
     rename_process,
 )
+from everstep.elastic.contract.robust_mutex import hold
 from everstep.elastic.contract.settings import WorkerContext
 
 from .compiler import defer_compiler, load_compiler
@@ -190,6 +191,7 @@ class Preloaded:
     def _become_worker(self, request: dict[str, Any], fds: list[int]) -> None:
         code = 1
         try:
+            hold(fds[1])
             die_with_parent()
             os.setsid()  # as torchrun has it: what a terminal's or a shell's signals reach is the launcher
             adopt_orphans()

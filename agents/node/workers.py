@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import select
 import signal
 import time
 from dataclasses import dataclass, field
@@ -43,6 +44,8 @@ class WorkerProcess:
     local_rank: int = 0
     error_file: str = ""
     ended_s: float = 0.0
+    main_ended_s: float = 0.0  # its main thread has ended since then; its process may not be gone
+    lost: bool = False  # its end was reported; its memory, ports and devices are free only when it is gone
     pulse: Pulse = field(default_factory=lambda: Pulse(0, time.monotonic()))
     vitals: Vitals = field(default_factory=lambda: Vitals(0))
     looked_s: float = 0.0  # when the kernel was asked last
@@ -69,6 +72,11 @@ class WorkerProcess:
 
     def reading(self) -> Reading:
         return read_page(self.page)
+
+    @property
+    def gone(self) -> bool:
+        """Whether its process has ended with all that is its own: nothing of it writes anywhere any more."""
+        return self.pidfd < 0 or bool(select.select([self.pidfd], [], [], 0)[0])
 
     def moves(self) -> None:
         """Its counter has moved: forget what was thought of it while it stood still."""
@@ -105,7 +113,7 @@ class WorkerProcess:
 
         An elastic one ends its own: it would take a process that fetches data, and dies, for a failure.
         """
-        if self.pidfd < 0:
+        if self.pidfd < 0 or self.lost:
             return
         with contextlib.suppress(ProcessLookupError):  # it has just been forked, and has no group; or it is gone
             if not self.elastic:

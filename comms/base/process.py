@@ -7,11 +7,13 @@ import ctypes
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
+_PF_EXITING = 4  # a flag of a thread that ends (linux/sched.h)
 _libc = ctypes.CDLL(None, use_errno=True)
 
 NOTICES = (signal.SIGUSR1, signal.SIGUSR2)  # what schedulers are told to send some time before they end a job
@@ -86,12 +88,42 @@ def rename_process(name: str) -> None:
 
 
 def exit_status(pid: int) -> int | None:
-    """That of a process which nobody has reaped yet, as `subprocess` has it (proc(5), stat); None if there is none."""
+    """That of a process which nobody has reaped yet, as `subprocess` has it (proc(5), stat).
+
+    Known as soon as the main thread ends, which other threads may outlive. None while it runs, or if there is none.
+    """
+    fields = _stat(f"/proc/{pid}")
+    return os.waitstatus_to_exitcode(int(fields[-1])) if fields and _ends(fields) else None
+
+
+def runs_without_main_thread(pid: int) -> bool:
+    """Whether other threads of a process go on after its main thread has ended, and nothing ends them."""
+    if exit_status(pid) is None:
+        return False
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        others = [task for task in Path(f"/proc/{pid}/task").iterdir() if task.name != str(pid)]
+        return any(not _killed(other) for other in others if (fields := _stat(str(other))) and not _ends(fields))
+    except OSError:  # it is gone
+        return False
+
+
+def _stat(folder: str) -> list[str]:
+    """What proc(5) calls stat, from the state on; empty if the process or thread is gone."""
+    try:
+        return Path(f"{folder}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
-        return None
-    return os.waitstatus_to_exitcode(int(fields[-1])) if fields[0] == "Z" else None
+        return []
+
+
+def _ends(stat: Sequence[str]) -> bool:
+    return stat[0] in ("Z", "X") or bool(int(stat[6]) & _PF_EXITING)
+
+
+def _killed(task: Path) -> bool:
+    """Whether a thread has SIGKILL pending, as all of a process have that ends as a whole."""
+    lines = (task / "status").read_text().splitlines()
+    pending = next(int(line.split()[1], 16) for line in lines if line.startswith("SigPnd:"))
+    return bool(pending >> (signal.SIGKILL - 1) & 1)
 
 
 def leave(status: int) -> NoReturn:

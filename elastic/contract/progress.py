@@ -4,6 +4,7 @@ The same memory has, after the page, the ring of what the worker spends its time
 
 The counter rises with everything the worker does, and while it waits; a counter that stands still is a hung worker.
 What stands in the page outlives a killed worker: the agent reads there what it was doing.
+The page also has the mutex that the worker's main thread holds (`robust_mutex`).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import psutil
 from everstep.elastic.protocol.liveness import Pace
 from everstep.elastic.protocol.waiting import Spoken
 
+from . import robust_mutex
 from .telemetry import SHARED_BYTES, Spent, Telemetry
 
 _PAGE = struct.Struct("<QqqqqQ")  # counter, step, phase, finished micro-batches, pace, time of an injected fault (ns)
@@ -151,6 +153,7 @@ class Progress:
         self.damage: Callable[[str], None] = lambda kind: None
         self._write()
         if fd is not None:  # signals reach the handler also while the interpreter is held
+            robust_mutex.hold(fd)  # again, if the worker has become another program
             self._stacks = os.dup(fd)
             os.lseek(self._stacks, STACKS_OFFSET, os.SEEK_SET)
             faulthandler.register(STACKS_SIGNAL, self._stacks, all_threads=True)
