@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
 import os
+import signal
 import socket
 import subprocess
 import time
@@ -13,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 from processes import PEERS, start, stop, wait_until_file
 from workload import Job
 
@@ -136,6 +139,7 @@ class Everstep(System):
     def start(self) -> None:
         self.patience_s = 10.0
         flags = ["--standalone", f"--nproc-per-node={self.job.workers}", "--es-events", str(self.events_path)]
+        flags += self.job.option("flags", [])
         command = ["-m", "everstep", "run", *flags, str(PEERS / "everstep_worker.py"), str(self.path)]
         self.children = [start(command, self.log)]
 
@@ -177,6 +181,63 @@ class Unprotected(Protected):
     """The same two nodes; a lost one would take its shards along."""
 
     protection = "none"
+
+
+class EverstepNodes(Everstep):
+    """A coordinator, and a node of one worker for each worker of the job; every version outlives a node."""
+
+    def start(self) -> None:
+        self.patience_s = 10.0
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            self.endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
+        self.nnodes = f"--nnodes=1:{self.job.workers}"
+        command = ["-m", "everstep", "coordinator", f"--bind={self.endpoint}", self.nnodes]
+        store = [f"--es-store={self.folder / 'store.sqlite'}", f"--es-events={self.events_path}"]
+        self.children = [start([*command, *store], self.log)]
+        self.nodes: dict[int, subprocess.Popen[bytes]] = {}
+        self.stopped: set[int] = set()
+        for number in range(self.job.workers):
+            self._start_node(number)
+
+    def _start_node(self, number: int) -> None:
+        flags = ["--rdzv-backend=everstep", f"--rdzv-endpoint={self.endpoint}", "--rdzv-conf=is_host=false"]
+        flags += [self.nnodes, "--nproc-per-node=1", f"--local-addr=127.0.0.{10 + number}", "--es-snapshot-every=1"]
+        script = [str(PEERS / "everstep_worker.py"), str(self.path)]
+        self.nodes[number] = start(["-m", "everstep", "run", *flags, *self.job.option("flags", []), *script], self.log)
+
+    def _processes(self, number: int) -> list[psutil.Process]:
+        launcher = psutil.Process(self.nodes[number].pid)
+        return [launcher, *launcher.children(recursive=True)]
+
+    def node_of(self, worker: int) -> int:
+        """The node that runs this worker process."""
+        parents = {process.pid for process in psutil.Process(worker).parents()}
+        return next(number for number, launcher in self.nodes.items() if launcher.pid in parents)
+
+    def signal(self, number: int, sent: signal.Signals) -> None:
+        """To all processes of a node, also to those that they start meanwhile if they are to stop."""
+        reached: set[int] = set()
+        while new := [process for process in self._processes(number) if process.pid not in reached]:
+            for process in new:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.send_signal(sent)
+                reached.add(process.pid)
+            if sent == signal.SIGKILL:
+                break
+        self.stopped.add(number)
+
+    def restart(self) -> None:
+        """Start what was stopped, killed or has left again."""
+        for number, launcher in list(self.nodes.items()):
+            if number in self.stopped or launcher.poll() is not None:
+                stop(launcher, patience_s=0.0)
+                self._start_node(number)
+        self.stopped.clear()
+
+    def stop(self) -> None:
+        for launcher in self.nodes.values():
+            stop(launcher, patience_s=0.0)
+        super().stop()
 
 
 def versions() -> dict[str, str | float | None]:

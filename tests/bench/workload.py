@@ -35,6 +35,7 @@ class Job:
     dropout: float = 0.0
     learning_rate: float = 1e-3
     seed: int = 0
+    ballast_mib: int = 0  # memory that each worker holds besides
     digests: bool = True  # stamp a digest of the parameters with every step
     options: dict[str, Any] | None = None  # what only one system understands
 
@@ -123,6 +124,14 @@ def share_of(job: Job, rank: int) -> range:
     """The micro-batches of one data-parallel rank."""
     each = job.micro_batches // job.workers
     return range(rank * each, (rank + 1) * each)
+
+
+def ballast(job: Job) -> bytearray:
+    """Memory that is resident, for as long as this is kept."""
+    held = bytearray(job.ballast_mib << 20)
+    for start in range(0, len(held), 4096):
+        held[start] = 1
+    return held
 
 
 def warm_up(job: Job) -> None:

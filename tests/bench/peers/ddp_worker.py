@@ -10,7 +10,7 @@ import torch.distributed as dist
 from processes import die_with_parent
 from stamps import Stamper
 from torch.nn.parallel import DistributedDataParallel
-from workload import Data, accumulate, build, digest, job_of_command_line, share_of, warm_up
+from workload import Data, accumulate, ballast, build, digest, job_of_command_line, share_of, warm_up
 
 
 def main() -> None:
@@ -32,6 +32,7 @@ def main() -> None:
     # DDP lays its buckets out anew after the first step of a process, and gloo's sums depend on the layout: a job that
     # goes on from a checkpoint does not repeat its bits, unless option "ddp" is {"find_unused_parameters": True}.
     wrapped = DistributedDataParallel(model, **job.option("ddp", {}))
+    _held = ballast(job)
     stamper = Stamper(job.folder, rank)
     for step in range(first, job.steps):
         optimizer.zero_grad()

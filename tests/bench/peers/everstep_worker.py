@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from stamps import Stamper
-from workload import Data, build, digest, job_of_command_line
+from workload import Data, ballast, build, digest, job_of_command_line
 
 import everstep
 from everstep.demo.model import next_byte_loss
@@ -20,6 +20,7 @@ JOB = job_of_command_line()
 )
 def train(run: everstep.Run) -> None:
     model, optimizer = build(JOB)
+    _held = ballast(JOB)
     stamper = Stamper(JOB.folder, run.rank)
     for step in run.steps(model, optimizer, Data(JOB).text, loss_fn=next_byte_loss):
         found = {"digest": digest(model)} if JOB.digests else {}

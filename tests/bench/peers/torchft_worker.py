@@ -24,7 +24,7 @@ from torch import nn
 from torch.distributed import TCPStore
 from torchft import Manager, ProcessGroupGloo
 from torchft.coordination import LighthouseServer
-from workload import Data, Job, accumulate, build, digest, job_of_command_line, share_of, warm_up
+from workload import Data, Job, accumulate, ballast, build, digest, job_of_command_line, share_of, warm_up
 
 
 def main() -> None:
@@ -73,6 +73,7 @@ def train(job: Job, replica: int) -> None:
         init_sync=False,  # every replica is built from the same seed
         **{name: timedelta(seconds=value) for name, value in timeouts.items()},
     )
+    _held = ballast(job)
     stamper = Stamper(job.folder, replica)
     wait_until_file(Path(job.folder) / "go", timeout_s=120)
     while (step := manager.current_step()) < job.steps:
