@@ -40,6 +40,7 @@ from .resume import CheckpointStates
 
 KEEPER_PATIENCE_S = 5.0  # how long a keeper that cannot be reached is waited for: it may be starting again
 ANSWERED_PATIENCE_S = 1.0  # how long shards that all keepers say they lack are: a worker may be writing them
+FETCH_AGAIN_S = 0.02  # between two times that keepers are asked for what they lack
 _GUIDE = Key(Kind.SWITCH, 0)
 
 
@@ -383,8 +384,7 @@ class Recovery:
                 found[index] = (version, [data])
         started = time.monotonic()
         told = False
-        while len(found) < len(missing):
-            absent = [index for index in missing if index not in found]
+        while absent := [index for index in missing if index not in found]:
             sources = Sources(self.keepers, self.token, self._patient)
             try:
                 found.update(sources.fetch(absent, version, replay=True))
@@ -392,13 +392,15 @@ class Recovery:
                 sources.close()
                 for item in sources.damage:
                     self.engine.membership.tell("corruption", generation=plan.generation, **item)
+            if len(found) == len(missing):
+                break
             patience_s = KEEPER_PATIENCE_S if sources.unreachable else ANSWERED_PATIENCE_S
-            if len(found) < len(missing) and not told and time.monotonic() - started > patience_s:
+            if not told and time.monotonic() - started > patience_s:
                 told = True
                 gone = [index for index in missing if index not in found]
                 self.engine.membership.tell("lacking", generation=plan.generation, version=version, shards=gone)
             self._patient()
-            time.sleep(0.02)
+            time.sleep(FETCH_AGAIN_S)
         return found
 
     def _patient(self) -> None:
