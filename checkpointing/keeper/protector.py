@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from everstep.checkpointing.access.client import KeeperClient, KeeperRefused
 from everstep.checkpointing.memory.segment import checksum_of
+from everstep.comms.base.process import let_compute_go_first
 
 from .keeper import Keeper, Membership
 from .parity import Block, ParityStore
@@ -41,7 +42,7 @@ class Protector:
         self._complete = (0, -1)
         self._before = (0, -1)  # what was complete in the last generation that had anything
         self._clients: dict[tuple[str, int], KeeperClient] = {}
-        self._pool = ThreadPoolExecutor(64, thread_name_prefix="everstep-parity")
+        self._pool = ThreadPoolExecutor(64, "everstep-parity", initializer=let_compute_go_first)
         threading.Thread(target=self._run, name="everstep-protector", daemon=True).start()
 
     # ------------------------------------------------------------ what workers ask
@@ -79,6 +80,7 @@ class Protector:
     # ------------------------------------------------------------ the work
 
     def _run(self) -> None:
+        let_compute_go_first()
         while True:
             with self._keeper.changed:
                 while not self._wanted:

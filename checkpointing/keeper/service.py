@@ -23,7 +23,7 @@ from everstep.checkpointing.memory.segment import Entry
 from everstep.checkpointing.saving.part import SaveRequest
 from everstep.checkpointing.saving.saver import Saver
 from everstep.comms.base import addresses
-from everstep.comms.base.process import leave_signals_to_launcher
+from everstep.comms.base.process import leave_signals_to_launcher, let_compute_go_first
 from everstep.comms.base.security import Security, SecurityError, own
 from everstep.resharding.placement import Placement
 
@@ -33,7 +33,6 @@ from .protector import Protector
 
 GREETING_BYTES, GREETING_S = 4096, 10.0  # of who has not shown the token yet
 STRANGERS = 256  # such connections at a time
-NICENESS = 10  # compute goes first on a busy machine
 WAIT_SLICE_S = 0.1
 
 
@@ -164,6 +163,7 @@ class KeeperServer:
             while line := reader.line():
                 request = json.loads(line)
                 if request["op"] == "collect":
+                    let_compute_go_first()
                     self._collect(connection, request)
                 elif local and request["op"] == "adopt":
                     self._adopt(connection, request["node"], reader)
@@ -312,8 +312,6 @@ def main() -> None:
     parser.add_argument("--linger", type=float, default=0.0)
     arguments = parser.parse_args()
     leave_signals_to_launcher()
-    with contextlib.suppress(OSError):
-        os.nice(NICENESS)
     token = os.environ.pop("EVERSTEP_TOKEN")
     try:
         keeper, leash = Keeper(arguments.node), Leash(arguments.linger)

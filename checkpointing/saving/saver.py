@@ -21,7 +21,7 @@ from typing import Any
 from everstep.checkpointing.access.client import KeeperClient, KeeperRefused
 from everstep.checkpointing.universal.manifest import CheckpointError
 from everstep.checkpointing.universal.store import StoreError
-from everstep.comms.base.process import leave_signals_to_launcher, own_command
+from everstep.comms.base.process import leave_signals_to_launcher, let_compute_go_first, own_command
 
 from .part import (
     Gone,
@@ -56,6 +56,7 @@ class Saver:
         threading.Thread(target=self._feed, args=(request,), name="everstep-save", daemon=True).start()
 
     def _feed(self, request: SaveRequest) -> None:
+        let_compute_go_first()
         try:
             with self._feeding:
                 process = self._process or self._start()
