@@ -158,7 +158,6 @@ class Batches:
         else:
             self._gradients.check(engine.stack.layers[0])
         engine.adjustments.notice(state.step)
-        state.todo.remove(span)
         engine.pipeline.harvest(state, span, {0: engine.pipeline.take_statistics(0)})
         engine.progress.telemetry.span(Spent.COMPUTE, self._handed_out_ns, micro_batch=span.micro_batch)
         engine.progress.mark(Phase.COMPUTE, state.step, finished=len(state.held))

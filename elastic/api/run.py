@@ -209,7 +209,7 @@ class Run:
                         self._progress.leave()
                         return
                 else:
-                    self._guarded(_one_step, engine)
+                    self._guarded(engine.run_step)
         except GeneratorExit:
             engine.leave_loop()
             raise
@@ -367,7 +367,7 @@ class Run:
         }
         self._engine = engine
         token, node = (context.token, context.node) if context else ("", "")
-        self._recovery = Recovery(engine, token, node, fresh=True)
+        self._recovery = Recovery(engine, token, node)
         engine.committed = self._recovery.committed
         values = state_digest(model.state_dict())
         self._note_replacement(engine, values)
@@ -410,7 +410,7 @@ class Run:
         if begun is None:
             return
         if values != begun.values:
-            engine.pristine = False
+            engine.seeded = False
             warn(
                 self._membership,
                 Notice.REPLACEMENT_VALUES,
@@ -514,15 +514,8 @@ class Run:
 
     def _switch(self) -> None:
         """Enter the generation of a join or leave that everybody agreed on."""
-        engine, recovery = self._trained(), self._recovery
-        assert recovery is not None
-        assert engine.switch is not None
-        engine.settle()
-        orders, engine.switch = engine.switch, None
-        if engine.rank in orders.plan.leaving:
-            recovery.leave(orders)
-        else:
-            recovery.carry_out(orders)
+        assert self._recovery is not None
+        self._recovery.switch()
 
     def _finish(self) -> None:
         """The user's function is over: help the others until they are there too, and training is over."""
@@ -554,16 +547,11 @@ class Run:
                 "a lost node took the last steps with it after the training loop had ended: only the loop "
                 "can compute them again; use run.steps(...), or protect every step (snapshot_every=1)"
             )
-        self._guarded(_one_step, engine)
+        self._guarded(engine.run_step)
 
     def _wait_for_end(self) -> bool:
         with self._progress.waiting("the other ranks, whose training function has not returned"):
             return self._membership.wait_for_end(self._progress.tick)
-
-
-def _one_step(engine: Engine) -> None:
-    engine.compute()
-    engine.complete()
 
 
 def _no_loss(output: Any, targets: Any) -> Tensor:

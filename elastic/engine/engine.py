@@ -1,9 +1,9 @@
-"""The engine of a worker: carries training from one committed version to the next.
+"""The engine of a worker: carries out the instructions of the worker's state machine that make up a step.
 
-    compute -> reduce -> agree -> update -> commit
+    compute -> reduce -> agree -> update -> publish -> commit
 
-A call that waits raises `Aborted` when the generation ends; `Recovery` then brings this rank and the others to one
-version again, and the same calls are made again: what is done already is not done twice.
+What waits for other ranks raises `Aborted` when the generation ends; `Recovery` then tells the machine so, and carries
+out the instructions that bring this rank and the others to one version again.
 """
 
 from __future__ import annotations
@@ -61,13 +61,18 @@ from everstep.elastic.holding.watch import (
     differing_bits,
 )
 from everstep.elastic.holding.zero import ShardedOptimizer
+from everstep.elastic.protocol import worker as w
 from everstep.elastic.step.canonical import sum_scalars
 from everstep.elastic.step.data import DataSource, Key
 from everstep.elastic.step.exchange import Exchange
 from everstep.elastic.step.pipeline import Pipeline
 from everstep.elastic.step.steps import StepState
 from everstep.resharding.layout import Layout
+from everstep.resharding.plan import Plan
 from everstep.resharding.units import Shard
+from everstep.resharding.work import Work
+
+from .driver import Driver
 
 # What a rank waits for beside other ranks, in words that follow "waits for".
 SNAPSHOT = "its snapshot to be copied to keeper memory"
@@ -75,7 +80,6 @@ PARITY = "the keepers of its parity group to hold the last version"
 SAVES = "checkpoints that are being saved"
 DECISION = "the coordinator to begin a new generation"
 PACE = 0.3  # of a step's time, over which its snapshot is spread
-_SLACK = 1  # micro-batches in flight beyond 1F1B's: hides the latency of links and uneven stages
 
 
 @dataclass(frozen=True)
@@ -135,33 +139,80 @@ class Engine:
         self.on_commit: list[Callable[[], None]] = []  # the scheduler's step
         self.adjustments = Adjustments(optimizer, stack)
         self.skip_nonfinite = False  # whether a step whose gradient is not finite is left out
-        self.version = 0
-        self.layout: Layout | None = None
+        self.worker = Driver(w.new_worker(comm.rank, stack.spec, settings.steps))
         self.state: StepState | None = None
-        self.owned: set[int] = set()  # shards held in good order at `owned_version`
-        self.owned_version = 0
-        self.pristine = True  # every value is still as it was made from the seed
-        self.values_version = 0  # -1 while values are being replaced
-        self.agreed = -1
-        self.agreement = ""
-        self.switch: Orders | None = None  # a join that everybody agreed to enter before the next step
+        self.orders: dict[int, Orders] = {}  # of plans that are known here, by generation
+        self.seeded = True  # the script has built its model from the seed, and loaded nothing into it
         self.gradients: dict[int, Tensor] = {}  # reduced, of the shards owned here; in keeper memory
         self.looping = False  # the user's own loop has asked for its first micro-batch
         self.results: list[Step] = []  # committed, not yet shown to the user
         self._loss_trusted = True  # no warning yet
         self.shown = -1  # the last step that was, or will be, shown: none is shown twice
         self.turn: Step | None = None  # what the user's code has been shown, and is at
-        self.leave_at: int | None = None  # the version at which the user's code has left the loop
         self.after_leaving: dict[str, Any] | None = None  # how it had left things then
         self.birth: dict[str, Any] = {}  # hyper-parameters and registered states before the first step
         self._stopping: signal.Signals | None = None  # a script that runs alone is to end
         self._registered_at: dict[int, dict[str, Any]] = {}  # step -> states of what the user registered, at its end
+        self.worker.carries(
+            {
+                w.Compute: self._compute,
+                w.Reduce: self._reduce,
+                w.Agree: self._agree,
+                w.AdoptAgreement: lambda it: self.protection.adopt(json.loads(it.agreement)),
+                w.ForgetSnapshots: lambda it: self.snapshots.forget(nodes=self.protection.nodes),
+                w.RunOptimizer: lambda it: self.update(it.agreement),
+                w.Publish: self._publish,
+                w.CommitStep: self._commit,
+                w.BeginStep: self._begin_step,
+                w.Protect: lambda it: self.protect(anyway=True),
+                w.TellCommitted: lambda it: self._tell_committed(json.loads(it.agreement), it.agreement, it.generation),
+                w.TellIdled: lambda it: self.membership.tell("idled", generation=it.generation),
+                w.TellLeft: self._tell_left,
+                w.Conclude: self._conclude,
+            }
+        )
 
-    # ------------------------------------------------------------ one step
+    # ------------------------------------------------------------ what the state machine knows
 
     @property
     def rank(self) -> int:
         return self.comm.rank
+
+    @property
+    def version(self) -> int:
+        """How many steps are committed here."""
+        return self.worker.state.version
+
+    @property
+    def layout(self) -> Layout | None:
+        """The layout of the generation that was entered last."""
+        return self.worker.state.layout
+
+    @property
+    def owned(self) -> frozenset[int]:
+        """The shards that are held in good order."""
+        return self.worker.state.holding.owned
+
+    @property
+    def agreement(self) -> str:
+        """What was agreed in the last step."""
+        return self.worker.state.agreement
+
+    @property
+    def switch(self) -> Plan | None:
+        """A join or leave that all members enter before the next step."""
+        return self.worker.state.switch
+
+    @property
+    def leave_at(self) -> int | None:
+        """The version at which the user's code has left the loop."""
+        return self.worker.state.leave_at
+
+    def ended(self) -> bool:
+        """Whether every step is committed that there is to be."""
+        return self.worker.state.ended()
+
+    # ------------------------------------------------------------ one step
 
     def current(self) -> tuple[Layout, StepState]:
         assert self.layout is not None
@@ -176,37 +227,29 @@ class Engine:
         for step in range(state.step + 1, self.settings.steps):
             yield from ((step, micro_batch) for micro_batch in mine)
 
-    def compute(self) -> None:
-        """Run this rank's remaining segments of the step."""
-        self.settle()
-        layout, state = self.current()
-        self.membership.begun(state.step)
-        stages_from_here = sum(stage.start >= layout.stage_of(self.rank).start for stage in layout.stages)
-        self.pipeline.run(state, depth=stages_from_here + _SLACK)
+    def run_step(self) -> None:
+        """Compute, reduce, agree on, update and commit the step of this version."""
+        self.worker.happened(w.StepDue())
 
     def complete(self) -> None:
-        """Reduce, agree, update and commit the step whose micro-batches are done."""
-        layout, state = self.current()
-        self.membership.begun(state.step)
-        self.check_values(thorough=True)
-        span, began_ns = self.telemetry.span, time.monotonic_ns()
-        self._reduce(layout, state)
-        span(Spent.REDUCE, began_ns)
-        began_ns = time.monotonic_ns()
-        self._agree(layout, state)
-        span(Spent.AGREE, began_ns)
-        self.snapshots.forget(nodes=self.protection.nodes)  # all who own a shard now have it in their keepers
-        self.update(self.agreement)
-        self.values_version = -1
-        began_ns = time.monotonic_ns()
-        self.exchange.publish(state.step + 1, layout, layout.ranks)
-        span(Spent.PUBLISH, began_ns)
-        self.commit(self.agreement)
+        """The same for a step whose micro-batches the user's own loop has computed."""
+        self.worker.happened(w.Computed())
+
+    def _compute(self, it: w.Compute) -> w.Event:
+        self.settle()
+        _, state = self.current()
+        self.membership.begun(it.step)
+        self.pipeline.run(state, it.depth)
+        return w.Computed()
 
     def _copied(self, started_ns: int, length: int, busy_s: float) -> None:
         self.telemetry.span(Spent.SNAPSHOT, started_ns, amount=length, value=busy_s)
 
-    def _reduce(self, layout: Layout, state: StepState) -> None:
+    def _reduce(self, it: w.Reduce) -> w.Event:
+        layout, state = self.current()
+        self.membership.begun(it.step)
+        self.check_values(thorough=True)
+        began_ns = time.monotonic_ns()
         self.progress.mark(Phase.REDUCE, state.step, finished=len(state.held))
         self.pipeline.end_step()
         gradients = {
@@ -221,9 +264,13 @@ class Engine:
             self.snapshots.seal_gradient(shard.index, state.step, shard.elements, dtype)
         self.gradients = gradients
         self.backups.exchange(state.step, layout, gradients)
+        self.telemetry.span(Spent.REDUCE, began_ns)
+        return w.Reduced()
 
-    def _agree(self, layout: Layout, state: StepState) -> None:
-        """Exchange norms and losses. Who returns knows that every owner's gradient and snapshot are in its keeper."""
+    def _agree(self, it: w.Agree) -> w.Event:
+        """Exchange norms and losses. The answer says that every owner's gradient and snapshot are in its keeper."""
+        layout, state = self.current()
+        agree_ns = time.monotonic_ns()
         self.progress.mark(Phase.AGREE, state.step)
         began_ns = time.monotonic_ns()
         waiting = self.progress.waiting
@@ -232,20 +279,17 @@ class Engine:
         with waiting(PARITY):
             self.protection.wait(state.step, self._patient)
         self.telemetry.span(Spent.BLOCKED, began_ns)
-        last = state.step + 1 == self.settings.steps
-        if last:
+        if it.last:
             with waiting(SAVES):
                 self.checkpoints.conclude(self._patient)  # so that there is room for one of the end
-        proposal = self.membership.proposed(last=last)
-        if proposal is not None and proposal.plan.generation <= layout.generation:
-            proposal = None  # entered already
+        proposal = self.offered(last=it.last)
         mine = {
             "norms": {str(i): float(torch.linalg.vector_norm(g)) for i, g in self.gradients.items() if self._counts(i)},
             "adjustments": self.adjustments.share(state.step),
             "skip_nonfinite": self.skip_nonfinite,
             "losses": {str(m): loss for m, loss in state.losses.items()},
             "idle": state.idle([[p.index for p in layer.parameters if not p.averaged] for layer in self.stack.layers]),
-            "join": proposal.plan.generation if proposal else 0,
+            "join": proposal.generation if proposal else 0,
             "digest": self._owned_digest(),
             "protection": self.protection.share(state.step),
             "checkpoint": self.checkpoints.share(layout.generation),
@@ -265,7 +309,16 @@ class Engine:
         if partly and not self.loops and self.rank == min(shares):
             self._warn_of_partial(state.step, partly)
         chosen["idle"] = self._idle(state, shares)
-        self._agreed_on(state, list(shares.values()), chosen, proposal)
+        answer = self._agreed_on(state, list(shares.values()), chosen, proposal)
+        self.telemetry.span(Spent.AGREE, agree_ns)
+        return answer
+
+    def offered(self, *, last: bool) -> Plan | None:
+        """A join or leave that waits for the members to switch. `last`: no further step will ask."""
+        orders = self.membership.proposed(last=last)
+        if orders is not None:
+            self.orders[orders.plan.generation] = orders
+        return w.offered(self.worker.state, orders.plan if orders else None)
 
     def _idle(self, state: StepState, shares: dict[int, dict[str, Any]]) -> list[int]:
         """The parameters of which no micro-batch on any rank had a gradient."""
@@ -287,8 +340,8 @@ class Engine:
         warn(self.membership, Notice.CHANGED_ON_SOME_RANKS, text, step=step)
 
     def _agreed_on(
-        self, state: StepState, shares: list[dict[str, Any]], chosen: dict[str, Any], proposal: Orders | None
-    ) -> None:
+        self, state: StepState, shares: list[dict[str, Any]], chosen: dict[str, Any], proposal: Plan | None
+    ) -> w.Event:
         frozen = {i for i, p in enumerate(self.stack.spec.parameters) if p.name in chosen.get("frozen", ())}
         norms = {int(i): norm for share in shares for i, norm in share["norms"].items()}
         norms = {i: norm for i, norm in norms.items() if self.stack.spec.shards[i].parameter not in frozen}
@@ -316,17 +369,11 @@ class Engine:
             ),
             **self.checkpoints.agreed(state.step, [share["checkpoint"] for share in shares]),
         }
-        last = state.step + 1 == self.settings.steps
-        wanted = proposal is not None and all(share["join"] == proposal.plan.generation for share in shares)
-        if proposal is not None and wanted and not (last and proposal.plan.leaving):  # the end lets go of who leaves
-            self.switch = proposal
-        elif proposal is not None and last:
-            self.membership.tell("idled", generation=proposal.plan.generation)
-        self.agreement = json.dumps(agreement, sort_keys=True)
-        if len(self.agreement) > REGISTERED_BYTES:  # a state may grow
+        wanted = proposal is not None and all(share["join"] == proposal.generation for share in shares)
+        text = json.dumps(agreement, sort_keys=True)
+        if len(text) > REGISTERED_BYTES:  # a state may grow
             check_size(agreement["registered"])
-        self.agreed = state.step
-        self.protection.adopt(agreement)
+        return w.Agreed(text, proposal, wanted)
 
     def _distrust(self, step: int, shares: dict[int, Share]) -> None:
         """Replicas differ: nobody passes this agreement. The odd ones forget their values, and all recover.
@@ -334,7 +381,7 @@ class Engine:
         Nothing of the step is kept: what the odd one computed went into the others' gradients.
         """
         layout, _ = self.current()
-        self.state = StepState.begin(step, self.rank, self.settings.micro_batches, layout.work)
+        self.state = self._fresh_step(step, layout.work)
         terms = json.loads(self.agreement)
         mine = [shard for shard in disputed(shares) if layout.owners[shard] == self.rank]
         made = {shard: self.replicas.made_again(shard, step, terms) for shard in mine}
@@ -394,9 +441,8 @@ class Engine:
             if item.backup:
                 self.backups.level.discard(item.shard)
                 self.snapshots.discard(item.shard)  # the versions before are of the same copy: its owner has others
-            else:
-                self.owned.discard(item.shard)
-                self.values_version = -1
+        wrong = frozenset(item.shard for item in odd if not item.backup)
+        self.worker.happened(w.Distrusted(wrong, values=bool(wrong)))
 
     def _name_odd(self, step: int, generation: int, odd: list[Odd]) -> None:
         """Tell the coordinator of some shard of each odd one; it begins a new generation."""
@@ -485,30 +531,31 @@ class Engine:
         self.optimizer.update(self.gradients, terms)
         self.backups.update(terms)
         self.telemetry.span(Spent.UPDATE, began_ns)
-        self.owned_version = terms["step"] + 1
-        self.pristine = False
 
-    def commit(self, agreement: str) -> None:
-        """Version step + 1 is held here: start protecting it, and go on to the next step."""
-        layout, _ = self.current()
-        terms = json.loads(agreement)
+    def _publish(self, it: w.Publish) -> w.Event:
+        began_ns = time.monotonic_ns()
+        self.exchange.publish(it.version, it.layout, it.readers)
+        if self.worker.state.entering is None:  # else it is a part of the recovery
+            self.telemetry.span(Spent.PUBLISH, began_ns)
+        return w.Published()
+
+    def _commit(self, it: w.CommitStep) -> None:
+        """Version step + 1 is held here: start protecting it."""
+        layout, terms = it.layout, json.loads(it.agreement)
         step = terms["step"]
-        self.values_version = self.version = step + 1
         self.progress.mark(Phase.COMMIT, step, finished=0)
         began_ns = time.monotonic_ns()
-        if step == 0:
+        if it.free:
             self.stack.hold(layout.stage_of(self.rank).start, layout.stage_of(self.rank).stop)
         self.adjustments.adopt(step, terms)
         for advance in self.on_commit:
             advance()
         self.adjustments.settle(self.version)
-        self._save_or_protect(terms, agreement, layout)
-        self.watch.remember()
+        self._save_or_protect(terms, layout)
         if step > self.shown:
             self.results.append(Step(step, terms["loss"], terms["norm"]))
             self.shown = step
-        self.tell_committed(terms, agreement)
-        self.begin_step(layout)
+        self._tell_committed(terms, it.agreement, layout.generation)
         self.telemetry.span(Spent.COMMIT, began_ns)
         self.telemetry.committed(terms["loss"], self.settings.global_batch_size)
         self._look_at_loss(terms["loss"], step, layout)
@@ -523,7 +570,7 @@ class Engine:
             )
             warn(self.membership, Notice.LOSS_NOT_FINITE, text, step=step)
 
-    def _save_or_protect(self, terms: dict[str, Any], agreement: str, layout: Layout) -> None:
+    def _save_or_protect(self, terms: dict[str, Any], layout: Layout) -> None:
         """Protect this version, and, if that was agreed, have a checkpoint made of it."""
         if self.checkpoints.link is None:
             self.checkpoints.begin_alone(terms, layout, self._state_of)
@@ -531,16 +578,19 @@ class Engine:
         else:
             self.protect(anyway=self.ended(), then=self.checkpoints.begin(terms, layout, self.rank))
 
-    def tell_committed(self, terms: dict[str, Any], agreement: str) -> None:
-        """Tell the coordinator that the step of these terms is committed: a line of the ledger."""
+    def _tell_committed(self, terms: dict[str, Any], agreement: str, generation: int) -> None:
         told = {name: terms[name] for name in ("step", "loss", "digest", "protected")}
-        generation = self.layout.generation if self.layout else 0
         self.membership.tell("committed", **told, agreement=agreement, generation=generation)
 
-    def begin_step(self, layout: Layout) -> None:
-        """A step of which nothing is done, under `layout`."""
-        self.state = StepState.begin(self.version, self.rank, self.settings.micro_batches, layout.work)
+    def _begin_step(self, it: w.BeginStep) -> None:
+        self.watch.remember()
+        self.state = self._fresh_step(it.version, it.work)
         self.pipeline.begin_step()
+
+    def _fresh_step(self, step: int, work: Work) -> StepState:
+        state = StepState.begin(step, self.rank, work)
+        state.leaves = self.settings.micro_batches
+        return state
 
     def protect(self, *, anyway: bool = False, then: Callable[[], None] | None = None) -> None:
         """Have the keeper hold this version of every owned shard; copied while the next step computes.
@@ -593,16 +643,16 @@ class Engine:
         """The user's code has left the loop, be it before the last step: this rank trains no further."""
         if self.leave_at is not None:
             return
-        self.leave_at = self.version
         self.after_leaving = self.after_users()
         if self.checkpoints.link is None:
             self.checkpoints.keep(self.version, self._state_of)
-        if self.version == self.settings.steps:
-            return
-        self.membership.tell("left", version=self.version, name=self.last_name())
-        proposal = self.membership.proposed(last=True)
-        if proposal is not None and self.layout is not None and proposal.plan.generation > self.layout.generation:
-            self.membership.tell("idled", generation=proposal.plan.generation)
+        self.worker.happened(w.LoopLeft())
+
+    def _tell_left(self, it: w.TellLeft) -> None:
+        self.membership.tell("left", version=it.version, name=self.last_name())
+        proposal = self.offered(last=True)
+        if proposal is not None:
+            self.membership.tell("idled", generation=proposal.generation)
 
     def last_name(self) -> str:
         """What a checkpoint of this version may be called."""
@@ -610,8 +660,11 @@ class Engine:
 
     def conclude(self) -> None:
         """Past the last step: return when its version is whole here, parity included."""
+        self.worker.happened(w.EndDue())
+
+    def _conclude(self, it: w.Conclude) -> w.Event:
         self.settle()
-        if self.version < self.settings.steps:
+        if it.protect:
             self.protect(anyway=True)
         with self.progress.waiting(SNAPSHOT):
             self.snapshots.wait(self._patient)
@@ -619,6 +672,7 @@ class Engine:
             self.protection.wait(self.version + 1, self._patient)
         with self.progress.waiting(SAVES):
             self.checkpoints.conclude(self._patient)
+        return w.Concluded()
 
     def save_last(self, version: int, name: str, on_wait: Callable[[], None]) -> str:
         """Save this rank's part of the last version, which is not whole yet. Returns why not, if it could not."""
@@ -630,7 +684,3 @@ class Engine:
         terms = {**json.loads(self.agreement), "save": name}
         after = self.after_leaving or self.after_users()
         return self.checkpoints.save_last(terms, layout, self.rank, after, self._state_of, on_wait)
-
-    def ended(self) -> bool:
-        """Whether every step is committed that there is to be."""
-        return self.version >= (self.settings.steps if self.leave_at is None else self.leave_at)

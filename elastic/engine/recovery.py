@@ -1,13 +1,14 @@
-"""Recovery: from an aborted generation to one version on all ranks again, inside the step.
+"""Recovery: carries out the instructions that bring an aborted generation to one version on all ranks again.
 
-The survivor reports what it has; the coordinator's plan says what everybody does; carrying it out is the same code
-for a loss, for a rank that joins, and for the start.
+A survivor reports what it has, and the coordinator's plan says what each rank does. The worker's state machine turns
+the plan into instructions, which are the same for a loss, for a rank that joins, and for the start.
 """
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,13 +20,12 @@ from everstep.checkpointing.universal.manifest import CheckpointError
 from everstep.checkpointing.universal.store import StoreError
 from everstep.comms.mesh.communicator import Aborted, Key, Kind
 from everstep.elastic.contract.errors import JobEnded
-from everstep.elastic.contract.membership import Orders
 from everstep.elastic.contract.progress import Phase
 from everstep.elastic.contract.stateful import decode
 from everstep.elastic.contract.telemetry import Spent
 from everstep.elastic.guard.backups import Copies, backup_ranks
 from everstep.elastic.holding.zero import ShardedOptimizer
-from everstep.elastic.step.steps import StepState
+from everstep.elastic.protocol import worker as w
 from everstep.resharding.neighbors import stand_ins
 from everstep.resharding.plan import Plan, Report
 from everstep.resharding.work import Work
@@ -47,29 +47,50 @@ _GUIDE = Key(Kind.SWITCH, 0)
 class Recovery:
     """Reports, and carries out plans, for one engine."""
 
-    def __init__(self, engine: Engine, token: str, node: str, fresh: bool) -> None:
+    def __init__(self, engine: Engine, token: str, node: str) -> None:
         self.engine = engine
         self.token = token
         self.node = node
-        self.fresh = fresh  # has nothing of the job yet
         self.resumed = False  # from a checkpoint
         self._joined: tuple[int, dict[str, Any]] = (-1, {})  # the version this rank joined at, and what was agreed then
         self._after: dict[str, Any] = {}  # how the user's code has left things where the guide is
         self.keepers: dict[str, str] = {}  # node -> address, our own first
+        self._began = self._edited = 0.0  # of the generation that is being entered
+        self._edited_ns = 0
+        engine.worker.carries(
+            {
+                w.SendReport: self._send_report,
+                w.AwaitPlan: self._await_plan,
+                w.EditLinks: self._edit_links,
+                w.AskPlace: self._ask_place,
+                w.TellPlace: self._tell_place,
+                w.TakeUnseen: self._take_unseen,
+                w.EnterProtection: self._enter_protection,
+                w.ForgetSince: self._forget_since,
+                w.TakePlaces: self._take_places,
+                w.ReadCheckpoint: self._read_checkpoint,
+                w.Restore: self._restore,
+                w.NoteChange: lambda it: engine.adjustments.interrupted(it.version),
+                w.ComeUp: self._come_up,
+                w.ResumeStep: self._resume_step,
+                w.TellEntered: self._tell_entered,
+                w.HandOver: self._hand_over,
+            }
+        )
 
     def recover(self) -> None:
         """After `Aborted`: report, wait for the plan, carry it out; start again if it happens again."""
-        engine = self.engine
-        if engine.values_version == engine.owned_version == engine.version and engine.watch.changed(thorough=True):
-            engine.values_version, engine.owned = -1, set()  # put in for an evaluation: others are not to get that
+        engine, state = self.engine, self.engine.worker.state
+        holding = state.holding
+        same = holding.values_version == holding.owned_version == state.version
+        if same and engine.watch.changed(thorough=True):  # put in for an evaluation
+            engine.worker.happened(w.Spoiled())
         engine.progress.mark(Phase.RECOVER, engine.version)
         engine.telemetry.interrupted()
         began_ns = time.monotonic_ns()
-        engine.switch = None
         while True:
-            engine.membership.report(self.make_report)
             try:
-                self.carry_out(self._orders())
+                engine.worker.happened(w.Interrupted())
             except Aborted:
                 continue
             engine.telemetry.span(Spent.RECOVER, began_ns)
@@ -77,35 +98,45 @@ class Recovery:
 
     def enter(self) -> None:
         """A new worker: wait for the first plan that has a place for it, and carry it out."""
-        engine = self.engine
         try:
-            with engine.progress.waiting("the other workers to be ready, and the coordinator's first plan"):
-                orders = engine.membership.orders(engine.progress.tick)
-            self.carry_out(orders)
+            self.engine.worker.happened(w.Started(seeded=self.engine.seeded))
         except Aborted:
             self.recover()
 
-    def _orders(self) -> Orders:
-        with self.engine.progress.waiting("the reports of all ranks, and the coordinator's plan"):
-            return self.engine.membership.orders(self.engine.progress.tick)
+    def switch(self) -> None:
+        """Enter the generation of a join or leave that all members agree on; raises JobEnded if this rank leaves."""
+        self.engine.settle()
+        self.engine.worker.happened(w.SwitchDue())
 
-    def leave(self, orders: Orders) -> None:
+    def _send_report(self, it: w.SendReport) -> None:
+        self.engine.membership.report(self._report)
+
+    def _await_plan(self, it: w.AwaitPlan) -> w.Event:
+        engine = self.engine
+        what = "the reports of all ranks, and the coordinator's plan"
+        if it.first:
+            what = "the other workers to be ready, and the coordinator's first plan"
+        with engine.progress.waiting(what):
+            orders = engine.membership.orders(engine.progress.tick)
+        engine.orders[orders.plan.generation] = orders
+        return w.Assigned(orders.plan)
+
+    def _hand_over(self, it: w.HandOver) -> None:
         """The others go on without this rank. It stays for a recovery that still counts it in, until it is let go.
 
         Raises JobEnded then, and Aborted in that case.
         """
         engine = self.engine
         engine.progress.mark(Phase.LEAVE, engine.version)
-        engine.settle()
         engine.snapshots.wait(engine.progress.tick)
         with engine.progress.waiting(SAVES):
             engine.checkpoints.conclude(self._patient)
-        engine.membership.tell("switched", generation=orders.plan.generation)
+        engine.membership.tell("switched", generation=it.generation)
         with engine.progress.waiting("the coordinator to let this node go"):
             over = engine.membership.wait_for_end(engine.progress.tick)
         if over:
             raise JobEnded
-        raise Aborted(orders.plan.generation)
+        raise Aborted(it.generation)
 
     def committed(self, shards: list[int]) -> dict[int, ShardState]:
         """What keepers hold of this version; not all, if they lack some after a while. Raises Aborted."""
@@ -124,37 +155,20 @@ class Recovery:
             self._patient()
         return found
 
-    def make_report(self, generation: int) -> Report:
-        """What this worker has."""
+    def _report(self, generation: int) -> Report:
         engine = self.engine
-        if self.fresh or engine.layout is None or engine.state is None:
-            return Report(rank=engine.rank, generation=0, fresh=True)
-        state = engine.state
         protected, before = engine.protection.report(engine.version)
-        valid = engine.values_version == state.step
-        return Report(
-            rank=engine.rank,
-            generation=engine.layout.generation,
-            owned_version=engine.owned_version,
-            owned=tuple(sorted(engine.owned)),
-            values_version=engine.values_version,
-            layers=(engine.stack.held.start, engine.stack.held.stop),
-            agreed=engine.agreed,
-            agreement=engine.agreement,
-            protected=protected,
-            protected_before=before,
-            outlives=engine.snapshots.protected,
-            held=tuple(sorted(state.held)) if valid else (),
-            started=tuple(sorted(state.started)) if valid else (),
-            todo=tuple(state.todo) if valid else (),
-        )
+        outlives = engine.snapshots.protected
+        state = engine.worker.state
+        return w.report(state, engine.state, protected=protected, protected_before=before, outlives=outlives)
 
     # ------------------------------------------------------------ carrying out a plan
 
-    def carry_out(self, orders: Orders) -> None:
-        """Enter the plan's generation with everything it asks for in place."""
-        engine, plan = self.engine, orders.plan
-        started, began_ns = time.monotonic(), time.monotonic_ns()
+    def _edit_links(self, it: w.EditLinks) -> w.Event:
+        engine, plan = self.engine, it.plan
+        orders = engine.orders[plan.generation]
+        engine.orders = {plan.generation: orders}
+        self._began, began_ns = time.monotonic(), time.monotonic_ns()
         engine.telemetry.generation = plan.generation
         engine.telemetry.interrupted()
         self.keepers = dict(sorted(orders.keepers.items(), key=lambda item: item[0] != self.node))
@@ -162,65 +176,36 @@ class Recovery:
             engine.comm.edit(plan.generation, orders.peers)
         if engine.membership.superseded(plan.generation):  # an abort that the edit may have cleared
             raise Aborted(plan.generation)
-        edited = time.monotonic()
+        self._edited, self._edited_ns = time.monotonic(), time.monotonic_ns()
         engine.telemetry.span(Spent.EDIT, began_ns)
-        began_ns = time.monotonic_ns()
         engine.snapshots.wait(engine.progress.tick)
         engine.pipeline.end_step()
-        fresh = self.fresh
-        back = not fresh and engine.rank in plan.fresh  # to an older version: what is held here is not used
-        version, agreement = self._find_place(plan)
-        self._enter_protection(orders)  # not before a member has: this node's keeper may serve others of the last one
-        engine.progress.mark(Phase.JOIN if fresh else Phase.RESTORE, version)
-        if back:
-            engine.checkpoints.abandon()
-            self._forget_all(version, agreement)
-        if not fresh and not back and engine.owned_version == version - 1:
-            engine.update(agreement)
-        was_current = not fresh and not back and engine.values_version == version
-        seeded = version == 0 and engine.pristine and not plan.checkpoint
-        engine.pristine = seeded
-        self._take_places(orders, version, anew=fresh or back, seeded=seeded)
-        if plan.checkpoint:
-            self._read_checkpoint(plan, version, agreement)
-        self._restore(plan, engine.optimizer, engine.owned, version, agreement)
-        self._restore(plan, engine.backups.copies, engine.backups.level, version, agreement)
-        if engine.rank in plan.refresh:
-            engine.values_version = -1
-        engine.exchange.publish(version, plan.layout, plan.refresh)
-        self._settle(plan, version, agreement, was_current, back=back)
-        engine.telemetry.span(Spent.RESTORE, began_ns)
-        engine.telemetry.interrupted()
-        self.fresh = False
-        if plan.generation > 1:
-            kind = "switched" if plan.version is None and not fresh else "resumed"
-            times = {"edit_s": edited - started, "restore_s": time.monotonic() - edited}
-            engine.membership.tell(kind, generation=plan.generation, **times)
+        return w.Linked()
 
-    def _find_place(self, plan: Plan) -> tuple[int, str]:
-        """The version the plan brings us to, and what was agreed in the step before it."""
+    def _ask_place(self, it: w.AskPlace) -> w.Event:
         engine = self.engine
-        if self.fresh:  # what the guide of a plan told that was aborted since may be of another version
-            self._after, engine.results, engine.leave_at = {}, [], None
-        if self.fresh and plan.guide is not None:
-            message = json.loads(bytes(engine.comm.receive(plan.guide, _GUIDE)))
-            self._after = message["after"]
-            self.engine.adjustments.take_records(message["records"])
-            engine.results = [Step(*step) for step in message["unseen"]]
-            engine.leave_at = message["left"]
-            return message["version"], message["agreement"]
-        version = engine.version if plan.version is None else plan.version
-        agreement = engine.agreement if plan.version is None else plan.agreement
-        resumed = agreement and not json.loads(agreement).keys().isdisjoint(("after", "advance"))
-        if self.fresh and not resumed:  # what the others' code made of the last step is lost with them
-            engine.results = [Step(*step) for step in self._unseen(version, agreement)]
-        if engine.rank == plan.guide:
-            told = {"version": version, "agreement": agreement, "after": self._after_users(version)}
-            told |= {"left": engine.leave_at, "unseen": self._unseen(version, agreement)}
-            message = json.dumps({**told, "records": engine.adjustments.records()}).encode()
-            for rank in plan.fresh:
-                engine.comm.send(rank, _GUIDE, [message])
-        return version, agreement
+        message = json.loads(bytes(engine.comm.receive(it.rank, _GUIDE)))
+        self._after = message["after"]
+        engine.adjustments.take_records(message["records"])
+        engine.results = [Step(*step) for step in message["unseen"]]
+        return w.Placed(message["version"], message["agreement"], message["left"])
+
+    def _take_unseen(self, it: w.TakeUnseen) -> None:
+        """What other ranks' code made of the last step is lost with them, unless a checkpoint has it."""
+        engine = self.engine
+        self._after = {}  # what a guide said in a generation that was aborted since
+        resumed = it.agreement and not json.loads(it.agreement).keys().isdisjoint(("after", "advance"))
+        engine.results = []
+        if not resumed:
+            engine.results = [Step(*step) for step in self._unseen(it.version, it.agreement)]
+
+    def _tell_place(self, it: w.TellPlace) -> None:
+        engine, version = self.engine, it.version
+        told = {"version": version, "agreement": it.agreement, "after": self._after_users(version)}
+        told |= {"left": engine.leave_at, "unseen": self._unseen(version, it.agreement)}
+        message = json.dumps({**told, "records": engine.adjustments.records()}).encode()
+        for rank in it.ranks:
+            engine.comm.send(rank, _GUIDE, [message])
 
     def _after_users(self, version: int) -> dict[str, Any]:
         """How the user's code has left things here; the settings only if they are those of `version` already."""
@@ -245,9 +230,10 @@ class Recovery:
             steps.append([terms["step"], terms["loss"], terms["norm"]])
         return steps
 
-    def _enter_protection(self, orders: Orders) -> None:
+    def _enter_protection(self, it: w.EnterProtection) -> None:
         """The keeper of this node hears of the generation, and of the parity it holds in it."""
-        engine, plan = self.engine, orders.plan
+        engine, plan = self.engine, it.plan
+        orders = engine.orders[plan.generation]
         joins = plan.version is None and not plan.leaving
         engine.protection.enter(plan.generation, orders.placement, joins=joins)
         engine.snapshots.protected = -1 if plan.checkpoint else max(engine.snapshots.protected, plan.protected)
@@ -255,62 +241,61 @@ class Recovery:
         if engine.settings.protection == "replay":  # workers do it, not keepers
             placement = replace(placement, stripes=())
         engine.snapshots.enter(plan.generation, placement, orders.keepers, engine.record_bytes)
+        entering = engine.worker.state.entering
+        assert entering is not None
+        engine.progress.mark(Phase.JOIN if entering.fresh else Phase.RESTORE, entering.version)
 
-    def _forget_all(self, version: int, agreement: str) -> None:
+    def _forget_since(self, it: w.ForgetSince) -> None:
         """Go back: what was agreed, reduced and computed since `version` will be again, and come out the same.
 
         All of it at once, the scheduler too: after an abort the next plan need not go back once more.
         """
         engine = self.engine
-        terms: dict[str, Any] = json.loads(agreement) if agreement else {}
-        engine.adjustments.leave(engine.version, version, loops=engine.loops)
-        self._catch_up(terms or engine.birth, version, back=True, advance=bool(terms))
+        engine.checkpoints.abandon()
+        terms: dict[str, Any] = json.loads(it.agreement) if it.agreement else {}
+        engine.adjustments.leave(it.since, it.version, loops=engine.loops)
+        self._catch_up(terms or engine.birth, it.version, back=True, advance=bool(terms))
         if engine.loops:  # the user's own loop computes again, and begins where it had left things then
             self._leave_as_users(terms.get("after", {}))
-        engine.version = engine.owned_version = version
-        engine.values_version = -1
-        engine.owned = set()
         engine.gradients = {}
-        engine.agreed, engine.agreement = version - 1, agreement
 
-    def _take_places(self, orders: Orders, version: int, *, anew: bool, seeded: bool) -> None:
+    def _take_places(self, it: w.TakePlaces) -> None:
         """Hold the layers and own the shards of the plan; what is gained has no values yet, unless from the seed."""
-        engine, plan, layout = self.engine, orders.plan, orders.plan.layout
-        backed = {s.index for s in engine.backups.shards}
-        stage = layout.stage_of(engine.rank)
-        if (engine.stack.held.start, engine.stack.held.stop) != (stage.start, stage.stop):
-            engine.values_version = engine.values_version if seeded else -1
-            engine.stack.hold(stage.start, stage.stop, free=not seeded)
-        shards = layout.index(engine.stack.spec).owned(engine.rank)
-        gained = {gain.shard for gain in plan.gains if gain.rank == engine.rank}
-        kept = {s.index for s in shards} - gained if not anew else set()
-        before = backed | {s.index for s in engine.optimizer.owned}
-        engine.optimizer.own(shards)
-        engine.owned = {s.index for s in shards} if seeded else kept
-        engine.owned_version = version
+        engine, layout = self.engine, it.plan.layout
+        orders = engine.orders[it.plan.generation]
+        if it.layers is not None:
+            engine.stack.hold(*it.layers, free=not it.seeded)
+        before = {s.index for s in (*engine.backups.shards, *engine.optimizer.owned)}
+        engine.optimizer.own([s for s in engine.stack.spec.shards if s.index in it.shards])
         replay = engine.settings.protection == "replay"
         ranks = backup_ranks(layout, orders.placement, orders.nodes) if replay else {}
-        engine.backups.take_places(layout, ranks, anew=anew)
-        if seeded:
+        engine.backups.take_places(layout, ranks, anew=it.discard)
+        if it.seeded:
             for shard in engine.backups.shards:
                 engine.backups.copies.seed(shard)
                 engine.backups.level.add(shard.index)
-        now = {s.index for s in (*shards, *engine.backups.shards)}
-        engine.snapshots.leave(before - now, version)
+        now = it.shards | {s.index for s in engine.backups.shards}
+        engine.snapshots.leave(before - now, it.version)
 
-    def _restore(self, plan: Plan, optimizer: ShardedOptimizer, held: set[int], version: int, agreement: str) -> None:
-        """Fetch the shards that are not `held` from the keepers, and add them to it.
-
-        The last step is replayed where only its gradient is there.
-        """
+    def _restore(self, it: w.Restore) -> w.Event:
+        """Fetch the shards that are missing here, and the backups that are not in step."""
         engine = self.engine
-        missing = [s.index for s in optimizer.owned if s.index not in held]
-        if not missing:
-            return
+        self._fetch(it.plan, engine.optimizer, sorted(it.missing), it.version, it.agreement)
+        backups = [s.index for s in engine.backups.shards if s.index not in engine.backups.level]
+        self._fetch(it.plan, engine.backups.copies, backups, it.version, it.agreement)
+        engine.backups.level.update(backups)
+        return w.Restored()
+
+    def _fetch(
+        self, plan: Plan, optimizer: ShardedOptimizer, missing: Sequence[int], version: int, agreement: str
+    ) -> None:
+        """Load shards from the keepers. The last step is replayed where only its gradient is there."""
+        engine = self.engine
         for index in [i for i in missing if i in plan.substitutes]:
             self._make_up(plan, optimizer, index, version, agreement)
-            held.add(index)
-        missing = [index for index in missing if index not in held]
+        missing = [index for index in missing if index not in plan.substitutes]
+        if not missing:
+            return
         with engine.progress.waiting(f"{len(missing)} shards of version {version} in the keepers"):
             found = self._fetch_all(plan, missing, version)
         terms = json.loads(agreement) if agreement else {}
@@ -322,28 +307,27 @@ class Recovery:
                 replays[index] = torch.frombuffer(bytearray(blobs[1]), dtype=dtype)
         if replays:
             optimizer.update(replays, terms)
-        held.update(found)
 
-    def _read_checkpoint(self, plan: Plan, version: int, agreement: str) -> None:
+    def _read_checkpoint(self, it: w.ReadCheckpoint) -> w.Event:
         """Read what is owned here from the checkpoint that all go on from.
 
         If it is damaged, the coordinator is told, and decides.
 
         Raises Aborted when the generation ends.
         """
-        engine = self.engine
+        engine, plan, agreement = self.engine, it.plan, it.agreement
         try:
             states = CheckpointStates(engine.settings, engine.stack, plan.checkpoint)
             states.load_constants()
             engine.pipeline.forwards.remember()
-            for optimizer, held in ((engine.optimizer, engine.owned), (engine.backups.copies, engine.backups.level)):
+            for optimizer in (engine.optimizer, engine.backups.copies):
                 for shard in optimizer.owned:
                     optimizer.load(shard.index, states.state(shard))
-                    held.add(shard.index)
                     self._patient()
+            engine.backups.level.update(shard.index for shard in engine.backups.shards)
             script = json.loads(agreement).get("script") if agreement else None
-            engine.checkpoints.resumed(version, script, plan.checkpoint, states.lineage)
-            return
+            engine.checkpoints.resumed(it.version, script, plan.checkpoint, states.lineage)
+            return w.Restored()
         except (CheckpointError, StoreError) as error:
             engine.membership.tell("unreadable", name=plan.checkpoint, why=str(error))
         with engine.progress.waiting(DECISION):
@@ -361,7 +345,7 @@ class Recovery:
         sources = stand_ins(spec, plan.substitutes)[index]
         copies = Copies(engine.optimizer.user, engine.stack)
         copies.own(spec.shards[i] for i in sources)
-        self._restore(plan, copies, set(), version, agreement)
+        self._fetch(plan, copies, sources, version, agreement)
         norms: dict[str, float] = json.loads(agreement)["layers"] if agreement else {}
         weights = [norms.get(str(spec.home(spec.shards[i])), 0.0) for i in sources]
         if not sum(weights):
@@ -371,7 +355,7 @@ class Recovery:
         dtype = copies.state(sources[0])["value"].dtype
         optimizer.load(index, {"value": value.to(dtype)})
 
-    def _fetch_all(self, plan: Plan, missing: list[int], version: int) -> dict[int, Fetched]:
+    def _fetch_all(self, plan: Plan, missing: Sequence[int], version: int) -> dict[int, Fetched]:
         """All the missing shards: from our own memory, from whichever keepers have them, from parity.
 
         A keeper that restarts is waited for. When some shards are nowhere, the coordinator is told, and ends this
@@ -407,40 +391,31 @@ class Recovery:
         self.engine.progress.tick()
         self.engine.comm.ready(())  # raises Aborted
 
-    def _settle(self, plan: Plan, version: int, agreement: str, was_current: bool, *, back: bool) -> None:
-        """Everything is at `version`: go on with its step."""
+    def _come_up(self, it: w.ComeUp) -> None:
         engine = self.engine
-        fresh = self.fresh
-        engine.layout = plan.layout
-        engine.values_version = version
-        if plan.generation > 1:
-            engine.adjustments.interrupted(version)
-        terms: dict[str, Any] = json.loads(agreement) if agreement else {}
-        if fresh:
-            engine.version = version
-            engine.agreed, engine.agreement = version - 1, agreement
-            self.resumed = bool(plan.checkpoint)
-            self._joined = (version, terms)
-            self.come_up()
-            engine.shown = max([engine.shown, *(step.index for step in engine.results)])
-        if terms and (fresh or back):  # all who committed the step may have died before they could say so
-            engine.tell_committed(terms, agreement)
-        if was_current and engine.state is not None and plan.version is not None:
-            engine.protect(anyway=True)
-            engine.pipeline.extend_step()
-            engine.watch.remember(only_new=True)
-            engine.state.resume(Work(plan.work, plan.kept), plan.started)
-            engine.pipeline.resend(engine.state, {s.span for s in plan.started})
+        terms: dict[str, Any] = json.loads(it.agreement) if it.agreement else {}
+        self.resumed = bool(it.plan.checkpoint)
+        self._joined = (it.version, terms)
+        self.come_up()
+        engine.shown = max([engine.shown, *(step.index for step in engine.results)])
+
+    def _resume_step(self, it: w.ResumeStep) -> None:
+        engine, plan = self.engine, it.plan
+        _, state = engine.current()
+        engine.pipeline.extend_step()
+        engine.watch.remember(only_new=True)
+        state.resume(Work(plan.work, plan.kept), plan.started)
+        engine.pipeline.resend(state, plan.started)
+
+    def _tell_entered(self, it: w.TellEntered) -> None:
+        engine = self.engine
+        engine.telemetry.span(Spent.RESTORE, self._edited_ns)
+        engine.telemetry.interrupted()
+        if not it.tell:
             return
-        if not fresh and engine.version == version - 1:
-            engine.agreed, engine.agreement = version - 1, agreement
-            engine.protection.adopt(terms)
-            engine.commit(agreement)
-        engine.protect(anyway=True)
-        work = Work(plan.work, plan.kept)
-        engine.state = StepState.begin(version, engine.rank, engine.settings.micro_batches, work)
-        engine.pipeline.begin_step()
-        engine.watch.remember()
+        times = {"edit_s": self._edited - self._began, "restore_s": time.monotonic() - self._edited}
+        kind = "switched" if it.switched else "resumed"
+        engine.membership.tell(kind, generation=it.generation, **times)
 
     def come_up(self) -> None:
         """This rank joined: bring what the user's code and the schedulers have changed to where it joined."""

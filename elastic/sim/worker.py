@@ -1,28 +1,30 @@
-"""A simulated worker: the engine's step and the recovery, statement for statement, with hashes for tensors.
+"""A simulated worker: carries out the instructions of the worker's state machine with hashes for tensors.
 
-It follows `elastic.engine` and the loop of `elastic.run`, and `recovery` follows `elastic.recovery`; what they may
-assume of their surroundings is what those may assume. `mark` is called where the real worker marks its progress, which
-is where faults strike.
+Every decision is the product's own (`protocol/worker.py`, `work.py`, `protecting.py`). What it does by itself is what
+the loop of `elastic/api/run.py` does: call the machine at step boundaries, and recover when a generation ends. `mark`
+is called where the real worker marks its progress, which is where faults strike.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from everstep.elastic.protocol import events as e
+from everstep.elastic.protocol import worker as w
 from everstep.resharding.layout import Layout
-from everstep.resharding.plan import Plan
+from everstep.resharding.plan import Plan, Report
 from everstep.resharding.units import Shard
+from everstep.resharding.work import Work
 
 from .control import Control, JobEnded
-from .keeper import Board
+from .keeper import Board, sources_first
 from .links import Aborted, Key, Links
 from .pipeline import Pipeline, StepState
 from .protection import Protection
-from .recovery import Recovery
+from .restore import Sources
 from .snapshots import Snapshots
 from .values import (
     ShardState,
@@ -32,6 +34,10 @@ from .values import (
     updated,
 )
 from .world import Steps, World
+
+KEEPER_PATIENCE_S = 5.0
+ANSWERED_PATIENCE_S = 1.0
+AGAIN_S = 0.02
 
 
 class Facts(Protocol):
@@ -71,33 +77,64 @@ class SimWorker:
         self.around = around
         self.job = around.job
         self.spec = around.job.model
+        self.machine = w.new_worker(worker.rank, self.spec, self.job.steps)
         self.links = Links(worker.rank, lambda to, g, key, data: around.send(worker.rank, to, g, key, data))
         self.control = Control(worker, around.tell, self.links.abort)
         self.snapshots = Snapshots(around.world, worker, around.board.keepers[around.node], around.state_slots, poke)
         self.protection = Protection(around.world, self.snapshots, around.interval)
         self.pipeline = Pipeline(self.links, self.spec.layers, self._layer_values, around.forward_s)
         self.pipeline.mark = lambda phase: self.mark(phase)
-        self.recovery = Recovery(self)
         self.values = {s.index: initial(s.index).value for s in self.spec.shards}
         self.optimizer: dict[int, str] = {}
-        self.mine: set[int] = set()  # shards the optimizer runs on; `owned` are those of them in good order
-        self.owned: set[int] = set()
-        self.owned_version = 0
-        self.pristine = True  # every value is still as it was made from the seed
-        self.values_version = 0
-        self.version = 0
-        self.agreed, self.agreement = -1, ""
-        self.held = range(self.spec.layers)
-        self.layout: Layout | None = None
+        self.mine: frozenset[int] = frozenset()  # shards the optimizer runs on; `owned` are those in good order
         self.state: StepState | None = None
-        self.switch: e.CarryOut | None = None
         self.gradients: dict[int, str] = {}
-        self.leave_at: int | None = None
         self.finished = False
+        self._orders: dict[int, e.CarryOut] = {}
+        self._nodes: Sequence[str] = ()
+        self._carriers: dict[type[Any], Callable[[Any], Steps[w.Event | None]]] = {
+            w.SendReport: self._send_report,
+            w.AwaitPlan: self._await_plan,
+            w.EditLinks: self._edit_links,
+            w.AskPlace: self._ask_place,
+            w.TellPlace: self._tell_place,
+            w.TakeUnseen: self._nothing,
+            w.EnterProtection: self._enter_protection,
+            w.ForgetSince: self._forget_since,
+            w.RunOptimizer: self._run_optimizer,
+            w.TakePlaces: self._take_places,
+            w.Restore: self._restore,
+            w.Publish: self._publish,
+            w.NoteChange: self._nothing,
+            w.ComeUp: self._adopt,
+            w.AdoptAgreement: self._adopt,
+            w.TellCommitted: self._tell_committed,
+            w.CommitStep: self._commit,
+            w.Protect: self._protect,
+            w.BeginStep: self._begin_step,
+            w.ResumeStep: self._resume_step,
+            w.TellEntered: self._tell_entered,
+            w.Compute: self._compute,
+            w.Reduce: self._reduce,
+            w.Agree: self._agree,
+            w.TellIdled: self._tell_idled,
+            w.ForgetSnapshots: self._forget_snapshots,
+            w.HandOver: self._hand_over,
+            w.TellLeft: self._tell_left,
+            w.Conclude: self._conclude,
+        }
 
-    def ended(self) -> bool:
-        """Whether every step is committed that there is to be."""
-        return self.version >= (self.job.steps if self.leave_at is None else self.leave_at)
+    @property
+    def version(self) -> int:
+        return self.machine.version
+
+    @property
+    def layout(self) -> Layout | None:
+        return self.machine.layout
+
+    @property
+    def owned(self) -> frozenset[int]:
+        return self.machine.holding.owned
 
     def mark(self, phase: str) -> None:
         self.around.mark(self.id, phase, self.version)
@@ -110,6 +147,16 @@ class SimWorker:
 
     # ------------------------------------------------------------ life
 
+    def _happened(self, event: w.Event | None) -> Steps[None]:
+        """Do what follows from an event, until nothing does."""
+        while event is not None:
+            self.machine, instructions = w.step(self.machine, event)
+            if found := w.violations(self.machine):
+                raise AssertionError(f"{self.id}: {'; '.join(found)}; what happened: {', '.join(self.machine.story)}")
+            event = None
+            for instruction in instructions:
+                event = yield from self._carriers[type(instruction)](instruction)
+
     def life(self) -> Steps[None]:
         """From the fork to the end of the job."""
         try:
@@ -117,7 +164,10 @@ class SimWorker:
             self.around.tell(e.WorkerDeclaredElastic(self.id))
             yield self.around.startup_s / 2
             self.around.tell(e.WorkerReady(self.id, {"incarnation": self.id.incarnation}, self.job))
-            yield from self.recovery.enter()
+            try:
+                yield from self._happened(w.Started())
+            except Aborted:
+                yield from self._recover()
             while not (yield from self._trained()):
                 pass
             self.mark("end")
@@ -126,126 +176,233 @@ class SimWorker:
             self.around.tell(e.WorkerFinished(self.id, self.version, f"v{self.version}"))
             while not (yield from self.control.wait_for_end()):
                 yield from self._due()
-                while not self.ended():
-                    yield from self._guarded(self._one_step())
+                while not self.machine.ended():
+                    yield from self._guarded(w.StepDue())
             yield self.around.epilogue_s / 2
         except JobEnded:
             return
 
     def _trained(self) -> Steps[bool]:
         """Do the next thing in the training loop; True if nothing is left to be done."""
-        if self.switch is not None:
-            orders, self.switch = self.switch, None
-            leaves = self.rank in orders.plan.leaving
-            yield from self._guarded(self._leave(orders) if leaves else self.recovery.carry_out(orders))
-        elif self.leave_at is None and self.around.leaves_at <= self.version < self.job.steps:
-            self._leave_loop()
-        elif not self.ended():
-            yield from self._guarded(self._one_step())
+        machine = self.machine
+        if machine.switch is not None:
+            yield from self._guarded(w.SwitchDue())
+        elif machine.leave_at is None and self.around.leaves_at <= self.version < self.job.steps:
+            yield from self._guarded(w.LoopLeft())
+        elif not machine.ended():
+            yield from self._guarded(w.StepDue())
             yield self.around.world.between(0.0, self.around.forward_s)  # the user's code between steps
         else:
-            yield from self._guarded(self._conclude())
-            return self.ended() and self.switch is None
+            yield from self._guarded(w.EndDue())
+            return self.machine.ended() and self.machine.switch is None
         return False
-
-    def _leave_loop(self) -> None:
-        """The user's code has left the loop before the last step."""
-        self.leave_at = self.version
-        self.around.tell(e.WorkerLeft(self.id, self.version, f"v{self.version}"))
-        proposal = self.control.proposed(last=True)
-        if proposal is not None and self.layout is not None and proposal.plan.generation > self.layout.generation:
-            self.around.tell(e.WorkerIdled(self.id, proposal.plan.generation))
 
     def _due(self) -> Steps[None]:
         """After Aborted: the last checkpoint, or a recovery."""
         conclusion, self.control.conclusion = self.control.conclusion, None
         if conclusion is None:
-            yield from self.recovery.recover()
+            yield from self._recover()
             return
         if self.version != conclusion.version:
             raise AssertionError(f"{self.id} is at {self.version}, and is to save {conclusion.version}")
         yield from self.snapshots.wait()
         if self.layout is not None and self.rank == self.layout.ranks[0]:
-            saved = e.Saved(self.version, conclusion.name, self.agreement)
+            saved = e.Saved(self.version, conclusion.name, self.machine.agreement)
             self.around.tell(e.CheckpointSaved(self.id, saved, {}))
         self.around.tell(e.WorkerConcluded(self.id, conclusion.name))
 
-    def _guarded(self, action: Steps[None]) -> Steps[None]:
-        """Do something that waits for others; if the generation ends, recover instead."""
+    def _guarded(self, event: w.Event) -> Steps[None]:
+        """Something that waits for others; if the generation ends, recover instead."""
         try:
-            yield from action
+            yield from self._happened(event)
         except Aborted:
             if self.control.conclusion is None:
-                yield from self.recovery.recover()
+                yield from self._recover()
                 return
             yield from self._due()
             if (yield from self.control.wait_for_end()):
                 raise AssertionError(f"{self.id} went on, and is told that training is over") from None
             yield from self._due()
 
-    def _leave(self, orders: e.CarryOut) -> Steps[None]:
+    def _recover(self) -> Steps[None]:
+        """After Aborted: report, wait for the plan, carry it out; start again if it happens again."""
+        self.mark("recover")
+        while True:
+            try:
+                yield from self._happened(w.Interrupted())
+            except Aborted:
+                continue
+            return
+
+    # ------------------------------------------------------------ entering a generation
+
+    def _nothing(self, it: object) -> Steps[None]:
+        """What only the user's code has a part in."""
+        yield from ()
+
+    def _send_report(self, it: w.SendReport) -> Steps[None]:
+        yield from ()
+        self.control.report(self._report)
+
+    def _report(self) -> Report:
+        protected, before = self.protection.report(self.version)
+        outlives = self.snapshots.protected
+        return w.report(self.machine, self.state, protected=protected, protected_before=before, outlives=outlives)
+
+    def _await_plan(self, it: w.AwaitPlan) -> Steps[w.Event]:
+        orders = yield from self.control.orders()
+        self._orders[orders.plan.generation] = orders
+        return w.Assigned(orders.plan)
+
+    def _edit_links(self, it: w.EditLinks) -> Steps[w.Event]:
+        orders = self._orders[it.plan.generation]
+        self._orders = {it.plan.generation: orders}
+        peers = {rank: e.WorkerId(rank, peer["incarnation"]) for rank, peer in orders.peers.items()}
+        self._nodes = sources_first(orders.keepers, self.around.node)
+        yield self.around.world.between(0.0, 0.003)
+        self.links.edit(it.plan.generation, peers)
+        if self.control.superseded(it.plan.generation):
+            raise Aborted
+        yield 0.001
+        yield from self.snapshots.wait()
+        return w.Linked()
+
+    def _ask_place(self, it: w.AskPlace) -> Steps[w.Event]:
+        return w.Placed(*(yield from self.links.receive(it.rank, ("guide",))))
+
+    def _tell_place(self, it: w.TellPlace) -> Steps[None]:
+        yield from ()
+        for rank in it.ranks:
+            self.links.send(rank, ("guide",), (it.version, it.agreement, self.machine.leave_at))
+
+    def _enter_protection(self, it: w.EnterProtection) -> Steps[None]:
+        yield from ()
+        plan, placement = it.plan, self._orders[it.plan.generation].placement
+        self.protection.enter(plan.generation, placement, joins=plan.version is None and not plan.leaving)
+        self.snapshots.protected = max(self.snapshots.protected, plan.protected)
+        self.snapshots.enter(plan.generation, placement)
+        self.mark("join" if self.machine.fresh else "restore")
+
+    def _forget_since(self, it: w.ForgetSince) -> Steps[None]:
+        yield from ()
+        self.gradients = {}
+        if it.agreement:
+            self.protection.adopt(it.agreement)
+
+    def _take_places(self, it: w.TakePlaces) -> Steps[None]:
+        yield from ()
+        if it.layers is not None:
+            self._hold(*it.layers, free=not it.seeded)
+        self.snapshots.leave(self.mine - it.shards, it.version)
+        for shard in self.mine - it.shards:
+            self.optimizer.pop(shard, None)
+        self.mine = it.shards
+
+    def _hold(self, start: int, stop: int, *, free: bool) -> None:
+        """Hold these layers; what is freed is gone, and what is new has no values yet."""
+        if free:
+            kept = {s.index for layer in range(start, stop) for s in self.spec.shards_of_layer[layer]}
+            self.values = {shard: value if shard in kept else "freed" for shard, value in self.values.items()}
+
+    def _restore(self, it: w.Restore) -> Steps[w.Event]:
+        """Fetch what is missing from wherever it is; when it is nowhere, tell the coordinator, and wait for the end."""
+        found: dict[int, ShardState] = {}
+        for shard in sorted(it.missing):
+            state = self.snapshots.stored(shard, it.version)
+            if state is not None:
+                found[shard] = state
+        started, told = self.around.world.now, False
+        while it.missing - found.keys():
+            missing = sorted(it.missing - found.keys())
+            sources = Sources(self.around.board, self.around.node, self._nodes, self.links.check)
+            found.update((yield from sources.fetch(missing, it.version, replay=True)))
+            missing = sorted(it.missing - found.keys())
+            patience_s = KEEPER_PATIENCE_S if sources.unreachable else ANSWERED_PATIENCE_S
+            if missing and not told and self.around.world.now - started > patience_s:
+                told = True
+                self.around.tell(e.WorkerLacking(self.id, it.plan.generation, it.version, tuple(missing)))
+            self.links.check()
+            yield AGAIN_S
+        for shard, state in found.items():
+            self.load(shard, state)
+        return w.Restored()
+
+    def _adopt(self, it: w.ComeUp | w.AdoptAgreement) -> Steps[None]:
+        yield from ()
+        if it.agreement:
+            self.protection.adopt(it.agreement)
+
+    def _resume_step(self, it: w.ResumeStep) -> Steps[None]:
+        yield from ()
+        assert self.state is not None
+        self.state.resume(Work(it.plan.work, it.plan.kept), it.plan.started)
+        self.pipeline.resend(self.state, it.plan.started)
+
+    def _tell_entered(self, it: w.TellEntered) -> Steps[None]:
+        yield from ()
+        facts, plan = self.around.facts, self._orders[it.generation].plan
+        facts.entered(self.id, plan, self.version)
+        facts.owned(self.id, it.generation, self.version, {s: self.shard_state(s) for s in self.owned})
+        if it.tell and it.switched:
+            self.around.tell(e.WorkerSwitched(self.id, it.generation))
+        elif it.tell:
+            self.around.tell(e.WorkerResumed(self.id, it.generation, 0.0, 0.0))
+
+    def _hand_over(self, it: w.HandOver) -> Steps[None]:
         """The others go on without this rank: be there for a recovery that still counts it in, until it is let go."""
         self.mark("leave")
         yield from self.snapshots.wait()
-        self.around.tell(e.WorkerSwitched(self.id, orders.plan.generation))
+        self.around.tell(e.WorkerSwitched(self.id, it.generation))
         if (yield from self.control.wait_for_end()):
             raise JobEnded
         raise Aborted
 
-    def _conclude(self) -> Steps[None]:
-        """Past the last step: return when its version is whole here, parity included."""
-        if self.version < self.job.steps:
-            self.protect(anyway=True)
-        yield from self.snapshots.wait()
-        yield from self.protection.wait(self.version + 1, self.links.check)
-
     # ------------------------------------------------------------ one step
 
-    def _one_step(self) -> Steps[None]:
-        assert self.layout is not None
+    def _begin_step(self, it: w.BeginStep) -> Steps[None]:
+        yield from ()
+        self.state = StepState.begin(it.version, self.rank, it.work)
+
+    def _compute(self, it: w.Compute) -> Steps[w.Event]:
         assert self.state is not None
+        self.control.begun(it.step)
+        yield from self.pipeline.run(self.state, it.depth)
+        return w.Computed()
+
+    def _shared(self, work: Work, layout: Layout, source: int, owner: int) -> list[int]:
+        """The layers of which `source` holds a part of the sum and `owner` owns shards."""
+        index = layout.index(self.spec)
+        owned = {layer for s in index.owned(owner) for layer in self.spec.parameters[s.parameter].layers}
+        return [layer for layer in work.layers_of(source) if layer in owned]
+
+    def _reduce(self, it: w.Reduce) -> Steps[w.Event]:
         layout, state = self.layout, self.state
-        self.control.begun(state.step)
-        depth = 1 + sum(stage.start >= layout.stage_of(self.rank).start for stage in layout.stages)
-        yield from self.pipeline.run(state, depth)
-        yield from self._reduce(layout, state)
-        yield from self._agree(state)
-        self.snapshots.forget(nodes=self.protection.nodes)
-        self.update(self.agreement, self.gradients)
-        self.values_version = -1
-        yield from self.publish(state.step + 1, layout, layout.ranks)
-        self.commit(self.agreement)
-
-    def _owned_in(self, layout: Layout, layer: int, owner: int) -> list[Shard]:
-        return [s for s in self.spec.shards_of_layer[layer] if layout.owners[s.index] == owner]
-
-    def _shared(self, contributors: dict[int, set[int]], layout: Layout, source: int, owner: int) -> list[int]:
-        return [n for n in sorted(contributors) if source in contributors[n] and self._owned_in(layout, n, owner)]
-
-    def _reduce(self, layout: Layout, state: StepState) -> Steps[None]:
+        assert layout is not None
+        assert state is not None
         self.mark("reduce")
         for shard in sorted(self.mine):
             self.snapshots.open_gradient(shard, state.step)
-        contributors = state.contributors()
+        work = state.work
         others = [rank for rank in layout.ranks if rank != self.rank]
         key: Key = ("partial", state.step)
         for owner in others:
-            layers = self._shared(contributors, layout, self.rank, owner)
+            layers = self._shared(work, layout, self.rank, owner)
             if layers:
                 self.links.send(owner, key, {layer: dict(state.sums[layer]) for layer in layers})
         parts: dict[int, dict[int, str]] = {}
-        for layer in self._shared(contributors, layout, self.rank, self.rank):
+        for layer in self._shared(work, layout, self.rank, self.rank):
             _merge(parts, layer, state.sums[layer])
-        waiting = {(source, key) for source in others if self._shared(contributors, layout, source, self.rank)}
+        waiting = {(source, key) for source in others if self._shared(work, layout, source, self.rank)}
         while waiting:
             source, name, data = yield from self.links.receive_any(waiting)
             waiting.discard((source, name))
-            for layer in self._shared(contributors, layout, source, self.rank):
+            for layer in self._shared(work, layout, source, self.rank):
                 _merge(parts, layer, data[layer])
         yield 0.0005
         self.gradients = {shard: self._combine(self.spec.shards[shard], parts) for shard in sorted(self.mine)}
         for shard, gradient in self.gradients.items():
             self.snapshots.seal_gradient(shard, state.step, gradient)
+        return w.Reduced()
 
     def _combine(self, shard: Shard, parts: dict[int, dict[int, str]]) -> str:
         layers = self.spec.parameters[shard.parameter].layers
@@ -254,109 +411,115 @@ class SimWorker:
                 raise AssertionError(f"the sum of layer {layer} has the leaves {sorted(parts[layer])}")
         return summed(shard, [[parts[layer][m] for m in sorted(parts[layer])] for layer in layers])
 
-    def _agree(self, state: StepState) -> Steps[None]:
+    def _agree(self, it: w.Agree) -> Steps[w.Event]:
         self.mark("agree")
         yield from self.snapshots.wait()
-        yield from self.protection.wait(state.step, self.links.check)
-        last = state.step + 1 == self.job.steps
-        proposal = self.control.proposed(last)
-        if proposal is not None and self.layout is not None and proposal.plan.generation <= self.layout.generation:
-            proposal = None  # entered already
+        yield from self.protection.wait(it.step, self.links.check)
+        proposal = self._offered(last=it.last)
         mine = {
             "norms": self.gradients,
-            "join": proposal.plan.generation if proposal else 0,
-            "protection": self.protection.share(state.step),
+            "join": proposal.generation if proposal else 0,
+            "protection": self.protection.share(it.step),
         }
-        table = yield from self.links.all_gather((state.step,), mine)
+        table = yield from self.links.all_gather((it.step,), mine)
         gradients = {shard: gradient for share in table.values() for shard, gradient in share["norms"].items()}
-        wanted = proposal is not None and all(s["join"] == proposal.plan.generation for s in table.values())
-        if proposal is not None and wanted and not (last and proposal.plan.leaving):  # the end lets go of who leaves
-            self.switch = proposal
-        elif proposal is not None and last:
-            self.around.tell(e.WorkerIdled(self.id, proposal.plan.generation))
-        terms = self.protection.agreed([table[rank]["protection"] for rank in sorted(table)])
-        self.agreement, self.agreed = agreement_of(state.step, gradients, **terms), state.step
-        self.protection.adopt(self.agreement)
-        self.around.facts.agreed(self.id, state.step, self.agreement)
+        wanted = proposal is not None and all(s["join"] == proposal.generation for s in table.values())
+        terms = self.protection.agreed(it.step, [table[rank]["protection"] for rank in sorted(table)])
+        agreement = agreement_of(it.step, gradients, **terms)
+        self.around.facts.agreed(self.id, it.step, agreement)
+        return w.Agreed(agreement, proposal, wanted)
 
-    def update(self, agreement: str, gradients: dict[int, str]) -> None:
+    def _offered(self, *, last: bool) -> Plan | None:
+        orders = self.control.proposed(last)
+        if orders is not None:
+            self._orders[orders.plan.generation] = orders
+        return w.offered(self.machine, orders.plan if orders else None)
+
+    def _tell_idled(self, it: w.TellIdled) -> Steps[None]:
+        yield from ()
+        self.around.tell(e.WorkerIdled(self.id, it.generation))
+
+    def _forget_snapshots(self, it: w.ForgetSnapshots) -> Steps[None]:
+        yield from ()
+        self.snapshots.forget(nodes=self.protection.nodes)
+
+    def _run_optimizer(self, it: w.RunOptimizer) -> Steps[None]:
+        yield from ()
         self.mark("update")
         for shard in sorted(self.mine):
-            if shard in gradients:
-                self.load(shard, updated(self.shard_state(shard), gradients[shard]))
-        self.owned_version = step_of(agreement) + 1
-        self.pristine = False
+            if shard in self.gradients:
+                self.load(shard, updated(self.shard_state(shard), self.gradients[shard]))
 
     def load(self, shard: int, state: ShardState) -> None:
         self.values[shard], self.optimizer[shard] = state
 
-    def publish(self, version: int, layout: Layout, readers: Collection[int]) -> Steps[None]:
-        key: Key = ("values", version)
-        others = [rank for rank in layout.ranks if rank != self.rank]
+    def _publish(self, it: w.Publish) -> Steps[w.Event]:
+        key: Key = ("values", it.version)
+        others = [rank for rank in it.layout.ranks if rank != self.rank]
         for reader in others:
-            shards = self._read_from(layout, self.rank, reader) if reader in readers else []
+            shards = self._read_from(it.layout, self.rank, reader) if reader in it.readers else []
             if shards:
                 self.links.send(reader, key, {shard: self.values[shard] for shard in shards})
-        if self.rank not in readers:
-            return
-        waiting = {(owner, key) for owner in others if self._read_from(layout, owner, self.rank)}
-        while waiting:
+        waiting = {(owner, key) for owner in others if self._read_from(it.layout, owner, self.rank)}
+        while waiting and self.rank in it.readers:
             owner, name, data = yield from self.links.receive_any(waiting)
             waiting.discard((owner, name))
             self.values.update(data)
+        return w.Published()
 
     def _read_from(self, layout: Layout, owner: int, reader: int) -> list[int]:
-        stage = layout.stage_of(reader)
-        return [
-            s.index
-            for s in self.spec.shards
-            if layout.owners[s.index] == owner and any(n in stage for n in self.spec.parameters[s.parameter].layers)
-        ]
+        return [shard.index for shard in layout.index(self.spec).read_from(owner, reader)]
 
-    def commit(self, agreement: str) -> None:
-        """Version step + 1 is held here: start protecting it, and go on to the next step."""
-        assert self.layout is not None
-        step = step_of(agreement)
-        self.values_version = self.version = step + 1
+    def _commit(self, it: w.CommitStep) -> Steps[None]:
+        """Version step + 1 is held here: start protecting it."""
+        yield from ()
         self.mark("commit")
-        if step == 0:
-            stage = self.layout.stage_of(self.rank)
-            self.hold(stage.start, stage.stop, free=True)
-        self.protect(anyway=self.ended())
-        self.tell_committed(agreement)
-        self.state = StepState.begin(self.version, self.rank, self.layout.segments())
+        if it.free:
+            stage = it.layout.stage_of(self.rank)
+            self._hold(stage.start, stage.stop, free=True)
+        self._keep(anyway=self.machine.ended())
+        yield from self._tell_committed(w.TellCommitted(it.agreement, it.layout.generation))
 
-    def tell_committed(self, agreement: str) -> None:
+    def _tell_committed(self, it: w.TellCommitted) -> Steps[None]:
         """Tell the coordinator that a step is committed."""
-        terms = json.loads(agreement)
-        generation = self.layout.generation if self.layout is not None else 0
+        yield from ()
+        terms = json.loads(it.agreement)
         told = e.WorkerCommitted(
             self.id,
             terms["step"],
-            agreement,
+            it.agreement,
             digest=terms["digest"],
-            generation=generation,
+            generation=it.generation,
             protected=terms["protected"],
         )
         self.around.tell(told)
 
-    def hold(self, start: int, stop: int, *, free: bool) -> None:
-        """Hold these layers; what is freed is gone, and what is new has no values yet."""
-        self.held = range(start, stop)
-        if free:
-            kept = {s.index for layer in self.held for s in self.spec.shards_of_layer[layer]}
-            self.values = {shard: value if shard in kept else "freed" for shard, value in self.values.items()}
+    def _protect(self, it: w.Protect) -> Steps[None]:
+        yield from ()
+        self._keep(anyway=True)
 
-    def protect(self, *, anyway: bool = False) -> None:
+    def _keep(self, *, anyway: bool) -> None:
         """Have the keeper hold this version of every owned shard; copied while the next step computes."""
         self.snapshots.protect(sorted(self.mine))
         protect = self.protection.begins(self.version, anyway=anyway)
         self.snapshots.begin(self.version, self.shard_state, sorted(self.owned), protect=protect)
 
+    # ------------------------------------------------------------ the end
 
-def step_of(agreement: str) -> int:
-    """The step that was agreed on."""
-    return int(json.loads(agreement)["step"])
+    def _tell_left(self, it: w.TellLeft) -> Steps[None]:
+        yield from ()
+        self.around.tell(e.WorkerLeft(self.id, it.version, f"v{it.version}"))
+        proposal = self._offered(last=True)
+        if proposal is not None:
+            self.around.tell(e.WorkerIdled(self.id, proposal.generation))
+
+    def _conclude(self, it: w.Conclude) -> Steps[w.Event]:
+        """Past the last step: return when its version is whole here, parity included."""
+        if it.protect:
+            self._keep(anyway=True)
+        yield from self.snapshots.wait()
+        yield from self.protection.wait(self.version + 1, self.links.check)
+        return w.Concluded()
 
 
 def _merge(parts: dict[int, dict[int, str]], layer: int, leaves: dict[int, str]) -> None:

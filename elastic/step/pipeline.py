@@ -1,14 +1,13 @@
 """The pipeline executor: runs a rank's segments of a step, forwards and backwards, in whatever order inputs allow.
 
-Backward first when its gradient is there, else the next forward while fewer than `depth` micro-batches are in flight
-(1F1B: Narayanan et al., 2019). The order changes no bits: every micro-batch's gradient is a leaf of the canonical sum,
-and the random numbers of a layer are a function of (seed, step, micro-batch, layer).
+`StepWork` decides what comes next. The order changes no bits: every micro-batch's gradient is a leaf of the canonical
+sum, and the random numbers of a layer are a function of (seed, step, micro-batch, layer).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,8 +19,9 @@ from everstep.elastic.contract.errors import UsageError
 from everstep.elastic.contract.progress import Phase, Progress
 from everstep.elastic.contract.telemetry import Spent
 from everstep.elastic.holding.stack import LayerStack
+from everstep.elastic.protocol.legs import Await, Backward, Need
 from everstep.elastic.protocol.liveness import Pace
-from everstep.resharding.work import Span
+from everstep.resharding.work import Segment, Span
 
 from .devices import seed_torch, to_device
 from .forwards import Forwards
@@ -53,53 +53,31 @@ class Pipeline:
         self.loss_fn = loss_fn
         self.base_statistics: dict[int, list[Tensor]] = {}
 
-    def resend(self, state: StepState, started_elsewhere: set[Span]) -> None:
-        """After a change of generation: send again what others need of the work already done here."""
-        for span in (*state.held, *state.started):
-            following = state.work.next_segment(span)
-            if following is not None and following.span not in started_elsewhere:
-                self._send_activation(state, span, following.rank)
-        for span in state.held:
-            before = state.work.previous_segment(span)
-            if before is not None:
-                self._send_gradient(state, span, before.rank)
+    def resend(self, state: StepState, started: Iterable[Segment]) -> None:
+        """After a change of the membership: send again what others need of the work already done here."""
+        for item in state.resends(started):
+            send = self._send_activation if item.kind == "activation" else self._send_gradient
+            send(state, item.leg, item.to)
 
     def run(self, state: StepState, depth: int) -> None:
         """Finish this rank's work of the step. Raises Aborted between two micro-batches when the generation ends."""
-        while state.todo or state.started:
+        while not state.done:
             self.comm.ready(())  # raises Aborted
-            gradients = {
-                (state.work.gradient_source(span), Key(Kind.GRADIENT, state.step, span.micro_batch, span.stop)): span
-                for span in state.started
-            }
+            gradients = {_key(need, state.step): need for need in state.gradients()}
             arrived = self.comm.ready(gradients)
-            if arrived is not None:
-                self._backward(state, gradients[arrived], self.comm.receive(*arrived))
-                continue
-            span = self._next_forward(state, depth)
-            if span is None:
-                source, key, data = self.comm.receive_any(gradients)
-                self._backward(state, gradients[(source, key)], data)
-            elif span.start == 0:
-                self._forward(state, span, None)
+            action = state.next(depth, gradients[arrived] if arrived is not None else None)
+            data: memoryview | None = None
+            if isinstance(action, Await):
+                needs = {_key(need, state.step): then for need, then in action.needs.items()}
+                source, key, data = self.comm.receive_any(needs)
+                action = needs[(source, key)]
+            elif arrived is not None:
+                data = self.comm.receive(*arrived)
+            if isinstance(action, Backward):
+                assert data is not None
+                self._backward(state, action.leg, data)
             else:
-                wanted = (
-                    state.work.activation_source(span),
-                    Key(Kind.ACTIVATION, state.step, span.micro_batch, span.start),
-                )
-                source, key, data = self.comm.receive_any({wanted, *gradients})
-                if (source, key) == wanted:
-                    self._forward(state, span, data)
-                else:
-                    self._backward(state, gradients[(source, key)], data)
-
-    @staticmethod
-    def _next_forward(state: StepState, depth: int) -> Span | None:
-        if not state.todo:
-            return None
-        span = state.todo[0]
-        lowest = min((s.micro_batch for s in state.started), default=span.micro_batch)
-        return span if len(state.started) < depth or span.micro_batch <= lowest else None
+                self._forward(state, action.leg, data)
 
     def _forward(self, state: StepState, span: Span, data: memoryview | None) -> None:
         self.progress.mark(Phase.COMPUTE, state.step, finished=len(state.held))
@@ -132,13 +110,13 @@ class Pipeline:
             state.losses[span.micro_batch] = float(value.detach())
         outputs = list(value) if isinstance(value, tuple | list) else [value]
         telemetry.span(Spent.FORWARD, started_ns, micro_batch=span.micro_batch)
-        state.todo.remove(span)
         graph = Graph(inputs, outputs, statistics)
         if is_last:
             self._finish(state, span, graph, None)
             return
         state.outputs[(span.stop, span.micro_batch)] = [output.detach() for output in outputs]
-        state.started[span] = graph
+        state.graphs[span] = graph
+        state.forwarded(span)
         following = state.work.next_segment(span)
         if following is not None:
             self._send_activation(state, span, following.rank)
@@ -193,7 +171,7 @@ class Pipeline:
 
     def _backward(self, state: StepState, span: Span, data: memoryview) -> None:
         self.progress.mark(Phase.COMPUTE, state.step, finished=len(state.held))
-        self._finish(state, span, state.started.pop(span), decode(data, self.stack.device_of(span.stop - 1)))
+        self._finish(state, span, state.graphs.pop(span), decode(data, self.stack.device_of(span.stop - 1)))
 
     def _finish(self, state: StepState, span: Span, graph: Graph, gradients: Sequence[Tensor | None] | None) -> None:
         """The backward of a span: its gradients become leaves of the sums, the input's goes upstream."""
@@ -228,7 +206,7 @@ class Pipeline:
                         state.touched.add(held.index)
                     held.tensor.grad = None
             state.hold(span, number, leaf)
-        state.held.add(span)
+        state.finished(span)
 
     def drop_gradients(self, span: Span) -> None:
         """Forget the gradients of a micro-batch that is not ours any more."""
@@ -243,6 +221,11 @@ class Pipeline:
     def _send_gradient(self, state: StepState, span: Span, to: int) -> None:
         key = Key(Kind.GRADIENT, state.step, span.micro_batch, span.start)
         self.comm.send(to, key, encode(state.input_gradients[(span.start, span.micro_batch)]))
+
+
+def _key(need: Need, step: int) -> tuple[int, Key]:
+    kind = Kind.ACTIVATION if need.kind == "activation" else Kind.GRADIENT
+    return need.source, Key(kind, step, need.micro_batch, need.boundary)
 
 
 def _gradient(tensor: Tensor, stack: LayerStack, index: int) -> Tensor:

@@ -1,12 +1,13 @@
-"""What one rank has of the step it is in: work to do, work done, gradients held. Recovery edits it."""
+"""What one rank has of the step it is in: its work, and the tensors that go with it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from everstep.elastic.protocol.legs import StepWork
 from everstep.resharding.work import Segment, Span, Work
 
 from .canonical import TreeSum
@@ -22,35 +23,22 @@ class Graph:
 
 
 @dataclass
-class StepState:
-    """Step `step` as this rank sees it. `work` is that of all ranks, the rest is its own."""
+class StepState(StepWork):
+    """Step `step` as this rank sees it: its work, and the tensors that it has of it."""
 
-    step: int
-    rank: int
-    leaves: int
-    work: Work
-    todo: list[Span] = field(default_factory=list)
-    started: dict[Span, Graph] = field(default_factory=dict)
-    held: set[Span] = field(default_factory=set)
+    leaves: int = 0  # of a sum: the micro-batches of the step
+    graphs: dict[Span, Graph] = field(default_factory=dict)  # of running legs
     sums: dict[int, TreeSum] = field(default_factory=dict)
     outputs: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict)  # (boundary, micro-batch)
     input_gradients: dict[tuple[int, int], list[Tensor | None]] = field(default_factory=dict)
     losses: dict[int, float] = field(default_factory=dict)
     touched: set[int] = field(default_factory=set)  # parameters of which some micro-batch here had a gradient
 
-    @classmethod
-    def begin(cls, step: int, rank: int, leaves: int, work: Work) -> StepState:
-        """A step of which nothing is done here."""
-        return cls(step, rank, leaves, work, todo=list(work.spans_of(rank)))
-
-    def resume(self, work: Work, started: Sequence[Segment]) -> None:
-        """Go on with the work of a plan: keep what is held and the forwards that are still ours."""
-        self.work = work
-        ours = set(work.spans_of(self.rank))
-        theirs = {s.span for s in started if s.rank == self.rank}
-        self.started = {span: graph for span, graph in self.started.items() if span in ours and span in theirs}
-        self.todo = sorted(ours - set(self.started))
-        held = {span.micro_batch for span in self.held}
+    def resume(self, work: Work, started: Iterable[Segment]) -> None:
+        """Go on with the work of a plan; what other ranks compute now is dropped."""
+        super().resume(work, started)
+        self.graphs = {leg: graph for leg, graph in self.graphs.items() if leg in self.running}
+        held = {leg.micro_batch for leg in self.held}
         self.losses = {m: loss for m, loss in self.losses.items() if m in held}
 
     def hold(self, span: Span, layer: int, gradients: list[Tensor]) -> None:

@@ -85,7 +85,7 @@ def test_a_loss_that_depends_on_nothing() -> None:
 
 def test_parameters_without_a_gradient() -> None:
     """Of the layers that were computed here only."""
-    state = StepState.begin(0, 0, 2, Work(()))
+    state = StepState.begin(0, 0, Work(()))
     state.sums = {0: None, 2: None}  # type: ignore[dict-item]
     state.touched = {1, 4}
     assert state.idle([[0, 1], [2, 3], [4, 5]]) == [0, 5]

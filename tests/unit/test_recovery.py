@@ -8,6 +8,7 @@ from typing import Any
 
 from everstep.elastic.engine.engine import Step
 from everstep.elastic.engine.recovery import Recovery
+from everstep.elastic.protocol import worker as w
 
 
 def test_what_a_guide_told_ends_with_its_plan() -> None:
@@ -25,13 +26,13 @@ def test_what_a_guide_told_ends_with_its_plan() -> None:
     adjustments = SimpleNamespace(take_records=records.append)
     engine = SimpleNamespace(rank=3, comm=comm, results=[], version=0, turn=None, adjustments=adjustments)
     recovery = Recovery.__new__(Recovery)
-    recovery.engine, recovery.fresh, recovery._after = engine, True, {}
-    assert recovery._find_place(SimpleNamespace(guide=1, version=None)) == (30, "{}")
+    recovery.engine, recovery._after = engine, {}
+    assert recovery._ask_place(w.AskPlace(1)) == w.Placed(30, "{}", None)
     assert (recovery._after, engine.results) == (told["after"], [Step(29, 1.0, 2.0)])
     assert records == [told["records"]]
     agreed = json.dumps({"step": 28, "loss": 3.0, "norm": 1.0})
-    assert recovery._find_place(SimpleNamespace(guide=None, version=29, agreement=agreed)) == (29, agreed)
+    recovery._take_unseen(w.TakeUnseen(29, agreed))
     assert (recovery._after, engine.results) == ({}, [Step(28, 3.0, 1.0)]), "nobody is left whose code has seen step 28"
     agreed = json.dumps({**json.loads(agreed), "after": {}})
-    recovery._find_place(SimpleNamespace(guide=None, version=29, agreement=agreed))
+    recovery._take_unseen(w.TakeUnseen(29, agreed))
     assert engine.results == [], "a checkpoint has what the user's code made of its last step"

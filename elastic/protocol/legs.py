@@ -1,0 +1,139 @@
+"""One step's work on one rank: which legs are to run, are running and are done, and what comes next.
+
+A leg is a micro-batch's way through consecutive layers. The order of legs is 1F1B (Narayanan et al., 2019): backward
+first when its gradient is there, else the next forward while fewer than `depth` micro-batches are in flight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, Self
+
+from everstep.resharding.work import Segment, Span, Work
+
+
+class Need(NamedTuple):
+    """What a leg waits for: the activation or the gradient of a micro-batch at a boundary, from a rank."""
+
+    kind: Literal["activation", "gradient"]
+    source: int
+    micro_batch: int
+    boundary: int
+
+
+class Forward(NamedTuple):
+    """Run a leg's forward; its input is what was needed, or a sample when the leg begins at layer 0."""
+
+    leg: Span
+
+
+class Backward(NamedTuple):
+    """Run a leg's backward with the gradient that has arrived."""
+
+    leg: Span
+
+
+class Await(NamedTuple):
+    """Wait for any of these."""
+
+    needs: dict[Need, Forward | Backward]
+
+
+Action = Forward | Backward | Await
+
+
+class Resend(NamedTuple):
+    """What a rank has computed already and another one needs, after a change of the membership."""
+
+    kind: Literal["activation", "gradient"]
+    leg: Span
+    to: int
+
+
+@dataclass
+class StepWork:
+    """Step `step` as rank `rank` sees it. `work` is that of all ranks, the rest is its own."""
+
+    step: int
+    rank: int
+    work: Work
+    todo: list[Span] = field(default_factory=list)
+    running: set[Span] = field(default_factory=set)  # forward done
+    held: set[Span] = field(default_factory=set)  # gradient held
+
+    @classmethod
+    def begin(cls, step: int, rank: int, work: Work) -> Self:
+        """A step of which this rank has done nothing."""
+        return cls(step, rank, work, list(work.spans_of(rank)))
+
+    def resume(self, work: Work, started: Iterable[Segment]) -> None:
+        """Go on with the work of a plan: keep what is held, and the forwards that are still this rank's."""
+        self.work = work
+        ours = set(work.spans_of(self.rank))
+        still = {segment.span for segment in started if segment.rank == self.rank}
+        self.running &= ours & still
+        self.todo = sorted(ours - self.running)
+
+    @property
+    def done(self) -> bool:
+        """Whether this rank's legs are all finished."""
+        return not self.todo and not self.running
+
+    # ------------------------------------------------------------ what comes next
+
+    def gradients(self) -> dict[Need, Forward | Backward]:
+        """The gradients that running legs wait for."""
+        return {
+            Need("gradient", self.work.gradient_source(leg), leg.micro_batch, leg.stop): Backward(leg)
+            for leg in sorted(self.running)
+        }
+
+    def next(self, depth: int, arrived: Need | None) -> Action:
+        """The next thing to do; `arrived`: one of `gradients` that is there already."""
+        gradients = self.gradients()
+        if arrived is not None:
+            return gradients[arrived]
+        leg = self._next_forward(depth)
+        if leg is None:
+            return Await(gradients)
+        if leg.start == 0:
+            return Forward(leg)
+        wanted = Need("activation", self.work.activation_source(leg), leg.micro_batch, leg.start)
+        return Await({wanted: Forward(leg), **gradients})
+
+    def _next_forward(self, depth: int) -> Span | None:
+        if not self.todo:
+            return None
+        leg = self.todo[0]
+        lowest = min((running.micro_batch for running in self.running), default=leg.micro_batch)
+        return leg if len(self.running) < depth or leg.micro_batch <= lowest else None
+
+    def forwarded(self, leg: Span) -> None:
+        """The forward of a leg is done."""
+        self.todo.remove(leg)
+        self.running.add(leg)
+
+    def finished(self, leg: Span) -> None:
+        """The gradient of a leg is held. A leg that the user's loop computes was never `running`."""
+        if leg in self.running:
+            self.running.remove(leg)
+        else:
+            self.todo.remove(leg)
+        self.held.add(leg)
+
+    # ------------------------------------------------------------ who needs what of whom
+
+    def resends(self, started: Iterable[Segment]) -> list[Resend]:
+        """What to send again after a change of the membership. `started`: segments whose forward is done elsewhere."""
+        elsewhere = {segment.span for segment in started}
+        found = []
+        for leg in (*sorted(self.held), *sorted(self.running)):
+            following = self.work.next_segment(leg)
+            if following is not None and following.span not in elsewhere:
+                found.append(Resend("activation", leg, following.rank))
+        for leg in sorted(self.held):
+            before = self.work.previous_segment(leg)
+            if before is not None:
+                found.append(Resend("gradient", leg, before.rank))
+        return found
