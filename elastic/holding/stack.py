@@ -55,6 +55,7 @@ class LayerStack:
         named = [(plain_name(name), p) for name, p in model.named_parameters(remove_duplicate=False)]
         self._names = {id(p): name for name, p in reversed(named)}
         self.aliases = {name: self._names[id(p)] for name, p in named if p.requires_grad and self._names[id(p)] != name}
+        self._live: dict[int, Tensor] = {}  # parameter -> the tensor whose memory all layers held here share
         self._rows: dict[int, Tensor] = {}  # parameter that lies otherwise in memory -> its elements in row-major order
         self._averaged = _statistics(model)
         self._index: dict[int, int] = {}
@@ -121,18 +122,23 @@ class LayerStack:
         return 1.0 + sum(p.tensor.numel() for p in layer.parameters if id(p.tensor) not in tables)
 
     def _tie(self) -> None:
-        """Let the layers held here that share a parameter share its memory."""
-        first: dict[int, Tensor] = {}
+        """Let the layers held here that share a parameter share its memory: that of the one that was held before."""
+        tensors: dict[int, list[Tensor]] = {}
         for number in self.held:
             for held in self.layers[number].parameters:
-                other = first.setdefault(held.index, held.tensor)
-                if other is not held.tensor:
-                    held.tensor.data = other.data
+                tensors.setdefault(held.index, []).append(held.tensor)
+        first: dict[int, Tensor] = {}
+        for index, sharing in tensors.items():
+            before = self._live.get(index)
+            first[index] = live = next((tensor for tensor in sharing if tensor is before), sharing[0])
+            for tensor in sharing:
+                if tensor is not live:
+                    tensor.data = live.data
         self._live = first
-        before, self._rows = self._rows, {}
+        known, self._rows = self._rows, {}
         for index, tensor in first.items():
             if not tensor.is_contiguous():
-                rows = before.get(index)
+                rows = known.get(index)
                 self._rows[index] = (
                     rows
                     if rows is not None
@@ -140,15 +146,21 @@ class LayerStack:
                 )
 
     def hold(self, start: int, stop: int, *, free: bool = True) -> None:
-        """Hold the layers [start, stop): allocate what is new and, with `free`, give back the memory of the others."""
-        for number, layer in enumerate(self.layers):
+        """Hold the layers [start, stop): allocate what is new and, with `free`, give back the memory of the others.
+
+        A parameter that a new layer shares with one that was held keeps its memory and its values: the optimizer and
+        the watch over the script's changes know it by that.
+        """
+        for layer in self.layers[start:stop]:
             for held in layer.parameters:
-                if start <= number < stop:
-                    if held.tensor.shape != held.shape:
-                        like = held.tensor.data
-                        held.tensor.data = like.new_empty_strided(held.shape, held.stride)
-                elif free:
-                    held.tensor.data = held.tensor.data.new_empty(0)
+                if held.tensor.shape != held.shape:
+                    live = self._live.get(held.index)
+                    known = live is not None and live.shape == held.shape
+                    like = held.tensor.data
+                    held.tensor.data = live.data if known else like.new_empty_strided(held.shape, held.stride)
+        for layer in (*self.layers[:start], *self.layers[stop:]) if free else ():
+            for held in layer.parameters:
+                held.tensor.data = held.tensor.data.new_empty(0)
         self.held = range(start, stop)
         self._tie()
 

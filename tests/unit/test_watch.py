@@ -100,6 +100,30 @@ def test_only_new(model: nn.Module) -> None:
     assert found(watch, thorough=True) == [(0, Change.SILENT)]
 
 
+def test_a_tied_parameter_keeps_its_memory_when_the_other_layer_comes_and_goes() -> None:
+    """The optimizer writes to that memory, and the watch must not put another one in its place."""
+    first, last = nn.Embedding(6, 4), nn.Linear(4, 6, bias=False)
+    last.weight = first.weight
+    stack = LayerStack(nn.Sequential(first, nn.Linear(4, 4), last), cut=True)
+    (tied,) = [shard for shard in stack.spec.shards if len(stack.spec.parameters[shard.parameter].layers) == 2]
+    watch = Watch(stack)
+    stack.hold(1, 3)
+    stack.view(tied).fill_(2.0)
+    watch.remember()
+    stack.hold(0, 3)
+    assert bool((stack.view(tied) == 2.0).all()), "its values are kept"
+    watch.remember(only_new=True)
+    assert not watch.changed(thorough=True)
+    stack.view(tied).fill_(3.0)  # the optimizer
+    for number in (0, 2):
+        (weight,) = [held.tensor for held in stack.layers[number].parameters if held.index == tied.parameter]
+        assert bool((weight == 3.0).all()), f"layer {number} computes with it"
+    stack.hold(1, 3)
+    assert bool((stack.view(tied) == 3.0).all())
+    stack.hold(0, 1)
+    assert bool((stack.view(tied) == 3.0).all()), "also when it is the other layer that stays"
+
+
 def test_bits() -> None:
     one = torch.ones(5)
     other = one.clone()
