@@ -11,6 +11,7 @@ import logging
 import secrets
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -19,7 +20,7 @@ from everstep.comms.base.security import Security, digest_of
 from everstep.comms.control import everstep_pb2 as pb
 from everstep.comms.control.attach import PROTOCOL
 from everstep.comms.control.rpc import Session
-from everstep.elastic.protocol import coordinator
+from everstep.elastic.protocol import coordinator, invariants
 from everstep.elastic.protocol import events as e
 from everstep.elastic.protocol.causes import Ending
 from everstep.elastic.protocol.losing import beat_s
@@ -33,6 +34,7 @@ from .node_sessions import Links
 from .store import StoreError
 
 TICK_S = 0.1
+STORY = 32
 CLOCK_TRUST_S = 60.0  # a node's monotonic clock that is further off than this is another machine's
 RETURN_S = 3.0  # how long nodes have to find the coordinator that took over
 SLEPT_S = 1.0  # between turns: this process was stopped, or starved
@@ -74,6 +76,7 @@ class Leader:
         self._knocked = False  # another one has asked
         self.held_up = ""  # why nothing can be written just now, and so nothing is decided
         self._long_lived = LongLived()
+        self._story: deque[str] = deque(maxlen=STORY)  # the last events that had effects
 
     def put(self, session: Session, item: pb.AttachRequest | str) -> None:
         """A message from an agent; or a text, when its stream has ended."""
@@ -159,7 +162,16 @@ class Leader:
         return effects + self._decide(e.Ticked())
 
     def _decide(self, event: e.Event) -> list[e.Effect]:
-        self.state, effects = coordinator.step(self.state, event, self.now())
+        """What follows from an event. Raises InvariantBroken before any of it is written or told."""
+        after, effects = coordinator.step(self.state, event, self.now())
+        try:
+            invariants.check_turn(self.state, after, effects)
+        except invariants.InvariantBroken:
+            log.error("broken by %s; the events before: %s", type(event).__name__, ", ".join(self._story))
+            raise
+        if effects:
+            self._story.append(type(event).__name__)
+        self.state = after
         return effects
 
     def _fail(self, error: Exception) -> e.EndJob:

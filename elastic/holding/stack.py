@@ -154,10 +154,11 @@ class LayerStack:
         for layer in self.layers[start:stop]:
             for held in layer.parameters:
                 if held.tensor.shape != held.shape:
-                    live = self._live.get(held.index)
-                    known = live is not None and live.shape == held.shape
-                    like = held.tensor.data
-                    held.tensor.data = live.data if known else like.new_empty_strided(held.shape, held.stride)
+                    live, like = self._live.get(held.index), held.tensor.data
+                    if live is not None and live.shape == held.shape:
+                        held.tensor.data = live.data
+                    else:
+                        held.tensor.data = like.new_empty_strided(held.shape, held.stride)
         for layer in (*self.layers[:start], *self.layers[stop:]) if free else ():
             for held in layer.parameters:
                 held.tensor.data = held.tensor.data.new_empty(0)

@@ -330,6 +330,37 @@ _HANDLERS: dict[type[Any], Callable[[State, Any, float], Outcome]] = {
     e.RendezvousClosed: rendezvous_closed,
     e.Ticked: _ticked,
 }
+_TRAINING = frozenset({Phase.RUNNING, Phase.RECOVERING})
+_STARTED = _TRAINING | {Phase.LAUNCHED}
+_BEFORE_THE_END = _STARTED | {Phase.FORMING}
+# The phases in which an event can change anything, where these are not all before the end. Elsewhere it comes too late:
+# nodes and workers hear of a change after it has happened, so nothing that they say is illegal.
+_ACTS: dict[type[Any], frozenset[Phase]] = {
+    e.StoreOpened: _BEFORE_THE_END,
+    e.WorkerDeclaredElastic: frozenset({Phase.LAUNCHED}),
+    e.WorkerReady: _STARTED,
+    e.WorkerReported: frozenset({Phase.RECOVERING}),
+    e.WorkerLacking: frozenset({Phase.RUNNING}),
+    e.CorruptionFound: _TRAINING,
+    e.WorkerResumed: frozenset({Phase.RUNNING}),
+    e.WorkerSwitched: _TRAINING,
+    e.WorkerIdled: frozenset({Phase.RUNNING}),
+    e.WorkerCommitted: _TRAINING,
+    e.WorkerLeft: _TRAINING,
+    e.WorkerWentOn: _TRAINING,
+    e.WaitNoticed: _BEFORE_THE_END,
+    e.WorkerFinished: _TRAINING,
+    e.WorkerConcluded: _TRAINING,
+    e.CheckpointUnreadable: _TRAINING,
+}
+
+
+def acts(event: type[Any]) -> tuple[Phase, ...]:
+    """The phases in which an event of this type can change anything; in all others it comes too late."""
+    phases = set(_ACTS.get(event, _BEFORE_THE_END)) if event in _HANDLERS else set()
+    return tuple(p for p in Phase if p in phases or (p is Phase.AFTER and event in _AFTER_TRAINING))
+
+
 _AFTER_TRAINING: dict[type[Any], Callable[[State, Any, float], Outcome]] = {
     e.NodeJoined: after.node_joined,
     e.NodeUnhealthy: node_unhealthy,

@@ -322,6 +322,8 @@ class WorkerRaised:
 
 @dataclass(frozen=True)
 class StopRequested:
+    """The job is to end: by a signal to its launcher, by a command, or since its time is over."""
+
     why: str
     ending: Ending = Ending.STOPPED
 
@@ -500,6 +502,8 @@ class EndTraining:
 
 @dataclass(frozen=True)
 class RefuseNode:
+    """Tell a node that it cannot join this job, and why."""
+
     node: str
     why: str
 

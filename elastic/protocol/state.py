@@ -28,7 +28,7 @@ class Phase(enum.Enum):
     RUNNING = "running"  # training
     RECOVERING = "recovering"  # the generation was aborted; reports are awaited
     AFTER = "after training"  # scripts run what comes after; nobody is replaced any more
-    DONE = "done"
+    DONE = "done"  # the job is over
 
 
 class Status(enum.Enum):

@@ -14,7 +14,7 @@ from __future__ import annotations
 import enum
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from everstep.resharding.layout import Layout
@@ -38,10 +38,10 @@ class WorkerPhase(enum.Enum):
     RESTORING = "restoring"  # fetches the shards it gains
     REFRESHING = "refreshing"  # owners send values to the ranks that lack them
     READY = "ready"  # at a version, with its step to compute; or past the last one
-    COMPUTING = "computing"
-    REDUCING = "reducing"
-    AGREEING = "agreeing"
-    PUBLISHING = "publishing"
+    COMPUTING = "computing"  # runs its legs of the step's micro-batches
+    REDUCING = "reducing"  # sums the gradients of the shards it owns
+    AGREEING = "agreeing"  # waits for its snapshots, and agrees on the step with all members
+    PUBLISHING = "publishing"  # sends the new values of its shards, and takes those of others
     LEAVING = "leaving"  # hands over, and waits to be let go
     CONCLUDING = "concluding"  # waits for its last version to be protected
 
@@ -844,13 +844,3 @@ INVARIANTS = {
 def step_of(agreement: str) -> int:
     """The step that was agreed on."""
     return int(json.loads(agreement)["step"])
-
-
-def names(union: Any) -> list[str]:
-    """The classes of a union of events or instructions, in the order in which they are declared."""
-    return [member.__name__ for member in union.__args__]
-
-
-def described(member: type[Any]) -> tuple[str, list[str]]:
-    """The first line of an event's or instruction's documentation, and its fields."""
-    return (member.__doc__ or "").partition("\n")[0], [item.name for item in fields(member)]

@@ -1,0 +1,120 @@
+"""Write docs/machines.md from the state machines in elastic/protocol: `python docs/machines.py`.
+
+`tests/unit/test_machines.py` checks that the page is up to date.
+"""
+
+from __future__ import annotations
+
+import enum
+import inspect
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from everstep.elastic.protocol import coordinator, events, invariants, state, worker
+
+PAGE = Path(__file__).parent / "machines.md"
+HEAD = """# The state machines
+
+<!-- Written by docs/machines.py from the code: edit the docstrings there. -->
+
+Everything that Everstep decides is decided by pure state machines in `elastic/protocol/`.
+Each takes a state and an event, and returns the next state and what is to be done.
+They use no clock, socket, thread or tensor, so the simulator (`elastic/sim/`) runs the same code as a job.
+
+An event is *handled* in the phases that its row names.
+In other phases it is *late*: it changes nothing.
+For a worker, an event that is neither handled nor late is *illegal*: the machine raises an error that names the events
+before it.
+"""
+
+
+def page() -> str:
+    """The page as the code has it."""
+    return "\n".join([HEAD, *_coordinator(), *_worker()]).rstrip() + "\n"
+
+
+def _coordinator() -> list[str]:
+    acts = {kind: [phase.value for phase in coordinator.acts(kind)] for kind in events.Event.__args__}
+    checks = [getattr(invariants, name) for name in vars(invariants) if name.startswith("check_")]
+    return [
+        "## The coordinator",
+        "",
+        "The code is `elastic/protocol/coordinator.py`.",
+        "The leader (`agents/coordinator/leader.py`) drives it: it stores each decision, then carries it out.",
+        "",
+        *_phases(state.Phase),
+        *_events(events.Event.__args__, lambda kind: acts[kind]),
+        *_told("Effects", events.Effect.__args__),
+        "### Invariants",
+        "",
+        "They are checked after each event, in jobs (`check_turn`) and in the simulator.",
+        "A decision that breaks one ends the job, and is neither written nor carried out.",
+        "",
+        "| check | what it checks |",
+        "|---|---|",
+        *(f"| `{check.__name__}` | {_first_line(check)} |" for check in checks),
+        "",
+    ]
+
+
+def _worker() -> list[str]:
+    handled = {
+        kind: [phase.value for phase in worker.WorkerPhase if (phase, kind) in worker.HANDLED]
+        for kind in worker.Event.__args__
+    }
+    late = [kind.__name__ for kind in worker.ANSWERS]
+    return [
+        "## The worker",
+        "",
+        "The code is `elastic/protocol/worker.py`.",
+        "The engine (`elastic/engine/`) carries out its instructions on tensors, the simulator on hashes.",
+        "`legs.py` decides the order of work within a step, and `protecting.py` which versions outlive nodes.",
+        "",
+        *_phases(worker.WorkerPhase),
+        *_events(worker.Event.__args__, lambda kind: handled[kind]),
+        "Late, while the worker is waiting:",
+        f"{', '.join(f'`{name}`' for name in late)}.",
+        "",
+        *_told("Instructions", worker.Instruction.__args__),
+        "### Invariants",
+        "",
+        "They are checked after each event, in jobs and in the simulator.",
+        "",
+        *(f"- {text}" for text in worker.INVARIANTS.values()),
+        "",
+    ]
+
+
+def _phases(phases: type[enum.Enum]) -> list[str]:
+    meanings = _comments(phases)
+    rows = [f"| {phase.value} | {meanings.get(phase.name, '')} |" for phase in phases]
+    return ["### Phases", "", "| phase | meaning |", "|---|---|", *rows, ""]
+
+
+def _comments(phases: type[enum.Enum]) -> dict[str, str]:
+    """The comment behind each member."""
+    found = {}
+    for line in inspect.getsource(phases).splitlines():
+        name, _, rest = line.strip().partition(" = ")
+        if "#" in rest:
+            found[name] = rest.partition("#")[2].strip()
+    return found
+
+
+def _events(kinds: Iterable[type[Any]], handled: Callable[[type[Any]], list[str]]) -> list[str]:
+    rows = [f"| `{kind.__name__}` | {_first_line(kind)} | {', '.join(handled(kind))} |" for kind in kinds]
+    return ["### Events", "", "| event | meaning | handled when |", "|---|---|---|", *rows, ""]
+
+
+def _told(title: str, kinds: Iterable[type[Any]]) -> list[str]:
+    rows = [f"| `{kind.__name__}` | {_first_line(kind)} |" for kind in kinds]
+    return [f"### {title}", "", f"| {title[:-1].lower()} | meaning |", "|---|---|", *rows, ""]
+
+
+def _first_line(item: Any) -> str:
+    return (item.__doc__ or "").strip().partition("\n\n")[0].replace("\n", " ").replace("    ", "")
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
