@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import glob
 import os
 import shutil
 import tempfile
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 Buffer = bytes | bytearray | memoryview
+TEMPORARY = ".everstep-"  # how the name of a file begins that a commit has not renamed yet
 _sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)
 
 
@@ -99,15 +101,12 @@ class LocalStore:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.url = str(folder)
-        self._made: set[Path] = set()
         self._lock = threading.Lock()
         self._unflushed: list[Path] = []
 
     def _parent(self, path: str) -> Path:
         file = self.folder / path
-        if file.parent not in self._made:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            self._made.add(file.parent)
+        file.parent.mkdir(parents=True, exist_ok=True)
         return file
 
     def put(self, path: str, pieces: Iterable[Buffer]) -> None:
@@ -124,7 +123,7 @@ class LocalStore:
     def commit(self, path: str, data: Buffer) -> None:
         with _telling("write", self.folder / path):
             file = self._parent(path)
-            handle, name = tempfile.mkstemp(prefix=".", dir=file.parent)
+            handle, name = tempfile.mkstemp(prefix=TEMPORARY, dir=file.parent)
             try:
                 try:
                     _write_all(handle, [data])
@@ -168,12 +167,12 @@ class LocalStore:
 
     def sizes(self, folder: str = "") -> dict[str, int]:
         with _telling("list", self.folder / folder):
-            root = self.folder / folder
-            return {
-                (Path(base) / name).relative_to(self.folder).as_posix(): (Path(base) / name).stat().st_size
-                for base, _, names in os.walk(root)
-                for name in names
-            }
+            found: dict[str, int] = {}
+            for base, _, names in os.walk(self.folder / folder):
+                for file in [Path(base, name) for name in names if not name.startswith(TEMPORARY)]:
+                    with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                        found[file.relative_to(self.folder).as_posix()] = file.stat().st_size
+            return found
 
     def folders(self) -> list[str]:
         with _telling("list", self.folder):
@@ -186,7 +185,6 @@ class LocalStore:
     def remove(self, path: str) -> None:
         with _telling("remove", self.folder / path):
             target = self.folder / path
-            self._made = {folder for folder in self._made if not folder.is_relative_to(target)}
             if path == "" and target.is_dir():
                 for entry in target.iterdir():
                     self.remove(entry.name)
@@ -242,7 +240,8 @@ class ObjectStore:
         return f"{self._root}/{path}" if path else self._root
 
     def put(self, path: str, pieces: Iterable[Buffer]) -> None:
-        self.commit(path, b"".join(pieces))
+        with _telling("write", f"{self.url}/{path}"):
+            self.commit(path, b"".join(pieces))
 
     def commit(self, path: str, data: Buffer) -> None:
         with _telling("write", f"{self.url}/{path}"):
@@ -251,10 +250,21 @@ class ObjectStore:
     def get(self, path: str, start: int = 0, stop: int | None = None) -> bytes | None:
         with _telling("read", f"{self.url}/{path}"):
             try:
+                if stop is not None and stop <= start:  # HTTP has no empty range
+                    self._system.invalidate_cache()
+                    return b"" if self._system.isfile(self._path(path)) else None
                 data: bytes = self._system.cat_file(self._path(path), start=start or None, end=stop)
             except FileNotFoundError:
                 return None
+            except Exception:
+                if start and self._size(path) <= start:  # servers refuse a range beyond the end
+                    return b""
+                raise
             return data
+
+    def _size(self, path: str) -> int:
+        self._system.invalidate_cache()
+        return int(self._system.info(self._path(path))["size"])
 
     def get_into(self, path: str, room: memoryview) -> int | None:
         data = self.get(path)
@@ -283,7 +293,7 @@ class ObjectStore:
         with _telling("remove", f"{self.url}/{path}"):
             self._system.invalidate_cache()
             with contextlib.suppress(FileNotFoundError):
-                self._system.rm(self._path(path), recursive=True)
+                self._system.rm(glob.escape(self._path(path)), recursive=True)  # it takes a name for a pattern
 
     def flush(self) -> None:
         """Nothing is under way."""
