@@ -2,13 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-OTHERS := tests/integration tests/accelerator tests/gpu tests/conversion tests/conformance tests/sim tests/property tests/unit
-# Of the faults, those that go with the others, so that both streams take as long.
-MOVED := $(addprefix tests/faults/test_,coordinators_etcd.py draining.py quarantine.py checkpoint_damage.py)
-# And of the others, those that go with the faults.
-TAKEN := $(addprefix tests/integration/test_,changed_values.py data.py hangs.py processes.py signals.py)
+# What depends on time is in front, and what shares costly fixtures at the back: see tests/conftest.py.
+TESTS := $(addprefix tests/,faults integration accelerator gpu conformance property sim unit conversion)
 
-.PHONY: demo test check bench gpu clean setup peers
+.PHONY: demo test soak check bench gpu clean setup peers
 
 setup: $(VENV)/.ready
 
@@ -38,14 +35,20 @@ $(VENV)-peers/.ready: $(VENV)/.python pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/everstep demo
 
-# In two streams, since much of each is waiting; what depends on time goes first. Without job control (set -m) a shell
-# has what it starts in the background ignore SIGINT.
-test: SHELL := /bin/bash
-test: setup peers
-	@set -m; nice -n 10 $(BIN)/python -m pytest $(OTHERS) $(MOVED) $(addprefix --ignore=,$(TAKEN)) > build/others.log 2>&1 & others=$$!; \
+# `test` is what is run before each commit, `soak` the long schedules and what needs the frameworks whose checkpoints are
+# converted. In two streams, since much of each is waiting. Without job control (set -m) a shell has what it starts in the
+# background ignore SIGINT.
+test: MARKED := not soak
+soak: MARKED := soak
+soak: peers
+test soak: SHELL := /bin/bash
+test soak: setup
+	@rm -rf build/$@-claims; mkdir -p build/$@-claims; \
+	run="$(BIN)/python -m pytest $(TESTS) --claims=build/$@-claims"; \
+	set -m; nice -n 10 $$run -m "$(MARKED)" --from-the-back > build/$@-others.log 2>&1 & others=$$!; \
 	trap "kill $$others 2>/dev/null" INT TERM; \
-	$(BIN)/python -m pytest tests/faults $(TAKEN) $(addprefix --ignore=,$(MOVED)); status=$$?; \
-	wait $$others || status=$$?; cat build/others.log; exit $$status
+	$$run -m "$(MARKED)"; status=$$?; \
+	wait $$others || status=$$?; cat build/$@-others.log; exit $$status
 
 check: setup
 	$(BIN)/ruff check .

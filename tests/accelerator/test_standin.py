@@ -70,6 +70,7 @@ def test_the_stand_in_is_one() -> None:
     assert done.returncode == -signal.SIGSEGV
 
 
+@pytest.mark.soak
 def test_alone_with_checkpoints(tmp_path: Path) -> None:
     """Saved, and gone on from, where the state is on a device."""
     saved = str(tmp_path / "saved")
@@ -109,6 +110,7 @@ def test_more_workers_than_devices(tmp_path: Path) -> None:
     assert "Traceback" not in result.output
 
 
+@pytest.mark.soak
 def test_a_pipeline_with_kills_against_one_without() -> None:
     """The harness of `make gpu`: two stages of two ranks, with dropout, on one device."""
     killed = training.train("standin", 2, 8, small=True, faults=training.kills(8), timeout_s=110)
@@ -117,6 +119,7 @@ def test_a_pipeline_with_kills_against_one_without() -> None:
     assert len(killed.named("worker_died")) == 3
 
 
+@pytest.mark.soak
 def test_only_workers_ask_for_devices(tmp_path: Path) -> None:
     """Not the launcher, the preloaded process, the keeper, the coordinator or the saver."""
     out, recorded = tmp_path / "run", tmp_path / "recorded"

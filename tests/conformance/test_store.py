@@ -102,6 +102,7 @@ def test_many_and_large(opener: Opener, monkeypatch: pytest.MonkeyPatch) -> None
     again.close(forget=True)
 
 
+@pytest.mark.soak
 def test_a_row_of_16_mib(opener: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
     """That nothing compresses; as it is written, and as a snapshot."""
     monkeypatch.setattr(etcd, "SNAPSHOT_COMMITS", 2)

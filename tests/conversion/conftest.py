@@ -13,6 +13,29 @@ PLAIN = ["z0-fp32", "z0-bf16", "z1-fp32", "z1-bf16", "z2-bf16", "z3-fp32", "z3-b
 PARALLEL = ["tp2-z1-bf16", "tp2-z3-bf16"]
 FOUR = ["moe-z1-bf16", "pp2-dp2-bf16"]  # a pipeline leaves a grid behind, so it comes last
 UNIVERSAL = ["z1-bf16", "z2-bf16", "z3-bf16", "tp2-z1-bf16", "tp2-z3-bf16", "pp2-dp2-bf16"]  # DeepSpeed converts these
+FRAMEWORKS = {
+    *("deepspeed_samples", "deepspeed_kinds", "megatron_samples", "fsdp_samples", "transformers_samples"),
+    "apart",
+}  # fixtures for which a framework runs
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What the frameworks themselves write or load takes minutes."""
+    for item in items:
+        if needs_frameworks(item):
+            item.add_marker(pytest.mark.soak)
+
+
+def needs_frameworks(item: pytest.Item) -> bool:
+    """By a fixture of its own, or by a parameter that names a sample: see `SOURCES` and `SAMPLES` of its module."""
+    if FRAMEWORKS & set(getattr(item, "fixturenames", ())):
+        return True
+    module = getattr(item, "module", None)
+    named = {**getattr(module, "SOURCES", {}), **getattr(module, "SAMPLES", {})}
+    samples = {name for name, place in named.items() if place[0] in FRAMEWORKS}
+    parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    return any(isinstance(value, str) and value in samples for value in parameters)
 
 
 @pytest.fixture(scope="session")

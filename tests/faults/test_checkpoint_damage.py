@@ -71,6 +71,7 @@ def memory_folder():
         yield Path(folder)
 
 
+@pytest.mark.soak
 def test_whenever_the_writer_is_killed_the_old_or_the_new_one_is_read(memory_folder):
     tmp_path, rng = memory_folder, random.Random(SEED)
     save(tmp_path, 1, 1.0)
@@ -154,6 +155,7 @@ def whole(tmp_path_factory):
     return folder
 
 
+@pytest.mark.soak
 def test_every_damaged_file_is_found_and_named(whole, tmp_path):
     """1,000 random damages of random files: none is read as if nothing had happened."""
     rng = random.Random(SEED)

@@ -71,6 +71,7 @@ def assert_continues(result: Result, first: int, steps: int) -> None:
         assert_same_state(torch.load(path, weights_only=True), expected.state())
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("saved", ["1x4", "2x2", "4x1", "uneven"])
 def test_what_one_layout_saved_every_other_goes_on_from(saved, tmp_path):
     first = tmp_path / "first"
@@ -209,6 +210,7 @@ def test_what_does_not_fit_is_refused_in_one_line(two_checkpoints, tmp_path):
     assert 'resume must be "auto", "never" or the URL of a checkpoint' in ended.error()
 
 
+@pytest.mark.soak
 def test_lost_workers_and_checkpoints_do_not_disturb_each_other(tmp_path):
     """Workers die while checkpoints are saved: what is saved is what an undisturbed run has after as many steps."""
     places = [

@@ -48,6 +48,7 @@ def test_in_every_phase_of_a_step() -> None:
     assert not result.named("node_lost")
 
 
+@pytest.mark.soak
 def test_in_every_phase_of_a_recovery() -> None:
     """Rank 1 dies again and again, and each time the coordinator does, in what follows from it."""
     faults = []
@@ -60,6 +61,7 @@ def test_in_every_phase_of_a_recovery() -> None:
     assert len(result.named("coordinator_returned")) == len(RECOVERY_PHASES)
 
 
+@pytest.mark.soak
 def test_together_with_a_worker() -> None:
     """The worker dies while there is no coordinator; the next one handles it. In every phase of a step."""
     faults = []
@@ -72,6 +74,7 @@ def test_together_with_a_worker() -> None:
     assert len(result.named("recovered")) == len(STEP_PHASES)
 
 
+@pytest.mark.soak
 def test_again_and_again_with_stages() -> None:
     """Every few steps, in whatever phase it is, in a pipeline that loses workers too."""
     faults = [kill_coordinator(0, STEP_PHASES[i % 5], 2 * i) for i in range(16)]
@@ -81,6 +84,7 @@ def test_again_and_again_with_stages() -> None:
     assert len(result.named("worker_died")) == 3
 
 
+@pytest.mark.soak
 def test_at_every_decision(tmp_path: Path) -> None:
     """Each one lives until it decides something for others to do: it dies before that is written, and the next one when
     it is written and nobody was told. A worker is lost meanwhile."""

@@ -154,6 +154,7 @@ def job(tmp_path: Path) -> Iterator[Job]:
         etcd.wait()
 
 
+@pytest.mark.soak
 def test_leaders_come_and_go(job: Job) -> None:
     """Each goes another way, with a worker lost before the next one is there; what was a leader can do nothing."""
     killed = job.leader()

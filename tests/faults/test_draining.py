@@ -9,6 +9,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.jobs import finish, slowly, wait_until
 from tests.jobs.cluster import Cluster
 from tests.jobs.hosts import Hosts
@@ -70,6 +72,7 @@ def test_nodes_hand_over_and_leave(tmp_path: Path) -> None:
         assert re.fullmatch(r"layers 0-\d+: ranks \d", job.events("committed")[-1]["layout"])
 
 
+@pytest.mark.soak
 def test_what_happens_to_who_leaves(tmp_path: Path) -> None:
     """It is killed while it hands over: a loss like any other. One that leaves meanwhile is let go; another comes."""
     with Hosts(3) as hosts:

@@ -37,6 +37,7 @@ def worker_faults(count: int) -> list[dict[str, object]]:
     ]
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("stages", [1, 2])
 def test_a_node_dies_in_every_phase(stages: int, tmp_path: Path) -> None:
     """Five nodes; each life of the last four ends in another phase. Workers of the first one die too, which all see."""
@@ -64,6 +65,7 @@ def pair(ranks: tuple[int, int], phases: tuple[str, str], step: int, life: int =
     ]
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize(
     ("protection", "rounds"),
     [("parity", [(1, 4), (0, 5), (3, 2)]), ("replicate", [(1, 4)])],
@@ -109,6 +111,7 @@ def test_settings_by_hand_in_steps_computed_again(tmp_path: Path) -> None:
     assert sum(event["lost_steps"] for event in result.named("recovered") if event["nodes"]) > 0
 
 
+@pytest.mark.soak
 def test_nodes_of_several_workers(tmp_path: Path) -> None:
     """Each node in turn is lost with its two workers, at the same moment as one worker of another node."""
     with Hosts(3) as hosts:

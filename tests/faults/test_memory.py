@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import pytest
 
 from everstep.agents.node.preload import NAME as PRELOADED
 from tests.jobs.cluster import Cluster
@@ -108,6 +109,7 @@ def recoveries(job: Cluster, count: int, rng: random.Random) -> None:
         )
 
 
+@pytest.mark.soak
 def test_fifty_recoveries_leave_nothing(tmp_path: Path) -> None:
     rng = random.Random(4)
     with Hosts(3) as hosts:

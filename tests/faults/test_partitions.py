@@ -74,6 +74,7 @@ def test_a_node_stands_still(job: Cluster) -> None:
     assert "this node was lost to the job" in result.output
 
 
+@pytest.mark.soak
 def test_a_power_cut(job: Cluster) -> None:
     hosts, node = job.hosts, job.nodes()[job.hosts.address(0)]
     job.away.add(0)
@@ -86,6 +87,7 @@ def test_a_power_cut(job: Cluster) -> None:
     assert len(job.check().named("node_lost")) == 1
 
 
+@pytest.mark.soak
 def test_a_bad_cable(job: Cluster) -> None:
     """A fifth of all packets is lost for a while, which costs time; a false alarm may be raised, and nothing else."""
     hosts = job.hosts
@@ -102,6 +104,7 @@ def test_a_bad_cable(job: Cluster) -> None:
     assert lost <= {hosts.address(1)}
 
 
+@pytest.mark.soak
 def test_the_coordinator_stands_still(job: Cluster) -> None:
     """Training goes on without it, and nobody is lost for what it slept through."""
     hosts, started_s = job.hosts, time.monotonic()

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.jobs import finish, slowly, wait_until
 from tests.jobs.cluster import Cluster
 from tests.jobs.hosts import Hosts
@@ -66,6 +68,7 @@ def throttled(pids: list[int]) -> Iterator[None]:
         send(signal.SIGCONT)
 
 
+@pytest.mark.soak
 def test_a_slow_worker_is_found_and_its_node_hands_over(tmp_path: Path) -> None:
     """Only it, although all steps are slow then; nothing is computed again, and the result is the same."""
     with Hosts(3) as hosts:
@@ -89,6 +92,7 @@ def test_a_slow_worker_is_found_and_its_node_hands_over(tmp_path: Path) -> None:
         assert not [line for line in result.events if line["event"] in ("planned", "recovered", "node_lost")]
 
 
+@pytest.mark.soak
 def test_a_host_that_fails_again_and_again_is_kept_out(tmp_path: Path) -> None:
     """Its worker dies, then all of it, and it comes back by another name. One that is not fit does not get in."""
     with Hosts(3) as hosts:

@@ -73,6 +73,7 @@ def test_a_damaged_backup(tmp_path: Path) -> None:
     assert_same_state(result.state(rank), reference().state())
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("kind", ["flip", "flip-owned"])
 def test_a_bit_that_flips_while_a_step_is_computed(kind: str) -> None:
     """It is noticed in that step, whether or not replicas are due to be compared, and made good."""
@@ -82,6 +83,7 @@ def test_a_bit_that_flips_while_a_step_is_computed(kind: str) -> None:
     assert [(e["where"], e["rank"]) for e in result.named("corruption")] == [("replica", 0)]
 
 
+@pytest.mark.soak
 def test_unless_replicas_are_compared_the_result_is_another() -> None:
     """The fault is real: what is damaged before its values are remembered makes the run differ."""
     faults = [{"rank": 0, "phase": "commit", "step": 3, "kind": "flip-owned"}]

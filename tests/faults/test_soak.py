@@ -9,6 +9,8 @@ import signal
 from collections import Counter
 from pathlib import Path
 
+import pytest
+
 from tests.jobs import assert_same_run, reference, run_job
 from tests.jobs.cluster import Cluster
 from tests.jobs.hosts import Hosts
@@ -32,6 +34,7 @@ def random_faults(workers: int, kills: int, seed: int) -> list[dict[str, object]
     return faults
 
 
+@pytest.mark.soak
 def test_two_hundred_random_kills() -> None:
     workers, steps = 4, 160
     faults = random_faults(workers, KILLS + 20, seed=3)
@@ -115,6 +118,7 @@ class Soak:
                 os.kill(pid, signal.SIGCONT)
 
 
+@pytest.mark.soak
 def test_a_hundred_faults_of_all_kinds(tmp_path: Path) -> None:
     """Worker and node, kill and stop and cable, while training goes on; the bytes are those of a quiet run."""
     with Hosts(4) as hosts:

@@ -13,6 +13,7 @@ from tests.gpu import run, training
 from tests.jobs import Result
 
 
+@pytest.mark.soak
 def test_the_comparison_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One of its two layouts, with three kills and without."""
     monkeypatch.setattr(training, "LAYOUTS", {"1 stage x 4 ranks": 1})

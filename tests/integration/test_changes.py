@@ -108,6 +108,7 @@ def resumed(folder: Path, steps: int, rate: float, *flags: str, **config: Any) -
     return states[0]["optimizer"]["param_groups"][0]["lr"], ended.stderr
 
 
+@pytest.mark.soak
 def test_another_rate_in_the_script_on_resume(tmp_path: Path) -> None:
     assert "hyperparameters-differ" not in resumed(tmp_path / "hand", 3, 0.5)[1]
     rate, said = resumed(tmp_path / "hand", 5, 0.25)

@@ -159,6 +159,7 @@ def figures(processes: list[psutil.Process]) -> dict[int, tuple[int, int]]:
     return {process.pid: (process.num_fds(), process.memory_info().rss) for process in processes}
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(280)
 def test_ten_thousand_malformed_inputs_a_port(tmp_path: Path) -> None:
     print(f"EVERSTEP_FUZZ_SEED={SEED}")

@@ -72,6 +72,7 @@ def ledger(result: Result) -> list[tuple[int, float, str]]:
 Ledgers = dict[str, list[tuple[int, float, str]]]
 
 
+@pytest.mark.soak
 def test_storage_that_stands_still_for_all_ranks_is_no_hang(tmp_path: Path, quiet: Ledgers) -> None:
     """Longer than any worker alone might; a warning says until when, and then it goes on."""
     job = Job(tmp_path, QUICK, place="fetch", how="storage", ranks=[0, 1])
@@ -148,6 +149,7 @@ def test_without_one_it_is_killed_once_and_then_given_longer(tmp_path: Path, qui
 # ---------------------------------------------------------------- who waits for whom
 
 
+@pytest.mark.soak
 def test_the_rank_that_the_others_wait_for_is_named(tmp_path: Path, quiet: Ledgers) -> None:
     """In a warning and in status, with where it is and until when it may be there."""
     job = Job(tmp_path, [], place="between", how="storage")
@@ -184,6 +186,7 @@ def test_a_node_says_that_it_looks_for_a_coordinator(tmp_path: Path) -> None:
     assert "no coordinator answers at" in output
 
 
+@pytest.mark.soak
 def test_collectives_of_the_script_end_with_a_lost_worker_in_an_error_that_helps(tmp_path: Path) -> None:
     """As long as none is lost they work."""
     script = "collective_job.py"

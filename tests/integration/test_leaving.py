@@ -147,6 +147,7 @@ def test_stopped_after_training(tmp_path: Path) -> None:
     assert "everstep: error: what comes after training was cut off on ranks 0, 1: stopped by SIGTERM" in output
 
 
+@pytest.mark.soak
 def test_the_last_checkpoint_is_lost(tmp_path: Path) -> None:
     """Said when it happens, and at the end, with a status of its own; by a script that runs alone too."""
     launched, alone = tmp_path / "launched", tmp_path / "alone"

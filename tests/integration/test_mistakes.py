@@ -100,6 +100,7 @@ def test_alone() -> None:
     assert ANYWHERE["iterable"] in command([SCRIPT, "iterable"]).error()
 
 
+@pytest.mark.soak
 def test_in_a_job() -> None:
     """The same under the launcher, on two ranks; and what only ranks that differ can get wrong."""
     cases = {

@@ -100,6 +100,7 @@ def test_two_nodes_lose_a_worker_each(tmp_path: Path) -> None:
         assert len([name for name in result.workers if name.startswith(f"worker-{rank}-")]) == 1
 
 
+@pytest.mark.soak
 def test_a_separate_coordinator_and_a_node_that_joins(tmp_path: Path) -> None:
     """`everstep coordinator` and two nodes, found by --master-addr and --node-rank; a third joins while they train."""
     job, port = Job(tmp_path, {"steps": 60}), free_port()
@@ -136,6 +137,7 @@ def test_a_separate_coordinator_and_a_node_that_joins(tmp_path: Path) -> None:
             coordinator.stdout.close()
 
 
+@pytest.mark.soak
 def test_a_node_without_its_coordinator_ends(tmp_path: Path) -> None:
     """A lost node costs nothing. The one that has the coordinator takes it along; the other waits a while, and ends."""
     job, port = Job(tmp_path, {"steps": 100_000}), free_port()
@@ -280,6 +282,7 @@ def test_an_event_log_that_cannot_be_written_holds_nothing_up(tmp_path: Path) ->
     assert "worker of rank 1 killed by SIGKILL" in result.output
 
 
+@pytest.mark.soak
 def test_first_steps_that_take_long_are_no_hangs(tmp_path: Path) -> None:
     """Such as a compiler's: neither the job's first step, nor that of a replacement, nor what others do meanwhile."""
     slow = {"phase": "compute", "kind": "pause", "seconds": 5.0}
@@ -291,6 +294,7 @@ def test_first_steps_that_take_long_are_no_hangs(tmp_path: Path) -> None:
     assert [event["cause"] for event in result.named("worker_died")] == ["killed by SIGKILL"]
 
 
+@pytest.mark.soak
 def test_a_worker_that_is_only_late_is_given_longer(tmp_path: Path) -> None:
     """The second time it has two seconds, the third time four."""
     late = {"rank": 1, "phase": "join", "kind": "pause", "seconds": 3.0}
@@ -305,6 +309,7 @@ def test_a_worker_that_is_only_late_is_given_longer(tmp_path: Path) -> None:
     assert all(cause.startswith("hung: ") for cause in hung), hung
 
 
+@pytest.mark.soak
 def test_hung_workers_are_fenced(tmp_path: Path) -> None:
     """One stopped from outside, one in an endless loop of its own."""
     faults = [{"rank": 1, "phase": "compute", "step": 10, "kind": "loop", "incarnation": 1}]

@@ -52,6 +52,7 @@ def test_configurations_are_right(kind: str, tmp_path: Path) -> None:
     promtool("check", "config", tmp_path / "prometheus.yml")
 
 
+@pytest.mark.soak
 @needs_prometheus
 def test_a_job_is_watched_through_its_failures(tmp_path: Path) -> None:
     with watched(tmp_path) as job:

@@ -31,6 +31,7 @@ def stateful(tmp_path, steps, folder="", *flags):
     return command([str(JOBS / "stateful_job.py"), arguments], environment)
 
 
+@pytest.mark.soak
 def test_registered_states_with_tensors_go_along(tmp_path):
     whole = stateful(tmp_path, 10)
     assert whole.status == 0, whole.stderr
@@ -42,6 +43,7 @@ def test_registered_states_with_tensors_go_along(tmp_path):
     assert open_checkpoint(str(folder)).manifest.registered["noise"]["last"]["dtype"] == "bfloat16"
 
 
+@pytest.mark.soak
 def test_alone_a_damaged_checkpoint_is_named_or_passed_over(tmp_path):
     folder = tmp_path / "checkpoints"
     for steps in (3, 6):

@@ -90,6 +90,7 @@ def takes_no_certificate(port: int, authority: Path) -> bool:
         return False
 
 
+@pytest.mark.soak
 def test_everything_is_encrypted(certificates: Path, tmp_path: Path, launched: list[subprocess.Popen[str]]) -> None:
     """Two nodes with certificates and a token, no shared memory; a worker is lost. No port talks to strangers."""
     (port,) = free_ports(1)
@@ -119,6 +120,7 @@ def test_everything_is_encrypted(certificates: Path, tmp_path: Path, launched: l
     assert result.named("worker_died")
 
 
+@pytest.mark.soak
 def test_who_is_kept_out(certificates: Path, tmp_path: Path, launched: list[subprocess.Popen[str]]) -> None:
     """A wrong token; no certificates; those of another authority: one line each, and the job does not mind."""
     other = tmp_path / "other"

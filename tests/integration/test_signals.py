@@ -139,6 +139,7 @@ def test_processes_that_fetch_data_outlive_it(tmp_path: Path) -> None:
     job.assert_said(output, signal.SIGTERM)
 
 
+@pytest.mark.soak
 def test_what_was_saved_so_is_gone_on_from(tmp_path: Path, undisturbed: dict[str, Any]) -> None:
     """A shell's, a terminal's, timeout's way: to the group of the launcher; and timeout sends its signal twice."""
     job = Job(tmp_path)
@@ -181,6 +182,7 @@ def test_asked_twice_it_ends_at_once(tmp_path: Path) -> None:
     assert launcher.returncode == 1
 
 
+@pytest.mark.soak
 def test_a_coordinator_by_itself_stays_until_all_is_saved(tmp_path: Path) -> None:
     """When a batch system cancels a job, it gets the signal too; alone with it, it ends soon."""
     job, port = Job(tmp_path), free_port()
@@ -235,6 +237,7 @@ def test_a_scripts_own_handlers_are_left_alone(tmp_path: Path) -> None:
     assert not read_result(job.out, 0, output).named("worker_died")
 
 
+@pytest.mark.soak
 def test_an_ordinary_script_hears_a_signal_to_its_group_by_its_launcher(tmp_path: Path) -> None:
     """As under torchrun: a worker has a session of its own, and the launcher passes on what it gets."""
     launcher = launch(JOBS / "environment_job.py", ["wait"], ["--nproc-per-node=2"], {"OUT": str(tmp_path)})

@@ -6,6 +6,8 @@ import json
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.jobs import JOBS, assert_same_run, read_result, reference, slowly, wait_until
 from tests.jobs.slurm import Slurm
 
@@ -13,6 +15,7 @@ SCRIPT = JOBS.parent.parent / "deploy" / "slurm" / "train.sbatch"
 STEPS = 30
 
 
+@pytest.mark.soak
 def test_a_job_outlives_a_node(tmp_path: Path) -> None:
     events = tmp_path / "events.jsonl"
     environment = {

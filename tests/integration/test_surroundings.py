@@ -132,6 +132,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> str:
 SHADOWS = ("queue", "random", "types", "signal", "socket", "json", "select", "logging", "tempfile", "ssl")
 
 
+@pytest.mark.soak
 def test_files_named_like_standard_modules(tmp_path: Path) -> None:
     """In the working folder: helper processes, also those that are started again, do not take them for Python's."""
     here = tmp_path / "here"
@@ -169,6 +170,7 @@ def test_files_named_like_standard_modules(tmp_path: Path) -> None:
 PATHS = "import sys, os, __main__; print('path', sys.path[0], 'name', __name__, 'args', sys.argv[1:])\n"
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("kind", ["script", "link", "folder", "zip", "module", "safe"])
 def test_programs_see_what_python_shows_them(tmp_path: Path, kind: str) -> None:
     package = tmp_path / "pack"

@@ -38,6 +38,7 @@ def test_five_restarts_in_a_row(tmp_path: Path) -> None:
     assert sorted(found["seen"] for found in ranks) == [1, 2]
 
 
+@pytest.mark.soak
 def test_restarts_run_out(tmp_path: Path) -> None:
     """Torch's own report, and one line with the rank and the signal, or the exit status and the recorded exception."""
     with ThreadPoolExecutor(2) as pool:
@@ -104,6 +105,7 @@ def launched(out: Path, *flags: str, **extra: str) -> tuple[Ended, dict[int, dic
     return ended, found
 
 
+@pytest.mark.soak
 def test_flags(tmp_path: Path) -> None:
     """What is run and how, where its output goes, and defaults from PET_* variables."""
     script = ENVIRONMENT

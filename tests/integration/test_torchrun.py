@@ -89,6 +89,7 @@ def meeting(tmp_path: Path) -> Iterator[Meeting]:
     found.close()
 
 
+@pytest.mark.soak
 def test_torchrun_meets_at_our_coordinator(meeting: Meeting) -> None:
     """2:3 nodes. Two meet; a worker fails; a third comes; an agent is lost, and the coordinator, too."""
     agents = [meeting.agent("2:3", "2", "fails") for _ in range(2)]

@@ -96,6 +96,7 @@ def test_many_flags_at_once(tmp_path: Path) -> None:
         assert (found["ROLE_NAME"], found["TORCHELASTIC_RUN_ID"]) == ("trainer", "flags")
 
 
+@pytest.mark.soak
 def test_defaults_by_variables(tmp_path: Path) -> None:
     """PET_* for every kind of flag; the command line wins; another interpreter by PYTHON_EXEC."""
     python = tmp_path / "python"

@@ -122,6 +122,7 @@ def job(out: Path, nodes: int, token: str = "") -> Iterator[Job]:
         found.close()
 
 
+@pytest.mark.soak
 def test_a_job_is_watched_from_a_terminal(tmp_path: Path) -> None:
     with job(tmp_path, 2) as found:
         found.lose_a_worker(3)
@@ -387,6 +388,7 @@ def _the_trace_adds_up(job: Job, folder: Path) -> None:
 # ---------------------------------------------------------------- the page
 
 
+@pytest.mark.soak
 @needs_chromium
 def test_the_page_in_a_browser(tmp_path: Path) -> None:
     """Of a job with a token, which a browser shows as a password."""
@@ -433,6 +435,7 @@ def test_what_cannot_be_asked_is_one_line(command: str) -> None:
     assert "EVERSTEP_CERTS=/nowhere" in missing.error()
 
 
+@pytest.mark.soak
 @needs_prometheus
 def test_only_who_has_a_certificate_and_the_token_sees_anything(tmp_path: Path) -> None:
     """The command, a browser's request, and Prometheus by the configuration that is checked in."""

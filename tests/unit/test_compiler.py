@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 TRAIN = """
 import sys, torch
 from everstep.agents.node.compiler import defer_compiler
@@ -84,6 +86,7 @@ sys.exit(any([os.wait()[1] for _ in sys.argv[1:]]))
 """
 
 
+@pytest.mark.soak
 def test_the_compiler_comes_when_it_is_needed() -> None:
     script = f"{SPY}{TRAIN}\ncompiled_right = {COMPILE!r}\n{EACH}"
     done = subprocess.run([sys.executable, "-c", script, *NEEDS], timeout=120, stderr=subprocess.PIPE, text=True)
