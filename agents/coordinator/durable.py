@@ -4,6 +4,7 @@ state/...        the protocol's state (elastic/protocol/codec.py)
 node/NAME        the numbers of its last message that was taken in, and of the last order given to it
 order/NAME/N     an order that it has not acknowledged
 record/N         a line of the event log, for the newest `REMEMBERED_RECORDS`
+about            what wrote these rows: `Writer`
 token, clock     the job's secret; the coordinator's time, and the world's at that moment
 """
 
@@ -14,15 +15,50 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from importlib import metadata
+from typing import Any, NamedTuple
 
 from everstep.comms.control import everstep_pb2 as pb
-from everstep.elastic.protocol.codec import Unreadable, changed_rows, state_of
+from everstep.comms.control.attach import PROTOCOL
+from everstep.elastic.protocol.codec import Unreadable, changed_rows, schema, state_of
 from everstep.elastic.protocol.state import Config, State
 
 from .store import Store, StoreError, Superseded
 
 REMEMBERED_RECORDS = 2000
+FORMAT = 2  # of the rows; 1 had no `about`
+
+
+class Writer(NamedTuple):
+    """What has written a store. Only the same reads it, of whatever release."""
+
+    format: int
+    state: str  # a digest of the state's types
+    protocol: int  # of the orders in it
+    release: str = ""
+
+    @classmethod
+    def this(cls) -> Writer:
+        return cls(FORMAT, schema(), PROTOCOL, metadata.version("everstep"))
+
+    @classmethod
+    def of(cls, rows: Mapping[str, bytes]) -> Writer:
+        """Of these rows; raises ValueError."""
+        about = json.loads(rows["about"]) if "about" in rows else [1, "unknown", 0, "of an earlier release"]
+        return cls(*about)
+
+    def __str__(self) -> str:
+        return f"everstep {self.release} (format {self.format}, state {self.state}, protocol {self.protocol})"
+
+
+def _refuse_another(store: Store, rows: Mapping[str, bytes]) -> None:
+    """Raises StoreError for what another everstep has written."""
+    writer, this = Writer.of(rows), Writer.this()
+    if writer[:3] != this[:3]:
+        raise StoreError(
+            f"{store.url} was written by {writer}, and this is {this}: continue with the version that wrote it, or "
+            "move the store away to start the job again"
+        )
 
 
 @dataclass
@@ -45,7 +81,8 @@ class Durable:
         self.records: deque[dict[str, Any]] = deque(maxlen=REMEMBERED_RECORDS)
         self.recorded = 0  # the number of the last record
         self._state: State | None = None  # as written
-        self._rows: dict[str, bytes | None] = {"token": token.encode()}
+        about = json.dumps(Writer.this()).encode()
+        self._rows: dict[str, bytes | None] = {"token": token.encode(), "about": about}
         self._acknowledged: list[str] = []  # rows of orders that may go, with the next that is written
 
     # ------------------------------------------------------------ reading
@@ -58,14 +95,14 @@ class Durable:
         if "token" not in rows:
             return durable, None, 0.0
         try:
+            _refuse_another(store, rows)
             state = durable._read(config, rows)
             saved = json.loads(rows["clock"])
             passed_s = max(0.0, time.time() - saved["wall_s"])
             return durable, state, saved["now_s"] + passed_s - time.monotonic()
         except (Unreadable, KeyError, ValueError, TypeError) as error:
             raise StoreError(
-                f"the store is not whole, or of another version ({error}): go on with the version that wrote it, or "
-                "move it away to begin anew"
+                f"{store.url} is not whole ({error}): move the store away to start the job again"
             ) from None
 
     def _read(self, config: Config, rows: Mapping[str, bytes]) -> State:

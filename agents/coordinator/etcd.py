@@ -118,6 +118,7 @@ class EtcdStore:
         """
         self._etcd, self._renewals = Endpoints(url, security), Endpoints(url, security)
         self._prefix = f"/everstep/{job}/"
+        self.url = f"{url}{self._prefix}"
         self._name = uuid.uuid4().hex
         self._closing = threading.Event()
         self._lease = ""

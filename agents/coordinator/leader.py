@@ -265,11 +265,13 @@ class Leader:
         session.end()
 
     def _refusal(self, hello: pb.Hello) -> str:
-        if hello.job != self._job or hello.protocol != PROTOCOL:
+        if hello.protocol != PROTOCOL:
             return (
-                f"this coordinator runs job {self._job!r}, protocol {PROTOCOL}; the node asked for "
-                f"{hello.job[:MOST_NAME]!r}, protocol {hello.protocol}"
+                f"this coordinator speaks version {PROTOCOL} of the control protocol, and the node speaks version "
+                f"{hello.protocol}: run the same everstep on every node, and beside the coordinator"
             )
+        if hello.job != self._job:
+            return f"this coordinator runs job {self._job!r}; the node asked for {hello.job[:MOST_NAME]!r} (--rdzv-id)"
         shown, own = hello.token_digest.encode(), digest_of(self._durable.token).encode()
         if (self._security.token or hello.returning) and not secrets.compare_digest(shown, own):
             return "its token is not this job's: give every node the same EVERSTEP_JOB_TOKEN or EVERSTEP_TOKEN_FILE"

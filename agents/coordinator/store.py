@@ -21,7 +21,9 @@ class Superseded(Exception):
 
 
 class Store(Protocol):
-    """A place of one coordinator. Calls block; one at a time."""
+    """A place of one coordinator. Calls block; one at a time. `url` names it, for people."""
+
+    url: str
 
     @property
     def superseded(self) -> bool:
@@ -48,6 +50,7 @@ class SqliteStore:
     def __init__(self, path: Path, job: str) -> None:
         """Open or make it. Raises StoreError."""
         self.path = path
+        self.url = str(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))  # it holds the job's token

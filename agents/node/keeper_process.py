@@ -16,7 +16,7 @@ import socket
 import subprocess
 from dataclasses import dataclass
 
-from everstep.checkpointing.access.startup import Failure, Started
+from everstep.checkpointing.access.keeper_protocol import PROTOCOL, Failure, Started, greeting
 from everstep.comms.base.process import own_command
 
 MOST_PER_HOST = 64  # agents of one job on one host
@@ -111,14 +111,14 @@ def start(name: str, node: str, host: str, port: int, token: str, linger_s: floa
 def _take_over(name: str, node: str, token: str) -> KeeperProcess | None:
     """The keeper that has this name, if its agent is gone; None if it has one.
 
-    Raises ConnectionRefusedError when there is none.
+    Raises ConnectionRefusedError when there is none, KeeperCannotServe for one of another everstep.
     """
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     connection.settimeout(ANSWER_S)
     try:
         connection.connect("\0" + name)
-        for line in ({"token": token}, {"op": "adopt", "node": node}):
-            connection.sendall(json.dumps(line).encode() + b"\n")
+        connection.sendall(greeting(token))
+        connection.sendall(json.dumps({"op": "adopt", "node": node}).encode() + b"\n")
         with connection.makefile("rb") as stream:
             answer = json.loads(stream.readline() or b"{}")
     except ConnectionRefusedError:
@@ -130,4 +130,12 @@ def _take_over(name: str, node: str, token: str) -> KeeperProcess | None:
     if not answer.get("adopted"):
         connection.close()
         return None
-    return KeeperProcess(name, answer["port"], answer["pid"], leash=connection)
+    version, pid = answer.get("protocol", 1), answer["pid"]
+    if version != PROTOCOL:
+        connection.close()
+        raise KeeperCannotServe(
+            f"the snapshot keeper that an earlier launcher left here (process {pid}) speaks version {version} of the "
+            f"keeper protocol, and this everstep version {PROTOCOL}: end that process, or wait until it ends by itself "
+            "(--es-keeper-linger)"
+        )
+    return KeeperProcess(name, answer["port"], pid, leash=connection)

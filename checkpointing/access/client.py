@@ -17,6 +17,8 @@ from everstep.checkpointing.memory.segment import Segment
 from everstep.comms.base import addresses
 from everstep.comms.base.security import Security, own
 
+from .keeper_protocol import greeting
+
 SLICE_S = 0.05  # how often a caller that waits is called back
 SILENCE_S = 5.0  # a keeper that answers nothing for so long is taken for gone
 CONNECT_S = 2.0
@@ -57,7 +59,9 @@ class KeeperClient:
         self.on_wait = on_wait
         self._buffer = bytearray()
         self._socket = _encrypted(_connect(address, on_wait), security or own())
-        self._send({"token": token})
+        self._socket.settimeout(SILENCE_S)
+        self._socket.sendall(greeting(token))
+        self._socket.settimeout(SLICE_S)
 
     def _send(self, request: dict[str, Any]) -> None:
         self._socket.settimeout(SILENCE_S)
@@ -208,7 +212,7 @@ class KeeperLink:
         try:
             connection.settimeout(30.0)
             connection.connect("\0" + self._name)
-            connection.sendall(json.dumps({"token": self._token}).encode() + b"\n")
+            connection.sendall(greeting(self._token))
         except BaseException:
             connection.close()
             raise
@@ -319,6 +323,8 @@ class KeeperLink:
                 raise ConnectionError("the snapshot keeper closed the connection")
             answer += data
         found: dict[str, Any] = json.loads(answer)
+        if "error" in found:
+            raise KeeperRefused(found["error"])
         return found
 
     def ensure(self) -> bool:

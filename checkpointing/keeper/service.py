@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 from everstep.checkpointing.access.client import REQUEST_BYTES
-from everstep.checkpointing.access.startup import Failure, Started
+from everstep.checkpointing.access.keeper_protocol import PROTOCOL, Failure, Started, refusal
 from everstep.checkpointing.memory.segment import Entry
 from everstep.checkpointing.saving.part import SaveRequest
 from everstep.checkpointing.saving.saver import Saver
@@ -158,6 +158,10 @@ class KeeperServer:
             hello = json.loads(reader.line(GREETING_BYTES) or b"{}")
             if not hmac.compare_digest(str(hello.get("token")).encode(), self.token.encode()):
                 return
+            if why := refusal(hello):
+                reader.line(GREETING_BYTES)  # what it asks: else the end of the connection may overtake the answer
+                _answer(connection, {"error": why})
+                return
             connection.settimeout(None)
             greeted()
             while line := reader.line():
@@ -182,7 +186,7 @@ class KeeperServer:
             _answer(connection, {"adopted": False})
             return
         self.keeper.node = node
-        _answer(connection, {"adopted": True, "port": self.port, "pid": os.getpid()})
+        _answer(connection, {"adopted": True, "protocol": PROTOCOL, "port": self.port, "pid": os.getpid()})
         with contextlib.suppress(OSError):
             reader.line()
         self.leash.let_go()

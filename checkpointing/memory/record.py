@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .copying import CheckedCopy, tensor_bytes
-from .record_format import ALIGN, aligned, items
+from .record_format import ALIGN, aligned, head, items
 
 _ZEROS = memoryview(bytes(ALIGN))
 ShardState = Mapping[str, Any]  # name -> Tensor, number or None
@@ -37,9 +37,9 @@ class Record:
                 self._tensors.append(value.detach())
             else:
                 items.append([name, None, value])
-        head = json.dumps(items, separators=(",", ":")).encode()
-        head = len(head).to_bytes(8, "little") + head
-        self._head = head + bytes(aligned(len(head)) - len(head))  # padding too: equal states, equal checksums
+        contents = json.dumps(items, separators=(",", ":")).encode()
+        begin = head(len(contents)) + contents
+        self._head = begin + bytes(aligned(len(begin)) - len(begin))  # padding too: equal states, equal checksums
         self.length = len(self._head) + sum(aligned(t.numel() * t.element_size()) for t in self._tensors)
 
     def write(self, out: memoryview, seed: int = 0) -> int:

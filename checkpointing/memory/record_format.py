@@ -1,4 +1,8 @@
-"""The layout of a shard's record, without torch: a JSON line of contents, then the tensors, each aligned."""
+"""The layout of a shard's record, without torch: a head, a JSON line of contents, then the tensors, each aligned.
+
+The head is the length of the JSON in six bytes and the version of the format in two, little-endian. The first records
+had no version: there these two bytes are zero, and all the rest is as in version 1.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,9 @@ import numpy as np
 from everstep.checkpointing.universal.dtypes import numpy_dtype
 
 ALIGN = 64
+HEAD_BYTES = 8
+VERSION = 1
+_LENGTH_BYTES = 6
 
 
 class Item(NamedTuple):
@@ -25,16 +32,27 @@ def aligned(size: int) -> int:
     return -(-size // ALIGN) * ALIGN
 
 
+def head(size: int) -> bytes:
+    """What stands before `size` bytes of contents."""
+    return size.to_bytes(_LENGTH_BYTES, "little") + VERSION.to_bytes(HEAD_BYTES - _LENGTH_BYTES, "little")
+
+
 def items(data: bytes | memoryview) -> list[Item]:
     """What is in a record, in order. Raises ValueError if it is malformed."""
     view = memoryview(data)
-    size = int.from_bytes(view[:8], "little")
+    size = int.from_bytes(view[:_LENGTH_BYTES], "little")
+    version = int.from_bytes(view[_LENGTH_BYTES:HEAD_BYTES], "little")
+    if version not in (0, VERSION):
+        raise ValueError(
+            f"a shard record is of version {version} of the format, and this everstep reads version {VERSION}: run the "
+            "same everstep on every node"
+        )
     try:
-        contents = json.loads(bytes(view[8 : 8 + size]))
+        contents = json.loads(bytes(view[HEAD_BYTES : HEAD_BYTES + size]))
     except ValueError as error:
         raise ValueError(f"a shard record does not begin with its contents: {error}") from None
     found: list[Item] = []
-    offset = aligned(8 + size)
+    offset = aligned(HEAD_BYTES + size)
     for name, dtype, rest in contents:
         if dtype is None:
             found.append(Item(name, "", rest))

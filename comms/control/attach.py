@@ -28,7 +28,7 @@ from . import beats
 from . import everstep_pb2 as pb
 from .rpc import channel_to, stub
 
-PROTOCOL = 2
+PROTOCOL = 3  # of the streams between agents and coordinator, with what workers say on them
 BEAT_S = 0.25  # between beats, until the coordinator has said
 BUSY_S = 10.0
 SILENT_S = 3.0  # without a word: where there are others, another coordinator is looked for

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
+import hashlib
 import json
 import types
 import typing
@@ -84,6 +85,36 @@ def _decode_mapping(arguments: tuple[Any, ...], raw: Any) -> dict[Any, Any]:
 @functools.cache
 def _hints(kind: type[Any]) -> dict[str, Any]:
     return typing.get_type_hints(kind)
+
+
+@functools.cache
+def schema() -> str:
+    """A digest of everything that `State` is made of: rows of another one are not read.
+
+    It changes with any field, type or enumerated value of any class in it.
+    """
+    seen: dict[str, Any] = {}
+    _describe(State, seen)
+    text = json.dumps(seen, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _describe(kind: Any, seen: dict[str, Any]) -> None:
+    """Note the classes that a type names, each with what it holds."""
+    for argument in typing.get_args(kind):
+        _describe(argument, seen)
+    if not isinstance(kind, type) or kind.__qualname__ in seen:
+        return
+    if issubclass(kind, enum.Enum):
+        seen[kind.__qualname__] = sorted(str(member.value) for member in kind)
+        return
+    record = hasattr(kind, "__dataclass_fields__") or hasattr(kind, "_fields")
+    hints: dict[str, Any] = _hints(kind) if record else {}  # type: ignore[arg-type]
+    hints = {name: hint for name, hint in hints.items() if kind is not State or name not in TRANSIENT}
+    if hints:
+        seen[kind.__qualname__] = [[name, str(hint)] for name, hint in hints.items()]
+    for hint in hints.values():
+        _describe(hint, seen)
 
 
 def changed_rows(before: State | None, after: State) -> dict[str, str | None]:

@@ -39,8 +39,8 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 from wire import bytes_on_the_wire
 
 from everstep.checkpointing.access.client import KeeperLink
+from everstep.checkpointing.access.keeper_protocol import Started
 from everstep.checkpointing.access.snapshot import Snapshots
-from everstep.checkpointing.access.startup import Started
 from everstep.checkpointing.memory.record import record_bytes
 
 SHARD_ELEMENTS = 1 << 20

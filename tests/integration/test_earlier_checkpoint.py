@@ -1,0 +1,36 @@
+"""A checkpoint of an earlier version is resumed from, and the numbers are those of that version."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from pathlib import Path
+
+from tests.jobs import command, everstep
+
+EARLIER = Path(__file__).parents[1] / "data" / "versions" / "5fd5c74"
+DIGEST = "digest 5ea207164a93313e4b6511e5a0eb92e2"  # which that version printed, with and without a stop between
+
+
+def resumed(tmp_path: Path) -> str:
+    with tarfile.open(EARLIER / "checkpoint.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    return json.dumps({"steps": 8, "checkpoint": str(tmp_path / "checkpoint"), "checkpoint_every": 100})
+
+
+def lines(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith(("step", "digest"))]
+
+
+def test_a_script_by_itself_goes_on(tmp_path) -> None:
+    ended = command([str(EARLIER / "train.py"), resumed(tmp_path)])
+    assert ended.status == 0, ended.stderr
+    assert [line.split()[1] for line in lines(ended.stdout)[:-1]] == ["4", "5", "6", "7"]
+    assert lines(ended.stdout)[-1] == DIGEST
+
+
+def test_a_job_of_two_workers_goes_on(tmp_path) -> None:
+    ended = everstep("run", "--nproc-per-node=2", str(EARLIER / "train.py"), resumed(tmp_path))
+    assert ended.status == 0, ended.stderr
+    assert DIGEST in lines(ended.stdout)
+    assert not any(line.startswith("step 3 ") for line in lines(ended.stdout))
