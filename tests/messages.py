@@ -21,7 +21,14 @@ ERRORS = frozenset(
     {
         *("UsageError", "LaunchError", "AgentError", "CoordinatorFailed", "SecurityError", "CheckpointError"),
         *("StoreError", "ConversionError", "AddressTaken", "BadAddress", "Unreachable", "KeeperCannotServe"),
-        *("CannotPreload", "TooFewDescriptors", "NoAnswer", "ErasureLibraryMissing", "ArgumentTypeError"),
+        *(
+            "CannotPreload",
+            "EarlierKeeper",
+            "TooFewDescriptors",
+            "NoAnswer",
+            "ErasureLibraryMissing",
+            "ArgumentTypeError",
+        ),
     }
 )
 

@@ -27,6 +27,10 @@ class KeeperCannotServe(Exception):
     """Why a keeper ended before it served."""
 
 
+class EarlierKeeper(Exception):
+    """A keeper of this job that another version of everstep left on this host, for people."""
+
+
 @dataclass
 class KeeperProcess:
     """A keeper on our leash. `process` is None for one that was taken over; then `leash` is the connection to it."""
@@ -65,7 +69,7 @@ def keeper_name(token: str, host: str, number: int) -> str:
 
 
 def obtain(node: str, host: str, token: str, linger_s: float) -> KeeperProcess:
-    """A keeper for `node`: one of this job that has lost its agent, else a new one. Raises KeeperCannotServe."""
+    """A keeper for `node`: one of this job that has lost its agent, else a new one. Raises KeeperCannotServe, EarlierKeeper."""
     for number in range(MOST_PER_HOST):
         name = keeper_name(token, host, number)
         try:
@@ -111,7 +115,7 @@ def start(name: str, node: str, host: str, port: int, token: str, linger_s: floa
 def _take_over(name: str, node: str, token: str) -> KeeperProcess | None:
     """The keeper that has this name, if its agent is gone; None if it has one.
 
-    Raises ConnectionRefusedError when there is none, KeeperCannotServe for one of another everstep.
+    Raises ConnectionRefusedError when there is none, EarlierKeeper for one of another everstep.
     """
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     connection.settimeout(ANSWER_S)
@@ -133,7 +137,7 @@ def _take_over(name: str, node: str, token: str) -> KeeperProcess | None:
     version, pid = answer.get("protocol", 1), answer["pid"]
     if version != PROTOCOL:
         connection.close()
-        raise KeeperCannotServe(
+        raise EarlierKeeper(
             f"the snapshot keeper that an earlier launcher left here (process {pid}) speaks version {version} of the "
             f"keeper protocol, and this everstep version {PROTOCOL}: end that process, or wait until it ends by itself "
             "(--es-keeper-linger)"

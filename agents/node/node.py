@@ -43,6 +43,7 @@ from .failures import Failures, pass_on
 from .gatherer import Gatherer
 from .hangs import HangWatch
 from .keeper_process import (
+    EarlierKeeper,
     KeeperCannotServe,
     KeeperProcess,
     NameTaken,
@@ -415,6 +416,8 @@ class NodeAgent:
                 former.kill()
                 place = (former.name, self.node, config.host, former.port)
                 self._keeper = start_keeper(*place, self.token, config.keeper_linger_s)
+        except EarlierKeeper as error:
+            raise AgentError(str(error)) from None
         except (KeeperCannotServe, NameTaken) as error:
             raise AgentError(
                 f"the snapshot keeper of node {self.node} cannot serve on {config.host}: {error} (choose "

@@ -187,7 +187,7 @@ def test_a_keeper_that_an_earlier_version_left_is_not_taken_over() -> None:
         keeper = threading.Thread(target=answer)
         keeper.start()
         message = r"\(process 77\) speaks version 1 of the keeper protocol, and this everstep version \d+: end that"
-        with pytest.raises(keeper_process.KeeperCannotServe, match=message):
+        with pytest.raises(keeper_process.EarlierKeeper, match=message):
             keeper_process._take_over(name, "n0", TOKEN)
         keeper.join(10)
 
