@@ -69,7 +69,10 @@ def keeper_name(token: str, host: str, number: int) -> str:
 
 
 def obtain(node: str, host: str, token: str, linger_s: float) -> KeeperProcess:
-    """A keeper for `node`: one of this job that has lost its agent, else a new one. Raises KeeperCannotServe, EarlierKeeper."""
+    """A keeper for `node`: one of this job that has lost its agent, else a new one.
+
+    Raises KeeperCannotServe, and EarlierKeeper.
+    """
     for number in range(MOST_PER_HOST):
         name = keeper_name(token, host, number)
         try:
