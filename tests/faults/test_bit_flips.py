@@ -132,7 +132,6 @@ def test_a_flipped_bit_is_found_and_healed(cluster: Cluster) -> None:
     assert noticed > FLIPS // 10
 
 
-@pytest.mark.soak
 def test_parity_is_not_made_of_damaged_bytes(cluster: Cluster) -> None:
     """A record that is damaged before its parity is encoded: reported, and never whole; the next version is."""
     victim = cluster.nodes["b"]
