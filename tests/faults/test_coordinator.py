@@ -167,6 +167,7 @@ def test_a_node_is_lost_while_there_is_no_coordinator(job: Cluster) -> None:
     assert len(result.named("coordinator_returned")) == 1
 
 
+@pytest.mark.soak
 def test_a_coordinator_that_was_only_stopped_meets_its_successor(job: Cluster) -> None:
     """SIGSTOP, and another one for the same store: the store is in use, which is said, and nothing is harmed."""
     with job.slowly():

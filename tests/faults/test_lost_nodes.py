@@ -99,6 +99,7 @@ def test_two_nodes_at_once(protection: str, rounds: list[tuple[int, int]], tmp_p
     assert len(result.named("node_lost")) == 4 + 2 * len(rounds)
 
 
+@pytest.mark.soak
 def test_settings_by_hand_in_steps_computed_again(tmp_path: Path) -> None:
     """Versions outlive nodes every five steps: a lost node takes steps along, and the loop does not show them again."""
     faults = [{"rank": 1, "phase": "compute", "step": 13, "kind": "node"}]
@@ -136,6 +137,7 @@ def joined(job: Cluster) -> list[int]:
     return [rank for event in job.events("joined") for rank in event["ranks"]]
 
 
+@pytest.mark.soak
 def test_a_node_gets_ranks_that_are_no_range(tmp_path: Path) -> None:
     """Of nodes with one, two and one workers the first and the last are lost; one with two takes ranks 0 and 3."""
     with Hosts(4) as hosts:
