@@ -243,6 +243,7 @@ def test_an_exit_status_is_reported_with_the_death() -> None:
     assert_same_run(result, reference(8))
 
 
+@pytest.mark.soak
 def test_a_program_that_a_worker_becomes_holds_the_mutex_again(tmp_path: Path) -> None:
     job = Job(tmp_path, program=[sys.executable, str(JOBS / "gpt_job.py")])
     wait_until(lambda: job.events("committed"), 90, "they train")
@@ -276,6 +277,7 @@ def test_a_worker_that_ends_during_its_start_is_reported(tmp_path: Path) -> None
     assert "Signal 9 (SIGKILL) received by PID" in output
 
 
+@pytest.mark.soak
 def test_without_robust_mutexes_the_pidfd_tells(tmp_path: Path) -> None:
     """And the node says so, once."""
     arguments = [json.dumps({"out": str(tmp_path), "steps": 8, "stages": 1})]

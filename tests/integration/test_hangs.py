@@ -169,6 +169,7 @@ def test_the_rank_that_the_others_wait_for_is_named(tmp_path: Path, quiet: Ledge
     assert ledger(result) == quiet["steps"]
 
 
+@pytest.mark.soak
 def test_a_node_and_its_job_say_that_they_wait_for_other_nodes(tmp_path: Path) -> None:
     job = Job(tmp_path, ["--nnodes=2", "--rdzv-conf=join_timeout=13"])
     output = finish(job.launcher)
@@ -177,6 +178,7 @@ def test_a_node_and_its_job_say_that_they_wait_for_other_nodes(tmp_path: Path) -
     assert "this node has joined, and waits for the coordinator to start workers on it" in output
 
 
+@pytest.mark.soak
 def test_a_node_says_that_it_looks_for_a_coordinator(tmp_path: Path) -> None:
     config = ["--rdzv-conf=is_host=false,join_timeout=12"]
     job = Job(tmp_path, ["--nnodes=2", *config])

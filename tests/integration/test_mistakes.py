@@ -91,6 +91,7 @@ print(json.dumps(results))
 """
 
 
+@pytest.mark.soak
 def test_alone() -> None:
     """The script started by itself, without the launcher."""
     ended = command(["-c", ALONE, SCRIPT, *ANYWHERE])

@@ -78,6 +78,7 @@ def preloaded_of(launcher: subprocess.Popen[str]) -> psutil.Process:
     return preloaded
 
 
+@pytest.mark.soak
 def test_two_nodes_lose_a_worker_each(tmp_path: Path) -> None:
     """They meet by c10d; `status` knows the job; each loses a worker by kill -9. What nodes may be lost is said."""
     job, port = Job(tmp_path, {"steps": 14}), free_port()
@@ -251,6 +252,7 @@ def test_the_preloaded_process_is_killed(tmp_path: Path) -> None:
     assert len(result.named("worker_died")) == 2
 
 
+@pytest.mark.soak
 def test_the_preloaded_process_gets_no_processor(tmp_path: Path) -> None:
     """How a worker ended is known without it, and at once."""
 
@@ -267,6 +269,7 @@ def test_the_preloaded_process_gets_no_processor(tmp_path: Path) -> None:
     assert [event["cause"] for event in result.named("worker_died")] == ["killed by SIGKILL"]
 
 
+@pytest.mark.soak
 def test_an_event_log_that_cannot_be_written_holds_nothing_up(tmp_path: Path) -> None:
     """No space left on its device; nor is there later. A worker is lost all the same, and comes back."""
     arguments = [json.dumps({"out": str(tmp_path), "stages": 1, "steps": 12})]

@@ -78,6 +78,7 @@ train()
 """
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("workers", [1, 3])
 def test_a_job_starts_from_a_checkpoint_of_torch(tmp_path, workers):
     """What plain torch trained and saved is, converted, where the job begins: values, moments, step, rate."""

@@ -113,7 +113,14 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return final_state(job)
 
 
-@pytest.mark.parametrize("number", STOPS, ids=lambda number: number.name)
+def each_stop() -> list[Any]:
+    """The first two of them always, the others where there is time."""
+    return [
+        pytest.param(number, id=number.name, marks=pytest.mark.soak if i > 1 else ()) for i, number in enumerate(STOPS)
+    ]
+
+
+@pytest.mark.parametrize("number", each_stop())
 def test_a_signal_to_every_process_saves_the_job(number: signal.Signals, tmp_path: Path) -> None:
     job = Job(tmp_path)
     launcher = job.start()
@@ -258,7 +265,12 @@ def test_an_ordinary_script_hears_a_signal_to_its_group_by_its_launcher(tmp_path
 
 @pytest.mark.parametrize(
     ("number", "prepared"),
-    [(signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGINT, True), (signal.SIGUSR1, False)],
+    [
+        (signal.SIGTERM, False),
+        pytest.param(signal.SIGTERM, True, marks=pytest.mark.soak),
+        (signal.SIGINT, True),
+        pytest.param(signal.SIGUSR1, False, marks=pytest.mark.soak),
+    ],
 )
 def test_a_script_alone_saves_and_ends(
     number: signal.Signals, prepared: bool, tmp_path: Path, undisturbed: dict[str, Any]

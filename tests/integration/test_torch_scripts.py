@@ -30,6 +30,7 @@ def test_ddp_trains(tmp_path: Path) -> None:
     assert ranks[0]["total"] == ranks[1]["total"]
 
 
+@pytest.mark.soak
 def test_five_restarts_in_a_row(tmp_path: Path) -> None:
     """Each attempt has a rendezvous store of its own, and all workers are new."""
     ended, ranks = ddp(tmp_path / "out", "--max-restarts=5", failures=5)

@@ -45,6 +45,7 @@ def plugin(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.soak
 def test_many_flags_at_once(tmp_path: Path) -> None:
     """In the spelling with underscores. The signal that stops the launcher is passed on; who heeds none is killed."""
     flags = {
