@@ -62,7 +62,7 @@ class _Gpus:
     def __init__(self) -> None:
         self._nvml: Any = None
         try:
-            import pynvml
+            import pynvml  # pyright: ignore[reportMissingImports]  (optional)
         except ImportError:
             return
         with contextlib.suppress(pynvml.NVMLError):

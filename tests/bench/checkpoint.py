@@ -39,7 +39,7 @@ from everstep.checkpointing.universal.store import open_store
 from everstep.checkpointing.universal.writer import ChunkWriter, try_commit
 
 try:
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file, save_file  # pyright: ignore[reportMissingImports]  (optional)
 except ImportError:
     save_file = None
 PEERS = Path(__file__).parents[2] / ".venv-peers" / "bin" / "python"

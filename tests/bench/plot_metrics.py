@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+import matplotlib  # pyright: ignore[reportMissingImports]  (of the dependency group plot)
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+import matplotlib.pyplot as plt  # pyright: ignore[reportMissingImports]
 
 from deploy.grafana.job import JOB
 from deploy.grafana.model import Panel
