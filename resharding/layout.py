@@ -38,12 +38,6 @@ class Stage:
     def __contains__(self, layer: int) -> bool:
         return self.start <= layer < self.stop
 
-    def rank_of(self, micro_batch: int) -> int:
-        for block in self.blocks:
-            if block.start <= micro_batch < block.stop:
-                return block.rank
-        raise LayoutError(f"no rank of the stage of layers {self.start}-{self.stop - 1} has micro-batch {micro_batch}")
-
 
 @dataclass(frozen=True)
 class Layout:

@@ -7,7 +7,6 @@ import functools
 import json
 import logging
 import os
-import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -18,7 +17,6 @@ from everstep.agents.base.strict_json import dumps
 
 P = ParamSpec("P")
 R = TypeVar("R")
-REMEMBERED_STEPS = 2000
 WAITING_LINES = 10_000  # kept for a file that cannot be written, the newest ones
 
 log = logging.getLogger("everstep.coordinator")
@@ -63,7 +61,6 @@ class EventLog:
         self._listeners = listeners
         self._waiting: deque[str] = deque(maxlen=WAITING_LINES)
         self._failed = False
-        self._committed_s: dict[int, float] = {}  # step -> when
 
     def catch_up(self, lines: list[dict[str, Any]]) -> None:
         """Of the lines that the store has, write those that the file lacks; listeners hear all of them."""
@@ -78,11 +75,6 @@ class EventLog:
         for line in lines:
             for listener in self._listeners.news:
                 listener(line)
-
-    def age_s(self, step: int) -> float | None:
-        """How long ago a step was committed."""
-        at_s = self._committed_s.get(step)
-        return round(time.monotonic() - at_s, 3) if at_s is not None else None
 
     def _append(self, lines: list[dict[str, Any]]) -> None:
         if self._path is None or not lines:
@@ -100,9 +92,6 @@ class EventLog:
 
     def _tell(self, lines: list[dict[str, Any]]) -> None:
         for line in lines:
-            if line["event"] == "committed":
-                self._committed_s[line["step"]] = line["at_s"]
-                self._committed_s.pop(line["step"] - REMEMBERED_STEPS, None)
             for listener in self._listeners.record:
                 listener(line)
 

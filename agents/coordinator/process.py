@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from everstep.agents.base.patience import Wait
-from everstep.agents.monitoring.observer import Observer
 from everstep.agents.monitoring.pages import AddressTaken, PageServer
 from everstep.agents.monitoring.story import Narrator, set_up_log
 from everstep.agents.monitoring.web import routes
@@ -145,12 +144,6 @@ def serve(task: Task, security: Security, on_ready: Callable[[int], None], asked
 async def _serve(task: Task, security: Security, on_ready: Callable[[int], None], asked: EndAsked) -> int:
     events = Path(task.events) if task.events else None
     coordinator = Coordinator(task.job, task.config, security, events=events)
-    observer = Observer(task.job, lambda: coordinator.state, coordinator.now, undecided=lambda: coordinator.undecided)
-    coordinator.listeners.record.append(harmless(observer.heard))
-    coordinator.listeners.heartbeats.append(harmless(observer.heartbeat))
-    coordinator.listeners.telemetry.append(harmless(observer.told))
-    coordinator.viewed = observer.view
-    coordinator.polls.append(harmless(observer.poll))
     if task.log != "off":
         coordinator.listeners.news.append(harmless(Narrator(task.log).heard))
     pages: PageServer | None = None
@@ -159,7 +152,7 @@ async def _serve(task: Task, security: Security, on_ready: Callable[[int], None]
     try:
         port = await coordinator.serve(task.host, task.port, task.behind)
         if task.metrics:
-            pages = PageServer(task.metrics, routes(observer), security)
+            pages = PageServer(task.metrics, routes(coordinator.observer), security)
             print(f"everstep: the job can be watched: {pages.url} (metrics: /metrics)", file=sys.stderr, flush=True)
         if is_etcd(task.store):
             if not task.stood_by:

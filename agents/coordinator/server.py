@@ -8,24 +8,23 @@ import errno
 import secrets
 import socket
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
-from typing import Any
 
 from everstep.agents.base.strict_json import dumps
-from everstep.agents.monitoring.views import to_json
+from everstep.agents.monitoring.observer import Observer
+from everstep.agents.monitoring.views import summary_of, to_json
 from everstep.agents.rendezvous.service import Rendezvous
 from everstep.comms.base import addresses
 from everstep.comms.base.security import Security
 from everstep.comms.control import everstep_pb2 as pb
 from everstep.comms.control.rpc import Server, Session
 from everstep.elastic.protocol import coordinator
-from everstep.elastic.protocol.events import Event, RendezvousClosed
-from everstep.elastic.protocol.protection import describe_protection
+from everstep.elastic.protocol.events import RendezvousClosed
 from everstep.elastic.protocol.state import Config, State
 
 from .durable import Durable
-from .eventlog import EventLog, Listeners
+from .eventlog import EventLog, Listeners, harmless
 from .leader import Leader
 from .node_sessions import Links
 from .span_collector import SpanCollector
@@ -54,8 +53,10 @@ class Coordinator:
         self.job = job
         self.listeners = Listeners()
         self.standing_by = "this coordinator has just started: try again"
-        self.viewed: Callable[[int, int], Mapping[str, Any]] = lambda steps, rank_steps: {}  # whoever observes sets it
-        self.polls: list[Callable[[], Event | None]] = []  # asked at every tick whether something has happened
+        self.observer = Observer(job, lambda: self.state, self.now, undecided=lambda: self.undecided)
+        self.listeners.record.append(harmless(self.observer.heard))
+        self.listeners.heartbeats.append(harmless(self.observer.heartbeat))
+        self.listeners.telemetry.append(harmless(self.observer.told))
         self._spans = SpanCollector(self._order)
         self._config = config
         self._security = security
@@ -119,7 +120,8 @@ class Coordinator:
         self._leader = Leader(
             self.job, self._config, self._security, durable, self._links, self._events, self.listeners
         )
-        self._leader.polls += [lambda: RendezvousClosed() if self._rendezvous.over() else None, *self.polls]
+        self._leader.polls += [lambda: RendezvousClosed() if self._rendezvous.over() else None]
+        self._leader.polls.append(harmless(self.observer.poll))
         self._links.listen()
         self.standing_by = ""
         await self._server.tell_health(leads=True)
@@ -153,27 +155,10 @@ class Coordinator:
             self._leader.put(session, why)
 
     def status(self) -> str:
-        state = self.state
-        return dumps(
-            {
-                "job": self.job,
-                "phase": state.phase.value,
-                "generation": state.layout.generation if state.layout else 0,
-                "committed_step": state.committed,
-                "steps": state.job.steps if state.job else None,
-                "layout": state.layout.describe() if state.layout else None,
-                "protection": describe_protection(state.job.protection, state.placement)
-                if state.job and state.placement
-                else None,
-                "exposure": self._exposure(),
-                "checkpoint": {"steps": state.saved[0].version, "name": state.saved[0].name} if state.saved else None,
-                "nodes": sorted(state.nodes),
-                "workers": {str(w.id.rank): w.status.value for w in state.workers.values()},
-            }
-        )
+        return to_json(summary_of(self.observer.view(0, 0)))
 
     def view(self, steps: int, rank_steps: int) -> str:
-        return to_json(self.viewed(min(steps, VIEW_STEPS), min(rank_steps, VIEW_STEPS)))
+        return to_json(self.observer.view(min(steps, VIEW_STEPS), min(rank_steps, VIEW_STEPS)))
 
     async def trace(self, steps: int) -> AsyncGenerator[pb.GetTraceResponse, None]:
         first = max(0, self.state.committed + 1 - max(1, steps))
@@ -184,7 +169,7 @@ class Coordinator:
         async with contextlib.aclosing(self._spans.collect(sorted(nodes), first)) as pieces:
             async for node, spans in pieces:
                 yield pb.GetTraceResponse(node=node, spans=spans)
-        view = self.viewed(steps, 0)
+        view = self.observer.view(steps, 0)
         told = {name: view.get(name, []) for name in ("recoveries", "events", "series")}
         yield pb.GetTraceResponse(tail=dumps({**told, "silent": self._spans.silent}))
 
@@ -194,14 +179,6 @@ class Coordinator:
         if session is not None:
             session.send(message)
         return session is not None
-
-    def _exposure(self) -> dict[str, float | None] | None:
-        """What the loss of a node would take along: versions, and seconds since the one that outlives it was made."""
-        state = self.state
-        if state.placement is None or not state.placement.stripes:
-            return None
-        seconds = self._events.age_s(state.protected - 1)
-        return {"steps": state.committed + 1 - state.protected, "seconds": seconds}
 
 
 def _reserve(host: str, port: int) -> tuple[socket.socket, socket.socket]:

@@ -21,17 +21,18 @@ from prometheus_client import (
 )
 from prometheus_client.exposition import choose_encoder
 
+from everstep.agents.analysis.series import PHASES
 from everstep.agents.analysis.step_times import Totals
 from everstep.comms.control import telemetry_pb2 as pb
 from everstep.elastic.protocol.causes import Cause
+from everstep.elastic.protocol.state import Phase
 
 from .pages import Page
 
 STEP_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0, 150.0)
 RECOVERY_BUCKETS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 15.0, 60.0)
 SAVING_BUCKETS = (0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 300.0, 1800.0)
-JOB_PHASES = ("forming", "launched", "running", "recovering", "after training", "done")
-RECOVERY_PHASES = ("detect", "abort", "agree", "edit", "restore", "recompute")
+JOB_PHASES = tuple(phase.value for phase in Phase)
 FAILURES = (Cause.WORKER_DIED, Cause.WORKER_HUNG, Cause.NODE_LOST, Cause.CORRUPTION)  # of a host
 ACTIVITIES = ("compute", "fetch", "wait", "send", "receive", "update", "outside")
 SHOWN_STRAGGLERS = 16  # ranks with a series of their own
@@ -134,7 +135,7 @@ class JobMetrics(_Metrics):
         for reason in [cause.value for cause in Cause]:  # from nothing on, so that the first one is a rise
             self.recoveries.labels(reason)
             self.recovery_seconds.labels(reason)
-            for phase in RECOVERY_PHASES:
+            for phase in PHASES:
                 self.recovery_phases.labels(phase, reason)
         self.lost_micro_batches = self.counter("everstep_lost_micro_batches", "micro-batches computed again")
         self.lost_steps = self.counter("everstep_lost_steps", "committed steps computed again")

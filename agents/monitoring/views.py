@@ -79,6 +79,7 @@ def view_of(seen: Seen) -> dict[str, Any]:
         "waits": list(seen.waits),
         "recovering": _recovering(seen),
         "generation": layout.generation if layout else 0,
+        "layout": layout.describe() if layout else None,
         "world_size": len(layout.ranks) if layout else 0,
         "stages": [{"layers": [s.start, s.stop], "ranks": list(s.ranks)} for s in layout.stages] if layout else [],
         "step": state.committed,
@@ -98,6 +99,7 @@ def view_of(seen: Seen) -> dict[str, Any]:
         "snapshot_interval": seen.interval,
         "exposure": seen.exposure,
         "checkpoint": _checkpoint(seen),
+        "resumable": {"steps": state.saved[0].version, "name": state.saved[0].name} if state.saved else None,
         "saving": _saving(seen),
         "quarantined": len(state.quarantined),
         "quarantine": [_kept_out(seen, host) for host in state.quarantined],
@@ -108,6 +110,18 @@ def view_of(seen: Seen) -> dict[str, Any]:
         "series": [point._asdict() for point in seen.steps],
         "recoveries": [{**point._asdict(), "phases": dict(point.phases)} for point in seen.recoveries],
         "events": list(seen.events),
+    }
+
+
+def summary_of(view: Mapping[str, Any]) -> dict[str, Any]:
+    """The view's most important parts, by the names that scripts know them by."""
+    same = ("job", "phase", "generation", "steps", "layout", "protection", "exposure")
+    return {
+        **{name: view[name] for name in same},
+        "committed_step": view["step"],
+        "checkpoint": view["resumable"],
+        "nodes": sorted(node["node"] for node in view["nodes"]),
+        "workers": {str(worker["rank"]): worker["status"] for worker in view["workers"]},
     }
 
 

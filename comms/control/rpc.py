@@ -49,10 +49,6 @@ STANDS_BY = ("everstep-stands-by", "1")  # goes with UNAVAILABLE: a coordinator 
 HEALTHY, STANDING_BY = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 
 
-class Unreachable(Exception):
-    """No coordinator answers at the address."""
-
-
 class Busy(Exception):
     """One at a time: try again."""
 
@@ -210,13 +206,3 @@ class Server:
 
     async def stop(self, grace_s: float) -> None:
         await self.aio.stop(grace_s)
-
-
-def get_status(address: str, timeout_s: float, security: Security) -> str:
-    """The coordinator's summary, as JSON. Raises Unreachable."""
-    with channel_to(address, security) as channel:
-        try:
-            response = stub(channel).GetStatus(pb.GetStatusRequest(), timeout=timeout_s, metadata=security.metadata())
-        except grpc.RpcError:
-            raise Unreachable(address) from None
-        return str(response.json)

@@ -18,8 +18,6 @@ STATE_SLOTS = 3  # per shard: a version that outlives nodes, the newest complete
 LOCAL_STATE_SLOTS = 2  # where no node can be lost: the newest complete version, and the one being written
 GRADIENT_SLOTS = 2
 PARITY_SLOTS = 3
-MODES = ("parity", "replay", "replicate", "none")
-POLICIES = ("checkpoint", "neighbors", "stop")
 
 
 def state_slots(protection: str, max_nodes: int, *, checkpoints: bool) -> int:

@@ -33,12 +33,12 @@ from processes import die_with_parent
 
 from everstep.agents.coordinator.durable import Durable
 from everstep.agents.coordinator.store import SqliteStore
+from everstep.agents.tools.client import Endpoints, NoAnswer
 from everstep.comms.base.security import Security, digest_of
 from everstep.comms.control import beats
 from everstep.comms.control import everstep_pb2 as pb
 from everstep.comms.control.attach import PROTOCOL
 from everstep.comms.control.everstep_pb2_grpc import CoordinatorServiceStub
-from everstep.comms.control.rpc import Unreachable, get_status
 from everstep.elastic.protocol import events as e
 from everstep.elastic.protocol.state import (
     Config,
@@ -281,8 +281,8 @@ def measure(count: int) -> dict[str, Any]:
 
 def until_it_leads(address: str) -> None:
     while True:
-        with contextlib.suppress(Unreachable):
-            get_status(address, 5.0, Security(token=TOKEN))
+        with contextlib.suppress(NoAnswer):
+            Endpoints(address, Security(token=TOKEN)).status()
             return
         time.sleep(0.1)
 

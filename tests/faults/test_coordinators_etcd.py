@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 
+from everstep.agents.tools.client import Endpoints, NoAnswer
 from everstep.comms.base.process import die_with_parent
 from everstep.comms.base.security import Security
-from everstep.comms.control.rpc import Unreachable, get_status
 from tests.jobs import JOBS, Result, assert_same_run, finish, launch, read_result, reference, wait_until
 from tests.jobs.object_store import Line
 from tests.jobs.ports import free_ports
@@ -37,8 +37,8 @@ class Coordinator:
     line: Line
 
     def leads(self) -> bool:
-        with contextlib.suppress(Unreachable):
-            return "phase" in json.loads(get_status(self.address, 1.0, Security()))
+        with contextlib.suppress(NoAnswer):
+            return "phase" in json.loads(Endpoints(self.address, Security()).status().json)
         return False
 
 
