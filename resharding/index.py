@@ -68,6 +68,11 @@ class LayoutIndex:
             self._sources[number] = tuple(sorted({owner for layer in layers for owner in self.owners_in(layer)}))
         return self._sources[number]
 
+    def copies(self, shard: int) -> int:
+        """How many ranks compute with a shard."""
+        layers = self.spec.parameters[self.spec.shards[shard].parameter].layers
+        return sum(len(self._stages[number].ranks) for number in {self._stage_of_layer[layer] for layer in layers})
+
     def _read(self, owner: int) -> Mapping[int, tuple[Shard, ...]]:
         """Stage -> the shards of `owner` that its ranks compute with."""
         if owner not in self._by_stage:

@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -25,7 +25,7 @@ from torch import Tensor
 from everstep.checkpointing.access.snapshot import Snapshots
 from everstep.checkpointing.memory.record import ShardState
 from everstep.checkpointing.universal.writer import folder_name
-from everstep.comms.mesh.communicator import Communicator, all_gather, barrier
+from everstep.comms.mesh.communicator import Communicator
 from everstep.elastic.contract.errors import UsageError
 from everstep.elastic.contract.membership import Membership, Orders
 from everstep.elastic.contract.notices import Notice, warn
@@ -38,13 +38,15 @@ from everstep.elastic.contract.stateful import (
     encode,
 )
 from everstep.elastic.contract.telemetry import Spent
+from everstep.elastic.guard.agreeing import Agreeing, Own, Settled
 from everstep.elastic.guard.backups import Backups
 from everstep.elastic.guard.checkpoint_agreement import Checkpoints
 from everstep.elastic.guard.protection import Protection
 from everstep.elastic.guard.replicas import (
+    Digests,
+    Made,
     Odd,
     Replicas,
-    Share,
     decide,
     digest,
     disputed,
@@ -62,7 +64,6 @@ from everstep.elastic.holding.watch import (
 )
 from everstep.elastic.holding.zero import ShardedOptimizer
 from everstep.elastic.protocol import worker as w
-from everstep.elastic.step.canonical import sum_scalars
 from everstep.elastic.step.data import DataSource, Key
 from everstep.elastic.step.exchange import Exchange
 from everstep.elastic.step.pipeline import Pipeline
@@ -138,6 +139,8 @@ class Engine:
         self.driven: set[str] = set()  # those of them that the runtime itself steps
         self.on_commit: list[Callable[[], None]] = []  # the scheduler's step
         self.adjustments = Adjustments(optimizer, stack)
+        guards = (self.protection, self.checkpoints, self.replicas)
+        self.agreeing = Agreeing(stack, comm, self.adjustments, *guards)
         self.skip_nonfinite = False  # whether a step whose gradient is not finite is left out
         self.worker = Driver(w.new_worker(comm.rank, stack.spec, settings.steps))
         self.state: StepState | None = None
@@ -283,33 +286,26 @@ class Engine:
             with waiting(SAVES):
                 self.checkpoints.conclude(self._patient)  # so that there is room for one of the end
         proposal = self.offered(last=it.last)
-        mine = {
-            "norms": {str(i): float(torch.linalg.vector_norm(g)) for i, g in self.gradients.items() if self._counts(i)},
-            "adjustments": self.adjustments.share(state.step),
-            "skip_nonfinite": self.skip_nonfinite,
-            "losses": {str(m): loss for m, loss in state.losses.items()},
-            "idle": state.idle([[p.index for p in layer.parameters if not p.averaged] for layer in self.stack.layers]),
-            "join": proposal.generation if proposal else 0,
-            "digest": self._owned_digest(),
-            "protection": self.protection.share(state.step),
-            "checkpoint": self.checkpoints.share(layout.generation),
-            "replicas": self._replica_digests() if self.replicas.due(state.step) else {},
-            "suspects": bool(self.suspects),
-        }
-        table = all_gather(self.comm, state.step, 0, json.dumps(mine).encode())
-        shares = {rank: json.loads(data) for rank, data in table.items()}
-        replicas = {rank: share["replicas"] for rank, share in shares.items()}
-        if any(share["suspects"] for share in shares.values()) and not self.replicas.due(state.step):
-            table = all_gather(self.comm, state.step, 3, json.dumps(self._replica_digests()).encode())
-            replicas = {rank: json.loads(data) for rank, data in table.items()}
+        own = Own(
+            step=state.step,
+            norms={i: float(torch.linalg.vector_norm(g)) for i, g in self.gradients.items() if self._counts(i)},
+            losses=state.losses,
+            summed=state.summed(self.agreeing.trained),
+            touched=state.touched,
+            idle_before=tuple(json.loads(self.agreement).get("idle", ())) if self.agreement else (),
+            digest=self._owned_digest(),
+            skip_nonfinite=self.skip_nonfinite,
+            join=proposal.generation if proposal else 0,
+            suspects=self.suspects,
+        )
+        merged, replicas = self.agreeing.begin(own, layout)
         if disputed(replicas):
             self._distrust(state.step, replicas)
         self.suspects = {}
-        chosen, partly = self.adjustments.merge({rank: share["adjustments"] for rank, share in shares.items()})
-        if partly and not self.loops and self.rank == min(shares):
-            self._warn_of_partial(state.step, partly)
-        chosen["idle"] = self._idle(state, shares)
-        answer = self._agreed_on(state, list(shares.values()), chosen, proposal)
+        settled = self.agreeing.settle(own, merged)
+        if settled.partly and not self.loops and self.rank == min(self.comm.members):
+            self._warn_of_partial(state.step, settled.partly)
+        answer = self._agreed_on(state.step, own, settled, proposal)
         self.telemetry.span(Spent.AGREE, agree_ns)
         return answer
 
@@ -320,17 +316,7 @@ class Engine:
             self.orders[orders.plan.generation] = orders
         return w.offered(self.worker.state, orders.plan if orders else None)
 
-    def _idle(self, state: StepState, shares: dict[int, dict[str, Any]]) -> list[int]:
-        """The parameters of which no micro-batch on any rank had a gradient."""
-        said = {index for share in shares.values() for index in share["idle"]}
-        found = []
-        for index in sorted(said):
-            ranks = {r for layer in self.stack.spec.parameters[index].layers for r in state.work.contributors(layer)}
-            if all(index in shares[rank]["idle"] for rank in ranks):
-                found.append(index)
-        return found
-
-    def _warn_of_partial(self, step: int, partly: dict[str, list[int]]) -> None:
+    def _warn_of_partial(self, step: int, partly: Mapping[str, list[int]]) -> None:
         """Every rank's code runs after every step: what only some of them change is lost with them."""
         name, ranks = next(iter(partly.items()))
         text = (
@@ -339,43 +325,32 @@ class Engine:
         )
         warn(self.membership, Notice.CHANGED_ON_SOME_RANKS, text, step=step)
 
-    def _agreed_on(
-        self, state: StepState, shares: list[dict[str, Any]], chosen: dict[str, Any], proposal: Plan | None
-    ) -> w.Event:
-        frozen = {i for i, p in enumerate(self.stack.spec.parameters) if p.name in chosen.get("frozen", ())}
-        norms = {int(i): norm for share in shares for i, norm in share["norms"].items()}
-        norms = {i: norm for i, norm in norms.items() if self.stack.spec.shards[i].parameter not in frozen}
-        losses = {int(m): loss for share in shares for m, loss in share["losses"].items()}
-        norm = math.sqrt(sum_scalars([norms[i] ** 2 for i in sorted(norms)]))
-        limit = chosen.get("clip", {}).get("norm")
-        loss = sum_scalars([losses[m] for m in sorted(losses)]) / len(losses) if losses else None
-        ledger = 0
-        for share in shares:
-            ledger ^= share["digest"]
+    def _agreed_on(self, step: int, own: Own, settled: Settled, proposal: Plan | None) -> w.Event:
+        share = settled.share
+        norm = math.sqrt(share.norm.rounded())
+        limit = settled.settings.get("clip", {}).get("norm")
+        neighbors = self.settings.on_loss == "neighbors"
         agreement = {
-            "step": state.step,
-            "loss": loss,
+            "step": step,
+            "loss": share.loss.rounded() / share.losses if share.losses else None,
             "norm": norm,
             "scale": None if limit is None else min(1.0, limit / (norm + 1e-6)),
-            "skip": any(share["skip_nonfinite"] for share in shares) and not math.isfinite(norm),
-            **chosen,
-            "registered": self._registered(state.step),
-            "layers": self._layer_norms(norms) if self.settings.on_loss == "neighbors" else {},
-            "digest": f"{ledger:016x}",
-            **self.protection.agreed(
-                state.step,
-                [share["protection"] for share in shares],
-                speaks=self.rank == min(self.comm.members),
-            ),
-            **self.checkpoints.agreed(state.step, [share["checkpoint"] for share in shares]),
+            "skip": share.skip_nonfinite and not math.isfinite(norm),
+            **settled.settings,
+            "idle": list(settled.idle),
+            "registered": self._registered(step),
+            "layers": self.agreeing.layer_norms(own, settled.settings) if neighbors else {},
+            "digest": f"{share.digest:016x}",
+            **self.protection.agreed(step, share, speaks=self.rank == min(self.comm.members)),
+            **self.checkpoints.agreed(step, share.saving, settled.ancestors),
         }
-        wanted = proposal is not None and all(share["join"] == proposal.generation for share in shares)
+        wanted = proposal is not None and share.join == proposal.generation
         text = json.dumps(agreement, sort_keys=True)
         if len(text) > REGISTERED_BYTES:  # a state may grow
             check_size(agreement["registered"])
         return w.Agreed(text, proposal, wanted)
 
-    def _distrust(self, step: int, shares: dict[int, Share]) -> None:
+    def _distrust(self, step: int, replicas: dict[int, Digests]) -> None:
         """Replicas differ: nobody passes this agreement. The odd ones forget their values, and all recover.
 
         Nothing of the step is kept: what the odd one computed went into the others' gradients.
@@ -383,16 +358,17 @@ class Engine:
         layout, _ = self.current()
         self.state = self._fresh_step(step, layout.work)
         terms = json.loads(self.agreement)
-        mine = [shard for shard in disputed(shares) if layout.owners[shard] == self.rank]
-        made = {shard: self.replicas.made_again(shard, step, terms) for shard in mine}
-        table = all_gather(self.comm, step, 1, json.dumps(made).encode())
-        truth = decide(shares, {int(k): v for data in table.values() for k, v in json.loads(data).items()})
-        odd = odd_ones(shares, truth)
+        mine = [shard for shard in disputed(replicas) if layout.owners[shard] == self.rank]
+        made = self.agreeing.gathered(Made({shard: self.replicas.made_again(shard, step, terms) for shard in mine}))
+        truth = decide(replicas, {shard: value for said in made.values() for shard, value in said.digests.items()})
+        odd = odd_ones(replicas, truth)
         for shard in mine:
             if self.replicas.record_differs(shard, step, truth[shard]):
                 self.snapshots.discard(shard, step)  # the version before it and the gradient give it again
         self._forget_odd([item for item in odd if item.rank == self.rank])
-        barrier(self.comm, step, 2)  # nobody speaks before all have heard: the abort that follows cuts off the rest
+        self.agreeing.gathered(
+            Made({})
+        )  # nobody speaks before all have heard: the abort that follows cuts off the rest
         if self.rank == min(self.comm.members):
             self._name_odd(step, layout.generation, odd)
         if self.settings.on_corruption == "evict" and any(item.rank == self.rank for item in odd):
@@ -430,10 +406,6 @@ class Engine:
             return False
         self.suspects.update({index: digest(value.reshape(-1)) for index, value in values.items()})
         return True
-
-    def _replica_digests(self) -> Share:
-        """What this rank adds to a comparison of replicas: what it computes with, and what that should be."""
-        return {"committed": {str(index): value for index, value in self.suspects.items()}, **self.replicas.share()}
 
     def _forget_odd(self, odd: list[Odd]) -> None:
         """Values here are wrong: they are not reported as held."""
@@ -500,15 +472,6 @@ class Engine:
         states = self.states_of_registered()
         users = {name: state for name, state in states.items() if name not in self.driven}
         return {**self.adjustments.terms(), "groups": self.optimizer.hyper_parameters(), "users": users}
-
-    def _layer_norms(self, norms: dict[int, float]) -> dict[int, float]:
-        """The squared norm of each layer's gradient: how much a neighbour counts where one has to stand in."""
-        spec = self.stack.spec
-        layers: dict[int, float] = {}
-        for index in sorted(norms):
-            layer = spec.home(spec.shards[index])
-            layers[layer] = layers.get(layer, 0.0) + norms[index] ** 2
-        return layers
 
     def _counts(self, shard: int) -> bool:
         """Whether a shard's gradient is one: a batch norm's statistics are averaged the same way, but are none."""

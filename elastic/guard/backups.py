@@ -84,6 +84,10 @@ class Backups:
         """The shards backed up here."""
         return self.copies.owned
 
+    def ranks_of(self, shard: int) -> tuple[int, ...]:
+        """The ranks that back a shard up."""
+        return self._of.get(shard, ())
+
     def take_places(self, layout: Layout, ranks: Mapping[int, tuple[int, ...]], *, anew: bool) -> None:
         """Back up what this generation says; `anew`: nothing that is held is used."""
         self._of = dict(ranks)

@@ -11,7 +11,7 @@ import json
 import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any
@@ -43,6 +43,7 @@ from everstep.elastic.contract.membership import Membership
 from everstep.elastic.contract.notices import Notice, warn
 from everstep.elastic.contract.settings import Settings
 from everstep.elastic.holding.stack import LayerStack, plain_name
+from everstep.elastic.protocol.agreement import Saving
 from everstep.resharding.layout import Layout
 from everstep.resharding.units import ParameterSpec, Shard
 
@@ -107,36 +108,33 @@ class Checkpoints:
 
     # ------------------------------------------------------------ agreeing
 
-    def share(self, generation: int) -> dict[str, Any]:
-        """What this rank adds to the agreement of a step."""
+    def share(self, generation: int, rank: int) -> Saving | None:
+        """What this rank adds to the agreement of a step; None in a job that saves none."""
         if not self.active:
-            return {}
+            return None
         self.poll()
         version, attempted_in = self._attempt
-        return {
-            "free": not self._open,
-            "asked": self._asked(),
-            "newest": self.newest,
-            "tried": version,
-            "ancestors": [list(item) for item in self.lineage.ancestors],
-            "again": version > self.newest and attempted_in not in (0, generation),
-            "at": time.time(),
-            "unique": self.unique(),
-        }
+        return Saving(
+            free=not self._open,
+            asked=self._asked(),
+            again=version > self.newest and attempted_in not in (0, generation),
+            newest=self.newest,
+            tried=version,
+            first=(rank, time.time(), self.unique()),
+        )
 
-    def agreed(self, step: int, shares: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """What the members' shares (lowest rank first) mean: whether, and as what, the state after `step` is saved."""
-        if not self.active:
+    def agreed(self, step: int, merged: Saving | None, ancestors: Iterable[tuple[str, float]]) -> dict[str, Any]:
+        """What the members' shares mean: whether, and as what, the state after `step` is saved.
+
+        `ancestors`: the runs before this one, also for a rank that joined and has not heard of them.
+        """
+        if merged is None:
             return {"save": "", "saved": -1, "ancestors": []}
-        version = step + 1
-        every, tried = self._settings.checkpoint_every, max(share["tried"] for share in shares)
-        due = version // every > tried // every or version == self._settings.steps
-        due = due or any(share["asked"] or share["again"] for share in shares)
-        newest = max(share["newest"] for share in shares)
-        begins = due and version > newest and all(share["free"] for share in shares)
-        name = folder_name(version, shares[0]["at"], shares[0]["unique"]) if begins else ""
-        ancestors = max((share["ancestors"] for share in shares), key=len)  # one that joined has not heard of them
-        return {"save": name, "saved": newest, "ancestors": ancestors}
+        version, every = step + 1, self._settings.checkpoint_every
+        due = version // every > merged.tried // every or version == self._settings.steps
+        begins = (due or merged.asked or merged.again) and version > merged.newest and merged.free
+        name = folder_name(version, *merged.first[1:]) if begins else ""
+        return {"save": name, "saved": merged.newest, "ancestors": [list(item) for item in ancestors]}
 
     def _asked(self) -> bool:
         """Whether somebody asked for a checkpoint, and has had none since."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 from everstep.checkpointing.access.snapshot import Snapshots
 from everstep.elastic.contract.membership import Membership
 from everstep.elastic.contract.settings import Settings
-from everstep.elastic.protocol.protecting import Protecting, ProtectionShare
+from everstep.elastic.protocol.agreement import Kept, Share
+from everstep.elastic.protocol.protecting import Protecting
 from everstep.resharding.placement import Placement
 
 from .interval import Interval
@@ -82,24 +83,23 @@ class Protection:
                 self._membership.tell("noted", what="unprotected", fields=fields)
         self._snapshots.waited_s += time.monotonic() - started
 
-    def share(self, step: int) -> dict[str, Any]:
-        """What this rank adds to the agreement of a step."""
+    def share(self, step: int, rank: int) -> tuple[Kept, float]:
+        """What this rank adds to the agreement of a step; how long the last one took, 0 if that is not known."""
         now = time.monotonic()
         step_s, self._stepped_s = (now - self._stepped_s if self._stepped_s else 0.0), now
         self.step_s = step_s
-        return {**self._state.share(step, self._snapshots.protected, self._interval.proposal), "step_s": step_s}
+        return self._state.share(step, self._snapshots.protected, rank, self._interval.proposal), step_s
 
-    def agreed(self, step: int, shares: list[dict[str, Any]], *, speaks: bool) -> dict[str, int]:
-        """What the members' shares (lowest rank first) mean: for the agreement, equal on all.
+    def agreed(self, step: int, merged: Share, *, speaks: bool) -> dict[str, int]:
+        """What the members' shares mean: for the agreement, equal on all.
 
         The member that `speaks` logs a new interval.
         """
         state = self._state
-        terms = state.agreed(step, cast(list[ProtectionShare], shares), self._snapshots.protected)
+        terms = state.agreed(step, merged.kept, self._snapshots.protected)
         if state.nodes and not state.replay:
-            if all(share["step_s"] for share in shares):
-                step_s = max(share["step_s"] for share in shares)
-                self._interval.observe(step_s, protecting=step % state.every == 0)
+            if merged.timed:
+                self._interval.observe(merged.step_s, protecting=step % state.every == 0)
             if speaks and terms["every"] != state.every:
                 fields = {"step": step, "every": terms["every"], "why": self._interval.why}
                 self._membership.tell("noted", what="snapshot_interval", fields=fields)

@@ -6,17 +6,9 @@ all members know that it is whole everywhere, which the agreement of a step tell
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypedDict
 
-
-class ProtectionShare(TypedDict):
-    """What a rank adds to the agreement of a step. `before` is None for a rank that was not in that generation."""
-
-    whole: int
-    before: int | None
-    every: int
+from .agreement import Kept
 
 
 @dataclass
@@ -71,17 +63,16 @@ class Protecting:
         """`whole`, or -1 if workers that are at `version` may have written over it."""
         return whole if whole >= version - 1 or whole <= outlives else -1
 
-    def share(self, step: int, outlives: int, every: int) -> ProtectionShare:
+    def share(self, step: int, outlives: int, rank: int, every: int) -> Kept:
         """What this rank adds to the agreement of `step`; `every`: the interval it proposes."""
         before = None if self.before is None else self.lasting(self.before, step, outlives)
-        return {"whole": self.lasting(self.whole, step, outlives), "before": before, "every": every}
+        return Kept(whole=self.lasting(self.whole, step, outlives), before=before, every=(rank, every))
 
-    def agreed(self, step: int, shares: Sequence[ProtectionShare], outlives: int) -> dict[str, int]:
-        """What the members' shares (lowest rank first) mean: for the agreement, equal on all."""
+    def agreed(self, step: int, merged: Kept, outlives: int) -> dict[str, int]:
+        """What the members' shares mean: for the agreement, equal on all."""
         if not self.nodes:
             return {"protected": outlives, "every": self.every}
         if self.replay:
             return {"protected": step, "every": self.every}
-        whole = min(share["whole"] for share in shares)
-        before = min((share["before"] for share in shares if share["before"] is not None), default=-1)
-        return {"protected": max(outlives, whole, before), "every": shares[0]["every"]}
+        before = -1 if merged.before is None else merged.before
+        return {"protected": max(outlives, merged.whole, before), "every": merged.every[1]}

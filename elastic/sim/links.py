@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
+from everstep.elastic.protocol.agreement import Send as SendUpOrDown
+from everstep.elastic.protocol.agreement import exchange
 from everstep.elastic.protocol.events import WorkerId
 
 from .world import Steps
 
+T = TypeVar("T")
 Key = tuple[Any, ...]
 Send = Callable[[WorkerId, int, Key, Any], None]  # to, generation, key, payload
 
@@ -72,19 +75,17 @@ class Links:
     def receive(self, source: int, key: Key) -> Steps[Any]:
         return (yield from self.receive_any([(source, key)]))[2]
 
-    def all_gather(self, key: Key, payload: Any) -> Steps[dict[int, Any]]:
-        """Every member's payload: gathered by the lowest rank, which is the first to know, and scattered again."""
-        root = self.members[0]
-        if self.rank != root:
-            self.send(root, ("gather", *key), payload)
-            table: dict[int, Any] = yield from self.receive(root, ("scatter", *key))
-            return table
-        table = {root: payload}
-        waiting = {(rank, ("gather", *key)) for rank in self.members[1:]}
-        while waiting:
-            source, name, data = yield from self.receive_any(waiting)
-            waiting.discard((source, name))
-            table[source] = data
-        for rank in self.members[1:]:
-            self.send(rank, ("scatter", *key), table)
-        return table
+    def merged(self, key: Key, value: T) -> Steps[T]:
+        """The values of all members as one: up the tree and down it, as the product goes."""
+        steps, answer = exchange(self.rank, self.members, value), None
+        try:
+            while True:
+                asked = steps.send(answer)
+                name, answer = ("up" if asked.up else "down", *key), None
+                if isinstance(asked, SendUpOrDown):
+                    self.send(asked.to, name, asked.value)
+                else:
+                    answer = yield from self.receive(asked.source, name)
+        except StopIteration as end:
+            result: T = end.value
+            return result

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-from everstep.elastic.protocol.protecting import Protecting, ProtectionShare
+from everstep.elastic.protocol.agreement import Kept
+from everstep.elastic.protocol.protecting import Protecting
 from everstep.resharding.placement import Placement
 
 from .snapshots import Snapshots
@@ -60,14 +61,14 @@ class Protection:
             if self._world.now - started > PATIENCE_S:
                 self._state.given_up = True
 
-    def share(self, step: int) -> ProtectionShare:
+    def share(self, step: int, rank: int) -> Kept:
         """What this rank adds to the agreement of a step."""
         every = self._interval or self._world.random.randint(1, 4)
-        return self._state.share(step, self._snapshots.protected, every)
+        return self._state.share(step, self._snapshots.protected, rank, every)
 
-    def agreed(self, step: int, shares: Sequence[ProtectionShare]) -> dict[str, int]:
-        """What the members' shares (lowest rank first) mean."""
-        return self._state.agreed(step, shares, self._snapshots.protected)
+    def agreed(self, step: int, merged: Kept) -> dict[str, int]:
+        """What the members' shares mean."""
+        return self._state.agreed(step, merged, self._snapshots.protected)
 
     def adopt(self, agreement: str) -> None:
         """Take over what was agreed."""

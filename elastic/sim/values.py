@@ -58,9 +58,17 @@ def summed(shard: Shard, leaves: Sequence[Sequence[str]]) -> str:
     return mixed("sum", shard.index, leaves)
 
 
-def agreement_of(step: int, gradients: Mapping[int, str], **terms: int) -> str:
+def digest_of(gradients: Mapping[int, str]) -> int:
+    """A digest of the gradients of some shards; those of all add up (xor) to the same, whoever has which."""
+    total = 0
+    for shard, gradient in gradients.items():
+        total ^= int(mixed(shard, gradient), 16)
+    return total
+
+
+def agreement_of(step: int, digest: int, **terms: int) -> str:
     """What the members agree on in a step. Only the `terms` depend on how the run went."""
-    return json.dumps({"step": step, "digest": mixed(sorted(gradients.items())), **terms})
+    return json.dumps({"step": step, "digest": f"{digest:016x}", **terms})
 
 
 @dataclass(frozen=True)
@@ -90,5 +98,5 @@ def reference(spec: ModelSpec, micro_batches: int, steps: int) -> Reference:
             s.index: summed(s, [leaves[layer] for layer in spec.parameters[s.parameter].layers]) for s in spec.shards
         }
         states = [updated(state, gradients[i]) for i, state in enumerate(states)]
-        agreements.append(agreement_of(step, gradients))
+        agreements.append(agreement_of(step, digest_of(gradients)))
     return Reference(tuple(agreements), tuple(states))

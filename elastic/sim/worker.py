@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from everstep.elastic.protocol import events as e
 from everstep.elastic.protocol import worker as w
+from everstep.elastic.protocol.agreement import Share
 from everstep.resharding.layout import Layout
 from everstep.resharding.plan import Plan, Report
 from everstep.resharding.units import Shard
@@ -29,6 +30,7 @@ from .snapshots import Snapshots
 from .values import (
     ShardState,
     agreement_of,
+    digest_of,
     initial,
     summed,
     updated,
@@ -416,16 +418,15 @@ class SimWorker:
         yield from self.snapshots.wait()
         yield from self.protection.wait(it.step, self.links.check)
         proposal = self._offered(last=it.last)
-        mine = {
-            "norms": self.gradients,
-            "join": proposal.generation if proposal else 0,
-            "protection": self.protection.share(it.step),
-        }
-        table = yield from self.links.all_gather((it.step,), mine)
-        gradients = {shard: gradient for share in table.values() for shard, gradient in share["norms"].items()}
-        wanted = proposal is not None and all(s["join"] == proposal.generation for s in table.values())
-        terms = self.protection.agreed(it.step, [table[rank]["protection"] for rank in sorted(table)])
-        agreement = agreement_of(it.step, gradients, **terms)
+        mine = Share(
+            digest=digest_of(self.gradients),
+            join=proposal.generation if proposal else 0,
+            kept=self.protection.share(it.step, self.rank),
+        )
+        share = yield from self.links.merged((it.step,), mine)
+        wanted = proposal is not None and share.join == proposal.generation
+        terms = self.protection.agreed(it.step, share.kept)
+        agreement = agreement_of(it.step, share.digest, **terms)
         self.around.facts.agreed(self.id, it.step, agreement)
         return w.Agreed(agreement, proposal, wanted)
 

@@ -9,7 +9,7 @@ depend on who computed what. See docs/design.md, "The same numbers".
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -113,11 +113,3 @@ def _check_cover(parts: Iterable[Node], leaves: int) -> None:
         at = node.stop(leaves)
     if at != leaves:
         raise ValueError(f"the sum has micro-batches up to {at} of {leaves}")
-
-
-def sum_scalars(values: Sequence[float]) -> float:
-    """The canonical sum of Python floats, in double precision."""
-    level = list(values)
-    while len(level) > 1:
-        level = [level[i] + level[i + 1] if i + 1 < len(level) else level[i] for i in range(0, len(level), 2)]
-    return level[0] if level else 0.0

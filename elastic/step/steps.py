@@ -45,6 +45,6 @@ class StepState(StepWork):
         """Add one layer's gradient of a micro-batch to the canonical sum."""
         self.sums.setdefault(layer, TreeSum(self.leaves)).add(span.micro_batch, gradients)
 
-    def idle(self, parameters: Sequence[Sequence[int]]) -> list[int]:
-        """Which parameters of the layers summed here (layer -> its parameters) had no gradient here."""
-        return sorted({index for layer in self.sums for index in parameters[layer]} - self.touched)
+    def summed(self, parameters: Sequence[Sequence[int]]) -> set[int]:
+        """The parameters of the layers (layer -> its parameters) of which a part of the gradients' sum is here."""
+        return {index for layer in self.sums for index in parameters[layer]}

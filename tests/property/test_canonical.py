@@ -17,7 +17,6 @@ from everstep.elastic.step.canonical import (
     covering,
     promote,
     root,
-    sum_scalars,
 )
 
 
@@ -114,9 +113,3 @@ def test_leaves_in_order_keep_few_buffers(count: int) -> None:
     for m in range(count):
         tree.add(m, [torch.zeros(1)])
         assert len(tree.nodes) <= count.bit_length()
-
-
-@given(st.lists(st.floats(-1e9, 1e9), max_size=40))
-def test_scalars_are_summed_by_the_same_tree(values: list[float]) -> None:
-    expected = dumb_sum([torch.tensor(v, dtype=torch.float64) for v in values]).item() if values else 0.0
-    assert sum_scalars(values) == expected

@@ -83,9 +83,8 @@ def test_a_loss_that_depends_on_nothing() -> None:
         _check_loss(torch.ones(()), 5, 1)
 
 
-def test_parameters_without_a_gradient() -> None:
+def test_parameters_that_are_summed_here() -> None:
     """Of the layers that were computed here only."""
     state = StepState.begin(0, 0, Work(()))
     state.sums = {0: None, 2: None}  # type: ignore[dict-item]
-    state.touched = {1, 4}
-    assert state.idle([[0, 1], [2, 3], [4, 5]]) == [0, 5]
+    assert state.summed([[0, 1], [2, 3], [4, 5]]) == {0, 1, 4, 5}

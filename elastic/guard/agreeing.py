@@ -1,0 +1,233 @@
+"""One rank's part in the agreement of a step: its share, merged with those of all members, and what that means.
+
+One exchange of at most 1 KiB a message, whatever the model, in nearly every step. More follow in steps in which they
+are needed, and all ranks know from the first whether they are: `Details` where ranks differ about settings, about which
+gradients are missing, or about the runs before this one; the search for replicas that differ; the gradient's norm of
+each layer where lost shards may be made up from their neighbours.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from everstep.comms.mesh.communicator import Communicator, Key, Kind, all_gather
+from everstep.elastic.contract.errors import UsageError
+from everstep.elastic.holding.adjustments import Adjustments
+from everstep.elastic.holding.stack import LayerStack
+from everstep.elastic.protocol.agreement import (
+    SHARE_BYTES,
+    Details,
+    Imbalances,
+    Send,
+    Share,
+    Sums,
+    digest,
+    exchange,
+)
+from everstep.elastic.protocol.exact import ExactSum
+from everstep.elastic.protocol.wire import decode, encode
+from everstep.resharding.layout import Layout
+
+from .checkpoint_agreement import Checkpoints
+from .protection import Protection
+from .replicas import Digests, Replicas
+
+T = TypeVar("T")
+
+DETAILS_BYTES = 16 << 20  # of what ranks say where they differ
+PARTS = 48  # sets of shards whose copies are compared in one message
+
+
+@dataclass(frozen=True, kw_only=True)
+class Own:
+    """What this rank knows at the end of its part of a step.
+
+    `norms`: the norm of the gradient of each shard owned here. `summed`: the parameters of which a part of the sum is
+    here, and `touched` those that had a gradient. `idle_before`: those without one, as was agreed in the step before.
+    """
+
+    step: int
+    norms: Mapping[int, float]
+    losses: Mapping[int, float]
+    summed: Collection[int]
+    touched: Collection[int]
+    idle_before: tuple[int, ...]
+    digest: int
+    skip_nonfinite: bool
+    join: int
+    suspects: Mapping[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settled:
+    """What all members agree on. `partly`: changes that only some ranks made, and which."""
+
+    share: Share
+    settings: Mapping[str, Any]
+    partly: Mapping[str, list[int]]
+    idle: tuple[int, ...]
+    ancestors: tuple[tuple[str, float], ...]
+
+
+class Agreeing:
+    """Agrees with the other members, step by step."""
+
+    def __init__(
+        self,
+        stack: LayerStack,
+        comm: Communicator,
+        adjustments: Adjustments,
+        protection: Protection,
+        checkpoints: Checkpoints,
+        replicas: Replicas,
+    ) -> None:
+        self._stack = stack
+        self._comm = comm
+        self._adjustments = adjustments
+        self._protection = protection
+        self._checkpoints = checkpoints
+        self._replicas = replicas
+        self.trained = [[p.index for p in layer.parameters if not p.averaged] for layer in stack.layers]
+        self._said: dict[str, Any] = {}  # what this rank says of the settings in this step
+        self._expected: dict[str, Any] = {}  # what is agreed about them if all say that
+        self._step = 0
+        self._exchanges = 0  # in this step, so far: equal on all ranks
+
+    # ------------------------------------------------------------ exchanges
+
+    def merged(self, value: T) -> T:
+        """The values of all members as one, up the tree and down it. Raises Aborted."""
+        up, down = self._keys()
+        steps, answer = exchange(self._comm.rank, self._comm.members, value), None
+        try:
+            while True:
+                asked = steps.send(answer)
+                key, answer = up if asked.up else down, None
+                if isinstance(asked, Send):
+                    self._comm.send(asked.to, key, [_checked(encode(asked.value), asked.value)])
+                else:
+                    answer = decode(type(value), self._comm.receive(asked.source, key))
+        except StopIteration as end:
+            result: T = end.value
+            return result
+
+    def gathered(self, value: T) -> dict[int, T]:
+        """The value of each member. Raises Aborted."""
+        self._keys()
+        table = all_gather(self._comm, self._step, self._exchanges, encode(value))
+        return {rank: decode(type(value), data) for rank, data in table.items()}
+
+    def _keys(self) -> tuple[Key, Key]:
+        self._exchanges += 1
+        place = (self._step, 0, self._exchanges)
+        return Key(Kind.GATHER, *place), Key(Kind.SCATTER, *place)
+
+    # ------------------------------------------------------------ a step
+
+    def begin(self, own: Own, layout: Layout) -> tuple[Share, dict[int, Digests]]:
+        """Merge the shares; where replicas may differ, the digests of those that do, by rank, too."""
+        self._step, self._exchanges = own.step, 0
+        due = self._replicas.due(own.step)
+        self._said = self._adjustments.share(own.step)
+        self._expected = self._adjustments.merge({self._comm.rank: self._said})[0]
+        digests = self._replicas.digests(own.suspects) if due or own.suspects else Digests()
+        kept, step_s = self._protection.share(own.step, self._comm.rank)
+        share = Share(
+            ranks=1,
+            norm=self._norm(own, self._expected),
+            loss=ExactSum.of(own.losses.values()),
+            losses=len(own.losses),
+            digest=own.digest,
+            terms=self._terms(own),
+            idle=set(own.summed) - set(own.touched) == set(own.summed) & set(own.idle_before),
+            skip_nonfinite=own.skip_nonfinite,
+            join=own.join,
+            kept=kept,
+            step_s=step_s,
+            timed=step_s > 0,
+            saving=self._checkpoints.share(layout.generation, self._comm.rank),
+            replicas=self._replicas.imbalance(digests, layout, self._comm.rank) if due else 0,
+            suspects=bool(own.suspects),
+        )
+        merged = self.merged(share)
+        assert merged.ranks == len(self._comm.members)
+        if not merged.replicas and not merged.suspects:
+            return merged, {}
+        if not due and not own.suspects:
+            digests = self._replicas.digests({})
+        return merged, self.gathered(digests.of(self._differing(digests, layout)))
+
+    def settle(self, own: Own, merged: Share) -> Settled:
+        """What the merged shares mean for the settings. Raises UsageError where ranks contradict each other."""
+        settings, partly = self._expected, dict[str, list[int]]()
+        idle, ancestors = own.idle_before, self._checkpoints.lineage.ancestors
+        if merged.terms is None or not merged.idle:
+            bits = sum(1 << index for index in own.touched)
+            here = Details(
+                settings={json.dumps(self._said, sort_keys=True): (self._comm.rank,)},
+                touched=bits.to_bytes(len(self._stack.spec.parameters) // 8 + 1, "little"),
+                ancestors=(self._comm.rank, ancestors),
+            )
+            details = self.merged(here)
+            shares = {rank: json.loads(text) for text, ranks in details.settings.items() for rank in ranks}
+            settings, partly = self._adjustments.merge(shares)
+            touched = int.from_bytes(details.touched, "little")
+            idle = tuple(i for i in sorted({i for layer in self.trained for i in layer}) if not touched >> i & 1)
+            ancestors = details.ancestors[1]
+        if merged.terms is None:  # what some have frozen does not count on any
+            (norm,) = self.merged(Sums((self._norm(own, settings),))).sums
+            merged = replace(merged, norm=norm)
+        return Settled(share=merged, settings=settings, partly=partly, idle=idle, ancestors=ancestors)
+
+    def layer_norms(self, own: Own, settings: Mapping[str, Any]) -> dict[str, float]:
+        """Layer -> its gradient's squared norm: how much a neighbour counts where one has to stand in."""
+        spec = self._stack.spec
+        squares: list[list[float]] = [[] for _ in range(spec.layers)]
+        for shard, square in self._squares(own, settings).items():
+            squares[spec.home(spec.shards[shard])].append(square)
+        sums = self.merged(Sums(tuple(map(ExactSum.of, squares)))).sums
+        return {str(layer): total.rounded() for layer, total in enumerate(sums)}
+
+    def _terms(self, own: Own) -> int:
+        """A digest of what the step's agreement rests on, equal on all ranks in nearly every step."""
+        settings = json.dumps(self._expected, sort_keys=True)
+        return digest(settings, own.idle_before, self._checkpoints.lineage.ancestors)
+
+    def _norm(self, own: Own, settings: Mapping[str, Any]) -> ExactSum:
+        return ExactSum.of(self._squares(own, settings).values())
+
+    def _squares(self, own: Own, settings: Mapping[str, Any]) -> dict[int, float]:
+        spec, frozen = self._stack.spec, set(settings.get("frozen", ()))
+        names = {index: spec.parameters[spec.shards[index].parameter].name for index in own.norms}
+        return {index: norm * norm for index, norm in own.norms.items() if names[index] not in frozen}
+
+    # ------------------------------------------------------------ replicas
+
+    def _differing(self, digests: Digests, layout: Layout) -> list[int]:
+        """The shards whose copies are not all equal: sets of shards are cut up as long as few sets have such ones."""
+        shards = self._replicas.compared()
+        while True:
+            size = -(-len(shards) // PARTS) or 1
+            parts = [shards[at : at + size] for at in range(0, len(shards), size)]
+            here = Imbalances(
+                tuple(self._replicas.imbalance(digests.of(part), layout, self._comm.rank) for part in parts)
+            )
+            differing = [part for part, word in zip(parts, self.merged(here).words, strict=True) if word]
+            shards = [shard for part in differing for shard in part]
+            if size == 1 or 2 * len(differing) > len(parts) or not shards:
+                return shards
+
+
+def _checked(data: bytes, value: object) -> bytes:
+    """`data`, if it may travel. Raises UsageError."""
+    if isinstance(value, Share | Imbalances):
+        assert len(data) <= SHARE_BYTES, f"a {type(value).__name__} of {len(data)} bytes"
+    elif isinstance(value, Details) and len(data) > DETAILS_BYTES:
+        raise UsageError(
+            f"what ranks changed in the optimizer's parameter groups takes {len(data) / 2**20:.1f} MiB, and the limit "
+            f"is {DETAILS_BYTES >> 20} MiB: make the same changes on every rank, which then need not travel"
+        )
+    return data
