@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
@@ -149,10 +150,13 @@ def deal_shards(spec: ModelSpec, holders: Mapping[int, Sequence[int]], owners: S
             if dealt[shard.index] in load:
                 load[dealt[shard.index]] += shard.elements
         lost = [s for s in shards if dealt[s.index] not in load]
+        emptiest = [(load[rank], total[rank], rank) for rank in ranks] if lost else []
+        heapq.heapify(emptiest)
         for shard in sorted(lost, key=lambda s: (-s.elements, s.index)):
-            owner = min(ranks, key=lambda r: (load[r], total[r], r))
+            owner = emptiest[0][2]
             dealt[shard.index] = owner
             load[owner] += shard.elements
+            heapq.heapreplace(emptiest, (load[owner], total[owner], owner))
         _even_out(shards, dealt, load)
         for rank, elements in load.items():
             total[rank] += elements

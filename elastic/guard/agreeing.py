@@ -102,12 +102,15 @@ class Agreeing:
         """The values of all members as one, up the tree and down it. Raises Aborted."""
         up, down = self._keys()
         steps, answer = exchange(self._comm.rank, self._comm.members, value), None
+        encoded: tuple[object, bytes] = (None, b"")  # the result goes to several ranks
         try:
             while True:
                 asked = steps.send(answer)
                 key, answer = up if asked.up else down, None
                 if isinstance(asked, Send):
-                    self._comm.send(asked.to, key, [_checked(encode(asked.value), asked.value)])
+                    if encoded[0] is not asked.value:
+                        encoded = (asked.value, _checked(encode(asked.value), asked.value))
+                    self._comm.send(asked.to, key, [encoded[1]])
                 else:
                     answer = decode(type(value), self._comm.receive(asked.source, key))
         except StopIteration as end:

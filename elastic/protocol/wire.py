@@ -70,16 +70,20 @@ class Reader:
 
     def take(self, count: int) -> bytes:
         """The next `count` bytes."""
-        if count > self.left:
+        taken = self._data[self._at : self._at + count]
+        if len(taken) < count:
             raise Malformed(f"{count} bytes are expected where {self.left} are left")
         self._at += count
-        return self._data[self._at - count : self._at]
+        return taken
 
     def length(self) -> int:
         """A varint."""
         value = shift = 0
         while True:
-            (byte,) = self.take(1)
+            if self._at >= len(self._data):
+                raise Malformed("a length is expected where no bytes are left")
+            byte = self._data[self._at]
+            self._at += 1
             value |= (byte & 0x7F) << shift
             if byte < 0x80:
                 return value
@@ -186,8 +190,10 @@ def _mapping(key: tuple[Write, Read], item: tuple[Write, Read]) -> tuple[Write, 
 def _record(
     codecs: list[tuple[Write, Read]], make: Callable[[list[Any]], Any], values: Callable[[Any], Iterator[Any]]
 ) -> tuple[Write, Read]:
+    writes, reads = zip(*codecs, strict=True)
+
     def write_all(value: Any, out: bytearray) -> None:
-        for (write, _), item in zip(codecs, values(value), strict=True):
+        for write, item in zip(writes, values(value), strict=True):
             write(item, out)
 
-    return write_all, lambda reader: make([read(reader) for _, read in codecs])
+    return write_all, lambda reader: make([read(reader) for read in reads])
