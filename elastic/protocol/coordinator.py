@@ -116,7 +116,9 @@ def _ticked(state: State, event: e.Ticked, now: float) -> Outcome:
         state, effects = due(state, now)
         if effects:
             return state, effects
-    return offer_leave(state)
+    state, effects = offer_leave(state)
+    # The last one that the end waited for may be gone: a replacement whose node is lost says nothing more.
+    return (state, effects) if effects else end_if_finished(state, [], now)
 
 
 # ---------------------------------------------------------------- workers

@@ -117,13 +117,11 @@ def end_if_finished(state: State, effects: Effects, now: float) -> Outcome:
 
 def all_finished(state: State) -> bool:
     """Whether the user's function has returned on every rank, also where a replacement has yet to come to it."""
-    replacements = [
-        w
+    return not any(
+        w.status is Status.MEMBER
+        or w.owes_end
+        or (w.status in (Status.STARTING, Status.READY) and w.id.incarnation and w.node not in state.leaving)
         for w in state.workers.values()
-        if w.status in (Status.STARTING, Status.READY) and w.id.incarnation and w.node not in state.leaving
-    ]
-    return all(w.status is Status.FINISHED for w in state.members()) and not any(
-        w.owes_end or w in replacements for w in state.workers.values()
     )
 
 
