@@ -17,6 +17,7 @@ from everstep.resharding.plan import Plan
 from .keeper import Board
 from .ledger import Ledger, Promise
 from .links import Key
+from .storage import Storage
 from .transcript import brief
 from .values import Reference, ShardState
 from .worker import SimWorker, Surroundings
@@ -29,6 +30,7 @@ from .world import (
 
 TICK_S = 0.1
 HEARTBEAT_S = 0.5
+SLEEPS = 0.02  # how likely the coordinator's clock jumps ahead, at each tick
 RESTARTS = 0.1  # how likely another coordinator takes over, at each tick
 LATE_S = 1.0  # longer than anything is on its way
 
@@ -68,19 +70,39 @@ class Timing:
     startup_s: tuple[float, float] = (0.02, 0.3)
     forward_s: float = 0.002
     epilogue_s: float = 0.2
+    slowest: float = 1.0  # how much slower the first node computes
     keeper_s: tuple[float, float] = (0.0005, 0.005)  # to get a shard from another node's keeper
+
+
+@dataclass(frozen=True)
+class Saving:
+    """Checkpoints: of every how many versions (0: only of the last), how likely one is damaged, which one is there."""
+
+    every: int = 0
+    damaged: float = 0.0
+    begun: e.Saved | None = None
 
 
 class Cluster:
     """Everything but the faults, which strike through `on_mark` and `kill`."""
 
     def __init__(
-        self, world: World, config: Config, job: e.Job, timing: Timing, expected: Reference, interval: int = 1
+        self,
+        world: World,
+        config: Config,
+        job: e.Job,
+        timing: Timing,
+        expected: Reference,
+        interval: int = 1,
+        saving: Saving | None = None,
     ) -> None:
         self.world = world
         self.job = job
         self.timing = timing
         self.interval = interval
+        self.saving = saving or Saving()
+        self.storage = Storage(len(job.model.shards), self.saving.damaged, world.seed + 3)
+        self.ahead_s = 0.0  # of the coordinator's clock: it was stopped, or its machine slept
         self.ledger = Ledger(job, expected)
         self.promise = Promise(job.node_losses)
         self.state: State = coordinator.initial_state(config, 0.0)
@@ -97,12 +119,16 @@ class Cluster:
         self.leaves_alone = False
         self.restarts_until_s = 0.0  # until when coordinators are replaced now and then
         self._restarts = random.Random(world.seed + 2)  # its own, so that old seeds mean what they did
+        self._sleeps = random.Random(world.seed + 4)
         world.after(TICK_S, self._tick)
 
     def _tick(self) -> None:
         if self.outcome is None:
             if self.world.now < self.restarts_until_s and self._restarts.random() < RESTARTS:
                 self._restart_coordinator()
+            if self.world.now < self.restarts_until_s and self._sleeps.random() < SLEEPS:
+                self.ahead_s += self._sleeps.uniform(1.0, 60.0)
+                self.happened(e.CoordinatorReturned(LATE_S))
             self.happened(e.Ticked())
             self.world.after(TICK_S, self._tick)
 
@@ -208,7 +234,7 @@ class Cluster:
         """An event reaches the coordinator."""
         before = self.state
         self.events.append((self.world.now, event))
-        self.state, effects = coordinator.step(before, event, self.world.now)
+        self.state, effects = coordinator.step(before, event, self.world.now + self.ahead_s)
         invariants.check_step(before, self.state, effects)
         if (self.state is not before or effects) and before.phase not in coordinator.acts(type(event)):
             raise AssertionError(f"{brief(event)} was acted on in {before.phase}")
@@ -303,14 +329,19 @@ class Cluster:
             job=self.job,
             board=self.board,
             node=node,
-            state_slots=state_slots(self.job.protection, self.state.config.max_nodes, checkpoints=False),
+            state_slots=state_slots(
+                self.job.protection, self.state.config.max_nodes, checkpoints=bool(self.saving.every)
+            ),
             interval=self.interval,
+            storage=self.storage,
+            saves_every=self.saving.every,
+            saved=(self.saving.begun,) if self.saving.begun and worker == (0, 0) else (),
             send=lambda source, to, generation, key, data: self._send(worker, to, (source, generation, key, data)),
             tell=lambda event: self._tell(uplink, event),
             mark=lambda who, phase, step: self.on_mark(who, phase, step),
             facts=self,
             startup_s=world.between(*timing.startup_s),
-            forward_s=timing.forward_s * world.between(0.5, 1.5),
+            forward_s=timing.forward_s * world.between(0.5, 1.5) * (timing.slowest if node == "node0" else 1.0),
             epilogue_s=world.between(0.0, timing.epilogue_s),
             leaves_at=self.leaves_at(worker.rank),
         )
@@ -369,7 +400,9 @@ class Cluster:
         if self._over() or not self._end(worker, cause):
             return
         running = self.running[worker]
-        died = e.WorkerDied(worker, cause, step=running.worker.version, detected_at_s=self.world.now + detected_s)
+        died = e.WorkerDied(
+            worker, cause, step=running.worker.version, detected_at_s=self.world.now + self.ahead_s + detected_s
+        )
         self.world.after(detected_s, lambda: running.uplink.send(died) if self.nodes[running.node].up else None)
 
     def _end(self, worker: e.WorkerId, why: str) -> bool:

@@ -60,10 +60,10 @@ def draw(rng: random.Random, workers: int, horizon_s: float) -> list[Fault]:
     return faults
 
 
-def draw_nodes(rng: random.Random, losses: int, horizon_s: float) -> list[Fault]:
-    """Some lost or silent nodes; in most seeds never more than the promise allows."""
+def draw_nodes(rng: random.Random, losses: int, horizon_s: float, *, reckless: bool = False) -> list[Fault]:
+    """Some lost or silent nodes; in most seeds never more than the promise allows, unless `reckless`."""
     faults: list[Fault] = []
-    careful = rng.random() < 0.8
+    careful = rng.random() < 0.8 and not reckless
     for _ in range(rng.choice((1, 1, 2, 2, 3, 5))):
         at_s, phase, after = _occasion(rng, NODE_PHASES, horizon_s)
         silent = rng.random() < 0.25

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import json
 import random
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -13,7 +15,7 @@ from everstep.elastic.protocol.causes import Ending
 from everstep.elastic.protocol.state import Config
 from everstep.resharding.units import ModelSpec, ParameterSpec
 
-from .cluster import Cluster, Timing
+from .cluster import Cluster, Saving, Timing
 from .faults import (
     Drain,
     Fault,
@@ -48,6 +50,11 @@ class Shape:
     leaves_at: int = 0  # the version at which the user's code leaves the loop; 0: with the last step
     alone: int = -1  # the only rank on which it does
     saves: bool = False  # checkpoints, so that the last one has to be concluded
+    saves_every: int = 0  # versions: a checkpoint of each of them
+    resumes_at: int = 0  # the version of the checkpoint that the job goes on from
+    damaged: float = 0.0  # how likely a checkpoint is damaged
+    reckless: bool = False  # more nodes are lost than the promise allows
+    slowest: float = 1.0  # how much slower the first node computes
 
 
 SHAPES = {
@@ -70,6 +77,24 @@ SHAPES = {
     "leaving early, growing": Shape(workers=3, late_slots=2, leaves_at=3),
     "leaving early, 3 nodes": Shape(workers=3, nodes=3, steps=9, leaves_at=6, interval=2, loses_nodes=True),
     "leaving alone": Shape(workers=4, steps=8, leaves_at=3, alone=1, saves=True),
+    "resuming": Shape(stages=2, workers=4, steps=8, resumes_at=3, saves=True, saves_every=2),
+    "saving": Shape(
+        workers=3, nodes=3, steps=14, interval=3, loses_nodes=True, reckless=True, saves=True, saves_every=3
+    ),
+    "saving, damaged": Shape(
+        stages=2,
+        workers=4,
+        nodes=4,
+        steps=12,
+        interval=4,
+        loses_nodes=True,
+        reckless=True,
+        saves=True,
+        saves_every=2,
+        resumes_at=2,
+        damaged=0.3,
+    ),
+    "slow node": Shape(stages=2, workers=6, nodes=3, micro_batches=8, late_slots=2, loses_nodes=True, slowest=10.0),
     "6 nodes": Shape(stages=3, workers=6, nodes=6, steps=10, losses=2, loses_nodes=True),
 }
 
@@ -81,6 +106,8 @@ class Outcome:
     seed: int
     why: str  # it ended early; empty if training came to its end
     broken: bool  # more was lost than the job must survive
+    workers_died: int
+    restarts: int  # of the coordinator
     nodes_lost: int
     nodes_asked: int  # to leave
     nodes_left: int
@@ -110,10 +137,70 @@ def _expected(shape: Shape, steps: int) -> Reference:
     return reference(model(shape.layers, shape.tied), shape.micro_batches, steps)
 
 
+@dataclass(frozen=True)
+class Circumstances:
+    """What a seed means: how slow things are, which faults strike, and until when (virtual seconds)."""
+
+    timing: Timing
+    faults: tuple[Fault, ...]
+    horizon_s: float
+    late_s: float = 0.0  # when the further node of the shape comes
+
+
+def circumstances(seed: int, shape: Shape) -> Circumstances:
+    """Those of a seed."""
+    rng = random.Random(seed + 1)
+    timing = Timing(
+        slow=rng.choice((0.0, 0.05, 0.3)),
+        duplicates=rng.choice((0.0, 0.1, 0.5)),
+        startup_s=rng.choice(((0.001, 0.01), (0.02, 0.3), (0.3, 1.0))),
+        forward_s=rng.choice((0.0005, 0.002, 0.01)),
+        epilogue_s=rng.choice((0.0, 0.2, 2.0)),
+    )
+    horizon_s = rng.choice((0.5, 1.5, 4.0))
+    faults = _faults(rng, shape, horizon_s)
+    timing = replace(timing, slowest=shape.slowest)
+    if shape.loses_nodes:
+        timing = replace(timing, keeper_s=rng.choice(((0.0002, 0.002), (0.0005, 0.01), (0.005, 0.05))))
+    return Circumstances(timing, tuple(faults), horizon_s, rng.uniform(0.2, horizon_s) if shape.late_slots else 0.0)
+
+
 def simulate(seed: int, shape: Shape, *, faults: list[Fault] | None = None, timing: Timing | None = None) -> Outcome:
+    """Run a job to its end, with the faults of the seed, or these.
+
+    Raises SimulationFailed if anything does not hold. Of a seed's own faults, it names the fewest under which the job
+    still fails, with their transcript.
+    """
+    drawn = circumstances(seed, shape)
+    if faults is None and timing is None:
+        try:
+            return run(seed, shape, drawn)
+        except SimulationFailed as error:
+            fewest, failure = shrunk(seed, shape, drawn, error)
+            raise SimulationFailed(f"{failure}\nthe fewest circumstances under which it fails: {fewest}") from error
+    chosen = replace(drawn, timing=timing or drawn.timing)
+    return run(seed, shape, chosen if faults is None else replace(chosen, faults=tuple(faults)))
+
+
+def shrunk(
+    seed: int, shape: Shape, found: Circumstances, failure: SimulationFailed
+) -> tuple[Circumstances, SimulationFailed]:
+    """Leave out one fault after another, and what makes messages late, as long as the job still fails."""
+    simpler = [replace(found, faults=found.faults[:i] + found.faults[i + 1 :]) for i in range(len(found.faults))]
+    if found.timing.slow or found.timing.duplicates:
+        simpler.insert(0, replace(found, timing=replace(found.timing, slow=0.0, duplicates=0.0)))
+    for candidate in simpler:
+        try:
+            run(seed, shape, candidate)
+        except SimulationFailed as error:
+            return shrunk(seed, shape, candidate, error)
+    return found, failure
+
+
+def run(seed: int, shape: Shape, around: Circumstances) -> Outcome:
     """Run a job to its end. Raises SimulationFailed, which names the seed, if anything does not hold."""
     world = World(seed)
-    rng = random.Random(seed + 1)
+    faults, horizon_s = list(around.faults), around.horizon_s
     spec = model(shape.layers, shape.tied)
     job = e.Job(
         steps=shape.steps,
@@ -123,6 +210,7 @@ def simulate(seed: int, shape: Shape, *, faults: list[Fault] | None = None, timi
         model=spec,
         node_losses=shape.losses,
         checkpoints=shape.saves,
+        on_damage="older" if shape.damaged else "stop",
     )
     config = Config(
         min_nodes=1 if shape.drains else shape.nodes,
@@ -131,20 +219,15 @@ def simulate(seed: int, shape: Shape, *, faults: list[Fault] | None = None, timi
         max_restarts=10**6,
         last_call_s=0.05,
     )
-    timing = timing or Timing(
-        slow=rng.choice((0.0, 0.05, 0.3)),
-        duplicates=rng.choice((0.0, 0.1, 0.5)),
-        startup_s=rng.choice(((0.001, 0.01), (0.02, 0.3), (0.3, 1.0))),
-        forward_s=rng.choice((0.0005, 0.002, 0.01)),
-        epilogue_s=rng.choice((0.0, 0.2, 2.0)),
-    )
-    horizon_s = rng.choice((0.5, 1.5, 4.0))
-    if faults is None:
-        faults = _faults(rng, shape, horizon_s)
-        if shape.loses_nodes:
-            keeper_s = rng.choice(((0.0002, 0.002), (0.0005, 0.01), (0.005, 0.05)))
-            timing = replace(timing, keeper_s=keeper_s)
-    cluster = Cluster(world, config, job, timing, _expected(shape, shape.steps), shape.interval)
+    begun = None
+    if shape.resumes_at:
+        past = _expected(shape, shape.resumes_at)
+        agreed = {**json.loads(past.agreements[-1]), "protected": -1, "every": max(1, shape.interval)}
+        begun = e.Saved(shape.resumes_at, "begun", json.dumps(agreed))
+    saving = Saving(shape.saves_every, shape.damaged, begun)
+    cluster = Cluster(world, config, job, around.timing, _expected(shape, shape.steps), shape.interval, saving)
+    if begun is not None:
+        cluster.storage.begin_with(begun, dict(enumerate(past.states)))
     if shape.leaves_at:
         cluster.leaves_alone = shape.alone >= 0
         cluster.leaves_at = lambda rank: shape.leaves_at if shape.alone in (-1, rank) else shape.steps
@@ -156,7 +239,7 @@ def simulate(seed: int, shape: Shape, *, faults: list[Fault] | None = None, timi
     for number, count in enumerate(slots):
         cluster.join(f"node{number}", count)
     if shape.late_slots:
-        world.after(rng.uniform(0.2, horizon_s), lambda: cluster.join("late", shape.late_slots))
+        world.after(around.late_s, lambda: cluster.join("late", shape.late_slots))
     try:
         _run(world, cluster, injector, horizon_s)
     except Exception as error:
@@ -167,6 +250,8 @@ def simulate(seed: int, shape: Shape, *, faults: list[Fault] | None = None, timi
         seed=seed,
         why="" if cluster.outcome.ending is Ending.AFTER_TRAINING else cluster.outcome.why,
         broken=cluster.promise.broken,
+        workers_died=sum(isinstance(event, e.WorkerDied) for _, event in cluster.events),
+        restarts=sum(isinstance(event, e.CoordinatorReturned) for _, event in cluster.events),
         nodes_lost=injector.struck,
         nodes_asked=injector.asked,
         nodes_left=cluster.released,
@@ -182,15 +267,18 @@ def _faults(rng: random.Random, shape: Shape, horizon_s: float) -> list[Fault]:
     if not shape.loses_nodes:
         return [*drains, *draw(rng, shape.workers, horizon_s)]
     deaths = draw(rng, shape.workers, horizon_s) if rng.random() < 0.5 else []
-    return [*drains, *draw_nodes(rng, shape.losses, horizon_s), *deaths]
+    losses = shape.losses + 1 if shape.reckless else shape.losses
+    return [*drains, *draw_nodes(rng, losses, horizon_s, reckless=shape.reckless), *deaths]
 
 
 def _run(world: World, cluster: Cluster, injector: Injector, horizon_s: float) -> None:
     while world.advance(max(horizon_s, injector.last_s) + BOUND_S):
         if cluster.outcome is not None and not cluster.outcome.succeeded:
             ending = cluster.outcome.ending
-            if cluster.promise.broken and ending is Ending.TOO_MUCH_LOST:
+            if cluster.promise.broken and ending is Ending.TOO_MUCH_LOST and not cluster.state.saved:
                 return
+            if cluster.promise.broken and not cluster.state.nodes:
+                return  # nobody is left to read a checkpoint
             if ending is Ending.AFTER_TRAINING or (cluster.leaves_alone and ending is Ending.LEFT_ALONE):
                 return  # a script was lost on its way from training to its end, or left it alone
             if not cluster.stays and ending is Ending.NO_NODE_STAYS:
@@ -213,19 +301,32 @@ def _run(world: World, cluster: Cluster, injector: Injector, horizon_s: float) -
 
 def main(seeds: range, names: Sequence[str]) -> None:
     """Simulate the seeds of these shapes, or of all."""
+    total: Counter[str] = Counter()
     for name in names or SHAPES:
-        failed = ended = lost = 0
+        found: Counter[str] = Counter()
         for seed in seeds:
+            found["seeds"] += 1
             try:
                 outcome = simulate(seed, SHAPES[name])
             except SimulationFailed as error:
-                failed += 1
-                sys.stdout.write(f"{name}: {str(error).splitlines()[0][:400]}\n")
-            else:
-                ended += bool(outcome.why)
-                lost += outcome.nodes_lost
-        sys.stdout.write(f"{name}: {failed} of {len(seeds)} failed, {ended} lost too much, {lost} nodes were lost\n")
+                found["failed"] += 1
+                sys.stdout.write(f"{name}: {error}\n")
+                continue
+            found["ended since too much was lost"] += bool(outcome.why)
+            found["workers died"] += outcome.workers_died
+            found["nodes lost or silent"] += outcome.nodes_lost
+            found["nodes asked to leave"] += outcome.nodes_asked
+            found["coordinators restarted"] += outcome.restarts
+            found["recoveries and switches"] += outcome.generations
+            found["virtual seconds"] += round(outcome.virtual_s)
+        total += found
+        sys.stdout.write(f"{name}: {_counts(found)}\n")
         sys.stdout.flush()
+    sys.stdout.write(f"all: {_counts(total)}\n")
+
+
+def _counts(found: Counter[str]) -> str:
+    return ", ".join(f"{count} {what}" for what, count in found.items() if count)
 
 
 if __name__ == "__main__":

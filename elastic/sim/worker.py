@@ -27,6 +27,7 @@ from .pipeline import Pipeline, StepState
 from .protection import Protection
 from .restore import Sources
 from .snapshots import Snapshots
+from .storage import Storage
 from .values import (
     ShardState,
     agreement_of,
@@ -64,6 +65,9 @@ class Surroundings:
     tell: Callable[[e.Event], None]
     mark: Callable[[e.WorkerId, str, int], None]  # worker, phase, step
     facts: Facts
+    storage: Storage
+    saves_every: int  # versions; 0: none but the last one is saved
+    saved: tuple[e.Saved, ...]  # the checkpoints that this worker finds when it starts
     startup_s: float
     forward_s: float
     epilogue_s: float
@@ -105,6 +109,7 @@ class SimWorker:
             w.ForgetSince: self._forget_since,
             w.RunOptimizer: self._run_optimizer,
             w.TakePlaces: self._take_places,
+            w.ReadCheckpoint: self._read_checkpoint,
             w.Restore: self._restore,
             w.Publish: self._publish,
             w.NoteChange: self._nothing,
@@ -165,7 +170,7 @@ class SimWorker:
             yield self.around.startup_s
             self.around.tell(e.WorkerDeclaredElastic(self.id))
             yield self.around.startup_s / 2
-            self.around.tell(e.WorkerReady(self.id, {"incarnation": self.id.incarnation}, self.job))
+            self.around.tell(e.WorkerReady(self.id, {"incarnation": self.id.incarnation}, self.job, self.around.saved))
             try:
                 yield from self._happened(w.Started())
             except Aborted:
@@ -281,7 +286,7 @@ class SimWorker:
         yield from ()
         plan, placement = it.plan, self._orders[it.plan.generation].placement
         self.protection.enter(plan.generation, placement, joins=plan.version is None and not plan.leaving)
-        self.snapshots.protected = max(self.snapshots.protected, plan.protected)
+        self.snapshots.protected = -1 if plan.checkpoint else max(self.snapshots.protected, plan.protected)
         self.snapshots.enter(plan.generation, placement)
         self.mark("join" if self.machine.fresh else "restore")
 
@@ -327,6 +332,20 @@ class SimWorker:
             yield AGAIN_S
         for shard, state in found.items():
             self.load(shard, state)
+        return w.Restored()
+
+    def _read_checkpoint(self, it: w.ReadCheckpoint) -> Steps[w.Event]:
+        """Take the owned shards from storage; if they are damaged, tell the coordinator, and wait for the end."""
+        yield self.around.world.between(0.001, 0.05)
+        self.links.check()
+        states = self.around.storage.read(it.plan.checkpoint)
+        if states is None:
+            self.around.tell(e.CheckpointUnreadable(self.id, it.plan.checkpoint, "a chunk is damaged"))
+        while states is None:
+            self.links.check()
+            yield None
+        for shard in self.mine:
+            self.load(shard, states[shard])
         return w.Restored()
 
     def _adopt(self, it: w.ComeUp | w.AdoptAgreement) -> Steps[None]:
@@ -479,7 +498,17 @@ class SimWorker:
             stage = it.layout.stage_of(self.rank)
             self._hold(stage.start, stage.stop, free=True)
         self._keep(anyway=self.machine.ended())
+        if self.around.saves_every and self.version % self.around.saves_every == 0:
+            saved = e.Saved(self.version, f"v{self.version}-g{it.layout.generation}", it.agreement)
+            states = {shard: self.shard_state(shard) for shard in self.owned}
+            delay_s = self.around.world.between(0.001, 0.3)
+            self.around.world.after(delay_s, lambda: self._saved(saved, states))
         yield from self._tell_committed(w.TellCommitted(it.agreement, it.layout.generation))
+
+    def _saved(self, saved: e.Saved, states: dict[int, ShardState]) -> None:
+        """The saver of this node has written a part, unless the node is down; workers may be gone meanwhile."""
+        if self.around.board.keepers[self.around.node].up and self.around.storage.put(saved, states):
+            self.around.tell(e.CheckpointSaved(self.id, saved, {}))
 
     def _tell_committed(self, it: w.TellCommitted) -> Steps[None]:
         """Tell the coordinator that a step is committed."""

@@ -23,12 +23,12 @@ SEEDS = 200
 SHAPES = ("2x2", "uneven", "growing", "3 nodes", "4 nodes", "4 nodes, leaving", "leaving early, growing")
 HUNT = """
 import sys
-from everstep.elastic.sim.run import SHAPES, simulate
+from everstep.elastic.sim.run import SHAPES, circumstances, run
 names = sys.argv[2:]
 for seed in range(int(sys.argv[1])):
     for name in names:
         try:
-            simulate(seed, SHAPES[name])
+            run(seed, SHAPES[name], circumstances(seed, SHAPES[name]))
         except Exception as error:
             print(seed, name, type(error).__name__, str(error).splitlines()[0][:200], sep="\\t")
             sys.exit(0)

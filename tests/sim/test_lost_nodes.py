@@ -11,7 +11,10 @@ from everstep.checkpointing.access.snapshot import Snapshots
 from everstep.elastic.sim.faults import NODE_PHASES, Fault, NodeFault
 from everstep.elastic.sim.run import SHAPES, Outcome, simulate
 
-SHAPES_WITH_NODES = [name for name, shape in SHAPES.items() if shape.loses_nodes and not shape.drains]
+SHAPES_WITH_NODES = [
+    name for name, shape in SHAPES.items() if shape.loses_nodes and not (shape.drains or shape.reckless)
+]
+RECKLESS = [name for name, shape in SHAPES.items() if shape.reckless]
 SEEDS = range(24)
 
 
@@ -28,6 +31,17 @@ def test_seeds(name: str) -> None:
     early = [outcome for outcome in outcomes if outcome.why]
     assert all(outcome.broken for outcome in early)
     assert len(early) <= len(SEEDS) // 5
+
+
+@pytest.mark.parametrize("name", RECKLESS)
+def test_more_is_lost_than_the_promise_allows_and_checkpoints_are_saved(name: str) -> None:
+    """The job goes back to a checkpoint, an older one where the newest is damaged, and ends with the same bytes."""
+    outcomes = [simulate(seed, SHAPES[name]) for seed in SEEDS]
+    saved = [outcome for outcome in outcomes if any("checkpoint_saved" in line for line in outcome.log)]
+    assert len(saved) > len(SEEDS) // 2
+    assert any(_gone_back(outcome) for outcome in outcomes)
+    went_on = [outcome for outcome in outcomes if outcome.broken and not outcome.why]
+    assert len(went_on) >= 3, "hardly any job outlived the loss of too many nodes"
 
 
 @pytest.mark.parametrize(
