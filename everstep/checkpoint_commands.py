@@ -21,7 +21,7 @@ from .checkpointing.convert.core.format import (
     READ_SETTINGS,
     Options,
 )
-from .checkpointing.convert.core.work import NOBODY, Watch
+from .checkpointing.convert.core.work import NOBODY, WorkWatch
 from .checkpointing.convert.drive import driver
 from .checkpointing.universal.manifest import CheckpointError, path_of
 from .checkpointing.universal.reader import open_checkpoint
@@ -155,7 +155,7 @@ def _bytes(count: float) -> str:
 
 
 @contextlib.contextmanager
-def _progress(stream: TextIO | None = None) -> Iterator[Watch]:
+def _progress(stream: TextIO | None = None) -> Iterator[WorkWatch]:
     """A bar, where somebody looks."""
     stream = stream or sys.stderr
     if not stream.isatty():
@@ -174,7 +174,7 @@ def _progress(stream: TextIO | None = None) -> Iterator[Watch]:
             with lock:
                 bar.update(task, total=(bar.tasks[0].total or 0) + nbytes)
 
-        yield Watch(planned, lambda piece: bar.advance(task, piece.nbytes))
+        yield WorkWatch(planned, lambda piece: bar.advance(task, piece.nbytes))
 
 
 # ---------------------------------------------------------------- inspect

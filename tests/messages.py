@@ -20,15 +20,9 @@ REASONS = frozenset({"difference"})  # functions that return a text that ends a 
 ERRORS = frozenset(
     {
         *("UsageError", "LaunchError", "AgentError", "CoordinatorFailed", "SecurityError", "CheckpointError"),
-        *("StoreError", "ConversionError", "AddressTaken", "BadAddress", "Unreachable", "KeeperCannotServe"),
-        *(
-            "CannotPreload",
-            "EarlierKeeper",
-            "TooFewDescriptors",
-            "NoAnswer",
-            "ErasureLibraryMissing",
-            "ArgumentTypeError",
-        ),
+        *("StoreError", "StateStoreError", "ConversionError", "AddressTaken", "BadAddress", "Unreachable"),
+        *("KeeperCannotServe", "EarlierKeeper", "CannotPreload", "TooFewDescriptors", "NoAnswer"),
+        *("ErasureLibraryMissing", "ArgumentTypeError"),
     }
 )
 

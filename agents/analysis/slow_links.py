@@ -17,9 +17,9 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from .verdicts import Finding, Hysteresis, Limits
+from .verdicts import Finding, Hysteresis, SlowLimits
 
-LIMITS = Limits(slow=3.0, level=2.0, patience=4, patience_s=3.0)  # messages of telemetry
+LIMITS = SlowLimits(slow=3.0, level=2.0, patience=4, patience_s=3.0)  # messages of telemetry
 WINDOWS = 6  # messages of telemetry that count
 LEAST_BYTES = 16 << 10  # in one of them, to count
 LEAST_SHARE = 0.1  # of the time that passes, to matter

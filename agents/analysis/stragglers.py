@@ -17,11 +17,11 @@ from dataclasses import dataclass, field
 from .verdicts import (
     Finding,
     Hysteresis,
-    Limits,
+    SlowLimits,
     low_median,
 )
 
-LIMITS = Limits(slow=1.5, level=1.2, patience=8, patience_s=3.0)  # steps
+LIMITS = SlowLimits(slow=1.5, level=1.2, patience=8, patience_s=3.0)  # steps
 WINDOW_STEPS = 8  # whose median counts
 LEAST_STEPS = 4  # of them, to say anything
 WARM_UP_STEPS = 3  # of a generation

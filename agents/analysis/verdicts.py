@@ -29,7 +29,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Limits:
+class SlowLimits:
     """When something is called slow, and when no longer."""
 
     slow: float  # as a multiple of what it is compared with
@@ -42,7 +42,7 @@ class Limits:
 class Hysteresis:
     """`see` what each one's ratio is; `slow` are those that are called so. Bounded by `keep`."""
 
-    limits: Limits
+    limits: SlowLimits
     slow: set[Hashable] = field(default_factory=set)
     _streaks: dict[Hashable, tuple[int, float]] = field(default_factory=dict)  # how many, since when
 

@@ -23,7 +23,7 @@ from everstep.comms.control.attach import PROTOCOL
 from everstep.elastic.protocol.codec import Unreadable, changed_rows, schema, state_of
 from everstep.elastic.protocol.state import Config, State
 
-from .store import Store, StoreError, Superseded
+from .store import StateStore, StateStoreError, Superseded
 
 REMEMBERED_RECORDS = 2000
 FORMAT = 2  # of the rows; 1 had no `about`
@@ -51,18 +51,18 @@ class Writer(NamedTuple):
         return f"everstep {self.release} (format {self.format}, state {self.state}, protocol {self.protocol})"
 
 
-def _refuse_another(store: Store, rows: Mapping[str, bytes]) -> None:
+def _refuse_another(store: StateStore, rows: Mapping[str, bytes]) -> None:
     """Raises StoreError for what another everstep has written."""
     writer, this = Writer.of(rows), Writer.this()
     if writer[:3] != this[:3]:
-        raise StoreError(
+        raise StateStoreError(
             f"{store.url} was written by {writer}, and this is {this}: continue with the version that wrote it, or "
             "move the store away to start the job again"
         )
 
 
 @dataclass
-class Channel:
+class NodeChannel:
     """What was said and ordered between a node and its coordinators."""
 
     seen: int = 0  # the number of its last message that was taken in
@@ -74,10 +74,10 @@ class Channel:
 class Durable:
     """The rows that change from one decision to the next, gathered, and written together."""
 
-    def __init__(self, store: Store, token: str) -> None:
+    def __init__(self, store: StateStore, token: str) -> None:
         self._store = store
         self.token = token
-        self.channels: dict[str, Channel] = {}
+        self.channels: dict[str, NodeChannel] = {}
         self.records: deque[dict[str, Any]] = deque(maxlen=REMEMBERED_RECORDS)
         self.recorded = 0  # the number of the last record
         self._state: State | None = None  # as written
@@ -88,7 +88,7 @@ class Durable:
     # ------------------------------------------------------------ reading
 
     @classmethod
-    def load(cls, store: Store, config: Config, token: str) -> tuple[Durable, State | None, float]:
+    def load(cls, store: StateStore, config: Config, token: str) -> tuple[Durable, State | None, float]:
         """What the store has: (this, the state or None for a new job, what to add to this clock). Raises StoreError."""
         rows = store.load()
         durable = cls(store, token)
@@ -101,7 +101,7 @@ class Durable:
             passed_s = max(0.0, time.time() - saved["wall_s"])
             return durable, state, saved["now_s"] + passed_s - time.monotonic()
         except (Unreadable, KeyError, ValueError, TypeError) as error:
-            raise StoreError(
+            raise StateStoreError(
                 f"{store.url} is not whole ({error}): move the store away to start the job again"
             ) from None
 
@@ -113,7 +113,7 @@ class Durable:
         for name, data in rows.items():
             if name.startswith("node/"):
                 seen, ordered = json.loads(data)
-                self.channels[name[5:]] = Channel(seen, seen, ordered)
+                self.channels[name[5:]] = NodeChannel(seen, seen, ordered)
         for name in sorted(name for name in rows if name.startswith("order/")):
             node, _, number = name[6:].rpartition("/")
             if node in self.channels:
@@ -125,9 +125,9 @@ class Durable:
 
     # ------------------------------------------------------------ gathering
 
-    def open(self, node: str) -> Channel:
+    def open(self, node: str) -> NodeChannel:
         """A node that says hello for the first time."""
-        channel = self.channels[node] = Channel()
+        channel = self.channels[node] = NodeChannel()
         self._note(node, channel)
         return channel
 
@@ -175,7 +175,7 @@ class Durable:
         self._rows[f"record/{self.recorded}"] = json.dumps(line).encode()
         return numbered
 
-    def _note(self, node: str, channel: Channel) -> None:
+    def _note(self, node: str, channel: NodeChannel) -> None:
         self._rows[f"node/{node}"] = f"[{channel.seen},{channel.ordered}]".encode()
 
     # ------------------------------------------------------------ writing: in the event loop, but for `write`

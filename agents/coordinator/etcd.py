@@ -32,7 +32,7 @@ from typing import Any
 from everstep.comms.base import addresses
 from everstep.comms.base.security import FILES, Security
 
-from .store import StoreError, Superseded
+from .store import StateStoreError, Superseded
 
 SCHEMES = ("etcd://", "etcds://")
 LEASE_S = 4
@@ -61,7 +61,7 @@ def is_etcd(store: str) -> bool:
     return store.startswith(SCHEMES)
 
 
-class Endpoints:
+class EtcdMembers:
     """A cluster's members: a request goes to the one that answered last, else to the others."""
 
     def __init__(self, url: str, security: Security) -> None:
@@ -69,12 +69,12 @@ class Endpoints:
         try:
             client, self._errors = _library()
         except ImportError:
-            raise StoreError(f"{url} needs the etcd client: pip install 'everstep[etcd]'") from None
+            raise StateStoreError(f"{url} needs the etcd client: pip install 'everstep[etcd]'") from None
         scheme, _, places = url.partition("://")
         options: dict[str, Any] = {"timeout": TIMEOUT_S, "api_path": "/v3/", "protocol": "http"}
         if scheme == "etcds":
             if security.folder is None:
-                raise StoreError(f"{url} needs certificates: set EVERSTEP_CERTS")
+                raise StateStoreError(f"{url} needs certificates: set EVERSTEP_CERTS")
             authority, certificate, key = (str(security.folder / name) for name in FILES)
             options |= {"protocol": "https", "ca_cert": authority, "cert_cert": certificate, "cert_key": key}
         self._clients = []
@@ -82,7 +82,7 @@ class Endpoints:
             try:
                 host, port = addresses.parse(place, port=DEFAULT_PORT)
             except addresses.BadAddress:
-                raise StoreError(f"--es-store must be etcd://HOST:PORT[,HOST:PORT...], got {url!r}") from None
+                raise StateStoreError(f"--es-store must be etcd://HOST:PORT[,HOST:PORT...], got {url!r}") from None
             shown = f"[{host}]" if ":" in host else host  # it becomes part of a URL
             self._clients.append(client(host=shown, port=port, **options))
         self._url = url
@@ -98,12 +98,12 @@ class Endpoints:
                 self._clients.append(self._clients.pop(0))  # the next one first
             else:
                 return answer
-        raise StoreError(f"{self._url}: no member of etcd answers as it should ({why})")
+        raise StateStoreError(f"{self._url}: no member of etcd answers as it should ({why})")
 
 
 def reach(url: str, security: Security) -> None:
     """See that etcd is there. Raises StoreError."""
-    Endpoints(url, security).ask(lambda client: client.status())
+    EtcdMembers(url, security).ask(lambda client: client.status())
 
 
 class EtcdStore:
@@ -116,7 +116,7 @@ class EtcdStore:
 
         `stood_by`: it did so before, or led; so it ends when the job is over.
         """
-        self._etcd, self._renewals = Endpoints(url, security), Endpoints(url, security)
+        self._etcd, self._renewals = EtcdMembers(url, security), EtcdMembers(url, security)
         self._prefix = f"/everstep/{job}/"
         self.url = f"{url}{self._prefix}"
         self._name = uuid.uuid4().hex
@@ -145,7 +145,7 @@ class EtcdStore:
                 if self._elected(stood_by):
                     return
                 leader = self._get("leader")
-            except StoreError as error:
+            except StateStoreError as error:
                 if not stood_by:
                     raise
                 if not told:
@@ -180,7 +180,7 @@ class EtcdStore:
                 answer = self._renewals.ask(
                     lambda client: client.post(client.get_url("/lease/keepalive"), json={"ID": self._lease})
                 )
-            except StoreError:
+            except StateStoreError:
                 continue  # what is written meanwhile decides
             if int(answer.get("result", {}).get("TTL", -1)) <= 0:
                 self._lapsed.set()
@@ -207,7 +207,7 @@ class EtcdStore:
             for number in range(self._snapshot + 1, self._last + 1):
                 self._apply(self._read(f"log/{number:012}/"))
         except (ValueError, KeyError, TypeError, zlib.error) as error:
-            raise StoreError(f"what etcd has under {self._prefix} is damaged, or not ours: {error!r}") from None
+            raise StateStoreError(f"what etcd has under {self._prefix} is damaged, or not ours: {error!r}") from None
         return dict(self._rows)
 
     def commit(self, rows: Mapping[str, bytes | None], *, sync: bool) -> None:
@@ -225,7 +225,7 @@ class EtcdStore:
             if forget and not self.superseded:
                 self._forget()
             self._etcd.ask(lambda client: client.post(client.get_url("/lease/revoke"), json={"ID": self._lease}))
-        except StoreError:
+        except StateStoreError:
             pass  # the lease lapses by itself
 
     def _forget(self) -> None:
@@ -273,7 +273,7 @@ class EtcdStore:
             return
         try:
             self._etcd.ask(lambda client: client.post(client.get_url("/kv/compaction"), json={"revision": revision}))
-        except StoreError as error:
+        except StateStoreError as error:
             if "has been compacted" in str(error):  # by another one
                 return
             if not self._uncompacted:

@@ -26,12 +26,12 @@ from everstep.elastic.protocol.causes import Ending
 from everstep.elastic.protocol.losing import beat_s
 from everstep.elastic.protocol.state import Config, Phase, State
 
-from .durable import Channel, Durable
+from .durable import Durable, NodeChannel
 from .eventlog import EventLog, Listeners
 from .gc_tuning import LongLived
 from .messages import agent_event, order, worker_order
-from .node_sessions import Links
-from .store import StoreError
+from .node_sessions import NodeSessions
+from .store import StateStoreError
 
 TICK_S = 0.1
 STORY = 32
@@ -54,7 +54,7 @@ class Leader:
         config: Config,
         security: Security,
         durable: Durable,
-        links: Links,
+        links: NodeSessions,
         events: EventLog,
         listeners: Listeners,
     ) -> None:
@@ -280,11 +280,11 @@ class Leader:
             return f"a node's name is 1 to {MOST_NAME} printable characters without a slash, got {shown_name!r}"
         return ""
 
-    def _may_return(self, hello: pb.Hello, channel: Channel) -> bool:
+    def _may_return(self, hello: pb.Hello, channel: NodeChannel) -> bool:
         """A node whose stream broke without our noticing, or with the coordinator before us."""
         return hello.returning or (self._links.session(hello.node) is None and channel.seen == 0)
 
-    def _welcome(self, session: Session, hello: pb.Hello, channel: Channel) -> None:
+    def _welcome(self, session: Session, hello: pb.Hello, channel: NodeChannel) -> None:
         self._links.attach(hello.node, session)
         self._durable.acknowledge(hello.node, hello.received)
         welcome = pb.Welcome(token=self._durable.token, received=channel.seen, beat_s=beat_s(self._config))
@@ -331,7 +331,7 @@ class Leader:
                 await asyncio.to_thread(self._durable.write, rows, sync=sync)
                 self.held_up = ""
                 return
-            except StoreError as error:
+            except StateStoreError as error:
                 if not self.held_up:
                     log.warning("nothing can be decided until the store is back: %s", error)
                 self.held_up = str(error)

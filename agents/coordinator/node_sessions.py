@@ -16,7 +16,7 @@ DATAGRAMS = 2000  # taken in at a time
 
 
 @dataclass
-class Link:
+class NodeSession:
     """One node."""
 
     session: Session | None = None
@@ -24,7 +24,7 @@ class Link:
     stamp: int = 0  # of the newest of them
 
 
-class Links:
+class NodeSessions:
     """All nodes that are in the job, or may return to it. In the event loop."""
 
     def __init__(self, durable: Durable, udp: socket.socket) -> None:
@@ -34,7 +34,7 @@ class Links:
         self._udp = udp
         self._key = beats.key_of(durable.token)
         self._names = {beats.name_of(node): node for node in durable.channels}
-        self._links = {node: Link() for node in durable.channels}
+        self._links = {node: NodeSession() for node in durable.channels}
 
     def __contains__(self, node: str) -> bool:
         return node in self._links
@@ -54,7 +54,7 @@ class Links:
     def attach(self, node: str, session: Session) -> None:
         """The node's stream from now on."""
         session.node = node
-        link = self._links.setdefault(node, Link())
+        link = self._links.setdefault(node, NodeSession())
         former, link.session = link.session, session
         if former is not None:
             former.end()

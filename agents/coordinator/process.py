@@ -50,8 +50,8 @@ from .server import (
 )
 from .store import (
     SqliteStore,
-    Store,
-    StoreError,
+    StateStore,
+    StateStoreError,
     Superseded,
 )
 
@@ -137,7 +137,7 @@ def serve(task: Task, security: Security, on_ready: Callable[[int], None], asked
         raise CoordinatorFailed(f"{error} is in use", taken=True) from None
     except AddressTaken as error:
         raise CoordinatorFailed(f"--es-coordinator-metrics {error}") from None
-    except (NoSuchAddress, StoreError, SecurityError) as error:
+    except (NoSuchAddress, StateStoreError, SecurityError) as error:
         raise CoordinatorFailed(str(error)) from None
 
 
@@ -147,7 +147,7 @@ async def _serve(task: Task, security: Security, on_ready: Callable[[int], None]
     if task.log != "off":
         coordinator.listeners.news.append(harmless(Narrator(task.log).heard))
     pages: PageServer | None = None
-    store: Store | None = None
+    store: StateStore | None = None
     over = False
     try:
         port = await coordinator.serve(task.host, task.port, task.behind)
@@ -193,7 +193,7 @@ async def _is_over(lead: asyncio.Task[None], coordinator: Coordinator, asked: En
     return True
 
 
-async def _elected(task: Task, security: Security, coordinator: Coordinator) -> Store | None:
+async def _elected(task: Task, security: Security, coordinator: Coordinator) -> StateStore | None:
     """The store, once this coordinator leads; None if the job was over before."""
 
     wait = Wait()

@@ -26,9 +26,9 @@ from everstep.elastic.protocol.state import Config, State
 from .durable import Durable
 from .eventlog import EventLog, Listeners, harmless
 from .leader import Leader
-from .node_sessions import Links
+from .node_sessions import NodeSessions
 from .span_collector import SpanCollector
-from .store import Store, StoreError
+from .store import StateStore, StateStoreError
 
 VIEW_STEPS = 1000  # that anybody may ask for
 
@@ -65,7 +65,7 @@ class Coordinator:
         self._rendezvous = Rendezvous(job, security, self.refusal)
         self._rendezvous.serve(self._server.aio)
         self._udp: socket.socket | None = None
-        self._links: Links | None = None
+        self._links: NodeSessions | None = None
         self._leader: Leader | None = None
         self._nothing = coordinator.initial_state(config, 0.0)
 
@@ -106,7 +106,7 @@ class Coordinator:
         await self._server.tell_health(leads=False)
         return served
 
-    async def lead(self, store: Store, on_leading: Callable[[], None] = lambda: None) -> None:
+    async def lead(self, store: StateStore, on_leading: Callable[[], None] = lambda: None) -> None:
         """Be the job's coordinator until the job ends, from what the store has. Raises StoreError and Superseded.
 
         `on_leading` is called once it is written that this one leads.
@@ -115,8 +115,8 @@ class Coordinator:
         token = self._security.token or secrets.token_hex(16)
         durable, state, ahead_s = await asyncio.to_thread(Durable.load, store, self._config, token)
         if self._security.token not in ("", durable.token):
-            raise StoreError("the store is of a job with another token: give that one, or move the store away")
-        self._links = Links(durable, self._udp)
+            raise StateStoreError("the store is of a job with another token: give that one, or move the store away")
+        self._links = NodeSessions(durable, self._udp)
         self._leader = Leader(
             self.job, self._config, self._security, durable, self._links, self._events, self.listeners
         )

@@ -12,7 +12,7 @@ from typing import Protocol
 FORMAT = 1
 
 
-class StoreError(Exception):
+class StateStoreError(Exception):
     """A store that cannot be opened: in use, damaged, of another version or another job."""
 
 
@@ -20,7 +20,7 @@ class Superseded(Exception):
     """Another coordinator leads: nothing that this one decides counts any more."""
 
 
-class Store(Protocol):
+class StateStore(Protocol):
     """A place of one coordinator. Calls block; one at a time. `url` names it, for people."""
 
     url: str
@@ -56,13 +56,13 @@ class SqliteStore:
             os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))  # it holds the job's token
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=0.5)
         except (OSError, sqlite3.Error) as error:
-            raise StoreError(f"{path} cannot be opened: {error}") from None
+            raise StateStoreError(f"{path} cannot be opened: {error}") from None
         try:
             self._open(job)
         except sqlite3.Error as error:
             self._db.close()
-            raise StoreError(self._explain(error)) from None
-        except StoreError:
+            raise StateStoreError(self._explain(error)) from None
+        except StateStoreError:
             self._db.close()
             raise
 
@@ -78,12 +78,12 @@ class SqliteStore:
             db.execute("INSERT INTO about VALUES (?, ?)", (FORMAT, job))
         db.execute("COMMIT")
         if about and about[0][0] != FORMAT:
-            raise StoreError(
+            raise StateStoreError(
                 f"{self.path} has format {about[0][0]}, and this version of everstep reads format {FORMAT}: go on with "
                 "the version that wrote it, or move the file away to begin anew"
             )
         if about and about[0][1] != job:
-            raise StoreError(f"{self.path} is of job {about[0][1]!r}, not {job!r}: choose another --es-store")
+            raise StateStoreError(f"{self.path} is of job {about[0][1]!r}, not {job!r}: choose another --es-store")
         (verdict,) = db.execute("PRAGMA quick_check(1)").fetchone()
         if verdict != "ok":
             raise sqlite3.DatabaseError(verdict)
@@ -97,7 +97,7 @@ class SqliteStore:
         try:
             return dict(self._db.execute("SELECT name, data FROM rows"))
         except sqlite3.Error as error:
-            raise StoreError(self._explain(error)) from None
+            raise StateStoreError(self._explain(error)) from None
 
     def commit(self, rows: Mapping[str, bytes | None], *, sync: bool) -> None:
         db = self._db
@@ -112,7 +112,7 @@ class SqliteStore:
         except sqlite3.Error as error:
             with contextlib.suppress(sqlite3.Error):
                 db.execute("ROLLBACK")
-            raise StoreError(f"{self.path} cannot be written: {error}") from None
+            raise StateStoreError(f"{self.path} cannot be written: {error}") from None
 
     def close(self, *, forget: bool) -> None:
         self._db.close()

@@ -36,7 +36,7 @@ from everstep.agents.node.node import (
     AgentError,
     NodeAgent,
     NodeConfig,
-    Outcome,
+    NodeOutcome,
 )
 from everstep.agents.node.preloader import Preloader
 from everstep.comms.base import addresses as hosts
@@ -71,7 +71,7 @@ def launch(command: Command, preloader: Preloader) -> int:
         raise LaunchError(f"--es-metrics {error}") from None
 
 
-def _conclude(outcome: Outcome) -> int:
+def _conclude(outcome: NodeOutcome) -> int:
     """Say how the job ended; returns the exit status, which docs/guarantees.md explains."""
     for lost in outcome.lost:
         if lost != outcome.why:
@@ -86,7 +86,7 @@ def _conclude(outcome: Outcome) -> int:
     return LOST if outcome.lost else 1
 
 
-def _run_node(command: Command, preloader: Preloader) -> Outcome:
+def _run_node(command: Command, preloader: Preloader) -> NodeOutcome:
     outcome = None
     try:
         with contextlib.ExitStack() as stack:
@@ -138,7 +138,7 @@ def _reach(link: Attachment, join_timeout_s: float) -> str:
         raise LaunchError(f"no coordinator answers at {error} within {timeout_s:g} s: {hint}") from None
 
 
-def _see_off(coordinator: CoordinatorProcess, agent: NodeAgent, outcome: Outcome) -> None:
+def _see_off(coordinator: CoordinatorProcess, agent: NodeAgent, outcome: NodeOutcome) -> None:
     """The coordinator ends when all nodes have heard that the job is over; others may need it longer than we do."""
     try:
         if not coordinator.wait(END_S) and outcome.succeeded:

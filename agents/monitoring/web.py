@@ -48,7 +48,7 @@ _COPIED = (
 
 def routes(observer: Observer) -> dict[str, Maker]:
     """What a coordinator serves over HTTP."""
-    shown, page = Shown(observer), front_page()
+    shown, page = WebPage(observer), front_page()
     return {
         "/": lambda: page,
         "/view.json": shown.page,
@@ -73,7 +73,7 @@ def _digest(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-class Shown:
+class WebPage:
     """What the page draws, made at most twice a second however many look at it."""
 
     def __init__(self, observer: Observer, clock: Callable[[], float] = time.monotonic) -> None:

@@ -17,7 +17,7 @@ _NO_LIMIT = 1 << 60  # version 1 writes a number of about 2**63 where there is n
 
 
 @dataclass(frozen=True)
-class Group:
+class ControlGroup:
     """A group and the names of its files."""
 
     folder: Path
@@ -41,12 +41,12 @@ class Group:
         return _field(self.folder / self.events, "oom_kill") or 0
 
 
-def groups(root: Path = ROOT, own: Path = OWN) -> list[Group]:
+def groups(root: Path = ROOT, own: Path = OWN) -> list[ControlGroup]:
     """The groups that limit this process's memory, its own one first."""
     return [group for group in _all(root, own) if (group.folder / group.used).exists()]
 
 
-def left(found: list[Group]) -> int | None:
+def left(found: list[ControlGroup]) -> int | None:
     """What this process may still use within all limits; None without any."""
     rooms = [room for group in found if (room := group.left_bytes()) is not None]
     return min(rooms, default=None)
@@ -82,7 +82,7 @@ class OutOfMemory:
         return {**counts, "host": _field(self._vmstat, "oom_kill") or 0}
 
 
-def _all(root: Path, own: Path) -> Iterator[Group]:
+def _all(root: Path, own: Path) -> Iterator[ControlGroup]:
     try:
         lines = own.read_text().splitlines()
     except OSError:
@@ -99,9 +99,9 @@ def _all(root: Path, own: Path) -> Iterator[Group]:
             continue
         folder = mount / path.strip("/")
         while folder != mount and folder.is_relative_to(mount):
-            yield Group(folder, *names)
+            yield ControlGroup(folder, *names)
             folder = folder.parent
-        yield Group(mount, *names)
+        yield ControlGroup(mount, *names)
 
 
 def _number(path: Path) -> int | None:

@@ -11,7 +11,7 @@ OUTBOX_BYTES = 2 * MESSAGE_BYTES  # kept for a worker that does not read; more t
 _READ_BYTES = 1 << 20
 
 
-class Channel:
+class WorkerChannel:
     """Not thread-safe. `theirs` goes to the worker, and is closed here once it has it."""
 
     def __init__(self) -> None:

@@ -16,7 +16,7 @@ import socket
 import subprocess
 from dataclasses import dataclass
 
-from everstep.checkpointing.access.keeper_protocol import PROTOCOL, Failure, Started, greeting
+from everstep.checkpointing.access.keeper_protocol import PROTOCOL, Failure, KeeperStart, NameTaken, greeting
 from everstep.comms.base.process import own_command
 
 MOST_PER_HOST = 64  # agents of one job on one host
@@ -87,10 +87,6 @@ def obtain(node: str, host: str, token: str, linger_s: float) -> KeeperProcess:
     raise KeeperCannotServe(f"{MOST_PER_HOST} agents of this job run on {host} already")
 
 
-class NameTaken(Exception):
-    """Another keeper has this name."""
-
-
 def start(name: str, node: str, host: str, port: int, token: str, linger_s: float) -> KeeperProcess:
     """Start a keeper on a name and a port (0: any)."""
     command = own_command("everstep.checkpointing.keeper.service", "--node", node, "--name", name)
@@ -103,7 +99,7 @@ def start(name: str, node: str, host: str, port: int, token: str, linger_s: floa
         env={**os.environ, "EVERSTEP_TOKEN": token},
     )
     assert process.stdout is not None
-    started = Started.of(process.stdout.readline())
+    started = KeeperStart.of(process.stdout.readline())
     if started.failure is None:
         return KeeperProcess(name, started.port, process.pid, process)
     status = process.wait()

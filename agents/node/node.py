@@ -19,10 +19,11 @@ from typing import Any
 
 from everstep.agents.analysis.health import judge
 from everstep.agents.base.patience import Wait
+from everstep.checkpointing.access.keeper_protocol import NameTaken
 from everstep.comms.base import addresses
 from everstep.comms.base.process import exit_status, host_id, runs_without_main_thread
 from everstep.comms.control import everstep_pb2 as pb
-from everstep.comms.control.attach import Aborted, Attachment, Broken
+from everstep.comms.control.attach import AbortHeard, Attachment, Broken
 from everstep.comms.control.telemetry_pb2 import AskSpans
 from everstep.elastic.contract.notices import Notice
 from everstep.elastic.contract.progress import Fault, Phase
@@ -46,7 +47,6 @@ from .keeper_process import (
     EarlierKeeper,
     KeeperCannotServe,
     KeeperProcess,
-    NameTaken,
     obtain,
 )
 from .keeper_process import start as start_keeper
@@ -101,7 +101,7 @@ class NodeConfig:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class NodeOutcome:
     """How the job ended; or, with success and a reason, how it went on without this node (`left`)."""
 
     succeeded: bool
@@ -135,7 +135,7 @@ class NodeAgent:
         self.on_started = on_started or (lambda: None)
         self.workers: dict[WorkerId, WorkerProcess] = {}
         self.token = ""
-        self.outcome: Outcome | None = None
+        self.outcome: NodeOutcome | None = None
         self._keeper: KeeperProcess | None = None
         self._preloader: Preloader | None = preloader
         self._waiting: list[tuple[WorkerProcess, pb.StartWorkers]] = []  # to be forked
@@ -176,7 +176,7 @@ class NodeAgent:
 
     # ------------------------------------------------------------ life
 
-    def run(self) -> Outcome:
+    def run(self) -> NodeOutcome:
         """Serve until the job ends, then leave nothing behind."""
         try:
             self._watch_preloader()
@@ -269,7 +269,7 @@ class NodeAgent:
             return
         if self._stop_why or now - self._fenced_s > self.config.rejoin_s:
             why = self._stop_why or f"no coordinator could be reached for {self.config.rejoin_s:g} s"
-            self.outcome = Outcome(False, f"this node was lost to the job, and {why}")
+            self.outcome = NodeOutcome(False, f"this node was lost to the job, and {why}")
         elif not self._rejoining:
             self._rejoining = True
             self.link.rename(self._new_name())
@@ -296,7 +296,7 @@ class NodeAgent:
         self._send(drain=pb.DrainRequest(why=why))
 
     def _end_at_once(self, why: str) -> None:
-        self.outcome = self.outcome or Outcome(False, why)
+        self.outcome = self.outcome or NodeOutcome(False, why)
         for worker in list(self.workers.values()):
             worker.kill(why)
 
@@ -307,7 +307,7 @@ class NodeAgent:
             if isinstance(message, Broken):
                 if self.outcome is None and self.token:
                     self._say(f"the coordinator is gone ({message.why}); training goes on, and it is looked for")
-            elif isinstance(message, Aborted):
+            elif isinstance(message, AbortHeard):
                 self._abort(message.generation)
             else:
                 body = message.WhichOneof("body")
@@ -355,9 +355,9 @@ class NodeAgent:
     def _on_refused(self, message: pb.Refused) -> None:
         if self._unfit:
             why = f"node {self.node} is not fit to join: {self._unfit}; --es-health-check=off lets it join all the same"
-            self.outcome = Outcome(False, why, unfit=True)
+            self.outcome = NodeOutcome(False, why, unfit=True)
             return
-        self.outcome = Outcome(False, f"the coordinator refused node {self.node}: {message.why}")
+        self.outcome = NodeOutcome(False, f"the coordinator refused node {self.node}: {message.why}")
 
     def _on_start(self, message: pb.StartWorkers) -> None:
         self.on_started()
@@ -394,7 +394,7 @@ class NodeAgent:
             self._tell(worker, message.json.encode())
 
     def _on_end(self, message: pb.EndJob) -> None:
-        self.outcome = Outcome(message.succeeded, message.why, message.detail, message.rank, tuple(message.lost))
+        self.outcome = NodeOutcome(message.succeeded, message.why, message.detail, message.rank, tuple(message.lost))
         if self.outcome.left:
             self._say(message.why)
         for worker in self.workers.values():

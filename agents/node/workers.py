@@ -20,7 +20,7 @@ from everstep.elastic.contract.progress import (
 from everstep.elastic.protocol.events import WorkerId
 from everstep.elastic.protocol.liveness import Pulse, Verdict
 
-from .channel import Channel
+from .channel import WorkerChannel
 from .vitals import Vitals
 
 STACKS_BYTES = 64 << 10  # of a worker's stacks, read at most
@@ -31,7 +31,7 @@ class WorkerProcess:
     """One worker: its channel, its progress page and, once it is forked, its process."""
 
     id: WorkerId
-    channel: Channel
+    channel: WorkerChannel
     page_fd: int
     page: mmap.mmap
     pid: int = 0
@@ -59,7 +59,7 @@ class WorkerProcess:
     @classmethod
     def prepare(cls, worker: WorkerId) -> WorkerProcess:
         fd = create_page()
-        return cls(worker, Channel(), fd, mmap.mmap(fd, mmap.PAGESIZE, prot=mmap.PROT_READ))
+        return cls(worker, WorkerChannel(), fd, mmap.mmap(fd, mmap.PAGESIZE, prot=mmap.PROT_READ))
 
     def forked(self, pid: int) -> None:
         """The process exists."""

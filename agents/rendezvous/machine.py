@@ -23,7 +23,7 @@ class Action(enum.Enum):
     CLOSE = "close"
 
 
-class Phase(enum.Enum):
+class RoundPhase(enum.Enum):
     """What it hears."""
 
     WAITING = "waiting"
@@ -33,7 +33,7 @@ class Phase(enum.Enum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
+class RoundLimits:
     """How many nodes a round has, and how long they are waited for. Equal on all of a job's nodes."""
 
     min_nodes: int
@@ -43,7 +43,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Place:
+class RoundPlace:
     """A node's place in a round."""
 
     round: int = 0
@@ -57,8 +57,8 @@ class Said:
 
     node: str
     action: Action
-    limits: Limits
-    place: Place = Place()
+    limits: RoundLimits
+    place: RoundPlace = RoundPlace()
     store: tuple[str, int] = ("", 0)
 
 
@@ -66,8 +66,8 @@ class Said:
 class Answer:
     """What the node is told. `waiting`: how many nodes would like the round to begin anew."""
 
-    phase: Phase
-    place: Place = Place()
+    phase: RoundPhase
+    place: RoundPlace = RoundPlace()
     store: tuple[str, int] = ("", 0)
     waiting: int = 0
     why: str = ""
@@ -77,7 +77,7 @@ class Answer:
 class Group:
     """The nodes of a job. `members` are those of the present round by rank; without any, those that wait gather."""
 
-    limits: Limits | None = None
+    limits: RoundLimits | None = None
     round: int = 0
     size: int = 0  # of the round when it formed
     members: Mapping[str, int] = field(default_factory=dict)  # node -> rank
@@ -99,7 +99,7 @@ def step(group: Group, said: Said, now: float) -> tuple[Group, Answer]:
         )
         if (theirs.min_nodes, theirs.max_nodes) == (ours.min_nodes, ours.max_nodes):
             why = "the others have another --rdzv-conf"
-        return group, Answer(Phase.REFUSED, why=why)
+        return group, Answer(RoundPhase.REFUSED, why=why)
     group = expire(replace(group, limits=said.limits), now)
     if said.action is Action.LEAVE:
         group = _without(group, said.node)
@@ -195,11 +195,11 @@ def _form(group: Group, now: float) -> Group:
 
 def _answer(group: Group, node: str) -> Answer:
     if group.closed:
-        return Answer(Phase.CLOSED)
+        return Answer(RoundPhase.CLOSED)
     assert group.limits is not None
     room = group.limits.max_nodes - len(group.members)
     waiting = min(len(group.waiting), room) + group.lost  # who finds no room is no reason to begin anew
     if node not in group.members:
-        return Answer(Phase.WAITING, waiting=waiting)
-    place = Place(group.round, group.members[node], group.size)
-    return Answer(Phase.FORMED, place, group.store, waiting)
+        return Answer(RoundPhase.WAITING, waiting=waiting)
+    place = RoundPlace(group.round, group.members[node], group.size)
+    return Answer(RoundPhase.FORMED, place, group.store, waiting)

@@ -18,9 +18,9 @@ from everstep.comms.control.rendezvous_pb2_grpc import (
 from .machine import (
     Action,
     Group,
-    Limits,
-    Phase,
-    Place,
+    RoundLimits,
+    RoundPhase,
+    RoundPlace,
     Said,
     expire,
     over,
@@ -34,10 +34,10 @@ _ACTIONS = {
     pb.MEET_ACTION_CLOSE: Action.CLOSE,
 }
 _PHASES = {
-    Phase.WAITING: pb.MEET_PHASE_WAITING,
-    Phase.FORMED: pb.MEET_PHASE_FORMED,
-    Phase.CLOSED: pb.MEET_PHASE_CLOSED,
-    Phase.REFUSED: pb.MEET_PHASE_REFUSED,
+    RoundPhase.WAITING: pb.MEET_PHASE_WAITING,
+    RoundPhase.FORMED: pb.MEET_PHASE_FORMED,
+    RoundPhase.CLOSED: pb.MEET_PHASE_CLOSED,
+    RoundPhase.REFUSED: pb.MEET_PHASE_REFUSED,
 }
 
 
@@ -90,7 +90,7 @@ class Rendezvous(RendezvousServiceServicer):
 
 def _said(request: pb.MeetRequest) -> Said | None:
     """What a node said; None for what makes no sense."""
-    limits = Limits(
+    limits = RoundLimits(
         min_nodes=request.min_nodes,
         max_nodes=request.max_nodes,
         last_call_s=request.last_call_s,
@@ -98,7 +98,7 @@ def _said(request: pb.MeetRequest) -> Said | None:
     )
     action = _ACTIONS.get(request.action)
     sound = 0 < limits.min_nodes <= limits.max_nodes and limits.last_call_s >= 0 and limits.lost_after_s > 0
-    place = Place(request.round, request.rank, request.world_size)
+    place = RoundPlace(request.round, request.rank, request.world_size)
     placed = place.rank < place.world_size <= limits.max_nodes
     if action is None or not sound or not request.node or (place.rank >= 0 and not placed):
         return None

@@ -31,6 +31,10 @@ def refusal(hello: Mapping[str, Any]) -> str:
     )
 
 
+class NameTaken(OSError):
+    """Another keeper has this name."""
+
+
 class Failure(enum.Enum):
     """Why a keeper ended before it served."""
 
@@ -39,7 +43,7 @@ class Failure(enum.Enum):
 
 
 @dataclass(frozen=True)
-class Started:
+class KeeperStart:
     """A line on a new keeper's standard output: it serves on a TCP port, or it ended.
 
     `failure` says for which kind of reason, `why` for people.
@@ -55,7 +59,7 @@ class Started:
         return json.dumps({"port": self.port, "failure": failure, "why": self.why})
 
     @classmethod
-    def of(cls, line: str) -> Started:
+    def of(cls, line: str) -> KeeperStart:
         """The value of a line; of none, or of another text, a failure."""
         try:
             said = json.loads(line)

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from everstep.checkpointing.memory.record import Record, ShardState
+from everstep.checkpointing.memory.record import ShardRecord, ShardState
 from everstep.checkpointing.memory.segment import Segment, seed_of
 from everstep.resharding.placement import Placement
 
@@ -35,7 +35,7 @@ class _Begun(NamedTuple):
     """A record on its way into a slot: its values are there."""
 
     shard: int
-    record: Record
+    record: ShardRecord
     segment: Segment
     slot: int
     room: Tensor
@@ -119,7 +119,7 @@ class Snapshots:
             self.version[shard] = version
         assert self._pool is not None
         self._hurry.clear()
-        opened = [self._open(shard, version, Record(states(shard))) for shard in todo]
+        opened = [self._open(shard, version, ShardRecord(states(shard))) for shard in todo]
         for device in {device for begun in opened for device in begun.record.devices}:
             if device.type != "cpu":  # another thread copies the rest, on a stream of its own: all is there by now
                 torch.get_device_module(device).synchronize(device)
@@ -127,7 +127,7 @@ class Snapshots:
             self._copy, self._generation, version, opened, self._pending, protect=protect, then=then
         )
 
-    def _open(self, shard: int, version: int, record: Record) -> _Begun:
+    def _open(self, shard: int, version: int, record: ShardRecord) -> _Begun:
         """Open a slot for a record, and copy its values, so that nobody can change them any more."""
         number, segment = self._home[shard]
         slot = segment.free_slot(shard, (self.protected, version - 1, self.saving))

@@ -27,7 +27,7 @@ class Guarded:
 
 
 @dataclass(frozen=True)
-class Membership:
+class Generation:
     """A generation as keepers see it. `capacities`: bytes of the largest record of each stripe."""
 
     generation: int
@@ -36,7 +36,7 @@ class Membership:
     capacities: tuple[int, ...]
 
 
-class Superseded(Exception):
+class VersionOver(Exception):
     """What was waited for will not come: the generation, or the version, is over."""
 
 
@@ -46,7 +46,7 @@ class Keeper:
     def __init__(self, node: str = "") -> None:
         self.node = node
         self.changed = threading.Condition()
-        self.membership: Membership | None = None
+        self.membership: Generation | None = None
         self.incidents: list[dict[str, Any]] = []  # damage found, for the workers to pass on
         self._segments: dict[tuple[int, int, int], Guarded] = {}
         self._dead: set[tuple[int, int]] = set()  # workers whose segments are kept only as long as they are of use
@@ -86,7 +86,7 @@ class Keeper:
             if all(g.connection == connection for g in guarded):
                 self._dead.add((rank, incarnation))
 
-    def enter(self, membership: Membership) -> bool:
+    def enter(self, membership: Generation) -> bool:
         """Go to a newer generation; returns whether it is news."""
         with self.changed:
             if self.membership is not None and membership.generation <= self.membership.generation:
@@ -179,7 +179,7 @@ class Keeper:
             place = self.located(shard, version)
             if place is None:
                 if self.membership is not None and self.membership.generation > generation:
-                    raise Superseded
+                    raise VersionOver
                 self.changed.wait(slice_s)
                 place = self.located(shard, version)
             return place

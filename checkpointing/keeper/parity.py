@@ -22,7 +22,7 @@ ANY_SHARD = -1
 
 
 @dataclass
-class Block:
+class ParityBlock:
     """One parity row of one stripe at one version. `members`: member number -> (length, checksum) once it is in."""
 
     number: int
@@ -82,7 +82,7 @@ class ParityStore:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._blocks: dict[int, Block] = {}
+        self._blocks: dict[int, ParityBlock] = {}
         self._free: dict[int, list[mmap.mmap]] = {}
         self._numbers = 0
         self._encoded = [0, 0.0]
@@ -98,7 +98,7 @@ class ParityStore:
         with self._lock:
             return {"encoded_bytes": self._encoded[0], "encode_s": self._encoded[1]}
 
-    def open(self, version: int, stripe: Stripe, row: int, capacity: int) -> Block:
+    def open(self, version: int, stripe: Stripe, row: int, capacity: int) -> ParityBlock:
         """The block for this row of a stripe at a version: a sealed or begun one of the same shards, or a new one."""
         with self._lock:
             for block in self._blocks.values():
@@ -108,7 +108,7 @@ class ParityStore:
             pool = self._free.get(capacity)
             memory = pool.pop() if pool else mmap.mmap(-1, max(capacity, 1), flags=_FLAGS)
             self._numbers += 1
-            block = Block(self._numbers, version, stripe, row, memory, capacity)
+            block = ParityBlock(self._numbers, version, stripe, row, memory, capacity)
             self._blocks[block.number] = block
             return block
 
@@ -129,7 +129,7 @@ class ParityStore:
                 for memory in self._free.pop(capacity):
                     memory.close()
 
-    def covering(self, shards: Iterable[int], version: int) -> list[Block]:
+    def covering(self, shards: Iterable[int], version: int) -> list[ParityBlock]:
         """The sealed blocks at a version that have any of these shards as a member."""
         wanted = set(shards)
         with self._lock:
@@ -139,7 +139,7 @@ class ParityStore:
                 if block.version == version and block.checksum is not None and wanted & set(block.stripe.shards)
             ]
 
-    def block(self, number: int) -> Block | None:
+    def block(self, number: int) -> ParityBlock | None:
         """A block by its number."""
         with self._lock:
             return self._blocks.get(number)

@@ -12,8 +12,8 @@ from everstep.checkpointing.access.client import KeeperClient, KeeperRefused
 from everstep.checkpointing.memory.segment import checksum_of
 from everstep.comms.base.process import let_compute_go_first
 
-from .keeper import Keeper, Membership
-from .parity import Block, ParityStore
+from .keeper import Generation, Keeper
+from .parity import ParityBlock, ParityStore
 
 FLOWS = 2  # connections to each other node
 RETRY_S = 0.05
@@ -21,10 +21,10 @@ WAIT_SLICE_S = 0.1
 
 
 @dataclass(frozen=True)
-class Piece:
+class MissingMember:
     """One member that one of our blocks needs."""
 
-    block: Block
+    block: ParityBlock
     member: int
     shard: int
     capacity: int
@@ -100,32 +100,32 @@ class Protector:
                     if whole:
                         self._complete = (membership.generation, max(version, self._complete[1]))
 
-    def _given_up(self, membership: Membership, version: int) -> bool:
+    def _given_up(self, membership: Generation, version: int) -> bool:
         """Whether nobody waits for this any more: another generation, or two newer versions."""
         with self._keeper.changed:
             return self._generation() != membership.generation or len(self._wanted) > 2
 
-    def _encode(self, membership: Membership, version: int) -> bool:
+    def _encode(self, membership: Generation, version: int) -> bool:
         """Bring our blocks of `version` up; whether all are sealed."""
         capacities = membership.capacities
-        blocks: list[tuple[int, Block]] = []
+        blocks: list[tuple[int, ParityBlock]] = []
         for number, row in membership.placement.held_by(self._keeper.node):
             stripe = membership.placement.stripes[number]
             blocks.append((number, self._store.open(version, stripe, row, capacities[number])))
         self._store.trim(capacities[number] for number, _ in blocks)
-        by_flow: dict[tuple[str, int], list[Piece]] = {}
+        by_flow: dict[tuple[str, int], list[MissingMember]] = {}
         for number, block in blocks:
             stripe = membership.placement.stripes[number]
             for member, (shard, node) in enumerate(zip(stripe.shards, stripe.nodes, strict=True)):
                 if block.checksum is None and member not in block.members:
-                    piece = Piece(block, member, shard, capacities[number])
+                    piece = MissingMember(block, member, shard, capacities[number])
                     by_flow.setdefault((node, number % FLOWS), []).append(piece)
         flows = [self._pool.submit(self._pull, membership, version, *item) for item in by_flow.items()]
         for flow in flows:
             flow.result()
         return all(block.checksum is not None for _, block in blocks)
 
-    def _await_own(self, membership: Membership, version: int) -> bool:
+    def _await_own(self, membership: Generation, version: int) -> bool:
         """Wait until the shards that this node owns are sealed; whether they are."""
         own = [
             shard
@@ -140,7 +140,7 @@ class Protector:
                 self._keeper.changed.wait(WAIT_SLICE_S)
         return False
 
-    def _pull(self, membership: Membership, version: int, flow: tuple[str, int], pieces: list[Piece]) -> None:
+    def _pull(self, membership: Generation, version: int, flow: tuple[str, int], pieces: list[MissingMember]) -> None:
         """Get the pieces that lie on one node, over one connection, until all are in or nobody waits for them."""
         staging = bytearray(max(piece.capacity for piece in pieces))
         distrusted: dict[int, int] = {}
@@ -166,8 +166,13 @@ class Protector:
             pieces = [p for p in pieces if p.member not in p.block.members and distrusted.get(p.shard, 0) < 2]
 
     def _collect(
-        self, client: KeeperClient, membership: Membership, version: int, pieces: list[Piece], staging: bytearray
-    ) -> Iterator[tuple[Piece, int, int]]:
+        self,
+        client: KeeperClient,
+        membership: Generation,
+        version: int,
+        pieces: list[MissingMember],
+        staging: bytearray,
+    ) -> Iterator[tuple[MissingMember, int, int]]:
         def patient() -> None:
             if self._given_up(membership, version):
                 raise KeeperRefused("nobody waits for this version any more")
@@ -176,7 +181,7 @@ class Protector:
         for piece, (length, checksum) in zip(pieces, answers, strict=True):
             yield piece, length, checksum
 
-    def _client(self, membership: Membership, flow: tuple[str, int]) -> KeeperClient:
+    def _client(self, membership: Generation, flow: tuple[str, int]) -> KeeperClient:
         client = self._clients.get(flow)
         address = membership.addresses[flow[0]]
         if client is None or client.address != address or client.closed:

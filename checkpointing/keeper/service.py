@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 from everstep.checkpointing.access.client import REQUEST_BYTES
-from everstep.checkpointing.access.keeper_protocol import PROTOCOL, Failure, Started, refusal
+from everstep.checkpointing.access.keeper_protocol import PROTOCOL, Failure, KeeperStart, NameTaken, refusal
 from everstep.checkpointing.memory.segment import Entry
 from everstep.checkpointing.saving.part import SaveRequest
 from everstep.checkpointing.saving.saver import Saver
@@ -27,17 +27,13 @@ from everstep.comms.base.process import leave_signals_to_launcher, let_compute_g
 from everstep.comms.base.security import Security, SecurityError, own
 from everstep.resharding.placement import Placement
 
-from .keeper import Keeper, Membership, Superseded
+from .keeper import Generation, Keeper, VersionOver
 from .parity import ParityStore
 from .protector import Protector
 
 GREETING_BYTES, GREETING_S = 4096, 10.0  # of who has not shown the token yet
 STRANGERS = 256  # such connections at a time
 WAIT_SLICE_S = 0.1
-
-
-class NameTaken(OSError):
-    """Another keeper has this name."""
 
 
 class Leash:
@@ -205,7 +201,7 @@ class KeeperServer:
         elif operation == "enter":
             placement = Placement.from_json(request["placement"])
             capacities = tuple(request["capacities"])
-            if keeper.enter(Membership(request["generation"], placement, request["addresses"], capacities)):
+            if keeper.enter(Generation(request["generation"], placement, request["addresses"], capacities)):
                 self.protector.enter()
         elif operation == "sealed":
             keeper.sealed(request["protected"])
@@ -254,7 +250,7 @@ class KeeperServer:
             while place is None:
                 try:
                     place = self.keeper.await_shard(shard, version, generation, WAIT_SLICE_S)
-                except Superseded:
+                except VersionOver:
                     _answer(connection, {"error": f"generation {generation} is over"})
                     return
                 if place is None and select.select([connection], [], [], 0)[0]:
@@ -307,7 +303,7 @@ class _Lines:
 
 
 def main() -> None:
-    """Run a keeper; prints what became of it, a line of `Started`, on standard output."""
+    """Run a keeper; prints what became of it, a line of `KeeperStart`, on standard output."""
     parser = argparse.ArgumentParser(prog="everstep-keeper")
     parser.add_argument("--node", required=True)
     parser.add_argument("--name", required=True)
@@ -322,10 +318,10 @@ def main() -> None:
         server = KeeperServer(keeper, arguments.name, arguments.host, arguments.port, token, leash)
     except (OSError, SecurityError) as error:
         failure = Failure.NAME_TAKEN if isinstance(error, NameTaken) else Failure.OTHER
-        print(Started(failure=failure, why=str(error)).line(), flush=True)
+        print(KeeperStart(failure=failure, why=str(error)).line(), flush=True)
         sys.exit(1)
     leash.follow(sys.stdin)
-    print(Started(server.port).line(), flush=True)
+    print(KeeperStart(server.port).line(), flush=True)
     sys.stdout.close()
     server.serve()
 

@@ -25,7 +25,7 @@ def _place(item: tuple[str, Any]) -> tuple[bool, str]:
     return item[0] != "value", item[0]
 
 
-class Record:
+class ShardRecord:
     """A shard's state, ready to be written: `length` bytes."""
 
     def __init__(self, state: ShardState) -> None:
@@ -82,7 +82,7 @@ class Record:
 
 def record_bytes(state: ShardState) -> int:
     """The length of the record of `state`."""
-    return Record(state).length
+    return ShardRecord(state).length
 
 
 def read_record(data: bytes) -> dict[str, Any]:

@@ -45,7 +45,7 @@ class Parameter(NamedTuple):
     rows: int
 
 
-class Piece(NamedTuple):
+class ShardPiece(NamedTuple):
     """A shard: which chunk of which parameter it is."""
 
     shard: int
@@ -69,7 +69,7 @@ class SaveRequest:
     writers: int  # how many there are
     version: int
     parameters: tuple[Parameter, ...]
-    pieces: tuple[Piece, ...]
+    pieces: tuple[ShardPiece, ...]
     expected: tuple[str, ...]  # paths of all the arrays that must be there, whoever writes them
     manifest: Mapping[str, Any]
     keep: int
@@ -82,7 +82,7 @@ class SaveRequest:
     def from_json(cls, text: str | bytes) -> SaveRequest:
         raw: dict[str, Any] = json.loads(text)
         raw["parameters"] = tuple(Parameter(p[0], p[1], tuple(p[2]), p[3]) for p in raw["parameters"])
-        raw["pieces"] = tuple(Piece(*piece) for piece in raw["pieces"])
+        raw["pieces"] = tuple(ShardPiece(*piece) for piece in raw["pieces"])
         raw["expected"] = tuple(raw["expected"])
         return cls(**raw)
 
@@ -176,7 +176,7 @@ def saved_bytes(request: SaveRequest) -> int:
     return sum(array.chunks * array.chunk_bytes for array in arrays)
 
 
-def _put(writer: ChunkWriter, request: SaveRequest, piece: Piece, found: Sequence[Item]) -> None:
+def _put(writer: ChunkWriter, request: SaveRequest, piece: ShardPiece, found: Sequence[Item]) -> None:
     parameter = request.parameters[piece.parameter]
     for item in found:
         if item.name == "value":

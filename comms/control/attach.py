@@ -51,13 +51,13 @@ class Broken:
 
 
 @dataclass(frozen=True)
-class Aborted:
+class AbortHeard:
     """The coordinator's echo says that all generations before this one are over."""
 
     generation: int
 
 
-Heard = pb.AttachResponse | Broken | Aborted
+Heard = pb.AttachResponse | Broken | AbortHeard
 
 
 class Attachment:
@@ -372,7 +372,7 @@ class Attachment:
             life = self._lives
         self.heard_s = time.monotonic()
         if news:
-            self._put(life, Aborted(echo.aborted))
+            self._put(life, AbortHeard(echo.aborted))
         return True
 
 

@@ -25,7 +25,7 @@ import torch
 from everstep.comms.base.process import keep_freed_memory
 from everstep.elastic.contract.collectives import (
     INSTEAD,
-    Watch,
+    CollectiveWatch,
     group,
     raised_there,
 )
@@ -232,7 +232,7 @@ def _watch_collectives(membership: Membership, context: WorkerContext) -> None:
     def given_up(text: str) -> None:
         membership.tell("raised", message=text, traceback="", host=socket.gethostname())
 
-    Watch(warned, given_up).start(lambda: membership.changed and group() is membership.lost_group)
+    CollectiveWatch(warned, given_up).start(lambda: membership.changed and group() is membership.lost_group)
 
 
 def _raise_in_job(membership: Membership, message: str, trace: str) -> NoReturn:

@@ -61,7 +61,7 @@ def raised_there(error: BaseException) -> bool:
     return False
 
 
-class Watch:
+class CollectiveWatch:
     """Looks, from a thread of its own, whether the main thread stays in one such call though a worker was lost."""
 
     def __init__(self, warn: Callable[[str], None], give_up: Callable[[str], None]) -> None:

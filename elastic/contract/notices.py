@@ -35,13 +35,13 @@ class Notice(enum.StrEnum):
     NOTHING_LEFT = "nothing-left-to-train"  # the checkpoint that is gone on from has all steps already
 
 
-class Channel(Protocol):
+class WarningChannel(Protocol):
     """The worker's way to the coordinator, or, when the script runs alone, to standard error."""
 
     def tell(self, kind: str, **fields: Any) -> None: ...
 
 
-def warn(channel: Channel, notice: Notice, text: str, **fields: Any) -> None:
+def warn(channel: WarningChannel, notice: Notice, text: str, **fields: Any) -> None:
     """Warn the user. `text` says what, where, and what to do; `fields` (rank, step) go into the event log.
 
     A worker warns for itself; the log shows equal texts of several ranks once.

@@ -58,7 +58,7 @@ from everstep.elastic.holding.stack import LayerStack
 from everstep.elastic.holding.watch import (
     Change,
     Changed,
-    Watch,
+    ParameterWatch,
     describe,
     differing_bits,
 )
@@ -125,7 +125,7 @@ class Engine:
         self.exchange = Exchange(stack, comm)
         self.protection = Protection(settings, snapshots, membership)
         self.backups = Backups(optimizer.user, stack, comm, snapshots, self.exchange)
-        self.watch = Watch(stack)
+        self.watch = ParameterWatch(stack)
         self.suspects: dict[int, int] = {}  # shard that may be damaged here -> digest of what was committed
         self.committed: Callable[[list[int]], dict[int, ShardState]] = lambda shards: {}  # what keepers hold of shards
         self.replicas = Replicas(stack, snapshots, self.backups, self.exchange, settings.verify_every)

@@ -26,7 +26,7 @@ from everstep.checkpointing.universal.reader import (
 )
 from everstep.checkpointing.universal.store import Store, StoreError, open_store
 from everstep.elastic.contract.errors import UsageError
-from everstep.elastic.contract.notices import Channel, Notice, warn
+from everstep.elastic.contract.notices import Notice, WarningChannel, warn
 from everstep.elastic.contract.settings import Settings
 from everstep.elastic.guard.checkpoint_agreement import constants
 from everstep.elastic.holding.hyperparameters import Groups, same, unpack
@@ -45,7 +45,7 @@ class Resumption:
     """Finds checkpoints for a job, and refuses those that would not continue it with the same numbers."""
 
     def __init__(
-        self, settings: Settings, stack: LayerStack, engine: Engine, data: dict[str, Any], channel: Channel
+        self, settings: Settings, stack: LayerStack, engine: Engine, data: dict[str, Any], channel: WarningChannel
     ) -> None:
         self._settings = settings
         self._stack = stack

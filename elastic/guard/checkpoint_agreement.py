@@ -20,11 +20,11 @@ import torch
 
 from everstep.checkpointing.access.client import KeeperLink
 from everstep.checkpointing.access.snapshot import Snapshots
-from everstep.checkpointing.memory.record import Record, ShardState
+from everstep.checkpointing.memory.record import ShardRecord, ShardState
 from everstep.checkpointing.saving.part import (
     Parameter,
-    Piece,
     SaveRequest,
+    ShardPiece,
     finish,
     save_part,
     saved_bytes,
@@ -184,7 +184,7 @@ class Checkpoints:
     def _copies(self, states: Callable[[int], ShardState]) -> dict[int, memoryview]:
         copies: dict[int, memoryview] = {}
         for shard in self._stack.spec.shards:
-            record = Record(states(shard.index))
+            record = ShardRecord(states(shard.index))
             data = copies[shard.index] = memoryview(bytearray(record.length))
             record.write(data)
         return copies
@@ -298,11 +298,11 @@ class Checkpoints:
     def _request(self, waiting: _Waiting, agreement: str, writer: str) -> SaveRequest:
         settings, spec = self._settings, self._stack.spec
         first: dict[int, Shard] = {}
-        pieces: list[Piece] = []
+        pieces: list[ShardPiece] = []
         for shard in spec.shards:
             number = shard.index - first.setdefault(shard.parameter, shard).index
             if waiting.layout.owners[shard.index] == waiting.rank:
-                pieces.append(Piece(shard.index, shard.parameter, number, shard.elements))
+                pieces.append(ShardPiece(shard.index, shard.parameter, number, shard.elements))
         parameters = tuple(
             Parameter(p.name, "buffers" if self._stack.averaged(i) else "params", p.shape, _rows(p, first[i]))
             for i, p in enumerate(spec.parameters)

@@ -74,7 +74,7 @@ def edges_of(data: memoryview, size: int = EDGE_BYTES) -> int:
     return xxhash.xxh3_64_intdigest(data[:size]) ^ xxhash.xxh3_64_intdigest(data[-size:], 1)
 
 
-class Watch:
+class ParameterWatch:
     """What the parameters held by this rank were when the runtime last wrote to them."""
 
     def __init__(self, stack: LayerStack) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 
-class Node(NamedTuple):
+class TreeNode(NamedTuple):
     """A node of the tree: the sum of the micro-batches [index << level, (index + 1) << level) below M."""
 
     level: int
@@ -30,26 +30,26 @@ class Node(NamedTuple):
         return min((self.index + 1) << self.level, leaves)
 
 
-def root(leaves: int) -> Node:
+def root(leaves: int) -> TreeNode:
     """The node that covers every leaf."""
-    return Node((leaves - 1).bit_length(), 0)
+    return TreeNode((leaves - 1).bit_length(), 0)
 
 
-def promote(node: Node, leaves: int) -> Node:
+def promote(node: TreeNode, leaves: int) -> TreeNode:
     """The highest node with the same leaves: a left child without a right sibling is its parent."""
     while node != root(leaves) and node.index % 2 == 0 and (node.index + 1) << node.level >= leaves:
-        node = Node(node.level + 1, node.index // 2)
+        node = TreeNode(node.level + 1, node.index // 2)
     return node
 
 
-def covering(micro_batches: Iterable[int], leaves: int) -> set[Node]:
+def covering(micro_batches: Iterable[int], leaves: int) -> set[TreeNode]:
     """The roots of the maximal complete subtrees over a set of micro-batches."""
-    nodes: set[Node] = set()
+    nodes: set[TreeNode] = set()
     for micro_batch in micro_batches:
-        node = promote(Node(0, micro_batch), leaves)
-        while (sibling := Node(node.level, node.index ^ 1)) in nodes:
+        node = promote(TreeNode(0, micro_batch), leaves)
+        while (sibling := TreeNode(node.level, node.index ^ 1)) in nodes:
             nodes.discard(sibling)
-            node = promote(Node(node.level + 1, node.index // 2), leaves)
+            node = promote(TreeNode(node.level + 1, node.index // 2), leaves)
         nodes.add(node)
     return nodes
 
@@ -63,20 +63,20 @@ class TreeSum:
 
     def __init__(self, leaves: int) -> None:
         self.leaves = leaves
-        self.nodes: dict[Node, list[Tensor]] = {}
+        self.nodes: dict[TreeNode, list[Tensor]] = {}
 
     def add(self, micro_batch: int, gradients: list[Tensor]) -> None:
         """Add the leaf of a micro-batch. Adding one twice raises ValueError."""
         if any(node.start <= micro_batch < node.stop(self.leaves) for node in self.nodes):
             raise ValueError(f"micro-batch {micro_batch} is in the sum already")
-        node, value = promote(Node(0, micro_batch), self.leaves), gradients
-        while (sibling := Node(node.level, node.index ^ 1)) in self.nodes:
+        node, value = promote(TreeNode(0, micro_batch), self.leaves), gradients
+        while (sibling := TreeNode(node.level, node.index ^ 1)) in self.nodes:
             other = self.nodes.pop(sibling)
             if node.index % 2:
                 value, other = other, value
             if value:  # a layer may have no parameters
                 torch._foreach_add_(value, other)  # left += right
-            node = promote(Node(node.level + 1, node.index // 2), self.leaves)
+            node = promote(TreeNode(node.level + 1, node.index // 2), self.leaves)
         self.nodes[node] = value
 
     def clear(self) -> None:
@@ -84,7 +84,7 @@ class TreeSum:
         self.nodes.clear()
 
 
-def combine(parts: Mapping[Node, Tensor], leaves: int, out: Tensor) -> None:
+def combine(parts: Mapping[TreeNode, Tensor], leaves: int, out: Tensor) -> None:
     """Write the canonical sum of the subtree roots `parts` into `out`; the parts are not changed.
 
     All tensors have one shape and dtype. Raises ValueError unless the parts cover every leaf exactly once.
@@ -93,11 +93,11 @@ def combine(parts: Mapping[Node, Tensor], leaves: int, out: Tensor) -> None:
     _fold(root(leaves), parts, leaves, out)
 
 
-def _fold(node: Node, parts: Mapping[Node, Tensor], leaves: int, out: Tensor | None) -> Tensor:
+def _fold(node: TreeNode, parts: Mapping[TreeNode, Tensor], leaves: int, out: Tensor | None) -> Tensor:
     if node in parts:
         return parts[node] if out is None else out.copy_(parts[node])
-    left = Node(node.level - 1, 2 * node.index)
-    right = Node(node.level - 1, 2 * node.index + 1)
+    left = TreeNode(node.level - 1, 2 * node.index)
+    right = TreeNode(node.level - 1, 2 * node.index + 1)
     if right.start >= leaves:
         return _fold(left, parts, leaves, out)
     first = _fold(left, parts, leaves, None)
@@ -105,7 +105,7 @@ def _fold(node: Node, parts: Mapping[Node, Tensor], leaves: int, out: Tensor | N
     return torch.add(first, second) if out is None else torch.add(first, second, out=out)
 
 
-def _check_cover(parts: Iterable[Node], leaves: int) -> None:
+def _check_cover(parts: Iterable[TreeNode], leaves: int) -> None:
     at = 0
     for node in sorted(parts, key=lambda n: n.start):
         if node.start != at:

@@ -31,7 +31,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from everstep.elastic.contract.digest import content_digest
 from everstep.elastic.contract.errors import UsageError
-from everstep.elastic.contract.notices import Channel, Notice, warn
+from everstep.elastic.contract.notices import Notice, WarningChannel, warn
 from everstep.elastic.contract.settings import Settings
 from everstep.elastic.contract.signals import outlive_first_signal
 
@@ -51,7 +51,7 @@ class DataSource:
     """
 
     def __init__(
-        self, given: Any, settings: Settings, collate_fn: Collate | None, channel: Channel, known: int = 0
+        self, given: Any, settings: Settings, collate_fn: Collate | None, channel: WarningChannel, known: int = 0
     ) -> None:
         """Raises UsageError for what cannot be dealt out by micro-batch."""
         self._loader = given if isinstance(given, DataLoader) else None
@@ -146,7 +146,7 @@ class _Ahead:
         loader: DataLoader[Any],
         load: Callable[[Key], Any],
         upcoming: Callable[[], Iterable[Key]],
-        channel: Channel,
+        channel: WarningChannel,
     ) -> None:
         self._loader = loader
         self._load = load

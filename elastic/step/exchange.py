@@ -20,12 +20,12 @@ from everstep.resharding.index import LayoutIndex
 from everstep.resharding.layout import Layout
 from everstep.resharding.units import Shard
 
-from .canonical import Node, combine
+from .canonical import TreeNode, combine
 from .pipeline import accumulation_dtype
 from .steps import StepState
 
 _NODE = struct.Struct("<II")
-Parts = dict[tuple[int, int], dict[Node, Tensor]]  # (layer, shard) -> tree node -> elements
+Parts = dict[tuple[int, int], dict[TreeNode, Tensor]]  # (layer, shard) -> tree node -> elements
 
 
 class Exchange:
@@ -94,11 +94,11 @@ class Exchange:
 
     def _add_received(self, data: memoryview, layers: list[int], index: LayoutIndex, parts: Parts) -> None:
         offset = 0
-        nodes: dict[int, list[Node]] = {}
+        nodes: dict[int, list[TreeNode]] = {}
         for layer in layers:
             (count,) = struct.unpack_from("<I", data, offset)
             offset += 4
-            nodes[layer] = [Node(*_NODE.unpack_from(data, offset + i * _NODE.size)) for i in range(count)]
+            nodes[layer] = [TreeNode(*_NODE.unpack_from(data, offset + i * _NODE.size)) for i in range(count)]
             offset += count * _NODE.size
         for layer in layers:
             shards = index.owned_in(self.comm.rank)[layer]

@@ -49,7 +49,7 @@ class DemoError(Exception):
 
 
 @dataclass(frozen=True)
-class Outcome:
+class DemoRun:
     """What one run of the job left: its events, and the digest of what it learned."""
 
     events: list[dict[str, Any]]
@@ -88,7 +88,7 @@ def demo(arguments: Sequence[str]) -> int:
 # ---------------------------------------------------------------- running
 
 
-def _run(faults: Sequence[Fault], console: Console, title: str) -> Outcome:
+def _run(faults: Sequence[Fault], console: Console, title: str) -> DemoRun:
     with tempfile.TemporaryDirectory(prefix="everstep-demo-") as folder:
         cluster = _Cluster(Path(folder), faults)
         try:
@@ -99,7 +99,7 @@ def _run(faults: Sequence[Fault], console: Console, title: str) -> Outcome:
         if not lines or not lines[-1].get("succeeded") or not summary.exists():
             raise DemoError(f"the job ended early:\n{Path(folder, 'log').read_text()[-3000:]}")
         result = json.loads(summary.read_text())
-        return Outcome(lines, result["digest"], result["parameters"])
+        return DemoRun(lines, result["digest"], result["parameters"])
 
 
 class _Cluster:
@@ -191,7 +191,7 @@ def _tell(event: dict[str, Any], console: Console, status: Any, title: str) -> N
 # ---------------------------------------------------------------- comparing
 
 
-def summarise(disturbed: Outcome, reference: Outcome) -> dict[str, Any]:
+def summarise(disturbed: DemoRun, reference: DemoRun) -> dict[str, Any]:
     """The demo's JSON object."""
     ledgers = [[(e["step"], e["loss"], e["digest"]) for e in run.named("committed")] for run in (disturbed, reference)]
     losses = [loss for _, loss, _ in ledgers[0]]

@@ -39,7 +39,7 @@ class Embedding(nn.Module):
         return embedded
 
 
-class Block(nn.Module):
+class TransformerLayer(nn.Module):
     """One pre-norm transformer block; shape (batch, context, width) to the same."""
 
     def __init__(self, config: GPTConfig) -> None:
@@ -84,7 +84,7 @@ def gpt(config: GPTConfig) -> nn.Sequential:
     embedding, head = Embedding(config), Head(config)
     if config.tied:
         head.output.weight = embedding.token.weight
-    return nn.Sequential(embedding, *(Block(config) for _ in range(config.layers)), head)
+    return nn.Sequential(embedding, *(TransformerLayer(config) for _ in range(config.layers)), head)
 
 
 def next_byte_loss(logits: Tensor, targets: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 from wire import bytes_on_the_wire
 
 from everstep.checkpointing.access.client import KeeperLink
-from everstep.checkpointing.access.keeper_protocol import Started
+from everstep.checkpointing.access.keeper_protocol import KeeperStart
 from everstep.checkpointing.access.snapshot import Snapshots
 from everstep.checkpointing.memory.record import record_bytes
 
@@ -181,7 +181,7 @@ def keeper() -> Any:
     )
     try:
         assert process.stdout is not None
-        if Started.of(process.stdout.readline().decode()).failure is not None:
+        if KeeperStart.of(process.stdout.readline().decode()).failure is not None:
             raise RuntimeError("the keeper did not start")
         yield name
     finally:

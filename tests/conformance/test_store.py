@@ -17,15 +17,15 @@ from everstep.agents.coordinator import etcd
 from everstep.agents.coordinator.etcd import EtcdStore, JobOver
 from everstep.agents.coordinator.store import (
     SqliteStore,
-    Store,
-    StoreError,
+    StateStore,
+    StateStoreError,
     Superseded,
 )
 from everstep.comms.base.process import die_with_parent
 from everstep.comms.base.security import Security
 from tests.jobs.ports import free_ports
 
-Opener = Callable[[], Store]
+Opener = Callable[[], StateStore]
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +43,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     deadline = time.monotonic() + 20
     while True:
         try:
-            etcd.Endpoints(f"etcd://127.0.0.1:{port}", Security()).ask(lambda client: client.status())
+            etcd.EtcdMembers(f"etcd://127.0.0.1:{port}", Security()).ask(lambda client: client.status())
             break
-        except StoreError:
+        except StateStoreError:
             assert time.monotonic() < deadline, "etcd answers"
             time.sleep(0.1)
     yield f"etcd://127.0.0.1:{port}"
@@ -125,7 +125,7 @@ def test_history_of_etcd_is_compacted(
     monkeypatch.setattr(etcd, "SNAPSHOT_COMMITS", 5)
     store = EtcdStore(cluster, "history", Security(), lambda why: None, stood_by=False)
     store.load()
-    client = etcd.Endpoints(cluster, Security())
+    client = etcd.EtcdMembers(cluster, Security())
 
     def commit(count: int) -> int:
         """Etcd's revision after it."""
@@ -137,7 +137,7 @@ def test_history_of_etcd_is_compacted(
         query = {"key": "YQ==", "revision": revision}
         try:
             client.ask(lambda one: one.post(one.get_url("/kv/range"), json=query))
-        except StoreError as error:
+        except StateStoreError as error:
             return "required revision has been compacted" in str(error)
         return False
 
@@ -155,7 +155,7 @@ def test_history_of_etcd_is_compacted(
     ask = store._etcd.ask
 
     def away(request: object) -> None:
-        raise StoreError("no member of etcd answers")
+        raise StateStoreError("no member of etcd answers")
 
     monkeypatch.setattr(store._etcd, "ask", away)
     for _ in range(2):
@@ -191,7 +191,7 @@ def test_a_leader_that_was_replaced_writes_nothing(cluster: str, monkeypatch: py
 
 
 def refused(action: Callable[[], Any]) -> str:
-    with pytest.raises(StoreError) as caught:
+    with pytest.raises(StateStoreError) as caught:
         action()
     return str(caught.value)
 
@@ -233,8 +233,8 @@ def test_a_file_that_is_damaged_or_none_of_ours(tmp_path: Path) -> None:
 
 def test_places_that_are_none(tmp_path: Path) -> None:
     assert "cannot be opened" in refused(lambda: SqliteStore(tmp_path, "job"))
-    assert "HOST:PORT" in refused(lambda: etcd.Endpoints("etcd://:::", Security()))
-    assert "needs certificates" in refused(lambda: etcd.Endpoints("etcds://127.0.0.1:1", Security()))
+    assert "HOST:PORT" in refused(lambda: etcd.EtcdMembers("etcd://:::", Security()))
+    assert "needs certificates" in refused(lambda: etcd.EtcdMembers("etcds://127.0.0.1:1", Security()))
     (port,) = free_ports(1)
     dead = f"etcd://127.0.0.1:{port}"
     why = refused(lambda: EtcdStore(dead, "job", Security(), lambda why: None, stood_by=False))

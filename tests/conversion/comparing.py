@@ -14,7 +14,7 @@ import torch
 from everstep.checkpointing.convert.core import format as formats
 from everstep.checkpointing.convert.core.content import Content, Lazy
 from everstep.checkpointing.convert.core.format import Options
-from everstep.checkpointing.convert.core.work import Work
+from everstep.checkpointing.convert.core.work import PieceWork
 from everstep.checkpointing.convert.drive import driver
 from everstep.checkpointing.convert.drive.driver import Conversion
 
@@ -27,7 +27,7 @@ def read(name: str, path: Path, **settings: str) -> Content:
 
 def write(name: str, content: Content, out: Path, **settings: str) -> Path:
     out.mkdir(parents=True)
-    work = Work(out, threads=2, budget_bytes=BUDGET_BYTES)
+    work = PieceWork(out, threads=2, budget_bytes=BUDGET_BYTES)
     formats.load(name).write(content, out, Options(settings=settings), work)
     work.close()
     return out

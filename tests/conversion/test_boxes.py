@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from everstep.checkpointing.convert.formats.dcp.metadata import Chunk, Span, Tensor
+from everstep.checkpointing.convert.formats.dcp.metadata import Chunk, FileSpan, Tensor
 from everstep.checkpointing.convert.formats.dcp.tensors import read_box
 
 SHAPES = ((), (7,), (5, 6), (3, 4, 5), (2, 3, 2, 4))
@@ -40,7 +40,7 @@ def tensors(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[tuple[int, .
             piece = whole[tuple(slice(a, a + n) for a, n in zip(offsets, sizes, strict=True))]
             strided = piece.mT.contiguous().mT if piece.ndim > 1 else piece.clone()
             torch.save(piece.contiguous() if len(chunks) % 2 else strided, path)
-            chunks.append(Chunk(offsets, sizes, Span(path, 0, path.stat().st_size)))
+            chunks.append(Chunk(offsets, sizes, FileSpan(path, 0, path.stat().st_size)))
         found[shape, parts] = Tensor("x", "int32", shape, tuple(chunks)), whole.numpy()
     return found
 
@@ -61,7 +61,7 @@ def test_no_more_is_read_than_the_rows(tmp_path: Path) -> None:
     whole = torch.arange(4 * 10 * 1000, dtype=torch.float32).reshape(4, 10, 1000)
     path = tmp_path / "x"
     torch.save(whole, path)
-    chunk = Chunk((0, 0, 0), (4, 10, 1000), Span(path, 0, path.stat().st_size))
+    chunk = Chunk((0, 0, 0), (4, 10, 1000), FileSpan(path, 0, path.stat().st_size))
     tensor = Tensor("x", "float32", (4, 10, 1000), (chunk,))
     before = characters_read()
     assert np.array_equal(read_box(tensor, (2, 3, 0), (1, 2, 1000)), whole[2:3, 3:5].numpy())

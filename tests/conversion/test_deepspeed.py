@@ -11,7 +11,7 @@ import torch
 
 from everstep.checkpointing.convert.core.content import Content, ConversionError, Lazy
 from everstep.checkpointing.convert.core.format import Format, Options, detect
-from everstep.checkpointing.convert.core.work import Work
+from everstep.checkpointing.convert.core.work import PieceWork
 from everstep.checkpointing.convert.files.torchfile import load
 from everstep.checkpointing.convert.formats.deepspeed import format as deepspeed
 from everstep.checkpointing.convert.formats.deepspeed import universal as deepspeed_universal
@@ -139,7 +139,7 @@ def test_deepspeeds_own_conversion_is_read(variant: str, samples: Path) -> None:
 
 def written(content: Content, out: Path, module: Format = deepspeed_universal, **settings: str) -> Path:
     out.mkdir()
-    work = Work(out, threads=2, budget_bytes=1 << 20)
+    work = PieceWork(out, threads=2, budget_bytes=1 << 20)
     module.write(content, out, Options(settings=settings), work)
     work.close()
     return out
@@ -193,7 +193,7 @@ def test_plain_checkpoints_of_any_number_of_ranks(variant: str, ranks: int, samp
     assert steps(again) == {3.0}
     for settings, message in (({"dp": "none"}, "dp=none: expected a number"), ({"stage": "3"}, "from 1 to 2")):
         with pytest.raises(ConversionError, match=message):
-            deepspeed.write(again, tmp_path, Options(settings=settings), Work(tmp_path, threads=1, budget_bytes=1))
+            deepspeed.write(again, tmp_path, Options(settings=settings), PieceWork(tmp_path, threads=1, budget_bytes=1))
 
 
 RESUMES = {"resume-z1-fp32": "z1-fp32", "resume-z2-bf16": "z3-bf16"}

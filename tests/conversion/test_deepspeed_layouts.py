@@ -12,7 +12,7 @@ import pytest
 
 from everstep.checkpointing.convert.core.content import Content, ConversionError
 from everstep.checkpointing.convert.core.format import Options
-from everstep.checkpointing.convert.core.work import Work
+from everstep.checkpointing.convert.core.work import PieceWork
 from everstep.checkpointing.convert.files.torchfile import load
 from everstep.checkpointing.convert.files.torchwriting import save
 from everstep.checkpointing.convert.formats.deepspeed import format as deepspeed
@@ -89,7 +89,7 @@ def test_every_list_of_patterns(tmp_path: Path) -> None:
 
     out = tmp_path / "out"
     out.mkdir()
-    deepspeed_universal.write(content, out, Options(), Work(out, threads=1, budget_bytes=1 << 20))
+    deepspeed_universal.write(content, out, Options(), PieceWork(out, threads=1, budget_bytes=1 << 20))
     check(deepspeed_universal.read(out, Options()), wholes)
     told = {name: load(out / "global_step5_universal/zero" / name / "fp32.pt") for name in wholes}
     assert told["h.0.gate_up.weight"]["param_n_sub_params"] == 2

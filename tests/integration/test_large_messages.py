@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from everstep.agents.node.channel import Channel
+from everstep.agents.node.channel import WorkerChannel
 from everstep.agents.node.keeper_process import start as start_keeper
 from everstep.agents.node.preloader import Preloader
 from everstep.agents.tools.client import Endpoints
@@ -149,7 +149,7 @@ sys.exit(1)
 
 def test_a_worker_and_its_agent() -> None:
     """16 MiB each way; more than the limit is refused where it is said, by name."""
-    channel = Channel()
+    channel = WorkerChannel()
     fd = channel.theirs.fileno()
     worker = subprocess.Popen([sys.executable, "-c", WORKER, str(fd)], pass_fds=[fd])
     lines: list[dict[str, Any]] = []
@@ -180,7 +180,7 @@ def test_a_preloaded_process_is_given_16_mib(tmp_path: Path) -> None:
     """An environment, and arguments, larger than any datagram."""
     script, out = tmp_path / "worker.py", tmp_path / "out"
     script.write_text("import os, sys\nprint(len(os.environ['LARGE']), len(sys.argv[1]), flush=True)\n")
-    preloader, channel = Preloader.start([]), Channel()
+    preloader, channel = Preloader.start([]), WorkerChannel()
     page = create_page()
     heard: list[dict[str, Any]] = []
 

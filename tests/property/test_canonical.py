@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from everstep.elastic.step.canonical import (
-    Node,
+    TreeNode,
     TreeSum,
     combine,
     covering,
@@ -42,10 +42,10 @@ def drawn_leaves(count: int, seed: int) -> list[Tensor]:
     return [torch.randn(5, generator=generator) * 10.0 ** ((i * 7) % 11 - 5) for i in range(count)]
 
 
-def collect(leaves: list[Tensor], owners: list[int], rng: random.Random) -> dict[Node, Tensor]:
+def collect(leaves: list[Tensor], owners: list[int], rng: random.Random) -> dict[TreeNode, Tensor]:
     """Every owner's partial sums, its leaves added in a random order."""
     count = len(leaves)
-    parts: dict[Node, Tensor] = {}
+    parts: dict[TreeNode, Tensor] = {}
     for owner in set(owners):
         tree = TreeSum(count)
         mine = [m for m in range(count) if owners[m] == owner]
@@ -84,7 +84,7 @@ def test_missing_and_repeated_leaves_raise(count: int, seed: int) -> None:
     gone = rng.choice(sorted(parts))
     with pytest.raises(ValueError, match=r"missing|up to"):
         combine({node: part for node, part in parts.items() if node != gone}, count, torch.empty(5))
-    again = promote(Node(0, rng.randrange(count)), count)
+    again = promote(TreeNode(0, rng.randrange(count)), count)
     if again not in parts:
         with pytest.raises(ValueError, match=r"twice|up to"):
             combine({**parts, again: leaves[0]}, count, torch.empty(5))
@@ -103,7 +103,7 @@ def test_a_cover_is_exact_and_smallest(micro_batches: set[int], leaves: int) -> 
     covered = [m for node in nodes for m in range(node.start, node.stop(leaves))]
     assert sorted(covered) == sorted(micro_batches)
     for node in nodes - {root(leaves)}:
-        assert Node(node.level, node.index ^ 1) not in nodes, "two siblings are one node"
+        assert TreeNode(node.level, node.index ^ 1) not in nodes, "two siblings are one node"
         assert promote(node, leaves) == node
 
 

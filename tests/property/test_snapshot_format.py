@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from everstep.checkpointing.memory.record import Record, read_record
+from everstep.checkpointing.memory.record import ShardRecord, read_record
 from everstep.checkpointing.memory.segment import Segment, plan_entries
 
 DTYPES = ("float32", "float64", "float16", "bfloat16", "int8", "uint8", "int16", "int32", "int64", "bool", "complex64")
@@ -45,14 +45,14 @@ def same(left: Tensor, right: Tensor) -> bool:
 
 @given(STATES)
 def test_a_record_comes_back_bit_for_bit(state: dict[str, object]) -> None:
-    record = Record(state)
+    record = ShardRecord(state)
     out = bytearray(b"\xff" * (record.length + 128))
     checksum = record.write(memoryview(out), seed=5)
     assert checksum == xxhash.xxh3_64_intdigest(out[: record.length], 5)
     assert out[record.length :] == b"\xff" * 128
     again = read_record(bytes(out[: record.length]))
     assert again.keys() == state.keys()
-    backwards = Record(dict(reversed(state.items())))
+    backwards = ShardRecord(dict(reversed(state.items())))
     other = bytearray(backwards.length)
     assert backwards.write(memoryview(other), seed=5) == checksum, "equal states have equal records"
     for name, value in state.items():
@@ -65,8 +65,8 @@ def test_a_record_comes_back_bit_for_bit(state: dict[str, object]) -> None:
 
 def test_a_view_with_strides_is_recorded_as_it_reads() -> None:
     state = {"value": torch.arange(12.0).view(3, 4).t()}
-    out = bytearray(Record(state).length)
-    Record(state).write(memoryview(out))
+    out = bytearray(ShardRecord(state).length)
+    ShardRecord(state).write(memoryview(out))
     assert torch.equal(read_record(bytes(out))["value"], state["value"])
 
 

@@ -10,31 +10,31 @@ from everstep.agents.rendezvous.machine import (
     Action,
     Answer,
     Group,
-    Limits,
-    Phase,
-    Place,
+    RoundLimits,
+    RoundPhase,
+    RoundPlace,
     Said,
     expire,
     over,
     step,
 )
 
-LIMITS = Limits(min_nodes=2, max_nodes=4, last_call_s=3.0, lost_after_s=5.0)
+LIMITS = RoundLimits(min_nodes=2, max_nodes=4, last_call_s=3.0, lost_after_s=5.0)
 
 
 class Meeting:
     """A group, and what its nodes have heard last."""
 
-    def __init__(self, limits: Limits = LIMITS) -> None:
+    def __init__(self, limits: RoundLimits = LIMITS) -> None:
         self.group, self.limits, self.now = Group(), limits, 0.0
-        self.places: dict[str, Place] = {}
+        self.places: dict[str, RoundPlace] = {}
 
     def says(self, node: str, action: Action, after_s: float = 0.1, store: str = "") -> Answer:
         self.now += after_s
-        place = self.places.get(node, Place())
+        place = self.places.get(node, RoundPlace())
         said = Said(node=node, action=action, limits=self.limits, place=place, store=(store, 1 if store else 0))
         self.group, answer = step(self.group, said, self.now)
-        if answer.phase is Phase.FORMED:
+        if answer.phase is RoundPhase.FORMED:
             self.places[node] = answer.place
         elif action is Action.JOIN:
             self.places.pop(node, None)
@@ -54,25 +54,25 @@ class Meeting:
 
 def test_all_that_may_come() -> None:
     m = Meeting()
-    assert m.join("a", "b", "c").phase is Phase.WAITING
-    assert m.join("d").place == Place(1, 3, 4)
-    assert m.stay("a").place == Place(1, 0, 4)
+    assert m.join("a", "b", "c").phase is RoundPhase.WAITING
+    assert m.join("d").place == RoundPlace(1, 3, 4)
+    assert m.stay("a").place == RoundPlace(1, 0, 4)
     assert m.stay("b").store == ("store of a", 1)
 
 
 def test_the_least_and_a_last_call() -> None:
     m = Meeting()
     m.join("a", "b")
-    assert m.stay("a", after_s=2.0).phase is Phase.WAITING
-    assert m.stay("b", after_s=2.0).place == Place(1, 1, 2)
+    assert m.stay("a", after_s=2.0).phase is RoundPhase.WAITING
+    assert m.stay("b", after_s=2.0).place == RoundPlace(1, 1, 2)
 
 
 def test_one_that_comes_later() -> None:
     """Those in the round see that it waits, and join again; while there is no room, nobody is disturbed."""
-    m = Meeting(Limits(min_nodes=1, max_nodes=2, last_call_s=0.0, lost_after_s=5.0))
+    m = Meeting(RoundLimits(min_nodes=1, max_nodes=2, last_call_s=0.0, lost_after_s=5.0))
     m.join("a")
-    assert m.stay("a").place == Place(1, 0, 1)
-    assert m.join("b").phase is Phase.WAITING
+    assert m.stay("a").place == RoundPlace(1, 0, 1)
+    assert m.join("b").phase is RoundPhase.WAITING
     assert m.stay("a").waiting == 1
     m.join("a")
     assert m.stay("a", "b").place.world_size == 2
@@ -85,9 +85,9 @@ def test_workers_of_one_fail() -> None:
     m = Meeting()
     m.join("a", "b", "c", "d")
     m.stay("a", "b", "c", "d")
-    assert m.join("c").phase is Phase.WAITING
+    assert m.join("c").phase is RoundPhase.WAITING
     assert m.stay("a").waiting == 1
-    assert m.join("d", "b", "a").phase is Phase.FORMED
+    assert m.join("d", "b", "a").phase is RoundPhase.FORMED
     assert m.says("d", Action.STAY).store == ("", 0)
     assert m.stay("c", "d").store == ("store of c", 1)
     assert m.places["a"].round == 2
@@ -102,16 +102,16 @@ def test_a_lost_agent() -> None:
         answer = m.stay("a", "b", "c", after_s=0.4)
     assert answer.waiting == 1
     m.join("a", "b", "c")
-    assert m.stay("b", after_s=3.1).place == Place(2, 1, 3)
+    assert m.stay("b", after_s=3.1).place == RoundPlace(2, 1, 3)
 
 
 def test_rank_0_is_lost_before_it_opens_the_store() -> None:
-    m = Meeting(Limits(min_nodes=2, max_nodes=3, last_call_s=0.0, lost_after_s=5.0))
+    m = Meeting(RoundLimits(min_nodes=2, max_nodes=3, last_call_s=0.0, lost_after_s=5.0))
     m.join("a", "b")
     assert m.says("b", Action.STAY).place.rank == 1
     m.says("b", Action.STAY, after_s=4.0)
-    assert m.says("b", Action.STAY, after_s=4.0).phase is Phase.WAITING
-    assert m.join("c").phase is Phase.FORMED
+    assert m.says("b", Action.STAY, after_s=4.0).phase is RoundPhase.WAITING
+    assert m.join("c").phase is RoundPhase.FORMED
     assert m.stay("b").store == ("store of b", 1)
 
 
@@ -120,8 +120,8 @@ def test_the_end() -> None:
     m.join("a", "b", "c", "d")
     m.stay("a")
     m.says("a", Action.CLOSE)
-    assert m.stay("b").phase is Phase.CLOSED
-    assert m.join("b").phase is Phase.CLOSED
+    assert m.stay("b").phase is RoundPhase.CLOSED
+    assert m.join("b").phase is RoundPhase.CLOSED
     assert not over(m.group)
     m.says("b", Action.LEAVE)
     assert over(expire(m.group, m.now + 5.1))
@@ -132,9 +132,9 @@ def test_a_coordinator_that_has_just_started_learns_the_round() -> None:
     m.join("a", "b", "c", "d")
     m.stay("a", "b", "c", "d")
     m.group = Group()
-    said = Said(node="a", action=Action.STAY, limits=LIMITS, place=Place(1, 0, 4), store=("store of a", 1))
+    said = Said(node="a", action=Action.STAY, limits=LIMITS, place=RoundPlace(1, 0, 4), store=("store of a", 1))
     m.group, answer = step(m.group, said, m.now)
-    assert (answer.place, answer.waiting) == (Place(1, 0, 4), 0)
+    assert (answer.place, answer.waiting) == (RoundPlace(1, 0, 4), 0)
     m.stay("c")
     m.stay("b", after_s=2.0)
     m.stay("a", "c")
@@ -143,13 +143,13 @@ def test_a_coordinator_that_has_just_started_learns_the_round() -> None:
     assert m.places["e"].round == 2
 
 
-@pytest.mark.parametrize("limits", [Limits(min_nodes=1, max_nodes=4, last_call_s=3.0, lost_after_s=5.0)])
-def test_other_limits_are_refused(limits: Limits) -> None:
+@pytest.mark.parametrize("limits", [RoundLimits(min_nodes=1, max_nodes=4, last_call_s=3.0, lost_after_s=5.0)])
+def test_other_limits_are_refused(limits: RoundLimits) -> None:
     m = Meeting()
     m.join("a")
     m.limits = limits
     answer = m.join("b")
-    assert answer.phase is Phase.REFUSED
+    assert answer.phase is RoundPhase.REFUSED
     assert answer.why == "the others have nnodes 2:4, this node 1:4"
 
 

@@ -10,20 +10,20 @@ from collections.abc import Iterator
 import pytest
 
 from everstep.agents.node import channel as module
-from everstep.agents.node.channel import Channel
+from everstep.agents.node.channel import WorkerChannel
 
 MIB = 1 << 20
 LARGE = b"x" * (16 * MIB)
 
 
 @pytest.fixture
-def channel() -> Iterator[Channel]:
-    made = Channel()
+def channel() -> Iterator[WorkerChannel]:
+    made = WorkerChannel()
     yield made
     made.close()
 
 
-def received(channel: Channel, count: int) -> list[bytes]:
+def received(channel: WorkerChannel, count: int) -> list[bytes]:
     """Read until so many messages have come, as an agent does: only when something is there."""
     lines: list[bytes] = []
     while len(lines) < count:
@@ -32,7 +32,7 @@ def received(channel: Channel, count: int) -> list[bytes]:
     return lines
 
 
-def test_a_message_of_16_mib_comes_in_one_piece(channel: Channel) -> None:
+def test_a_message_of_16_mib_comes_in_one_piece(channel: WorkerChannel) -> None:
     sender = threading.Thread(target=channel.theirs.sendall, args=(b"first\n" + LARGE + b"\nlast\n",))
     sender.start()
     assert received(channel, 3) == [b"first", LARGE, b"last"]
@@ -40,7 +40,7 @@ def test_a_message_of_16_mib_comes_in_one_piece(channel: Channel) -> None:
     assert not channel.closed, "a read that ends within a line is not the end"
 
 
-def test_lines_may_be_cut_anywhere(channel: Channel) -> None:
+def test_lines_may_be_cut_anywhere(channel: WorkerChannel) -> None:
     for piece in (b"a", b"b\nc", b"\n\nd\n"):
         channel.theirs.sendall(piece)
         select.select([channel], [], [], 5)
@@ -51,7 +51,7 @@ def test_lines_may_be_cut_anywhere(channel: Channel) -> None:
     assert channel.closed
 
 
-def test_who_does_not_read_holds_nobody_up_and_misses_nothing(channel: Channel) -> None:
+def test_who_does_not_read_holds_nobody_up_and_misses_nothing(channel: WorkerChannel) -> None:
     lines = [b"1", LARGE, b"2", LARGE[:MIB], b"3"]
     for line in lines:
         channel.send(line)  # returns, though nobody reads
@@ -72,7 +72,7 @@ def test_who_does_not_read_holds_nobody_up_and_misses_nothing(channel: Channel) 
 
 
 def test_what_waits_for_a_worker_that_does_not_read_has_a_bound(
-    channel: Channel, monkeypatch: pytest.MonkeyPatch
+    channel: WorkerChannel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "OUTBOX_BYTES", 2 * MIB)
     channel.send(LARGE[: 2 * MIB])
@@ -82,7 +82,7 @@ def test_what_waits_for_a_worker_that_does_not_read_has_a_bound(
     assert not channel.waits_to_send, "nothing of it is kept"
 
 
-def test_a_line_without_an_end_has_a_bound(channel: Channel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_line_without_an_end_has_a_bound(channel: WorkerChannel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MESSAGE_BYTES", MIB)
     channel.theirs.setblocking(False)
     sent = 0
@@ -93,7 +93,7 @@ def test_a_line_without_an_end_has_a_bound(channel: Channel, monkeypatch: pytest
     assert "more than 1 MiB" in channel.broken
 
 
-def test_a_worker_that_has_died_is_no_error(channel: Channel) -> None:
+def test_a_worker_that_has_died_is_no_error(channel: WorkerChannel) -> None:
     channel.theirs.close()
     channel.send(LARGE)
     channel.send(b"1")

@@ -10,7 +10,7 @@ import pytest
 from everstep.elastic.contract.collectives import (
     SAID_S,
     STUCK_S,
-    Watch,
+    CollectiveWatch,
     _call,
     raised_there,
 )
@@ -57,7 +57,7 @@ def test_an_error_that_comes_from_there_is_known(torch_like: ModuleType) -> None
 def test_it_is_said_once_and_given_up_later() -> None:
     said: list[str] = []
     given_up: list[str] = []
-    watch = Watch(said.append, given_up.append)
+    watch = CollectiveWatch(said.append, given_up.append)
     where = "torch.distributed.all_reduce (train.py, line 22)"
     for second in range(int(SAID_S)):
         assert not watch.look(where, float(second))

@@ -18,13 +18,13 @@ import pytest
 import torch
 
 from everstep.agents.coordinator.durable import Durable, Writer
-from everstep.agents.coordinator.store import SqliteStore, StoreError
+from everstep.agents.coordinator.store import SqliteStore, StateStoreError
 from everstep.agents.node import keeper_process
 from everstep.checkpointing.access import keeper_protocol
 from everstep.checkpointing.access.client import KeeperClient, KeeperLink, KeeperRefused
 from everstep.checkpointing.keeper.keeper import Keeper
 from everstep.checkpointing.keeper.service import KeeperServer
-from everstep.checkpointing.memory.record import Record, read_record
+from everstep.checkpointing.memory.record import ShardRecord, read_record
 from everstep.checkpointing.memory.record_format import VERSION, items
 from everstep.checkpointing.memory.segment import Entry, Segment
 from everstep.checkpointing.universal.reader import open_checkpoint
@@ -53,7 +53,7 @@ def test_a_store_of_an_earlier_version_is_refused_by_name(tmp_path) -> None:
         r"everstep \S+ \(format 2, state [0-9a-f]{16}, protocol \d+\): continue with the version that wrote it, or "
         "move the store away to start the job again$"
     )
-    with pytest.raises(StoreError, match=message):
+    with pytest.raises(StateStoreError, match=message):
         Durable.load(store, CONFIG, TOKEN)
     store.close(forget=False)
 
@@ -66,7 +66,7 @@ def test_a_store_of_another_version_is_refused(tmp_path, changed: dict[str, obje
     assert Durable.load(store, CONFIG, TOKEN)[1] is not None, "its own is read"
     other = Writer.this()._replace(release="9.9", **changed)
     store.commit({"about": json.dumps(other).encode()}, sync=True)
-    with pytest.raises(StoreError, match=r"was written by everstep 9\.9 .*, and this is everstep"):
+    with pytest.raises(StateStoreError, match=r"was written by everstep 9\.9 .*, and this is everstep"):
         Durable.load(store, CONFIG, TOKEN)
     store.commit({"about": json.dumps(Writer.this()._replace(release="9.9")).encode()}, sync=True)
     assert Durable.load(store, CONFIG, TOKEN)[1] is not None, "another release that writes the same is read"
@@ -125,7 +125,7 @@ def test_a_keepers_records_of_an_earlier_version_are_read(segment, shard: int, v
 
 
 def test_a_record_of_a_later_version_is_refused_by_its_number() -> None:
-    record = Record({"value": torch.ones(3)})
+    record = ShardRecord({"value": torch.ones(3)})
     data = bytearray(record.length)
     record.write(memoryview(data))
     assert [item.name for item in items(bytes(data))] == ["value"]

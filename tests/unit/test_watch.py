@@ -10,7 +10,7 @@ from everstep.elastic.holding.stack import LayerStack
 from everstep.elastic.holding.watch import (
     EDGE_BYTES,
     Change,
-    Watch,
+    ParameterWatch,
     describe,
     differing_bits,
 )
@@ -25,18 +25,18 @@ def model() -> nn.Module:
 
 
 @pytest.fixture
-def watch(model: nn.Module) -> Watch:
-    watch = Watch(LayerStack(model, cut=True))
+def watch(model: nn.Module) -> ParameterWatch:
+    watch = ParameterWatch(LayerStack(model, cut=True))
     watch.remember()
     return watch
 
 
-def found(watch: Watch, *, thorough: bool) -> list[tuple[int, Change]]:
+def found(watch: ParameterWatch, *, thorough: bool) -> list[tuple[int, Change]]:
     return [(changed.held.index, changed.how) for changed in watch.changed(thorough=thorough)]
 
 
 @pytest.mark.parametrize("thorough", [False, True])
-def test_what_is_put_back_is_not_noticed(model: nn.Module, watch: Watch, thorough: bool) -> None:
+def test_what_is_put_back_is_not_noticed(model: nn.Module, watch: ParameterWatch, thorough: bool) -> None:
     assert not watch.changed(thorough=thorough)
     kept = [p.detach().clone() for p in model.parameters()]
     with torch.no_grad():
@@ -50,13 +50,13 @@ def test_what_is_put_back_is_not_noticed(model: nn.Module, watch: Watch, thoroug
 
 
 @pytest.mark.parametrize("thorough", [False, True])
-def test_a_write_through_data(model: nn.Module, watch: Watch, thorough: bool) -> None:
+def test_a_write_through_data(model: nn.Module, watch: ParameterWatch, thorough: bool) -> None:
     model[0].weight.data[1, 1] += 1
     model[2].bias.data.zero_()
     assert found(watch, thorough=thorough) == [(0, Change.SILENT), (5, Change.SILENT)]
 
 
-def test_the_middle_of_a_large_parameter(model: nn.Module, watch: Watch) -> None:
+def test_the_middle_of_a_large_parameter(model: nn.Module, watch: ParameterWatch) -> None:
     """It is compared before gradients are exchanged; if autograd saw the write, before the step already."""
     weight = model[1].weight
     weight.data[0, BIG // 2] += 1
@@ -68,7 +68,7 @@ def test_the_middle_of_a_large_parameter(model: nn.Module, watch: Watch) -> None
     assert found(watch, thorough=False) == [(2, Change.WRITTEN)]
 
 
-def test_another_storage_of_the_same_content(model: nn.Module, watch: Watch) -> None:
+def test_another_storage_of_the_same_content(model: nn.Module, watch: ParameterWatch) -> None:
     """The parameter gets its own storage again, which the optimizer writes to."""
     weight = model[0].weight
     mine = weight.data_ptr()
@@ -81,7 +81,7 @@ def test_another_storage_of_the_same_content(model: nn.Module, watch: Watch) -> 
 
 
 @pytest.mark.parametrize("thorough", [False, True])
-def test_another_parameter_type_or_layout(model: nn.Module, watch: Watch, thorough: bool) -> None:
+def test_another_parameter_type_or_layout(model: nn.Module, watch: ParameterWatch, thorough: bool) -> None:
     model[0].weight = nn.Parameter(model[0].weight.detach().clone())
     model[1].to(torch.float64)
     assert found(watch, thorough=thorough) == [(i, Change.REPLACED) for i in (0, 2, 3)]
@@ -90,7 +90,7 @@ def test_another_parameter_type_or_layout(model: nn.Module, watch: Watch, thorou
 def test_only_new(model: nn.Module) -> None:
     """A recovery within a step adds the layers that came; what is remembered of the others stays."""
     stack = LayerStack(model, cut=True)
-    watch = Watch(stack)
+    watch = ParameterWatch(stack)
     stack.hold(0, 2)
     watch.remember()
     model[0].weight.data.zero_()
@@ -106,7 +106,7 @@ def test_a_tied_parameter_keeps_its_memory_when_the_other_layer_comes_and_goes()
     last.weight = first.weight
     stack = LayerStack(nn.Sequential(first, nn.Linear(4, 4), last), cut=True)
     (tied,) = [shard for shard in stack.spec.shards if len(stack.spec.parameters[shard.parameter].layers) == 2]
-    watch = Watch(stack)
+    watch = ParameterWatch(stack)
     stack.hold(1, 3)
     stack.view(tied).fill_(2.0)
     watch.remember()

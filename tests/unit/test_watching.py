@@ -36,7 +36,7 @@ from everstep.agents.monitoring.web import (
     HEAT_CELLS,
     HEAT_ROWS,
     NODES,
-    Shown,
+    WebPage,
     digest,
     front_page,
     heat,
@@ -198,7 +198,7 @@ def test_cells_of_steps_that_a_rank_did_not_take_are_empty() -> None:
 
 def test_the_page_is_made_once_for_all_who_look() -> None:
     job = Job(2)
-    shown = Shown(job.observer, lambda: job.now)
+    shown = WebPage(job.observer, lambda: job.now)
     first = shown.page().body
     job.train(1)
     job.now = 100.4

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from .content import Content, ConversionError
-from .work import Work
+from .work import PieceWork
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class Format(Protocol):
         Raises ConversionError for what is missing, mixed or not understood.
         """
 
-    def write(self, content: Content, out: Path, options: Options, work: Work) -> None:
+    def write(self, content: Content, out: Path, options: Options, work: PieceWork) -> None:
         """Write `content` into the empty (or half-written) folder `out`, every file through `work`."""
 
 

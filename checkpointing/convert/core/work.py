@@ -27,17 +27,17 @@ def _untold(value: object) -> None:
 
 
 @dataclass(frozen=True)
-class Watch:
+class WorkWatch:
     """Who is told how far it is: of bytes that are to be done, and of pieces that are."""
 
     planned: Callable[[int], None] = _untold
     done: Callable[[Piece], None] = _untold
 
 
-NOBODY = Watch()
+NOBODY = WorkWatch()
 
 
-class Work:
+class PieceWork:
     """Runs pieces on threads; at most `budget_bytes` of them at a time, or one that is larger.
 
     What is done is written to a journal in `folder`, so that a conversion that was killed goes on where it was. A
@@ -50,7 +50,7 @@ class Work:
         *,
         threads: int,
         budget_bytes: int,
-        watch: Watch = NOBODY,
+        watch: WorkWatch = NOBODY,
     ) -> None:
         self._journal = folder / JOURNAL if folder is not None else None
         self._threads = threads
@@ -61,7 +61,7 @@ class Work:
         self._in_use = 0
 
     @classmethod
-    def unrecorded(cls, threads: int, budget_bytes: int, watch: Watch = NOBODY) -> Work:
+    def unrecorded(cls, threads: int, budget_bytes: int, watch: WorkWatch = NOBODY) -> PieceWork:
         """Without a journal: what is done is known from elsewhere."""
         return cls(None, threads=threads, budget_bytes=budget_bytes, watch=watch)
 
@@ -159,7 +159,7 @@ class Planned(Exception):
     """All that is to be written is known, and nothing was."""
 
 
-class Plan(Work):
+class PlannedWork(PieceWork):
     """Stands in for the work where only the planning of it is wanted: names, shapes and settings are looked at."""
 
     def __init__(self) -> None:

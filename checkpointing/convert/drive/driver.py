@@ -29,10 +29,10 @@ from everstep.checkpointing.convert.core.format import (
 )
 from everstep.checkpointing.convert.core.work import (
     NOBODY,
-    Plan,
+    PieceWork,
     Planned,
-    Watch,
-    Work,
+    PlannedWork,
+    WorkWatch,
 )
 from everstep.checkpointing.convert.formats import universal
 from everstep.checkpointing.convert.rules.patterns import Pattern
@@ -207,7 +207,7 @@ def _plan(conversion: Conversion, content: Content) -> None:
             raise ConversionError(f"{conversion.source}: what it holds beside tensors is no JSON: {error}") from error
         return
     with contextlib.suppress(Planned):
-        load(conversion.to).write(content, _target(conversion), conversion.options, Plan())
+        load(conversion.to).write(content, _target(conversion), conversion.options, PlannedWork())
 
 
 def _has_torch() -> bool:
@@ -288,7 +288,7 @@ def check_free(conversion: Conversion) -> None:
         )
 
 
-def convert(conversion: Conversion, content: Content, watch: Watch = NOBODY) -> None:
+def convert(conversion: Conversion, content: Content, watch: WorkWatch = NOBODY) -> None:
     """Write `content` where it is to be. Raises ConversionError; the destination is then as it was."""
     try:
         if "://" in conversion.destination:
@@ -314,13 +314,13 @@ def _identity(conversion: Conversion) -> dict[str, Any]:
     return {"source": conversion.source, "to": conversion.to, "state": hashlib.sha256(text.encode()).hexdigest()}
 
 
-def _convert_to_url(conversion: Conversion, content: Content, watch: Watch) -> None:
+def _convert_to_url(conversion: Conversion, content: Content, watch: WorkWatch) -> None:
     check_free(conversion)
     store = open_store(conversion.destination)
     if load_universal(store) is not None:
         store.remove(MANIFEST)
         store.remove("")
-    work = Work.unrecorded(conversion.threads, conversion.budget_bytes, watch)
+    work = PieceWork.unrecorded(conversion.threads, conversion.budget_bytes, watch)
     universal.write(content, store, work, _identity(conversion))
     if conversion.verify:
         try:
@@ -331,7 +331,7 @@ def _convert_to_url(conversion: Conversion, content: Content, watch: Watch) -> N
             raise
 
 
-def _convert_to_folder(conversion: Conversion, content: Content, watch: Watch) -> None:
+def _convert_to_folder(conversion: Conversion, content: Content, watch: WorkWatch) -> None:
     target = _target(conversion)
     identity = _identity(conversion)
     with placing.attempt(target, identity) as attempt:
@@ -349,8 +349,10 @@ def _convert_to_folder(conversion: Conversion, content: Content, watch: Watch) -
         attempt.clear()
 
 
-def _write(conversion: Conversion, content: Content, partial: Path, identity: Mapping[str, Any], watch: Watch) -> None:
-    unrecorded = Work.unrecorded(conversion.threads, conversion.budget_bytes, watch)
+def _write(
+    conversion: Conversion, content: Content, partial: Path, identity: Mapping[str, Any], watch: WorkWatch
+) -> None:
+    unrecorded = PieceWork.unrecorded(conversion.threads, conversion.budget_bytes, watch)
     if conversion.to == UNIVERSAL:
         store = LocalStore(partial)
         if load_universal(store) is None:  # else an earlier attempt was killed when all was done
@@ -359,7 +361,7 @@ def _write(conversion: Conversion, content: Content, partial: Path, identity: Ma
         if conversion.verify:
             verify_universal(open_checkpoint(str(partial)), unrecorded)
     else:
-        work = Work(partial, threads=conversion.threads, budget_bytes=conversion.budget_bytes, watch=watch)
+        work = PieceWork(partial, threads=conversion.threads, budget_bytes=conversion.budget_bytes, watch=watch)
         load(conversion.to).write(content, partial, conversion.options, work)
         work.close()
         if conversion.verify:

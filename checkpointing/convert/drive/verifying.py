@@ -14,7 +14,7 @@ from everstep.checkpointing.convert.core.content import (
     Lazy,
     Scalar,
 )
-from everstep.checkpointing.convert.core.work import Piece, Work
+from everstep.checkpointing.convert.core.work import Piece, PieceWork
 from everstep.checkpointing.universal.manifest import CheckpointError
 from everstep.checkpointing.universal.reader import Checkpoint
 
@@ -23,7 +23,7 @@ _RUN_BYTES = 1 << 20
 Key = tuple[str, str]  # ("weight" or "optimizer/<state>" or "other", name)
 
 
-def verify_universal(checkpoint: Checkpoint, work: Work) -> None:
+def verify_universal(checkpoint: Checkpoint, work: PieceWork) -> None:
     """Raise ConversionError if a file is not what was written: every one is read, and its checksum compared."""
     pieces = [
         Piece(f"verify {file}", size, partial(checkpoint.check_file, file, told, size))
@@ -35,7 +35,7 @@ def verify_universal(checkpoint: Checkpoint, work: Work) -> None:
         raise _wrong(str(error)) from None
 
 
-def verify(wanted: Content, found: Content, to: str, work: Work) -> None:
+def verify(wanted: Content, found: Content, to: str, work: PieceWork) -> None:
     """Raise ConversionError if a format's own reader finds other tensors, numbers or steps than were to be written.
 
     Tensors are compared one by one, within the memory and on the threads of `work`.

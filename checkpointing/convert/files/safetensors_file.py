@@ -39,7 +39,7 @@ _ALIGNMENT_BYTES = 8
 
 
 @dataclass(frozen=True)
-class Header:
+class SafetensorsHeader:
     """The tensors of a file, and the strings that were stored with them."""
 
     tensors: dict[str, FileTensor]
@@ -56,7 +56,7 @@ def begins(path: Path) -> bool:
     return len(first) == 9 and first[8:] == b"{" and int.from_bytes(first[:8], "little") <= _HEADER_LIMIT_BYTES
 
 
-def read_header(path: Path) -> Header:
+def read_header(path: Path) -> SafetensorsHeader:
     """What is in the file. Raises ConversionError if it is torn, or its tensors overlap or lie outside it."""
     handle = open_file(path)
     try:
@@ -76,7 +76,7 @@ def read_header(path: Path) -> Header:
             raise
         raise ConversionError(f"{path}: its header is not that of a safetensors file: {error!r}") from error
     _check_apart(path, tensors)
-    return Header(tensors, metadata)
+    return SafetensorsHeader(tensors, metadata)
 
 
 def _tensor(path: Path, name: str, entry: dict[str, Any], base: int, size: int) -> FileTensor:

@@ -14,13 +14,13 @@ from .filetensor import FileTensor, Storage, open_file
 from .unpickling import (
     NO_STUBS,
     Dtype,
-    Record,
     Stubs,
+    Unpickled,
     Unpickler,
     record,
 )
 
-__all__ = ["Dtype", "FileTensor", "Record", "Stubs", "load", "load_pickle", "load_span", "record"]
+__all__ = ["Dtype", "FileTensor", "Stubs", "Unpickled", "load", "load_pickle", "load_span", "record"]
 
 _LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # what the format before zip (torch < 1.6) begins with
 _LOCAL_HEADER_BYTES = 30  # of a zip entry; then its name and its extra field, whose lengths are at 26 and 28

@@ -1,8 +1,8 @@
 """Reading pickles of strangers: what they may hold is listed here, and nothing else is looked up, let alone called.
 
 What rebuilds a tensor makes a `FileTensor`, which says where in the file the numbers are; objects of the frameworks'
-classes become `Record`s, which hold what was stored and do nothing. A global that is not in the list is refused by its
-name before anything could have called it.
+classes become `Unpickled`s, which hold what was stored and do nothing. A global that is not in the list is refused by
+its name before anything could have called it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Dtype:
         raise pickle.UnpicklingError("a dtype has no state")
 
 
-class Record:
+class Unpickled:
     """What was stored of an object whose class is not imported: `arguments` it was made with, `state` it was given."""
 
     __slots__ = ("arguments", "state")
@@ -44,7 +44,7 @@ class Record:
     arguments: tuple[Any, ...]
     state: Any
 
-    def __new__(cls, *arguments: Any) -> Record:
+    def __new__(cls, *arguments: Any) -> Unpickled:
         self = super().__new__(cls)
         self.arguments = arguments
         self.state = None
@@ -62,9 +62,9 @@ class Record:
         return f"{self.kind}{self.arguments}{self.fields or ''}"
 
 
-def record(kind: str) -> type[Record]:
+def record(kind: str) -> type[Unpickled]:
     """A class of records that stands for `module.name`."""
-    return type(kind.rpartition(".")[2], (Record,), {"__slots__": (), "kind": kind})
+    return type(kind.rpartition(".")[2], (Unpickled,), {"__slots__": (), "kind": kind})
 
 
 class _Call:
@@ -93,7 +93,7 @@ class Unpickler(pickle.Unpickler):
         self._where = where
         self._stubs = stubs
         self._storage = storage
-        self._records: dict[str, type[Record]] = {}
+        self._records: dict[str, type[Unpickled]] = {}
 
     def load(self) -> Any:
         try:
@@ -190,9 +190,9 @@ def _from_type(function: _Call, kind: object, arguments: tuple[Any, ...], state:
     return function(*arguments)
 
 
-def _reconstructor(kind: Any, base: object, state: object) -> Record:
+def _reconstructor(kind: Any, base: object, state: object) -> Unpickled:
     """copyreg._reconstructor, for the classes that are records."""
-    if not (isinstance(kind, type) and issubclass(kind, Record)):
+    if not (isinstance(kind, type) and issubclass(kind, Unpickled)):
         raise pickle.UnpicklingError(f"an instance of {kind!r}")
     return kind()
 

@@ -17,7 +17,7 @@ from everstep.checkpointing.convert.core.content import (
     Lazy,
     Scalar,
 )
-from everstep.checkpointing.convert.core.work import Piece, Work
+from everstep.checkpointing.convert.core.work import Piece, PieceWork
 from everstep.checkpointing.universal.manifest import (
     OTHER,
     Array,
@@ -109,7 +109,7 @@ def is_attempt(store: Store) -> bool:
     return store.get(_SOURCE) is not None
 
 
-def write(content: Content, store: Store, work: Work, source: Mapping[str, Any]) -> None:
+def write(content: Content, store: Store, work: PieceWork, source: Mapping[str, Any]) -> None:
     """Write `content` as a universal checkpoint into `store`; arrays that an earlier attempt wrote are kept.
 
     `source` says what is converted: what an attempt to convert something else has left is removed first.

@@ -16,7 +16,7 @@ from .sharding import same_bits
 
 
 @dataclass(frozen=True)
-class Block:
+class Strides:
     """`shape` elements at these offsets and strides of the flattened whole, and of the flattened piece."""
 
     shape: tuple[int, ...]
@@ -44,7 +44,7 @@ class Affine:
     """A sharding given block by block. Blocks that several ranks hold must be equal."""
 
     shape: tuple[int, ...]
-    pieces: tuple[tuple[tuple[int, ...], tuple[Block, ...]], ...]  # for each rank: the shape it holds, its blocks
+    pieces: tuple[tuple[tuple[int, ...], tuple[Strides, ...]], ...]  # for each rank: the shape it holds, its blocks
 
     def describe(self) -> str:
         return f"affine map onto {list(self.shape)}, {sum(len(blocks) for _, blocks in self.pieces)} blocks"
@@ -75,7 +75,7 @@ class Affine:
         return Lazy(self.shape, dtype, read, pieces[0].origin)
 
     def _place(
-        self, name: str, rank: int, block: Block, flat: np.ndarray, out: np.ndarray, written: np.ndarray
+        self, name: str, rank: int, block: Strides, flat: np.ndarray, out: np.ndarray, written: np.ndarray
     ) -> None:
         if not prod(block.shape):
             return
@@ -131,7 +131,7 @@ def affine(where: str, entry: dict[str, Any]) -> Affine:
     return Affine(shape, tuple(pieces))
 
 
-def _block(piece: dict[str, Any]) -> Block:
+def _block(piece: dict[str, Any]) -> Strides:
     shape = tuple(int(size) for size in piece["shape"])
 
     def place(key: str) -> tuple[int, tuple[int, ...]]:
@@ -139,4 +139,4 @@ def _block(piece: dict[str, Any]) -> Block:
         return int(offset), tuple(int(stride) for stride in strides)
 
     holders = tuple(int(rank) for rank in piece.get("locations", ()))
-    return Block(shape, place("source"), place("dest"), holders, float(piece.get("scale", 1)))
+    return Strides(shape, place("source"), place("dest"), holders, float(piece.get("scale", 1)))

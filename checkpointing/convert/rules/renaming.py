@@ -23,7 +23,7 @@ Direction = Literal["a to b", "b to a"]
 T = TypeVar("T")
 
 
-class Step(Protocol):
+class RenamingStep(Protocol):
     """A change of layout. `ahead` takes the tensors of side a, `back` those of side b; each undoes the other."""
 
     def ahead(self, name: str, tensors: list[Lazy]) -> list[Lazy]:
@@ -178,7 +178,7 @@ class NameRule:
     b: tuple[Pattern, ...]
     how: str = "same"
     dtype: str | None = None
-    steps: Callable[[Mapping[str, int]], tuple[Step, ...]] = lambda variables: ()
+    steps: Callable[[Mapping[str, int]], tuple[RenamingStep, ...]] = lambda variables: ()
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ class _Group:
     rule: NameRule
     sources: tuple[str, ...]
     targets: tuple[str, ...]
-    steps: tuple[Step, ...]
+    steps: tuple[RenamingStep, ...]
 
     @property
     def note(self) -> str:

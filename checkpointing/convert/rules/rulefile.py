@@ -34,7 +34,7 @@ from .renaming import (
     Concat,
     Interleaved,
     NameRule,
-    Step,
+    RenamingStep,
     Transpose,
     Unfused,
 )
@@ -224,10 +224,10 @@ def _check_placeholders(where: str, a: tuple[Pattern, ...], b: tuple[Pattern, ..
             )
 
 
-Maker = Callable[[Mapping[str, int]], tuple[Step, ...]]
+Maker = Callable[[Mapping[str, int]], tuple[RenamingStep, ...]]
 
 
-def _made(where: str, makers: Sequence[Maker], variables: Mapping[str, int]) -> tuple[Step, ...]:
+def _made(where: str, makers: Sequence[Maker], variables: Mapping[str, int]) -> tuple[RenamingStep, ...]:
     try:
         return tuple(step for maker in makers for step in maker(variables))
     except KeyError as error:
@@ -258,7 +258,7 @@ def _qkv(where: str, table: dict[str, Any], a: int, b: int) -> Maker:
     if a not in (1, 3) or b != 1:
         raise ConversionError(f"{where}: qkv takes the three names of q, k and v, or one of all; and one of b")
 
-    def make(variables: Mapping[str, int]) -> tuple[Step, ...]:
+    def make(variables: Mapping[str, int]) -> tuple[RenamingStep, ...]:
         numbers = [variables[name] for name in _HEADS]
         return (Unfused(*numbers), Interleaved(*numbers)) if a == 1 else (Interleaved(*numbers),)
 

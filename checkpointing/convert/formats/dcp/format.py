@@ -19,7 +19,7 @@ from everstep.checkpointing.convert.core.content import (
     Scalar,
 )
 from everstep.checkpointing.convert.core.format import Options
-from everstep.checkpointing.convert.core.work import Work
+from everstep.checkpointing.convert.core.work import PieceWork
 from everstep.checkpointing.convert.files.filetensor import FileTensor
 
 from . import json_values
@@ -231,7 +231,7 @@ def _said_step(content: Content) -> int:
     return 0
 
 
-def write(content: Content, out: Path, options: Options, work: Work) -> None:
+def write(content: Content, out: Path, options: Options, work: PieceWork) -> None:
     """Write `content` into `out`, nested as it was if it is from such a checkpoint, else as {"model", "optimizer"}."""
     kept = content.extra.get(EXTRA, {})
     paths: dict[str, tuple[str | int, ...]] = {}

@@ -8,7 +8,7 @@ from typing import Any
 
 from everstep.checkpointing.convert.core.content import Lazy
 from everstep.checkpointing.convert.files.filetensor import FileTensor
-from everstep.checkpointing.convert.files.unpickling import Dtype, Record
+from everstep.checkpointing.convert.files.unpickling import Dtype, Unpickled
 
 NONE: Mapping[str, Lazy] = MappingProxyType({})
 _LARGEST_TENSOR_BYTES = 16384
@@ -38,7 +38,7 @@ def encode(value: Any, dropped: list[str], where: str = "", tensors: dict[str, L
         array = value.read()
         numbers = array.astype("float64") if "float" in value.dtype else array
         return {"$tensor": {"dtype": value.dtype, "shape": list(value.shape), "values": numbers.ravel().tolist()}}
-    if isinstance(value, Record) and value.kind == "argparse.Namespace":
+    if isinstance(value, Unpickled) and value.kind == "argparse.Namespace":
         return {"$namespace": encode(value.fields, dropped, where, tensors)}
     if isinstance(value, FileTensor) and tensors is not None:
         name = where.lstrip(".")

@@ -39,7 +39,7 @@ _STUBS = {
 
 
 @dataclass(frozen=True)
-class Span:
+class FileSpan:
     """Where an item lies: a whole file of its own inside `file`, at [offset, offset + length)."""
 
     file: Path
@@ -53,7 +53,7 @@ class Chunk:
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
-    span: Span
+    span: FileSpan
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Index:
 
     folder: Path
     tensors: dict[str, Tensor] = field(default_factory=dict)
-    objects: dict[str, Span] = field(default_factory=dict)
+    objects: dict[str, FileSpan] = field(default_factory=dict)
     paths: dict[str, tuple[str | int, ...]] = field(default_factory=dict)
 
 
@@ -152,7 +152,7 @@ class _Spans:
             offset = key.fields.get("offset")
             self._items[key.fields["fqn"], None if offset is None else tuple(offset)] = info.fields
 
-    def find(self, name: str, offset: tuple[int, ...] | None) -> Span:
+    def find(self, name: str, offset: tuple[int, ...] | None) -> FileSpan:
         item = self._items.get((name, offset))
         if item is None:
             raise ConversionError(f"{self.where}: says nowhere where {name} at {list(offset or ())} is stored")
@@ -178,4 +178,4 @@ class _Spans:
                 f"{self._folder / relative}: torn: it has {self._sizes[relative]} bytes; expected {begin + length} "
                 f"or more, for {name}"
             )
-        return Span(self._folder / relative, begin, length)
+        return FileSpan(self._folder / relative, begin, length)

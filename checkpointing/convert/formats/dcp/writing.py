@@ -11,7 +11,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from everstep.checkpointing.convert.core.work import Piece, Work
+from everstep.checkpointing.convert.core.work import Piece, PieceWork
 from everstep.checkpointing.universal.dtypes import numpy_dtype
 
 from .metadata import NAME
@@ -48,7 +48,7 @@ def write_checkpoint(
     out: Path,
     parts: Iterable[Part],
     objects: Iterable[Object],
-    work: Work,
+    work: PieceWork,
     paths: dict[str, tuple[str | int, ...]] | None = None,
 ) -> None:
     """Write them into `out`. `paths`: where each name is in the nested dictionary that a reader will get."""

@@ -16,7 +16,7 @@ from everstep.checkpointing.convert.core.content import (
 from everstep.checkpointing.convert.core.format import Options
 from everstep.checkpointing.convert.core.masters import checked, is_trusted
 from everstep.checkpointing.convert.files.filetensor import FileTensor
-from everstep.checkpointing.convert.files.unpickling import Record
+from everstep.checkpointing.convert.files.unpickling import Unpickled
 from everstep.checkpointing.convert.formats.dcp.json_values import encode
 from everstep.checkpointing.convert.rules.sharding import Replicated
 
@@ -45,7 +45,7 @@ from .modules import (
 from .partitions import (
     FP32,
     Experts,
-    Held,
+    HeldTogether,
     counted_states,
     partitioned_states,
     placed_elements,
@@ -132,7 +132,7 @@ def read(path: Path, options: Options) -> Content:
     return content
 
 
-def _check_masters(held: Held, module: Module) -> None:
+def _check_masters(held: HeldTogether, module: Module) -> None:
     """Have the master weights compared with the module's, where it has them whole, when they are read."""
     masters = held.tensors.get(FP32, {})
     for name, master in masters.items():
@@ -188,7 +188,7 @@ def _held(
     optimizers: dict[Path, dict[str, Any]],
     modules: Sequence[Module],
     options: Options,
-) -> list[Held]:
+) -> list[HeldTogether]:
     """What the optimizers hold, for the model-parallel ranks in order."""
     if not files.optimizers:
         if files.experts:
@@ -214,7 +214,7 @@ def _held(
 
 
 def _merge(
-    content: Content, layout: Sizes, held: Sequence[Held], modules: Sequence[Module], shardings: Shardings
+    content: Content, layout: Sizes, held: Sequence[HeldTogether], modules: Sequence[Module], shardings: Shardings
 ) -> None:
     """Put the ranks' pieces together, tensor-parallel ranks first and then the stages of the pipeline."""
     stages: dict[tuple[str, str], list[Lazy]] = {}
@@ -305,7 +305,7 @@ def fill_extra(content: Content, model: dict[str, Any], optimizer: dict[str, Any
     client = {key: value for key, value in model.items() if key not in _OWN and key not in (INFO, OURS)}
     kept = {key: optimizer[key] for key in _OF_OPTIMIZER if key in optimizer}
     fields = {
-        key: {"class": value.kind.rpartition(".")[2], "fields": value.fields} if isinstance(value, Record) else value
+        key: {"class": value.kind.rpartition(".")[2], "fields": value.fields} if isinstance(value, Unpickled) else value
         for key, value in kept.items()
     }
     content.extra["deepspeed"] = {

@@ -14,7 +14,7 @@ import numpy as np
 
 from everstep.checkpointing.convert.core.content import ConversionError, Lazy, Scalar
 from everstep.checkpointing.convert.files.filetensor import FileTensor
-from everstep.checkpointing.convert.files.unpickling import Record
+from everstep.checkpointing.convert.files.unpickling import Unpickled
 from everstep.checkpointing.convert.formats.dcp.json_values import settings
 from everstep.checkpointing.universal.dtypes import numpy_dtype
 
@@ -25,7 +25,7 @@ _EXPERT_GROUP = re.compile(r"ep_size_(\d+)$")
 
 
 @dataclass
-class Held:
+class HeldTogether:
     """What the data-parallel ranks of one model-parallel rank hold together; tensors are that rank's pieces.
 
     `tensors`: "fp32" or the name of an optimizer's state -> parameter -> tensor.
@@ -74,9 +74,9 @@ class _Collector:
                 f"{value.value} in {path.name}"
             )
 
-    def held(self, shapes: Shapes) -> Held:
+    def held(self, shapes: Shapes) -> HeldTogether:
         """All that was found. Raises ConversionError for a parameter of which elements are missing."""
-        held = Held()
+        held = HeldTogether()
         missing = [name for name in shapes if name not in self._runs[FP32]]
         if missing:
             raise ConversionError(f"{self._where}: no rank holds anything of {', '.join(missing)}")
@@ -181,17 +181,17 @@ def placed_elements(states: Iterable[dict[str, Any]]) -> list[dict[str, int]]:
     return made
 
 
-def round_robin_maps(states: Sequence[dict[str, Any]], shapes: Sequence[Shapes]) -> list[list[dict[str, Record]]]:
+def round_robin_maps(states: Sequence[dict[str, Any]], shapes: Sequence[Shapes]) -> list[list[dict[str, Unpickled]]]:
     """Where parameters really lie with `round_robin_gradients`, by rank and group: one after the other in the order of
     `shapes`. What DeepSpeed stores then is where they would lie in the optimizer's own order, and that is wrong."""
-    made: list[list[dict[str, Record]]] = []
+    made: list[list[dict[str, Unpickled]]] = []
     for rank, state in enumerate(states):
         flats = state["single_partition_of_fp32_groups"]
-        groups: list[dict[str, Record]] = []
+        groups: list[dict[str, Unpickled]] = []
         for index, (flat, named) in enumerate(zip(flats, shapes, strict=True)):
             gaps = (state.get("param_alignment_paddings") or [[]] * len(flats))[index] or [0] * len(named)
             share = flat.elements + int((state.get("group_paddings") or [0] * len(flats))[index])
-            placed: dict[str, Record] = {}
+            placed: dict[str, Unpickled] = {}
             start = 0
             for (name, shape), gap in zip(named.items(), gaps, strict=True):
                 begin, end = max(start, rank * share), min(start + prod(shape), (rank + 1) * share)
@@ -203,8 +203,8 @@ def round_robin_maps(states: Sequence[dict[str, Any]], shapes: Sequence[Shapes])
     return made
 
 
-def _address(start: int, count: int) -> Record:
-    address = Record()
+def _address(start: int, count: int) -> Unpickled:
+    address = Unpickled()
     address.state = {"start": start, "numel": count}
     return address
 
@@ -218,7 +218,7 @@ def _gathered(names: list[str], ranks: int) -> list[str]:
 
 def partitioned_states(
     states: dict[Path, dict[str, Any]], shapes: Sequence[Shapes], experts: Experts, *, round_robin: bool = False
-) -> Held:
+) -> HeldTogether:
     """ZeRO-1 and 2: `states` are the optimizer states of the data-parallel ranks in order; `shapes`, by group."""
     paths = list(states)
     dealt = round_robin_maps(list(states.values()), shapes) if round_robin else []
@@ -266,7 +266,7 @@ def _need(state: dict[str, Any], key: str, path: Path) -> Any:
     return state[key]
 
 
-def counted_states(states: dict[Path, dict[str, Any]], shapes: Sequence[Shapes]) -> Held:
+def counted_states(states: dict[Path, dict[str, Any]], shapes: Sequence[Shapes]) -> HeldTogether:
     """ZeRO-3: every parameter takes the same share of each rank's flat sub-group, in order; `shapes`, by sub-group."""
     paths = list(states)
     collector = _Collector(paths[0].parent)

@@ -19,7 +19,7 @@ from everstep.checkpointing.convert.core.content import (
     Scalar,
 )
 from everstep.checkpointing.convert.core.format import Options
-from everstep.checkpointing.convert.core.work import Piece, Work
+from everstep.checkpointing.convert.core.work import Piece, PieceWork
 from everstep.checkpointing.convert.files.torchwriting import (
     Instance,
     Size,
@@ -50,7 +50,7 @@ _SMALL_BYTES = 1 << 20
 _EXPERT = re.compile(r"\bdeepspeed_experts\.\d+\.")
 
 
-def write(content: Content, out: Path, options: Options, work: Work) -> None:
+def write(content: Content, out: Path, options: Options, work: PieceWork) -> None:
     """Write `out`/latest_universal and the folder it names. Parameters are stored in float32, as DeepSpeed has them."""
     check_experts(content, spread_only=True)
     tag = f"global_step{content.step}_universal"

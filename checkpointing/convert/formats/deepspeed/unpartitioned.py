@@ -16,7 +16,7 @@ from everstep.checkpointing.universal.dtypes import numpy_dtype
 from .modules import Module
 from .partitions import (
     FP32,
-    Held,
+    HeldTogether,
     scalar,
     settings_of,
 )
@@ -24,7 +24,7 @@ from .partitions import (
 _LARGEST_SAMPLE = 1 << 16  # elements that are compared to tell parameters of one shape apart
 
 
-def unpartitioned(path: Path, state: dict[str, Any], module: Module, frozen: str | None) -> Held:
+def unpartitioned(path: Path, state: dict[str, Any], module: Module, frozen: str | None) -> HeldTogether:
     """What the optimizer in a model state holds, by the names of the module.
 
     Within a group the parameters are in the module's order. Where shapes leave more than one way to name them, the
@@ -51,7 +51,7 @@ def unpartitioned(path: Path, state: dict[str, Any], module: Module, frozen: str
     if frozen is not None:
         names = [name for name in names if not re.search(frozen, name)]
     found = _assign(path, base["state"], ids, weights, [(name, module.tensors[name]) for name in names])
-    held = Held(tensors={FP32: {}})
+    held = HeldTogether(tensors={FP32: {}})
     for number, name in found.items():
         tensor = weights.get(number, module.tensors[name])
         held.tensors[FP32][name] = tensor.lazy(path.name)

@@ -16,7 +16,7 @@ import numpy as np
 
 from everstep.checkpointing.convert.core.content import Content, ConversionError, Lazy
 from everstep.checkpointing.convert.core.format import Options
-from everstep.checkpointing.convert.core.work import Piece, Work
+from everstep.checkpointing.convert.core.work import Piece, PieceWork
 from everstep.checkpointing.convert.files.torchwriting import Instance, Stream, save
 
 from .modules import TIED
@@ -37,7 +37,7 @@ _ALIGNMENT = 2  # nccl_start_alignment_factor
 
 
 @dataclass(frozen=True)
-class Layout:
+class FlatLayout:
     """Where each of a group's parameters begins in the flat group, and how much of it a rank has."""
 
     starts: dict[str, int]
@@ -49,7 +49,7 @@ class Layout:
         return min(rank * self.share, self.elements), min((rank + 1) * self.share, self.elements)
 
 
-def layout_of(tensors: dict[str, Lazy], names: Sequence[str], ranks: int) -> Layout:
+def layout_of(tensors: dict[str, Lazy], names: Sequence[str], ranks: int) -> FlatLayout:
     """The layout of the parameters `names` over the ranks."""
     starts: dict[str, int] = {}
     elements = 0
@@ -57,10 +57,10 @@ def layout_of(tensors: dict[str, Lazy], names: Sequence[str], ranks: int) -> Lay
         starts[name] = elements
         elements += tensors[name].elements
     step = _ALIGNMENT * ranks
-    return Layout(starts, elements, -(-elements // step) * step // ranks)
+    return FlatLayout(starts, elements, -(-elements // step) * step // ranks)
 
 
-def write(content: Content, out: Path, options: Options, work: Work) -> None:
+def write(content: Content, out: Path, options: Options, work: PieceWork) -> None:
     """Write `out`/latest and the folder it names. Settings: `dp`, the ranks (1); `stage`, 1 or 2 (1)."""
     ranks, stage = _number(options, "dp", 1, 1 << 16), _number(options, "stage", 1, 2)
     check_experts(content, spread_only=False)
@@ -162,7 +162,7 @@ def _complete(found: dict[str, Lazy], names: Sequence[str], state: str) -> bool:
     return not missing
 
 
-def _placed(tensors: dict[str, Lazy], layout: Layout, rank: int) -> OrderedDict[str, Instance]:
+def _placed(tensors: dict[str, Lazy], layout: FlatLayout, rank: int) -> OrderedDict[str, Instance]:
     first, last = layout.range(rank)
     placed: OrderedDict[str, Instance] = OrderedDict()
     for name, start in layout.starts.items():
@@ -173,7 +173,7 @@ def _placed(tensors: dict[str, Lazy], layout: Layout, rank: int) -> OrderedDict[
     return placed
 
 
-def _flat(tensors: dict[str, Lazy], layout: Layout, rank: int, *, padded: bool) -> Stream:
+def _flat(tensors: dict[str, Lazy], layout: FlatLayout, rank: int, *, padded: bool) -> Stream:
     """A rank's elements of a flat group. DeepSpeed keeps the padding of moments, and of parameters not."""
     first, last = layout.range(rank)
     padding = layout.share - (last - first) if padded else 0

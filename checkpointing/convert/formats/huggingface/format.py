@@ -19,7 +19,7 @@ import numpy as np
 from everstep.checkpointing.convert.core.casting import cast
 from everstep.checkpointing.convert.core.content import Content, ConversionError, Lazy
 from everstep.checkpointing.convert.core.format import Options
-from everstep.checkpointing.convert.core.work import Piece, Work
+from everstep.checkpointing.convert.core.work import Piece, PieceWork
 from everstep.checkpointing.convert.files import safetensors_file, torchfile
 from everstep.checkpointing.convert.files.filetensor import FileTensor
 from everstep.checkpointing.convert.formats.dcp import tensors as dcp_tensors
@@ -188,7 +188,7 @@ def _json(path: Path) -> dict[str, Any]:
     return value
 
 
-def write(content: Content, out: Path, options: Options, work: Work) -> None:
+def write(content: Content, out: Path, options: Options, work: PieceWork) -> None:
     """Write the weights of `content`, in what the module computes in; tied ones once, the optimizer not at all."""
     work.make(out)
     tensors = _weights(content)

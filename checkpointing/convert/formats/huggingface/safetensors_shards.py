@@ -16,15 +16,15 @@ import numpy as np
 from everstep.checkpointing.convert.core.boxes import Boxes
 from everstep.checkpointing.convert.core.content import ConversionError
 from everstep.checkpointing.convert.files import safetensors_file
-from everstep.checkpointing.convert.files.safetensors_file import Header
-from everstep.checkpointing.convert.formats.dcp.metadata import Chunk, Span, Tensor
+from everstep.checkpointing.convert.files.safetensors_file import SafetensorsHeader
+from everstep.checkpointing.convert.formats.dcp.metadata import Chunk, FileSpan, Tensor
 
 _KEY = "DCP_SHARDING_INFO"
 _PREFIX = "shard-"
 _NUMBERED = re.compile(r"shard-(\d+)-")
 
 
-def offsets_of(path: Path, header: Header) -> dict[str, tuple[int, ...]] | None:
+def offsets_of(path: Path, header: SafetensorsHeader) -> dict[str, tuple[int, ...]] | None:
     """Where in its tensor each piece of a file begins; None if the file is none of a sharded save."""
     text = header.metadata.get(_KEY)
     if text is None:
@@ -38,7 +38,7 @@ def offsets_of(path: Path, header: Header) -> dict[str, tuple[int, ...]] | None:
     return None if whole and not path.name.startswith(_PREFIX) else offsets
 
 
-def check_whole(path: Path, header: Header) -> None:
+def check_whole(path: Path, header: SafetensorsHeader) -> None:
     """Raise ConversionError for a file that is one shard of several."""
     if offsets_of(path, header) is not None:
         raise ConversionError(
@@ -62,7 +62,7 @@ def assemble(paths: Sequence[Path]) -> dict[str, Tensor] | None:
                 raise ConversionError(f"{path}: {name} is {tensor.dtype} here, and {dtypes[name]} in other shards")
             if len(offsets[name]) != len(tensor.shape):
                 raise ConversionError(f"{path}: {name} of shape {list(tensor.shape)} begins at {list(offsets[name])}")
-            chunks.setdefault(name, []).append(Chunk(offsets[name], tensor.shape, Span(path, 0, 0)))
+            chunks.setdefault(name, []).append(Chunk(offsets[name], tensor.shape, FileSpan(path, 0, 0)))
     numbers = {int(found[1]) for path in paths if (found := _NUMBERED.match(path.name))}
     if numbers and (missing := set(range(1, max(numbers) + 1)) - numbers):
         raise ConversionError(f"{paths[0].parent}: shard {min(missing)} is missing: there are {len(numbers)} others")

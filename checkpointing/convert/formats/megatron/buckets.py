@@ -66,7 +66,7 @@ _FUSED_NORMS = {
 
 
 @dataclass(frozen=True)
-class World:
+class ModelParallelWorld:
     """The model-parallel world that a checkpoint was saved by."""
 
     tp: int
@@ -115,7 +115,7 @@ class Slabs:
         return out
 
 
-def world(common: Common) -> World:
+def world(common: Common) -> ModelParallelWorld:
     """The world that saved, by the arguments it was started with. Raises ConversionError if they do not say."""
     args = common.args
     if "num_layers" not in args or "pipeline_model_parallel_size" not in args:
@@ -127,7 +127,7 @@ def world(common: Common) -> World:
                 "it without: save it as fully_reshardable"
             )
     tp = common.argument("tensor_model_parallel_size", 1)
-    return World(
+    return ModelParallelWorld(
         tp=tp,
         pp=common.argument("pipeline_model_parallel_size", 1),
         ep=common.argument("expert_model_parallel_size", 1),
@@ -144,7 +144,9 @@ def is_expert(key: str) -> bool:
     return ".experts.experts." in key
 
 
-def locate(index: Index, model: dict[str, Tensor], chain: Chain, world: World) -> dict[tuple[str, str], list[Slab]]:
+def locate(
+    index: Index, model: dict[str, Tensor], chain: Chain, world: ModelParallelWorld
+) -> dict[tuple[str, str], list[Slab]]:
     """Where in the buckets the model's tensors are, by (key, state)."""
     found: dict[tuple[str, str], list[Slab]] = {}
     for (group, dtype), states in _buckets_by_rank(index, chain.prefix).items():
@@ -205,14 +207,14 @@ class _Rank:
     stage: int
 
 
-def _rank(chain: Chain, world: World, group: int) -> _Rank:
+def _rank(chain: Chain, world: ModelParallelWorld, group: int) -> _Rank:
     if chain.expert:
         stage, within = divmod(group, world.expert_tp * world.ep)
         return _Rank(within % world.expert_tp, world.expert_tp, within // world.expert_tp, stage)
     return _Rank(group % world.tp, world.tp, 0, group // world.tp)
 
 
-def _members(model: dict[str, Tensor], chain: Chain, world: World, group: int) -> list[_Member]:
+def _members(model: dict[str, Tensor], chain: Chain, world: ModelParallelWorld, group: int) -> list[_Member]:
     """The parameters of a model-parallel rank, in the order of its live model."""
     rank = _rank(chain, world, group)
     found = []
@@ -224,7 +226,9 @@ def _members(model: dict[str, Tensor], chain: Chain, world: World, group: int) -
     return sorted(found, key=lambda member: member.order)
 
 
-def _of_stage(key: str, tensor: Tensor, world: World, rank: _Rank) -> Iterator[tuple[_Part, tuple[int, ...]]]:
+def _of_stage(
+    key: str, tensor: Tensor, world: ModelParallelWorld, rank: _Rank
+) -> Iterator[tuple[_Part, tuple[int, ...]]]:
     """(part, its place in the live model) of every live parameter that a key is to one rank."""
     section = _position(key, _MODEL_ORDER, key)
     match = _LAYER.match(key)
@@ -250,7 +254,7 @@ def _of_stage(key: str, tensor: Tensor, world: World, rank: _Rank) -> Iterator[t
             yield _boxes(tensor, (*index, expert), rank.tensor, rank.tensors), (section, layer, *order)
 
 
-def _within(rest: str, key: str, world: World) -> tuple[int, ...]:
+def _within(rest: str, key: str, world: ModelParallelWorld) -> tuple[int, ...]:
     """The place of a parameter in its layer: (module, second module in it, kind)."""
     for fused, live in _FUSED_NORMS.items() if world.local else ():
         if rest.startswith(fused):

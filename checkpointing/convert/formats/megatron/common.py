@@ -12,7 +12,7 @@ from everstep.checkpointing.convert.core.carrying import OURS
 from everstep.checkpointing.convert.core.content import ConversionError
 from everstep.checkpointing.convert.files import torchfile
 from everstep.checkpointing.convert.files.filetensor import FileTensor
-from everstep.checkpointing.convert.files.unpickling import Record
+from everstep.checkpointing.convert.files.unpickling import Unpickled
 from everstep.checkpointing.convert.formats.dcp import json_values
 from everstep.checkpointing.convert.formats.dcp import tensors as dcp_tensors
 from everstep.checkpointing.convert.formats.dcp.metadata import Index
@@ -74,7 +74,7 @@ def read_common(folder: Path, index: Index) -> Common:
         raise ConversionError(f"{folder}: no common.pt; expected it, or {_OBJECT}, beside the tensors")
     while isinstance(values, list | tuple) and len(values) == 1:
         values = values[0]
-    if isinstance(values, Record):
+    if isinstance(values, Unpickled):
         values = values.fields
     if not isinstance(values, dict):
         raise ConversionError(f"{folder}: its common state is a {type(values).__name__}; expected a dictionary")
@@ -85,7 +85,7 @@ def read_common(folder: Path, index: Index) -> Common:
 
 def _checked(folder: Path, values: dict[str, Any]) -> Common:
     args = values.get("args")
-    fields = args.fields if isinstance(args, Record) else {}
+    fields = args.fields if isinstance(args, Unpickled) else {}
     iteration = int(values.get("iteration", fields.get("iteration", 0)) or 0)
     named = re.fullmatch(r"iter_(\d+)", folder.name)
     if named and "iteration" in values and int(named[1]) != iteration:

@@ -24,7 +24,7 @@ from everstep.checkpointing.convert.core.content import (
 from everstep.checkpointing.convert.core.format import Options
 from everstep.checkpointing.convert.files import torchfile
 from everstep.checkpointing.convert.files.filetensor import FileTensor
-from everstep.checkpointing.convert.files.unpickling import Record
+from everstep.checkpointing.convert.files.unpickling import Unpickled
 from everstep.checkpointing.convert.formats.dcp import json_values
 from everstep.checkpointing.convert.rules.patterns import Match, Table, describe
 from everstep.checkpointing.convert.rules.rulefile import ShardRule, built_in, read_rules
@@ -156,7 +156,7 @@ def _ranks(folder: Path) -> list[_Rank]:
             raise ConversionError(f"{each}: no {_MODEL}: half written, or the file is missing")
         values = torchfile.load(each / _MODEL)
         args = values.get("args") if isinstance(values, dict) else None
-        if not isinstance(args, Record) or not isinstance(values, dict):
+        if not isinstance(args, Unpickled) or not isinstance(values, dict):
             raise ConversionError(f"{each / _MODEL}: holds no args; expected what Megatron-LM saves")
         rank = _Rank(each, int(match["tp"]), int(match["pp"] or 0), values, args.fields)
         found[rank.pp, rank.tp] = rank

@@ -29,7 +29,7 @@ class Naming:
 
 
 @dataclass(frozen=True)
-class Place:
+class StackedPlace:
     """A live parameter's place in a checkpoint: `key`, and the index on each of its stacked axes."""
 
     key: str
@@ -37,7 +37,7 @@ class Place:
     rule: str
 
 
-def expand(key: str, shape: tuple[int, ...], naming: Naming) -> Iterator[tuple[str, Place]]:
+def expand(key: str, shape: tuple[int, ...], naming: Naming) -> Iterator[tuple[str, StackedPlace]]:
     """Every live parameter that a key of a checkpoint, of the given whole shape, stands for, and where it is in it."""
     stacked = _STACKED.match(key)
     if stacked is None:
@@ -45,12 +45,12 @@ def expand(key: str, shape: tuple[int, ...], naming: Naming) -> Iterator[tuple[s
         rest = numbered["rest"] if numbered else key
         prefix = f"{numbered['stem']}.{numbered['layer']}." if numbered else ""
         for name, index, rule in _unfuse(rest, shape, naming):
-            yield prefix + name, Place(key, index, rule)
+            yield prefix + name, StackedPlace(key, index, rule)
         return
     for layer in range(shape[0]):
         for name, index, rule in _unfuse(stacked["rest"], shape[1:], naming):
             rule = f"layer {layer} of the stacked {key}" + (f"; {rule}" if rule != key else "")
-            yield f"{stacked['stem']}.{layer}.{name}", Place(key, (layer, *index), rule)
+            yield f"{stacked['stem']}.{layer}.{name}", StackedPlace(key, (layer, *index), rule)
 
 
 def _unfuse(rest: str, shape: tuple[int, ...], naming: Naming) -> Iterator[tuple[str, tuple[int, ...], str]]:
@@ -71,16 +71,16 @@ def _unfuse(rest: str, shape: tuple[int, ...], naming: Naming) -> Iterator[tuple
     yield rest, (), rest
 
 
-def place(name: str, naming: Naming) -> Place:
+def place(name: str, naming: Naming) -> StackedPlace:
     """Where a live parameter belongs in a checkpoint. The inverse of `expand`."""
     numbered = _NUMBERED.match(name)
     if numbered is None:
         key, index = _fuse(name, naming)
-        return Place(key, index, "")
+        return StackedPlace(key, index, "")
     key, index = _fuse(numbered["rest"], naming)
     if naming.stacked:
-        return Place(f"{numbered['stem']}.{key}", (int(numbered["layer"]), *index), "")
-    return Place(f"{numbered['stem']}.{numbered['layer']}.{key}", index, "")
+        return StackedPlace(f"{numbered['stem']}.{key}", (int(numbered["layer"]), *index), "")
+    return StackedPlace(f"{numbered['stem']}.{numbered['layer']}.{key}", index, "")
 
 
 def _fuse(rest: str, naming: Naming) -> tuple[str, tuple[int, ...]]:

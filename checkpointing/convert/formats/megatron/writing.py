@@ -17,7 +17,7 @@ from everstep.checkpointing.convert.core.carrying import OURS, carried
 from everstep.checkpointing.convert.core.casting import cast
 from everstep.checkpointing.convert.core.content import Content, ConversionError, Lazy
 from everstep.checkpointing.convert.core.format import Options
-from everstep.checkpointing.convert.core.work import Work
+from everstep.checkpointing.convert.core.work import PieceWork
 from everstep.checkpointing.convert.formats.dcp import json_values
 from everstep.checkpointing.convert.formats.dcp.writing import (
     Object,
@@ -29,7 +29,7 @@ from everstep.checkpointing.convert.formats.dcp.writing import (
 from .common import HF, SPEC
 from .names import (
     Naming,
-    Place,
+    StackedPlace,
     naming_of,
     place,
 )
@@ -45,7 +45,7 @@ _METADATA = {
 _GROUP = {"lr_mult": 1.0, "is_decoupled_lr": False, "default_config": True}  # by what Megatron tells groups apart
 
 
-def write(content: Content, out: Path, options: Options, work: Work) -> None:
+def write(content: Content, out: Path, options: Options, work: PieceWork) -> None:
     """Write `content` as the only iteration in `out`; its names are those of Megatron's live modules."""
     _check_states(content)
     if not any(name.startswith("decoder.") for name in content.params):
@@ -102,7 +102,7 @@ class _Layout:
 
 
 def _shapes(content: Content, naming: Naming) -> dict[str, tuple[int, ...]]:
-    places: dict[str, list[Place]] = {}
+    places: dict[str, list[StackedPlace]] = {}
     for name in (*content.params, *content.buffers, *content.frozen):
         where = place(name, naming)
         places.setdefault(where.key, []).append(where)
