@@ -19,7 +19,7 @@ from everstep.checkpointing.convert.core.content import ConversionError
 from everstep.checkpointing.convert.files.torchfile import (
     Dtype,
     FileTensor,
-    Record,
+    Unpickled,
     load,
     load_pickle,
     load_span,
@@ -122,8 +122,8 @@ def test_what_else_a_checkpoint_holds(tmp_path: Path) -> None:
     same(read["nested"][0][0]["a"], torch.ones(1))
     assert read["args"].kind == "argparse.Namespace"
     assert read["args"].fields == {"lr": 0.5, "dtype": Dtype("float16")}
-    assert isinstance(read["array"], Record)
-    assert isinstance(read["path"], Record)
+    assert isinstance(read["array"], Unpickled)
+    assert isinstance(read["path"], Unpickled)
 
 
 def test_a_file_within_a_file(tmp_path: Path) -> None:
