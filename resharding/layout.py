@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from .index import LayoutIndex
 from .units import ModelSpec
-from .work import Segment, Work
+from .work import AssignedLeg, Work
 
 
 class LayoutError(ValueError):
@@ -88,10 +88,10 @@ class Layout:
         """The work of an undisturbed step."""
         return Work(self.segments())
 
-    def segments(self) -> tuple[Segment, ...]:
+    def segments(self) -> tuple[AssignedLeg, ...]:
         """The work of an undisturbed step, as it travels in plans."""
         return tuple(
-            Segment(block.rank, micro_batch, stage.start, stage.stop)
+            AssignedLeg(block.rank, micro_batch, stage.start, stage.stop)
             for stage in self.stages
             for block in stage.blocks
             for micro_batch in range(block.start, block.stop)

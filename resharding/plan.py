@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from .layout import Layout, Stage
 from .planners import change_layout
 from .units import ModelSpec
-from .work import Segment, Span
+from .work import AssignedLeg, Leg
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +40,9 @@ class Report:
     protected: tuple[int, int] = (0, -1)
     protected_before: tuple[int, int] = (0, -1)
     outlives: int = -1
-    held: tuple[Span, ...] = ()
-    started: tuple[Span, ...] = ()
-    todo: tuple[Span, ...] = ()
+    held: tuple[Leg, ...] = ()
+    started: tuple[Leg, ...] = ()
+    todo: tuple[Leg, ...] = ()
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), separators=(",", ":"))
@@ -51,7 +51,7 @@ class Report:
     def from_json(cls, text: str) -> Report:
         raw: dict[str, Any] = json.loads(text)
         for name in ("held", "started", "todo"):
-            raw[name] = tuple(Span(*span) for span in raw[name])
+            raw[name] = tuple(Leg(*span) for span in raw[name])
         for name in ("owned", "layers", "protected", "protected_before"):
             raw[name] = tuple(raw[name])
         return cls(**raw)
@@ -88,9 +88,9 @@ class Plan:
     gains: tuple[Gain, ...] = ()
     refresh: tuple[int, ...] = ()
     fresh: tuple[int, ...] = ()
-    work: tuple[Segment, ...] = ()
-    started: tuple[Segment, ...] = ()
-    kept: tuple[Segment, ...] = ()
+    work: tuple[AssignedLeg, ...] = ()
+    started: tuple[AssignedLeg, ...] = ()
+    kept: tuple[AssignedLeg, ...] = ()
     protected: int = -1
     substitutes: tuple[int, ...] = ()
     checkpoint: str = ""
@@ -113,9 +113,9 @@ class Plan:
             gains=tuple(Gain(*g) for g in raw["gains"]),
             refresh=tuple(raw["refresh"]),
             fresh=tuple(raw["fresh"]),
-            work=tuple(Segment(*s) for s in raw["work"]),
-            started=tuple(Segment(*s) for s in raw["started"]),
-            kept=tuple(Segment(*s) for s in raw["kept"]),
+            work=tuple(AssignedLeg(*s) for s in raw["work"]),
+            started=tuple(AssignedLeg(*s) for s in raw["started"]),
+            kept=tuple(AssignedLeg(*s) for s in raw["kept"]),
             protected=raw["protected"],
             substitutes=tuple(raw["substitutes"]),
             checkpoint=raw["checkpoint"],
@@ -219,9 +219,9 @@ def plan_recovery(
         or not (report.layers[0] <= layout.stage_of(rank).start and layout.stage_of(rank).stop <= report.layers[1])
     )
     current = [r for r in reports if not r.fresh and r.values_version == version]
-    kept = tuple(Segment(r.rank, *span) for r in current for span in r.held)
+    kept = tuple(AssignedLeg(r.rank, *span) for r in current for span in r.held)
     work = _remaining_work(layout, kept, current)
-    forwarded = {Segment(r.rank, *span) for r in current for span in r.started}
+    forwarded = {AssignedLeg(r.rank, *span) for r in current for span in r.started}
     return Plan(
         layout=layout,
         version=version,
@@ -273,34 +273,34 @@ def _covers(outer: Stage, inner: Stage) -> bool:
     return outer.start <= inner.start and inner.stop <= outer.stop
 
 
-def _remaining_work(layout: Layout, kept: Sequence[Segment], current: Sequence[Report]) -> tuple[Segment, ...]:
+def _remaining_work(layout: Layout, kept: Sequence[AssignedLeg], current: Sequence[Report]) -> tuple[AssignedLeg, ...]:
     claims = {span: r.rank for r in current for span in (*r.todo, *r.started)}
     if not kept and not claims:
         return layout.segments()
-    held: dict[int, list[Segment]] = {}
+    held: dict[int, list[AssignedLeg]] = {}
     for segment in kept:
         held.setdefault(segment.micro_batch, []).append(segment)
     load = dict.fromkeys(layout.ranks, 0.0)
-    work: list[Segment] = []
-    orphans: list[tuple[Span, Stage]] = []
+    work: list[AssignedLeg] = []
+    orphans: list[tuple[Leg, Stage]] = []
     for stage in layout.stages:
         for micro_batch in range(layout.micro_batches):
             for start, stop in _gaps(stage, micro_batch, held.get(micro_batch, ())):
-                span = Span(micro_batch, start, stop)
+                span = Leg(micro_batch, start, stop)
                 rank = claims.get(span)
                 if rank in stage.ranks:
-                    work.append(Segment(rank, *span))
+                    work.append(AssignedLeg(rank, *span))
                     load[rank] += stop - start
                 else:
                     orphans.append((span, stage))
     for span, stage in orphans:
         rank = min(stage.ranks, key=lambda r: (load[r], r))
-        work.append(Segment(rank, *span))
+        work.append(AssignedLeg(rank, *span))
         load[rank] += span.stop - span.start
     return tuple(sorted(work, key=lambda s: (s.micro_batch, s.start)))
 
 
-def _gaps(stage: Stage, micro_batch: int, kept: Iterable[Segment]) -> list[tuple[int, int]]:
+def _gaps(stage: Stage, micro_batch: int, kept: Iterable[AssignedLeg]) -> list[tuple[int, int]]:
     """The maximal ranges of the stage's layers in which no gradient of the micro-batch is held, of which `kept` are."""
     spans = sorted((s.start, s.stop) for s in kept)
     for (_, left), (right, _) in itertools.pairwise(spans):

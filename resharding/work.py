@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 
-class Span(NamedTuple):
+class Leg(NamedTuple):
     """A micro-batch's way through the layers [start, stop), on the rank that reports it."""
 
     micro_batch: int
@@ -15,7 +15,7 @@ class Span(NamedTuple):
     stop: int
 
 
-class Segment(NamedTuple):
+class AssignedLeg(NamedTuple):
     """One micro-batch's way through the layers [start, stop) on one rank: a forward and a backward."""
 
     rank: int
@@ -24,8 +24,8 @@ class Segment(NamedTuple):
     stop: int
 
     @property
-    def span(self) -> Span:
-        return Span(self.micro_batch, self.start, self.stop)
+    def span(self) -> Leg:
+        return Leg(self.micro_batch, self.start, self.stop)
 
 
 class Work:
@@ -34,31 +34,31 @@ class Work:
     Immutable. The tables are built once, in O(segments); a look-up costs O(1).
     """
 
-    def __init__(self, segments: Iterable[Segment], kept: Iterable[Segment] = ()) -> None:
+    def __init__(self, segments: Iterable[AssignedLeg], kept: Iterable[AssignedLeg] = ()) -> None:
         self.segments = tuple(segments)
         self.kept = tuple(kept)
 
     @cached_property
-    def _spans(self) -> Mapping[int, tuple[Span, ...]]:
-        found: dict[int, list[Span]] = {}
+    def _spans(self) -> Mapping[int, tuple[Leg, ...]]:
+        found: dict[int, list[Leg]] = {}
         for segment in self.segments:
             found.setdefault(segment.rank, []).append(segment.span)
         return {rank: tuple(sorted(spans)) for rank, spans in found.items()}
 
     @cached_property
-    def _starting(self) -> Mapping[tuple[int, int], Segment]:
+    def _starting(self) -> Mapping[tuple[int, int], AssignedLeg]:
         return {(s.micro_batch, s.start): s for s in self.segments}
 
     @cached_property
-    def _stopping(self) -> Mapping[tuple[int, int], Segment]:
+    def _stopping(self) -> Mapping[tuple[int, int], AssignedLeg]:
         return {(s.micro_batch, s.stop): s for s in self.segments}
 
     @cached_property
-    def _kept_starting(self) -> Mapping[tuple[int, int], Segment]:
+    def _kept_starting(self) -> Mapping[tuple[int, int], AssignedLeg]:
         return {(s.micro_batch, s.start): s for s in self.kept}
 
     @cached_property
-    def _kept_stopping(self) -> Mapping[tuple[int, int], Segment]:
+    def _kept_stopping(self) -> Mapping[tuple[int, int], AssignedLeg]:
         return {(s.micro_batch, s.stop): s for s in self.kept}
 
     @cached_property
@@ -79,7 +79,7 @@ class Work:
                 found.setdefault(layer, []).append(rank)
         return {layer: tuple(ranks) for layer, ranks in found.items()}
 
-    def spans_of(self, rank: int) -> tuple[Span, ...]:
+    def spans_of(self, rank: int) -> tuple[Leg, ...]:
         """What `rank` is still to run, by micro-batch."""
         return self._spans.get(rank, ())
 
@@ -91,22 +91,22 @@ class Work:
         """The ranks that will hold a part of a layer's sum, ascending."""
         return self._contributors.get(layer, ())
 
-    def next_segment(self, span: Span) -> Segment | None:
+    def next_segment(self, span: Leg) -> AssignedLeg | None:
         """The segment still to run that takes a span's output."""
         return self._starting.get((span.micro_batch, span.stop))
 
-    def previous_segment(self, span: Span) -> Segment | None:
+    def previous_segment(self, span: Leg) -> AssignedLeg | None:
         """The segment still to run that waits for a span's input gradient."""
         return self._stopping.get((span.micro_batch, span.start))
 
-    def activation_source(self, span: Span) -> int:
+    def activation_source(self, span: Leg) -> int:
         """The rank that has, or will have, the input of a span."""
         name = (span.micro_batch, span.start)
         segment = self._stopping.get(name) or self._kept_stopping.get(name)
         assert segment is not None, f"no rank computes the input of {span}"
         return segment.rank
 
-    def gradient_source(self, span: Span) -> int:
+    def gradient_source(self, span: Leg) -> int:
         """The rank that has, or will have, the gradient of a span's output."""
         name = (span.micro_batch, span.stop)
         segment = self._starting.get(name) or self._kept_starting.get(name)

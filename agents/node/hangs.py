@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection
 
 from everstep.comms.control import telemetry_pb2 as pb
 from everstep.elastic.contract.notices import Notice
-from everstep.elastic.contract.progress import Phase, Reading
+from everstep.elastic.contract.progress import Reading, StepPhase
 from everstep.elastic.protocol.liveness import (
     RULES,
     SLEPT_S,
@@ -52,7 +52,7 @@ class HangWatch:
         slept_s = now - self._looked_s if self._looked_s else 0.0
         self._looked_s = now
         readings = [(worker, worker.reading()) for worker in workers if worker.pid and not worker.fenced]
-        readings = [(worker, reading) for worker, reading in readings if reading.phase is not Phase.AFTER]
+        readings = [(worker, reading) for worker, reading in readings if reading.phase is not StepPhase.AFTER]
         for worker, reading in readings:
             if slept_s > SLEPT_S:
                 worker.pulse = worker.pulse.slept(slept_s)
@@ -125,7 +125,7 @@ def _stalled(begun: Collection[tuple[WorkerProcess, Reading]], now: float) -> bo
 def place_of(reading: Reading) -> str:
     """Where a worker is."""
     if reading.pace in (Pace.FIRST, Pace.STEADY):
-        return f"{Phase(reading.phase).name.lower()} of step {reading.step}"
+        return f"{StepPhase(reading.phase).name.lower()} of step {reading.step}"
     place = RULES[reading.pace].place
     return place if reading.pace is Pace.FREE else f"{place} in step {reading.step}"
 

@@ -26,7 +26,7 @@ from everstep.comms.control import everstep_pb2 as pb
 from everstep.comms.control.attach import AbortHeard, Attachment, Broken
 from everstep.comms.control.telemetry_pb2 import AskSpans
 from everstep.elastic.contract.notices import Notice
-from everstep.elastic.contract.progress import Fault, Phase
+from everstep.elastic.contract.progress import Fault, StepPhase
 from everstep.elastic.contract.settings import WorkerContext
 from everstep.elastic.protocol.events import Begun, WorkerId
 from everstep.elastic.protocol.liveness import FLOOR_S, USER_S
@@ -643,7 +643,7 @@ class NodeAgent:
             cause=cause,
             clean=worker.status == 0,
             step=reading.step,
-            phase=Phase(reading.phase).name.lower(),
+            phase=StepPhase(reading.phase).name.lower(),
             finished_micro_batches=reading.finished_micro_batches,
             detected_at_s=worker.ended_s,
             killed_at_s=reading.fault_ns / 1e9,
@@ -719,7 +719,7 @@ class NodeAgent:
 
         One that a signal has killed needs no other: the kernel is busy with it.
         """
-        trains = worker.elastic and worker.reading().phase is not Phase.AFTER
+        trains = worker.elastic and worker.reading().phase is not StepPhase.AFTER
         killed = worker.status is not None and worker.status < 0
         if (worker.lost or trains) and not killed and runs_without_main_thread(worker.pid):
             worker.kill("its main thread has ended, and other threads have not")
@@ -735,7 +735,7 @@ class NodeAgent:
 
         While its workers commit steps it is not cut off: then only the coordinator is away, and will be back.
         """
-        after = any(worker.reading().phase is Phase.AFTER for worker in self.workers.values())
+        after = any(worker.reading().phase is StepPhase.AFTER for worker in self.workers.values())
         if after or not self.token or self.outcome is not None or now - self.link.heard_s < ALONE_S:
             self._alone_s = 0.0
             return False

@@ -9,7 +9,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from everstep.elastic.contract.errors import UsageError
-from everstep.elastic.contract.progress import Phase
+from everstep.elastic.contract.progress import StepPhase
 from everstep.elastic.contract.telemetry import Spent
 from everstep.elastic.engine.engine import Engine
 from everstep.elastic.protocol.liveness import Pace
@@ -17,7 +17,7 @@ from everstep.elastic.step.devices import to_device
 from everstep.elastic.step.gradients import GradientWatch
 from everstep.elastic.step.pipeline import tokens_and_samples
 from everstep.elastic.step.schedule import ScheduledRate
-from everstep.resharding.work import Span
+from everstep.resharding.work import Leg
 
 Guard = Callable[..., None]
 
@@ -45,7 +45,7 @@ class Batches:
         self._gradients = gradients
         self._found = found  # schedulers that the user's loop steps
         self._turn = -1  # the step of the last micro-batch that was handed out; -1: nothing to check of it
-        self._open: Span | None = None  # handed out, gradient not yet taken
+        self._open: Leg | None = None  # handed out, gradient not yet taken
         self._skipped = False  # the micro-batch last handed out was
         self._handed_out_ns = 0
 
@@ -111,7 +111,7 @@ class Batches:
             engine.comm.ready(())  # raises Aborted
             _, state = engine.current()
             span = state.todo[0]
-            engine.progress.mark(Phase.COMPUTE, state.step, finished=len(state.held))
+            engine.progress.mark(StepPhase.COMPUTE, state.step, finished=len(state.held))
             started_ns = time.monotonic_ns()
             with engine.progress.within(Pace.FETCH):
                 ready.append(to_device(engine.data.fetch(state.step, span.micro_batch), engine.stack.device))
@@ -160,7 +160,7 @@ class Batches:
         engine.adjustments.notice(state.step)
         engine.pipeline.harvest(state, span, {0: engine.pipeline.take_statistics(0)})
         engine.progress.telemetry.span(Spent.COMPUTE, self._handed_out_ns, micro_batch=span.micro_batch)
-        engine.progress.mark(Phase.COMPUTE, state.step, finished=len(state.held))
+        engine.progress.mark(StepPhase.COMPUTE, state.step, finished=len(state.held))
         self._complete_what_is_done()
 
     def _complete_what_is_done(self) -> None:

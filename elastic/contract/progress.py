@@ -42,7 +42,7 @@ STACKS_SIGNAL = signal.SIGRTMAX - 3  # real-time, and neither the first nor the 
 COORDINATOR = "es-coordinator"  # the name of its process
 
 
-class Phase(enum.IntEnum):
+class StepPhase(enum.IntEnum):
     """What a worker is doing."""
 
     START = 0
@@ -59,7 +59,7 @@ class Phase(enum.IntEnum):
     AFTER = 11  # training is over: what the script does now is its own
 
 
-_MOVES = frozenset({Phase.RECOVER, Phase.RESTORE, Phase.JOIN, Phase.LEAVE})  # layers may change hands
+_MOVES = frozenset({StepPhase.RECOVER, StepPhase.RESTORE, StepPhase.JOIN, StepPhase.LEAVE})  # layers may change hands
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Reading:
 
     counter: int
     step: int
-    phase: Phase
+    phase: StepPhase
     finished_micro_batches: int
     pace: Pace
     fault_ns: int
@@ -118,7 +118,7 @@ def create_page() -> int:
 
 def read_page(memory: mmap.mmap) -> Reading:
     counter, step, phase, finished, pace, fault_ns = _PAGE.unpack_from(memory, 0)
-    return Reading(counter, step, Phase(phase), finished, Pace(pace), fault_ns, _read_waits(memory))
+    return Reading(counter, step, StepPhase(phase), finished, Pace(pace), fault_ns, _read_waits(memory))
 
 
 def _read_waits(memory: mmap.mmap) -> Waits | None:
@@ -138,7 +138,7 @@ class Progress:
         self._memory = mmap.mmap(-1 if fd is None else fd, SHARED_BYTES)
         self.telemetry = Telemetry(self._memory)
         self._counter = 0
-        self._place = (-1, Phase.START)
+        self._place = (-1, StepPhase.START)
         self._finished = 0
         self._first: int | None = None  # the first step of this process, or with these layers, once it has begun
         self._outside = True  # in the user's own code between steps, which may take what it likes
@@ -238,10 +238,10 @@ class Progress:
 
     def after_training(self, step: int) -> None:
         """What comes now is no part of training, and takes as long as it likes."""
-        self.mark(Phase.AFTER, step)
+        self.mark(StepPhase.AFTER, step)
         self.leave()
 
-    def mark(self, phase: Phase, step: int, *, finished: int | None = None) -> None:
+    def mark(self, phase: StepPhase, step: int, *, finished: int | None = None) -> None:
         """Enter a phase of a step; `finished` micro-batches of it are done here."""
         self._counter += 1
         self._within = None
@@ -253,7 +253,7 @@ class Progress:
             self._finished = finished
         if phase in _MOVES:
             self._first = None
-        elif phase is Phase.COMPUTE and self._first is None:
+        elif phase is StepPhase.COMPUTE and self._first is None:
             self._first = step
         if self._outside:
             self._outside = False
@@ -262,7 +262,7 @@ class Progress:
         if self._faults:
             self._inject(phase, step)
 
-    def _inject(self, phase: Phase, step: int) -> None:
+    def _inject(self, phase: StepPhase, step: int) -> None:
         for fault in self._faults:
             if fault.phase != phase.name.lower() or step < fault.step:
                 continue

@@ -29,7 +29,7 @@ from everstep.comms.mesh.communicator import Communicator
 from everstep.elastic.contract.errors import UsageError
 from everstep.elastic.contract.membership import Membership, Orders
 from everstep.elastic.contract.notices import Notice, warn
-from everstep.elastic.contract.progress import Phase, Progress
+from everstep.elastic.contract.progress import Progress, StepPhase
 from everstep.elastic.contract.settings import Settings
 from everstep.elastic.contract.stateful import (
     REGISTERED_BYTES,
@@ -170,8 +170,8 @@ class Engine:
                 w.Protect: lambda it: self.protect(anyway=True),
                 w.TellCommitted: lambda it: self._tell_committed(json.loads(it.agreement), it.agreement, it.generation),
                 w.TellIdled: lambda it: self.membership.tell("idled", generation=it.generation),
-                w.TellLeft: self._tell_left,
-                w.Conclude: self._conclude,
+                w.ReportLeft: self._tell_left,
+                w.WaitUntilWhole: self._conclude,
             }
         )
 
@@ -253,7 +253,7 @@ class Engine:
         self.membership.begun(it.step)
         self.check_values(thorough=True)
         began_ns = time.monotonic_ns()
-        self.progress.mark(Phase.REDUCE, state.step, finished=len(state.held))
+        self.progress.mark(StepPhase.REDUCE, state.step, finished=len(state.held))
         self.pipeline.end_step()
         gradients = {
             shard.index: self.snapshots.gradient(
@@ -274,7 +274,7 @@ class Engine:
         """Exchange norms and losses. The answer says that every owner's gradient and snapshot are in its keeper."""
         layout, state = self.current()
         agree_ns = time.monotonic_ns()
-        self.progress.mark(Phase.AGREE, state.step)
+        self.progress.mark(StepPhase.AGREE, state.step)
         began_ns = time.monotonic_ns()
         waiting = self.progress.waiting
         with waiting(SNAPSHOT):
@@ -488,7 +488,7 @@ class Engine:
     def update(self, agreement: str) -> None:
         """Run the optimizer on the owned shards, as agreed."""
         terms = json.loads(agreement)
-        self.progress.mark(Phase.UPDATE, terms["step"])
+        self.progress.mark(StepPhase.UPDATE, terms["step"])
         began_ns = time.monotonic_ns()
         self.pipeline.base_statistics = {}  # the next version's are written now
         self.optimizer.update(self.gradients, terms)
@@ -506,7 +506,7 @@ class Engine:
         """Version step + 1 is held here: start protecting it."""
         layout, terms = it.layout, json.loads(it.agreement)
         step = terms["step"]
-        self.progress.mark(Phase.COMMIT, step, finished=0)
+        self.progress.mark(StepPhase.COMMIT, step, finished=0)
         began_ns = time.monotonic_ns()
         if it.free:
             self.stack.hold(layout.stage_of(self.rank).start, layout.stage_of(self.rank).stop)
@@ -611,7 +611,7 @@ class Engine:
             self.checkpoints.keep(self.version, self._state_of)
         self.worker.happened(w.LoopLeft())
 
-    def _tell_left(self, it: w.TellLeft) -> None:
+    def _tell_left(self, it: w.ReportLeft) -> None:
         self.membership.tell("left", version=it.version, name=self.last_name())
         proposal = self.offered(last=True)
         if proposal is not None:
@@ -625,7 +625,7 @@ class Engine:
         """Past the last step: return when its version is whole here, parity included."""
         self.worker.happened(w.EndDue())
 
-    def _conclude(self, it: w.Conclude) -> w.Event:
+    def _conclude(self, it: w.WaitUntilWhole) -> w.Event:
         self.settle()
         if it.protect:
             self.protect(anyway=True)

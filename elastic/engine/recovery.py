@@ -20,7 +20,7 @@ from everstep.checkpointing.universal.manifest import CheckpointError
 from everstep.checkpointing.universal.store import StoreError
 from everstep.comms.mesh.communicator import Aborted, Key, Kind
 from everstep.elastic.contract.errors import JobEnded
-from everstep.elastic.contract.progress import Phase
+from everstep.elastic.contract.progress import StepPhase
 from everstep.elastic.contract.stateful import decode
 from everstep.elastic.contract.telemetry import Spent
 from everstep.elastic.guard.backups import Copies, backup_ranks
@@ -85,7 +85,7 @@ class Recovery:
         same = holding.values_version == holding.owned_version == state.version
         if same and engine.watch.changed(thorough=True):  # put in for an evaluation
             engine.worker.happened(w.Spoiled())
-        engine.progress.mark(Phase.RECOVER, engine.version)
+        engine.progress.mark(StepPhase.RECOVER, engine.version)
         engine.telemetry.interrupted()
         began_ns = time.monotonic_ns()
         while True:
@@ -127,7 +127,7 @@ class Recovery:
         Raises JobEnded then, and Aborted in that case.
         """
         engine = self.engine
-        engine.progress.mark(Phase.LEAVE, engine.version)
+        engine.progress.mark(StepPhase.LEAVE, engine.version)
         engine.snapshots.wait(engine.progress.tick)
         with engine.progress.waiting(SAVES):
             engine.checkpoints.conclude(self._patient)
@@ -243,7 +243,7 @@ class Recovery:
         engine.snapshots.enter(plan.generation, placement, orders.keepers, engine.record_bytes)
         entering = engine.worker.state.entering
         assert entering is not None
-        engine.progress.mark(Phase.JOIN if entering.fresh else Phase.RESTORE, entering.version)
+        engine.progress.mark(StepPhase.JOIN if entering.fresh else StepPhase.RESTORE, entering.version)
 
     def _forget_since(self, it: w.ForgetSince) -> None:
         """Go back: what was agreed, reduced and computed since `version` will be again, and come out the same.

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Self
 
-from everstep.resharding.work import Segment, Span, Work
+from everstep.resharding.work import AssignedLeg, Leg, Work
 
 
 class Need(NamedTuple):
@@ -25,13 +25,13 @@ class Need(NamedTuple):
 class Forward(NamedTuple):
     """Run a leg's forward; its input is what was needed, or a sample when the leg begins at layer 0."""
 
-    leg: Span
+    leg: Leg
 
 
 class Backward(NamedTuple):
     """Run a leg's backward with the gradient that has arrived."""
 
-    leg: Span
+    leg: Leg
 
 
 class Await(NamedTuple):
@@ -47,7 +47,7 @@ class Resend(NamedTuple):
     """What a rank has computed already and another one needs, after a change of the membership."""
 
     kind: Literal["activation", "gradient"]
-    leg: Span
+    leg: Leg
     to: int
 
 
@@ -58,16 +58,16 @@ class StepWork:
     step: int
     rank: int
     work: Work
-    todo: list[Span] = field(default_factory=list)
-    running: set[Span] = field(default_factory=set)  # forward done
-    held: set[Span] = field(default_factory=set)  # gradient held
+    todo: list[Leg] = field(default_factory=list)
+    running: set[Leg] = field(default_factory=set)  # forward done
+    held: set[Leg] = field(default_factory=set)  # gradient held
 
     @classmethod
     def begin(cls, step: int, rank: int, work: Work) -> Self:
         """A step of which this rank has done nothing."""
         return cls(step, rank, work, list(work.spans_of(rank)))
 
-    def resume(self, work: Work, started: Iterable[Segment]) -> None:
+    def resume(self, work: Work, started: Iterable[AssignedLeg]) -> None:
         """Go on with the work of a plan: keep what is held, and the forwards that are still this rank's."""
         self.work = work
         ours = set(work.spans_of(self.rank))
@@ -102,19 +102,19 @@ class StepWork:
         wanted = Need("activation", self.work.activation_source(leg), leg.micro_batch, leg.start)
         return Await({wanted: Forward(leg), **gradients})
 
-    def _next_forward(self, depth: int) -> Span | None:
+    def _next_forward(self, depth: int) -> Leg | None:
         if not self.todo:
             return None
         leg = self.todo[0]
         lowest = min((running.micro_batch for running in self.running), default=leg.micro_batch)
         return leg if len(self.running) < depth or leg.micro_batch <= lowest else None
 
-    def forwarded(self, leg: Span) -> None:
+    def forwarded(self, leg: Leg) -> None:
         """The forward of a leg is done."""
         self.todo.remove(leg)
         self.running.add(leg)
 
-    def finished(self, leg: Span) -> None:
+    def finished(self, leg: Leg) -> None:
         """The gradient of a leg is held. A leg that the user's loop computes was never `running`."""
         if leg in self.running:
             self.running.remove(leg)
@@ -124,7 +124,7 @@ class StepWork:
 
     # ------------------------------------------------------------ who needs what of whom
 
-    def resends(self, started: Iterable[Segment]) -> list[Resend]:
+    def resends(self, started: Iterable[AssignedLeg]) -> list[Resend]:
         """What to send again after a change of the membership. `started`: segments whose forward is done elsewhere."""
         elsewhere = {segment.span for segment in started}
         found = []

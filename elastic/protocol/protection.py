@@ -12,7 +12,7 @@ from everstep.resharding.plan import Plan, Report, plan_resume
 from everstep.resharding.planners import change_layout
 
 from . import events as e
-from .state import Recovery, State
+from .state import RecoveryStory, State
 
 STATE_SLOTS = 3  # per shard: a version that outlives nodes, the newest complete one, and the one being written
 LOCAL_STATE_SLOTS = 2  # where no node can be lost: the newest complete version, and the one being written
@@ -130,7 +130,7 @@ def protected_now(state: State, reports: Iterable[tuple[str, Report]]) -> int:
     return max(found)
 
 
-def still_missing(recovery: Recovery, newest: int) -> Recovery:
+def still_missing(recovery: RecoveryStory, newest: int) -> RecoveryStory:
     """The recovery without what a plan made good that training went on from: all had carried it out."""
     if not 0 <= recovery.planned < newest:
         return recovery
@@ -139,7 +139,7 @@ def still_missing(recovery: Recovery, newest: int) -> Recovery:
     )
 
 
-def target(state: State, recovery: Recovery, newest: int, reports: Sequence[tuple[str, Report]]) -> int:
+def target(state: State, recovery: RecoveryStory, newest: int, reports: Sequence[tuple[str, Report]]) -> int:
     """The version to go on from: `newest`, or, if a lost node took some of it along, the newest that is whole.
 
     A node took nothing along if its members had only just entered at `newest`: what they own is still where they took
@@ -155,7 +155,7 @@ def target(state: State, recovery: Recovery, newest: int, reports: Sequence[tupl
     return max((version for version in candidates if version <= limit), default=-1)
 
 
-def stand_in(state: State, job: e.Job, recovery: Recovery, newest: int) -> tuple[int, Recovery]:
+def stand_in(state: State, job: e.Job, recovery: RecoveryStory, newest: int) -> tuple[int, RecoveryStory]:
     """The version to go on from with what is gone made up from neighbouring layers; -1 if it cannot be.
 
     At the version that was tried last, or, if nothing outlives nodes here, at the newest.
@@ -171,7 +171,7 @@ def stand_in(state: State, job: e.Job, recovery: Recovery, newest: int) -> tuple
     return version, replace(recovery, substitutes=substitutes)
 
 
-def resumable(state: State, recovery: Recovery, newest: int) -> bool:
+def resumable(state: State, recovery: RecoveryStory, newest: int) -> bool:
     """Whether the job may go back to its newest checkpoint, when no memory has what is needed.
 
     Going on from where it has only just been resumed is no loss, whatever `on_loss` says.

@@ -48,7 +48,7 @@ from .restarts import classic_exit
 from .state import (
     Loss,
     Phase,
-    Recovery,
+    RecoveryStory,
     State,
     Status,
     Worker,
@@ -204,7 +204,7 @@ def begin_recovery(
     died = (death.worker,) if death else tuple(worker.id for worker in lost)
     detected_s = death.detected_at_s if death and death.detected_at_s else now
     killed_s = death.killed_at_s if death and death.killed_at_s else detected_s
-    recovery = Recovery(
+    recovery = RecoveryStory(
         generation=generation,
         cause=cause.after(earlier.cause if earlier else None),
         why=earlier.why if earlier else why,
@@ -338,7 +338,7 @@ def _recovery_plan(state: State, job: e.Job, reports: list[Report], back_to: int
     return plan_recovery(job.model, old, reports, state.generation, (state.agreed, state.agreement))
 
 
-def _everything_gone(state: State, recovery: Recovery, newest: int) -> str:
+def _everything_gone(state: State, recovery: RecoveryStory, newest: int) -> str:
     """Why the job cannot go on: what is lost, who held it, and what was protected."""
     assert state.layout is not None
     live = set(state.workers) - set(state.vacant)
@@ -448,7 +448,7 @@ def resumed(state: State, event: e.WorkerResumed, now: float) -> State:
     return replace(state, recovery=replace(recovery, resumed=resumed, resumed_s=now))
 
 
-def recovered(recovery: Recovery, step: int, now: float) -> e.Record:
+def recovered(recovery: RecoveryStory, step: int, now: float) -> e.Record:
     """The log line of a recovery: its phases in seconds, which add up to the total."""
     detect_s = recovery.detected_s - recovery.killed_s
     abort_s = max(0.0, recovery.started_s - recovery.detected_s)

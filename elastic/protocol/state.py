@@ -146,7 +146,7 @@ class Loss(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recovery:
+class RecoveryStory:
     """A recovery under way, and after it until the next commit: what its log line will say."""
 
     generation: int
@@ -196,7 +196,7 @@ class State:
     generation: int = 0
     layout: Layout | None = None
     join: Plan | None = None  # a join or a leave: prepared, not yet switched to
-    recovery: Recovery | None = None
+    recovery: RecoveryStory | None = None
     placement: Placement | None = None  # of parity, in the newest generation
     placements: Mapping[int, Placement] = field(default_factory=dict)  # by generation: the layout's, and the join's
     committed: int = -1  # the last committed step; goes back when a lost node takes versions with it

@@ -447,14 +447,14 @@ class HandOver:
 
 
 @dataclass(frozen=True)
-class TellLeft:
+class ReportLeft:
     """Tell the coordinator that the user's code has left the loop, and decline what is proposed from now on."""
 
     version: int
 
 
 @dataclass(frozen=True)
-class Conclude:
+class WaitUntilWhole:
     """Wait until the last version, its parity and its checkpoints are whole here. Answer: Concluded."""
 
     protect: bool
@@ -489,8 +489,8 @@ Instruction = (
     | TellIdled
     | ForgetSnapshots
     | HandOver
-    | TellLeft
-    | Conclude
+    | ReportLeft
+    | WaitUntilWhole
 )
 Outcome = tuple[WorkerState, list[Instruction]]
 
@@ -715,11 +715,11 @@ def _loop_left(state: WorkerState, event: LoopLeft) -> Outcome:
     if state.leave_at is not None:
         return state, []
     state = replace(state, leave_at=state.version)
-    return state, [TellLeft(state.version)] if state.version < state.steps else []
+    return state, [ReportLeft(state.version)] if state.version < state.steps else []
 
 
 def _end_due(state: WorkerState, event: EndDue) -> Outcome:
-    return replace(state, phase=WorkerPhase.CONCLUDING), [Conclude(protect=state.version < state.steps)]
+    return replace(state, phase=WorkerPhase.CONCLUDING), [WaitUntilWhole(protect=state.version < state.steps)]
 
 
 def _concluded(state: WorkerState, event: Concluded) -> Outcome:

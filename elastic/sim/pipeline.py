@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from everstep.elastic.protocol.legs import Await, Backward, Need, StepWork
-from everstep.resharding.work import Segment, Span, Work
+from everstep.resharding.work import AssignedLeg, Leg, Work
 
 from .links import Key, Links
 from .values import (
@@ -22,12 +22,12 @@ from .world import Steps
 class StepState(StepWork):
     """Step `step` as one rank sees it: its work, and the hashes that it has of it."""
 
-    graphs: dict[Span, list[str]] = field(default_factory=dict)  # running leg -> the inputs of its layers, its output
+    graphs: dict[Leg, list[str]] = field(default_factory=dict)  # running leg -> the inputs of its layers, its output
     sums: dict[int, dict[int, str]] = field(default_factory=dict)  # layer -> micro-batch -> leaf
     outputs: dict[tuple[int, int], str] = field(default_factory=dict)
     input_gradients: dict[tuple[int, int], str] = field(default_factory=dict)
 
-    def resume(self, work: Work, started: Iterable[Segment]) -> None:
+    def resume(self, work: Work, started: Iterable[AssignedLeg]) -> None:
         """Go on with the work of a plan."""
         super().resume(work, started)
         self.graphs = {leg: graph for leg, graph in self.graphs.items() if leg in self.running}
@@ -43,7 +43,7 @@ class Pipeline:
         self._forward_s = forward_s
         self.mark: Callable[[str], None] = lambda phase: None
 
-    def resend(self, state: StepState, started: Iterable[Segment]) -> None:
+    def resend(self, state: StepState, started: Iterable[AssignedLeg]) -> None:
         """After a change of generation: send again what others need of the work already done here."""
         for item in state.resends(started):
             send = self._send_activation if item.kind == "activation" else self._send_gradient
@@ -68,7 +68,7 @@ class Pipeline:
             else:
                 yield from self._forward(state, action.leg, data or mixed("data", state.step, action.leg.micro_batch))
 
-    def _forward(self, state: StepState, span: Span, value: str) -> Steps[None]:
+    def _forward(self, state: StepState, span: Leg, value: str) -> Steps[None]:
         self.mark("compute")
         yield self._forward_s * (span.stop - span.start)
         inputs = [value]
@@ -84,12 +84,12 @@ class Pipeline:
         if following is not None:
             self._send_activation(state, span, following.rank)
 
-    def _backward(self, state: StepState, span: Span, gradient: str) -> Steps[None]:
+    def _backward(self, state: StepState, span: Leg, gradient: str) -> Steps[None]:
         self.mark("compute")
         yield 2 * self._forward_s * (span.stop - span.start)
         self._finish(state, span, state.graphs.pop(span), gradient)
 
-    def _finish(self, state: StepState, span: Span, inputs: list[str], gradient: str) -> None:
+    def _finish(self, state: StepState, span: Leg, inputs: list[str], gradient: str) -> None:
         for layer in reversed(range(span.start, span.stop)):
             value = inputs[layer - span.start]
             gradient, leaf = backwarded(layer, tuple(self._values(layer)), value, gradient)
@@ -104,11 +104,11 @@ class Pipeline:
             if before is not None:
                 self._send_gradient(state, span, before.rank)
 
-    def _send_activation(self, state: StepState, span: Span, to: int) -> None:
+    def _send_activation(self, state: StepState, span: Leg, to: int) -> None:
         value = state.outputs[(span.stop, span.micro_batch)]
         self._links.send(to, ("activation", state.step, span.micro_batch, span.stop), value)
 
-    def _send_gradient(self, state: StepState, span: Span, to: int) -> None:
+    def _send_gradient(self, state: StepState, span: Leg, to: int) -> None:
         value = state.input_gradients[(span.start, span.micro_batch)]
         self._links.send(to, ("gradient", state.step, span.micro_batch, span.start), value)
 

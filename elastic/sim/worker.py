@@ -127,8 +127,8 @@ class SimWorker:
             w.TellIdled: self._tell_idled,
             w.ForgetSnapshots: self._forget_snapshots,
             w.HandOver: self._hand_over,
-            w.TellLeft: self._tell_left,
-            w.Conclude: self._conclude,
+            w.ReportLeft: self._tell_left,
+            w.WaitUntilWhole: self._conclude,
         }
 
     @property
@@ -536,14 +536,14 @@ class SimWorker:
 
     # ------------------------------------------------------------ the end
 
-    def _tell_left(self, it: w.TellLeft) -> Steps[None]:
+    def _tell_left(self, it: w.ReportLeft) -> Steps[None]:
         yield from ()
         self.around.tell(e.WorkerLeft(self.id, it.version, f"v{it.version}"))
         proposal = self._offered(last=True)
         if proposal is not None:
             self.around.tell(e.WorkerIdled(self.id, proposal.generation))
 
-    def _conclude(self, it: w.Conclude) -> Steps[w.Event]:
+    def _conclude(self, it: w.WaitUntilWhole) -> Steps[w.Event]:
         """Past the last step: return when its version is whole here, parity included."""
         if it.protect:
             self._keep(anyway=True)

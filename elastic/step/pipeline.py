@@ -16,12 +16,12 @@ from torch import Tensor
 from everstep.comms.mesh.communicator import Communicator, Key, Kind
 from everstep.comms.mesh.tensors import decode, encode
 from everstep.elastic.contract.errors import UsageError
-from everstep.elastic.contract.progress import Phase, Progress
+from everstep.elastic.contract.progress import Progress, StepPhase
 from everstep.elastic.contract.telemetry import Spent
 from everstep.elastic.holding.stack import LayerStack
 from everstep.elastic.protocol.legs import Await, Backward, Need
 from everstep.elastic.protocol.liveness import Pace
-from everstep.resharding.work import Segment, Span
+from everstep.resharding.work import AssignedLeg, Leg
 
 from .devices import seed_torch, to_device
 from .forwards import Forwards
@@ -53,7 +53,7 @@ class Pipeline:
         self.loss_fn = loss_fn
         self.base_statistics: dict[int, list[Tensor]] = {}
 
-    def resend(self, state: StepState, started: Iterable[Segment]) -> None:
+    def resend(self, state: StepState, started: Iterable[AssignedLeg]) -> None:
         """After a change of the membership: send again what others need of the work already done here."""
         for item in state.resends(started):
             send = self._send_activation if item.kind == "activation" else self._send_gradient
@@ -79,8 +79,8 @@ class Pipeline:
             else:
                 self._forward(state, action.leg, data)
 
-    def _forward(self, state: StepState, span: Span, data: memoryview | None) -> None:
-        self.progress.mark(Phase.COMPUTE, state.step, finished=len(state.held))
+    def _forward(self, state: StepState, span: Leg, data: memoryview | None) -> None:
+        self.progress.mark(StepPhase.COMPUTE, state.step, finished=len(state.held))
         inputs: list[Tensor | None] = []
         value: Any
         targets: Any = None
@@ -169,11 +169,11 @@ class Pipeline:
     def _seed(self, step: int, micro_batch: int, layer: int) -> None:
         seed_torch(derive_seed("forward", self.seed, step, micro_batch, layer))
 
-    def _backward(self, state: StepState, span: Span, data: memoryview) -> None:
-        self.progress.mark(Phase.COMPUTE, state.step, finished=len(state.held))
+    def _backward(self, state: StepState, span: Leg, data: memoryview) -> None:
+        self.progress.mark(StepPhase.COMPUTE, state.step, finished=len(state.held))
         self._finish(state, span, state.graphs.pop(span), decode(data, self.stack.device_of(span.stop - 1)))
 
-    def _finish(self, state: StepState, span: Span, graph: Graph, gradients: Sequence[Tensor | None] | None) -> None:
+    def _finish(self, state: StepState, span: Leg, graph: Graph, gradients: Sequence[Tensor | None] | None) -> None:
         """The backward of a span: its gradients become leaves of the sums, the input's goes upstream."""
         started_ns = time.monotonic_ns()
         pairs = [
@@ -191,9 +191,9 @@ class Pipeline:
             before = state.work.previous_segment(span)
             if before is not None:
                 self._send_gradient(state, span, before.rank)
-        self.progress.mark(Phase.COMPUTE, state.step, finished=len(state.held))
+        self.progress.mark(StepPhase.COMPUTE, state.step, finished=len(state.held))
 
-    def harvest(self, state: StepState, span: Span, statistics: dict[int, list[Tensor]]) -> None:
+    def harvest(self, state: StepState, span: Leg, statistics: dict[int, list[Tensor]]) -> None:
         """Take the gradients of a micro-batch out of the parameters and into the sums."""
         for number in range(span.start, span.stop):
             layer = self.stack.layers[number]
@@ -208,17 +208,17 @@ class Pipeline:
             state.hold(span, number, leaf)
         state.finished(span)
 
-    def drop_gradients(self, span: Span) -> None:
+    def drop_gradients(self, span: Leg) -> None:
         """Forget the gradients of a micro-batch that is not ours any more."""
         for number in range(span.start, span.stop):
             for held in self.stack.layers[number].parameters:
                 held.tensor.grad = None
 
-    def _send_activation(self, state: StepState, span: Span, to: int) -> None:
+    def _send_activation(self, state: StepState, span: Leg, to: int) -> None:
         key = Key(Kind.ACTIVATION, state.step, span.micro_batch, span.stop)
         self.comm.send(to, key, encode(state.outputs[(span.stop, span.micro_batch)]))
 
-    def _send_gradient(self, state: StepState, span: Span, to: int) -> None:
+    def _send_gradient(self, state: StepState, span: Leg, to: int) -> None:
         key = Key(Kind.GRADIENT, state.step, span.micro_batch, span.start)
         self.comm.send(to, key, encode(state.input_gradients[(span.start, span.micro_batch)]))
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from everstep.elastic.protocol.legs import StepWork
-from everstep.resharding.work import Segment, Span, Work
+from everstep.resharding.work import AssignedLeg, Leg, Work
 
 from .canonical import TreeSum
 
@@ -27,21 +27,21 @@ class StepState(StepWork):
     """Step `step` as this rank sees it: its work, and the tensors that it has of it."""
 
     leaves: int = 0  # of a sum: the micro-batches of the step
-    graphs: dict[Span, Graph] = field(default_factory=dict)  # of running legs
+    graphs: dict[Leg, Graph] = field(default_factory=dict)  # of running legs
     sums: dict[int, TreeSum] = field(default_factory=dict)
     outputs: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict)  # (boundary, micro-batch)
     input_gradients: dict[tuple[int, int], list[Tensor | None]] = field(default_factory=dict)
     losses: dict[int, float] = field(default_factory=dict)
     touched: set[int] = field(default_factory=set)  # parameters of which some micro-batch here had a gradient
 
-    def resume(self, work: Work, started: Iterable[Segment]) -> None:
+    def resume(self, work: Work, started: Iterable[AssignedLeg]) -> None:
         """Go on with the work of a plan; what other ranks compute now is dropped."""
         super().resume(work, started)
         self.graphs = {leg: graph for leg, graph in self.graphs.items() if leg in self.running}
         held = {leg.micro_batch for leg in self.held}
         self.losses = {m: loss for m, loss in self.losses.items() if m in held}
 
-    def hold(self, span: Span, layer: int, gradients: list[Tensor]) -> None:
+    def hold(self, span: Leg, layer: int, gradients: list[Tensor]) -> None:
         """Add one layer's gradient of a micro-batch to the canonical sum."""
         self.sums.setdefault(layer, TreeSum(self.leaves)).add(span.micro_batch, gradients)
 

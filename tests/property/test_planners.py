@@ -27,7 +27,7 @@ from everstep.resharding.planners import (
     partition,
 )
 from everstep.resharding.units import ModelSpec, ParameterSpec
-from everstep.resharding.work import Segment, Span
+from everstep.resharding.work import AssignedLeg, Leg
 
 from .worlds import ROW, Loss, histories, losses, models
 
@@ -187,15 +187,15 @@ def test_recovery_plans(loss: Loss) -> None:
     if agreed:
         assert plan.agreement == f"agreement of {loss.step}"
     current = [r for r in reports if r.values_version == plan.version]
-    held = {Segment(r.rank, *span) for r in current for span in r.held}
+    held = {AssignedLeg(r.rank, *span) for r in current for span in r.held}
     assert set(plan.kept) == held
     assert not {s[1:] for s in plan.work} & {s[1:] for s in held}
     for report in current:
         stage = plan.layout.stage_of(report.rank)
         for span in (*report.todo, *report.started):
             if (stage.start, stage.stop) == (span.start, span.stop):
-                assert Segment(report.rank, *span) in plan.work, "claims stay with their rank"
-    forwards = {Segment(r.rank, *span) for r in current for span in r.started}
+                assert AssignedLeg(report.rank, *span) in plan.work, "claims stay with their rank"
+    forwards = {AssignedLeg(r.rank, *span) for r in current for span in r.started}
     assert set(plan.started) == forwards & set(plan.work)
     for shard, owner in enumerate(plan.layout.owners):
         assert (shard in {g.shard for g in plan.gains}) == (shard not in by_rank[owner].owned)
@@ -227,8 +227,8 @@ def _reports(**second: object) -> tuple[ModelSpec, Layout, list[Report]]:
     spec = ModelSpec((1.0, 1.0), tuple(ParameterSpec(f"{i}", (4, ROW), "float32", 4, (i,)) for i in range(2)))
     layout = initial_layout(spec, range(2), 1, 2)
     first = Report(rank=0, generation=1, owned_version=3, values_version=3, layers=(0, 2), agreed=2, agreement="a")
-    other = replace(first, rank=1, held=(Span(1, 0, 2),))
-    return spec, layout, [replace(first, held=(Span(0, 0, 2),)), replace(other, **second)]
+    other = replace(first, rank=1, held=(Leg(1, 0, 2),))
+    return spec, layout, [replace(first, held=(Leg(0, 0, 2),)), replace(other, **second)]
 
 
 @pytest.mark.parametrize(
@@ -236,8 +236,8 @@ def _reports(**second: object) -> tuple[ModelSpec, Layout, list[Report]]:
     [
         ({"owned_version": 1}, "hold shards of other versions"),
         ({"owned_version": 4}, "hold shards of other versions"),
-        ({"held": (Span(0, 0, 2),)}, "held twice"),
-        ({"held": (Span(0, 1, 2),)}, "held twice"),
+        ({"held": (Leg(0, 0, 2),)}, "held twice"),
+        ({"held": (Leg(0, 1, 2),)}, "held twice"),
         ({"rank": 0}, "two reports of one rank"),
     ],
 )

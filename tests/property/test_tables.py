@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from everstep.resharding.layout import Layout, LayoutError
 from everstep.resharding.plan import Plan, plan_recovery
 from everstep.resharding.units import ModelSpec, Shard
-from everstep.resharding.work import Segment, Span, Work
+from everstep.resharding.work import AssignedLeg, Leg, Work
 
 from .worlds import Loss, histories, losses
 
@@ -62,7 +62,7 @@ def test_what_is_not_in_a_layout(history: tuple[ModelSpec, list[Layout]]) -> Non
 def same_tables(work: Work, ranks: tuple[int, ...], layers: int) -> None:
     everything = (*work.segments, *work.kept)
     for rank in ranks:
-        assert list(work.spans_of(rank)) == sorted(Span(*s[1:]) for s in work.segments if s.rank == rank)
+        assert list(work.spans_of(rank)) == sorted(Leg(*s[1:]) for s in work.segments if s.rank == rank)
         covered = {n for s in everything if s.rank == rank for n in range(s.start, s.stop)}
         assert list(work.layers_of(rank)) == sorted(covered)
     for layer in range(layers):
@@ -85,7 +85,7 @@ def test_the_tables_of_a_step(history: tuple[ModelSpec, list[Layout]], data: st.
     layout = layouts[-1]
     assert layout.work.segments == layout.segments()
     same_tables(layout.work, layout.ranks, spec.layers)
-    kept: list[Segment] = [s for s in layout.segments() if data.draw(st.booleans())]
+    kept: list[AssignedLeg] = [s for s in layout.segments() if data.draw(st.booleans())]
     left = [s for s in layout.segments() if s not in kept]
     same_tables(Work(left, kept), layout.ranks, spec.layers)
 

@@ -10,7 +10,7 @@ from everstep.resharding.layout import Layout
 from everstep.resharding.plan import Report
 from everstep.resharding.planners import change_layout, initial_layout
 from everstep.resharding.units import ModelSpec, ParameterSpec
-from everstep.resharding.work import Span
+from everstep.resharding.work import Leg
 
 ROW = 1 << 14  # float32 elements: one row is the smallest shard
 
@@ -82,7 +82,7 @@ def losses(draw) -> Loss:
 
 def _report(draw, spec: ModelSpec, layout: Layout, rank: int, step: int, agreed: bool) -> Report:
     stage = layout.stage_of(rank)
-    spans = [Span(*segment[1:]) for segment in layout.segments() if segment.rank == rank]
+    spans = [Leg(*segment[1:]) for segment in layout.segments() if segment.rank == rank]
     states = [draw(st.sampled_from(["todo", "started", "held"])) for _ in spans]
     torn = agreed or draw(st.integers(0, 4)) == 0
     return Report(

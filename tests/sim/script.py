@@ -8,7 +8,7 @@ from everstep.elastic.protocol.state import Config, State
 from everstep.elastic.sim.run import model
 from everstep.elastic.sim.transcript import brief, brief_plan
 from everstep.resharding.plan import Report
-from everstep.resharding.work import Span
+from everstep.resharding.work import Leg
 
 
 class Script:
@@ -72,7 +72,7 @@ class Script:
         if fresh:
             report = Report(rank=worker.rank, generation=0, fresh=True)
         else:
-            spans = [Span(*s[1:]) for s in layout.segments() if s.rank == worker.rank]
+            spans = [Leg(*s[1:]) for s in layout.segments() if s.rank == worker.rank]
             stage = layout.stage_of(worker.rank)
             owned = tuple(shard for shard, owner in enumerate(layout.owners) if owner == worker.rank)
             report = Report(

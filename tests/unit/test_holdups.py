@@ -14,7 +14,7 @@ from everstep.elastic.protocol.state import (
     Config,
     Node,
     Phase,
-    Recovery,
+    RecoveryStory,
     State,
     Status,
     Worker,
@@ -127,7 +127,7 @@ def test_what_the_coordinator_itself_waits_for() -> None:
     assert waits_of_the_job(launched)[0].startswith("training waits for rank 2 (node a) to call run.prepare(...)")
     assert waits_of_the_job(replace(launched, elastic=False)) == [], "an ordinary script never does"
     assert waits_of_the_job(replace(state, workers=starting))[0].startswith("rank 2 (node a) is starting; training")
-    recovery = Recovery(
+    recovery = RecoveryStory(
         generation=2,
         cause=Cause.OTHER,
         why="",

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from everstep.elastic.contract.progress import (
-    Phase,
     Progress,
+    StepPhase,
     create_page,
     read_page,
 )
@@ -180,28 +180,28 @@ def test_the_pace_of_a_worker() -> None:
 
     assert pace() is Pace.FREE, "it imports, and builds its model"
     for step, expected in ((5, Pace.FIRST), (6, Pace.STEADY)):  # 5: it goes on from a checkpoint, or has joined
-        progress.mark(Phase.COMPUTE, step)
+        progress.mark(StepPhase.COMPUTE, step)
         with progress.within(Pace.FETCH):
             assert pace() is Pace.FETCH
             progress.tick()
             assert pace() is Pace.FETCH, "a heartbeat changes nothing but the time"
-        for phase in (Phase.COMPUTE, Phase.REDUCE, Phase.AGREE, Phase.UPDATE, Phase.COMMIT):
+        for phase in (StepPhase.COMPUTE, StepPhase.REDUCE, StepPhase.AGREE, StepPhase.UPDATE, StepPhase.COMMIT):
             progress.mark(phase, step)
             assert pace() is expected
         progress.leave()
         assert pace() is Pace.FREE
-    progress.mark(Phase.COMPUTE, 7)
+    progress.mark(StepPhase.COMPUTE, 7)
     assert pace() is Pace.STEADY
     progress.enter(Pace.USER)
     assert pace() is Pace.USER
-    for phase in (Phase.RECOVER, Phase.RESTORE, Phase.COMPUTE, Phase.COMMIT):  # other layers, perhaps
+    for phase in (StepPhase.RECOVER, StepPhase.RESTORE, StepPhase.COMPUTE, StepPhase.COMMIT):  # other layers, perhaps
         progress.mark(phase, 7)
         assert pace() is Pace.FIRST
-    progress.mark(Phase.COMPUTE, 8)
+    progress.mark(StepPhase.COMPUTE, 8)
     assert pace() is Pace.STEADY
     progress.leave()
     with progress.called():
-        progress.mark(Phase.RECOVER, 8)
+        progress.mark(StepPhase.RECOVER, 8)
     assert pace() is Pace.FREE, "the user's code goes on"
 
 
@@ -216,5 +216,5 @@ def test_what_a_worker_waits_for_is_on_its_page() -> None:
     assert read_page(progress._memory).waits is None
     with progress.waiting("a keeper"):
         progress.tick()
-        progress.mark(Phase.COMPUTE, 3)
+        progress.mark(StepPhase.COMPUTE, 3)
         assert read_page(progress._memory).waits is None, "it works"

@@ -116,6 +116,47 @@ def test_modules_that_never_import_torch(module: str) -> None:
     subprocess.run([sys.executable, "-c", check], check=True, timeout=60)
 
 
+_STANDS_IN = "the simulator's, in place of it"
+SAME_NAMES = {  # of public classes that stand twice: why that is right; everything else has a name of its own
+    "Aborted": _STANDS_IN,
+    "Block": f"of parity: {_STANDS_IN}",
+    "Fault": _STANDS_IN,
+    "JobEnded": _STANDS_IN,
+    "Keeper": _STANDS_IN,
+    "Node": f"a machine: {_STANDS_IN}",
+    "Pipeline": _STANDS_IN,
+    "Protection": _STANDS_IN,
+    "Saving": _STANDS_IN,
+    "Snapshots": _STANDS_IN,
+    "Sources": _STANDS_IN,
+    "StepState": _STANDS_IN,
+    "Storage": f"of checkpoints: {_STANDS_IN}",
+}
+
+
+def public_classes() -> dict[str, list[str]]:
+    """The classes of the product without a leading underscore: name -> the files that define one."""
+    found: dict[str, list[str]] = {}
+    for room in ["everstep", *ROOMS]:
+        for path in sources(room) if room != "everstep" else sorted((ROOT / room).glob("**/*.py")):
+            if not path.stem.endswith(("_pb2", "_pb2_grpc")):
+                for node in ast.walk(ast.parse(path.read_text())):
+                    if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                        found.setdefault(node.name, []).append(path.relative_to(ROOT).as_posix())
+    return found
+
+
+def test_no_two_public_classes_share_a_name() -> None:
+    """In a stack trace, a search or an import, a name is to be enough. The simulator's stand-ins may share one."""
+    classes = public_classes()
+    assert len(classes) > 500
+    twice = {name: paths for name, paths in classes.items() if len(paths) > 1}
+    assert not [f"{name}: {', '.join(paths)}" for name, paths in twice.items() if name not in SAME_NAMES]
+    others = {name: [path for path in paths if not path.startswith("elastic/sim/")] for name, paths in twice.items()}
+    assert not {name: paths for name, paths in others.items() if len(paths) > 1}, "one of them is the simulator's"
+    assert set(twice) >= set(SAME_NAMES), f"these do not stand twice any more: {set(SAME_NAMES) - set(twice)}"
+
+
 def test_public_names() -> None:
     assert everstep.__all__ == ["Run", "Step", "UsageError", "elastic", "state_digest"]
     for name in everstep.__all__:
