@@ -187,7 +187,7 @@ class Observer:
                 tokens_per_s=tokens_per_s,
                 goodput=series.goodput(now),
                 lost_s=series.lost_s,
-                interval=_interval(state),
+                interval=state.snapshot_every,
                 exposure=self._exposure(state, now),
                 checkpoint=self._checkpoint,
                 checkpoint_s=self._checkpoint_s,
@@ -314,7 +314,7 @@ class Observer:
         metrics.training.inc(max(0.0, training_s - self._counted["training"]))
         self._counted["training"] = training_s
         metrics.goodput.set(series.goodput(now))
-        metrics.interval.set(_interval(state))
+        metrics.interval.set(state.snapshot_every)
         metrics.losses.set(state.placement.losses if state.placement is not None else 0)
         exposure = self._exposure(state, now)
         metrics.exposure_steps.set(_or_nan(exposure["steps"] if exposure else None))
@@ -357,11 +357,6 @@ class Observer:
         for series in self.ranks.values():
             while len(series.steps) > most:
                 series.steps.popleft()
-
-
-def _interval(state: State) -> int:
-    """Steps between versions that outlive nodes, as agreed last; 0 if nothing was."""
-    return int(json.loads(state.agreement).get("every", 0)) if state.agreement else 0
 
 
 def _or_nan(value: float | None) -> float:

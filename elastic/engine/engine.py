@@ -542,7 +542,7 @@ class Engine:
             self.protect(anyway=self.ended(), then=self.checkpoints.begin(terms, layout, self.rank))
 
     def _tell_committed(self, terms: dict[str, Any], agreement: str, generation: int) -> None:
-        told = {name: terms[name] for name in ("step", "loss", "digest", "protected")}
+        told = {name: terms[name] for name in ("step", "loss", "digest", "protected", "every")}
         self.membership.tell("committed", **told, agreement=agreement, generation=generation)
 
     def _begin_step(self, it: w.BeginStep) -> None:

@@ -223,7 +223,8 @@ def _committed(state: State, event: e.WorkerCommitted, now: float) -> Outcome:
     if event.generation < state.rolled_back:
         return state, []  # of a future that was given up
     workers = {rank: replace(w, deaths=0, hangs=0) for rank, w in state.workers.items()}
-    state = replace(state, committed=event.step, workers=workers, protected=max(state.protected, event.protected))
+    protected, every = max(state.protected, event.protected), event.every or state.snapshot_every
+    state = replace(state, committed=event.step, workers=workers, protected=protected, snapshot_every=every)
     if event.step > state.agreed:
         state = replace(state, agreed=event.step, agreement=event.agreement)
     state, effects = _enter_in_ledger(state, layout, event)

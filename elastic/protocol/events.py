@@ -244,6 +244,7 @@ class WorkerCommitted:
     digest: str = ""
     generation: int = 0  # in which it was committed
     protected: int = -1  # the newest version that may lose nodes
+    every: int = 0  # steps between versions that outlive nodes, 0 if not said
 
 
 @dataclass(frozen=True)

@@ -204,6 +204,7 @@ class State:
     agreed: int = -1  # the newest step known to have been agreed on, by a commit or a report
     agreement: str = ""  # what was agreed in it
     protected: int = -1  # the newest version that is known to outlive nodes
+    snapshot_every: int = 0  # steps between versions that outlive nodes, as agreed last; 0 before anything was
     agreements: Mapping[int, str] = field(default_factory=dict)  # step -> what was agreed, from protected - 1 on
     digests: Mapping[int, str] = field(default_factory=dict)  # step -> digest in the ledger, likewise
     saved: tuple[Saved, ...] = ()  # committed checkpoints, newest first

@@ -521,6 +521,7 @@ class SimWorker:
             digest=terms["digest"],
             generation=it.generation,
             protected=terms["protected"],
+            every=terms["every"],
         )
         self.around.tell(told)
 

@@ -23,6 +23,7 @@ from everstep.elastic.protocol.state import (
     Phase,
     Quarantine,
     State,
+    Status,
     Trouble,
     Worker,
 )
@@ -91,6 +92,18 @@ def test_time_that_a_recovery_took_is_lost_and_the_rest_is_not() -> None:
     assert job.value("everstep_recovery_phase_seconds_count", phase="detect", reason="worker_died") == 1
     assert job.value("everstep_lost_micro_batches_total") == 3
     assert job.value("everstep_host_failures_total", host="n0", kind="worker_died") == 1
+
+
+def test_how_often_versions_are_protected_is_what_workers_say_last() -> None:
+    job = Job()
+    job.line("started", generation=1)
+    assert job.value("everstep_snapshot_interval_steps") == 0
+    members = {rank: replace(worker, status=Status.MEMBER) for rank, worker in job.state.workers.items()}
+    job.state, worker = replace(job.state, workers=members), members[0]
+    for step, every, shown in ((1, 4, 4), (2, 0, 4), (3, 7, 7)):
+        told = e.WorkerCommitted(worker.id, step, "opaque", generation=1, every=every)
+        job.state, _ = coordinator.step(job.state, told, job.now)
+        assert job.value("everstep_snapshot_interval_steps") == shown
 
 
 def test_a_step_computed_again_is_all_loss() -> None:
