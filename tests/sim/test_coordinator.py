@@ -9,6 +9,7 @@ import pytest
 
 from everstep.elastic.protocol import coordinator, invariants
 from everstep.elastic.protocol import events as e
+from everstep.elastic.protocol import worker as w
 from everstep.elastic.protocol.state import Config, Phase
 from everstep.elastic.sim.cluster import Timing
 from everstep.elastic.sim.faults import PHASES, Fault
@@ -21,6 +22,7 @@ from everstep.elastic.sim.run import (
 )
 from everstep.elastic.sim.values import reference
 from everstep.elastic.sim.worker import SimWorker
+from everstep.elastic.sim.world import Steps
 
 from . import golden
 
@@ -138,13 +140,14 @@ def test_a_seed_replays() -> None:
 
 def test_the_simulator_sees_wrong_bytes(monkeypatch) -> None:
     """A worker that adds a leaf of its own making is noticed, and the failure names the seed."""
-    update = SimWorker.update
+    run = SimWorker._run_optimizer
 
-    def wrong(self: SimWorker, agreement: str, gradients: dict[int, str]) -> None:
-        changed = {s: g + "!" for s, g in gradients.items()} if self.id == e.WorkerId(1, 0) else gradients
-        update(self, agreement, changed)
+    def wrong(self: SimWorker, it: w.RunOptimizer) -> Steps[None]:
+        if self.id == e.WorkerId(1, 0):
+            self.gradients = {shard: gradient + "!" for shard, gradient in self.gradients.items()}
+        yield from run(self, it)
 
-    monkeypatch.setattr(SimWorker, "update", wrong)
+    monkeypatch.setattr(SimWorker, "_run_optimizer", wrong)
     with pytest.raises(SimulationFailed, match=r"seed 3.*other bytes"):
         simulate(3, SHAPES["1x4"], faults=[])
 
