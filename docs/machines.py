@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from everstep.elastic.protocol import coordinator, events, invariants, state, worker
+from everstep.elastic.protocol import agent, coordinator, events, invariants, state, worker
 
 PAGE = Path(__file__).parent / "machines.md"
 HEAD = """# The state machines
@@ -24,14 +24,14 @@ They use no clock, socket, thread or tensor, so the simulator (`elastic/sim/`) r
 
 An event is *handled* in the phases that its row names.
 In other phases it is *late*: it changes nothing.
-For a worker, an event that is neither handled nor late is *illegal*: the machine raises an error that names the events
-before it.
+For a worker or a node agent, an event that is neither handled nor late is *illegal*: the machine raises an error that
+names the events before it.
 """
 
 
 def page() -> str:
     """The page as the code has it."""
-    return "\n".join([HEAD, *_coordinator(), *_worker()]).rstrip() + "\n"
+    return "\n".join([HEAD, *_coordinator(), *_worker(), *_agent()]).rstrip() + "\n"
 
 
 def _coordinator() -> list[str]:
@@ -82,6 +82,37 @@ def _worker() -> list[str]:
         "They are checked after each event, in jobs and in the simulator.",
         "",
         *(f"- {text}" for text in worker.INVARIANTS.values()),
+        "",
+    ]
+
+
+def _agent() -> list[str]:
+    late = {
+        kind: [phase.value for phase in agent.AgentPhase if (phase, kind) in agent.LATE]
+        for kind in agent.Event.__args__
+    }
+    handled = {
+        kind: [phase.value for phase in agent.AgentPhase if (phase, kind) in agent.HANDLED]
+        for kind in agent.Event.__args__
+    }
+    return [
+        "## The node agent",
+        "",
+        "The code is `elastic/protocol/agent.py`.",
+        "The agent's loop (`agents/node/node.py`) and the simulator carry out its instructions.",
+        "",
+        *_phases(agent.AgentPhase),
+        *_events(agent.Event.__args__, lambda kind: handled[kind]),
+        "Late:",
+        "",
+        *(f"- `{kind.__name__}` while {', '.join(phases)}" for kind, phases in late.items() if phases),
+        "",
+        *_told("Instructions", agent.Instruction.__args__),
+        "### Invariants",
+        "",
+        "They are checked after each event, in jobs and in the simulator.",
+        "",
+        *(f"- {text}" for text in agent.INVARIANTS.values()),
         "",
     ]
 

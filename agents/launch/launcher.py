@@ -30,14 +30,10 @@ from everstep.agents.coordinator.process import (
     serve,
 )
 from everstep.agents.monitoring.pages import AddressTaken
+from everstep.agents.node.config import AgentError, NodeConfig
 from everstep.agents.node.logs import WorkerLogs, discard
 from everstep.agents.node.memory_budget import available, parse_size
-from everstep.agents.node.node import (
-    AgentError,
-    NodeAgent,
-    NodeConfig,
-    NodeOutcome,
-)
+from everstep.agents.node.node import NodeAgent
 from everstep.agents.node.preloader import Preloader
 from everstep.comms.base import addresses as hosts
 from everstep.comms.base.process import SAME_S
@@ -48,6 +44,7 @@ from everstep.comms.base.security import (
     explain_unreachable,
 )
 from everstep.comms.control.attach import Attachment, Unreachable
+from everstep.elastic.protocol.agent_events import NodeOutcome
 from everstep.elastic.protocol.state import Config
 
 from .command import SIGNALS, Command, LaunchError, node_range, overrides
@@ -97,9 +94,8 @@ def _run_node(command: Command, preloader: Preloader) -> NodeOutcome:
             addresses, coordinator, master = _coordinate(command, job, security, stack)
             link = Attachment(addresses, job, security)
             address = _reach(link, _join_timeout(command))
-            agent = NodeAgent(_node_config(command, job, address), link, preloader)
-            if master is not None:
-                agent.on_store = master.serve_store
+            on_store = master.serve_store if master is not None else None
+            agent = NodeAgent(_node_config(command, job, address), link, preloader, on_store)
             others = len(addresses) > (coordinator is not None)  # coordinators, that stay when this node goes
             _stop_on_signals(agent, _signals(command), leaves=signal.SIGTERM if others else None)
             outcome = agent.run()
@@ -143,7 +139,7 @@ def _see_off(coordinator: CoordinatorProcess, agent: NodeAgent, outcome: NodeOut
     try:
         if not coordinator.wait(END_S) and outcome.succeeded:
             print("everstep: this node is done, and goes on coordinating the others", file=sys.stderr)
-            agent.on_stop = lambda why: coordinator.close()
+            agent.when_over(coordinator.close)
             coordinator.wait(None)
     except KeyboardInterrupt:
         coordinator.close()
@@ -387,9 +383,8 @@ def _stop_on_signals(agent: NodeAgent, names: str, *, leaves: signal.Signals | N
         if asked_s and time.monotonic() - asked_s < SAME_S:
             return
         asked_s = time.monotonic()
-        agent.signal = signal.Signals(number)
         ask = agent.leave if number == leaves else agent.stop
-        ask(f"stopped by {signal.Signals(number).name}")
+        ask(f"stopped by {signal.Signals(number).name}", signal.Signals(number))
 
     for name in map(str.strip, names.split(",")):
         if name not in signal.Signals.__members__:

@@ -1,6 +1,6 @@
 """Finds the workers of a node that hang: reads their pages, looks at what the kernel shows of those that stand still.
 
-What counts as hung is decided in `elastic/protocol/liveness.py`. Before one is killed its stacks are taken.
+What counts as hung is decided in `elastic/protocol/liveness.py`, what is done about it in `elastic/protocol/agent.py`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection
 from everstep.comms.control import telemetry_pb2 as pb
 from everstep.elastic.contract.notices import Notice
 from everstep.elastic.contract.progress import Reading, StepPhase
+from everstep.elastic.protocol.agent_events import WorkerHung, WorkerMoved
 from everstep.elastic.protocol.liveness import (
     RULES,
     SLEPT_S,
@@ -29,18 +30,24 @@ from .workers import WorkerProcess
 LOOK_S = 0.2  # how long a counter stands still before the kernel is asked; then as often, later less often
 LOOK_RATIO, MOST_LOOK_S = 0.05, 5.0  # of the time it has stood still
 WARNED_S = 10.0  # a limit that is shorter strikes without a warning
-STACKS_S = 1.0  # how long the stacks of a worker that is about to be killed are waited for
 STACKS_KEPT = 8192  # letters, for the event log; standard error gets all that were read
 STATES_S = 0.5  # how often what the workers do is made known
 STATES = 64  # of so many
 
 
 class HangWatch:
-    """Looks at the workers of a node, again and again. `warn` tells the coordinator."""
+    """Looks at the workers of a node, again and again. `warn` tells the coordinator, `happened` the agent's machine."""
 
-    def __init__(self, floor_s: float, user_s: float, warn: Callable[[WorkerProcess, Notice, str], None]) -> None:
+    def __init__(
+        self,
+        floor_s: float,
+        user_s: float,
+        warn: Callable[[WorkerProcess, Notice, str], None],
+        happened: Callable[[WorkerHung | WorkerMoved], None],
+    ) -> None:
         self._patience = Patience(floor_s, user_s)
         self._warn = warn
+        self._happened = happened
         self._hangs: dict[int, Hangs] = {}  # of ranks
         self._first_s = 0.0  # the longest pause in first steps that workers of this node have done
         self._looked_s = 0.0
@@ -48,7 +55,7 @@ class HangWatch:
         self._states_s = 0.0
 
     def look(self, workers: Collection[WorkerProcess], now: float) -> None:
-        """Once: read, judge, kill."""
+        """Once: read, judge."""
         slept_s = now - self._looked_s if self._looked_s else 0.0
         self._looked_s = now
         readings = [(worker, worker.reading()) for worker in workers if worker.pid and not worker.fenced]
@@ -71,13 +78,16 @@ class HangWatch:
         if now - pulse.changed_s < LOOK_S:
             if pulse.pace is Pace.STEADY:
                 self._first_s = max(self._first_s, pulse.pauses[Pace.FIRST])
+            if worker.verdict is not None and worker.verdict.hung:
+                self._happened(WorkerMoved(worker.id))
             worker.moves()
             return
         self._look_for_life(worker, now)
         patience = Patience(self._patience.floor_s, self._patience.user_s, self._first_s, shared, hangs.times)
         worker.verdict = verdict = judge(worker.pulse, now, patience)
         if verdict.hung:
-            self._end(worker, reading, verdict, now)
+            stopped = worker.pulse.sign is Sign.STOPPED
+            self._happened(WorkerHung(worker.id, stopped=stopped, stacks=worker.has_stacks()))
         elif not worker.warned and verdict.limit_s >= WARNED_S and verdict.still_s > verdict.limit_s / 2:
             worker.warned = True
             self._warn(worker, Notice.NO_PROGRESS, f"rank {rank}: {no_progress(worker, reading, verdict)}")
@@ -89,14 +99,10 @@ class HangWatch:
             worker.looked_s = now
             worker.pulse = pulse.seen(worker.vitals.look(now), now)
 
-    def _end(self, worker: WorkerProcess, reading: Reading, verdict: Verdict, now: float) -> None:
-        """Take its stacks, which it writes itself at a signal, and kill it then; unless it moves meanwhile."""
-        if not worker.asked_s:
-            worker.asked_s = now
-            worker.ask_stacks()
-            return
-        if worker.pulse.sign is not Sign.STOPPED and not worker.has_stacks() and now - worker.asked_s < STACKS_S:
-            return
+    def kill(self, worker: WorkerProcess) -> None:
+        """Kill a worker that hangs, and keep the stacks that it has written."""
+        reading, verdict = worker.reading(), worker.verdict
+        assert verdict is not None
         rank, place = worker.id.rank, place_of(reading)
         worker.hang = "alive" if verdict.lived else "silent"
         last = {Sign.WORKS: ", though it works", Sign.STORAGE: ", waiting for storage", Sign.STOPPED: ", stopped"}

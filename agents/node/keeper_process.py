@@ -14,10 +14,15 @@ import select
 import signal
 import socket
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from everstep.checkpointing.access.keeper_protocol import PROTOCOL, Failure, KeeperStart, NameTaken, greeting
+from everstep.comms.base import addresses
 from everstep.comms.base.process import own_command
+
+from .cgroups import OutOfMemory
+from .config import AgentError, NodeConfig
 
 MOST_PER_HOST = 64  # agents of one job on one host
 ANSWER_S = 5.0
@@ -142,3 +147,74 @@ def _take_over(name: str, node: str, token: str) -> KeeperProcess | None:
             "(--es-keeper-linger)"
         )
     return KeeperProcess(name, answer["port"], pid, leash=connection)
+
+
+class NodeKeeper:
+    """The keeper of a node that is in a job; none otherwise."""
+
+    def __init__(self, config: NodeConfig, memory: OutOfMemory) -> None:
+        self._config = config
+        self._memory = memory
+        self._process: KeeperProcess | None = None
+        self._node = self._token = ""
+
+    def obtain(self, node: str, token: str) -> int:
+        """Take over this host's keeper of the job, or start one. Returns its port. Raises AgentError."""
+        self._node, self._token = node, token
+        config = self._config
+        with self._serving():
+            self._process = obtain(node, config.host, token, config.keeper_linger_s)
+            return self._process.port
+
+    def restart(self) -> None:
+        """Start another one on the port and under the name of the one that ended. Raises AgentError."""
+        former, config = self._process, self._config
+        assert former is not None
+        former.kill()
+        with self._serving():
+            place = (former.name, self._node, config.host, former.port)
+            self._process = start(*place, self._token, config.keeper_linger_s)
+
+    @contextlib.contextmanager
+    def _serving(self) -> Iterator[None]:
+        try:
+            yield
+        except EarlierKeeper as error:
+            raise AgentError(str(error)) from None
+        except (KeeperCannotServe, NameTaken) as error:
+            raise AgentError(
+                f"the snapshot keeper of node {self._node} cannot serve on {self._config.host}: {error} (choose "
+                "this node's address with --local-addr)"
+            ) from None
+
+    def end(self) -> None:
+        """End it, and what it holds."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+
+    def lost(self) -> bool:
+        """Whether it has ended by itself."""
+        return self._process is not None and self._process.gone()
+
+    @property
+    def name(self) -> str:
+        """Its unix socket; empty if there is none."""
+        return self._process.name if self._process is not None else ""
+
+    @property
+    def place(self) -> tuple[str, str] | None:
+        """Its address, and the token to speak with it. May be read from any thread."""
+        process = self._process
+        return (addresses.join(self._config.host, process.port), self._token) if process is not None else None
+
+    def how_it_ended(self) -> str:
+        """In words."""
+        process = self._process.process if self._process is not None else None
+        status = process.returncode if process is not None else None
+        if status is None:
+            return "has ended"
+        if status >= 0:
+            return f"has ended with status {status}"
+        killer = self._memory.explain() if status == -signal.SIGKILL else ""
+        return f"was killed by {signal.Signals(-status).name}{killer and ' '}{killer}"

@@ -10,6 +10,7 @@ import signal
 import time
 from dataclasses import dataclass, field
 
+from everstep.comms.control import everstep_pb2 as pb
 from everstep.elastic.contract.progress import (
     STACKS_OFFSET,
     STACKS_SIGNAL,
@@ -34,32 +35,30 @@ class WorkerProcess:
     channel: WorkerChannel
     page_fd: int
     page: mmap.mmap
+    local_rank: int
+    order: pb.StartWorkers
     pid: int = 0
     pidfd: int = -1
     status: int | None = None
     fenced: str = ""  # why we killed it
-    silent: bool = False  # ended by order: its end is no news
-    deadline_s: float = 0.0  # it was asked to end by then
     elastic: bool = False  # it has declared itself so
-    local_rank: int = 0
     error_file: str = ""
     ended_s: float = 0.0
     main_ended_s: float = 0.0  # its main thread has ended since then; its process may not be gone
-    lost: bool = False  # its end was reported; its memory, ports and devices are free only when it is gone
     pulse: Pulse = field(default_factory=lambda: Pulse(0, time.monotonic()))
     vitals: Vitals = field(default_factory=lambda: Vitals(0))
     looked_s: float = 0.0  # when the kernel was asked last
     verdict: Verdict | None = None  # while its counter stands still
     warned: bool = False  # it was said that it stands still
-    asked_s: float = 0.0  # since when its stacks are awaited
     hang: str = ""  # it was killed as hung: silent | alive
     stacks: str = ""  # what its threads did then
     _seen: int = 0  # bytes of stacks at the last look
 
     @classmethod
-    def prepare(cls, worker: WorkerId) -> WorkerProcess:
+    def prepare(cls, worker: WorkerId, local_rank: int, order: pb.StartWorkers) -> WorkerProcess:
+        """One that can be forked, as `order` says."""
         fd = create_page()
-        return cls(worker, WorkerChannel(), fd, mmap.mmap(fd, mmap.PAGESIZE, prot=mmap.PROT_READ))
+        return cls(worker, WorkerChannel(), fd, mmap.mmap(fd, mmap.PAGESIZE, prot=mmap.PROT_READ), local_rank, order)
 
     def forked(self, pid: int) -> None:
         """The process exists."""
@@ -82,7 +81,7 @@ class WorkerProcess:
         """Its counter has moved: forget what was thought of it while it stood still."""
         if self.verdict is not None:
             self.vitals.forget()
-            self.verdict, self.warned, self.asked_s = None, False, 0.0
+            self.verdict, self.warned = None, False
 
     def ask_stacks(self) -> None:
         """Have it write down what its threads do; its handler needs no interpreter."""
@@ -113,7 +112,7 @@ class WorkerProcess:
 
         An elastic one ends its own: it would take a process that fetches data, and dies, for a failure.
         """
-        if self.pidfd < 0 or self.lost:
+        if self.pidfd < 0:
             return
         with contextlib.suppress(ProcessLookupError):  # it has just been forked, and has no group; or it is gone
             if not self.elastic:
@@ -121,12 +120,6 @@ class WorkerProcess:
                 return
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.pidfd, number)
-
-    def receive(self) -> list[bytes]:
-        """The complete messages that have come."""
-        lines = self.channel.receive()
-        self.elastic = self.elastic or bool(lines)  # an ordinary script never speaks to us
-        return lines
 
     def cause(self) -> str:
         """Why it ended, in words."""

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from everstep.elastic.protocol import coordinator, events
+from everstep.elastic.protocol import agent, coordinator, events
 from everstep.elastic.protocol import worker as w
 from everstep.elastic.sim.run import model
 from everstep.resharding.plan import plan_start
@@ -37,7 +37,7 @@ def test_the_page_is_up_to_date(machines) -> None:
 
 def test_everything_on_the_page_is_described(machines) -> None:
     text = machines.page()
-    for union in (events.Event, events.Effect, w.Event, w.Instruction):
+    for union in (events.Event, events.Effect, w.Event, w.Instruction, agent.Event, agent.Instruction):
         for kind in union.__args__:
             assert f"`{kind.__name__}`" in text
             line = machines._first_line(kind)

@@ -1,0 +1,43 @@
+"""What the launcher tells its node agent, and what the agent may have to tell a user."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from everstep.comms.base.process import host_id
+from everstep.elastic.protocol.agent import AgentConfig
+from everstep.elastic.protocol.liveness import FLOOR_S, USER_S
+
+from .logs import WorkerLogs
+
+
+class AgentError(Exception):
+    """What a user must know when a node agent cannot do its work."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeConfig(AgentConfig):
+    """One node of a job."""
+
+    job: str
+    host: str
+    order: int
+    program: Mapping[str, Any]
+    logs: WorkerLogs
+    environment: Mapping[str, str]
+    role: str = "default"
+    max_restarts: int = 0
+    max_nodes: int = 1
+    memory_bytes: int = 0  # for protection; 0: not known
+    keeper_linger_s: float = 30.0  # how long its keeper waits for another agent after this one died
+    hang_timeout_s: float = FLOOR_S
+    user_timeout_s: float = USER_S
+    shared_memory: bool = True
+    share_gpu: bool = False
+    virtual_local_rank: bool = False
+    numa_binding: str = ""  # one of torch's AffinityMode
+    metrics: str = ""  # host:port; empty: not served
+    health_check: str = "quick"  # one of checkup.LEVELS
+    host_id: str = field(default_factory=host_id)
