@@ -332,7 +332,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object (the only format)")
     parser.add_argument("--kills", type=int, default=10, help="faults of each system in each case")
-    parser.add_argument("--only", help=f"a comma-separated choice of {', '.join(CASES)}")
+    parser.add_argument("--only", help=f"a comma-separated choice of {', '.join(CASES)} (drain: join too)")
     parser.add_argument("--systems", help=f"a comma-separated choice of {', '.join(SYSTEMS)}")
     parser.add_argument("--seed", type=int, default=0, help="of the victims and moments")
     parser.add_argument("--quick", action="store_true", help="one fault each, a smaller model, fewer peers")
