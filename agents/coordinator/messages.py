@@ -106,7 +106,7 @@ def order(effect: e.Effect) -> tuple[str, pb.AttachResponse] | None:
         kill = pb.KillWorkers(workers=[proto(worker) for worker in effect.workers])
         return effect.node, pb.AttachResponse(kill=kill)
     if isinstance(effect, e.ReleaseNode):
-        return effect.node, pb.AttachResponse(end=pb.EndJob(succeeded=True, why=effect.why, rank=-1))
+        return effect.node, pb.AttachResponse(end=pb.EndJob(succeeded=True, why=effect.why, rank=-1, released=True))
     if isinstance(effect, e.TellNode):
         return effect.node, pb.AttachResponse(notice=pb.Notice(text=effect.text))
     return None

@@ -317,4 +317,5 @@ def _worker(message: pb.WorkerId) -> WorkerId:
 
 
 def _outcome(message: pb.EndJob) -> a.NodeOutcome:
-    return a.NodeOutcome(message.succeeded, message.why, message.detail, message.rank, tuple(message.lost))
+    how = (message.succeeded, message.why, message.detail, message.rank, tuple(message.lost))
+    return a.NodeOutcome(*how, left=message.released)

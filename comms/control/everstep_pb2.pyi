@@ -256,18 +256,20 @@ class ToWorker(_message.Message):
     def __init__(self, worker: _Optional[_Union[WorkerId, _Mapping]] = ..., json: _Optional[str] = ...) -> None: ...
 
 class EndJob(_message.Message):
-    __slots__ = ("succeeded", "why", "detail", "rank", "lost")
+    __slots__ = ("succeeded", "why", "detail", "rank", "lost", "released")
     SUCCEEDED_FIELD_NUMBER: _ClassVar[int]
     WHY_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
     LOST_FIELD_NUMBER: _ClassVar[int]
+    RELEASED_FIELD_NUMBER: _ClassVar[int]
     succeeded: bool
     why: str
     detail: str
     rank: int
     lost: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, succeeded: _Optional[bool] = ..., why: _Optional[str] = ..., detail: _Optional[str] = ..., rank: _Optional[int] = ..., lost: _Optional[_Iterable[str]] = ...) -> None: ...
+    released: bool
+    def __init__(self, succeeded: _Optional[bool] = ..., why: _Optional[str] = ..., detail: _Optional[str] = ..., rank: _Optional[int] = ..., lost: _Optional[_Iterable[str]] = ..., released: _Optional[bool] = ...) -> None: ...
 
 class GetStatusRequest(_message.Message):
     __slots__ = ("steps", "rank_steps")

@@ -10,7 +10,7 @@ from .events import WorkerId
 
 @dataclass(frozen=True)
 class NodeOutcome:
-    """How the job ended; or, with success and a reason, how it went on without this node (`left`)."""
+    """How the job ended; or how it went on without this node (`left`)."""
 
     succeeded: bool
     why: str = ""
@@ -18,10 +18,7 @@ class NodeOutcome:
     rank: int = -1
     lost: tuple[str, ...] = ()  # what was not got done all the same
     unfit: bool = False  # the node's own health check kept it from joining
-
-    @property
-    def left(self) -> bool:
-        return self.succeeded and bool(self.why)
+    left: bool = False
 
 
 # ---------------------------------------------------------------- events
