@@ -295,7 +295,7 @@ def test_workers_hear_of_the_end_and_have_a_grace() -> None:
 def test_a_released_node_ends_with_success_and_asks_nobody_to_end() -> None:
     one = serving(w(0))
     why = "node n has handed over"
-    assert one(a.EndOrdered(a.NodeOutcome(True, why))) == [a.Say(why), a.TellEnded(w(0), failed=False)]
+    assert one(a.EndOrdered(a.NodeOutcome(True, why, left=True))) == [a.Say(why), a.TellEnded(w(0), failed=False)]
     one(a.WorkerGone(w(0)))
     assert one.state.outcome is not None
     assert one.state.outcome.left
@@ -414,7 +414,7 @@ class Machine:
             self.happens(a.FenceOrdered("silent"))
         elif kind < 0.88:
             self.all_unwanted()
-            self.happens(a.EndOrdered(rng.choice((FAILED, a.NodeOutcome(True), a.NodeOutcome(True, "it left")))))
+            self.happens(a.EndOrdered(rng.choice((FAILED, a.NodeOutcome(True), a.NodeOutcome(True, "it left", left=True)))))
 
     def processes(self) -> None:
         rng = self.rng
