@@ -414,7 +414,9 @@ class Machine:
             self.happens(a.FenceOrdered("silent"))
         elif kind < 0.88:
             self.all_unwanted()
-            self.happens(a.EndOrdered(rng.choice((FAILED, a.NodeOutcome(True), a.NodeOutcome(True, "it left", left=True)))))
+            self.happens(
+                a.EndOrdered(rng.choice((FAILED, a.NodeOutcome(True), a.NodeOutcome(True, "it left", left=True))))
+            )
 
     def processes(self) -> None:
         rng = self.rng
