@@ -8,12 +8,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from everstep.elastic.protocol import agent_events as a
 from everstep.elastic.protocol import codec, coordinator, invariants
 from everstep.elastic.protocol import events as e
 from everstep.elastic.protocol.protection import state_slots
 from everstep.elastic.protocol.state import Config, Phase, State
 from everstep.resharding.plan import Plan
 
+from .agent import SimAgent
 from .keeper import Board
 from .ledger import Ledger, Promise
 from .links import Key
@@ -37,14 +39,16 @@ LATE_S = 1.0  # longer than anything is on its way
 
 @dataclass
 class Node:
-    """A machine: its agent, its keeper and its workers."""
+    """A machine under one name of its agent: its agent, its keeper and its workers."""
 
     name: str
     slots: int
+    agent: SimAgent
     stream: Pipe  # from its agent to the coordinator
     orders: Pipe  # and back
     up: bool = True
     silent_s: float = 0.0  # nothing passes between it and the coordinator before this time
+    heard_s: float = 0.0  # when something did before it
     alone_s: float = 0.0  # nor between it and other nodes
 
 
@@ -59,6 +63,7 @@ class Running:
     node: str
     data: dict[e.WorkerId, Pipe] = field(default_factory=dict)
     dead: bool = False
+    died: e.WorkerDied | None = None  # what its agent has to say of its end
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,15 +146,33 @@ class Cluster:
 
     def join(self, node: str, slots: int) -> None:
         """A node's agent registers, unless the job is over."""
-        if self.outcome is not None:
-            return
-        world, slow = self.world, self.timing.slow
+        if self.outcome is None:
+            self._connect(SimAgent(self.world, node, slots, self))
+
+    def _connect(self, one: SimAgent) -> None:
+        """A node is heard of under a name that is new."""
+        world, slow, node, slots = self.world, self.timing.slow, one.state.node, one.state.config.slots
         stream = Pipe(world, self._from_node, slow, lambda: self.nodes[node].silent_s)
         orders = Pipe(world, lambda effect: self._to_node(node, effect), slow, lambda: self.nodes[node].silent_s)
-        self.nodes[node] = Node(node, slots, stream, orders)
+        self.nodes[node] = Node(node, slots, one, stream, orders)
         self.board.add(node)
-        self.happened(e.NodeJoined(node, f"host-{node}", slots, node))
+        one.happened(a.Welcomed())
+
+    def announce(self, one: SimAgent) -> None:
+        node = one.state.node
+        self.happened(e.NodeJoined(node, f"host-{node}", one.state.config.slots, node))
         self._beat(node)
+
+    def connect_again(self, one: SimAgent, former: str) -> None:
+        """Its old stream breaks when the new one comes."""
+        delay_s = max(0.0, self.nodes[former].silent_s - self.world.now) + one.random.uniform(0.01, 0.3)
+
+        def connect() -> None:
+            if self.outcome is None and not one.ended:
+                self._from_node(e.NodeLost(former, "its stream broke"))
+                self._connect(one)
+
+        self.world.after(delay_s, connect)
 
     def _beat(self, node: str) -> None:
         if self.outcome is None and self.nodes[node].up:
@@ -161,13 +184,40 @@ class Cluster:
             self.happened(event)
 
     def _to_node(self, node: str, effect: object) -> None:
-        """The node hears that it is out."""
-        self._go_down(node, "its node is let go" if isinstance(effect, e.ReleaseNode) else "its node is fenced")
+        """An order of the coordinator."""
+        one = self.nodes[node].agent
+        if one.state.node != node:
+            return  # it is for a name that the node has no more
+        if isinstance(effect, e.FenceNode):
+            one.happened(a.FenceOrdered(effect.why))
+        elif isinstance(effect, e.RefuseNode):
+            one.happened(a.JoinRefused(effect.why))
+        elif isinstance(effect, e.ReleaseNode):
+            one.happened(a.EndOrdered(a.NodeOutcome(True, effect.why)))
+        elif isinstance(effect, e.EndJob):
+            one.happened(a.EndOrdered(a.NodeOutcome(effect.succeeded, effect.why)))
+        elif isinstance(effect, e.StartWorkers):
+            one.happened(a.StartOrdered(effect.workers))
+        elif isinstance(effect, e.KillWorkers):
+            one.happened(a.KillOrdered(effect.workers))
 
     def drain(self, node: str) -> None:
-        """A node is asked to go, and says so."""
-        if not self._over() and self.nodes[node].up:
-            self.nodes[node].stream.send(e.DrainRequested(node, "asked to leave"))
+        """A node is asked to go, once."""
+        machine = self.nodes[node]
+        if not self._over() and machine.up and not machine.agent.state.stop_why:
+            machine.agent.happened(a.LeaveAsked("asked to leave"))
+
+    def asks_drain(self, node: str, why: str) -> None:
+        self.nodes[node].stream.send(e.DrainRequested(node, why))
+
+    def sees(self, node: str) -> a.TimePassed:
+        machine, now = self.nodes.get(node), self.world.now
+        if machine is None:
+            return a.TimePassed()
+        running = [(worker, it.worker) for worker, it in self.running.items() if it.node == node and not it.dead]
+        steps = tuple((worker, it.version) for worker, it in running)
+        unheard_s = now - machine.heard_s if machine.silent_s > now else 0.0
+        return a.TimePassed(unheard_s, steps, any(it.finished for _, it in running))
 
     def _over(self) -> bool:
         """Whether training is: faults after it are another story, which ends with the job."""
@@ -188,7 +238,11 @@ class Cluster:
             return
         self.look()
         self.promise.struck(node)
-        self._go_down(node, "its node is lost")
+        self.nodes[node].agent.dead = True
+        self.lose_keeper(node, "its node is lost")
+        for worker, running in self.running.items():
+            if running.node == node:
+                self.end(worker, "its node is lost")
         if detected_s is not None:
             self.world.after(detected_s, lambda: self._from_node(e.NodeLost(node, "its stream broke")))
 
@@ -199,7 +253,7 @@ class Cluster:
             return
         self.look()
         self.promise.struck(node)
-        machine.silent_s = until_s
+        machine.silent_s, machine.heard_s = until_s, self.world.now
         machine.alone_s = until_s if alone else 0.0
         self.board.keepers[node].cut_off = alone
         self.log.append(f"{self.world.now:.4f} {node} is silent for {duration_s:.2f} s{', and alone' if alone else ''}")
@@ -215,7 +269,8 @@ class Cluster:
         if node in self.state.nodes and self.nodes[node].up:
             self.promise.came_back(node)
 
-    def _go_down(self, node: str, why: str) -> None:
+    def lose_keeper(self, node: str, why: str) -> None:
+        """A node is out of the job: its keeper ends, and what it sends arrives up to some point."""
         machine = self.nodes[node]
         if not machine.up:
             return
@@ -223,9 +278,8 @@ class Cluster:
         self.log.append(f"{self.world.now:.4f} {node} goes down: {why}")
         self.board.keepers[node].go_down()
         machine.stream.cut()
-        for worker, running in self.running.items():
+        for running in self.running.values():
             if running.node == node:
-                self._end(worker, why)
                 running.uplink.cut()
 
     # ------------------------------------------------------------ the coordinator
@@ -292,37 +346,33 @@ class Cluster:
                 raise AssertionError(f"versions {sorted(found)} live in generation {generation}")
 
     def _carry_out(self, effect: e.Effect) -> None:
-        if isinstance(effect, e.StartWorkers):
+        if isinstance(effect, e.StartWorkers | e.KillWorkers):
             late_s = max(0.0, self.nodes[effect.node].silent_s - self.world.now)
-            for worker in effect.workers:
-                if late_s:
-                    self.world.after(late_s, functools.partial(self._fork, worker, effect.node))
-                else:
-                    self._fork(worker, effect.node)
+            deliver = functools.partial(self._to_node, effect.node, effect)
+            if late_s:
+                self.world.after(late_s, deliver)
+            else:
+                deliver()
         elif isinstance(effect, e.AbortGeneration | e.CarryOut | e.TellLeft | e.Conclude | e.EndTraining):
             running = self.running.get(effect.worker)
             if running is not None:
                 running.downlink.send(effect)
-        elif isinstance(effect, e.KillWorkers):
-            for worker in effect.workers:
-                self._end(worker, "the job restarts")
-        elif isinstance(effect, e.FenceNode | e.ReleaseNode):
+        elif isinstance(effect, e.FenceNode | e.ReleaseNode | e.RefuseNode):
             self.nodes[effect.node].orders.send(effect)
             if isinstance(effect, e.ReleaseNode):
                 self.released += 1
                 self.promise.released(effect.node, len({w.node for w in self.state.members()}))
         elif isinstance(effect, e.EndJob):
             self.outcome = effect
-            for running in list(self.running.values()):
-                running.downlink.send(effect)
+            for node in self.nodes.values():
+                node.orders.send(effect)
 
     # ------------------------------------------------------------ workers
 
-    def _fork(self, worker: e.WorkerId, node: str) -> None:
+    def fork(self, worker: e.WorkerId, node: str) -> None:
+        """A worker's process begins."""
         world, timing = self.world, self.timing
         machine = self.nodes[node]
-        if not machine.up:
-            return
         uplink = Pipe(world, self._from_node, timing.slow, lambda: machine.silent_s)
         around = Surroundings(
             world=world,
@@ -352,10 +402,22 @@ class Cluster:
         process.start()
 
     def _life(self, worker: e.WorkerId, simulated: SimWorker) -> Steps[None]:
-        """A worker's, and its agent's word of how it ended."""
+        """A worker's, until its process ends by itself."""
         yield from simulated.life()
-        if simulated.control.trained:
-            self.running[worker].uplink.send(e.WorkerDied(worker, "exit status 0", clean=True, step=simulated.version))
+        running = self.running[worker]
+        running.died = e.WorkerDied(worker, "exit status 0", clean=True, step=simulated.version)
+        self.world.after(0.0, lambda: self.nodes[running.node].agent.gone(worker))
+
+    def report_death(self, worker: e.WorkerId) -> None:
+        running = self.running[worker]
+        assert running.died is not None
+        running.uplink.send(running.died)
+
+    def ends_job(self, worker: e.WorkerId) -> None:
+        running = self.running.get(worker)
+        if running is not None and not running.dead:
+            running.worker.control.heard(e.EndJob(True))
+            running.process.poke()
 
     def _tell(self, uplink: Pipe, event: e.Event) -> None:
         """A worker speaks. A duplicate may come at any later time."""
@@ -397,15 +459,13 @@ class Cluster:
 
     def kill(self, worker: e.WorkerId, cause: str, detected_s: float) -> None:
         """A worker dies at once; its agent says so `detected_s` later."""
-        if self._over() or not self._end(worker, cause):
+        if self._over() or not self.end(worker, cause):
             return
-        running = self.running[worker]
-        died = e.WorkerDied(
-            worker, cause, step=running.worker.version, detected_at_s=self.world.now + self.ahead_s + detected_s
-        )
-        self.world.after(detected_s, lambda: running.uplink.send(died) if self.nodes[running.node].up else None)
+        running, seen_s = self.running[worker], self.world.now + self.ahead_s + detected_s
+        running.died = e.WorkerDied(worker, cause, step=running.worker.version, detected_at_s=seen_s)
+        self.world.after(detected_s, lambda: self.nodes[running.node].agent.died(worker))
 
-    def _end(self, worker: e.WorkerId, why: str) -> bool:
+    def end(self, worker: e.WorkerId, why: str) -> bool:
         """A process is no more; what it sent may still arrive, up to some point. False if it was gone already."""
         running = self.running[worker]
         if running.dead or running.process.ended:
@@ -415,6 +475,7 @@ class Cluster:
         running.worker.snapshots.kill()
         for pipe in running.data.values():
             pipe.cut()
+        running.died = running.died or e.WorkerDied(worker, why, step=running.worker.version)
         self.log.append(f"{self.world.now:.4f} {worker} is killed: {why}")
         return True
 
@@ -424,6 +485,5 @@ class Cluster:
 
     def done(self) -> bool:
         """Whether the job ended and all have heard of it."""
-        return self.state.phase is Phase.DONE and all(
-            r.process.ended or r.dead or r.node not in self.state.nodes for r in self.running.values()
-        )
+        there = [self.nodes[node].agent for node in self.state.nodes]
+        return self.state.phase is Phase.DONE and all(one.ended for one in there)
