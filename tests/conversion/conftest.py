@@ -21,9 +21,9 @@ FRAMEWORKS = {
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What the frameworks themselves write or load takes minutes."""
+    """What the frameworks themselves write or load takes minutes. `items` are those of all folders."""
     for item in items:
-        if needs_frameworks(item):
+        if SCRIPTS.parent in item.path.parents and needs_frameworks(item):
             item.add_marker(pytest.mark.soak)
 
 
