@@ -154,12 +154,6 @@ MUTATIONS = (
         "w for w in () if w.status is Status.READY and w.id.rank in state.join.layout.ranks",
     ),
     Mutation(
-        "those that were asked in an interrupted recovery are not asked again",
-        "recovering.py",
-        "asked += [w for w in state.workers.values() if w.id in earlier.awaited and w not in asked]",
-        "asked += []",
-    ),
-    Mutation(
         "a rollback is not remembered",
         "recovering.py",
         "            rolled_back=state.generation,\n",
