@@ -285,7 +285,8 @@ class Observer:
         self.metrics.checkpoints.inc()
         self.metrics.checkpoint_step.set(line["version"])
         self.metrics.checkpoint_seconds.observe(line.get("seconds", 0.0))
-        self.metrics.checkpoint_size.set(line.get("bytes", 0))
+        if line.get("bytes"):  # 0: the checkpoint was removed for a newer one before its size was read
+            self.metrics.checkpoint_size.set(line["bytes"])
 
     def _begins_to_save(self, line: Mapping[str, Any]) -> None:
         self._saving = line
