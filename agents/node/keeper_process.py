@@ -82,7 +82,7 @@ def obtain(node: str, host: str, token: str, linger_s: float) -> KeeperProcess:
         name = keeper_name(token, host, number)
         try:
             found = _take_over(name, node, token)
-        except ConnectionRefusedError:  # nobody has the name
+        except ConnectionRefusedError:  # no keeper has the name
             try:
                 return start(name, node, host, 0, token, linger_s)
             except NameTaken:

@@ -90,7 +90,7 @@ def rename_process(name: str) -> None:
 
 
 def exit_status(pid: int) -> int | None:
-    """That of a process which nobody has reaped yet, as `subprocess` has it (proc(5), stat).
+    """That of a process that has not been reaped yet, as `subprocess` has it (proc(5), stat).
 
     Known as soon as the main thread ends, which other threads may outlive. None while it runs, or if there is none.
     """

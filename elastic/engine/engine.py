@@ -366,9 +366,8 @@ class Engine:
             if self.replicas.record_differs(shard, step, truth[shard]):
                 self.snapshots.discard(shard, step)  # the version before it and the gradient give it again
         self._forget_odd([item for item in odd if item.rank == self.rank])
-        self.agreeing.gathered(
-            Made({})
-        )  # nobody speaks before all have heard: the abort that follows cuts off the rest
+        # No rank reports the difference before all know of it: the abort that follows cuts off what is on its way.
+        self.agreeing.gathered(Made({}))
         if self.rank == min(self.comm.members):
             self._name_odd(step, layout.generation, odd)
         if self.settings.on_corruption == "evict" and any(item.rank == self.rank for item in odd):

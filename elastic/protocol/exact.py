@@ -1,7 +1,7 @@
 """Sums of floats without rounding, so that the order of adding is free.
 
 Every finite float64 is a whole number times a power of two, and whole numbers add without error in any order and in any
-grouping. One rounding at the end gives the correctly rounded sum, whoever held which addend.
+grouping. One rounding at the end gives the correctly rounded sum, whichever rank held which addend.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ class SimAgent:
             self._world.after(TICK_S, self._tick)
 
     def died(self, worker: e.WorkerId) -> None:
-        """A worker that nobody ended is seen to be dead: at once, or its main thread first."""
+        """A worker that was not told to end is seen to be dead: at once, or its main thread first."""
         if self.random.random() < EARLY and worker in self.state.workers:
             self.happened(a.MainThreadFailed(worker))
             self._gone_soon(worker, 0.3)

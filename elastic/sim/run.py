@@ -278,7 +278,7 @@ def _run(world: World, cluster: Cluster, injector: Injector, horizon_s: float) -
             if cluster.promise.broken and ending is Ending.TOO_MUCH_LOST and not cluster.state.saved:
                 return
             if cluster.promise.broken and not cluster.state.nodes:
-                return  # nobody is left to read a checkpoint
+                return  # no node is left to read a checkpoint
             if ending is Ending.AFTER_TRAINING or (cluster.leaves_alone and ending is Ending.LEFT_ALONE):
                 return  # a script was lost on its way from training to its end, or left it alone
             if not cluster.stays and ending is Ending.NO_NODE_STAYS:

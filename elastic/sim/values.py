@@ -59,7 +59,7 @@ def summed(shard: Shard, leaves: Sequence[Sequence[str]]) -> str:
 
 
 def digest_of(gradients: Mapping[int, str]) -> int:
-    """A digest of the gradients of some shards; those of all add up (xor) to the same, whoever has which."""
+    """A digest of the gradients of some shards; those of all add up (xor) to the same under any ownership."""
     total = 0
     for shard, gradient in gradients.items():
         total ^= int(mixed(shard, gradient), 16)

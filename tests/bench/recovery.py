@@ -8,8 +8,8 @@ waits until all workers commit steps again. The time of a fault is from the sign
 workers as survived have committed a step later than any committed before it. All systems see faults drawn by one rule.
 
 `beyond_recomputation_s` is what is held against the targets: everstep's time to that commit less the computing in it.
-It counts from the signal where a process dies; from the detection where somebody has to fall silent first, with the
-time to detect beside it; and where nobody is lost, it is by how much the longest step exceeds the median step. Of a
+It counts from the signal where a process dies; from the detection where a process has to fall silent first, with the
+time to detect beside it; and where no process is lost, it is by how much the longest step exceeds the median step. Of a
 peer, which computes the interrupted step again, it is the time to the commit less one step.
 """
 

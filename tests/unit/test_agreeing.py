@@ -153,7 +153,7 @@ def job() -> Iterator[Callable[..., Job]]:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 8])
 def test_ranks_that_say_the_same(job: Callable[..., Job], size: int) -> None:
-    """One exchange of small messages; sums are the exact ones, whoever owns what."""
+    """One exchange of small messages; sums are the exact ones under any ownership."""
     found = job(size)
     results = found.settled()
     assert all(result == results[0] for result in results)

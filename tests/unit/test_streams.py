@@ -1,4 +1,4 @@
-"""The two streams of `make test` run every test once, whoever takes it."""
+"""The two streams of `make test` run every test once, whichever takes it."""
 
 from __future__ import annotations
 
