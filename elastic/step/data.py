@@ -7,10 +7,7 @@ of its augmentation, are a function of (seed, step, micro-batch), whichever proc
 
 from __future__ import annotations
 
-import contextlib
 import random
-import signal
-import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -114,7 +111,7 @@ class DataSource:
         if self._loader is None or not self._loader.num_workers:
             found = [content_digest(self.load(key)) for key in twice]
         else:
-            probes = _worker_loader(self._loader, lambda key: content_digest(self.load(key)), twice, workers=1)
+            probes = _begin(_worker_loader(self._loader, lambda key: content_digest(self.load(key)), twice, workers=1))
             found = [digest for _, digest in probes]
         if found[: len(keys)] == found[len(keys) :]:
             return tuple(found[: len(keys)])
@@ -171,8 +168,7 @@ class _Ahead:
             self.close()
 
     def _start(self, key: Key) -> Iterator[tuple[Key, Any]]:
-        with _undisturbed():
-            return iter(_worker_loader(self._loader, self._load, _from(key, self._upcoming())))
+        return _begin(_worker_loader(self._loader, self._load, _from(key, self._upcoming())))
 
     def _worker_died(self, error: RuntimeError) -> None:
         """A worker process that was killed is replaced; what it raised is the user's. Raises."""
@@ -198,16 +194,18 @@ def _from(first: Key, others: Iterable[Key]) -> Iterator[Key]:
     yield from (key for key in others if key != first)
 
 
-@contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Let no signal handler of torch's stay that raises wherever the script is when a worker process is lost.
+def _begin(loader: DataLoader[tuple[Key, Any]]) -> Iterator[tuple[Key, Any]]:
+    """Start the worker processes, and have the loss of one raise where their items are taken and nowhere else.
 
-    The loss is noticed when the next micro-batch is taken.
+    The handler that torch has for SIGCHLD, whether one of ours or of the script's DataLoaders installed it, raises
+    wherever the main thread is, in the middle of a commit for instance, when a process that it knows of is lost. It is
+    told to forget these; the iterator itself looks after them every few seconds while it waits.
     """
-    former = signal.getsignal(signal.SIGCHLD)
-    yield
-    if signal.getsignal(signal.SIGCHLD) is not former and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, former)
+    running = iter(loader)
+    if getattr(running, "_worker_pids_set", False):
+        torch._C._remove_worker_pids(id(running))
+        running._worker_pids_set = False  # type: ignore[attr-defined]  # it does not ask for it to be done again
+    return running
 
 
 class _Keyed(Dataset[Any]):

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+import torch
 
+from everstep.elastic.contract.settings import Settings
+from everstep.elastic.step.data import DataSource
 from tests.jobs import JOBS, Result, assert_same_state, command, read_result, run_job
 
 STEPS = 8
@@ -85,6 +90,46 @@ def test_a_worker_process_of_a_data_loader_that_is_killed(folder: Path, tmp_path
     assert_same_end(result, alone(tmp_path / "alone", folder, loop=True))
     assert "data-worker-lost" in warnings(result)
     assert not result.named("worker_died")
+
+
+class Numbers(torch.utils.data.Dataset[torch.Tensor]):
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.tensor([index])
+
+
+class Told:
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def tell(self, kind: str, **fields: Any) -> None:
+        self.texts.append(fields["fields"]["text"])
+
+
+def test_a_killed_worker_process_interrupts_nothing_but_the_fetch() -> None:
+    """Not what the rank does meanwhile, such as a commit; also where the script has a DataLoader of its own running."""
+    settings = Settings(steps=5, global_batch_size=8, micro_batch_size=2)
+    told = Told()
+    numbers = Numbers()
+    data = DataSource(torch.utils.data.DataLoader(numbers, batch_size=2, num_workers=2), settings, None, told)
+    data.upcoming = lambda: ((step, number) for step in range(5) for number in range(4))
+    data.digests()
+    evaluation = iter(torch.utils.data.DataLoader(numbers, batch_size=2, num_workers=1))
+    its = set(psutil.Process().children())
+    assert data.fetch(0, 0).tolist() == [[0], [1]]
+    ours = set(psutil.Process().children()) - its
+    assert len(ours) == 2
+    for process in ours:
+        process.kill()
+    deadline = time.monotonic() + 1
+    while time.monotonic() < deadline:
+        time.sleep(0.01)  # torch's handler would raise here
+    assert [data.fetch(0, number).tolist() for number in (1, 2)] == [[[2], [3]], [[4], [5]]]
+    assert any("was lost, and its samples are fetched again" in text for text in told.texts)
+    assert next(evaluation).tolist() == [[0], [1]]
+    data.close()
 
 
 def test_without_shuffling_samples_come_in_their_order(folder: Path, tmp_path: Path) -> None:
