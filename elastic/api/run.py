@@ -31,8 +31,8 @@ from everstep.elastic.engine.engine import Engine, Step
 from everstep.elastic.engine.recovery import Recovery
 from everstep.elastic.engine.resume import Resumption
 from everstep.elastic.holding.stack import LayerStack
+from everstep.elastic.holding.user_optimizer import UserOptimizer, check_optimizer, is_elementwise
 from everstep.elastic.holding.whole_state import complete_model, complete_optimizer
-from everstep.elastic.holding.zero import ShardedOptimizer, check_optimizer, is_elementwise
 from everstep.elastic.protocol.events import Job
 from everstep.elastic.protocol.protection import state_slots
 from everstep.elastic.step.data import DataSource
@@ -290,7 +290,7 @@ class Run:
         engine.snapshots.wait(self._progress.tick)
         if self._context is None:
             engine.check_values(thorough=True)
-            return {s.index: dict(engine.optimizer.state(s.index)) for s in engine.optimizer.owned}
+            return {s.index: dict(engine.store.state(s.index)) for s in engine.store.owned}
         assert self._recovery is not None
         sources = Sources(self._recovery.keepers, self._context.token, self._progress.tick)
         try:
@@ -343,7 +343,7 @@ class Run:
         engine = Engine(
             settings=settings,
             stack=stack,
-            optimizer=ShardedOptimizer(optimizer, stack),
+            optimizer=UserOptimizer(optimizer, stack),
             data=data,
             described=described,
             loss_fn=loss_fn,

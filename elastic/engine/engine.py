@@ -54,7 +54,9 @@ from everstep.elastic.guard.replicas import (
 )
 from everstep.elastic.holding.adjustments import Adjustments
 from everstep.elastic.holding.hyperparameters import pack
+from everstep.elastic.holding.shard_store import ShardStore
 from everstep.elastic.holding.stack import LayerStack
+from everstep.elastic.holding.user_optimizer import UserOptimizer
 from everstep.elastic.holding.watch import (
     Change,
     Changed,
@@ -62,7 +64,6 @@ from everstep.elastic.holding.watch import (
     describe,
     differing_bits,
 )
-from everstep.elastic.holding.zero import ShardedOptimizer
 from everstep.elastic.protocol import worker as w
 from everstep.elastic.step.data import DataSource, Key
 from everstep.elastic.step.exchange import Exchange
@@ -100,7 +101,7 @@ class Engine:
         *,
         settings: Settings,
         stack: LayerStack,
-        optimizer: ShardedOptimizer,
+        optimizer: UserOptimizer,
         data: DataSource,
         described: dict[str, Any],
         loss_fn: Callable[[Any, Any], Tensor],
@@ -112,6 +113,7 @@ class Engine:
         self.settings = settings
         self.stack = stack
         self.optimizer = optimizer
+        self.store = ShardStore(optimizer, stack.view)  # of the shards owned here
         self.data = data
         data.upcoming = self._upcoming
         self.comm = comm
@@ -124,7 +126,7 @@ class Engine:
         self.pipeline = Pipeline(stack, comm, progress, settings.seed, data.fetch, loss_fn, self._warn_of_attribute)
         self.exchange = Exchange(stack, comm)
         self.protection = Protection(settings, snapshots, membership)
-        self.backups = Backups(optimizer.user, stack, comm, snapshots, self.exchange)
+        self.backups = Backups(optimizer, comm, snapshots, self.exchange)
         self.watch = ParameterWatch(stack)
         self.suspects: dict[int, int] = {}  # shard that may be damaged here -> digest of what was committed
         self.committed: Callable[[list[int]], dict[int, ShardState]] = lambda shards: {}  # what keepers hold of shards
@@ -259,10 +261,10 @@ class Engine:
             shard.index: self.snapshots.gradient(
                 shard.index, state.step, shard.elements, self.exchange.accumulation(shard)
             )
-            for shard in self.optimizer.owned
+            for shard in self.store.owned
         }
         self.exchange.reduce(state, layout, gradients)
-        for shard in self.optimizer.owned:
+        for shard in self.store.owned:
             dtype = self.exchange.accumulation(shard)
             self.snapshots.seal_gradient(shard.index, state.step, shard.elements, dtype)
         self.gradients = gradients
@@ -430,7 +432,7 @@ class Engine:
             self.comm.damage()
             return
         if kind == "flip-backup":
-            self.backups.copies.state(self.backups.shards[-1].index)["value"][:1].view(torch.uint8)[1] ^= 16
+            self.backups.store.state(self.backups.shards[-1].index)["value"][:1].view(torch.uint8)[1] ^= 16
             return
         for layer in reversed(self.stack.held):
             for shard in reversed(self.stack.spec.shards_of_layer[layer]):
@@ -490,7 +492,7 @@ class Engine:
         self.progress.mark(StepPhase.UPDATE, terms["step"])
         began_ns = time.monotonic_ns()
         self.pipeline.base_statistics = {}  # the next version's are written now
-        self.optimizer.update(self.gradients, terms)
+        self.store.update(self.gradients, terms)
         self.backups.update(terms)
         self.telemetry.span(Spent.UPDATE, began_ns)
 
@@ -562,7 +564,7 @@ class Engine:
         """
         self.snapshots.protect(
             (s.index, self.record_bytes[s.index], self.gradient_bytes(s))
-            for s in (*self.optimizer.owned, *self.backups.shards)
+            for s in (*self.store.owned, *self.backups.shards)
             if not self.snapshots.has(s.index)
         )
         protect = self.protection.begins(self.version, anyway=anyway)
@@ -571,7 +573,7 @@ class Engine:
         self.snapshots.begin(self.version, self._state_of, shards, protect=protect, then=then)
 
     def _state_of(self, shard: int) -> ShardState:
-        return (self.optimizer if shard in self.owned else self.backups.copies).state(shard)
+        return (self.store if shard in self.owned else self.backups.store).state(shard)
 
     def gradient_bytes(self, shard: Shard) -> int:
         """How many bytes the reduced gradient of a shard takes."""

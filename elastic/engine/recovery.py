@@ -23,8 +23,8 @@ from everstep.elastic.contract.errors import JobEnded
 from everstep.elastic.contract.progress import StepPhase
 from everstep.elastic.contract.stateful import decode
 from everstep.elastic.contract.telemetry import Spent
-from everstep.elastic.guard.backups import Copies, backup_ranks
-from everstep.elastic.holding.zero import ShardedOptimizer
+from everstep.elastic.guard.backups import backup_ranks
+from everstep.elastic.holding.shard_store import ShardStore
 from everstep.elastic.protocol import worker as w
 from everstep.resharding.neighbors import stand_ins
 from everstep.resharding.plan import Plan, Report
@@ -265,34 +265,32 @@ class Recovery:
         orders = engine.orders[it.plan.generation]
         if it.layers is not None:
             engine.stack.hold(*it.layers, free=not it.seeded)
-        before = {s.index for s in (*engine.backups.shards, *engine.optimizer.owned)}
-        engine.optimizer.own([s for s in engine.stack.spec.shards if s.index in it.shards])
+        before = {s.index for s in (*engine.backups.shards, *engine.store.owned)}
+        engine.store.own([s for s in engine.stack.spec.shards if s.index in it.shards])
         replay = engine.settings.protection == "replay"
         ranks = backup_ranks(layout, orders.placement, orders.nodes) if replay else {}
         engine.backups.take_places(layout, ranks, anew=it.discard)
         if it.seeded:
-            for shard in engine.backups.shards:
-                engine.backups.copies.seed(shard)
-                engine.backups.level.add(shard.index)
+            engine.store.seed()
+            engine.backups.store.seed()
+            engine.backups.level.update(shard.index for shard in engine.backups.shards)
         now = it.shards | {s.index for s in engine.backups.shards}
         engine.snapshots.leave(before - now, it.version)
 
     def _restore(self, it: w.Restore) -> w.Event:
         """Fetch the shards that are missing here, and the backups that are not in step."""
         engine = self.engine
-        self._fetch(it.plan, engine.optimizer, sorted(it.missing), it.version, it.agreement)
+        self._fetch(it.plan, engine.store, sorted(it.missing), it.version, it.agreement)
         backups = [s.index for s in engine.backups.shards if s.index not in engine.backups.level]
-        self._fetch(it.plan, engine.backups.copies, backups, it.version, it.agreement)
+        self._fetch(it.plan, engine.backups.store, backups, it.version, it.agreement)
         engine.backups.level.update(backups)
         return w.Restored()
 
-    def _fetch(
-        self, plan: Plan, optimizer: ShardedOptimizer, missing: Sequence[int], version: int, agreement: str
-    ) -> None:
+    def _fetch(self, plan: Plan, store: ShardStore, missing: Sequence[int], version: int, agreement: str) -> None:
         """Load shards from the keepers. The last step is replayed where only its gradient is there."""
         engine = self.engine
         for index in [i for i in missing if i in plan.substitutes]:
-            self._make_up(plan, optimizer, index, version, agreement)
+            self._make_up(plan, store, index, version, agreement)
         missing = [index for index in missing if index not in plan.substitutes]
         if not missing:
             return
@@ -301,12 +299,12 @@ class Recovery:
         terms = json.loads(agreement) if agreement else {}
         replays: dict[int, torch.Tensor] = {}
         for index, (stored, blobs) in found.items():
-            optimizer.load(index, read_record(blobs[0]))
+            store.load(index, read_record(blobs[0]))
             if stored < version:
                 dtype = engine.exchange.accumulation(engine.stack.spec.shards[index])
                 replays[index] = torch.frombuffer(bytearray(blobs[1]), dtype=dtype)
         if replays:
-            optimizer.update(replays, terms)
+            store.update(replays, terms)
 
     def _read_checkpoint(self, it: w.ReadCheckpoint) -> w.Event:
         """Read what is owned here from the checkpoint that all go on from.
@@ -320,9 +318,9 @@ class Recovery:
             states = CheckpointStates(engine.settings, engine.stack, plan.checkpoint)
             states.load_constants()
             engine.pipeline.forwards.remember()
-            for optimizer in (engine.optimizer, engine.backups.copies):
-                for shard in optimizer.owned:
-                    optimizer.load(shard.index, states.state(shard))
+            for store in (engine.store, engine.backups.store):
+                for shard in store.owned:
+                    store.load(shard.index, states.state(shard))
                     self._patient()
             engine.backups.level.update(shard.index for shard in engine.backups.shards)
             script = json.loads(agreement).get("script") if agreement else None
@@ -335,7 +333,7 @@ class Recovery:
                 self._patient()
                 time.sleep(0.01)
 
-    def _make_up(self, plan: Plan, optimizer: ShardedOptimizer, index: int, version: int, agreement: str) -> None:
+    def _make_up(self, plan: Plan, store: ShardStore, index: int, version: int, agreement: str) -> None:
         """A shard that is gone for good: the average of its neighbours', weighted by the norms of their gradients.
 
         Lossy, and what the user asked for (on_loss="neighbors"). Its optimizer state starts anew.
@@ -343,7 +341,7 @@ class Recovery:
         engine = self.engine
         spec = engine.stack.spec
         sources = stand_ins(spec, plan.substitutes)[index]
-        copies = Copies(engine.optimizer.user, engine.stack)
+        copies = ShardStore(engine.optimizer)
         copies.own(spec.shards[i] for i in sources)
         self._fetch(plan, copies, sources, version, agreement)
         norms: dict[str, float] = json.loads(agreement)["layers"] if agreement else {}
@@ -353,7 +351,7 @@ class Recovery:
         values = [copies.state(i)["value"].double() * weight for i, weight in zip(sources, weights, strict=True)]
         value = torch.stack(values).sum(0) / sum(weights)
         dtype = copies.state(sources[0])["value"].dtype
-        optimizer.load(index, {"value": value.to(dtype)})
+        store.load(index, {"value": value.to(dtype)})
 
     def _fetch_all(self, plan: Plan, missing: Sequence[int], version: int) -> dict[int, Fetched]:
         """All the missing shards: from our own memory, from whichever keepers have them, from parity.

@@ -13,13 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from everstep.checkpointing.access.snapshot import Snapshots
 from everstep.comms.mesh.communicator import Communicator, Key, Kind
 from everstep.comms.mesh.tensors import raw
-from everstep.elastic.holding.stack import LayerStack
-from everstep.elastic.holding.zero import ShardedOptimizer
+from everstep.elastic.holding.shard_store import ShardStore
+from everstep.elastic.holding.user_optimizer import UserOptimizer
 from everstep.elastic.step.exchange import Exchange
 from everstep.resharding.layout import Layout
 from everstep.resharding.placement import Placement
@@ -38,43 +37,15 @@ def backup_ranks(layout: Layout, placement: Placement, nodes: Mapping[int, str])
     return dealt
 
 
-class Copies(ShardedOptimizer):
-    """The optimizer of shards whose values are no part of the live model."""
-
-    def __init__(self, optimizer: Optimizer, stack: LayerStack) -> None:
-        self._values: dict[int, Tensor] = {}
-        super().__init__(optimizer, stack)
-
-    def _view(self, shard: Shard) -> Tensor:
-        spec = self.stack.spec
-        if shard.index not in self._values:
-            like = self.stack.parameter_of[shard.parameter]
-            self._values[shard.index] = torch.empty(shard.elements, dtype=like.dtype, device=like.device)
-        value = self._values[shard.index]
-        return value.view(spec.parameters[shard.parameter].shape) if spec.whole else value
-
-    def keep_only(self, shards: Sequence[Shard]) -> None:
-        """Drop the values of all other shards."""
-        kept = {shard.index for shard in shards}
-        self._values = {index: value for index, value in self._values.items() if index in kept}
-
-    def seed(self, shard: Shard) -> None:
-        """Take a shard's value from the model as it was built."""
-        whole = self.stack.parameter_of[shard.parameter].data.reshape(-1)
-        self.load(shard.index, {"value": whole[shard.start : shard.stop].view(self._view(shard).shape)})
-
-
 class Backups:
     """One rank's passive copies. Idle, with no shards, in every other mode of protection."""
 
-    def __init__(
-        self, optimizer: Optimizer, stack: LayerStack, comm: Communicator, snapshots: Snapshots, exchange: Exchange
-    ) -> None:
-        self._stack = stack
+    def __init__(self, optimizer: UserOptimizer, comm: Communicator, snapshots: Snapshots, exchange: Exchange) -> None:
+        self._stack = optimizer.stack
         self._comm = comm
         self._snapshots = snapshots
         self._exchange = exchange
-        self.copies = Copies(optimizer, stack)
+        self.store = ShardStore(optimizer)
         self.level: set[int] = set()  # the copies that are at the version of the rank
         self._of: dict[int, tuple[int, ...]] = {}
         self._gradients: dict[int, Tensor] = {}
@@ -82,7 +53,7 @@ class Backups:
     @property
     def shards(self) -> tuple[Shard, ...]:
         """The shards backed up here."""
-        return self.copies.owned
+        return self.store.owned
 
     def ranks_of(self, shard: int) -> tuple[int, ...]:
         """The ranks that back a shard up."""
@@ -95,8 +66,7 @@ class Backups:
         mine = [shards[index] for index, backups in sorted(ranks.items()) if rank in backups]
         indices = {shard.index for shard in mine}
         self.level = set() if anew else self.level & indices
-        self.copies.own(mine)
-        self.copies.keep_only(mine)
+        self.store.own(mine)
         self._gradients = {}
 
     def exchange(self, step: int, layout: Layout, gradients: Mapping[int, Tensor]) -> None:
@@ -135,5 +105,5 @@ class Backups:
     def update(self, terms: Mapping[str, Any]) -> None:
         """Run the optimizer on the copies, as their owners do on the originals."""
         if self._gradients:
-            self.copies.update(self._gradients, terms)
+            self.store.update(self._gradients, terms)
             self._gradients = {}

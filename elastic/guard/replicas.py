@@ -21,12 +21,13 @@ from torch import Tensor
 from everstep.checkpointing.access.snapshot import Snapshots
 from everstep.checkpointing.memory.copying import tensor_bytes
 from everstep.checkpointing.memory.record import read_record
+from everstep.elastic.holding.shard_store import ShardStore
 from everstep.elastic.holding.stack import LayerStack
 from everstep.elastic.protocol.agreement import imbalance
 from everstep.elastic.step.exchange import Exchange
 from everstep.resharding.layout import Layout
 
-from .backups import Backups, Copies
+from .backups import Backups
 
 _WEIGHT = 1 << 64
 
@@ -96,7 +97,7 @@ class Replicas:
         read = {s.index: s for layer in self._stack.held for s in spec.shards_of_layer[layer]}
         live = {i: digest(self._stack.computed_with(s)) for i, s in read.items() if self._compared(i)}
         backups = {
-            s.index: digest(self._backups.copies.state(s.index)["value"].reshape(-1))
+            s.index: digest(self._backups.store.state(s.index)["value"].reshape(-1))
             for s in self._backups.shards
             if self._compared(s.index)
         }
@@ -132,7 +133,7 @@ class Replicas:
         if before is None or gradient is None:
             return None
         spec = self._stack.spec.shards[shard]
-        copies = Copies(self._backups.copies.user, self._stack)
+        copies = ShardStore(self._backups.store.optimizer)
         copies.own([spec])
         copies.load(shard, read_record(before))
         reduced = torch.frombuffer(bytearray(gradient), dtype=self._exchange.accumulation(spec))

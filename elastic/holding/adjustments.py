@@ -21,7 +21,7 @@ from .hyperparameters import (
     unpack,
 )
 from .stack import LayerStack
-from .zero import ShardedOptimizer
+from .user_optimizer import UserOptimizer
 
 Key = tuple[Any, ...]  # ("group", number, setting) | ("frozen", parameter): True | ("clip", "norm" or "value")
 Values = dict[Key, Any]
@@ -31,7 +31,7 @@ NAMES = ("groups", "frozen", "clip")  # of what an agreement holds of them
 class Adjustments:
     """The settings in force on one rank, those agreed on, and those of steps that may have to be computed again."""
 
-    def __init__(self, optimizer: ShardedOptimizer, stack: LayerStack) -> None:
+    def __init__(self, optimizer: UserOptimizer, stack: LayerStack) -> None:
         self.clip: dict[str, float | None] = {"norm": None, "value": None}
         self._optimizer = optimizer
         self._tensors: dict[str, list[Tensor]] = {}  # of a trained parameter: one per layer that has it

@@ -14,7 +14,7 @@ from everstep import UsageError
 from everstep.elastic.holding.adjustments import Adjustments
 from everstep.elastic.holding.hyperparameters import pack, settings_of, unpack
 from everstep.elastic.holding.stack import LayerStack
-from everstep.elastic.holding.zero import ShardedOptimizer
+from everstep.elastic.holding.user_optimizer import UserOptimizer
 
 
 class Rank:
@@ -26,7 +26,7 @@ class Rank:
         groups = [{"params": self.model[0].parameters()}, {"params": self.model[1].parameters(), "lr": 0.2}]
         self.optimizer = torch.optim.AdamW(groups, lr=0.1)
         stack = LayerStack(self.model, cut=False)
-        self.adjustments = Adjustments(ShardedOptimizer(self.optimizer, stack), stack)
+        self.adjustments = Adjustments(UserOptimizer(self.optimizer, stack), stack)
 
     def rate(self, group: int = 0) -> float:
         return self.optimizer.param_groups[group]["lr"]

@@ -26,7 +26,7 @@ from everstep.elastic.guard.protection import Protection
 from everstep.elastic.guard.replicas import Odd, Replicas, decide, digest, disputed, odd_ones
 from everstep.elastic.holding.adjustments import Adjustments
 from everstep.elastic.holding.stack import LayerStack
-from everstep.elastic.holding.zero import ShardedOptimizer
+from everstep.elastic.holding.user_optimizer import UserOptimizer
 from everstep.elastic.protocol.agreement import SHARE_BYTES
 from everstep.elastic.step.exchange import Exchange
 from everstep.resharding.planners import initial_layout
@@ -56,9 +56,9 @@ class Rank:
         self.stack = LayerStack(self.model, cut=True)
         self.comm = CountingCommunicator(rank, 0, network=network)
         self.comm.sent = []
-        sharded, snapshots = ShardedOptimizer(self.optimizer, self.stack), Snapshots(None)
+        sharded, snapshots = UserOptimizer(self.optimizer, self.stack), Snapshots(None)
         exchange = Exchange(self.stack, self.comm)
-        self.backups = Backups(self.optimizer, self.stack, self.comm, snapshots, exchange)
+        self.backups = Backups(sharded, self.comm, snapshots, exchange)
         self.replicas = Replicas(self.stack, snapshots, self.backups, exchange, settings.verify_every)
         self.adjustments = Adjustments(sharded, self.stack)
         self.checkpoints = Checkpoints(settings, self.stack, snapshots, Solo(), {})

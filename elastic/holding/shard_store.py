@@ -1,0 +1,134 @@
+"""What a rank holds of shards: their values and the optimizer's state of them, and the optimizer run on them (ZeRO-1).
+
+A shard is a parameter of its own to the optimizer; torch's optimizer code runs on it unchanged, so the state has
+torch's names and the arithmetic torch's bits. Shards are cut by the model alone, never by the layout, so those bits do
+not depend on who owns what. (Rajbhandari et al., 2020.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from everstep.checkpointing.memory.record import ShardState
+from everstep.resharding.units import Shard
+
+from .hyperparameters import unpack
+from .user_optimizer import UserOptimizer
+
+
+class ShardStore:
+    """The values and the optimizer state of some shards.
+
+    `live` gives a shard's elements in the model, which are the values then: they share that memory. Without `live` the
+    shards are no part of the model (backups, stand-ins), and the store has memory of its own for them.
+    """
+
+    def __init__(self, optimizer: UserOptimizer, live: Callable[[Shard], Tensor] | None = None) -> None:
+        self.optimizer = optimizer
+        self._stack = optimizer.stack
+        self._live = live
+        self._parameters: dict[int, nn.Parameter] = {}
+        self._shards: dict[int, Shard] = {}
+        self._inner = optimizer.clone()
+
+    @property
+    def owned(self) -> tuple[Shard, ...]:
+        """The shards in this store, in order."""
+        return tuple(self._shards[index] for index in sorted(self._shards))
+
+    def own(self, shards: Iterable[Shard]) -> None:
+        """Own exactly these shards: keep the state of those owned already, drop the others', add the new stateless."""
+        shards = sorted(shards)
+        parameters: dict[int, nn.Parameter] = {}
+        for shard in shards:
+            kept = self._parameters.get(shard.index)
+            if kept is None:
+                kept = nn.Parameter(self._memory(shard), requires_grad=False)
+            elif self._live is not None:
+                kept.data = self._memory(shard)  # the model's may have moved
+            parameters[shard.index] = kept
+        for index, parameter in self._parameters.items():
+            if index not in parameters:
+                self._inner.state.pop(parameter, None)
+        self._parameters = parameters
+        self._shards = {shard.index: shard for shard in shards}
+        members: dict[int | None, list[nn.Parameter]] = {}
+        for shard in shards:
+            members.setdefault(self.optimizer.group_of(shard.parameter), []).append(parameters[shard.index])
+        for number, group in enumerate(self._inner.param_groups):
+            group["params"] = members.get(number, [])
+
+    def _memory(self, shard: Shard) -> Tensor:
+        """Where a shard's values are to lie."""
+        shape = self.optimizer.shape_of(shard)
+        if self._live is not None:
+            return self._live(shard).view(shape)
+        like = self._stack.parameter_of[shard.parameter]
+        return torch.empty(shape, dtype=like.dtype, device=like.device)
+
+    def seed(self) -> None:
+        """Take the values of all shards from the model as it was built."""
+        if self._live is not None:
+            return  # they are the model's
+        for shard in self._shards.values():
+            whole = self._stack.parameter_of[shard.parameter].data.reshape(-1)
+            self.load(shard.index, {"value": whole[shard.start : shard.stop].view(self.optimizer.shape_of(shard))})
+
+    def update(self, gradients: Mapping[int, Tensor], terms: Mapping[str, Any]) -> None:
+        """One step of the shards named in `gradients` (shard -> one-dimensional gradient), on these agreed terms.
+
+        `scale` is what clipping multiplies gradients with, `clip` has the limit of an element, the parameters in
+        `frozen` are left alone, as torch's optimizers leave those (`idle`, by number) that no micro-batch of the step
+        had a gradient of, and a step that is skipped (`skip`) leaves everything. The tensors given stay as they
+        are.
+        """
+        if terms.get("skip"):
+            return
+        idle = terms.get("idle", ())
+        scale, limit, frozen = terms["scale"], terms.get("clip", {}).get("value"), set(terms.get("frozen", ()))
+        for index, parameter in self._parameters.items():
+            gradient = gradients.get(index)
+            shard = self._shards[index]
+            if gradient is None or shard.parameter in idle:
+                continue
+            if self._stack.averaged(shard.parameter):
+                parameter.copy_(
+                    gradient.view(parameter.shape).round() if not parameter.is_floating_point() else gradient
+                )
+            elif self.optimizer.group_of(shard.parameter) is not None:
+                if self._stack.spec.parameters[shard.parameter].name in frozen:
+                    continue
+                clipped = gradient if scale is None or scale >= 1.0 else gradient * scale
+                clipped = clipped if limit is None else clipped.clamp(-limit, limit)
+                parameter.grad = clipped.to(parameter.device, parameter.dtype).view(parameter.shape)
+        for group, settings in zip(self._inner.param_groups, unpack(terms["groups"]), strict=True):
+            group.update(settings)
+        try:
+            self._inner.step()
+        finally:
+            for parameter in self._parameters.values():
+                parameter.grad = None
+
+    def state(self, shard: int) -> ShardState:
+        """A shard's parameter values and optimizer state, sharing their memory."""
+        parameter = self._parameters[shard]
+        return {"value": parameter.data, **self._inner.state.get(parameter, {})}
+
+    def load(self, shard: int, state: ShardState) -> None:
+        """Set a shard's parameter values (in the live parameter, where they share its memory) and optimizer state."""
+        parameter = self._parameters[shard]
+        parameter.data.copy_(state["value"])
+        rest = {name: value for name, value in state.items() if name != "value"}
+        self._inner.state.pop(parameter, None)
+        if rest:
+            self._inner.state[parameter] = {
+                name: self._placed(value, shard) if isinstance(value, Tensor) else value for name, value in rest.items()
+            }
+
+    def _placed(self, value: Tensor, shard: int) -> Tensor:
+        on_device = self.optimizer.state_on_device(value, self._shards[shard].parameter)
+        return value.to(self._parameters[shard].device) if on_device else value

@@ -1,0 +1,142 @@
+"""The user's torch optimizer: its groups and their settings, and what state it keeps of a shard."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from everstep.checkpointing.memory.record import record_bytes
+from everstep.elastic.contract.errors import UsageError
+from everstep.resharding.units import Shard
+
+from .hyperparameters import (
+    Groups,
+    pack,
+    plain,
+    same,
+    settings_of,
+)
+from .stack import LayerStack
+
+_ELEMENTWISE = frozenset(
+    {"SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adagrad", "Adadelta", "RMSprop", "ASGD", "Rprop"}
+)
+_PROBE = 7  # elements of the dummy parameter that shows what state an optimizer keeps
+_MARGIN_BYTES = 256  # of a record, beyond what its state takes after the first step
+
+
+def is_elementwise(optimizer: Optimizer) -> bool:
+    """Whether the optimizer treats every element by itself, so that a parameter may be cut."""
+    kind = type(optimizer)
+    return kind.__module__.startswith("torch.optim") and kind.__name__ in _ELEMENTWISE
+
+
+def check_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
+    """Raise UsageError for an optimizer that cannot drive this model's shards."""
+    known = {id(p) for p in model.parameters()}
+    for number, group in enumerate(optimizer.param_groups):
+        for parameter in group["params"]:
+            if id(parameter) not in known:
+                raise UsageError(
+                    f"the optimizer's group {number} has a parameter of shape {tuple(parameter.shape)} that the model "
+                    "lacks: build the optimizer from model.parameters() of the model you pass"
+                )
+    if type(optimizer).__name__ in ("LBFGS", "SparseAdam"):
+        raise UsageError(f"{type(optimizer).__name__} is not supported: it needs a closure or sparse gradients")
+    if optimizer.state:
+        raise UsageError("the optimizer has state already: pass a new one (resuming is the checkpoint's business)")
+
+
+class UserOptimizer:
+    """The optimizer that the user built. It never steps itself: each `ShardStore` steps a clone of it."""
+
+    def __init__(self, optimizer: Optimizer, stack: LayerStack) -> None:
+        self.user = optimizer
+        self.stack = stack
+        of_tensor = {
+            id(parameter): number
+            for number, group in enumerate(optimizer.param_groups)
+            for parameter in group["params"]
+        }
+        self._group = {index: of_tensor.get(id(tensor)) for index, tensor in stack.parameter_of.items()}
+        self._templates: dict[int, dict[str, Any]] = {}
+
+    def clone(self) -> Optimizer:
+        """The same optimizer with no parameters and no state."""
+        clone: Optimizer = type(self.user).__new__(type(self.user))
+        clone.__dict__.update(self.user.__dict__)
+        clone.__dict__.pop("step", None)  # a scheduler's patch of the user's instance
+        clone.state = defaultdict(dict)
+        clone.param_groups = [{**group, "params": []} for group in self.user.param_groups]
+        return clone
+
+    def group_of(self, parameter: int) -> int | None:
+        """The number of the group that a parameter is in; None if the optimizer does not have it."""
+        return self._group[parameter]
+
+    # ------------------------------------------------------------ settings
+
+    def hyper_parameters(self) -> Groups:
+        """The groups' present settings (lr, betas, ...), as JSON values."""
+        return [settings_of(group) for group in self.user.param_groups]
+
+    def describe(self) -> str:
+        """The optimizer's type and settings, to be compared between ranks."""
+        return f"{type(self.user).__name__} {json.dumps(pack(self.hyper_parameters())['settings'])}"
+
+    def set_hyper_parameters(self, groups: Groups) -> None:
+        """Give the user's groups these settings."""
+        for group, settings in zip(self.user.param_groups, groups, strict=True):
+            for name, value in settings.items():
+                present = group.get(name)
+                if name in group and same(plain(present), value):
+                    continue
+                if isinstance(present, Tensor):
+                    present.fill_(value)
+                else:
+                    group[name] = tuple(value) if isinstance(present, tuple) else value
+
+    # ------------------------------------------------------------ shards
+
+    def shape_of(self, shard: Shard) -> tuple[int, ...]:
+        """The shape in which the optimizer steps a shard: its parameter's if that is not cut, else one dimension."""
+        spec = self.stack.spec
+        return spec.parameters[shard.parameter].shape if spec.whole else (shard.elements,)
+
+    def state_on_device(self, state: Tensor, parameter: int) -> bool:
+        """As torch does it: scalar state, such as Adam's step, stays on the CPU unless the kernel reads it."""
+        group = self.user.param_groups[self._group[parameter] or 0]
+        return bool(state.dim() or group.get("fused") or group.get("capturable"))
+
+    def state_bytes(self, shard: Shard) -> int:
+        """How many bytes the record of a shard's state takes once the optimizer has stepped."""
+        like = self.stack.parameter_of[shard.parameter]
+        value = torch.empty(self.shape_of(shard), dtype=like.dtype, device="meta")
+        if self.stack.averaged(shard.parameter) or self._group[shard.parameter] is None:
+            return record_bytes({"value": value}) + _MARGIN_BYTES
+        if self.stack.spec.whole:
+            state = self._probe(torch.zeros(value.shape, dtype=value.dtype, device=like.device), shard)
+        else:
+            group = self._group[shard.parameter] or 0
+            if group not in self._templates:
+                self._templates[group] = self._probe(
+                    torch.zeros(_PROBE, dtype=torch.float32, device=like.device), shard
+                )
+            state = {
+                name: torch.empty_like(value) if isinstance(item, Tensor) and item.numel() == _PROBE else item
+                for name, item in self._templates[group].items()
+            }
+        return record_bytes({"value": value, **state}) + _MARGIN_BYTES
+
+    def _probe(self, like: Tensor, shard: Shard) -> dict[str, Any]:
+        dummy = nn.Parameter(like)
+        dummy.grad = torch.zeros_like(like)
+        clone = self.clone()
+        clone.param_groups = [{**clone.param_groups[self._group[shard.parameter] or 0], "params": [dummy]}]
+        clone.step()
+        return dict(clone.state.get(dummy, {}))
