@@ -27,7 +27,7 @@ from everstep.elastic.protocol.liveness import (
 from . import vitals
 from .workers import WorkerProcess
 
-LOOK_S = 0.2  # how long a counter stands still before the kernel is asked; then as often, later less often
+LOOK_S = 0.4  # how long a counter stands still before the kernel is asked; then as often, later less often
 LOOK_RATIO, MOST_LOOK_S = 0.05, 5.0  # of the time it has stood still
 WARNED_S = 10.0  # a limit that is shorter strikes without a warning
 STACKS_KEPT = 8192  # letters, for the event log; standard error gets all that were read
