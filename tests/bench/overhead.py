@@ -7,12 +7,14 @@ Pipeline: everstep with two stages against `torch.distributed.pipelining`'s Sche
 thread each, the same model, global batch, micro-batches and AdamW.
 Protection (parity, replicate, replay): everstep on two nodes of one worker each, with every version outliving either of
 them, against everstep on the same nodes without protection from lost nodes. Machines drift, so short runs alternate
-(A B, B A, A B, ...); a step time is the difference of successive commits of one process, the first few left out.
+(A B, B A, A B, ...); a step time is the difference of successive commits of one process, the first few left out, and
+the ratio is the median of those of the pairs. Processor seconds of a step, over all processes, are steadier.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import shutil
 import signal
@@ -22,8 +24,10 @@ import time
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from statistics import quantiles
 from typing import Any
 
+import psutil
 from stamps import Stamps, median
 from systems import (
     Everstep,
@@ -56,9 +60,9 @@ class Comparison:
 COMPARISONS = {
     "data_parallel": Comparison(1, Everstep, Torchrun, 1.0),
     "pipeline": Comparison(2, Everstep, Pipelining, 1.0),
-    "parity": Comparison(1, Protected, Unprotected, 1.05),
-    "replicate": Comparison(1, Replicated, Unprotected, 1.05),
-    "replay": Comparison(1, Replayed, Unprotected, 1.05),
+    "parity": Comparison(1, Protected, Unprotected, 1.03),
+    "replicate": Comparison(1, Replicated, Unprotected, 1.03),
+    "replay": Comparison(1, Replayed, Unprotected, 1.03),
 }
 
 
@@ -66,33 +70,59 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def block(kind: type[System], job: Job) -> list[float]:
-    """Run one job to its end; its step times in seconds, of the process that took longest over them."""
+@dataclass(frozen=True)
+class Block:
+    """One run: step times in seconds, of the process that took longest over them; processor seconds of a step."""
+
+    times: list[float]
+    processor_s: float
+
+
+def processor_s(system: System) -> float:
+    """What all processes of a system have used since they began."""
+    total = 0.0
+    for child in system.children:
+        with contextlib.suppress(psutil.Error):
+            first = psutil.Process(child.pid)
+            for process in [first, *first.children(recursive=True)]:
+                with contextlib.suppress(psutil.Error):
+                    used = process.cpu_times()
+                    total += used.user + used.system
+    return total
+
+
+def block(kind: type[System], job: Job) -> Block:
+    """Run one job to its end."""
     system = kind(job=job)
     stamps = Stamps(system.folder)
     deadline = time.monotonic() + START_TIMEOUT_S + 30.0 * job.steps
+    marks: dict[int, float] = {}  # step committed by all -> processor seconds when that was first seen
     try:
         system.start()
         while True:
             stamps.poll()
-            done = [p for p in stamps.processes.values() if p.commits and p.commits[-1].step == job.steps - 1]
-            if len(done) == job.workers:
+            steps = [p.commits[-1].step for p in stamps.processes.values() if p.commits]
+            if len(steps) == job.workers and min(steps) >= WARM_UP_STEPS - 1:
+                marks[min(steps)] = marks.get(min(steps)) or processor_s(system)
+            if steps.count(job.steps - 1) == job.workers:
                 break
             system.tick()
             if system.finished() or time.monotonic() > deadline:
-                raise RuntimeError(f"{len(done)} of {job.workers} workers finished; log ends: {system.tail()}")
-            time.sleep(0.02)
+                raise RuntimeError(f"the workers committed {steps} of {job.steps} steps; log ends: {system.tail()}")
+            time.sleep(0.05)
     finally:
         system.stop()
+    first, last = min(marks), max(marks)
     times = [[c.t for c in p.commits[WARM_UP_STEPS - 1 :]] for p in stamps.processes.values()]
-    return max(([b - a for a, b in pairwise(t)] for t in times), key=sum)
+    longest = max(([b - a for a, b in pairwise(t)] for t in times), key=sum)
+    return Block(longest, (marks[last] - marks[first]) / max(1, last - first))
 
 
 def compare(
     name: str, ours: type[System], theirs: type[System], job: Job, pairs: int, folder: Path, options: dict[str, Any]
 ) -> dict[str, Any]:
     """Alternate the two for `pairs` pairs of blocks; a system that cannot run is reported, the other still measured."""
-    steps: dict[str, list[list[float]]] = {"ours": [], "theirs": []}
+    blocks: dict[str, list[Block]] = {"ours": [], "theirs": []}
     reasons = {"ours": ours.unavailable(), "theirs": theirs.unavailable()}
     for pair in range(pairs):
         order = ("ours", "theirs") if pair % 2 == 0 else ("theirs", "ours")
@@ -103,22 +133,27 @@ def compare(
             settings = options if side == "ours" else None
             where = folder / f"{name}-{pair}-{side}"
             try:
-                times = block(kind, replace(job, options=settings).moved(where))
+                found_here = block(kind, replace(job, options=settings).moved(where))
             except (RuntimeError, TimeoutError, OSError) as error:
                 reasons[side] = f"{type(error).__name__}: {error}"
                 say(f"{name}: {kind.__name__}: {reasons[side]}")
                 continue
-            steps[side].append(times)
-            say(f"{name}: pair {pair + 1}/{pairs}: {kind.__name__}: median step {median(times):.4f} s")
-    found: dict[str, Any] = {"pairs": pairs, "step_s": {}, "skipped": {}}
+            blocks[side].append(found_here)
+            say(f"{name}: pair {pair + 1}/{pairs}: {kind.__name__}: median step {median(found_here.times):.4f} s")
+    steps = {side: [block.times for block in blocks[side]] for side in blocks}
+    used = {side: [block.processor_s for block in blocks[side]] for side in blocks}
+    found: dict[str, Any] = {"pairs": pairs, "step_s": {}, "processor_s_of_a_step": {}, "skipped": {}}
     for side, kind in (("ours", ours), ("theirs", theirs)):
         found["step_s"][kind.__name__.lower()] = summary(steps[side])
+        found["processor_s_of_a_step"][kind.__name__.lower()] = [round(s, 4) for s in used[side]]
         if reasons[side]:
             found["skipped"][kind.__name__.lower()] = reasons[side]
     both = steps["ours"] and steps["theirs"]
-    pooled = {side: median([s for times in steps[side] for s in times]) for side in steps}
-    found["ratio"] = pooled["ours"] / pooled["theirs"] if both else None
-    found["ratio_of_each_pair"] = [median(a) / median(b) for a, b in zip(steps["ours"], steps["theirs"], strict=False)]
+    each = [median(a) / median(b) for a, b in zip(steps["ours"], steps["theirs"], strict=False)]
+    found["ratio"] = median(each) if both else None
+    found["ratio_of_each_pair"] = [round(ratio, 4) for ratio in each]
+    found["quartiles_of_the_ratios"] = [round(q, 4) for q in quantiles(each)] if len(each) > 1 else None
+    found["ratio_of_processor_s"] = median(used["ours"]) / median(used["theirs"]) if both else None
     return found
 
 
@@ -140,7 +175,7 @@ def target(name: str, ratio: float | None) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object (the only format)")
-    parser.add_argument("--pairs", type=int, default=4)
+    parser.add_argument("--pairs", type=int, default=12)
     parser.add_argument("--steps", type=int, default=10, help="measured in each block")
     parser.add_argument("--only", default=",".join(COMPARISONS), help="a comma-separated choice of comparisons")
     parser.add_argument("--torchft", action="store_true", help="measure torchft against DDP too, for reference")
