@@ -102,7 +102,7 @@ def block(kind: type[System], job: Job) -> Block:
         while True:
             stamps.poll()
             steps = [p.commits[-1].step for p in stamps.processes.values() if p.commits]
-            if len(steps) == job.workers and min(steps) >= WARM_UP_STEPS - 1:
+            if len(steps) == job.workers and WARM_UP_STEPS - 1 <= min(steps) < job.steps - 1:
                 marks[min(steps)] = marks.get(min(steps)) or processor_s(system)
             if steps.count(job.steps - 1) == job.workers:
                 break
