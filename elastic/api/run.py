@@ -262,6 +262,9 @@ class Run:
     def full_state_dict(self) -> dict[str, Any]:
         """{"model": {name: tensor}, "optimizer": {name: {state: tensor}}} of the whole model, on any rank that asks.
 
+        The model's tensors have the types of the live model. Where parameters have float32 masters (`master_dtype`),
+        these are there too, as "masters": {name: tensor}, and the optimizer's states are theirs.
+
         Read from the snapshot keepers, so no other rank has to take part.
         """
         with self._progress.called(), self._progress.waiting("snapshots in keepers, for full_state_dict"):
@@ -343,7 +346,7 @@ class Run:
         engine = Engine(
             settings=settings,
             stack=stack,
-            optimizer=UserOptimizer(optimizer, stack),
+            optimizer=UserOptimizer(optimizer, stack, settings.master_dtype),
             data=data,
             described=described,
             loss_fn=loss_fn,
@@ -570,6 +573,7 @@ def _too_few_layers(model: nn.Module, stages: int, layers: int) -> str:
 def _assemble(engine: Engine, states: dict[int, dict[str, Any]]) -> dict[str, Any]:
     spec = engine.stack.spec
     model: dict[str, Tensor] = {}
+    masters: dict[str, Tensor] = {}
     optimizer: dict[str, dict[str, Any]] = {}
     shards_of: dict[int, list[Shard]] = {}
     for shard in spec.shards:
@@ -583,14 +587,17 @@ def _assemble(engine: Engine, states: dict[int, dict[str, Any]]) -> dict[str, An
         joined = {
             name: _join(values, [s.elements for s in shards], parameter.shape) for name, values in columns.items()
         }
-        model[parameter.name] = joined.pop("value")
+        value = joined.pop("value")
+        model[parameter.name] = value.to(getattr(torch, parameter.dtype))
+        if value.dtype != model[parameter.name].dtype:
+            masters[parameter.name] = value
         if joined:
             optimizer[parameter.name] = joined
     for name, tensor in engine.stack.constants():
         model[name] = tensor.detach().to("cpu", copy=True)
     for name, original in engine.stack.aliases.items():
         model[name] = model[original]
-    return {"model": model, "optimizer": optimizer}
+    return {"model": model, "optimizer": optimizer, **({"masters": masters} if masters else {})}
 
 
 def _join(values: list[Any], elements: list[int], shape: tuple[int, ...]) -> Any:

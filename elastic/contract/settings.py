@@ -54,6 +54,13 @@ class Settings:
     micro_batch_size: int = setting("Samples per forward; divides `global_batch_size`.", unit="samples", least=1)
     stages: int = setting("Pipeline stages.", unit="stages", default=1, least=1)
     seed: int = setting("Seed of the data order, dropout and initialisation.", default=0)
+    master_dtype: str = setting(
+        'The type in which the optimizer steps parameters of lower precision (bfloat16, float16): `"float32"`, or '
+        '`"none"` for their own.',
+        more="See [low precision](loops.md#low-precision).",
+        default="float32",
+        choices=("float32", "none"),
+    )
     protection: str = setting(
         'How the state survives lost nodes: `"parity"`, `"replicate"`, `"replay"` or `"none"`.',
         more="See [below](#protection).",
@@ -171,6 +178,7 @@ class Arguments(TypedDict, total=False):
     micro_batch_size: Required[int]
     stages: int
     seed: int
+    master_dtype: str
     protection: str
     node_losses: int
     snapshot_every: int | Literal["auto"]

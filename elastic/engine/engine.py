@@ -132,7 +132,7 @@ class Engine:
         self.committed: Callable[[list[int]], dict[int, ShardState]] = lambda shards: {}  # what keepers hold of shards
         self.replicas = Replicas(stack, snapshots, self.backups, self.exchange, settings.verify_every)
         whose = {"optimizer": type(optimizer.user).__name__, "data": described}
-        whose["settings"] = pack(optimizer.hyper_parameters())
+        whose |= {"settings": pack(optimizer.hyper_parameters()), "dtypes": optimizer.masters()}
         self.checkpoints = Checkpoints(settings, stack, snapshots, membership, whose)
         self.registered: dict[str, Any] = {}  # objects with state_dict / load_state_dict
         self.unclaimed: dict[str, Any] = {}  # states of the others' objects that this rank has not registered yet
@@ -402,10 +402,10 @@ class Engine:
         flat = changed.held.tensor.detach().reshape(-1)
         if len(committed) < len(shards):
             return False
-        values = {s.index: committed[s.index]["value"] for s in shards}
+        values = {s.index: self.stack.as_live(s.index, committed[s.index]["value"]) for s in shards}
         if sum(differing_bits(flat[s.start : s.stop], values[s.index]) for s in shards) > 1:
             return False
-        self.suspects.update({index: digest(value.reshape(-1)) for index, value in values.items()})
+        self.suspects.update({index: digest(value) for index, value in values.items()})
         return True
 
     def _forget_odd(self, odd: list[Odd]) -> None:

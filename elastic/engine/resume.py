@@ -50,6 +50,7 @@ class Resumption:
         self._settings = settings
         self._stack = stack
         self._birth = engine.birth
+        self._masters = engine.optimizer.masters()
         self._driven = engine.driven
         self._data = data
         self._channel = channel
@@ -142,13 +143,14 @@ class Resumption:
         problems: list[str] = []
         for index, parameter in enumerate(self._stack.spec.parameters):
             room = "buffers" if self._stack.averaged(index) else "params"
-            array = manifest.arrays.get(path_of(room, resolve(manifest, room, parameter.name)))
+            stored = resolve(manifest, room, parameter.name)
+            array = manifest.arrays.get(path_of(room, stored))
             if array is None:
                 problems.append(f"it has no {room}/{parameter.name}")
             elif array.shape != parameter.shape:
                 problems.append(f"{parameter.name} has the shape {array.shape} there, and {parameter.shape} here")
-            elif manifest.agreement and array.dtype != parameter.dtype:
-                problems.append(f"{parameter.name} is {array.dtype} there, and {parameter.dtype} here")
+            elif manifest.agreement and (there := manifest.dtypes.get(stored, array.dtype)) != parameter.dtype:
+                problems.append(f"{parameter.name} is {there} there, and {parameter.dtype} here")
         groups = len(unpack(json.loads(manifest.agreement)["groups"])) if manifest.agreement else 0
         if manifest.agreement and groups != len(unpack(self._birth["groups"])):
             here = len(unpack(self._birth["groups"]))
@@ -204,8 +206,22 @@ class Resumption:
                 "checkpoint's go on. To take the script's: --es-resume-hyperparameters=script"
             )
             warn(self._channel, Notice.HYPERPARAMETERS_DIFFER, text)
+        if not self._looked_at:
+            self._compare_masters(manifest, url)
         self._looked_at = True
         return json.dumps(terms, sort_keys=True)
+
+    def _compare_masters(self, manifest: Manifest, url: str) -> None:
+        """Warn where the precision that parameters are stepped in changes."""
+        if bool(manifest.dtypes) == bool(self._masters):
+            return
+        if self._masters:
+            change = "was saved without float32 masters, which begin with its values"
+            way = "To go on without them: --es-master-dtype=none"
+        else:
+            change = "has float32 masters, which are rounded, since the job has master_dtype=none"
+            way = "To go on with them: --es-master-dtype=float32"
+        warn(self._channel, Notice.HYPERPARAMETERS_DIFFER, f"{url} {change}; the numbers change here. {way}")
 
     def _first_agreement(self, step: int) -> str:
         """Of a checkpoint that another framework wrote: the settings are the script's, the scheduler is stepped up."""

@@ -331,6 +331,7 @@ class Checkpoints:
             "step": version,
             "tied": self._stack.aliases,
             "layers": {p.name: list(p.layers) for p in spec.parameters},
+            "dtypes": self._run["dtypes"],
             "optimizer": {"name": self._run["optimizer"], "groups": terms["after"]["groups"]},
             "scheduler": registered.get("scheduler"),
             "registered": registered,

@@ -97,7 +97,7 @@ class Replicas:
         read = {s.index: s for layer in self._stack.held for s in spec.shards_of_layer[layer]}
         live = {i: digest(self._stack.computed_with(s)) for i, s in read.items() if self._compared(i)}
         backups = {
-            s.index: digest(self._backups.store.state(s.index)["value"].reshape(-1))
+            s.index: digest(self._stack.as_live(s.index, self._backups.store.state(s.index)["value"]))
             for s in self._backups.shards
             if self._compared(s.index)
         }
@@ -138,12 +138,12 @@ class Replicas:
         copies.load(shard, read_record(before))
         reduced = torch.frombuffer(bytearray(gradient), dtype=self._exchange.accumulation(spec))
         copies.update({shard: reduced}, terms)
-        return digest(copies.state(shard)["value"].reshape(-1))
+        return digest(self._stack.as_live(shard, copies.state(shard)["value"]))
 
     def record_differs(self, shard: int, version: int, true: int) -> bool:
         """Whether the snapshot of a shard owned here was made of damaged values."""
         data = self._snapshots.stored(shard, version)
-        return data is not None and digest(read_record(data)["value"].reshape(-1)) != true
+        return data is not None and digest(self._stack.as_live(shard, read_record(data)["value"])) != true
 
 
 def disputed(found: Mapping[int, Digests]) -> list[int]:

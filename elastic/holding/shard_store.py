@@ -21,10 +21,11 @@ from .user_optimizer import UserOptimizer
 
 
 class ShardStore:
-    """The values and the optimizer state of some shards.
+    """The values and the optimizer state of some shards, in the type that the optimizer steps them in.
 
-    `live` gives a shard's elements in the model, which are the values then: they share that memory. Without `live` the
-    shards are no part of the model (backups, stand-ins), and the store has memory of its own for them.
+    `live` gives a shard's elements in the model. Where these are of that type, they are the values: both share their
+    memory. Else the store has memory of its own, and writes the values, rounded, to the model whenever they change.
+    Without `live` the shards are no part of the model (backups, stand-ins).
     """
 
     def __init__(self, optimizer: UserOptimizer, live: Callable[[Shard], Tensor] | None = None) -> None:
@@ -33,6 +34,7 @@ class ShardStore:
         self._live = live
         self._parameters: dict[int, nn.Parameter] = {}
         self._shards: dict[int, Shard] = {}
+        self._rounded: frozenset[int] = frozenset()  # the shards that are masters of the model's
         self._inner = optimizer.clone()
 
     @property
@@ -48,7 +50,7 @@ class ShardStore:
             kept = self._parameters.get(shard.index)
             if kept is None:
                 kept = nn.Parameter(self._memory(shard), requires_grad=False)
-            elif self._live is not None:
+            elif not self._apart(shard):
                 kept.data = self._memory(shard)  # the model's may have moved
             parameters[shard.index] = kept
         for index, parameter in self._parameters.items():
@@ -56,25 +58,29 @@ class ShardStore:
                 self._inner.state.pop(parameter, None)
         self._parameters = parameters
         self._shards = {shard.index: shard for shard in shards}
+        self._rounded = frozenset(s.index for s in shards if self._live is not None and self._apart(s))
         members: dict[int | None, list[nn.Parameter]] = {}
         for shard in shards:
             members.setdefault(self.optimizer.group_of(shard.parameter), []).append(parameters[shard.index])
         for number, group in enumerate(self._inner.param_groups):
             group["params"] = members.get(number, [])
 
+    def _apart(self, shard: Shard) -> bool:
+        """Whether a shard's values lie apart from the model."""
+        live = self._stack.parameter_of[shard.parameter].dtype
+        return self._live is None or live != self.optimizer.dtype_of(shard.parameter)
+
     def _memory(self, shard: Shard) -> Tensor:
         """Where a shard's values are to lie."""
         shape = self.optimizer.shape_of(shard)
-        if self._live is not None:
+        if self._live is not None and not self._apart(shard):
             return self._live(shard).view(shape)
-        like = self._stack.parameter_of[shard.parameter]
-        return torch.empty(shape, dtype=like.dtype, device=like.device)
+        device = self._stack.parameter_of[shard.parameter].device
+        return torch.empty(shape, dtype=self.optimizer.dtype_of(shard.parameter), device=device)
 
     def seed(self) -> None:
         """Take the values of all shards from the model as it was built."""
-        if self._live is not None:
-            return  # they are the model's
-        for shard in self._shards.values():
+        for shard in filter(self._apart, self._shards.values()):
             whole = self._stack.parameter_of[shard.parameter].data.reshape(-1)
             self.load(shard.index, {"value": whole[shard.start : shard.stop].view(self.optimizer.shape_of(shard))})
 
@@ -112,6 +118,14 @@ class ShardStore:
         finally:
             for parameter in self._parameters.values():
                 parameter.grad = None
+        for index in self._rounded:
+            if index in gradients:
+                self._round(index)
+
+    def _round(self, index: int) -> None:
+        """Write a shard's values to the model."""
+        assert self._live is not None
+        self._live(self._shards[index]).copy_(self._parameters[index].data.view(-1))
 
     def state(self, shard: int) -> ShardState:
         """A shard's parameter values and optimizer state, sharing their memory."""
@@ -119,16 +133,25 @@ class ShardStore:
         return {"value": parameter.data, **self._inner.state.get(parameter, {})}
 
     def load(self, shard: int, state: ShardState) -> None:
-        """Set a shard's parameter values (in the live parameter, where they share its memory) and optimizer state."""
+        """Set a shard's values, those in the model too, and its optimizer state.
+
+        Values of another type are converted, and with them the states of that type, element by element.
+        """
         parameter = self._parameters[shard]
         parameter.data.copy_(state["value"])
+        if shard in self._rounded:
+            self._round(shard)
         rest = {name: value for name, value in state.items() if name != "value"}
         self._inner.state.pop(parameter, None)
         if rest:
             self._inner.state[parameter] = {
-                name: self._placed(value, shard) if isinstance(value, Tensor) else value for name, value in rest.items()
+                name: self._placed(value, shard, state["value"].dtype) if isinstance(value, Tensor) else value
+                for name, value in rest.items()
             }
 
-    def _placed(self, value: Tensor, shard: int) -> Tensor:
+    def _placed(self, value: Tensor, shard: int, stored: torch.dtype) -> Tensor:
+        parameter = self._parameters[shard]
+        if value.dtype == stored and value.shape == parameter.shape:  # not a step count
+            value = value.to(parameter.dtype)
         on_device = self.optimizer.state_on_device(value, self._shards[shard].parameter)
-        return value.to(self._parameters[shard].device) if on_device else value
+        return value.to(parameter.device) if on_device else value

@@ -190,6 +190,10 @@ class LayerStack:
         """A shard's elements, sharing the parameter's memory."""
         return self.flat(shard.parameter)[shard.start : shard.stop]
 
+    def as_live(self, shard: int, value: Tensor) -> Tensor:
+        """A shard's values, of any shape and type, in one dimension and in the type of its parameter."""
+        return value.reshape(-1).to(self.parameter_of[self.spec.shards[shard].parameter].dtype)
+
     def averaged(self, parameter: int) -> bool:
         return self._specs[parameter][3]
 

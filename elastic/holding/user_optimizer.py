@@ -1,4 +1,9 @@
-"""The user's torch optimizer: its groups and their settings, and what state it keeps of a shard."""
+"""The user's torch optimizer: its groups and their settings, the type it steps in, and what state it keeps of a shard.
+
+A parameter of low precision has a *master*: its value in float32, which the optimizer steps with float32 gradients. The
+parameter that forwards compute with is the master, rounded. Without it, updates that are smaller than half a unit in
+the last place of the parameter are lost (Micikevicius et al., 2018).
+"""
 
 from __future__ import annotations
 
@@ -52,10 +57,16 @@ def check_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
         raise UsageError("the optimizer has state already: pass a new one (resuming is the checkpoint's business)")
 
 
+def master_type(live: torch.dtype, asked: str) -> torch.dtype:
+    """The type in which a parameter of type `live` is stepped; `asked`: the setting `master_dtype`."""
+    low = live.is_floating_point and live.itemsize < torch.float32.itemsize
+    return torch.float32 if low and asked == "float32" else live
+
+
 class UserOptimizer:
     """The optimizer that the user built. It never steps itself: each `ShardStore` steps a clone of it."""
 
-    def __init__(self, optimizer: Optimizer, stack: LayerStack) -> None:
+    def __init__(self, optimizer: Optimizer, stack: LayerStack, master_dtype: str = "none") -> None:
         self.user = optimizer
         self.stack = stack
         of_tensor = {
@@ -64,6 +75,10 @@ class UserOptimizer:
             for parameter in group["params"]
         }
         self._group = {index: of_tensor.get(id(tensor)) for index, tensor in stack.parameter_of.items()}
+        self._dtype = {
+            index: tensor.dtype if stack.averaged(index) else master_type(tensor.dtype, master_dtype)
+            for index, tensor in stack.parameter_of.items()
+        }
         self._templates: dict[int, dict[str, Any]] = {}
 
     def clone(self) -> Optimizer:
@@ -79,6 +94,16 @@ class UserOptimizer:
         """The number of the group that a parameter is in; None if the optimizer does not have it."""
         return self._group[parameter]
 
+    def dtype_of(self, parameter: int) -> torch.dtype:
+        """The type in which a parameter is stepped: its own, or that of its master."""
+        return self._dtype[parameter]
+
+    def masters(self) -> dict[str, str]:
+        """Name -> live type, as torch calls it, of the parameters that have a master."""
+        specs = self.stack.spec.parameters
+        types = {index: str(dtype).removeprefix("torch.") for index, dtype in self._dtype.items()}
+        return {specs[index].name: specs[index].dtype for index, dtype in types.items() if dtype != specs[index].dtype}
+
     # ------------------------------------------------------------ settings
 
     def hyper_parameters(self) -> Groups:
@@ -87,7 +112,8 @@ class UserOptimizer:
 
     def describe(self) -> str:
         """The optimizer's type and settings, to be compared between ranks."""
-        return f"{type(self.user).__name__} {json.dumps(pack(self.hyper_parameters())['settings'])}"
+        masters = " with float32 masters" if self.masters() else ""
+        return f"{type(self.user).__name__}{masters} {json.dumps(pack(self.hyper_parameters())['settings'])}"
 
     def set_hyper_parameters(self, groups: Groups) -> None:
         """Give the user's groups these settings."""
@@ -116,7 +142,7 @@ class UserOptimizer:
     def state_bytes(self, shard: Shard) -> int:
         """How many bytes the record of a shard's state takes once the optimizer has stepped."""
         like = self.stack.parameter_of[shard.parameter]
-        value = torch.empty(self.shape_of(shard), dtype=like.dtype, device="meta")
+        value = torch.empty(self.shape_of(shard), dtype=self._dtype[shard.parameter], device="meta")
         if self.stack.averaged(shard.parameter) or self._group[shard.parameter] is None:
             return record_bytes({"value": value}) + _MARGIN_BYTES
         if self.stack.spec.whole:

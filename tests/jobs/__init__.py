@@ -179,7 +179,10 @@ def same(found: Any, expected: Any) -> bool:
 
 
 def assert_same_state(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    """`torch.equal` on every parameter and every optimizer state."""
+    """`torch.equal` on every parameter, every master and every optimizer state."""
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.get("masters", {}).items():
+        assert torch.equal(found["masters"][name], tensor), f"the master of {name} differs"
     assert found["model"].keys() == expected["model"].keys()
     for name, tensor in expected["model"].items():
         assert torch.equal(found["model"][name], tensor), f"parameter {name} differs"

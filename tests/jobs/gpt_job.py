@@ -38,7 +38,7 @@ def train(run):
     sizes = GPTConfig(
         layers=config.get("layers", 4), width=32, heads=2, context=32, dropout=0.1, tied=config.get("tied", False)
     )
-    model = gpt(sizes)
+    model = gpt(sizes).to(getattr(torch, config.get("dtype", "float32")))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.98)
     mine = os.environ["RANK"]

@@ -51,6 +51,7 @@ global_batch_size int required
 micro_batch_size int required
 stages int 1
 seed int 0
+master_dtype str 'float32' float32|none
 protection str 'parity' parity|replay|replicate|none
 node_losses int 1
 snapshot_every int 'auto'
@@ -75,6 +76,7 @@ GIVEN = {  # another value than the default for each, as text and as a value
     "micro_batch_size": ("3", 3),
     "stages": ("2", 2),
     "seed": ("-1", -1),
+    "master_dtype": ("none", "none"),
     "protection": ("replay", "replay"),
     "node_losses": ("2", 2),
     "snapshot_every": ("7", 7),
