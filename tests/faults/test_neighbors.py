@@ -6,19 +6,22 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.jobs.hosts import HostJob, Hosts
 
 STEPS = 40
 
 
-@pytest.mark.parametrize("rank", [1, 0])
-def test_a_lost_stage_without_protection(rank: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("rank", "dtype"), [(1, "float32"), pytest.param(1, "bfloat16", marks=pytest.mark.soak), (0, "float32")]
+)
+def test_a_lost_stage_without_protection(rank: int, dtype: str, tmp_path: Path) -> None:
     """The middle stage has layers of its kind on both sides; the first one has the embedding, which nothing is like."""
     faults = [{"rank": rank, "phase": "compute", "step": 20, "kind": "node"}]
     flags = ["--es-protection=none", "--es-on-loss=neighbors", f"--log-dir={tmp_path}/logs"]
     with Hosts(3) as hosts:
-        job = HostJob(hosts, tmp_path, nnodes="3:3", steps=STEPS, stages=3)
+        job = HostJob(hosts, tmp_path, nnodes="3:3", steps=STEPS, stages=3, dtype=dtype)
         job.launch(0, 1, 2, flags=flags, faults=faults)
         outputs = [launcher.communicate(timeout=90)[0] for launcher in hosts.launchers.values()]
     (ended,) = job.events("ended")
@@ -34,3 +37,7 @@ def test_a_lost_stage_without_protection(rank: int, tmp_path: Path) -> None:
     assert len(losses) == STEPS
     assert all(map(math.isfinite, losses))
     assert losses[-1] < losses[0], "it goes on learning"
+    state = torch.load(next(tmp_path.glob("state-*.pt")), weights_only=True)
+    assert ("masters" in state) == (dtype == "bfloat16")
+    for name, master in state.get("masters", {}).items():
+        assert torch.equal(master.bfloat16(), state["model"][name]), "what is made up is a master, too"
