@@ -1,11 +1,11 @@
-"""What a coordinator would have to know to go on where another one stopped, and its rows in a store.
+"""The durable state of a coordinator, from which another coordinator can take over, as rows of a store.
 
 state/...        the protocol's state (elastic/protocol/codec.py)
-node/NAME        the numbers of its last message that was taken in, and of the last order given to it
-order/NAME/N     an order that it has not acknowledged
+node/NAME        the numbers of the node's last processed message and of the last order sent to it
+order/NAME/N     an order that the node has not acknowledged
 record/N         a line of the event log, for the newest `REMEMBERED_RECORDS`
-about            what wrote these rows: `Writer`
-token, clock     the job's secret; the coordinator's time, and the world's at that moment
+about            the version that wrote these rows: `Writer`
+token, clock     the job's secret; the coordinator's clock and the wall clock at the same moment
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FORMAT = 2  # of the rows; 1 had no `about`
 
 
 class Writer(NamedTuple):
-    """What has written a store. Only the same reads it, of whatever release."""
+    """The format and version of the store's writer. Only the same format can be read, from any release."""
 
     format: int
     state: str  # a digest of the state's types
@@ -63,7 +63,7 @@ def _refuse_another(store: StateStore, rows: Mapping[str, bytes]) -> None:
 
 @dataclass
 class NodeChannel:
-    """What was said and ordered between a node and its coordinators."""
+    """Progress of the message and order streams between a node and its coordinators."""
 
     seen: int = 0  # the number of its last message that was taken in
     kept: int = 0  # and that the store has
@@ -126,13 +126,13 @@ class Durable:
     # ------------------------------------------------------------ gathering
 
     def open(self, node: str) -> NodeChannel:
-        """A node that says hello for the first time."""
+        """Add a node that connects for the first time."""
         channel = self.channels[node] = NodeChannel()
         self._note(node, channel)
         return channel
 
     def close(self, node: str) -> None:
-        """A node that is gone: whoever comes by its name is told so."""
+        """Mark a node as lost: an agent that connects under its name is refused with this reason."""
         channel = self.channels.pop(node, None)
         if channel is not None:
             self._rows[f"node/{node}"] = None
@@ -185,7 +185,7 @@ class Durable:
         return bool(self._rows)
 
     def gather(self, state: State, now_s: float) -> dict[str, bytes | None]:
-        """The rows to write now; none of them is told again."""
+        """The rows to write now; each changed row is returned once."""
         rows = self._rows
         rows.update({f"state/{name}": _bytes(text) for name, text in changed_rows(self._state, state).items()})
         rows["clock"] = json.dumps({"now_s": now_s, "wall_s": time.time()}).encode()
@@ -195,7 +195,7 @@ class Durable:
         return rows
 
     def check(self) -> None:
-        """Raises Superseded, if it is known that another coordinator leads."""
+        """Raises Superseded if this coordinator knows that another one leads."""
         if self._store.superseded:
             raise Superseded("another coordinator leads this job: this one stands by again")
 
@@ -204,7 +204,7 @@ class Durable:
         self._store.commit(rows, sync=sync)
 
     def kept(self, seen: Mapping[str, int]) -> None:
-        """A commit is done in which nodes had said so much."""
+        """A commit is complete that covers the nodes' messages up to these numbers."""
         for node, number in seen.items():
             if node in self.channels:
                 self.channels[node].kept = number

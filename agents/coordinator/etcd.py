@@ -1,17 +1,17 @@
-"""A coordinator's rows in etcd, and the election of the one that leads, among coordinators that stand by for it.
+"""A coordinator's rows in etcd, and the election of a leader among the standby coordinators of a job.
 
-    /everstep/JOB/leader            who leads, as a key of its lease: it goes when the leader does not renew that
-    /everstep/JOB/head              how far the log goes, and from which snapshot on
-    /everstep/JOB/log/N/PART        what the N-th commit wrote, compressed
+    /everstep/JOB/leader            the leader's name, attached to its lease: etcd deletes it when the lease expires
+    /everstep/JOB/head              the last commit in the log, and the snapshot that the log starts from
+    /everstep/JOB/log/N/PART        the rows written by the N-th commit, compressed
     /everstep/JOB/snapshot/N/PART   all rows, as of the N-th commit
-    /everstep/JOB/over              for a minute after the job's end, for those who stand by
+    /everstep/JOB/over              for a minute after the job's end, for the standby coordinators
 
-Every write is a transaction on the condition that the leader's key is the one that this coordinator created. So one
-that was stopped, or cut off, and does not know that it was replaced, writes nothing any more; and tells nobody, as
-whatever is told is written first. Commits of any size are possible: parts are written first, and the head last.
+Every write is a transaction on the condition that the leader's key is the one that this coordinator created. So a
+coordinator that was stopped or partitioned, and does not know that it was replaced, can write nothing; nor can it send
+decisions, since each is written before it is sent. A commit may have any size: its parts are written before the head.
 
-etcd keeps every former value of a key until its history is compacted, and refuses all writes once it has none of its
-quota left. So whoever leads compacts what is older than some minutes, as the servers of Kubernetes do with theirs.
+etcd keeps every former value of a key until its history is compacted, and refuses all writes once its quota is used
+up. So the leader compacts revisions older than some minutes, as the API servers of Kubernetes do.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from .store import StateStoreError, Superseded
 SCHEMES = ("etcd://", "etcds://")
 LEASE_S = 4
 RENEW_S = 1.0
-LOOK_S = 0.25  # how often one that stands by looks whether there is a leader
+LOOK_S = 0.25  # how often a standby checks whether there is a leader
 OVER_S = 60
 TIMEOUT_S = 2.0  # of one request
 PART_BYTES = 512 << 10  # etcd refuses requests of more than 1.5 MiB
@@ -62,7 +62,7 @@ def is_etcd(store: str) -> bool:
 
 
 class EtcdMembers:
-    """A cluster's members: a request goes to the one that answered last, else to the others."""
+    """A cluster's members: a request goes to the member that answered last, then to the others."""
 
     def __init__(self, url: str, security: Security) -> None:
         """Of `etcd://HOST:PORT,...`; `etcds://` is TLS with this process's certificates. Raises StoreError."""
@@ -112,9 +112,9 @@ class EtcdStore:
     def __init__(
         self, url: str, job: str, security: Security, on_waiting: Callable[[str], None], *, stood_by: bool
     ) -> None:
-        """Wait until this one leads; `on_waiting` is told who does meanwhile. Raises StoreError, and JobOver.
+        """Wait until this coordinator leads; `on_waiting` gets the reason for the wait. Raises StoreError and JobOver.
 
-        `stood_by`: it did so before, or led; so it ends when the job is over.
+        `stood_by`: it has been a standby or the leader before, so it ends when the job is over.
         """
         self._etcd, self._renewals = EtcdMembers(url, security), EtcdMembers(url, security)
         self._prefix = f"/everstep/{job}/"
@@ -127,8 +127,8 @@ class EtcdStore:
         self._last = self._snapshot = 0
         self._rows: dict[str, bytes] = {}
         self._revision = 0  # etcd's, as of the last transaction
-        self._revisions: deque[tuple[float, int]] = deque()  # when it was what; not compacted yet
-        self._uncompacted = False  # the last try failed, and it was said
+        self._revisions: deque[tuple[float, int]] = deque()  # (time, revision) pairs that are not compacted yet
+        self._uncompacted = False  # the last attempt failed, and the failure was logged
         self._stand(on_waiting, stood_by)
         self._keeping = threading.Thread(target=self._renew, name="everstep-lease", daemon=True)
         self._keeping.start()
@@ -136,7 +136,7 @@ class EtcdStore:
     # ------------------------------------------------------------ leading
 
     def _stand(self, on_waiting: Callable[[str], None], stood_by: bool) -> None:
-        """Stand for election until this one is elected."""
+        """Compete for the leader's key until this coordinator holds it."""
         told = False
         while True:
             try:
@@ -158,7 +158,7 @@ class EtcdStore:
             time.sleep(LOOK_S)
 
     def _elected(self, stood_by: bool) -> bool:
-        """Whether nobody led just now. Who stood by is not elected for a job that has ended meanwhile."""
+        """Try to take the leader's key; True if it was free. A standby is not elected for a job that has ended."""
         asked_s = time.monotonic()
         lease = self._etcd.ask(lambda client: client.lease(LEASE_S))
         absent = [self._absent("leader"), *([self._absent("over")] if stood_by else [])]
@@ -173,7 +173,7 @@ class EtcdStore:
         return False
 
     def _renew(self) -> None:
-        """Keep the lease for as long as this process runs; one that has lapsed stays so."""
+        """Renew the lease for as long as this process runs; an expired lease is not renewed."""
         while not self._closing.wait(RENEW_S):
             asked_s = time.monotonic()
             try:
@@ -181,7 +181,7 @@ class EtcdStore:
                     lambda client: client.post(client.get_url("/lease/keepalive"), json={"ID": self._lease})
                 )
             except StateStoreError:
-                continue  # what is written meanwhile decides
+                continue  # the transactions of meanwhile notice if the lease is lost
             if int(answer.get("result", {}).get("TTL", -1)) <= 0:
                 self._lapsed.set()
                 return
@@ -189,7 +189,7 @@ class EtcdStore:
 
     @property
     def superseded(self) -> bool:
-        """Whether this one leads no more, for all it knows: its lease is over unless it was renewed."""
+        """Whether this coordinator has to assume that its lease expired: it was not renewed in time."""
         return self._lapsed.is_set() or time.monotonic() - self._renewed_s > LEASE_S
 
     # ------------------------------------------------------------ rows
@@ -317,7 +317,7 @@ class JobOver(Exception):
 
 
 def _why(error: Exception) -> str:
-    """What etcd says in the body of its answer says more than its status."""
+    """The message in the body of etcd's answer: it explains more than the HTTP status."""
     text = str(getattr(error, "detail_text", None) or error) or type(error).__name__
     if system := re.search(r"\[Errno \d+\] ([^'\")]+)", text):  # at the end of a long chain of causes
         return system[1]

@@ -1,4 +1,4 @@
-"""The event log: what everybody may know of a job, line by line, in the user's file and for who listens."""
+"""The event log: a job's public history, line by line, in the user's file and for listeners."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ log = logging.getLogger("everstep.coordinator")
 
 @dataclass
 class Listeners:
-    """Who else wants to know: of every line of the event log, and of messages that are no events."""
+    """A listener: gets every line of the event log, and the messages that are no events."""
 
     record: list[Callable[[Mapping[str, Any]], None]] = field(default_factory=list)
     news: list[Callable[[Mapping[str, Any]], None]] = field(default_factory=list)  # likewise, but not of old lines
@@ -33,7 +33,7 @@ class Listeners:
 
 
 def harmless(listener: Callable[P, R]) -> Callable[P, R | None]:
-    """The same, but what it raises goes to the log, once, and no further: who only watches ends no job."""
+    """A listener whose exceptions are logged once and suppressed: monitoring must never end a job."""
     told = False
 
     @functools.wraps(listener)
@@ -63,7 +63,7 @@ class EventLog:
         self._failed = False
 
     def catch_up(self, lines: list[dict[str, Any]]) -> None:
-        """Of the lines that the store has, write those that the file lacks; listeners hear all of them."""
+        """Append the store's lines that the file does not have; listeners get all of them."""
         newest = newest_number(self._path) if self._path is not None else 0
         self._append([line for line in lines if line["number"] > newest])
         self._tell(lines)
@@ -114,7 +114,7 @@ def _append_whole(path: Path, data: bytes) -> None:
 
 def newest_number(path: Path) -> int:
     """The number of an event log's last line; 0 if there is none."""
-    if not path.is_file():  # none so far; or a pipe, say, of which nothing can be read
+    if not path.is_file():  # no file yet; or it cannot be read, such as a pipe
         return 0
     with path.open("rb") as file:
         file.seek(0, 2)

@@ -1,9 +1,9 @@
-"""Python's garbage collector in a process of very many objects that stay.
+"""Python's garbage collector in a process with very many long-lived objects.
 
-It looks at every object there is whenever a quarter more have come: with the streams of ten thousand agents half a
-second, in which nobody is told anything, and least of all that a generation is over. So what a rush has left behind is
-set aside, where it is not looked at; an object there that nothing refers to any more is freed like any other, and the
-cycles among them when everything is looked at, once in a long while.
+A full collection traverses every object whenever their number has grown by a quarter: with the streams of ten thousand
+agents this pauses the coordinator for half a second, in which no agent learns that a generation has ended. So objects
+left after a burst are moved to the permanent generation (`gc.freeze`), which is not traversed. Reference counting still
+frees them; cycles among them are freed by a rare full collection.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class LongLived:
         self._swept_s = time.monotonic()
 
     def look(self, comings: int) -> None:
-        """`comings`: how many have come so far of whatever brings such objects along."""
+        """`comings`: how many events that create such objects have occurred so far."""
         if time.monotonic() - self._swept_s > SWEEP_S:
             gc.unfreeze()
             gc.collect()

@@ -1,8 +1,8 @@
 """The files of a coordinator's store, held open by its launcher, so that deleting them loses nothing.
 
 The default store is in a temporary folder, and such folders are cleaned (systemd-tmpfiles, tmpreaper, a user). A
-coordinator that runs goes on writing to files that have no name any more; one that is started again would find no
-store, and would decide as if the job had just begun. While somebody has them open, their bytes are still there.
+running coordinator keeps writing to files that have no name any more; a restarted coordinator would find no store, and
+would decide as if the job had just begun. While a process has the files open, their bytes are still there.
 """
 
 from __future__ import annotations

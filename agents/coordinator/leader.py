@@ -1,7 +1,7 @@
-"""A coordinator that leads: it feeds events to the pure machine, writes what follows to a store, then carries it out.
+"""The leading coordinator: feeds events to the pure machine, writes its decisions to a store, then carries them out.
 
-Whatever a decision says is written before anybody hears of it. So a coordinator may end at any moment: the next one has
-all that was decided, says again what was not acknowledged, and hears again what was not taken in.
+Every decision is written before any agent learns of it. So a coordinator may die at any moment: its successor has all
+decisions, sends unacknowledged orders again, and receives again the messages that were not committed.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ STORY = 32
 CLOCK_TRUST_S = 60.0  # a node's monotonic clock that is further off than this is another machine's
 RETURN_S = 3.0  # how long nodes have to find the coordinator that took over
 SLEPT_S = 1.0  # between turns: this process was stopped, or starved
-END_S = 10.0  # how long a node that is away may take to come and hear that the job is over
+END_S = 10.0  # how long a disconnected node may take to return and learn that the job is over
 STORE_RETRY_S = 0.5
 MOST_NAME = 200  # characters of a node's name
 
@@ -46,7 +46,7 @@ log = logging.getLogger("everstep.coordinator")
 
 
 class Leader:
-    """Decides, for as long as the store says that it may. All of it runs in one event loop."""
+    """Decides for as long as it leads according to the store. Everything runs in one event loop."""
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class Leader:
         self._turned_s = 0.0
         self._lenient_s = 0.0  # until when a stream that breaks is no loss
         self._expected_s = 0.0  # until when nodes of the store are waited for, and no others are taken in
-        self._knocked = False  # another one has asked
+        self._knocked = False  # another process asked for the end
         self.held_up = ""  # why nothing can be written just now, and so nothing is decided
         self._long_lived = LongLived()
         self._story: deque[str] = deque(maxlen=STORY)  # the last events that had effects
@@ -99,7 +99,7 @@ class Leader:
         await self._see_off()
 
     def _take_over(self) -> list[e.Effect]:
-        """Go on where another coordinator stopped: its event log is continued, its nodes are waited for."""
+        """Take over from another coordinator: continue its event log and wait for its nodes."""
         self.events.catch_up(list(self._durable.records))
         log.info("took over job %s at step %d, generation %d", self._job, self.state.committed, self.state.generation)
         self._expected_s = time.monotonic() + 2 * RETURN_S
@@ -108,7 +108,7 @@ class Leader:
         return [returned, *self._decide(e.CoordinatorReturned(RETURN_S))]
 
     def _abandon(self) -> list[e.Effect]:
-        """None of the nodes that the store knows has come back: its job is over, and those who come are another."""
+        """No stored node reconnected: abandon the stored job and start a new one."""
         log.warning("no node of the job in the store has come back: it is begun anew")
         for node in list(self._durable.channels):
             self._links.forget(node)
@@ -118,7 +118,7 @@ class Leader:
         return [abandoned]
 
     async def _work(self) -> None:
-        """Turn by turn: take in what has come, decide, write, tell. Until the job is over."""
+        """Turn by turn until the job is over: take the received events, decide, write, send."""
         next_tick = self._turned_s = time.monotonic()
         while self.state.phase is not Phase.DONE:
             try:
@@ -162,7 +162,7 @@ class Leader:
         return effects + self._decide(e.Ticked())
 
     def _decide(self, event: e.Event) -> list[e.Effect]:
-        """What follows from an event. Raises InvariantBroken before any of it is written or told."""
+        """The effects of an event. Raises InvariantBroken before any effect is written or sent."""
         after, effects = coordinator.step(self.state, event, self.now())
         try:
             invariants.check_turn(self.state, after, effects)
@@ -179,7 +179,7 @@ class Leader:
         why = f"the coordinator failed, a bug of everstep: {error!r}"
         return e.EndJob(False, why, traceback.format_exc(), ending=Ending.BUG)
 
-    # ------------------------------------------------------------ what agents say
+    # ------------------------------------------------------------ messages of agents
 
     def _take(self, session: Session, item: pb.AttachRequest | str) -> list[e.Effect]:
         """What a message leads to: each once, in the order of its numbers, and only from a node that is in the job."""
@@ -189,7 +189,7 @@ class Leader:
             self._greet(session, item.hello)
             return []
         if self._links.session(session.node) is not session:
-            return []  # has not said hello, or was declared lost: nothing it says counts
+            return []  # the node has not said hello, or was declared lost: its messages are ignored
         if item.WhichOneof("body") == "heartbeat":
             self._durable.acknowledge(session.node, item.heartbeat.received)
             self._links.alive.add(session.node)
@@ -202,19 +202,19 @@ class Leader:
             return []
         seen = self._durable.channels[session.node].seen
         if item.number <= seen:
-            return []  # said again
+            return []  # a retransmission
         try:
             if item.number != seen + 1:
                 raise ValueError(f"message {item.number} came after {seen}")
             event = agent_event(session.node, item, self._local)
             self._check_worker(session.node, item)
-        except Exception as error:  # whatever it is that cannot be read: it is the node's fault, and its alone
+        except Exception as error:  # an unreadable message is the fault of this node alone: only its stream ends
             return self._expel(session, f"it said what no agent says: {error!r}")
         self._durable.saw(session.node, item.number)
         return self._decide(event) if event is not None else []
 
     def _check_worker(self, node: str, message: pb.AttachRequest) -> None:
-        """A node speaks for its own workers. Raises ValueError where it speaks for others."""
+        """A node may report only about its own workers. Raises ValueError if it reports about others."""
         if message.WhichOneof("body") not in ("died", "from_worker"):
             return
         rank = getattr(message, message.WhichOneof("body")).worker.rank
@@ -245,7 +245,7 @@ class Leader:
     # ------------------------------------------------------------ nodes that come
 
     def _greet(self, session: Session, hello: pb.Hello) -> None:
-        """Welcome a node, new or returning. One that returns and is not known any more was declared lost."""
+        """Welcome a new or returning node. A returning node that is not known any more was declared lost."""
         why = self._refusal(hello)
         channel = self._durable.channels.get(hello.node)
         if why and hello.returning:
@@ -253,7 +253,7 @@ class Leader:
         elif why:
             session.send(pb.AttachResponse(refused=pb.Refused(why=why)))
         elif channel is None and not hello.returning and (self._expected_s or self._links.detached()):
-            self._knocked = True  # who is away may return, or is lost, and then there is room: it will ask again
+            self._knocked = True  # a disconnected node returns, or is lost and frees its place; this one retries
         elif channel is None and hello.returning:
             session.send(pb.AttachResponse(fence=pb.Fence(why="it was gone for too long")))
         elif channel is not None and not self._may_return(hello, channel):
@@ -281,7 +281,7 @@ class Leader:
         return ""
 
     def _may_return(self, hello: pb.Hello, channel: NodeChannel) -> bool:
-        """A node whose stream broke without our noticing, or with the coordinator before us."""
+        """A node reconnects whose stream broke unnoticed, or was held by the previous coordinator."""
         return hello.returning or (self._links.session(hello.node) is None and channel.seen == 0)
 
     def _welcome(self, session: Session, hello: pb.Hello, channel: NodeChannel) -> None:
@@ -296,7 +296,7 @@ class Leader:
     # ------------------------------------------------------------ carrying out
 
     async def _carry_out(self, effects: list[e.Effect]) -> None:
-        """Write first, then tell."""
+        """Write first, then send: an agent must never act on a decision that a crash could lose."""
         orders: list[tuple[str, pb.AttachResponse]] = []
         records: list[dict[str, Any]] = []
         for effect in effects:
@@ -339,7 +339,7 @@ class Leader:
                 await asyncio.sleep(STORE_RETRY_S)
 
     def _orders(self, effect: e.Effect) -> list[tuple[str, pb.AttachResponse]]:
-        """What an effect has nodes told, numbered."""
+        """The numbered orders that an effect sends to nodes."""
         if isinstance(effect, e.EndJob):
             end = pb.EndJob(succeeded=effect.succeeded, why=effect.why, detail=effect.detail, rank=effect.rank)
             end.lost.extend(effect.lost)
@@ -381,7 +381,7 @@ class Leader:
         self._links.forget(effect.node)
 
     async def _see_off(self) -> None:
-        """The job is over: wait until every node has heard so, those that are away for a while too."""
+        """The job is over: wait until every node has acknowledged it, disconnected nodes for a limited time."""
         deadline = time.monotonic() + END_S
         while self._durable.channels and time.monotonic() < deadline:
             for session in self._links.sessions():

@@ -1,4 +1,4 @@
-"""What agents and workers say as events of the protocol, and the protocol's effects as what they are told."""
+"""Translates messages of agents and workers to protocol events, and protocol effects to messages."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _died(died: pb.WorkerDied, local: Callable[[float], float]) -> e.WorkerDied:
 
 
 def worker_event(worker: e.WorkerId, message: dict[str, Any]) -> e.Event | None:
-    """The event that a worker's message is; None for a kind that is not known."""
+    """The event for a worker's message; None if the message's kind is unknown."""
     kind = message.pop("kind")
     if kind == "elastic":
         return e.WorkerDeclaredElastic(worker)

@@ -28,7 +28,7 @@ class NodeSessions:
     """All nodes that are in the job, or may return to it. In the event loop."""
 
     def __init__(self, durable: Durable, udp: socket.socket) -> None:
-        self.alive: set[str] = set()  # who was heard of since somebody looked
+        self.alive: set[str] = set()  # nodes that sent a heartbeat since the last check
         self.attached = 0  # how often a node was
         self._durable = durable
         self._udp = udp
@@ -78,7 +78,7 @@ class NodeSessions:
         asyncio.get_running_loop().add_reader(self._udp, self._hear)
 
     def close(self) -> None:
-        """Let all streams end, and hear no more beats."""
+        """End all streams, and receive no more heartbeats."""
         asyncio.get_running_loop().remove_reader(self._udp)
         for session in self.sessions():
             session.end()
@@ -108,4 +108,4 @@ class NodeSessions:
         try:
             self._udp.sendto(beats.pack_echo(self._key, echo), link.address)
         except OSError:
-            link.address = None  # it cannot be reached so: the stream tells
+            link.address = None  # the datagram was not delivered: the stream carries the order too

@@ -58,11 +58,10 @@ from .store import (
 log = logging.getLogger("everstep.coordinator")
 
 START_S = 60.0  # until it serves
-LOOK_S = 1.0
-AGAIN_S, LATEST_S = 0.1, 5.0  # one that does not come to serve is tried again: after this, twice this, ...
+AGAIN_S, LATEST_S = 0.1, 5.0  # delay before a coordinator that never served is restarted: this, twice this, ...
 END_S = 15.0
 LOOK_S = 0.2
-NOTICE_S = 3.0  # after a signal: nodes that got it too have asked for the job's end by then
+NOTICE_S = 3.0  # after a signal: nodes that got it too have requested the job's end within this time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +97,7 @@ class CoordinatorFailed(Exception):
 
 
 class EndAsked:
-    """Whether a signal has asked this process to end, and when."""
+    """Whether and when a signal requested that this process end."""
 
     def __init__(self) -> None:
         self.number = 0
@@ -122,7 +121,7 @@ class EndAsked:
 def serve(task: Task, security: Security, on_ready: Callable[[int], None], asked: EndAsked) -> int:
     """Coordinate until the job is over, or the end is asked for; returns the exit status. Raises CoordinatorFailed.
 
-    `on_ready` is told the port. The process has its name once it leads.
+    `on_ready` gets the port. The process gets its name when it leads.
     """
     if task.log != "off":
         set_up_log(task.log)
@@ -156,7 +155,7 @@ async def _serve(task: Task, security: Security, on_ready: Callable[[int], None]
             print(f"everstep: the job can be watched: {pages.url} (metrics: /metrics)", file=sys.stderr, flush=True)
         if is_etcd(task.store):
             if not task.stood_by:
-                await asyncio.to_thread(reach, task.store, security)  # or whoever started this is told why not
+                await asyncio.to_thread(reach, task.store, security)  # the parent process gets the reason
             on_ready(port)
             store = await _elected(task, security, coordinator)
         else:
@@ -177,10 +176,10 @@ async def _serve(task: Task, security: Security, on_ready: Callable[[int], None]
 
 
 async def _is_over(lead: asyncio.Task[None], coordinator: Coordinator, asked: EndAsked) -> bool:
-    """Until the job is over; False if the end is asked for before, and the job does not end for the same reason.
+    """Serve until the job is over; False if a signal requests the end first and does not end the job too.
 
-    Who asks may have asked every process of the job: then nodes are about to ask for a checkpoint, and need a
-    coordinator until it is saved.
+    The sender may have signalled every process of the job: then nodes are about to request a checkpoint, and need
+    a coordinator until it is saved.
     """
     while not (await asyncio.wait({lead}, timeout=LOOK_S))[0]:
         ending = coordinator.state.stopping is not None or coordinator.state.leaving
@@ -359,7 +358,7 @@ def _child(task: Task, ready: int) -> None:
 
 
 def main() -> None:
-    """The child, where it is not a fork: descriptor to say that it serves, task."""
+    """Entry point of a child that is not a fork. Arguments: descriptor to report readiness on, task."""
     logging.basicConfig(format="everstep: %(message)s", level=logging.INFO)
     _child(Task.from_json(sys.argv[2]), int(sys.argv[1]))
 

@@ -1,4 +1,4 @@
-"""A coordinator's server: it listens, stands by, and leads when it has the store."""
+"""A coordinator's server: it listens, is a standby, and leads once it holds the store."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ from .store import StateStore, StateStoreError
 VIEW_STEPS = 1000  # that anybody may ask for
 
 
-NOBODY = -1  # stands before the coordinator
+NOBODY = -1  # the proxy that listens before the coordinator
 LOOPBACK = "127.0.0.1"
-RECEIVED_BYTES = 4 << 20  # of beats that wait to be heard; the system may allow less
+RECEIVED_BYTES = 4 << 20  # receive buffer for heartbeats, in bytes; the system may allow less
 
 
 class PortTaken(Exception):
@@ -43,7 +43,7 @@ class PortTaken(Exception):
 
 
 class NoSuchAddress(Exception):
-    """The coordinator's address cannot be listened at, whoever else is there: not this machine's, or not allowed."""
+    """The coordinator cannot listen at its address: it belongs to another machine, or permission is denied."""
 
 
 class Coordinator:
@@ -71,7 +71,7 @@ class Coordinator:
 
     @property
     def state(self) -> State:
-        """What it knows; immutable."""
+        """Its current state; immutable."""
         return self._leader.state if self._leader is not None else self._nothing
 
     @property
@@ -88,7 +88,7 @@ class Coordinator:
     async def serve(self, host: str, port: int, behind: int = NOBODY) -> int:
         """Listen, TCP and UDP by one number (0: any); returns it. Raises PortTaken, NoSuchAddress and SecurityError.
 
-        `behind`: somebody else listens there and passes on what is ours, to this port of loopback, which is returned.
+        `behind`: a proxy listens there and forwards the coordinator's traffic to this loopback port, which is returned.
         """
         self._security.check_bind(host)
         if behind != NOBODY:
@@ -174,7 +174,7 @@ class Coordinator:
         yield pb.GetTraceResponse(tail=dumps({**told, "silent": self._spans.silent}))
 
     def _order(self, node: str, message: pb.AttachResponse) -> bool:
-        """Tell a node something without a number; whether it can be reached."""
+        """Send a node an order without a number; returns whether the node is connected."""
         session = self._links.session(node) if self._links is not None else None
         if session is not None:
             session.send(message)
@@ -184,7 +184,8 @@ class Coordinator:
 def _reserve(host: str, port: int) -> tuple[socket.socket, socket.socket]:
     """A TCP and a UDP socket by one number. Raises PortTaken and NoSuchAddress.
 
-    UDP first: who has that holds it, and nobody else tries TCP, which has to be let go for a moment until gRPC listens.
+    UDP is bound first: it reserves the number among our processes while the TCP port is released for a moment, until
+    gRPC listens on it.
     """
     for _ in range(1 if port else 100):
         try:

@@ -1,7 +1,7 @@
-"""What a coordinator asks its nodes for on behalf of somebody who wants a trace: the newest spans of all workers.
+"""Collects the newest spans of all workers from the nodes when a client requests a trace.
 
-In the event loop; nothing is held but what is on its way: nodes are asked a few at a time, each may say a bounded
-amount, and who asked takes it as it comes. Nodes that do not answer in time are named.
+Runs in the event loop and buffers only what is in flight: a few nodes are asked at a time, each sends a bounded
+amount, and the client takes it as it arrives. Nodes that do not answer in time are named.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from everstep.comms.control import everstep_pb2 as pb
 from everstep.comms.control import telemetry_pb2 as tpb
 from everstep.comms.control.rpc import Busy
 
-AT_ONCE_BYTES = 64 << 20  # on their way to whoever asks, of all nodes that were asked together
+AT_ONCE_BYTES = 64 << 20  # in flight to the client, of all nodes that were asked together
 NODE_BYTES = 16 << 20  # of one node
 NODES_AT_ONCE = 16
-ANSWER_S = 5.0  # for a node to say its next piece
+ANSWER_S = 5.0  # for a node to send its next piece
 
 
 class SpanCollector:
@@ -28,17 +28,17 @@ class SpanCollector:
         self._send = send
         self._answer_s = answer_s
         self._tickets = itertools.count(1)
-        self._ticket = 0  # of what is asked for now; 0: nothing is
+        self._ticket = 0  # of the current request; 0: there is none
         self._came: asyncio.Queue[tuple[str, tpb.Spans]] = asyncio.Queue()
         self.silent: list[str] = []  # nodes that did not answer the last question, or not to the end
 
     def heard(self, node: str, spans: tpb.Spans) -> None:
-        """A piece of an answer; one that nobody waits for any more is dropped."""
+        """Take a piece of an answer; a piece of an abandoned request is dropped."""
         if spans.ticket == self._ticket:
             self._came.put_nowait((node, spans))
 
     async def collect(self, nodes: Iterable[str], first_step: int) -> AsyncGenerator[tuple[str, tpb.Spans], None]:
-        """The pieces of all nodes' answers as they come. Raises Busy if somebody else is being told."""
+        """The pieces of all nodes' answers as they arrive. Raises Busy while another client is served."""
         if self._ticket:
             raise Busy("another trace is being made: try again when it is")
         self._ticket, self._came, self.silent = next(self._tickets), asyncio.Queue(), []

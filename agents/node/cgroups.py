@@ -1,7 +1,7 @@
-"""Memory limits of control groups, versions 1 and 2: what is left within them, and whom the kernel killed for them.
+"""Memory limits of control groups, versions 1 and 2: the memory left, and the kernel's OOM kills.
 
-A process is within the limit of its own group and of every group above it. In a container the path of the group may be
-the host's, which is not seen inside: then the root of what is mounted stands for it.
+A process is subject to the limit of its own group and of every group above it. In a container the group's path may be
+the host's, which does not exist inside: then the root of the mounted hierarchy is used instead.
 """
 
 from __future__ import annotations
@@ -61,8 +61,10 @@ class OutOfMemory:
         self._explained = self._counts()
 
     def explain(self) -> str:
-        """Why a process that SIGKILL ended may have been killed by the kernel; empty if nobody was since it was asked
-        last. Each kill explains one process."""
+        """Why the kernel may have killed a process that SIGKILL ended; empty if it counts no kill since the last call.
+
+        Each counted kill explains one process.
+        """
         now = self._counts()
         risen = [place for place, count in now.items() if count > self._explained[place]]
         for place in risen:

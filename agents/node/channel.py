@@ -17,9 +17,9 @@ class WorkerChannel:
     def __init__(self) -> None:
         self._ours, self.theirs = socket.socketpair()
         self._ours.setblocking(False)
-        self._partial: list[bytes] = []  # of a line whose end has not come yet
+        self._partial: list[bytes] = []  # the start of an incomplete line
         self._partial_bytes = 0
-        self._unsent: list[memoryview] = []  # what the socket did not take yet, in order
+        self._unsent: list[memoryview] = []  # bytes that the socket has not accepted yet, in order
         self._unsent_bytes = 0
         self.closed = False  # nothing more will come: the worker has closed its end
         self.broken = ""  # why this channel is of no more use, though the worker may live
@@ -33,7 +33,7 @@ class WorkerChannel:
         return bool(self._unsent)
 
     def send(self, line: bytes) -> None:
-        """Send a message now, as far as the socket takes it. A worker that has died does not hear it."""
+        """Send a message without blocking; the rest is buffered. A dead worker does not receive it."""
         if self.broken or self.closed:
             return
         if self._unsent_bytes + len(line) > OUTBOX_BYTES:

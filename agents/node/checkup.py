@@ -1,7 +1,7 @@
-"""What a node measures of itself before it joins: `quick` takes some hundredths of a second, `full` some seconds.
+"""A node's self-test before it joins: `quick` takes some hundredths of a second, `full` some seconds.
 
-The matrix product is of whole numbers in floating point, chosen so that every partial sum is exact: whatever library,
-blocking or instruction set computes it, the result is the same to the last bit, and one digest serves all machines.
+The matrix product is of integers in floating point, chosen so that every partial sum is exact: any library, blocking
+or instruction set gives the same result to the last bit, so one digest is valid for all machines.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ FULL = Extent(size=1024, digest=172_821_575, products=8, copy_bytes=256 << 20, c
 def measure(level: str, host: str, coordinator_unix_s: float, faults: str = "") -> dict[str, float]:
     """The figures of this node, by name; none if `level` is off.
 
-    `host`: its address; `coordinator_unix_s`: the coordinator's wall clock now, 0 if it did not say; `faults`: injected
-    ones, as JSON.
+    `host`: its address; `coordinator_unix_s`: the coordinator's wall clock now, 0 if unknown; `faults`: injected
+    faults, as JSON.
     """
     if level == "off":
         return {}
@@ -150,7 +150,7 @@ def _room() -> dict[str, float]:
 
 
 def _interface(host: str) -> dict[str, float]:
-    """What the interface with our address says its speed is; many virtual ones say nothing."""
+    """The speed reported by the interface that has our address; many virtual interfaces report none."""
     with contextlib.suppress(OSError):
         known = psutil.net_if_stats()
         for name, addresses in psutil.net_if_addrs().items():

@@ -2,8 +2,8 @@
 
 Every optimizer of torch imports it on its first use, for two functions only: `graph_break()`, which does nothing
 outside of compiled code, and, through `torch._compile`, `disable(f)`, which then only calls f. A stand-in in
-`sys.modules` answers these two. Whatever else is asked of it, and every import of one of its parts, imports the real
-module first, by the ordinary machinery, so that nobody who compiles can tell the difference.
+`sys.modules` implements these two. Access to any other attribute, and the import of a submodule, imports the real
+module first, by the ordinary machinery, so that code that compiles sees no difference.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from typing import Any
 NAME = "torch._dynamo"
 _DECORATORS = "torch._compile"  # keeps what `disable(f)` returned in f.__dynamo_disable
 _lock = threading.Lock()
-_disabled: list[Callable[..., Any]] = []  # what was given back as it is by the stand-in's `disable`
+_disabled: list[Callable[..., Any]] = []  # functions that the stand-in's `disable` returned unchanged
 
 
 def defer_compiler() -> None:
-    """Put the stand-in in the place of `torch._dynamo`, unless that has been imported already."""
+    """Install the stand-in as `torch._dynamo`, unless the real module is imported already."""
     import torch
 
     if NAME in sys.modules:
@@ -50,7 +50,7 @@ def _real() -> ModuleType:
             del sys.modules[NAME]
     module = importlib.import_module(NAME)
     while _disabled:
-        vars(_disabled.pop()).pop("__dynamo_disable", None)  # the decorator asks the real one
+        vars(_disabled.pop()).pop("__dynamo_disable", None)  # so that torch's decorator asks the real module
     return module
 
 
@@ -72,7 +72,7 @@ class _StandIn(ModuleType):
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
-            raise AttributeError(name)  # who looks at all modules does not need this one
+            raise AttributeError(name)  # code that inspects all modules must not import this one
         return getattr(_real(), name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -80,7 +80,7 @@ class _StandIn(ModuleType):
 
 
 class _Parts(MetaPathFinder, Loader):
-    """Imports the real module before a part of it: the import of a part has only looked at the stand-in."""
+    """Imports the real module before one of its submodules, whose import has seen only the stand-in."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         """A specification of a part that has been imported: most have come with the whole."""
@@ -88,7 +88,7 @@ class _Parts(MetaPathFinder, Loader):
             return None
         _real()
         part = importlib.import_module(name)
-        del sys.modules[name]  # else it would be executed again; who imports it meanwhile waits for us
+        del sys.modules[name]  # else it would be executed again; other importing threads wait
         return ModuleSpec(name, self, loader_state=(part, part.__spec__))
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:

@@ -1,4 +1,4 @@
-"""What the launcher tells its node agent, and what the agent may have to tell a user."""
+"""A node agent's configuration, set by its launcher, and the agent's errors for the user."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .logs import WorkerLogs
 
 
 class AgentError(Exception):
-    """What a user must know when a node agent cannot do its work."""
+    """A node agent cannot do its work; the text is for the user."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class NodeConfig(AgentConfig):
     role: str = "default"
     max_restarts: int = 0
     max_nodes: int = 1
-    memory_bytes: int = 0  # for protection; 0: not known
+    memory_bytes: int = 0  # for protection; 0: unknown
     keeper_linger_s: float = 30.0  # how long its keeper waits for another agent after this one died
     hang_timeout_s: float = FLOOR_S
     user_timeout_s: float = USER_S

@@ -1,6 +1,6 @@
-"""A node's worker processes and the process that they are forked from: started, heard, ended. Decides nothing.
+"""Starts, watches and ends a node's worker processes and the preloaded process that forks them. Decides nothing.
 
-What happens to them goes to the agent's machine as events; what it says is carried out here.
+What happens to them goes to the agent's machine as events; the machine's instructions are carried out here.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ REST_S = 3.0  # how long other threads of a worker may outlive its main thread
 
 
 class Crew:
-    """The workers of one node. `happened` gets events, `said` what a worker said."""
+    """The workers of one node. `happened` gets events, `said` the messages of workers."""
 
     def __init__(
         self,
@@ -62,14 +62,14 @@ class Crew:
         self._selector.register(preloader, selectors.EVENT_READ, self._preloader_spoke)
 
     def look(self, now: float) -> None:
-        """What no descriptor tells."""
+        """Poll for what no descriptor signals."""
         for worker in self.workers.values():
             self._deaths.look(worker)
             if worker.main_ended_s and now - worker.main_ended_s > REST_S and _rest_runs(worker):
                 self._happened(a.WorkerDefied(worker.id, "its main thread has ended, and other threads have not"))
 
     def sweep(self) -> None:
-        """End what workers left behind whose preloaded process is dead."""
+        """End the orphans of workers whose preloaded process is dead."""
         self._orphans.sweep()
 
     def close(self) -> None:
@@ -86,7 +86,7 @@ class Crew:
     # ------------------------------------------------------------ the preloaded process
 
     def start_preloader(self) -> None:
-        """Another one, in the place of one that died."""
+        """Start a replacement for a preloaded process that died."""
         self._preloader = Preloader.start(self._modules)
         self._selector.register(self._preloader, selectors.EVENT_READ, self._preloader_spoke)
 
@@ -120,9 +120,9 @@ class Crew:
         self._happened(a.PreloaderLost())
 
     def _is_ours(self, pid: int) -> bool:
-        """Whether a child is one that this process made: the preloaded one, or one in its own session.
+        """Whether this process made a child: the preloaded process, or a process in its own session.
 
-        What workers leave behind is in other sessions, and comes here only if the preloaded process is dead.
+        Orphans of workers are in other sessions, and are reparented here only if the preloaded process is dead.
         """
         if self._preloader is not None and pid == self._preloader.pid:
             return True
@@ -185,7 +185,7 @@ class Crew:
     # ------------------------------------------------------------ conversation
 
     def tell(self, worker_id: WorkerId, line: bytes) -> None:
-        """Say something to a worker, if it is there, without waiting for it to listen."""
+        """Send a message to a worker, if it runs, without blocking."""
         worker = self.workers.get(worker_id)
         if worker is not None:
             worker.channel.send(line)
@@ -193,13 +193,13 @@ class Crew:
                 self._listen(worker)
 
     def tell_all(self, line: bytes) -> None:
-        """Say something to every worker that runs."""
+        """Send a message to every running worker."""
         for worker in self.workers.values():
             if worker.pid:
                 self.tell(worker.id, line)
 
     def _converse(self, worker: WorkerProcess) -> None:
-        """A worker has said something, or takes more of what is said to it."""
+        """A worker's channel is readable, or writable again."""
         if worker.id not in self.workers:
             return  # its end was noticed in the same turn
         worker.channel.flush()
@@ -211,7 +211,7 @@ class Crew:
         channel = worker.channel
         if channel.broken:
             self._happened(a.WorkerDefied(worker.id, channel.broken))
-        events = 0 if channel.closed else selectors.EVENT_READ  # then the pidfd tells the rest
+        events = 0 if channel.closed else selectors.EVENT_READ  # then the pidfd reports the death
         events |= selectors.EVENT_WRITE if channel.waits_to_send else 0
         registered = self._selector.get_map().get(channel)
         if registered is None and events:
@@ -222,9 +222,9 @@ class Crew:
             self._selector.modify(channel, events, registered.data)
 
     def _pass_lines(self, worker: WorkerProcess) -> None:
-        """Pass on what a worker said."""
+        """Pass on a worker's messages."""
         lines = worker.channel.receive()
-        if lines and not worker.elastic:  # an ordinary script never speaks to us
+        if lines and not worker.elastic:  # an ordinary script never sends a message
             worker.elastic = True
             self._happened(a.WorkerSpoke(worker.id))
         for line in lines:
@@ -235,12 +235,12 @@ class Crew:
     def _main_threads_ended(self) -> None:
         """Main threads of workers have ended. With a failure, the worker is lost before its process is gone.
 
-        With status 0 nothing is in a hurry, and other threads may go on: the pidfd tells when they have ended too.
+        With status 0 nothing is urgent, and other threads may still run: the pidfd reports when they have ended too.
         """
         for end in self._deaths.ended():
             worker = self.workers.get(end.worker)
             if worker is None or worker.gone:
-                continue  # its pidfd tells
+                continue  # its pidfd reports the rest
             worker.main_ended_s = end.at_s
             if end.status:
                 worker.status, worker.ended_s = end.status, end.at_s
@@ -263,7 +263,10 @@ class Crew:
         worker.close()
 
     def _learn_status(self, worker: WorkerProcess) -> None:
-        """Without waiting for its parent, which may get no processor for long: it reaps a worker after it has told."""
+        """Find a dead worker's exit status without blocking on its parent, which may not be scheduled for long.
+
+        The parent reports the status before it reaps the worker, so either its report or /proc has the status.
+        """
         self._hear_preloader()
         if worker.status is None:
             worker.status = exit_status(worker.pid)
@@ -299,9 +302,9 @@ class Crew:
 
 
 def _rest_runs(worker: WorkerProcess) -> bool:
-    """Whether something goes on, that must end, of a worker whose main thread has: it is lost, or was to train.
+    """Whether other threads of a worker outlive its main thread and must be ended: it failed, or should train.
 
-    One that a signal has killed needs no other: the kernel is busy with it.
+    A worker killed by a signal needs no second one: the kernel is tearing it down.
     """
     trains = worker.elastic and worker.reading().phase is not StepPhase.AFTER
     killed = worker.status is not None and worker.status < 0

@@ -41,7 +41,7 @@ class DeathWatch:
         return self._wake
 
     def prepare(self, worker: WorkerProcess) -> None:
-        """Make the mutex in a worker's page. Without one, the worker's pidfd alone tells of its death."""
+        """Make the mutex in a worker's page. Without it, only the worker's pidfd reports its death."""
         try:
             RobustMutex.create(worker.page_fd)
         except OSError as error:
@@ -74,7 +74,7 @@ class DeathWatch:
                 os.eventfd_write(self._wake, 1)
 
     def ended(self) -> list[MainThreadEnded]:
-        """Those that have ended since the last time."""
+        """The workers whose main threads ended since the last call."""
         with self._lock:
             if self._ended:
                 os.eventfd_read(self._wake)
@@ -82,7 +82,7 @@ class DeathWatch:
             return found
 
     def close(self) -> None:
-        """Tell nothing more. Threads that still wait end with their workers."""
+        """Report nothing more. Threads that still wait end with their workers."""
         with self._lock:
             self._closed = True
             os.close(self._wake)

@@ -7,7 +7,7 @@ import fcntl
 import os
 import resource
 
-# Measured with 1, 4 and 8 workers; the launcher has the most. What a script opens itself comes on top.
+# Measured with 1, 4 and 8 workers; the launcher opens the most. A script's own descriptors are added to these.
 LEAST, LEAST_A_WORKER = 36, 5
 AMPLE, AMPLE_A_WORKER, AMPLE_A_RANK = 512, 16, 4  # two links to every rank, and as many to keepers
 OUT_OF_THE_WAY = 240  # from here on: shells and scripts choose low numbers for their own

@@ -31,11 +31,11 @@ STEPS_PER_RANK = 32  # in one message
 STEPS_PER_MESSAGE = 256
 LINKS_PER_MESSAGE = 64
 KEEPER_READINGS = 600
-MESSAGES_PER_S = 500  # of all nodes together: agents of large jobs speak less often
+MESSAGES_PER_S = 500  # of all nodes together: agents of large jobs send less often
 
 
 class _Watched:
-    """One worker whose ring is read."""
+    """A worker whose telemetry ring is read."""
 
     def __init__(self, worker: WorkerId, fd: int) -> None:
         self.id = worker
@@ -55,11 +55,11 @@ class _Watched:
 
 
 class Gatherer:
-    """`watch` and `ended` are told by the agent; `send` gets a message about once a second, from another thread.
+    """The agent calls `watch` and `ended`; `send` gets a message about once a second, from another thread.
 
-    `keeper` says where the node's keeper is, and the token to speak with it; None while there is none. `ranks` says
-    what the workers do now. Metrics are
-    served at `serve_at` (host:port), if that is given. Raises AddressTaken if they cannot be.
+    `keeper` returns the address of the node's keeper and the token to use it; None while there is none. `ranks` returns
+    what the workers do now. Metrics are served at `serve_at` (host:port), if given. Raises AddressTaken if the address
+    is in use.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class Gatherer:
                 self._metrics.worker_ended(worker.rank)
 
     def spans(self) -> list[tuple[WorkerId, list[Records]]]:
-        """The newest spans of each worker here, oldest first, and of those that ended lately: what a trace shows."""
+        """This node's part of a trace: the newest spans of each worker, also of recently ended ones, oldest first."""
         with self._lock:
             for watched in self._watched.values():
                 self._read(watched)
@@ -182,7 +182,7 @@ class Gatherer:
         return self._missed_spans + sum(watched.reader.missed for watched in self._watched.values())
 
     def message(self, reading: pb.HostReading, gpus: list[pb.GpuReading]) -> pb.Telemetry:
-        """What the coordinator is told: all since the last time, within bounds."""
+        """The report for the coordinator: all telemetry since the last report, within bounds."""
         with self._lock:
             links = [link for watched in self._watched.values() for link in watched.sums.links()]
             steps, self._finished = self._finished, []

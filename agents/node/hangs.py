@@ -1,6 +1,6 @@
-"""Finds the workers of a node that hang: reads their pages, looks at what the kernel shows of those that stand still.
+"""Finds hung workers of a node: reads their progress pages, and /proc for workers whose progress has stopped.
 
-What counts as hung is decided in `elastic/protocol/liveness.py`, what is done about it in `elastic/protocol/agent.py`.
+`elastic/protocol/liveness.py` decides what is a hang, `elastic/protocol/agent.py` what is done about it.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from everstep.elastic.protocol.liveness import (
 from . import vitals
 from .workers import WorkerProcess
 
-LOOK_S = 0.4  # how long a counter stands still before the kernel is asked; then as often, later less often
-LOOK_RATIO, MOST_LOOK_S = 0.05, 5.0  # of the time it has stood still
+LOOK_S = 0.4  # time without progress before /proc is read; then the interval of reads, which grows
+LOOK_RATIO, MOST_LOOK_S = 0.05, 5.0  # ... with the time without progress
 WARNED_S = 10.0  # a limit that is shorter strikes without a warning
 STACKS_KEPT = 8192  # letters, for the event log; standard error gets all that were read
-STATES_S = 0.5  # how often what the workers do is made known
+STATES_S = 0.5  # interval of reports on what the workers do
 STATES = 64  # of so many
 
 
 class HangWatch:
-    """Looks at the workers of a node, again and again. `warn` tells the coordinator, `happened` the agent's machine."""
+    """Polls the workers of a node. `warn` informs the coordinator, `happened` the agent's machine."""
 
     def __init__(
         self,

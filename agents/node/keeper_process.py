@@ -38,7 +38,7 @@ class EarlierKeeper(Exception):
 
 @dataclass
 class KeeperProcess:
-    """A keeper on our leash. `process` is None for one that was taken over; then `leash` is the connection to it."""
+    """A keeper that ends with its leash. `process` is None for an adopted keeper; then `leash` is the connection."""
 
     name: str
     port: int
@@ -51,7 +51,7 @@ class KeeperProcess:
         if self.process is not None:
             return self.process.poll() is not None
         assert self.leash is not None
-        return bool(select.select([self.leash], [], [], 0)[0])  # nothing is ever said on it but its end
+        return bool(select.select([self.leash], [], [], 0)[0])  # carries no data: only its end matters
 
     def kill(self) -> None:
         """End it, and what it holds."""
@@ -167,7 +167,7 @@ class NodeKeeper:
             return self._process.port
 
     def restart(self) -> None:
-        """Start another one on the port and under the name of the one that ended. Raises AgentError."""
+        """Start a replacement with the port and the name of the keeper that ended. Raises AgentError."""
         former, config = self._process, self._config
         assert former is not None
         former.kill()
@@ -204,7 +204,7 @@ class NodeKeeper:
 
     @property
     def place(self) -> tuple[str, str] | None:
-        """Its address, and the token to speak with it. May be read from any thread."""
+        """Its address, and the token to authenticate with. May be read from any thread."""
         process = self._process
         return (addresses.join(self._config.host, process.port), self._token) if process is not None else None
 

@@ -98,7 +98,7 @@ class WorkerLogs:
 
 
 def discard(specs: LogsSpecs, *, succeeded: bool) -> None:
-    """Remove the folder that torch made for a job without --log-dir, unless it holds what tells of a failure."""
+    """Remove the folder that torch made for a job without --log-dir, unless it holds reports of a failure."""
     folder = Path(specs.root_log_dir)
     if succeeded or not any(path.is_file() for path in folder.rglob("*")):
         shutil.rmtree(folder, ignore_errors=True)

@@ -13,7 +13,7 @@ _UNITS |= {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 def parse_size(text: str) -> int:
-    """Bytes in "512MiB", "8G" or "1000000". Raises ValueError for anything else, and for nothing at all."""
+    """Bytes in "512MiB", "8G" or "1000000". Raises ValueError for anything else, and for zero."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     unit = match.group(2).upper() if match else ""
     if match is None or unit not in _UNITS:
@@ -25,9 +25,9 @@ def parse_size(text: str) -> int:
 
 
 def available() -> int:
-    """What is free on this host now, in bytes, within the limits of the control groups we are in.
+    """Free memory of this host now, in bytes, within the limits of this process's control groups.
 
-    Snapshots lie in anonymous shared memory (memfd), which the size of /dev/shm does not limit.
+    Snapshots are in anonymous shared memory (memfd), which the size of /dev/shm does not limit.
     """
     free = int(psutil.virtual_memory().available)
     room = cgroups.left(cgroups.groups())

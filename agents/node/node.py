@@ -45,7 +45,7 @@ SWEEP_S = 0.5
 
 
 class NodeAgent:
-    """Runs one node of a job until it ends. `on_store` is told where torch's store of an attempt is."""
+    """Runs one node of a job until it ends. `on_store` gets the address of torch's store of each attempt."""
 
     def __init__(
         self,
@@ -118,11 +118,11 @@ class NodeAgent:
         self.link.close()
 
     def stop(self, why: str, number: signal.Signals) -> None:
-        """Ask the coordinator to end the job; asked twice, end this node at once. Safe in a signal handler."""
+        """Request the job's end from the coordinator; a second call ends this node. Safe in a signal handler."""
         self._ask(a.StopAsked(why), number)
 
     def leave(self, why: str, number: signal.Signals) -> None:
-        """Ask the coordinator to let this node hand over and go; asked twice, end it at once. Safe like `stop`."""
+        """Request a drain of this node from the coordinator; a second call ends it at once. Safe like `stop`."""
         self._ask(a.LeaveAsked(why), number)
 
     def _ask(self, event: a.StopAsked | a.LeaveAsked, number: signal.Signals) -> None:
@@ -140,7 +140,7 @@ class NodeAgent:
     # ------------------------------------------------------------ the machine
 
     def _happened(self, *events: a.Event) -> None:
-        """Let the machine decide, and carry out what it says. What happens in the course of that is taken next."""
+        """Pass an event to the machine and carry out its instructions. Events that occur meanwhile are taken next."""
         self._events.extend(events)
         if self._stepping:
             return
@@ -237,7 +237,7 @@ class NodeAgent:
         say(f"warning: the snapshot keeper of this node {self._keeper.how_it_ended()}; another one is started")
         self._keeper.restart()
 
-    # ------------------------------------------------------------ what the coordinator says
+    # ------------------------------------------------------------ messages of the coordinator
 
     def _link_woke(self) -> None:
         for message in self.link.received():
@@ -246,7 +246,7 @@ class NodeAgent:
                     say(f"the coordinator is gone ({message.why}); training goes on, and it is looked for")
             elif isinstance(
                 message, AbortHeard
-            ):  # what every worker here is about to be told; the order itself follows
+            ):  # every worker here is about to receive the order; the order itself follows
                 self._crew.tell_all(json.dumps({"kind": "abort", "generation": message.generation}).encode())
             else:
                 body = message.WhichOneof("body")
@@ -306,7 +306,7 @@ class NodeAgent:
         self.link.send(from_worker=pb.FromWorker(worker=proto(worker), json=line.decode()))
 
     def _warn(self, worker: WorkerProcess, notice: Notice, text: str) -> None:
-        """A warning about a worker, for all who watch the job."""
+        """Send a warning about a worker to the job's event log."""
         fields = {"notice": str(notice), "text": text, "step": worker.reading().step}
         line = json.dumps({"kind": "noted", "what": "warning", "fields": fields})
         self._from_worker(worker.id, line.encode())

@@ -1,9 +1,9 @@
-"""Processes that workers leave behind: their helpers, also those that made themselves daemons.
+"""Processes that workers leave behind: their child processes, including daemons.
 
-Each worker is a subreaper (prctl(2)): what its descendants leave behind becomes its child. So when a worker dies, all
-that is left of it comes to the next subreaper above, which is the preloaded process, or, when that is dead, the
-launcher. Orphans have GRACE_S to end by themselves, since some clean up after a dead parent (multiprocessing's resource
-tracker, torch's manager of shared memory); then they are killed.
+Each worker is a subreaper (prctl(2)): its orphaned descendants become its children. So when a worker dies, its
+remaining descendants are reparented to the next subreaper above, which is the preloaded process, or, if that is dead,
+the launcher. Orphans have GRACE_S to end by themselves, since some clean up after a dead parent (multiprocessing's
+resource tracker, torch's manager of shared memory); then they are killed.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ ENDED = "everstep: processes that workers left behind were ended: {}"
 
 
 class Orphans:
-    """Children of this process that it did not make: `ours` tells which are no orphans."""
+    """Children of this process that it did not create; `ours` returns whether a child is no orphan."""
 
     def __init__(self, ours: Callable[[int], bool]) -> None:
         self._ours = ours
         self._due_s: dict[int, float] = {}  # process -> when it is killed
-        self._bereft_s = time.monotonic()  # when somebody died whose children they may be
+        self._bereft_s = time.monotonic()  # when a process died whose children they may be
         self._killed: set[int] = set()
 
     def expect(self) -> None:
@@ -40,7 +40,7 @@ class Orphans:
         return bool(self._due_s)
 
     def sweep(self) -> list[str]:
-        """Reap those that have ended, kill those whose time is over; returns the names of the latter."""
+        """Reap ended orphans, kill those past their grace time; returns the names of the killed."""
         there = {pid for pid in children() if not self._ours(pid)}
         self._due_s = {pid: self._due_s.get(pid, self._bereft_s + GRACE_S) for pid in there}
         named = []
@@ -58,7 +58,7 @@ class Orphans:
         return named
 
     def end_all(self, until_s: float) -> list[str]:
-        """Sweep until there are none, or it is so late (CLOCK_MONOTONIC); returns the names of those that it killed."""
+        """Sweep until no orphan is left or the deadline (CLOCK_MONOTONIC); returns the names of the killed."""
         named = self.sweep()
         while self.found and time.monotonic() < until_s:
             time.sleep(0.01)

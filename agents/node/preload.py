@@ -1,10 +1,10 @@
-"""The preloaded process: has imported torch and run an optimizer once, and forks workers that start at once.
+"""The preloaded process: imports torch, runs an optimizer once, and then forks workers that start at once.
 
 A fresh interpreter takes seconds to its first optimizer step (torch alone imports for several); a fork of this
 process takes milliseconds. The first one of a node is itself a fork of the launcher, which imports torch too. It stays
-single-threaded, touches no device, and dies with its node agent; its forks die with it, and it ends what they leave
-behind (`orphans.py`). Requests and answers are JSON datagrams on a socket pair; a request is a file, whose descriptor
-comes with the worker's.
+single-threaded, touches no device, and dies with its node agent; its forks die with it, and it ends their orphans
+(`orphans.py`). Requests and answers are JSON datagrams on a socket pair; a request is a file, whose descriptor is sent
+together with the worker's descriptors.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from .descriptors import out_of_the_way
 from .forkable import thread_names, why_not
 from .orphans import ENDED, GRACE_S, Orphans
 
-WHY_BYTES = 4000  # of an answer that says why something failed; a datagram has limits
+WHY_BYTES = 4000  # of the reason in an answer; a datagram's size is limited
 NAMED_S = 0.2  # within which a new thread has its name
 NAMES = 100  # of processes, in one answer
 SWEEP_S = 0.1  # while there are orphans
@@ -53,14 +53,14 @@ NAME = "es-preloaded"  # of the process, as `ps` and `top` show it
 
 
 class CannotPreload(Exception):
-    """A module after whose import no worker can be forked that works."""
+    """A module whose import makes working forks impossible."""
 
 
 def warm_up(modules: Sequence[str]) -> None:
-    """Import what workers will need and run an optimizer once; torch's compiler comes when it is needed.
+    """Import the modules that workers need and run an optimizer once; torch's compiler is imported on demand.
 
-    No device is asked for, not even whether there is one: that initialises the driver, here and for no fork. So there
-    is no backward pass, and no step of Adam, which asks. Nor does anything run on several threads, which forks lack.
+    Devices are not even counted: that initialises the driver, which forks cannot use then. So there is no backward
+    pass, and no step of Adam, which counts devices. Nor does anything start threads, which forks would lack.
     """
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # a module may ask; workers get their own environment
     import torch
@@ -78,7 +78,7 @@ def warm_up(modules: Sequence[str]) -> None:
 
 
 def _import_for_all(name: str) -> None:
-    """Import a module of the user's. Raises CannotPreload if no fork could go on from there."""
+    """Import a module of the user's. Raises CannotPreload if forks cannot work after it."""
     import torch
 
     threads = len(thread_names())
@@ -140,7 +140,7 @@ class Preloaded:
     def _receive(self) -> tuple[bytes, list[int]]:
         try:
             data, fds, _, _ = socket.recv_fds(self._channel, 16, 8)
-        except ConnectionResetError:  # the agent is gone, and did not read what it was told last
+        except ConnectionResetError:  # the agent is gone, and did not read the last message
             return b"", []
         return data, fds
 
@@ -152,11 +152,11 @@ class Preloaded:
         self._workers.clear()
         self._orphans.expect()
         if left := self._orphans.end_all(time.monotonic() + 2 * GRACE_S):
-            with contextlib.suppress(OSError):  # the launcher may be gone, and who read what it said
+            with contextlib.suppress(OSError):  # the launcher may be gone, and the reader of its output
                 print(ENDED.format(", ".join(left)), file=sys.stderr, flush=True)
 
     def _tell(self, message: dict[str, Any]) -> None:
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the agent is gone, which reading tells
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the agent is gone: the next read reports it
             self._channel.send(json.dumps(message).encode())
 
     def _reap(self) -> None:
@@ -172,7 +172,7 @@ class Preloaded:
                 status = end.si_status if end.si_code == os.CLD_EXITED else -end.si_status
                 self._tell({"kind": "exited", "pid": end.si_pid, "status": status})
                 self._orphans.expect()
-            os.waitpid(end.si_pid, 0)  # only now: until it is told, /proc tells it
+            os.waitpid(end.si_pid, 0)  # only now: until the report is sent, /proc has the status
 
     def _fork(self, request: dict[str, Any], fds: list[int]) -> None:
         if request["environment"]["TORCHELASTIC_RESTART_COUNT"] != "0":
@@ -301,7 +301,7 @@ def _print_users_traceback() -> None:
 
 
 def _dispositions() -> dict[int, Any]:
-    """Those of signals in a process that this one's parent would start: what it was told to ignore, it ignores."""
+    """Dispositions of signals as in a child of this process's parent: signals ignored here stay ignored."""
     found: dict[int, Any] = {signal.SIGCHLD: signal.SIG_DFL}
     for number in STOPS:
         default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
@@ -322,7 +322,7 @@ def serve(channel: socket.socket, modules: Sequence[str]) -> NoReturn:
         name = process_name()
         rename_process(NAME)
         warm_up(modules)
-        die_with_parent(signal.SIGCONT)  # from now on the channel tells, and there is something to be done at the end
+        die_with_parent(signal.SIGCONT)  # from now on the channel reports the agent's end, and orphans have to be ended
         Preloaded(channel, name, modules, dispositions).serve()
         status = 0
     except (ImportError, CannotPreload) as error:

@@ -32,7 +32,7 @@ def single_threaded() -> AbstractContextManager[None]:
 
 
 class Preloader:
-    """One preloaded process. Requests may be made once it said that it is ready; nothing here decides anything."""
+    """One preloaded process. Requests may be sent once it has reported that it is ready. Decides nothing."""
 
     def __init__(
         self, modules: Sequence[str], pid: int, channel: socket.socket, process: subprocess.Popen[bytes] | None = None
@@ -71,9 +71,9 @@ class Preloader:
         return self._channel.fileno()
 
     def request(self, worker: Mapping[str, Any], fds: Sequence[int]) -> None:
-        """Ask for a worker. If the process is dying, `answer` tells so; nothing is raised here.
+        """Request a worker. Raises nothing if the process is dying: `answer` reports that.
 
-        The request goes as a file in memory: an environment may be larger than any datagram.
+        The request is sent as a file in memory: an environment may be larger than any datagram.
         """
         with os.fdopen(os.memfd_create("everstep-request"), "wb") as request:
             request.write(json.dumps(worker).encode())
@@ -82,7 +82,7 @@ class Preloader:
                 socket.send_fds(self._channel, [b"fork"], [request.fileno(), *fds])
 
     def answer(self) -> dict[str, Any] | None:
-        """What it said; {} if it said nothing, None if it is gone."""
+        """Its next message; {} if there is none, None if the process is gone."""
         try:
             data = self._channel.recv(ANSWER_BYTES, socket.MSG_DONTWAIT)
         except BlockingIOError:
@@ -100,7 +100,7 @@ class Preloader:
         return bool(select.select([self._channel], [], [], 0)[0])
 
     def close(self) -> int:
-        """End it, its forks, and what these left behind. Returns its exit status, also when asked again."""
+        """End it, its forks and their orphans. Returns its exit status, also when called again."""
         if self._status is None:
             with contextlib.suppress(OSError):
                 self._channel.shutdown(socket.SHUT_RDWR)  # not only closed: a fork of this process may have it too

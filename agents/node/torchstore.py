@@ -13,9 +13,9 @@ from everstep.comms.base import addresses
 
 
 class TorchStores:
-    """Stores that this node may have to serve: one for every attempt, as torchrun has; torch prefixes no keys by it.
+    """Stores that this node may have to serve: one per attempt, like torchrun, since torch does not prefix the keys.
 
-    Only the first node of a job serves them. Until it does, who connects waits.
+    Only the first node of a job serves them. Until it does, connecting clients wait.
     """
 
     def __init__(self, host: str) -> None:
@@ -31,7 +31,7 @@ class TorchStores:
         return port
 
     def open(self, port: int) -> None:
-        """Serve on a port that was reserved; nothing for one that was not, or is open."""
+        """Serve on a reserved port; does nothing if the port is not reserved or is served already."""
         listener = self._reserved.pop(port, None)
         if listener is not None:
             at = (self._host, port)

@@ -13,7 +13,7 @@ from everstep.elastic.contract.telemetry import RECORD_BYTES, Records
 from everstep.elastic.protocol.events import WorkerId
 
 PIECE_RECORDS = 8192  # 576 KiB
-ENDED_WORKERS = 8  # of a node, whose spans are still told
+ENDED_WORKERS = 8  # ended workers of a node whose spans are kept
 ENDED_RECORDS = 16384  # of one of them
 
 

@@ -1,6 +1,6 @@
-"""What the kernel shows of a worker whose progress stands still: signs of life, and where its threads wait.
+"""The kernel's view of a worker without progress: signs of life, and where its threads wait.
 
-Read from /proc, of the worker and its descendants. Nothing here asks the worker itself.
+Read from /proc, for the worker and its descendants, without the worker's cooperation.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SHOWN_THREADS = 32
 _SLEEPING_IN_STORAGE = re.compile(
     r"nfs|rpc_|fuse|request_wait_answer|ceph|cifs|smb|ll_|lustre|gpfs|9p|p9_|folio_wait|wait_on_page|io_schedule"
 )
-# System calls by number: those that read or write a descriptor, and those that look up a path.
+# System calls by number: calls that read or write a descriptor, and calls that resolve a path.
 _ON_FILES = {"x86_64": {0, 1, 17, 18, 19, 20, 74, 75, 78, 217, 295}, "aarch64": {61, 63, 64, 65, 66, 67, 68, 69, 82}}
 _ON_PATHS = {"x86_64": {2, 4, 6, 21, 257, 262, 332}, "aarch64": {48, 56, 79, 291}}
 _FILES, _PATHS = (table.get(platform.machine(), set()) for table in (_ON_FILES, _ON_PATHS))

@@ -1,4 +1,4 @@
-"""What a node waits for, in words for the people who watch it."""
+"""What a node waits for, as text for users."""
 
 from __future__ import annotations
 

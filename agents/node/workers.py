@@ -47,16 +47,16 @@ class WorkerProcess:
     main_ended_s: float = 0.0  # its main thread has ended since then; its process may not be gone
     pulse: Pulse = field(default_factory=lambda: Pulse(0, time.monotonic()))
     vitals: Vitals = field(default_factory=lambda: Vitals(0))
-    looked_s: float = 0.0  # when the kernel was asked last
-    verdict: Verdict | None = None  # while its counter stands still
-    warned: bool = False  # it was said that it stands still
+    looked_s: float = 0.0  # time of the last read of /proc
+    verdict: Verdict | None = None  # while its counter does not move
+    warned: bool = False  # the lack of progress was reported
     hang: str = ""  # it was killed as hung: silent | alive
     stacks: str = ""  # what its threads did then
     _seen: int = 0  # bytes of stacks at the last look
 
     @classmethod
     def prepare(cls, worker: WorkerId, local_rank: int, order: pb.StartWorkers) -> WorkerProcess:
-        """One that can be forked, as `order` says."""
+        """The pages and channel of a worker that is about to be forked according to `order`."""
         fd = create_page()
         return cls(worker, WorkerChannel(), fd, mmap.mmap(fd, mmap.PAGESIZE, prot=mmap.PROT_READ), local_rank, order)
 
@@ -78,13 +78,13 @@ class WorkerProcess:
         return self.pidfd < 0 or bool(select.select([self.pidfd], [], [], 0)[0])
 
     def moves(self) -> None:
-        """Its counter has moved: forget what was thought of it while it stood still."""
+        """Its counter has moved: reset the hang detection."""
         if self.verdict is not None:
             self.vitals.forget()
             self.verdict, self.warned = None, False
 
     def ask_stacks(self) -> None:
-        """Have it write down what its threads do; its handler needs no interpreter."""
+        """Make it dump its threads' stacks; the signal handler does not need the interpreter."""
         os.ftruncate(self.page_fd, STACKS_OFFSET)
         self._seen = 0
         if self.pidfd >= 0:
