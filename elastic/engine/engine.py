@@ -130,7 +130,7 @@ class Engine:
         self.watch = ParameterWatch(stack)
         self.suspects: dict[int, int] = {}  # shard that may be damaged here -> digest of what was committed
         self.committed: Callable[[list[int]], dict[int, ShardState]] = lambda shards: {}  # what keepers hold of shards
-        self.replicas = Replicas(stack, snapshots, self.backups, self.exchange, settings.verify_every)
+        self.replicas = Replicas(self.store, snapshots, self.backups, self.exchange, settings.verify_every)
         whose = {"optimizer": type(optimizer.user).__name__, "data": described}
         whose |= {"settings": pack(optimizer.hyper_parameters()), "dtypes": optimizer.masters()}
         self.checkpoints = Checkpoints(settings, stack, snapshots, membership, whose)

@@ -50,7 +50,7 @@ class ShardStore:
             kept = self._parameters.get(shard.index)
             if kept is None:
                 kept = nn.Parameter(self._memory(shard), requires_grad=False)
-            elif not self._apart(shard):
+            elif not self.apart(shard):
                 kept.data = self._memory(shard)  # the model's may have moved
             parameters[shard.index] = kept
         for index, parameter in self._parameters.items():
@@ -58,14 +58,14 @@ class ShardStore:
                 self._inner.state.pop(parameter, None)
         self._parameters = parameters
         self._shards = {shard.index: shard for shard in shards}
-        self._rounded = frozenset(s.index for s in shards if self._live is not None and self._apart(s))
+        self._rounded = frozenset(s.index for s in shards if self._live is not None and self.apart(s))
         members: dict[int | None, list[nn.Parameter]] = {}
         for shard in shards:
             members.setdefault(self.optimizer.group_of(shard.parameter), []).append(parameters[shard.index])
         for number, group in enumerate(self._inner.param_groups):
             group["params"] = members.get(number, [])
 
-    def _apart(self, shard: Shard) -> bool:
+    def apart(self, shard: Shard) -> bool:
         """Whether a shard's values lie apart from the model."""
         live = self._stack.parameter_of[shard.parameter].dtype
         return self._live is None or live != self.optimizer.dtype_of(shard.parameter)
@@ -73,14 +73,14 @@ class ShardStore:
     def _memory(self, shard: Shard) -> Tensor:
         """Where a shard's values are to lie."""
         shape = self.optimizer.shape_of(shard)
-        if self._live is not None and not self._apart(shard):
+        if self._live is not None and not self.apart(shard):
             return self._live(shard).view(shape)
         device = self._stack.parameter_of[shard.parameter].device
         return torch.empty(shape, dtype=self.optimizer.dtype_of(shard.parameter), device=device)
 
     def seed(self) -> None:
         """Take the values of all shards from the model as it was built."""
-        for shard in filter(self._apart, self._shards.values()):
+        for shard in filter(self.apart, self._shards.values()):
             whole = self._stack.parameter_of[shard.parameter].data.reshape(-1)
             self.load(shard.index, {"value": whole[shard.start : shard.stop].view(self.optimizer.shape_of(shard))})
 

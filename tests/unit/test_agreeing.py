@@ -23,8 +23,9 @@ from everstep.elastic.guard.agreeing import Agreeing, Own, Settled
 from everstep.elastic.guard.backups import Backups
 from everstep.elastic.guard.checkpoint_agreement import Checkpoints
 from everstep.elastic.guard.protection import Protection
-from everstep.elastic.guard.replicas import Odd, Replicas, decide, digest, disputed, odd_ones
+from everstep.elastic.guard.replicas import Digests, Odd, Replicas, Truth, decide, digest, disputed, odd_ones
 from everstep.elastic.holding.adjustments import Adjustments
+from everstep.elastic.holding.shard_store import ShardStore
 from everstep.elastic.holding.stack import LayerStack
 from everstep.elastic.holding.user_optimizer import UserOptimizer
 from everstep.elastic.protocol.agreement import SHARE_BYTES
@@ -59,7 +60,9 @@ class Rank:
         sharded, snapshots = UserOptimizer(self.optimizer, self.stack), Snapshots(None)
         exchange = Exchange(self.stack, self.comm)
         self.backups = Backups(sharded, self.comm, snapshots, exchange)
-        self.replicas = Replicas(self.stack, snapshots, self.backups, exchange, settings.verify_every)
+        self.replicas = Replicas(
+            ShardStore(sharded, self.stack.view), snapshots, self.backups, exchange, settings.verify_every
+        )
         self.adjustments = Adjustments(sharded, self.stack)
         self.checkpoints = Checkpoints(settings, self.stack, snapshots, Solo(), {})
         protection = Protection(settings, snapshots, Solo())
@@ -273,7 +276,8 @@ def test_one_flipped_bit_among_replicas(job: Callable[..., Job], size: int) -> N
     assert all(one == replicas[0] for one in replicas)
     (shard,) = disputed(replicas[0])
     assert {index for digests in replicas[0].values() for index, _ in digests.each()} == {shard}, "only what differs"
-    assert odd_ones(replicas[0], decide(replicas[0], {shard: replicas[0][0].live[shard]})) == [Odd(shard, 1)]
+    true = replicas[0][0].live[shard]
+    assert odd_ones(replicas[0], decide(replicas[0], {shard: Truth(true, true)})) == [Odd(shard, 1)]
 
 
 def test_two_that_are_wrong_in_the_same_way(job: Callable[..., Job]) -> None:
@@ -291,7 +295,7 @@ def test_all_of_a_ranks_memory_is_wrong(job: Callable[..., Job]) -> None:
             parameter.mul_(2)
     replicas = begun(found)[0]
     assert disputed(replicas) == [shard.index for shard in found.spec.shards]
-    truth = {shard: replicas[0].live[shard] for shard in disputed(replicas)}
+    truth = {shard: Truth(replicas[0].live[shard], None) for shard in disputed(replicas)}
     assert {odd.rank for odd in odd_ones(replicas, truth)} == {2}
 
 
@@ -311,4 +315,17 @@ def test_a_value_that_is_not_what_was_committed(job: Callable[..., Job]) -> None
                 one.replicas._every = every
             replicas = begun(found)
             assert [disputed(one) for one in replicas] == [[shard.index]] * size
-            assert odd_ones(replicas[0], {shard.index: before}) == [Odd(shard.index, size - 1)]
+            assert odd_ones(replicas[0], {shard.index: Truth(before, before)}) == [Odd(shard.index, size - 1)]
+
+
+def test_a_backup_is_compared_with_the_master_and_readers_with_the_parameter() -> None:
+    """Two masters that differ may be one number when rounded; and a master is another number than the parameter."""
+    same = {0: Digests(live={5: 1}, master={5: 10}), 1: Digests(live={5: 1}, backup={5: 10})}
+    assert disputed(same) == []
+    found = {0: Digests(live={5: 1}, master={5: 10}), 1: Digests(live={5: 1}, backup={5: 11})}
+    assert disputed(found) == [5]
+    assert odd_ones(found, decide(found, {5: Truth(1, 10)})) == [Odd(5, 1, True)]
+    assert odd_ones(found, decide(found, {5: Truth(1, 11)})) == [Odd(5, 0)]
+    assert decide(found, {5: None}) == {5: Truth(1, 10)}, "the lowest rank's, where nobody can tell"
+    found = {0: Digests(live={5: 1}), 1: Digests(live={5: 2}), 2: Digests(live={5: 1}, backup={5: 1})}
+    assert odd_ones(found, decide(found, {5: None})) == [Odd(5, 1)], "without a master, a backup is a replica like any"
