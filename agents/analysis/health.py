@@ -1,7 +1,7 @@
-"""Whether a node is fit to join: a judgement of figures, with all its thresholds here.
+"""Whether a node is fit to join: judges its self-test's figures; all thresholds are here.
 
-They are for machines that are broken, not for those that are merely slow: a node that is refused by mistake costs more
-than one that turns out to be a straggler. Which node is the odd one out is said too, and refuses nobody.
+The thresholds find broken machines, not slow ones: a node refused by mistake costs more than a node that turns out to
+be a straggler. A node that differs from the others is reported, but not refused.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The job's recent past in bounded memory: steps, recoveries, events, and what of the time was of use."""
+"""The job's recent past in bounded memory: steps, recoveries, events and the share of productive time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 STEPS_KEPT = 1000
 RECOVERIES_KEPT = 200
 EVENTS_KEPT = 500
-TYPICAL_OF = 33  # undisturbed steps, whose median is the typical time
+TYPICAL_OF = 33  # undisturbed steps; their median is the typical step time
 PHASES = ("detect", "abort", "agree", "edit", "restore", "recompute")
 _DISTURBING = frozenset(
     {"worker_died", "node_lost", "planned", "corruption", "lacking", "joined", "started", "restarted", "left"}
@@ -137,7 +137,7 @@ class Series:
         return min(1.0, self.productive_s / training_s) if training_s > 0 else 1.0
 
     def rate(self, of: int = TYPICAL_OF) -> float:
-        """Steps a second over the last `of` of them; 0 if nothing is known."""
+        """Steps per second over the last `of` steps; 0 if there are none."""
         recent = list(self.steps)[-of:]
         seconds = sum(point.step_s for point in recent)
         return len(recent) / seconds if seconds > 0 else 0.0

@@ -1,13 +1,13 @@
-"""Which links are slow themselves: by what a received byte takes, from a message's first byte to its last.
+"""Finds slow links by the time per received byte, from a message's first byte to its last.
 
-Waiting for the first byte says nothing of a link, it says that the peer was not there yet. Links of a pair of hosts are
-taken together, and compared with the better ones of their kind (between hosts, within a host); where there are too few
-to compare, with their own past. A link counts only while it costs time that matters, and while neither of its ends is
-slow itself: then the bytes come late because the process that sends or takes them stands still.
+The wait for the first byte shows only that the peer was late, not that the link is slow. The links of a pair of hosts
+are pooled, and compared with the faster pairs of their kind (between hosts, within a host); if there are too few to
+compare, with their own past. A link is judged only while it takes a relevant share of the time and while neither end
+is a straggler: otherwise the bytes are late because the sending or receiving process is.
 
-Which end it is: a host to which, or from which, all its judged links are slow, while the other ends have others that
-are not. With two hosts nobody can tell, and nobody is blamed. A link that only delays (and does not thin out) shows in
-waits, which everybody has, and is not found.
+A host is blamed if all judged links to it, or from it, are slow, while the hosts at their other ends have links that
+are not. With two hosts this cannot be decided, and no host is blamed. A link with high latency but full bandwidth shows
+only in waits, which every rank has, and is not found.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class _Window(NamedTuple):
 
 @dataclass
 class _Link:
-    """What came by one link lately: the windows, and their sums."""
+    """Recent traffic received over one link: the windows and their sums."""
 
     heard_s: float = 0.0
     windows: deque[_Window] = field(default_factory=deque)
@@ -69,7 +69,7 @@ class _Link:
 class _Group:
     """The links of a pair of nodes, as one."""
 
-    rank: int = -1  # that receives by the one that costs most
+    rank: int = -1  # the receiver of the most expensive link
     peer: int = -1
     share: float = 0.0  # of the time, likewise
     receive_s: float = 0.0
@@ -86,31 +86,31 @@ class _Group:
 
 
 class SlowLinks:
-    """`add` what agents tell of links; `compare` them. Bounded by LINKS_KEPT."""
+    """`add` takes the agents' measurements of links; `compare` judges them. Bounded by LINKS_KEPT."""
 
     def __init__(self) -> None:
         self.findings: dict[tuple[str, ...], Finding] = {}
         self._links: dict[tuple[int, int], _Link] = {}
         self._past_s: dict[Pair, float] = {}  # of a byte, the best so far
         self._hysteresis = Hysteresis(LIMITS)
-        self._blamed: dict[Pair, tuple[str, ...]] = {}  # slow pair -> whom it speaks against
+        self._blamed: dict[Pair, tuple[str, ...]] = {}  # slow pair -> nodes that it blames
         self._windows: dict[Pair, int] = {}  # for how many messages it has been slow
         self._layout: object = None
 
     def add(self, rank: int, peer: int, received_bytes: int, receive_s: float, elapsed_s: float, now_s: float) -> None:
-        """What a rank received from a peer in the time since it was last asked."""
+        """Add the bytes that a rank received from a peer since its last report."""
         if received_bytes < LEAST_BYTES or elapsed_s <= 0 or peer < 0:
             return
         link = self._links.get((rank, peer))
         if link is None:
             if len(self._links) >= LINKS_KEPT:
-                return  # those that are watched are watched on: each needs some messages to be judged
+                return  # keep the known links: each needs some messages to be judged
             link = self._links[rank, peer] = _Link()
         link.add(_Window(received_bytes, receive_s, elapsed_s))
         link.heard_s = now_s
 
     def compare(self, node_of: Mapping[int, str], disturbed: Collection[int], layout: object, now_s: float) -> None:
-        """Compare all pairs. `disturbed`: ranks that are slow themselves; a new `layout` begins anew."""
+        """Compare all pairs. `disturbed`: ranks that are slow themselves; a new `layout` resets all measurements."""
         if layout != self._layout:
             self._layout = layout
             self._links.clear()
@@ -209,7 +209,7 @@ def _blame(pair: Pair, judged: Mapping[Pair, _Group]) -> tuple[str, ...]:
 
 
 def _finding(pair: Pair, group: _Group, whom: tuple[str, ...], count: int, windows: int, since_s: float) -> Finding:
-    side, node = whom[0], whom[-1]  # of a pair, the one that receives
+    side, node = whom[0], whom[-1]  # of a pair, the receiver
     sender = side == "out"
     rate, with_rate = 1e-6 / group.byte_s, 1e-6 / group.with_s
     place = {

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from everstep.comms.control import telemetry_pb2 as pb
 from everstep.elastic.contract.telemetry import Records, Spent
 
-OPEN_STEPS = 64  # steps of one rank whose end is awaited; older ones are given up
+OPEN_STEPS = 64  # unfinished steps of a rank; older ones are dropped
 _SUMS = {
     "compute_s": (Spent.FORWARD, Spent.BACKWARD, Spent.COMPUTE),
     "fetch_s": (Spent.FETCH,),
@@ -148,7 +148,7 @@ class StepSums:
         )
 
     def links(self) -> Iterator[pb.LinkTimes]:
-        """What went to and came from each peer since the last time this was asked."""
+        """Traffic to and from each peer since the last call."""
         links, self._links = self._links, {}
         for peer, link in links.items():
             yield pb.LinkTimes(

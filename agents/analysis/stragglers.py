@@ -1,11 +1,11 @@
-"""Which ranks are slow themselves: by their own compute for a micro-batch, over their last steps.
+"""Finds stragglers by each rank's own compute time for a micro-batch over its last steps.
 
-Compute alone tells who is slow; step times are equal everywhere, since all wait for the slowest. What it is compared
-with: the others of the stage, who do the same work. A rank that is alone in its stage is compared with its own past
-there, less what all the others have become slower by (longer sequences, a new phase of the training). Of a rank that
-was slow from its first step on and is alone, and of one that has no others at all, nothing can be said.
+Only compute time identifies a straggler; step times are equal on all ranks, since all wait for the slowest. A rank is
+compared with the other ranks of its stage, which do the same work. A rank that is alone in its stage is compared with
+its own past there, less any slowdown common to the other ranks (longer sequences, a new phase of the training). A
+single rank of a stage that was slow from its first step, and the only rank of a job, cannot be judged.
 
-Medians of steps: a pause of some steps changes nothing. Steps right after a change of the membership do not count.
+Medians over steps ignore short pauses. Steps right after a change of the membership do not count.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from .verdicts import (
 )
 
 LIMITS = SlowLimits(slow=1.5, level=1.2, patience=8, patience_s=3.0)  # steps
-WINDOW_STEPS = 8  # whose median counts
-LEAST_STEPS = 4  # of them, to say anything
+WINDOW_STEPS = 8  # for the median
+LEAST_STEPS = 4  # minimum for a judgement
 WARM_UP_STEPS = 3  # of a generation
 
 Stages = Iterable[tuple[Hashable, Sequence[int]]]
@@ -36,14 +36,14 @@ class _Series:
 
     place: Hashable = None  # what it computes
     generation: int = -1
-    passing: int = 0  # steps that do not count yet
+    passing: int = 0  # warm-up steps left
     each_s: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW_STEPS))  # compute of a micro-batch
     waits_s: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW_STEPS))  # in a step
     steps: int = 0  # that counted here
     new: int = 0  # since the last comparison
     micro_batches: int = 0  # of the last step
     now_s: float = 0.0  # median of `each_s`
-    past_s: float = 0.0  # the best median so far; 0: not known
+    past_s: float = 0.0  # the best median so far; 0: none yet
     slow_steps: int = 0  # since it was last level
 
     def add(self, each_s: float, wait_s: float, micro_batches: int) -> None:
@@ -61,7 +61,7 @@ class _Series:
             self.past_s = min(self.past_s or self.now_s, self.now_s)
 
     def moved(self, place: Hashable) -> None:
-        """It computes something else from now on: what was measured says nothing any more."""
+        """The rank computes something else from now on: drop its measurements."""
         self.place = place
         self.each_s.clear()
         self.waits_s.clear()
@@ -108,7 +108,7 @@ class Stragglers:
             series.add(compute_s / micro_batches, wait_s, micro_batches)
 
     def compare(self, stages: Stages, now_s: float) -> None:
-        """Compare all ranks; those that are in no stage are forgotten. `now_s` dates what is found."""
+        """Compare all ranks and forget ranks that are in no stage. `now_s` dates the findings."""
         placed = [(place, list(ranks)) for place, ranks in stages]
         self._place(placed)
         for series in self._series.values():
@@ -152,7 +152,7 @@ class Stragglers:
         return {rank: _Compared(self._series[rank].now_s / with_s, with_s, "stage", len(ranks) - 1) for rank in ranks}
 
     def _with_past(self, alone: Sequence[int]) -> dict[int, _Compared]:
-        """Ranks that nobody does the same work as, with themselves before; all of them having changed is the work."""
+        """Compare ranks that are alone in their stage with their own past, less any slowdown common to all ranks."""
         changed = {rank: s.now_s / s.past_s for rank, s in self._series.items() if s.past_s} if alone else {}
         if len(changed) < 2:
             return {}
@@ -167,7 +167,7 @@ class Stragglers:
         return found
 
     def _judge(self, found: Mapping[int, _Compared], in_company: set[int], now_s: float) -> None:
-        # Who was called slow in company is so until there is something to say again; who is alone has a new past.
+        # A slow rank of a shared stage stays slow until it is judged again; a rank that is alone starts a new past.
         self._hysteresis.keep({*found, *(self._hysteresis.slow & in_company)})
         for rank, compared in found.items():
             series = self._series[rank]

@@ -1,6 +1,6 @@
-"""The search for slow ranks and links in a running job: fed with telemetry, it says once what it finds, and what ends.
+"""The search for slow ranks and links in a running job: takes telemetry and reports each finding's start and end once.
 
-What it says are events for the coordinator's machine, which logs and counts them (`elastic/protocol/troubles.py`).
+The reports are events for the coordinator's machine, which logs and counts them (`elastic/protocol/troubles.py`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .slow_links import SlowLinks
 from .stragglers import LIMITS, Stragglers
 from .verdicts import Finding
 
-AGAIN_S = 300.0  # what goes on for so long is said again, and counts again
+AGAIN_S = 300.0  # a finding that lasts this long is reported and counted again
 NEWS_KEPT = 256
 
 Key = tuple[object, ...]
@@ -29,11 +29,11 @@ class Suspects:
     def __init__(self) -> None:
         self.stragglers = Stragglers()
         self.links = SlowLinks()
-        self._told: dict[Key, tuple[Finding, float]] = {}  # and when it was said last
+        self._told: dict[Key, tuple[Finding, float]] = {}  # and when it was last reported
         self._news: deque[StragglerFound | StragglerGone] = deque(maxlen=NEWS_KEPT)
 
     def take(self, telemetry: pb.Telemetry, elapsed_s: float, now_s: float) -> None:
-        """What a node's agent tells; `elapsed_s`: by its clock since the last time, 0 if there was none."""
+        """Take an agent's report; `elapsed_s`: time since its last report by its own clock, 0 for the first."""
         for step in telemetry.steps:
             self.stragglers.add(
                 step.rank, step.compute_s, step.micro_batches, wait_s=step.wait_s, generation=step.generation
@@ -42,7 +42,7 @@ class Suspects:
             self.links.add(link.rank, link.peer, link.received_bytes, link.receive_s, elapsed_s, now_s)
 
     def compare(self, state: State, now_s: float) -> None:
-        """Look at all together, and note what is new."""
+        """Judge all ranks and links, and note new findings."""
         layout = state.layout
         if layout is None:
             return
@@ -55,11 +55,11 @@ class Suspects:
         self._note(state, now_s)
 
     def findings(self) -> list[Finding]:
-        """Who is slow now. Nodes are named of links only: which one a rank is on, the state says."""
+        """The current findings. Only links name nodes: the coordinator's state has the node of a rank."""
         return [*self.stragglers.findings.values(), *self.links.findings.values()]
 
     def poll(self) -> StragglerFound | StragglerGone | None:
-        """The next thing to say."""
+        """The next report."""
         return self._news.popleft() if self._news else None
 
     def _present(self, nodes: Mapping[int, str]) -> dict[Key, Finding]:

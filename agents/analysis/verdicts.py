@@ -1,4 +1,4 @@
-"""What is said of a rank or a link that is slow, and when it is said: not at once, and not unsaid at once either."""
+"""Findings of slow ranks and links, with a hysteresis: neither reported nor withdrawn at the first observation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """Somebody is slow itself: what was measured, and with what that was compared."""
+    """A slow rank or link: what was measured, and with what it was compared."""
 
     what: str  # compute | link
     rank: int
@@ -22,7 +22,7 @@ class Finding:
     blamed: bool = True  # whether it is clear which node it is
 
     def view(self, now: float) -> dict[str, Any]:
-        """As JSON values, for who shows it."""
+        """As JSON values, for display."""
         whose = {"what": self.what, "rank": self.rank, "peer": self.peer if self.peer >= 0 else None}
         lasting = {"node": self.node, "factor": self.factor, "for_s": max(0.0, now - self.since_s)}
         return {**whose, **lasting, "blamed": self.blamed, "evidence": self.evidence, "fields": dict(self.fields)}
@@ -34,20 +34,20 @@ class SlowLimits:
 
     slow: float  # as a multiple of what it is compared with
     level: float
-    patience: int  # how many observations in a row must speak for a change ...
+    patience: int  # how many consecutive observations must favour a change ...
     patience_s: float  # ... and for how long: steps may be short, and a machine busy for a moment
 
 
 @dataclass
 class Hysteresis:
-    """`see` what each one's ratio is; `slow` are those that are called so. Bounded by `keep`."""
+    """`see` takes the ratio of a rank or link; `slow` are those classified as slow. Bounded by `keep`."""
 
     limits: SlowLimits
     slow: set[Hashable] = field(default_factory=set)
     _streaks: dict[Hashable, tuple[int, float]] = field(default_factory=dict)  # how many, since when
 
     def see(self, key: Hashable, ratio: float, now_s: float, observations: int = 1) -> bool:
-        """Whether this changes what it is called. One look counts for half of the patience at most."""
+        """Returns whether the classification changes. One call counts for half of the patience at most."""
         slow = key in self.slow
         speaks = ratio < self.limits.level if slow else ratio > self.limits.slow
         seen = min(observations, max(1, self.limits.patience // 2))

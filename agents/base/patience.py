@@ -1,4 +1,4 @@
-"""A wait of a command: said on standard error after some seconds, and ever more seldom from then on."""
+"""Reports a command's wait on standard error after some seconds, and then at growing intervals."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Wait:
         self._text, self._since_s, self._spoken = text, time.monotonic(), Spoken()
 
     def look(self, text: str | None = None) -> None:
-        """Still; `text` says who waits, for what, for whom, and is the same as long as the wait is. Empty: no wait."""
+        """The wait continues; `text` describes it and is constant while it lasts. Empty: no wait."""
         if text is not None and text != self._text:
             self._text, self._since_s, self._spoken = text, time.monotonic(), Spoken()
         waited_s = time.monotonic() - self._since_s

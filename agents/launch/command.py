@@ -169,7 +169,7 @@ def preloads(parsed: argparse.Namespace) -> list[str]:
 
 
 def configure(parsed: argparse.Namespace) -> Command:
-    """What a parsed command line asks for. Raises LaunchError for what torch refuses."""
+    """The configuration of a parsed command line. Raises LaunchError for values that torch refuses."""
     _count_devices(parsed)
     chosen = bool(parsed.log_dir)
     parsed.log_dir = parsed.log_dir or tempfile.mkdtemp(prefix="torchelastic_")  # as torch would, but not left behind
@@ -197,9 +197,9 @@ def _discard(log_dir: str, chosen: bool) -> None:
 
 
 def _count_devices(parsed: argparse.Namespace) -> None:
-    """Let torch make a number of --nproc-per-node=gpu, auto and the like, in a process that then ends.
+    """Let torch resolve --nproc-per-node=gpu, auto and the like, in a process that then ends.
 
-    To count devices may initialise their driver, which this process, and whatever is forked from it, shall not.
+    Counting devices may initialise their driver, which must not happen in this process: forks cannot use it then.
     """
     if str(parsed.nproc_per_node).isdigit():
         return
@@ -256,7 +256,7 @@ def _program(parsed: argparse.Namespace, target: Any, rest: list[str]) -> dict[s
     arguments = list(rest[rest.index(script) + 1 :]) if script in rest else list(rest)
     if parsed.no_python and not parsed.run_path:
         return {"kind": "command", "target": str(target), "arguments": arguments}
-    if target not in (sys.executable, run_script_path):  # PYTHON_EXEC: another interpreter, which imports all anew
+    if target not in (sys.executable, run_script_path):  # PYTHON_EXEC: another interpreter
         return {"kind": "command", "target": str(target), "arguments": list(rest)}
     if parsed.module:
         return {"kind": "module", "target": script, "arguments": arguments}
@@ -264,7 +264,7 @@ def _program(parsed: argparse.Namespace, target: Any, rest: list[str]) -> dict[s
 
 
 def _unseen_devices() -> AbstractContextManager[None]:
-    """Torch asks for CUDA as it makes a LaunchConfig. That there is none it finds here, without the driver."""
+    """Torch checks for CUDA when it makes a LaunchConfig. Inside, the check fails without touching the driver."""
     return variables({"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"})
 
 

@@ -1,4 +1,4 @@
-"""The flags that say how a job is coordinated: those that `everstep run` and `everstep coordinator` share."""
+"""The coordinator's flags, shared by `everstep run` and `everstep coordinator`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The first process of a container: the kernel makes every orphan its child, and gives it no signal's default action.
 
-So it does nothing but that: the command itself runs in a child. Signals are passed on to that, orphans are waited for,
-and when it ends, so does this process, with its status; the kernel then ends whatever else is in the container.
+So it does only this: the command itself runs in a child. Signals are forwarded to the child, orphans are reaped, and
+when the child ends, this process exits with its status; the kernel then kills every other process in the container.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def fork_from_init() -> None:
     """Return in a process that is not the first one: this one, or a child of it. The first one does not return."""
     if os.getpid() != 1:
         return
-    signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)  # until it is known to whom they go
+    signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)  # blocked until the child that they are forwarded to exists
     command = os.fork()
     if command == 0:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)

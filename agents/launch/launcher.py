@@ -69,7 +69,7 @@ def launch(command: Command, preloader: Preloader) -> int:
 
 
 def _conclude(outcome: NodeOutcome) -> int:
-    """Say how the job ended; returns the exit status, which docs/guarantees.md explains."""
+    """Report how the job ended; returns the exit status, which docs/guarantees.md explains."""
     for lost in outcome.lost:
         if lost != outcome.why:
             print(f"everstep: error: {lost}", file=sys.stderr)
@@ -135,7 +135,7 @@ def _reach(link: Attachment, join_timeout_s: float) -> str:
 
 
 def _see_off(coordinator: CoordinatorProcess, agent: NodeAgent, outcome: NodeOutcome) -> None:
-    """The coordinator ends when all nodes have heard that the job is over; others may need it longer than we do."""
+    """Wait for the coordinator, which ends when all nodes know that the job is over: other nodes may still need it."""
     try:
         if not coordinator.wait(END_S) and outcome.succeeded:
             print("everstep: this node is done, and goes on coordinating the others", file=sys.stderr)
@@ -272,9 +272,9 @@ def _endpoint(endpoint: str, flag: str = "--rdzv-endpoint") -> hosts.Address:
 
 
 def _reachable(command: Command, security: Security, endpoint: hosts.Address) -> hosts.Address:
-    """An endpoint as nodes on other hosts reach it, where its name is a loopback address on this one.
+    """An endpoint as other hosts reach it, if its name resolves to a loopback address on this host.
 
-    Debian's /etc/hosts has 127.0.1.1 for the host's own name, which elsewhere stands for its real address.
+    Debian's /etc/hosts maps the host's own name to 127.0.1.1; on other hosts the name resolves to the real address.
     """
     host = endpoint.host
     alone = command.torch.max_nodes == 1 or hosts.is_literal(host) or host == "localhost"
@@ -300,7 +300,7 @@ def _reachable(command: Command, security: Security, endpoint: hosts.Address) ->
 
 
 def _unknown(addresses: Sequence[str]) -> str:
-    """Names among some addresses that stand for none on this host; empty if all do."""
+    """The names among some addresses that this host cannot resolve, as an error text; empty if it resolves all."""
     unknown = []
     for host in {hosts.parse(address).host for address in addresses}:
         try:
@@ -311,7 +311,7 @@ def _unknown(addresses: Sequence[str]) -> str:
 
 
 def _own_address(chosen: str | None, coordinator: str) -> str:
-    """Where this node can be reached: as the user says, or on the way to the coordinator."""
+    """This node's address: the user's choice, or that of the interface that routes to the coordinator."""
     return hosts.unbracketed(chosen) if chosen else hosts.towards(*hosts.parse(coordinator))
 
 
@@ -371,10 +371,10 @@ def _signals(command: Command) -> str:
 
 
 def _stop_on_signals(agent: NodeAgent, names: str, *, leaves: signal.Signals | None) -> None:
-    """Signals stop the job; but on the one of these that `leaves`, this node hands over, and the job goes on.
+    """Signals stop the job; but the signals in `leaves` drain this node, and the job continues without it.
 
-    A signal that this process was started to ignore stays ignored, as nohup wants it; but for SIGINT and SIGQUIT, since
-    a shell without job control starts all that runs in the background so.
+    A signal that was ignored when this process started stays ignored, as under nohup; except SIGINT and SIGQUIT, since
+    a shell without job control starts all background processes with these ignored.
     """
     asked_s = 0.0
 

@@ -1,8 +1,8 @@
-"""The port of --master-addr and --master-port, which torchrun gives to torch's store: here the coordinator has it, too.
+"""The port of --master-addr and --master-port: torchrun gives it to torch's store, here the coordinator shares it.
 
 A script may connect to the store there by itself (`init_process_group("tcp://HOST:PORT", ...)`), and agents to the
-coordinator. The first byte of a connection tells them apart: HTTP/2 and TLS, which gRPC speaks, begin with one of
-their own, and torch's store with none of these. The bytes are passed on as they are; datagrams do not come this way.
+coordinator. The first byte of a connection distinguishes them: HTTP/2 and TLS, which gRPC uses, each begin with a
+fixed byte, and torch's store with neither. Bytes are forwarded unchanged; datagrams do not take this path.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from everstep.comms.base import addresses
 GRPC = (b"P", b"\x16")  # of "PRI * HTTP/2.0" (RFC 9113) and of a TLS record with a handshake (RFC 8446)
 PIECE_BYTES = 1 << 16
 BACKLOG = 4096
-STORE_S = 600.0  # how long who asks for the store waits until there is one, as its clients do
+STORE_S = 600.0  # how long a connection to the store waits until the store serves, as torch's clients do
 END_S = 5.0
 
 

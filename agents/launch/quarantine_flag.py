@@ -21,7 +21,7 @@ class Policy(NamedTuple):
 
 
 def policy(text: str) -> Policy:
-    """What `text` says. Raises argparse's error for what says nothing."""
+    """The setting that `text` describes. Raises argparse's error for an invalid text."""
     if text == "off":
         return Policy()
     match = re.fullmatch(r"(\d+)/(\d+(?:\.\d+)?)(?:/(\d+(?:\.\d+)?))?", text)

@@ -1,7 +1,7 @@
 """`everstep run`: the order in which a node starts, so that torch is imported once.
 
 The launcher imports torch for torchrun's parser, and is then forked: the fork is the preloaded process, of which the
-workers are forks in turn. Whatever starts a thread or touches a device comes after the fork.
+workers are forks in turn. Everything that starts a thread or touches a device comes after the fork.
 """
 
 from __future__ import annotations
@@ -50,6 +50,6 @@ def _run(arguments: Sequence[str]) -> int:
 
 
 def _allow_descriptors(workers: str, nodes: int) -> None:
-    """Before anything is forked. How many devices torch counts is not known yet: as many workers as processors."""
+    """Before anything is forked. Torch has not counted the devices yet, so this assumes one worker per processor."""
     count = int(workers) if workers.isdecimal() else os.cpu_count() or 1
     allow(count, count * nodes)

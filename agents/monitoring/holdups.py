@@ -1,7 +1,7 @@
-"""Who waits for whom: found in what all agents tell of their workers, and in the coordinator's state. Pure.
+"""Which ranks wait for which: derived from the agents' reports and the coordinator's state. Pure.
 
-A rank that waits for one that waits itself waits for the last of them. Who is waited for by others is named, with
-where it is, once the wait is longer than steps of this job make likely.
+A rank that waits for a waiting rank waits for the last of the chain. The rank at the end is reported with its place
+in the step, once the wait is longer than this job's step times make likely.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ SHOWN_S = 5.0  # in status; shorter waits are nothing
 LEAST_S = 1.0  # of a wait that counts
 TYPICAL_STEPS = 3.0  # in long steps waits are long
 NAMED = 3  # ranks that are waited for, described one by one
-OLD_S = 10.0  # what an agent told longer ago is not what its workers do now
+OLD_S = 10.0  # older reports do not show what a worker does now
 
 
 class Told(NamedTuple):
-    """What a worker does, as its agent told it; `at_s` by the coordinator's clock."""
+    """What a worker does, from its agent's report; `at_s` by the coordinator's clock."""
 
     at_s: float
     state: pb.RankState
@@ -33,7 +33,7 @@ class Told(NamedTuple):
 
 @dataclass(frozen=True)
 class Holdup:
-    """A wait: `key` is the same as long as it goes on, `text` says who waits, for what, for whom."""
+    """A wait: `key` is constant while it lasts, `text` names the waiting ranks, the cause and the awaited ranks."""
 
     key: Hashable
     seconds: float
@@ -44,7 +44,7 @@ class Holdup:
 
 @dataclass
 class Holdups:
-    """All waits of a job. `take` is told what agents tell; `poll` gives what is to be said now."""
+    """All waits of a job. `take` receives the agents' reports; `poll` returns the next wait to report."""
 
     _told: dict[int, Told] = field(default_factory=dict)
     _since: dict[Hashable, float] = field(default_factory=dict)  # of what the state waits for
@@ -63,7 +63,7 @@ class Holdups:
         return sorted([*found, *_of_ranks(state, self._told, now)], key=lambda holdup: -holdup.seconds)
 
     def poll(self, state: State, now: float, typical_s: float) -> WaitNoticed | None:
-        """The next wait of which something is to be said."""
+        """The next wait to report."""
         self._spoken.first_s = max(FIRST_S, TYPICAL_STEPS * typical_s)
         found = self.find(state, now)
         self._spoken.keep({holdup.key for holdup in found})
@@ -73,7 +73,7 @@ class Holdups:
         return None
 
     def shown(self, state: State, now: float) -> list[str]:
-        """What status says: waits, and ranks that stand still."""
+        """For the status: waits, and ranks without progress."""
         waits = [f"{h.text} (for {h.seconds:.0f} s)" for h in self.find(state, now) if h.seconds >= SHOWN_S]
         still = [
             f"rank {rank}: {_stands(told)}"
@@ -89,7 +89,7 @@ def _current(state: State, told: Told, now: float) -> bool:
 
 
 def _stands(told: Told) -> str:
-    """How a rank stands still; the same words everywhere."""
+    """How long and where a rank makes no progress; the same words everywhere."""
     signs = {"works": "it works", "storage": "it waits for storage", "stopped": "it is stopped"}
     one = told.state
     return (

@@ -78,7 +78,7 @@ class _Metrics:
         return generate_latest(self.registry)
 
     def answer(self, accept: str) -> Page:
-        """The same in the form that a request's Accept header asks for: OpenMetrics, or Prometheus's own text."""
+        """The metrics in the format that a request's Accept header selects: OpenMetrics or Prometheus's text format."""
         encode, content_type = choose_encoder(accept)
         return Page(content_type, encode(self.registry), {"Vary": "Accept"})
 
@@ -88,7 +88,7 @@ class _Metrics:
 
 
 class JobMetrics(_Metrics):
-    """What the coordinator says of its job."""
+    """The coordinator's metrics of its job."""
 
     def __init__(self, job: str) -> None:
         super().__init__()
@@ -186,7 +186,7 @@ class JobMetrics(_Metrics):
 
 
 class NodeMetrics(_Metrics):
-    """What an agent says of its workers and its host. Thread-safe, as prometheus_client's metrics are."""
+    """An agent's metrics of its workers and its host. Thread-safe, as prometheus_client's metrics are."""
 
     def __init__(self, job: str, node: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What is known of a job, in one place: fed by the event log, the agents' telemetry and the coordinator's state.
+"""The observed state of a job: fed by the event log, the agents' telemetry and the coordinator's state.
 
 Metrics, `everstep status`, a terminal view and a web page all read this object. It decides nothing, and its memory is
 bounded. It never imports torch: it lives in the coordinator's process.
@@ -39,7 +39,7 @@ COMPARE_S = 1.0  # how often all ranks are looked at together
 
 @dataclass
 class _NodeSeen:
-    """The last that a node's agent told."""
+    """The last report of a node's agent."""
 
     at_s: float  # by our clock
     telemetry: pb.Telemetry
@@ -59,7 +59,7 @@ class Observer:
     """Watches one job; thread-safe.
 
     `state` reads the coordinator's state, which is immutable; `state_clock` is the clock of the times in it, and
-    `clock` that of the event log. `undecided` says why the coordinator decides nothing, if so.
+    `clock` that of the event log. `undecided` returns why the coordinator cannot decide, empty if it can.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Observer:
         self._hosts: dict[str, str] = {}  # node -> host, of nodes that may be gone
         self._counted: dict[str, float] = {"training": 0.0}
         self._tokens_per_sample = math.nan
-        self._samples_without = 0  # whose tokens are not known yet
+        self._samples_without = 0  # steps whose tokens are not reported yet
         self._compared_s = 0.0
         self._held_up_s = 0.0  # when waits were looked at last
         self._checkpoint_s = 0.0
@@ -129,7 +129,7 @@ class Observer:
                 self._compare()
 
     def heartbeat(self, count: int = 1) -> None:
-        """Agents said that they are alive."""
+        """Heartbeats of agents arrived."""
         self.metrics.heartbeats.inc(count)
 
     def poll(self) -> StragglerFound | StragglerGone | WaitNoticed | None:
@@ -144,7 +144,7 @@ class Observer:
                 self._held_up_s = now
             return wait
 
-    # ------------------------------------------------------------ what it is asked
+    # ------------------------------------------------------------ queries
 
     def page(self, accept: str = "") -> Page:
         """The job's metrics, for Prometheus."""
@@ -168,7 +168,7 @@ class Observer:
         return view_of(self.seen(steps, rank_steps))
 
     def seen(self, steps: int, rank_steps: int) -> Seen:
-        """What a view is made of, copied quickly: whoever feeds this waits meanwhile."""
+        """The data of a view, copied quickly under the lock, since writers wait meanwhile."""
         with self._lock:
             state, now, series = self._state(), self._clock(), self.series
             rate = series.rate()
@@ -299,7 +299,7 @@ class Observer:
         if self._saving is not None and self._saving["name"] == line.get("name"):
             self._saving = None
 
-    # ------------------------------------------------------------ gauges, when they are asked for
+    # ------------------------------------------------------------ gauges, computed when they are scraped
 
     def _refresh(self) -> None:
         state, now, metrics, series = self._state(), self._clock(), self.metrics, self.series

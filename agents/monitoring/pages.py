@@ -1,7 +1,7 @@
-"""A small HTTP server: pages by path, made when they are asked for. Metrics are one of them.
+"""A small HTTP server: pages by path, generated per request. Metrics are one of them.
 
-With certificates it is HTTPS, and who asks has to show one of the same authority; without, an address that others can
-reach has to be allowed by name, like any other of ours. Where the job was given a token, that has to be shown, too.
+With certificates it is HTTPS, and clients need a certificate of the same authority; without, listening on an address
+that other hosts can reach needs --es-insecure-network. If the job has a token, clients need that, too.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from everstep.comms.base import addresses
 from everstep.comms.base.security import NAME, Security, SecurityError
 
 CONNECTIONS = 64  # at a time
-REQUEST_TIMEOUT_S = 10.0  # of a client that says nothing
+REQUEST_TIMEOUT_S = 10.0  # of a client that sends nothing
 
 
 class Page(NamedTuple):
@@ -41,7 +41,7 @@ Maker = Callable[[], Page] | Negotiated
 
 
 class AddressTaken(Exception):
-    """What a user must know when pages cannot be served."""
+    """Pages cannot be served; the text is for the user."""
 
 
 class PageServer:
@@ -149,8 +149,11 @@ def _text(text: str, headers: Mapping[str, str] = MappingProxyType({})) -> Page:
 
 
 def _is_local_name(host: str) -> bool:
-    """Whether a Host header names this host, or none. A name that somebody else gave to a loopback address may be that
-    of a page elsewhere, whose script would read ours in the user's browser (DNS rebinding)."""
+    """Whether a Host header names this host, or is absent.
+
+    A foreign name that resolves to a loopback address may belong to a web page elsewhere, whose script would read our
+    pages in the user's browser (DNS rebinding).
+    """
     try:
         name = urllib.parse.urlsplit(f"//{host}").hostname or ""
         return name in ("", "localhost", NAME) or bool(ipaddress.ip_address(name))

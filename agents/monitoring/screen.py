@@ -71,7 +71,7 @@ def head(view: View) -> list[str]:
 
 
 def _after_training(view: View) -> str:
-    """Whose scripts still run."""
+    """After training: the ranks whose scripts still run."""
     ranks = {status: [w["rank"] for w in view["workers"] if w["status"] == status] for status in (AFTER, "exited")}
     ended = f"; {_ranks(ranks['exited'])} have ended" if ranks["exited"] else ""
     return f"training is over; scripts go on with what comes after it on {_ranks(ranks[AFTER])}{ended}"
@@ -125,7 +125,7 @@ def _nodes(view: View) -> list[str]:
 
 
 def _amiss(node: View) -> str:
-    """What there is to say against a node, in a word."""
+    """What is wrong with a node, in a word."""
     if node["leaving"]:
         return f"leaving: {node['leaving']}"
     silence_s = node["silence_s"] or 0.0
@@ -188,7 +188,7 @@ def _whose(recovery: View) -> str:
 
 
 def concerns(view: View) -> list[str]:
-    """What somebody should look at, with its evidence."""
+    """The alarms, with their evidence."""
     found = [
         f"rank {one['rank']} (node {one['node']}) is slow itself: {one['evidence']}"
         if one["what"] == "compute"
@@ -210,7 +210,7 @@ def concerns(view: View) -> list[str]:
     ]
     if amiss_loss := view.get("loss_amiss"):
         found.insert(0, f"the loss is {amiss_loss['loss']} since step {amiss_loss['since_step']}")
-    if view.get("undecided"):  # what was committed since is not known here
+    if view.get("undecided"):  # later commits are not known here
         return [f"nothing can be decided: {view['undecided']}", *found]
     age_s, typical_s = view["commit_age_s"], view["typical_step_s"]
     if view["phase"] == "running" and age_s and typical_s and age_s > max(10 * typical_s, 2.0):

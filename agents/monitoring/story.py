@@ -22,11 +22,11 @@ Line = Mapping[str, Any]
 
 
 class Grade(enum.IntEnum):
-    """How much a line matters to whoever is on call."""
+    """How much a line matters to the operator on call."""
 
     NEWS = logging.INFO
     WARNING = logging.WARNING  # something failed, and was or is being dealt with
-    ALARM = logging.ERROR  # somebody should look
+    ALARM = logging.ERROR  # an operator should look
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Story:
 
 
 def tell(line: Line) -> Story | None:
-    """A line of the event log in words; None for one that is of no importance by itself."""
+    """A line of the event log in words; None for an event that is unimportant by itself."""
     event = line["event"]
     if event in _SILENT or (event == "committed_again" and line.get("same", True)):
         return None
@@ -149,15 +149,15 @@ class Narrator:
             self._log.log(int(story.grade), "%s", text)
 
     def _wanted(self, story: Story, line: Line) -> bool:
-        if story.event in ("warning", "checkpoint_failed"):  # each rank may say the same
+        if story.event in ("warning", "checkpoint_failed"):  # every rank may report the same
             return self._shown.first(line.get("notice", line.get("name", "")), story.text)
         if story.event == "ended" and self._least > Grade.NEWS:
-            return False  # the launcher says how the job ended
+            return False  # the launcher reports how the job ended
         return story.grade >= self._least
 
 
 class _Lines(logging.Formatter):
-    """Stories as they are; what else is said, in the same form."""
+    """Formats log lines: event stories unchanged, other messages in the same form."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -202,7 +202,7 @@ def _field(value: Any) -> str:
 
 
 def _whatever(line: Line) -> str:
-    """An event that nobody has found words for."""
+    """An event without words of its own."""
     rest = {k: v for k, v in line.items() if k not in ("event", "at_s", "number", *FIELDS)}
     return ", ".join(f"{name} {_short(value)}" for name, value in rest.items()) or line["event"].replace("_", " ")
 

@@ -1,6 +1,6 @@
-"""What there is to show of a job, as JSON values: one dictionary that status, a terminal view and the web page read.
+"""The view of a job as JSON values: one dictionary for `everstep status`, the terminal view and the web page.
 
-Made from a copy of what the observer knows, in whatever thread asks for it, so that nobody waits for it.
+Made from a copy of the observer's data, in the caller's thread, so that no writer waits for it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Seen:
     at_s: float  # the event log's clock
     state_at_s: float  # the state's clock
     undecided: str
-    waits: Sequence[str]  # who waits for whom, and who stands still
+    waits: Sequence[str]  # waits between ranks, and ranks without progress
     typical_s: float
     committed_s: float
     started_s: float
@@ -114,7 +114,7 @@ def view_of(seen: Seen) -> dict[str, Any]:
 
 
 def summary_of(view: Mapping[str, Any]) -> dict[str, Any]:
-    """The view's most important parts, by the names that scripts know them by."""
+    """The view's most important parts, under the names that scripts rely on."""
     same = ("job", "phase", "generation", "steps", "layout", "protection", "exposure")
     return {
         **{name: view[name] for name in same},
@@ -126,7 +126,7 @@ def summary_of(view: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _loss_amiss(steps: Sequence[StepPoint]) -> dict[str, Any] | None:
-    """A loss that is no finite number: in words, and since which of the steps that are known."""
+    """A loss that is not finite: as text, and the first known step of the series."""
     amiss = list(itertools.takewhile(lambda p: p.loss is not None and not math.isfinite(p.loss), reversed(steps)))
     return {"loss": str(amiss[0].loss), "since_step": amiss[-1].step} if amiss else None
 
@@ -145,7 +145,7 @@ def _kept_out(seen: Seen, host: str) -> dict[str, Any]:
 
 
 def _troubles(seen: Seen, host: str) -> dict[str, Any]:
-    """What a host failed in lately, or lagged with."""
+    """Recent failures and slowdowns of a host."""
     known = seen.state.troubles[host]
     last = known[-1]
     ago_s = max(0.0, seen.state_at_s - last.at_s)

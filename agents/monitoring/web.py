@@ -27,7 +27,7 @@ from .views import (
     view_of,
 )
 
-FRESH_S = 0.5  # as long, all who ask get the same answer
+FRESH_S = 0.5  # for this long all clients get the same answer
 STEPS = 600
 EVENTS = 200
 CONCERNS = 20

@@ -1,10 +1,10 @@
-"""Where agents of plain torchrun meet: who is in which round, as a pure function of what they say.
+"""The rendezvous of plain torchrun's agents: the nodes of each round, as a pure function of their messages.
 
-    join -> gathering -> formed (ranks are given) -> somebody fails, comes or is lost -> all join again -> ...
+    join -> gathering -> formed (ranks are assigned) -> a node fails, joins or is lost -> all join again -> ...
 
-It follows torch's own rule (`DynamicRendezvousHandler`): a round forms when the greatest number of nodes is there, or
-the least and a last call has passed; who comes later waits, and those in the round see that somebody does, and join
-again. Beyond that rule, they see it too when one of them is lost.
+It follows torch's own rule (`DynamicRendezvousHandler`): a round forms when the maximum number of nodes has joined, or
+the minimum has joined and the last call has passed. A node that comes later waits; the members of the round see the
+number of waiting nodes, and join again. Beyond torch's rule, a lost member counts like a waiting node.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 
 
 class Action(enum.Enum):
-    """What a node says."""
+    """The request of a node."""
 
     JOIN = "join"
     STAY = "stay"
@@ -24,7 +24,7 @@ class Action(enum.Enum):
 
 
 class RoundPhase(enum.Enum):
-    """What it hears."""
+    """The answer to a node."""
 
     WAITING = "waiting"
     FORMED = "formed"
@@ -64,7 +64,7 @@ class Said:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the node is told. `waiting`: how many nodes would like the round to begin anew."""
+    """The answer to a node. `waiting`: how many nodes have joined or were lost, so that a new round is due."""
 
     phase: RoundPhase
     place: RoundPlace = RoundPlace()
@@ -75,7 +75,7 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """The nodes of a job. `members` are those of the present round by rank; without any, those that wait gather."""
+    """The nodes of a job. `members` are in the current round; if it is empty, the waiting nodes form the next one."""
 
     limits: RoundLimits | None = None
     round: int = 0
@@ -84,14 +84,14 @@ class Group:
     waiting: tuple[str, ...] = ()
     heard_s: Mapping[str, float] = field(default_factory=dict)
     enough_since_s: float = -1.0  # since when the least number has been there
-    adopted_s: float = -1.0  # since when members of a round are heard that another coordinator formed
+    adopted_s: float = -1.0  # when this coordinator adopted a round that another coordinator formed
     lost: int = 0  # members, since the round formed
     store: tuple[str, int] = ("", 0)
     closed: bool = False
 
 
 def step(group: Group, said: Said, now: float) -> tuple[Group, Answer]:
-    """What follows from a node's message at time `now` (seconds, any origin), and what it is told."""
+    """The group after a node's message at time `now` (seconds, any origin), and the answer to the node."""
     if group.limits is not None and said.limits != group.limits:
         theirs, ours = said.limits, group.limits
         why = (
@@ -126,12 +126,12 @@ def expire(group: Group, now: float) -> Group:
 
 
 def over(group: Group) -> bool:
-    """Whether the job has ended, and every node knows."""
+    """Whether the job has ended and every node knows it."""
     return group.closed and not group.members and not group.waiting
 
 
 def _without(group: Group, node: str) -> Group:
-    """The group when a node is gone. A round that has no store yet cannot go on without any of its members."""
+    """The group without a lost node. A round that has no store yet cannot continue without all of its members."""
     waiting = tuple(other for other in group.waiting if other != node)
     heard_s = {other: at for other, at in group.heard_s.items() if other != node}
     group = replace(group, waiting=waiting, heard_s=heard_s)
@@ -144,7 +144,7 @@ def _without(group: Group, node: str) -> Group:
 
 
 def _joined(group: Group, node: str) -> Group:
-    """A node wants a round: if it is in one, that is over for it."""
+    """A node joins the next round: it leaves the current round, if it is a member."""
     if node in group.waiting or (node in group.members and not group.store[0]):
         return group
     members = {other: rank for other, rank in group.members.items() if other != node}
@@ -152,7 +152,7 @@ def _joined(group: Group, node: str) -> Group:
 
 
 def _stays(group: Group, said: Said, now: float) -> Group:
-    """A node is still there. A coordinator that has just started learns of the round from those who are in it."""
+    """A node is alive. A coordinator that has just started learns the current round from its members."""
     if said.node in group.members:
         if group.members[said.node] == 0 and said.place.round == group.round and said.store[0]:
             group = replace(group, store=said.store)
@@ -171,7 +171,7 @@ def _fits(group: Group, said: Said) -> bool:
 
 
 def _form(group: Group, now: float) -> Group:
-    """Begin a round, if those who wait are enough and no other is under way."""
+    """Form a round if enough nodes wait and there is no current round."""
     limits = group.limits
     assert limits is not None
     if group.members or len(group.waiting) < limits.min_nodes:
@@ -198,7 +198,7 @@ def _answer(group: Group, node: str) -> Answer:
         return Answer(RoundPhase.CLOSED)
     assert group.limits is not None
     room = group.limits.max_nodes - len(group.members)
-    waiting = min(len(group.waiting), room) + group.lost  # who finds no room is no reason to begin anew
+    waiting = min(len(group.waiting), room) + group.lost  # nodes that do not fit are no reason for a new round
     if node not in group.members:
         return Answer(RoundPhase.WAITING, waiting=waiting)
     place = RoundPlace(group.round, group.members[node], group.size)

@@ -52,7 +52,7 @@ class Rendezvous(RendezvousServiceServicer):
         self._group = Group()
 
     def serve(self, server: Any) -> None:
-        """Answer on this gRPC server, which has yet to be started."""
+        """Add the service to a gRPC server that is not started yet."""
         add_RendezvousServiceServicer_to_server(self, server)  # type: ignore[no-untyped-call]
 
     def over(self) -> bool:
@@ -89,7 +89,7 @@ class Rendezvous(RendezvousServiceServicer):
 
 
 def _said(request: pb.MeetRequest) -> Said | None:
-    """What a node said; None for what makes no sense."""
+    """A node's request as a value; None if it is invalid."""
     limits = RoundLimits(
         min_nodes=request.min_nodes,
         max_nodes=request.max_nodes,

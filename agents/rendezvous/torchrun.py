@@ -1,4 +1,4 @@
-"""What plain torchrun loads of us, whatever its --rdzv-backend is (entry point `torchrun.handlers`).
+"""The entry point `torchrun.handlers`, which plain torchrun loads for every --rdzv-backend.
 
 So nothing is imported here, and its process and its workers' environment stay as they are, until the backend is used.
 """
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def handler() -> RendezvousHandlerCreator:
-    """What torch's registry asks for: how to make a handler of `torchrun`'s parameters."""
+    """The factory for torch's registry: makes a handler from `torchrun`'s parameters."""
     return _everstep
 
 

@@ -81,7 +81,7 @@ class EverstepRendezvous(RendezvousHandler):
         atexit.register(self._leave)
 
     def _connect(self) -> None:
-        """A channel of its own for each attempt: one that has failed waits longer and longer until it tries again."""
+        """A new channel for each attempt, since a failed channel reconnects with a growing delay."""
         self._channel = channel_to(self._address, self._security)
         self._stub: Any = RendezvousServiceStub(self._channel)  # type: ignore[no-untyped-call]
 
@@ -127,7 +127,7 @@ class EverstepRendezvous(RendezvousHandler):
         return RendezvousInfo(self._store, answer.rank, answer.world_size, bootstrap)
 
     def num_nodes_waiting(self) -> int:
-        """For how many nodes the round is to begin anew: that came, or are lost."""
+        """How many nodes have joined or were lost, so that a new round is due."""
         answer = self._answer
         return answer.waiting if answer.phase == pb.MEET_PHASE_FORMED else 0
 
@@ -141,14 +141,14 @@ class EverstepRendezvous(RendezvousHandler):
         """The job is over."""
         return self._last_word(pb.MEET_ACTION_CLOSE)
 
-    # ------------------------------------------------------------ what is said
+    # ------------------------------------------------------------ requests
 
     def _open_store(self) -> None:
         self._store = TCPStore(self._host, 0, is_master=True, wait_for_workers=False)
         self._request.store_host, self._request.store_port = self._host, self._store.port
 
     def _call(self, action: Any, deadline_s: float) -> Any:
-        """Say something until it is heard. Raises torch's errors for what is refused, and when nobody answers."""
+        """Send a request until it is answered. Raises torch's errors for a refusal and when no coordinator answers."""
         while True:
             try:
                 answer = self._meet(action)
@@ -167,7 +167,7 @@ class EverstepRendezvous(RendezvousHandler):
             return answer
 
     def _meet(self, action: Any) -> Any:
-        """One call. What is known of this node's place goes along, should the coordinator have forgotten it."""
+        """One call. It carries this node's place in the round, in case the coordinator has lost it."""
         with self._lock:
             self._request.action = action
             if action == pb.MEET_ACTION_JOIN:
@@ -187,7 +187,7 @@ class EverstepRendezvous(RendezvousHandler):
             return answer
 
     def _stay(self) -> None:
-        """A thread says that this node is still there. While no coordinator answers, all stays as it is."""
+        """The heartbeat thread of this node. While no coordinator answers, the round stays as it is."""
         while not self._closing.wait(self._interval_s):
             with contextlib.suppress(grpc.RpcError):
                 self._meet(pb.MEET_ACTION_STAY)
@@ -209,7 +209,7 @@ class EverstepRendezvous(RendezvousHandler):
 
 
 def _settings(parameters: RendezvousParameters) -> dict[str, float]:
-    """What --rdzv-conf says, by torch's names. Raises ValueError for what is unknown or no time."""
+    """The settings of --rdzv-conf, by torch's names. Raises ValueError for unknown names and invalid times."""
     unknown = sorted(parameters.config.keys() - DEFAULTS.keys() - {"timeout"})  # which torch always adds
     if unknown:
         raise ValueError(f"--rdzv-conf: {BACKEND} knows {', '.join(DEFAULTS)}; not {', '.join(unknown)}")

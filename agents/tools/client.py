@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class NoAnswer(Exception):
-    """Why nobody answers, for people. `away`: it may be worth asking again."""
+    """No coordinator answers; the text is for the user. `away`: a retry may succeed."""
 
     def __init__(self, why: str, *, away: bool = True) -> None:
         super().__init__(why)
@@ -40,7 +40,7 @@ class Endpoints:
         self._timeout_s = timeout_s
 
     def status(self, steps: int = 0, rank_steps: int = 0) -> pb.GetStatusResponse:
-        """What the coordinator knows. Raises NoAnswer."""
+        """The coordinator's view of the job. Raises NoAnswer."""
         request = pb.GetStatusRequest(steps=steps, rank_steps=rank_steps)
         found: pb.GetStatusResponse = self._ask(lambda channel: stub(channel).GetStatus(request, **self._wait()))
         return found
@@ -55,7 +55,7 @@ class Endpoints:
         return {"timeout": self._timeout_s, "wait_for_ready": False, "metadata": self._security.metadata()}
 
     def _ask(self, call: Callable[[grpc.Channel], T]) -> T:
-        """The first that answers, beginning with the one that did so last."""
+        """The answer of the first coordinator that responds, beginning with the last responder."""
         reasons = []
         for address in sorted(self.addresses, key=lambda one: one != self.leader):
             with channel_to(address, self._security) as channel:

@@ -1,8 +1,8 @@
 """Spans of all ranks as a trace that ui.perfetto.dev and chrome://tracing show: the Trace Event Format, JSON.
 
-One process a node, one thread a rank, with another for what goes on behind compute. The coordinator is a process too:
+One process a node, one thread a rank, with another for work that overlaps compute. The coordinator is a process too:
 its recoveries with their phases, the steps, the events. Times are microseconds since the first of them; a node's clock
-is brought to world time by the pair of readings that its agent sent along.
+is mapped to wall-clock time by the pair of clock readings that its agent sent.
 https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU
 """
 
@@ -28,7 +28,7 @@ from everstep.elastic.contract.telemetry import (
 
 COORDINATOR = 0  # its process; nodes count from 1
 LANES = 16  # threads of a rank: 0 is its main one
-BEHIND = 8  # the lane of what goes on behind compute
+BEHIND = 8  # the lane of work that overlaps compute
 TRANSFERS = frozenset({Spent.SEND, Spent.WAIT, Spent.RECEIVE})
 _NAMES = {Spent.SEND: "send to {peer}", Spent.WAIT: "wait for {peer}", Spent.RECEIVE: "receive from {peer}"}
 _COLOURS = {  # of the format's fixed list
@@ -108,13 +108,13 @@ class Trace:
 
     @property
     def steps(self) -> list[int]:
-        """The steps whose end is in it."""
+        """The steps whose end is in the trace."""
         return sorted({s.step for rank in self.ranks.values() for s in rank.spans if s.kind == Spent.STEP})
 
     # ------------------------------------------------------------ as events
 
     def events(self) -> Iterator[Event]:
-        """All events; those that name processes and threads first."""
+        """All events; the metadata events with the names of processes and threads first."""
         first_ns = min([r.spans[0].start_ns for r in self.ranks.values()] + [e["_ns"] for e in self.coordinator] or [0])
         yield _named("process_name", COORDINATOR, 0, name=f"coordinator of {self.job}")
         for tid, name in enumerate(("steps", "recoveries", "events")):
@@ -172,10 +172,10 @@ def _named(kind: str, pid: int, tid: int, **args: Any) -> Event:
 
 
 def lanes(found: Sequence[Span]) -> list[int]:
-    """Which thread of its rank shows each span, so that those of a thread nest. Spans are in the order of their start.
+    """The thread of its rank that shows each span, such that a thread's spans nest. Spans are sorted by start.
 
-    What the main thread did is on lane 0. Copies behind compute have lanes of their own; so has the rare span that
-    lies across another's end.
+    Spans of the main thread are on lane 0. Copies that overlap compute have lanes of their own, as has the rare span
+    that crosses the end of another span.
     """
     open_ends: defaultdict[int, list[int]] = defaultdict(list)
     chosen = []
@@ -259,7 +259,7 @@ class _Arrows:
         number = 0
         for key, sent in self._sent.items():
             received = self._received.get(key, deque())
-            if len(sent) != len(received):  # some are not in the trace: which one belongs to which is not known
+            if len(sent) != len(received):  # some are missing in the trace: the rest cannot be paired
                 continue
             for source, sink in zip(sent, received, strict=True):
                 number += 1

@@ -1,4 +1,4 @@
-"""`everstep status` and `everstep events`: what a coordinator knows of its job, on one screen; and its story."""
+"""`everstep status` and `everstep events`: a coordinator's view of its job on one screen; and its event log."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ FOLLOW_S = 1.0
 
 
 def told(command: Callable[[], int]) -> int:
-    """Run a command that asks a coordinator: errors are one line. Returns its exit status."""
+    """Run a command that queries a coordinator; errors are one line. Returns its exit status."""
     try:
         return command()
     except (NoAnswer, SecurityError) as error:
         print(f"everstep: error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        if isinstance(error, BrokenPipeError):  # whoever read this has seen enough
+        if isinstance(error, BrokenPipeError):  # the reader of the pipe has closed it
             with contextlib.suppress(OSError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0

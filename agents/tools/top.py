@@ -1,4 +1,4 @@
-"""`everstep top`: a job in a terminal, live. It goes on while coordinators are away, and follows the one that leads."""
+"""`everstep top`: a live view of a job in a terminal. It survives coordinator failures and follows the leader."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ANSWER_S = 2.0
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        """Like every command of ours: whoever read it has seen enough."""
+        """End quietly, like every other command, when the reader of the pipe closes it."""
         raise BrokenPipeError
 
 
@@ -62,7 +62,7 @@ def _ask(endpoints: Endpoints) -> Mapping[str, Any]:
 
 
 def _live(endpoints: Endpoints, console: Console, every_s: float) -> int:
-    """Until somebody ends it. The first answer must come, so that a wrong address is told as such."""
+    """Runs until the user ends it. The first request must succeed, so that a wrong address is reported."""
     view, note, heard_s = _ask(endpoints), "", time.monotonic()
     with _keys() as pressed, Live(console=console, screen=True, auto_refresh=False) as live:
         while True:
