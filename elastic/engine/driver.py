@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from everstep.elastic.protocol import worker as w
+from everstep.elastic.protocol import worker_events as w
+from everstep.elastic.protocol.worker import step
+from everstep.elastic.protocol.worker_state import WorkerState, violations
 
 Carrier = Callable[[Any], w.Event | None]
 
@@ -13,7 +15,7 @@ Carrier = Callable[[Any], w.Event | None]
 class Driver:
     """One worker's state, which only events change."""
 
-    def __init__(self, state: w.WorkerState) -> None:
+    def __init__(self, state: WorkerState) -> None:
         self.state = state
         self._carriers: dict[type[Any], Carrier] = {}
 
@@ -27,8 +29,8 @@ class Driver:
     def happened(self, event: w.Event | None) -> None:
         """Something happened: do what follows from it, until nothing does. Passes on what carriers raise."""
         while event is not None:
-            self.state, instructions = w.step(self.state, event)
-            if found := w.violations(self.state):
+            self.state, instructions = step(self.state, event)
+            if found := violations(self.state):
                 raise AssertionError(f"{'; '.join(found)}; what happened: {', '.join(self.state.story)}")
             event = None
             for instruction in instructions:

@@ -64,7 +64,9 @@ from everstep.elastic.holding.watch import (
     describe,
     differing_bits,
 )
-from everstep.elastic.protocol import worker as w
+from everstep.elastic.protocol import worker_events as w
+from everstep.elastic.protocol.worker import offered
+from everstep.elastic.protocol.worker_state import new_worker
 from everstep.elastic.step.data import DataSource, Key
 from everstep.elastic.step.exchange import Exchange
 from everstep.elastic.step.pipeline import Pipeline
@@ -144,7 +146,7 @@ class Engine:
         guards = (self.protection, self.checkpoints, self.replicas)
         self.agreeing = Agreeing(stack, comm, self.adjustments, *guards)
         self.skip_nonfinite = False  # whether a step whose gradient is not finite is left out
-        self.worker = Driver(w.new_worker(comm.rank, stack.spec, settings.steps))
+        self.worker = Driver(new_worker(comm.rank, stack.spec, settings.steps))
         self.state: StepState | None = None
         self.orders: dict[int, Orders] = {}  # of plans that are known here, by generation
         self.seeded = True  # the script has built its model from the seed, and loaded nothing into it
@@ -316,7 +318,7 @@ class Engine:
         orders = self.membership.proposed(last=last)
         if orders is not None:
             self.orders[orders.plan.generation] = orders
-        return w.offered(self.worker.state, orders.plan if orders else None)
+        return offered(self.worker.state, orders.plan if orders else None)
 
     def _warn_of_partial(self, step: int, partly: Mapping[str, list[int]]) -> None:
         """Every rank's code runs after every step: what only some of them change is lost with them."""

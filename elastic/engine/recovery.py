@@ -25,7 +25,8 @@ from everstep.elastic.contract.stateful import decode
 from everstep.elastic.contract.telemetry import Spent
 from everstep.elastic.guard.backups import backup_ranks
 from everstep.elastic.holding.shard_store import ShardStore
-from everstep.elastic.protocol import worker as w
+from everstep.elastic.protocol import worker_events as w
+from everstep.elastic.protocol.worker_state import report
 from everstep.resharding.neighbors import stand_ins
 from everstep.resharding.plan import Plan, Report
 from everstep.resharding.work import Work
@@ -160,7 +161,7 @@ class Recovery:
         protected, before = engine.protection.report(engine.version)
         outlives = engine.snapshots.protected
         state = engine.worker.state
-        return w.report(state, engine.state, protected=protected, protected_before=before, outlives=outlives)
+        return report(state, engine.state, protected=protected, protected_before=before, outlives=outlives)
 
     # ------------------------------------------------------------ carrying out a plan
 

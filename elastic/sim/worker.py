@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from everstep.elastic.protocol import events as e
-from everstep.elastic.protocol import worker as w
+from everstep.elastic.protocol import worker_events as w
 from everstep.elastic.protocol.agreement import Share
+from everstep.elastic.protocol.worker import offered, step
+from everstep.elastic.protocol.worker_state import new_worker, report, violations
 from everstep.resharding.layout import Layout
 from everstep.resharding.plan import Plan, Report
 from everstep.resharding.units import Shard
@@ -83,7 +85,7 @@ class SimWorker:
         self.around = around
         self.job = around.job
         self.spec = around.job.model
-        self.machine = w.new_worker(worker.rank, self.spec, self.job.steps)
+        self.machine = new_worker(worker.rank, self.spec, self.job.steps)
         self.links = Links(worker.rank, lambda to, g, key, data: around.send(worker.rank, to, g, key, data))
         self.control = Control(worker, around.tell, self.links.abort)
         self.snapshots = Snapshots(around.world, worker, around.board.keepers[around.node], around.state_slots, poke)
@@ -157,8 +159,8 @@ class SimWorker:
     def _happened(self, event: w.Event | None) -> Steps[None]:
         """Do what follows from an event, until nothing does."""
         while event is not None:
-            self.machine, instructions = w.step(self.machine, event)
-            if found := w.violations(self.machine):
+            self.machine, instructions = step(self.machine, event)
+            if found := violations(self.machine):
                 raise AssertionError(f"{self.id}: {'; '.join(found)}; what happened: {', '.join(self.machine.story)}")
             event = None
             for instruction in instructions:
@@ -254,7 +256,7 @@ class SimWorker:
     def _report(self) -> Report:
         protected, before = self.protection.report(self.version)
         outlives = self.snapshots.protected
-        return w.report(self.machine, self.state, protected=protected, protected_before=before, outlives=outlives)
+        return report(self.machine, self.state, protected=protected, protected_before=before, outlives=outlives)
 
     def _await_plan(self, it: w.AwaitPlan) -> Steps[w.Event]:
         orders = yield from self.control.orders()
@@ -453,7 +455,7 @@ class SimWorker:
         orders = self.control.proposed(last)
         if orders is not None:
             self._orders[orders.plan.generation] = orders
-        return w.offered(self.machine, orders.plan if orders else None)
+        return offered(self.machine, orders.plan if orders else None)
 
     def _tell_idled(self, it: w.TellIdled) -> Steps[None]:
         yield from ()

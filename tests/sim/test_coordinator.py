@@ -9,7 +9,7 @@ import pytest
 
 from everstep.elastic.protocol import coordinator, invariants
 from everstep.elastic.protocol import events as e
-from everstep.elastic.protocol import worker as w
+from everstep.elastic.protocol import worker_events as w
 from everstep.elastic.protocol.state import Config, Phase
 from everstep.elastic.sim.cluster import Timing
 from everstep.elastic.sim.faults import PHASES, Fault

@@ -8,7 +8,7 @@ from typing import Any
 
 from everstep.elastic.engine.engine import Step
 from everstep.elastic.engine.recovery import Recovery
-from everstep.elastic.protocol import worker as w
+from everstep.elastic.protocol import worker_events as w
 
 
 def test_what_a_guide_told_ends_with_its_plan() -> None:
