@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from everstep.elastic.protocol import agent, coordinator, events, invariants, state, worker
+from everstep.elastic.protocol import agent, coordinator, events, invariants, state, worker, worker_events, worker_state
 
 PAGE = Path(__file__).parent / "machines.md"
 HEAD = """# The state machines
@@ -23,9 +23,8 @@ Each takes a state and an event, and returns the next state and what is to be do
 They use no clock, socket, thread or tensor, so the simulator (`elastic/sim/`) runs the same code as a job.
 
 An event is *handled* in the phases that its row names.
-In other phases it is *late*: it changes nothing.
-For a worker or a node agent, an event that is neither handled nor late is *illegal*: the machine raises an error that
-names the events before it.
+In other phases it is *late*, and changes nothing, or *illegal*: then it cannot happen unless there is a bug, and the
+machine raises an error that says what happened before.
 """
 
 
@@ -35,7 +34,10 @@ def page() -> str:
 
 
 def _coordinator() -> list[str]:
-    acts = {kind: [phase.value for phase in coordinator.acts(kind)] for kind in events.Event.__args__}
+    handled, illegal = (
+        {kind: [phase.value for phase in state.Phase if (phase, kind) in table] for kind in events.Event.__args__}
+        for table in (coordinator.HANDLED, coordinator.ILLEGAL)
+    )
     checks = [getattr(invariants, name) for name in vars(invariants) if name.startswith("check_")]
     return [
         "## The coordinator",
@@ -44,7 +46,13 @@ def _coordinator() -> list[str]:
         "The leader (`agents/coordinator/leader.py`) drives it: it stores each decision, then carries it out.",
         "",
         *_phases(state.Phase),
-        *_events(events.Event.__args__, lambda kind: acts[kind]),
+        *_events(events.Event.__args__, lambda kind: handled[kind]),
+        "Illegal:",
+        "",
+        *(f"- `{kind.__name__}` while {', '.join(phases)}" for kind, phases in illegal.items() if phases),
+        "",
+        "A node that says what is illegal is expelled; what is neither handled nor illegal is late.",
+        "",
         *_told("Effects", events.Effect.__args__),
         "### Invariants",
         "",
@@ -60,28 +68,28 @@ def _coordinator() -> list[str]:
 
 def _worker() -> list[str]:
     handled = {
-        kind: [phase.value for phase in worker.WorkerPhase if (phase, kind) in worker.HANDLED]
-        for kind in worker.Event.__args__
+        kind: [phase.value for phase in worker_state.WorkerPhase if (phase, kind) in worker.HANDLED]
+        for kind in worker_events.Event.__args__
     }
     late = [kind.__name__ for kind in worker.ANSWERS]
     return [
         "## The worker",
         "",
-        "The code is `elastic/protocol/worker.py`.",
+        "The code is `elastic/protocol/worker.py`, with `worker_events.py` and `worker_state.py`.",
         "The engine (`elastic/engine/`) carries out its instructions on tensors, the simulator on hashes.",
         "`legs.py` decides the order of work within a step, and `protecting.py` which versions outlive nodes.",
         "",
-        *_phases(worker.WorkerPhase),
-        *_events(worker.Event.__args__, lambda kind: handled[kind]),
+        *_phases(worker_state.WorkerPhase),
+        *_events(worker_events.Event.__args__, lambda kind: handled[kind]),
         "Late, while the worker is waiting:",
         f"{', '.join(f'`{name}`' for name in late)}.",
         "",
-        *_told("Instructions", worker.Instruction.__args__),
+        *_told("Instructions", worker_events.Instruction.__args__),
         "### Invariants",
         "",
         "They are checked after each event, in jobs and in the simulator.",
         "",
-        *(f"- {text}" for text in worker.INVARIANTS.values()),
+        *(f"- {text}" for text in worker_state.INVARIANTS.values()),
         "",
     ]
 

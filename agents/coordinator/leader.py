@@ -162,11 +162,12 @@ class Leader:
         return effects + self._decide(e.Ticked())
 
     def _decide(self, event: e.Event) -> list[e.Effect]:
-        """The effects of an event. Raises InvariantBroken before any effect is written or sent."""
-        after, effects = coordinator.step(self.state, event, self.now())
+        """The effects of an event. Raises InvariantBroken or IllegalJobEvent before any effect is written or sent."""
         try:
+            after, effects = coordinator.step(self.state, event, self.now())
             invariants.check_turn(self.state, after, effects)
-        except invariants.InvariantBroken:
+        except (invariants.InvariantBroken, coordinator.IllegalJobEvent) as error:
+            error.add_note(f"the events before: {', '.join(self._story)}")
             log.error("broken by %s; the events before: %s", type(event).__name__, ", ".join(self._story))
             raise
         if effects:
@@ -211,7 +212,10 @@ class Leader:
         except Exception as error:  # an unreadable message is the fault of this node alone: only its stream ends
             return self._expel(session, f"it said what no agent says: {error!r}")
         self._durable.saw(session.node, item.number)
-        return self._decide(event) if event is not None else []
+        try:
+            return self._decide(event) if event is not None else []
+        except coordinator.IllegalJobEvent as error:
+            return self._expel(session, f"it said what cannot be: {error}")
 
     def _check_worker(self, node: str, message: pb.AttachRequest) -> None:
         """A node may report only about its own workers. Raises ValueError if it reports about others."""

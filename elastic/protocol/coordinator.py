@@ -94,18 +94,28 @@ def initial_state(config: Config, now: float) -> State:
 
 
 def step(state: State, event: e.Event, now: float) -> Outcome:
-    """What follows from `event` at time `now` (seconds, any origin)."""
-    if state.phase is Phase.DONE:
+    """What follows from `event` at time `now` (seconds, any origin).
+
+    Raises IllegalJobEvent, and changes nothing, for what cannot happen in this phase.
+    """
+    place = (state.phase, type(event))
+    handler = HANDLED.get(place)
+    if handler is None:
+        if place in ILLEGAL:
+            raise IllegalJobEvent(state, event)
         return state, []
-    handlers = _AFTER_TRAINING if state.phase is Phase.AFTER else _HANDLERS
-    handler: Callable[[State, Any, float], Outcome] = handlers.get(type(event), _ignored)
     after, effects = handler(state, event, now)
     return count_troubles(state, after, effects, now)
 
 
-def _ignored(state: State, event: e.Event, now: float) -> Outcome:
-    """What was said before the end of training was known."""
-    return state, []
+class IllegalJobEvent(AssertionError):
+    """An event that cannot happen in this phase: a bug of the node, worker or coordinator that says it."""
+
+    def __init__(self, state: State, event: e.Event) -> None:
+        super().__init__(
+            f"the job is {state.phase.value} in generation {state.generation}, with step {state.committed} committed "
+            f"and {len(state.workers)} workers, where {type(event).__name__} cannot happen: {event}"
+        )
 
 
 def _ticked(state: State, event: e.Ticked, now: float) -> Outcome:
@@ -333,37 +343,6 @@ _HANDLERS: dict[type[Any], Callable[[State, Any, float], Outcome]] = {
     e.RendezvousClosed: rendezvous_closed,
     e.Ticked: _ticked,
 }
-_TRAINING = frozenset({Phase.RUNNING, Phase.RECOVERING})
-_STARTED = _TRAINING | {Phase.LAUNCHED}
-_BEFORE_THE_END = _STARTED | {Phase.FORMING}
-# The phases in which an event can change anything, where these are not all before the end. Elsewhere it comes too late:
-# nodes and workers hear of a change after it has happened, so nothing that they say is illegal.
-_ACTS: dict[type[Any], frozenset[Phase]] = {
-    e.StoreOpened: _BEFORE_THE_END,
-    e.WorkerDeclaredElastic: frozenset({Phase.LAUNCHED}),
-    e.WorkerReady: _STARTED,
-    e.WorkerReported: frozenset({Phase.RECOVERING}),
-    e.WorkerLacking: frozenset({Phase.RUNNING}),
-    e.CorruptionFound: _TRAINING,
-    e.WorkerResumed: frozenset({Phase.RUNNING}),
-    e.WorkerSwitched: _TRAINING,
-    e.WorkerIdled: frozenset({Phase.RUNNING}),
-    e.WorkerCommitted: _TRAINING,
-    e.WorkerLeft: _TRAINING,
-    e.WorkerWentOn: _TRAINING,
-    e.WaitNoticed: _BEFORE_THE_END,
-    e.WorkerFinished: _TRAINING,
-    e.WorkerConcluded: _TRAINING,
-    e.CheckpointUnreadable: _TRAINING,
-}
-
-
-def acts(event: type[Any]) -> tuple[Phase, ...]:
-    """The phases in which an event of this type can change anything; in all others it comes too late."""
-    phases = set(_ACTS.get(event, _BEFORE_THE_END)) if event in _HANDLERS else set()
-    return tuple(p for p in Phase if p in phases or (p is Phase.AFTER and event in _AFTER_TRAINING))
-
-
 _AFTER_TRAINING: dict[type[Any], Callable[[State, Any, float], Outcome]] = {
     e.NodeJoined: after.node_joined,
     e.NodeUnhealthy: node_unhealthy,
@@ -378,3 +357,34 @@ _AFTER_TRAINING: dict[type[Any], Callable[[State, Any, float], Outcome]] = {
     e.DrainRequested: after.stop_requested,
     e.Ticked: after.ticked,
 }
+_BEFORE_THE_END = frozenset({Phase.FORMING, Phase.LAUNCHED, Phase.RUNNING, Phase.RECOVERING})
+_TRAINING = frozenset({Phase.RUNNING, Phase.RECOVERING})
+# Workers and their agents say these, so there have to be workers.
+_OF_WORKERS = (e.WorkerDeclaredElastic, e.WorkerReady, e.WorkerDied, e.WorkerNoted, e.WorkerRaised)
+# The phases in which members of a generation can say something that changes anything. A plan comes before all of it.
+_OF_MEMBERS: dict[type[Any], frozenset[Phase]] = {
+    e.WorkerReported: frozenset({Phase.RECOVERING}),
+    e.WorkerLacking: frozenset({Phase.RUNNING}),
+    e.CorruptionFound: _TRAINING,
+    e.WorkerResumed: frozenset({Phase.RUNNING}),
+    e.WorkerSwitched: _TRAINING,
+    e.WorkerIdled: frozenset({Phase.RUNNING}),
+    e.WorkerCommitted: _TRAINING,
+    e.WorkerLeft: _TRAINING,
+    e.WorkerWentOn: _TRAINING,
+    e.WorkerFinished: _TRAINING,
+    e.WorkerConcluded: _TRAINING,
+    e.CheckpointSaved: _TRAINING,
+    e.CheckpointUnreadable: _TRAINING,
+}
+# What cannot happen. All else that is not handled is late: nodes and workers hear of a change after it has happened.
+ILLEGAL: frozenset[tuple[Phase, type[Any]]] = frozenset(
+    [(Phase.FORMING, kind) for kind in (*_OF_WORKERS, *_OF_MEMBERS)] + [(Phase.LAUNCHED, kind) for kind in _OF_MEMBERS]
+)
+_ACTS: dict[type[Any], frozenset[Phase]] = {**_OF_MEMBERS, e.WorkerDeclaredElastic: frozenset({Phase.LAUNCHED})}
+HANDLED: dict[tuple[Phase, type[Any]], Callable[[State, Any, float], Outcome]] = {
+    (phase, kind): handler
+    for kind, handler in _HANDLERS.items()
+    for phase in _ACTS.get(kind, _BEFORE_THE_END)
+    if (phase, kind) not in ILLEGAL
+} | {(Phase.AFTER, kind): handler for kind, handler in _AFTER_TRAINING.items()}

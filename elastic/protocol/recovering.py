@@ -235,12 +235,7 @@ def begin_recovery(
 def reported(state: State, event: e.WorkerReported, now: float) -> Outcome:
     """A survivor says what it has."""
     recovery = state.recovery
-    if (
-        state.phase is not Phase.RECOVERING
-        or recovery is None
-        or event.generation != recovery.generation
-        or event.worker not in recovery.awaited
-    ):
+    if recovery is None or event.generation != recovery.generation or event.worker not in recovery.awaited:
         return state, []
     reports = {**recovery.reports, event.worker: event.report}
     recovery = replace(recovery, reports=reports, busy_s=max(recovery.busy_s, event.busy_s))

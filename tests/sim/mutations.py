@@ -93,7 +93,7 @@ MUTATIONS = (
     ),
     Mutation(
         "micro-batches whose forward is done are reported as finished",
-        "worker.py",
+        "worker_state.py",
         "held=tuple(sorted(work.held)) if valid else (),",
         "held=tuple(sorted(work.held | work.running)) if valid else (),",
     ),

@@ -10,7 +10,10 @@ from types import ModuleType
 import pytest
 
 from everstep.elastic.protocol import agent, coordinator, events
-from everstep.elastic.protocol import worker as w
+from everstep.elastic.protocol import worker_events as w
+from everstep.elastic.protocol.state import Config, Phase
+from everstep.elastic.protocol.worker import HANDLED, LATE, IllegalEvent, step
+from everstep.elastic.protocol.worker_state import TORN, WorkerPhase, WorkerState, new_worker, report, violations
 from everstep.elastic.sim.run import model
 from everstep.resharding.plan import plan_start
 from everstep.resharding.planners import initial_layout
@@ -46,21 +49,36 @@ def test_everything_on_the_page_is_described(machines) -> None:
     assert "|  |" not in text
 
 
-def test_every_event_of_the_coordinator_acts_in_some_phase() -> None:
-    assert all(coordinator.acts(kind) for kind in events.Event.__args__)
+def test_the_coordinators_table_is_sound() -> None:
+    """Every event acts in some phase, nothing acts after the end, and nothing is both handled and illegal."""
+    handled, illegal = coordinator.HANDLED.keys(), coordinator.ILLEGAL
+    assert {kind for _, kind in handled} == set(events.Event.__args__)
+    assert not handled & illegal
+    assert not any(phase is Phase.DONE for phase, _ in handled | illegal)
+    assert all((Phase.FORMING, kind) in illegal for phase, kind in illegal), "what cannot be while forming comes later"
 
 
-def drive(state: w.WorkerState, *happened: w.Event) -> tuple[w.WorkerState, list[w.Instruction]]:
+def test_what_cannot_happen_to_a_coordinator_is_named() -> None:
+    state = coordinator.initial_state(Config(), 0.0)
+    with pytest.raises(
+        coordinator.IllegalJobEvent, match=r"forming in generation 0, .* WorkerSwitched cannot happen.*"
+    ):
+        coordinator.step(state, events.WorkerSwitched(events.WorkerId(0, 0), 1), 1.0)
+    late = coordinator.step(replace(state, phase=Phase.DONE), events.WorkerSwitched(events.WorkerId(0, 0), 1), 1.0)
+    assert late == (replace(state, phase=Phase.DONE), [])
+
+
+def drive(state: WorkerState, *happened: w.Event) -> tuple[WorkerState, list[w.Instruction]]:
     instructions: list[w.Instruction] = []
     for event in happened:
-        state, instructions = w.step(state, event)
-        assert not w.violations(state)
+        state, instructions = step(state, event)
+        assert not violations(state)
     return state, instructions
 
 
-def started() -> w.WorkerState:
+def started() -> WorkerState:
     """Rank 0 of two stages, with step 0 to compute."""
-    worker = w.new_worker(0, SPEC, 10)
+    worker = new_worker(0, SPEC, 10)
     state, _ = drive(worker, w.Started(), w.Assigned(PLAN), w.Linked(), w.Restored(), w.Published())
     return state
 
@@ -70,11 +88,11 @@ def names(instructions: list[w.Instruction]) -> list[str]:
 
 
 def test_a_worker_starts() -> None:
-    state, instructions = drive(w.new_worker(0, SPEC, 10), w.Started(), w.Assigned(PLAN), w.Linked())
+    state, instructions = drive(new_worker(0, SPEC, 10), w.Started(), w.Assigned(PLAN), w.Linked())
     assert names(instructions) == ["TakeUnseen", "EnterProtection", "TakePlaces", "Restore"]
     assert instructions[-1].missing == frozenset(), "everything is there, made from the seed"
     state, _ = drive(state, w.Restored(), w.Published())
-    assert state.phase is w.WorkerPhase.READY
+    assert state.phase is WorkerPhase.READY
     assert state.holding.layers == (0, 2)
     assert not state.fresh
 
@@ -84,7 +102,7 @@ def test_a_step() -> None:
     assert compute == w.Compute(0, 3)
     state, instructions = drive(state, w.Computed(), w.Reduced(), w.Agreed('{"step": 0}'))
     assert names(instructions) == ["AdoptAgreement", "ForgetSnapshots", "RunOptimizer", "Publish"]
-    assert (state.agreed, state.version, state.holding.owned_version, state.holding.values_version) == (0, 0, 1, w.TORN)
+    assert (state.agreed, state.version, state.holding.owned_version, state.holding.values_version) == (0, 0, 1, TORN)
     state, instructions = drive(state, w.Published())
     assert names(instructions) == ["CommitStep", "BeginStep"]
     assert (state.version, state.holding.values_version) == (1, 1)
@@ -95,9 +113,9 @@ def test_what_was_not_completed_is_not_believed() -> None:
     state, _ = drive(started(), w.StepDue(), w.Computed(), w.Reduced(), w.Agreed('{"step": 0}'))
     state, instructions = drive(state, w.Interrupted())
     assert names(instructions) == ["SendReport", "AwaitPlan"]
-    report = w.report(state, None, protected=(0, -1), protected_before=(0, -1), outlives=-1)
-    assert report.fresh, "without a step there is nothing to report"
-    assert (state.agreed, state.version, state.holding.values_version) == (0, 0, w.TORN)
+    told = report(state, None, protected=(0, -1), protected_before=(0, -1), outlives=-1)
+    assert told.fresh, "without a step there is nothing to report"
+    assert (state.agreed, state.version, state.holding.values_version) == (0, 0, TORN)
 
 
 def test_an_answer_that_an_abort_overtook_is_late() -> None:
@@ -107,31 +125,31 @@ def test_an_answer_that_an_abort_overtook_is_late() -> None:
 
 
 def test_what_cannot_happen_is_named_with_its_story() -> None:
-    with pytest.raises(w.IllegalEvent, match=r"rank 0 is ready at version 0, where Reduced cannot happen.*Published"):
-        w.step(started(), w.Reduced())
-    with pytest.raises(w.IllegalEvent, match="SwitchDue"):
-        w.step(started(), w.SwitchDue())
+    with pytest.raises(IllegalEvent, match=r"rank 0 is ready at version 0, where Reduced cannot happen.*Published"):
+        step(started(), w.Reduced())
+    with pytest.raises(IllegalEvent, match="SwitchDue"):
+        step(started(), w.SwitchDue())
 
 
 def test_the_table_is_sound() -> None:
     """Every event is handled somewhere, every phase but the first can be aborted, and nothing is both."""
-    assert {kind for _, kind in w.HANDLED} == set(w.Event.__args__)
-    assert not w.LATE & w.HANDLED.keys()
-    for phase in w.WorkerPhase:
-        assert ((phase, w.Interrupted) in w.HANDLED) == (phase is not w.WorkerPhase.NEW)
-        assert any(at is phase for at, _ in w.HANDLED)
+    assert {kind for _, kind in HANDLED} == set(w.Event.__args__)
+    assert not LATE & HANDLED.keys()
+    for phase in WorkerPhase:
+        assert ((phase, w.Interrupted) in HANDLED) == (phase is not WorkerPhase.NEW)
+        assert any(at is phase for at, _ in HANDLED)
 
 
 def test_values_that_the_script_has_changed_are_not_reported() -> None:
     state, _ = drive(started(), w.Spoiled())
-    assert (state.holding.owned, state.holding.values_version) == (frozenset(), w.TORN)
+    assert (state.holding.owned, state.holding.values_version) == (frozenset(), TORN)
 
 
 def test_broken_invariants_are_named() -> None:
     state = started()
     broken = replace(state, holding=replace(state.holding, owned_version=3))
-    assert w.violations(broken) == [
+    assert violations(broken) == [
         "the owned shards are of version 3 at version 0",
         "the owned shards are of version 3 at version 0",
     ]
-    assert w.violations(replace(state, agreed=5)) == ["the last agreed step is 5 at version 0"]
+    assert violations(replace(state, agreed=5)) == ["the last agreed step is 5 at version 0"]
