@@ -42,16 +42,7 @@ from everstep.elastic.guard.agreeing import Agreeing, Own, Settled
 from everstep.elastic.guard.backups import Backups
 from everstep.elastic.guard.checkpoint_agreement import Checkpoints
 from everstep.elastic.guard.protection import Protection
-from everstep.elastic.guard.replicas import (
-    Digests,
-    Made,
-    Odd,
-    Replicas,
-    decide,
-    digest,
-    disputed,
-    odd_ones,
-)
+from everstep.elastic.guard.replicas import Replicas, digest
 from everstep.elastic.holding.adjustments import Adjustments
 from everstep.elastic.holding.hyperparameters import pack
 from everstep.elastic.holding.shard_store import ShardStore
@@ -65,6 +56,7 @@ from everstep.elastic.holding.watch import (
     differing_bits,
 )
 from everstep.elastic.protocol import worker_events as w
+from everstep.elastic.protocol.replicas import Digests, Made, Odd, decide, disputed, odd_ones
 from everstep.elastic.protocol.worker import offered
 from everstep.elastic.protocol.worker_state import new_worker
 from everstep.elastic.step.data import DataSource, Key

@@ -23,9 +23,9 @@ from everstep.elastic.contract.errors import JobEnded
 from everstep.elastic.contract.progress import StepPhase
 from everstep.elastic.contract.stateful import decode
 from everstep.elastic.contract.telemetry import Spent
-from everstep.elastic.guard.backups import backup_ranks
 from everstep.elastic.holding.shard_store import ShardStore
 from everstep.elastic.protocol import worker_events as w
+from everstep.elastic.protocol.backing_up import backup_ranks
 from everstep.elastic.protocol.worker_state import report
 from everstep.resharding.neighbors import stand_ins
 from everstep.resharding.plan import Plan, Report

@@ -28,12 +28,13 @@ from everstep.elastic.protocol.agreement import (
     exchange,
 )
 from everstep.elastic.protocol.exact import ExactSum
+from everstep.elastic.protocol.replicas import Digests
 from everstep.elastic.protocol.wire import decode, encode
 from everstep.resharding.layout import Layout
 
 from .checkpoint_agreement import Checkpoints
 from .protection import Protection
-from .replicas import Digests, Replicas
+from .replicas import Replicas
 
 T = TypeVar("T")
 

@@ -19,22 +19,10 @@ from everstep.comms.mesh.communicator import Communicator, Key, Kind
 from everstep.comms.mesh.tensors import raw
 from everstep.elastic.holding.shard_store import ShardStore
 from everstep.elastic.holding.user_optimizer import UserOptimizer
+from everstep.elastic.protocol.backing_up import BackingUp
 from everstep.elastic.step.exchange import Exchange
 from everstep.resharding.layout import Layout
-from everstep.resharding.placement import Placement
 from everstep.resharding.units import Shard
-
-
-def backup_ranks(layout: Layout, placement: Placement, nodes: Mapping[int, str]) -> dict[int, tuple[int, ...]]:
-    """Shard -> the ranks that back it up: one on each node that the placement names, dealt in turn."""
-    of_node: dict[str, list[int]] = {}
-    for rank in layout.ranks:
-        of_node.setdefault(nodes[rank], []).append(rank)
-    dealt: dict[int, tuple[int, ...]] = {}
-    for stripe in placement.stripes:
-        for shard in stripe.shards:
-            dealt[shard] = tuple(of_node[node][shard % len(of_node[node])] for node in stripe.parity)
-    return dealt
 
 
 class Backups:
@@ -46,9 +34,13 @@ class Backups:
         self._snapshots = snapshots
         self._exchange = exchange
         self.store = ShardStore(optimizer)
-        self.level: set[int] = set()  # the copies that are at the version of the rank
-        self._of: dict[int, tuple[int, ...]] = {}
+        self.places = BackingUp(comm.rank)
         self._gradients: dict[int, Tensor] = {}
+
+    @property
+    def level(self) -> set[int]:
+        """The copies that are at the version of the rank."""
+        return self.places.level
 
     @property
     def shards(self) -> tuple[Shard, ...]:
@@ -57,33 +49,23 @@ class Backups:
 
     def ranks_of(self, shard: int) -> tuple[int, ...]:
         """The ranks that back a shard up."""
-        return self._of.get(shard, ())
+        return self.places.ranks.get(shard, ())
 
     def take_places(self, layout: Layout, ranks: Mapping[int, tuple[int, ...]], *, anew: bool) -> None:
         """Back up what this generation says; `anew`: nothing that is held is used."""
-        self._of = dict(ranks)
-        shards, rank = self._stack.spec.shards, self._comm.rank
-        mine = [shards[index] for index, backups in sorted(ranks.items()) if rank in backups]
-        indices = {shard.index for shard in mine}
-        self.level = set() if anew else self.level & indices
-        self.store.own(mine)
+        self.places.enter(ranks, discard=anew)
+        self.store.own([self._stack.spec.shards[index] for index in self.places.mine])
         self._gradients = {}
 
     def exchange(self, step: int, layout: Layout, gradients: Mapping[int, Tensor]) -> None:
         """Send the reduced gradients of the shards owned here to their backups, and take in those of the others'."""
-        if not self._of:
-            return
-        key, rank = Key(Kind.BACKUP, step), self._comm.rank
-        backed_up: dict[int, list[int]] = {}
-        for index in sorted(gradients):
-            for backup in self._of.get(index, ()):
-                backed_up.setdefault(backup, []).append(index)
-        for backup, shards in sorted(backed_up.items()):
-            if backup != rank:
-                self._comm.send(backup, key, [raw(gradients[index]) for index in shards])
-        by_owner: dict[int, list[Shard]] = {}
-        for shard in self.shards:
-            by_owner.setdefault(layout.owners[shard.index], []).append(shard)
+        key = Key(Kind.BACKUP, step)
+        for backup, shards in self.places.sends(gradients).items():
+            self._comm.send(backup, key, [raw(gradients[index]) for index in shards])
+        by_owner = {
+            owner: [self._stack.spec.shards[index] for index in shards]
+            for owner, shards in self.places.takes(layout).items()
+        }
         self._gradients = {}
         waiting = {(owner, key) for owner in by_owner}
         while waiting:

@@ -11,10 +11,8 @@ A backup of a parameter that has a master is compared with the owner's master, e
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import xxhash
@@ -24,59 +22,11 @@ from everstep.checkpointing.access.snapshot import Snapshots
 from everstep.checkpointing.memory.copying import tensor_bytes
 from everstep.checkpointing.memory.record import read_record
 from everstep.elastic.holding.shard_store import ShardStore
-from everstep.elastic.protocol.agreement import imbalance
+from everstep.elastic.protocol.replicas import Digests, Truth
 from everstep.elastic.step.exchange import Exchange
 from everstep.resharding.layout import Layout
 
 from .backups import Backups
-
-_WEIGHT = 1 << 64
-
-
-@dataclass(frozen=True)
-class Digests:
-    """Shard -> digest: of what may be damaged here as it was committed, of what is computed with, of backups.
-
-    `master`: of masters that are stepped here and backed up elsewhere. Backups of these are masters, too.
-    """
-
-    committed: Mapping[int, int] = field(default_factory=dict)
-    live: Mapping[int, int] = field(default_factory=dict)
-    backup: Mapping[int, int] = field(default_factory=dict)
-    master: Mapping[int, int] = field(default_factory=dict)
-
-    def of(self, shards: Collection[int]) -> Digests:
-        """Those of some shards."""
-        chosen = set(shards)
-        kinds = (self.committed, self.live, self.backup, self.master)
-        return Digests(*({shard: value for shard, value in kind.items() if shard in chosen} for kind in kinds))
-
-    def each(self) -> list[tuple[int, int]]:
-        """(shard, digest), of all of them."""
-        return [*self.committed.items(), *self.live.items(), *self.backup.items(), *self.master.items()]
-
-
-@dataclass(frozen=True)
-class Truth:
-    """The digests of a shard's values: as they are computed with, and as the optimizer steps them (None: not known)."""
-
-    live: int
-    stepped: int | None
-
-
-@dataclass(frozen=True)
-class Made:
-    """Shard -> the digests of its values, made again by its owner; None if that could not be."""
-
-    digests: Mapping[int, Truth | None]
-
-
-class Odd(NamedTuple):
-    """A replica that differs from the others."""
-
-    shard: int
-    rank: int
-    backup: bool = False  # of a copy that is not computed with
 
 
 def digest(values: Tensor) -> int:
@@ -128,16 +78,7 @@ class Replicas:
 
     def imbalance(self, digests: Digests, layout: Layout, rank: int) -> int:
         """This rank's part in a sum that is 0 over all ranks only if the copies of every shard are equal."""
-        index = layout.index(self._stack.spec)
-        counted = [(shard, value, 1) for kind in (digests.live, digests.backup) for shard, value in kind.items()]
-        for shard, value in digests.live.items():
-            if layout.owners[shard] == rank:
-                backups = 0 if shard in digests.master else len(self._backups.ranks_of(shard))
-                counted.append((shard, value, -index.copies(shard) - backups))
-        counted += [(shard, value, -len(self._backups.ranks_of(shard))) for shard, value in digests.master.items()]
-        for shard, value in digests.committed.items():  # weighs more than all copies: these must not make up for it
-            counted += [(shard, value, _WEIGHT), (shard, digests.live.get(shard, value), -_WEIGHT)]
-        return imbalance(counted)
+        return digests.imbalance(layout, self._stack.spec, rank, self._backups.ranks_of)
 
     def _compared(self, shard: int) -> bool:
         """Not batch-norm statistics: every micro-batch changes them, to be averaged at the end of the step."""
@@ -171,57 +112,3 @@ class Replicas:
 
     def _truth(self, shard: int, value: Tensor) -> Truth:
         return Truth(digest(self._stack.as_live(shard, value)), digest(value.reshape(-1)))
-
-
-class _Said(NamedTuple):
-    """A digest that a rank gave. `stepped`: of what the optimizer steps, apart from what is computed with."""
-
-    shard: int
-    rank: int
-    backup: bool
-    stepped: bool
-    digest: int
-
-
-def _said(found: Mapping[int, Digests]) -> list[_Said]:
-    with_master = {shard for digests in found.values() for shard in digests.master}
-    said: list[_Said] = []
-    for rank, digests in sorted(found.items()):
-        for kind in (digests.committed, digests.live):
-            said += [_Said(shard, rank, False, False, value) for shard, value in kind.items()]
-        said += [_Said(shard, rank, True, shard in with_master, value) for shard, value in digests.backup.items()]
-        said += [_Said(shard, rank, False, True, value) for shard, value in digests.master.items()]
-    return said
-
-
-def disputed(found: Mapping[int, Digests]) -> list[int]:
-    """The shards of which not all digests, by rank, are the same."""
-    values: dict[tuple[int, bool], set[int]] = {}
-    for one in _said(found):
-        values.setdefault((one.shard, one.stepped), set()).add(one.digest)
-    return sorted({shard for (shard, _), digests in values.items() if len(digests) > 1})
-
-
-def odd_ones(found: Mapping[int, Digests], truth: Mapping[int, Truth]) -> list[Odd]:
-    """The replicas that differ from what is true."""
-    odd: set[Odd] = set()
-    for one in _said(found):
-        known = truth.get(one.shard)
-        if known is not None and one.digest != (known.stepped if one.stepped else known.live):
-            odd.add(Odd(one.shard, one.rank, one.backup))
-    return sorted(odd)
-
-
-def decide(found: Mapping[int, Digests], made: Mapping[int, Truth | None]) -> dict[int, Truth]:
-    """What is true of each disputed shard: what its owner made again, else what most say (a tie: the lowest rank)."""
-    truth: dict[int, Truth] = {}
-    for shard, value in made.items():
-        if value is not None:
-            truth[shard] = value
-            continue
-        of_it = [one for one in _said(found) if one.shard == shard]
-        most = [
-            Counter(one.digest for one in of_it if one.stepped == stepped).most_common(1) for stepped in (False, True)
-        ]
-        truth[shard] = Truth(most[0][0][0], most[1][0][0] if most[1] else None)
-    return truth

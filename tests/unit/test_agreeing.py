@@ -23,12 +23,13 @@ from everstep.elastic.guard.agreeing import Agreeing, Own, Settled
 from everstep.elastic.guard.backups import Backups
 from everstep.elastic.guard.checkpoint_agreement import Checkpoints
 from everstep.elastic.guard.protection import Protection
-from everstep.elastic.guard.replicas import Digests, Odd, Replicas, Truth, decide, digest, disputed, odd_ones
+from everstep.elastic.guard.replicas import Replicas, digest
 from everstep.elastic.holding.adjustments import Adjustments
 from everstep.elastic.holding.shard_store import ShardStore
 from everstep.elastic.holding.stack import LayerStack
 from everstep.elastic.holding.user_optimizer import UserOptimizer
 from everstep.elastic.protocol.agreement import SHARE_BYTES
+from everstep.elastic.protocol.replicas import Digests, Odd, Truth, decide, disputed, odd_ones
 from everstep.elastic.step.exchange import Exchange
 from everstep.resharding.planners import initial_layout
 
