@@ -25,7 +25,7 @@ from torch import Tensor
 from everstep.checkpointing.access.snapshot import Snapshots
 from everstep.checkpointing.memory.record import ShardState
 from everstep.checkpointing.universal.writer import folder_name
-from everstep.comms.mesh.communicator import Communicator
+from everstep.comms.mesh.communicator import Aborted, Communicator
 from everstep.elastic.contract.errors import UsageError
 from everstep.elastic.contract.membership import Membership, Orders
 from everstep.elastic.contract.notices import Notice, warn
@@ -366,12 +366,16 @@ class Engine:
         self.agreeing.gathered(Made({}))
         if self.rank == min(self.comm.members):
             self._name_odd(step, layout.generation, odd)
-        if self.settings.on_corruption == "evict" and any(item.rank == self.rank for item in odd):
-            os.kill(os.getpid(), signal.SIGKILL)
+        evicted = self.settings.on_corruption == "evict" and any(item.rank == self.rank for item in odd)
         with self.progress.waiting(DECISION):
-            while True:
-                self._patient()
-                time.sleep(0.01)
+            try:
+                while True:
+                    self._patient()
+                    time.sleep(0.01)
+            except Aborted:
+                if evicted:  # not before: the abort that follows a death cuts off what others have yet to hear
+                    os.kill(os.getpid(), signal.SIGKILL)
+                raise
 
     def _warn_of_attribute(self, text: str) -> None:
         warn(self.membership, Notice.ATTRIBUTE_CHANGED, text, rank=self.rank, step=self.version)

@@ -280,7 +280,7 @@ def plan_if_complete(state: State, now: float) -> Outcome:
             state, plan = resume_plan(state, sorted(report.rank for report in reports))
             recovery = replace(recovery, ceiling=None, lacking=(), substitutes=())
         else:
-            plan = _recovery_plan(state, job, reports, version if version < furthest else None)
+            plan = _recovery_plan(state, job, recovery, reports, version if version < furthest else None)
         plan = replace(plan, protected=max(plan.protected, min(version, protected_now(state, by_node))))
         plan = replace(plan, substitutes=recovery.substitutes)
     except (LayoutError, PlanError) as error:
@@ -314,22 +314,25 @@ def plan_if_complete(state: State, now: float) -> Outcome:
     return state, effects
 
 
-def _recovery_plan(state: State, job: e.Job, reports: list[Report], back_to: int | None) -> Plan:
+def _recovery_plan(
+    state: State, job: e.Job, recovery: RecoveryStory, reports: list[Report], back_to: int | None
+) -> Plan:
     """Forward to the newest step known to be agreed on, or back to a version that outlived the lost nodes.
 
     From the seed again if all are fresh and nothing was agreed on.
     """
     assert state.layout is not None
-    assert state.recovery is not None
     ranks = sorted(report.rank for report in reports)
     if state.agreed < 0 and all(report.fresh for report in reports):
         return plan_start(change_layout(job.model, state.layout, ranks, state.generation))
     # A join that nobody switched to has cost nothing; who holds what is taken from the reports in either case.
-    join, entered = state.recovery.join, max(report.generation for report in reports)
+    join, entered = recovery.join, max(report.generation for report in reports)
     old = join.layout if join is not None and entered >= join.generation else state.layout
     if back_to is not None:
         agreement = state.agreements.get(back_to - 1, "")
         return plan_rollback(job.model, old, ranks, state.generation, back_to, agreement)
+    if recovery.substitutes:  # what is computed with is another model: no rank has its values, nor a part of a step
+        reports = [replace(r, values_version=-1, held=(), started=(), todo=()) for r in reports]
     return plan_recovery(job.model, old, reports, state.generation, (state.agreed, state.agreement))
 
 

@@ -152,7 +152,7 @@ def _take_places(state: WorkerState, version: int, agreement: str, instructions:
     elif not entering.fresh and holding.owned_version == version - 1:
         instructions.append(RunOptimizer(agreement))
         holding = replace(holding, pristine=False)
-    current = not discard and holding.values_version == version
+    current = not discard and holding.values_version == version and not plan.substitutes
     seeded = version == 0 and holding.pristine and not plan.checkpoint
     layout = plan.layout
     stage = layout.stage_of(state.rank)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,7 @@ from .agent import SimAgent
 from .keeper import Board
 from .ledger import Ledger, Promise
 from .links import Key
+from .state_store import Decision, StateStore
 from .storage import Storage
 from .transcript import brief
 from .values import Reference, ShardState
@@ -35,6 +37,7 @@ HEARTBEAT_S = 0.5
 SLEEPS = 0.02  # how likely the coordinator's clock jumps ahead, at each tick
 RESTARTS = 0.1  # how likely another coordinator takes over, at each tick
 LATE_S = 1.0  # longer than anything is on its way
+SLEPT_S = 1.0  # a coordinator that does nothing for longer has to hear of its nodes first
 
 
 @dataclass
@@ -100,19 +103,23 @@ class Cluster:
         expected: Reference,
         interval: int = 1,
         saving: Saving | None = None,
+        verify_every: int = 0,
     ) -> None:
         self.world = world
         self.job = job
         self.timing = timing
         self.interval = interval
         self.saving = saving or Saving()
+        self.verify_every = verify_every
+        self.store = StateStore()
         self.storage = Storage(len(job.model.shards), self.saving.damaged, world.seed + 3)
         self.ahead_s = 0.0  # of the coordinator's clock: it was stopped, or its machine slept
-        self.ledger = Ledger(job, expected)
-        self.promise = Promise(job.node_losses)
+        self.ledger = Ledger(job, expected, verified=bool(verify_every))
+        self.promise = Promise(job.node_losses, replay=job.protection == "replay")
         self.state: State = coordinator.initial_state(config, 0.0)
         self.events: list[tuple[float, e.Event]] = []
         self.log: list[str] = []
+        self.happenings: Counter[str] = Counter()  # faults that are no events, by kind
         self.running: dict[e.WorkerId, Running] = {}
         self.nodes: dict[str, Node] = {}
         self.board = Board(world, timing.keeper_s)
@@ -128,7 +135,9 @@ class Cluster:
         world.after(TICK_S, self._tick)
 
     def _tick(self) -> None:
-        if self.outcome is None:
+        if self.outcome is None and self.store.away:
+            self.world.after(TICK_S, self._tick)  # the coordinator waits for its store, and does nothing else
+        elif self.outcome is None:
             if self.world.now < self.restarts_until_s and self._restarts.random() < RESTARTS:
                 self._restart_coordinator()
             if self.world.now < self.restarts_until_s and self._sleeps.random() < SLEEPS:
@@ -141,6 +150,31 @@ class Cluster:
         """Another coordinator takes over, with what a store has of the state."""
         self.state = codec.state_of(self.state.config, codec.changed_rows(None, self.state))  # type: ignore[arg-type]
         self.happened(e.CoordinatorReturned(LATE_S))
+
+    def store_fails(self, away_s: float, *, replaced: bool, written: bool) -> None:
+        """The coordinator's store takes nothing for a while; at the end of it, another coordinator may have taken over.
+
+        `written`: the last decision was, although the coordinator that made it did not hear so.
+        """
+        if self._over() or self.store.away:
+            return
+        self.store.away = True
+        self.happenings["times the store was away"] += 1
+        self.log.append(f"{self.world.now:.4f} the store is away for {away_s:.2f} s")
+        self.world.after(away_s, lambda: self._store_is_back(away_s, replaced=replaced, written=written))
+
+    def _store_is_back(self, away_s: float, *, replaced: bool, written: bool) -> None:
+        decision, inbox = self.store.taken_over(written=written) if replaced else self.store.back()
+        self.log.append(f"{self.world.now:.4f} the store is back, {len(inbox)} events have waited")
+        if decision is not None:
+            self._act(*decision)
+        if replaced:
+            self.happenings["takeovers while the store was away"] += 1
+            self._restart_coordinator()
+        elif away_s > SLEPT_S:
+            self.happened(e.CoordinatorReturned(LATE_S))
+        for event in inbox:
+            self.happened(event)
 
     # ------------------------------------------------------------ nodes
 
@@ -286,21 +320,30 @@ class Cluster:
 
     def happened(self, event: e.Event) -> None:
         """An event reaches the coordinator."""
-        before = self.state
         self.events.append((self.world.now, event))
-        self.state, effects = coordinator.step(before, event, self.world.now + self.ahead_s)
-        invariants.check_step(before, self.state, effects)
+        if self.store.unwritten is not None:
+            self.store.inbox.append(event)
+            return
+        after, effects = coordinator.step(self.state, event, self.world.now + self.ahead_s)
+        if not self.store.holds(Decision(event, after, effects)):
+            self._act(event, after, effects)
+
+    def _act(self, event: e.Event, after: State, effects: Sequence[e.Effect]) -> None:
+        """A decision is written: believe it, and carry it out."""
+        before, self.state = self.state, after
+        invariants.check_step(before, after, effects)
         if effects:
             self.log.append(f"{self.world.now:.4f} {brief(event)} -> {', '.join(map(brief, effects))}")
         self._check_fence(before, event, effects)
         self._check_drain(before, event)
-        self.ledger.told(self.state, effects)
+        self.ledger.told(self.state, effects, broken=self.promise.broken)
+        self.board.made_up |= any(isinstance(x, e.CarryOut) and bool(x.plan.substitutes) for x in effects)
         for effect in effects:
             self._carry_out(effect)
         self._check_versions()
         self.look()
 
-    def _check_fence(self, before: State, event: e.Event, effects: list[e.Effect]) -> None:
+    def _check_fence(self, before: State, event: e.Event, effects: Sequence[e.Effect]) -> None:
         """What a node says that was declared lost changes nothing."""
         running = self.running.get(getattr(event, "worker", None) or e.WorkerId(-1, -1))
         if running is None or running.node in before.nodes or before.phase is Phase.DONE:
@@ -323,6 +366,7 @@ class Cluster:
         """A worker passed the agreement of a step; on a node that is out, in no generation that others enter."""
         self.ledger.agreed(step, agreement)
         running, state = self.running[worker], self.state
+        self.promise.agreed_in = max(self.promise.agreed_in, running.worker.links.generation)
         if running.node not in state.nodes and running.worker.links.generation >= state.generation:
             raise AssertionError(f"{worker} of the lost node {running.node} agrees in generation {state.generation}")
 
@@ -331,6 +375,9 @@ class Cluster:
 
     def owned(self, worker: e.WorkerId, generation: int, version: int, states: dict[int, ShardState]) -> None:
         self.ledger.owned(worker, generation, version, states)
+
+    def went_back(self, worker: e.WorkerId, plan: Plan, since: int) -> None:
+        self.ledger.went_back(worker, plan, since)
 
     def _check_versions(self) -> None:
         """Those who have carried out one plan are at one version, or at it and the next."""
@@ -386,18 +433,24 @@ class Cluster:
             saved=(self.saving.begun,) if self.saving.begun and worker == (0, 0) else (),
             send=lambda source, to, generation, key, data: self._send(worker, to, (source, generation, key, data)),
             tell=lambda event: self._tell(uplink, event),
-            mark=lambda who, phase, step: self.on_mark(who, phase, step),
+            mark=self._marked,
             facts=self,
             startup_s=world.between(*timing.startup_s),
             forward_s=timing.forward_s * world.between(0.5, 1.5) * (timing.slowest if node == "node0" else 1.0),
             epilogue_s=world.between(0.0, timing.epilogue_s),
             leaves_at=self.leaves_at(worker.rank),
+            verify_every=self.verify_every,
         )
         simulated = SimWorker(worker, around, lambda: process.poke())
         process = Process(world, self._life(worker, simulated))
         downlink = Pipe(world, lambda effect: self._to_worker(worker, effect), timing.slow, lambda: machine.silent_s)
         self.running[worker] = Running(simulated, process, uplink, downlink, node)
         process.start()
+
+    def _marked(self, worker: e.WorkerId, phase: str, step: int) -> None:
+        if phase == "flip":
+            self.happenings["bits flipped"] += 1
+        self.on_mark(worker, phase, step)
 
     def _life(self, worker: e.WorkerId, simulated: SimWorker) -> Steps[None]:
         """A worker's, until its process ends by itself."""
@@ -462,6 +515,11 @@ class Cluster:
         running, seen_s = self.running[worker], self.world.now + self.ahead_s + detected_s
         running.died = e.WorkerDied(worker, cause, step=running.worker.version, detected_at_s=seen_s)
         self.world.after(detected_s, lambda: self.nodes[running.node].agent.died(worker))
+
+    def flip(self, worker: e.WorkerId, kind: str) -> None:
+        """A bit is to flip in a worker's memory, as soon as it has such a value."""
+        if not self._over():
+            self.running[worker].worker.flips.append(kind)
 
     def end(self, worker: e.WorkerId, why: str) -> bool:
         """A process is no more; what it sent may still arrive, up to some point. False if it was gone already."""

@@ -46,6 +46,25 @@ class Drain(Fault):
     """`victims` nodes are asked to hand over and leave; that of the worker that entered `phase` among them."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Flip(Fault):
+    """A bit flips in the memory of `victims` workers, in a value that is `kind`: owned, only read, or a backup's."""
+
+    kind: str = "read"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreFault(Fault):
+    """The coordinator's store takes nothing for `away_s`. `replaced`: another coordinator has it then.
+
+    `written`: the decision that waited was written all the same.
+    """
+
+    away_s: float = 0.1
+    replaced: bool = False
+    written: bool = False
+
+
 def draw(rng: random.Random, workers: int, horizon_s: float) -> list[Fault]:
     """Some deaths: mostly one at a time, sometimes several or all at once, sometimes noticed late."""
     faults = []
@@ -94,6 +113,33 @@ def draw_drains(rng: random.Random, horizon_s: float) -> list[Fault]:
     return drains
 
 
+def draw_flips(rng: random.Random, horizon_s: float, kinds: tuple[str, ...]) -> list[Fault]:
+    """A few bits that flip, one after another: a second one before the first is found may outvote what is right."""
+    flips: list[Fault] = []
+    for _ in range(rng.choice((1, 1, 2, 3))):
+        at_s, phase, after = _occasion(rng, PHASES, horizon_s)
+        flips.append(Flip(victims=1, at_s=at_s, phase=phase, after=after, kind=rng.choice(kinds)))
+    return flips
+
+
+def draw_store_faults(rng: random.Random, horizon_s: float) -> list[Fault]:
+    """Times at which the coordinator's store is away."""
+    faults: list[Fault] = []
+    for _ in range(rng.choice((1, 1, 2, 4))):
+        at_s, phase, after = _occasion(rng, PHASES, horizon_s)
+        fault = StoreFault(
+            victims=0,
+            at_s=at_s,
+            phase=phase,
+            after=after,
+            away_s=rng.choice((0.01, 0.1, 0.5, 3.0)),
+            replaced=rng.random() < 0.5,
+            written=rng.random() < 0.5,
+        )
+        faults.append(fault)
+    return faults
+
+
 def _occasion(rng: random.Random, phases: tuple[str, ...], horizon_s: float) -> tuple[float, str, int]:
     if rng.random() < 0.5:
         return rng.uniform(0.0, horizon_s), "", 0
@@ -133,12 +179,20 @@ class Injector:
         if isinstance(fault, Drain):
             self._strike_drains(fault, node, self._world.now + PATIENCE_S)
             return
+        if isinstance(fault, StoreFault):
+            self.last_s = max(self.last_s, self._world.now + fault.away_s + 10.0)  # a lost node shows by its silence
+            self._cluster.store_fails(fault.away_s, replaced=fault.replaced, written=fault.written)
+            return
         alive = self._cluster.alive()
         self._world.random.shuffle(alive)
         if worker in alive:
             alive.remove(worker)
             alive.insert(0, worker)
         self.last_s = max(self.last_s, self._world.now + fault.spread_s + fault.detected_s)
+        if isinstance(fault, Flip):
+            for victim in alive[: fault.victims]:
+                self._cluster.flip(victim, fault.kind)
+            return
         cause = f"fault in {fault.phase or 'no phase in particular'}"
         for victim in alive[: fault.victims]:
             delay_s = 0.0 if victim == worker else self._world.between(0.0, fault.spread_s)

@@ -66,6 +66,7 @@ class Board:
         self.world = world
         self.delay_s = delay_s
         self.keepers: dict[str, Keeper] = {}
+        self.made_up = False  # shards were, so that parity may be of what was there before
         self.on_protect: Callable[[str, int], None] = lambda node, version: None
         self._processes: list[Process] = []
 

@@ -7,68 +7,120 @@ from collections.abc import Collection, Mapping, Sequence
 
 from everstep.elastic.protocol import events as e
 from everstep.elastic.protocol.state import Phase, State
+from everstep.resharding.neighbors import stand_ins
 from everstep.resharding.plan import Plan
 
 from .keeper import Keeper
-from .values import Reference, ShardState
+from .values import Reference, ShardState, continued, made_up
 from .worker import SimWorker
 
 
 class Ledger:
-    """The same agreements, plans and states as in the undisturbed run."""
+    """The same agreements, plans and states as in the undisturbed run.
 
-    def __init__(self, job: e.Job, expected: Reference) -> None:
+    Where shards were made up, as in the run that goes on from them undisturbed.
+    """
+
+    def __init__(self, job: e.Job, expected: Reference, *, verified: bool) -> None:
         self._job = job
-        self._expected = [json.loads(agreement) for agreement in expected.agreements]
-        self._states = expected.states
+        self._verified = verified  # what a rank holds may be wrong until replicas are compared, before each agreement
+        self._expected = expected
         self._last = job.steps
         self._plans: dict[int, str] = {}
         self._owners: dict[tuple[int, int], int] = {}  # generation, shard -> rank
+        self._rollbacks: set[int] = set()  # generations
+        self._made_up: Plan | None = None  # the plan by which shards are made up that not all have entered
+        self._entered: dict[int, ShardState] = {}  # what those own who have
+        self._stand_ins: dict[tuple[int, int], set[ShardState]] = {}  # version, shard -> what may stand in for it
+        self.substituted = 0  # shards
 
-    def ends_at(self, version: int, expected: Reference) -> None:
+    def ends_at(self, version: int) -> None:
         """Training is left at this version."""
-        self._last, self._states = version, expected.states
+        self._last = version
 
     def agreed(self, step: int, agreement: str) -> None:
         """A step was agreed on, or is said to have been."""
         terms = json.loads(agreement)
-        if any(terms[name] != value for name, value in self._expected[step].items()):
+        if any(terms[name] != value for name, value in json.loads(self._expected.agreements[step]).items()):
             raise AssertionError(f"step {step} was agreed with other bytes than in the undisturbed run")
 
-    def told(self, state: State, effects: Sequence[e.Effect]) -> None:
+    def told(self, state: State, effects: Sequence[e.Effect], *, broken: bool) -> None:
         """The coordinator decided something: what it holds for agreed, and what it enters, is what was expected."""
         if state.agreed >= 0:
             self.agreed(state.agreed, state.agreement)
+        if state.rolled_back:
+            self._rollbacks.add(state.rolled_back)
         for effect in effects:
-            if isinstance(effect, e.Record) and not effect.fields.get("same", True):
+            if isinstance(effect, e.CarryOut) and effect.plan.substitutes:
+                if not broken:
+                    raise AssertionError(f"shards {effect.plan.substitutes} are made up, and are not lost")
+                self._makes_up(effect.plan)
+            same = isinstance(effect, e.Record) and effect.fields.get("same", True)
+            if isinstance(effect, e.Record) and not same and not self.substituted:
                 raise AssertionError(f"a step came out differently when it was computed again: {effect.fields}")
+
+    def _makes_up(self, plan: Plan) -> None:
+        """Every shard that is gone may be made up from its neighbours as they were."""
+        if self._made_up == plan:
+            return
+        assert plan.version is not None
+        self._made_up, self._entered = plan, {}
+        before = self._expected.states[plan.version]
+        for shard, neighbors in stand_ins(self._job.model, plan.substitutes).items():
+            state = made_up({neighbor: before[neighbor] for neighbor in neighbors})
+            self._stand_ins.setdefault((plan.version, shard), set()).add(state)
 
     def entered(self, worker: e.WorkerId, plan: Plan, version: int) -> None:
         """A worker carried out a plan."""
         if self._plans.setdefault(plan.generation, plan.digest) != plan.digest:
             raise AssertionError(f"generation {plan.generation} has two plans")
 
+    def went_back(self, worker: e.WorkerId, plan: Plan, since: int) -> None:
+        """A worker gives up what it holds of version `since`."""
+        if plan.generation not in self._rollbacks:
+            raise AssertionError(f"{worker} goes from {since} to {plan.version}, and nothing that others hold is lost")
+
     def owned(self, worker: e.WorkerId, generation: int, version: int, states: dict[int, ShardState]) -> None:
         """A worker owns shards in a generation, in these states."""
-        for shard in states:
+        for shard, state in states.items():
             if self._owners.setdefault((generation, shard), worker.rank) != worker.rank:
                 raise AssertionError(f"shard {shard} has two owners in generation {generation}")
+            may_be = {self._expected.states[version][shard]}
+            if self._made_up is not None and self._made_up.generation == generation:
+                self._entered[shard] = state
+                if shard in self._made_up.substitutes:
+                    may_be |= self._stand_ins[version, shard]  # or, as it was, from the seed
+            if state not in may_be and not self._verified:
+                raise AssertionError(f"{worker} enters generation {generation} with {state} of shard {shard}")
+        if len(self._entered) == len(self._expected.states[0]):
+            self._go_on_from(version)
+
+    def _go_on_from(self, version: int) -> None:
+        """All shards are there again: what is expected from now on follows from them."""
+        assert self._made_up is not None
+        past = self._expected
+        states = tuple(state for _, state in sorted(self._entered.items()))
+        past = Reference(past.agreements[:version], (*past.states[:version], states))
+        self._expected = continued(self._job.model, self._job.micro_batches, self._job.steps, past)
+        self.substituted += len(self._made_up.substitutes)
+        self._made_up, self._entered = None, {}
 
     def ended(self, workers: list[SimWorker], *, went_back: bool) -> None:
         """The job succeeded: every shard is there, with the bytes of the undisturbed run.
 
         If it `went_back`, one that had finished may still be at its last step for the second time.
         """
+        states = self._expected.states[self._last]
         for worker in workers:
             if not worker.finished or worker.version < self._last - went_back:
                 raise AssertionError(f"{worker.id} ended at version {worker.version} of {self._last}")
             for shard in worker.owned if worker.version == self._last else ():
-                state, expected = worker.shard_state(shard), self._states[shard]
+                state, expected = worker.shard_state(shard), states[shard]
                 if state != expected:
                     raise AssertionError(f"shard {shard} ends as {state} on {worker.id}, undisturbed as {expected}")
         generations = {worker.layout.generation for worker in workers if worker.layout is not None}
         owned = sorted(shard for worker in workers for shard in worker.owned)
-        if len(generations) == 1 and owned != list(range(len(self._states))):
+        if len(generations) == 1 and owned != list(range(len(states))):
             raise AssertionError(f"the shards owned at the end are {owned}")
 
 
@@ -80,8 +132,10 @@ class Promise:
     before they can say it.
     """
 
-    def __init__(self, losses: int) -> None:
+    def __init__(self, losses: int, *, replay: bool) -> None:
         self.deaths = False
+        self.agreed_in = 0  # the newest generation in which a step was agreed on
+        self._replay = replay
         self._allowed = losses
         self._lost: set[str] = set()  # since the job was whole
         self._doomed: set[str] = set()  # about to be
@@ -117,6 +171,10 @@ class Promise:
         """See whether a version is whole. `doubtful` are nodes that are lost or silent."""
         placement, layout = state.placement, state.layout
         if placement is None or layout is None or state.phase is not Phase.RUNNING or doubtful & state.nodes.keys():
+            return
+        if self._replay:  # backups have all of a version before its step is agreed on
+            if placement.generation == layout.generation == self.agreed_in:
+                self._lost, self._allowed = set(self._doomed), placement.losses
             return
         holders = {node for stripe in placement.stripes for node in (*stripe.nodes, *stripe.parity)}
         complete = [keepers[node].complete for node in holders]

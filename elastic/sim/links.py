@@ -89,3 +89,12 @@ class Links:
         except StopIteration as end:
             result: T = end.value
             return result
+
+    def gathered(self, key: Key, value: T) -> Steps[dict[int, T]]:
+        """The value of each member."""
+        found, others = {self.rank: value}, [rank for rank in self.members if rank != self.rank]
+        for rank in others:
+            self.send(rank, ("gather", *key), value)
+        for rank in others:
+            found[rank] = yield from self.receive(rank, ("gather", *key))
+        return found

@@ -19,11 +19,11 @@ POLL_S = 0.003
 class Protection:
     """Asks the keeper, and waits. `interval` 0: it changes all the time."""
 
-    def __init__(self, world: World, snapshots: Snapshots, interval: int) -> None:
+    def __init__(self, world: World, snapshots: Snapshots, interval: int, *, replay: bool) -> None:
         self._world = world
         self._snapshots = snapshots
         self._interval = interval
-        self._state = Protecting(max(1, interval))
+        self._state = Protecting(max(1, interval), replay=replay)
 
     @property
     def nodes(self) -> bool:

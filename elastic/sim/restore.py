@@ -63,19 +63,29 @@ class Sources:
                 others = [shard for shard in members if shard not in lost]
                 present = yield from self.fetch(others, version, replay=False, decode=False)
                 blocks = [block for keeper, block in described if keeper.up and block in keeper.blocks]
-                found.update(_decoded(members, blocks, present, lost))
+                found.update(_decoded(members, blocks, present, lost, passed_over=self._board.made_up))
         return found
 
 
 def _decoded(
-    members: tuple[int, ...], blocks: Sequence[Block], present: dict[int, ShardState], lost: Iterable[int]
+    members: tuple[int, ...],
+    blocks: Sequence[Block],
+    present: dict[int, ShardState],
+    lost: Iterable[int],
+    *,
+    passed_over: bool,
 ) -> dict[int, ShardState]:
-    """The lost members of a stripe, if there are as many blocks of it as it has members."""
+    """The lost members of a stripe, if there are as many blocks of it as it has members.
+
+    Their checksums tell parity that was made of other members: it may be `passed_over` where shards were made up.
+    """
     rows = {block.row for block in blocks}
     if len(present) + len(rows) < len(members):
         return {}
     for block in blocks:
         odd = [shard for shard in members if block.members[shard] != present.get(shard, block.members[shard])]
+        if passed_over and (odd or block.members != blocks[0].members):
+            return {}
         if odd or block.members != blocks[0].members:
             raise AssertionError(
                 f"version {block.version} of shards {odd or members} is not what its parity was made of"

@@ -7,7 +7,7 @@ import json
 import random
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from everstep.elastic.protocol import events as e
@@ -17,13 +17,13 @@ from everstep.resharding.units import ModelSpec, ParameterSpec
 
 from .cluster import Cluster, Saving, Timing
 from .faults import (
-    Drain,
     Fault,
     Injector,
-    NodeFault,
     draw,
     draw_drains,
+    draw_flips,
     draw_nodes,
+    draw_store_faults,
 )
 from .values import Reference, reference
 from .world import World
@@ -55,6 +55,10 @@ class Shape:
     damaged: float = 0.0  # how likely a checkpoint is damaged
     reckless: bool = False  # more nodes are lost than the promise allows
     slowest: float = 1.0  # how much slower the first node computes
+    protection: str = "parity"
+    on_loss: str = "checkpoint"
+    flips: tuple[str, ...] = ()  # bits flip in values that are these: owned, read, backup; all replicas are compared
+    store_fails: bool = False  # the coordinator's
 
 
 SHAPES = {
@@ -96,6 +100,22 @@ SHAPES = {
     ),
     "slow node": Shape(stages=2, workers=6, nodes=3, micro_batches=8, late_slots=2, loses_nodes=True, slowest=10.0),
     "6 nodes": Shape(stages=3, workers=6, nodes=6, steps=10, losses=2, loses_nodes=True),
+    "slow node, leaving": Shape(workers=6, nodes=3, micro_batches=8, steps=10, drains=True, slowest=10.0),
+    "3 nodes, replay": Shape(workers=6, nodes=3, steps=12, late_slots=2, protection="replay", loses_nodes=True),
+    "4 nodes, replay": Shape(
+        stages=2, workers=4, nodes=4, steps=12, losses=2, tied=True, protection="replay", loses_nodes=True
+    ),
+    "4 nodes, replay, leaving": Shape(workers=4, nodes=4, steps=12, protection="replay", drains=True, loses_nodes=True),
+    "differing": Shape(workers=4, steps=10, late_slots=1, flips=("owned", "read")),
+    "differing, replay": Shape(workers=4, nodes=4, steps=10, protection="replay", flips=("owned", "read", "backup")),
+    "made up": Shape(
+        stages=3, workers=6, nodes=6, layers=6, steps=10, loses_nodes=True, reckless=True, on_loss="neighbors"
+    ),
+    "made up, seldom": Shape(
+        workers=5, nodes=5, layers=6, steps=12, interval=4, loses_nodes=True, reckless=True, on_loss="neighbors"
+    ),
+    "full disk": Shape(stages=2, workers=4, late_slots=1, steps=8, store_fails=True),
+    "full disk, 4 nodes": Shape(workers=4, nodes=4, steps=9, losses=2, drains=True, loses_nodes=True, store_fails=True),
 }
 
 
@@ -111,6 +131,7 @@ class Outcome:
     nodes_lost: int
     nodes_asked: int  # to leave
     nodes_left: int
+    happenings: Mapping[str, int]  # what else happened, by kind
     virtual_s: float
     generations: int
     events: tuple[tuple[float, e.Event], ...]
@@ -211,6 +232,8 @@ def run(seed: int, shape: Shape, around: Circumstances) -> Outcome:
         node_losses=shape.losses,
         checkpoints=shape.saves,
         on_damage="older" if shape.damaged else "stop",
+        protection=shape.protection,
+        on_loss=shape.on_loss,
     )
     config = Config(
         min_nodes=1 if shape.drains else shape.nodes,
@@ -225,15 +248,17 @@ def run(seed: int, shape: Shape, around: Circumstances) -> Outcome:
         agreed = {**json.loads(past.agreements[-1]), "protected": -1, "every": max(1, shape.interval)}
         begun = e.Saved(shape.resumes_at, "begun", json.dumps(agreed))
     saving = Saving(shape.saves_every, shape.damaged, begun)
-    cluster = Cluster(world, config, job, around.timing, _expected(shape, shape.steps), shape.interval, saving)
+    expected = _expected(shape, shape.steps)
+    verify_every = 1 if shape.flips else 0
+    cluster = Cluster(world, config, job, around.timing, expected, shape.interval, saving, verify_every)
     if begun is not None:
-        cluster.storage.begin_with(begun, dict(enumerate(past.states)))
+        cluster.storage.begin_with(begun, dict(enumerate(past.states[-1])))
     if shape.leaves_at:
         cluster.leaves_alone = shape.alone >= 0
         cluster.leaves_at = lambda rank: shape.leaves_at if shape.alone in (-1, rank) else shape.steps
-        cluster.ledger.ends_at(shape.leaves_at, _expected(shape, shape.leaves_at))
+        cluster.ledger.ends_at(shape.leaves_at)
     cluster.restarts_until_s = horizon_s
-    cluster.promise.deaths = any(not isinstance(fault, NodeFault | Drain) for fault in faults)
+    cluster.promise.deaths = any(type(fault) is Fault for fault in faults)
     injector = Injector(cluster, faults)
     slots = [shape.workers * (i + 1) // shape.nodes - shape.workers * i // shape.nodes for i in range(shape.nodes)]
     for number, count in enumerate(slots):
@@ -255,6 +280,7 @@ def run(seed: int, shape: Shape, around: Circumstances) -> Outcome:
         nodes_lost=injector.struck,
         nodes_asked=injector.asked,
         nodes_left=cluster.released,
+        happenings=_happenings(cluster),
         virtual_s=world.now,
         generations=cluster.state.generation,
         events=tuple(cluster.events),
@@ -262,8 +288,24 @@ def run(seed: int, shape: Shape, around: Circumstances) -> Outcome:
     )
 
 
+def _happenings(cluster: Cluster) -> dict[str, int]:
+    events = Counter(type(event) for _, event in cluster.events)
+    counted = {
+        "differing replicas found": events[e.CorruptionFound],
+        "versions that were not whole": events[e.WorkerLacking],
+        "damaged checkpoints": events[e.CheckpointUnreadable],
+        "checkpoints saved": events[e.CheckpointSaved],
+        "shards made up": cluster.ledger.substituted,
+    }
+    return {**cluster.happenings, **counted}
+
+
 def _faults(rng: random.Random, shape: Shape, horizon_s: float) -> list[Fault]:
     drains = draw_drains(rng, horizon_s) if shape.drains else []
+    drains += draw_store_faults(rng, horizon_s) if shape.store_fails else []
+    if shape.flips:  # a few deaths at a time, so that those who are right are more
+        deaths = [replace(fault, victims=1) for fault in draw(rng, shape.workers, horizon_s)[:2]]
+        return [*draw_flips(rng, horizon_s, shape.flips), *deaths]
     if not shape.loses_nodes:
         return [*drains, *draw(rng, shape.workers, horizon_s)]
     deaths = draw(rng, shape.workers, horizon_s) if rng.random() < 0.5 else []
@@ -317,6 +359,7 @@ def main(seeds: range, names: Sequence[str]) -> None:
             found["nodes lost or silent"] += outcome.nodes_lost
             found["nodes asked to leave"] += outcome.nodes_asked
             found["coordinators restarted"] += outcome.restarts
+            found.update(outcome.happenings)
             found["recoveries and switches"] += outcome.generations
             found["virtual seconds"] += round(outcome.virtual_s)
         total += found

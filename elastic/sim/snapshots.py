@@ -99,6 +99,20 @@ class Snapshots:
             self._version[shard] = version
         return state
 
+    def kept(self, shard: int, version: int) -> tuple[ShardState | None, str | None]:
+        """A shard's state at `version`, and the gradient of that step, from this worker's own memory."""
+        if not self.has(shard):
+            return None, None
+        slots, gradient = self._home[shard][1], self._home[shard][1].gradients[version % 2]
+        return slots.find(version), gradient[1] if gradient is not None and gradient[0] == version else None
+
+    def discard(self, shard: int, version: int | None = None) -> None:
+        """A shard's state at `version` (None: any) was made of damaged values: it is not to be used."""
+        if self.has(shard):
+            slots = self._home[shard][1]
+            slots.states = [None if state and version in (None, state[0]) else state for state in slots.states]
+            self._version.pop(shard, None)
+
     def protection(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """(generation, version): the newest version that is whole at this node's keeper, and that of before."""
         return self._keeper.complete, self._keeper.before

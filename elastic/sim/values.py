@@ -38,6 +38,11 @@ def updated(state: ShardState, gradient: str) -> ShardState:
     return ShardState(mixed(state.value, optimizer), optimizer)
 
 
+def made_up(neighbors: Mapping[int, ShardState]) -> ShardState:
+    """What stands in for a shard that is gone for good."""
+    return ShardState(mixed("made up", *(state.value for _, state in sorted(neighbors.items()))), "")
+
+
 def forwarded(layer: int, values: Sequence[str], value: str) -> str:
     """A layer's output."""
     return mixed("forward", layer, values, value)
@@ -73,17 +78,22 @@ def agreement_of(step: int, digest: int, **terms: int) -> str:
 
 @dataclass(frozen=True)
 class Reference:
-    """The undisturbed run: what was agreed in each step, and the last state of every shard."""
+    """The undisturbed run: what was agreed in each step, and every shard's state at each version."""
 
     agreements: tuple[str, ...]
-    states: tuple[ShardState, ...]
+    states: tuple[tuple[ShardState, ...], ...]
 
 
 def reference(spec: ModelSpec, micro_batches: int, steps: int) -> Reference:
     """The whole run on one worker, written as plainly as can be."""
-    states = [initial(shard.index) for shard in spec.shards]
-    agreements = []
-    for step in range(steps):
+    return continued(spec, micro_batches, steps, Reference((), (tuple(initial(s.index) for s in spec.shards),)))
+
+
+def continued(spec: ModelSpec, micro_batches: int, steps: int, past: Reference) -> Reference:
+    """The rest of a run of which some steps are done."""
+    agreements, versions = list(past.agreements), list(past.states)
+    for step in range(len(agreements), steps):
+        states = versions[-1]
         values = [tuple(states[s.index].value for s in shards) for shards in spec.shards_of_layer]
         leaves: list[list[str]] = [[] for _ in range(spec.layers)]
         for micro_batch in range(micro_batches):
@@ -97,6 +107,6 @@ def reference(spec: ModelSpec, micro_batches: int, steps: int) -> Reference:
         gradients = {
             s.index: summed(s, [leaves[layer] for layer in spec.parameters[s.parameter].layers]) for s in spec.shards
         }
-        states = [updated(state, gradients[i]) for i, state in enumerate(states)]
+        versions.append(tuple(updated(state, gradients[i]) for i, state in enumerate(states)))
         agreements.append(agreement_of(step, digest_of(gradients)))
-    return Reference(tuple(agreements), tuple(states))
+    return Reference(tuple(agreements), tuple(versions))

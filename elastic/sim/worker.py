@@ -8,25 +8,30 @@ is called where the real worker marks its progress, which is where faults strike
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from everstep.elastic.protocol import events as e
 from everstep.elastic.protocol import worker_events as w
 from everstep.elastic.protocol.agreement import Share
+from everstep.elastic.protocol.backing_up import backup_ranks
+from everstep.elastic.protocol.replicas import Odd
 from everstep.elastic.protocol.worker import offered, step
 from everstep.elastic.protocol.worker_state import new_worker, report, violations
 from everstep.resharding.layout import Layout
+from everstep.resharding.neighbors import stand_ins
 from everstep.resharding.plan import Plan, Report
-from everstep.resharding.units import Shard
 from everstep.resharding.work import Work
 
+from .backups import Backups
 from .control import Control, JobEnded
+from .exchange import Exchange
 from .keeper import Board, sources_first
 from .links import Aborted, Key, Links
 from .pipeline import Pipeline, StepState
 from .protection import Protection
+from .replicas import Replicas, flipped
 from .restore import Sources
 from .snapshots import Snapshots
 from .storage import Storage
@@ -35,7 +40,7 @@ from .values import (
     agreement_of,
     digest_of,
     initial,
-    summed,
+    made_up,
     updated,
 )
 from .world import Steps, World
@@ -51,6 +56,7 @@ class Facts(Protocol):
     def agreed(self, worker: e.WorkerId, step: int, agreement: str) -> None: ...
     def entered(self, worker: e.WorkerId, plan: Plan, version: int) -> None: ...
     def owned(self, worker: e.WorkerId, generation: int, version: int, states: dict[int, ShardState]) -> None: ...
+    def went_back(self, worker: e.WorkerId, plan: Plan, since: int) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,7 @@ class Surroundings:
     forward_s: float
     epilogue_s: float
     leaves_at: int  # the version at which the user's code leaves the loop; the job's steps: not before its end
+    verify_every: int  # steps between comparisons of replicas; 0: none
 
 
 class SimWorker:
@@ -89,7 +96,11 @@ class SimWorker:
         self.links = Links(worker.rank, lambda to, g, key, data: around.send(worker.rank, to, g, key, data))
         self.control = Control(worker, around.tell, self.links.abort)
         self.snapshots = Snapshots(around.world, worker, around.board.keepers[around.node], around.state_slots, poke)
-        self.protection = Protection(around.world, self.snapshots, around.interval)
+        self.protection = Protection(around.world, self.snapshots, around.interval, replay=self.replays)
+        self.exchange = Exchange(self.spec, self.links, self.job.micro_batches)
+        self.backups = Backups(self.links, self.snapshots)
+        self.replicas = Replicas(self.spec, self.links, self.snapshots, self.backups, around.verify_every)
+        self.flips: list[str] = []  # bits that are to flip: of an "owned" value, one that is only "read", a "backup"
         self.pipeline = Pipeline(self.links, self.spec.layers, self._layer_values, around.forward_s)
         self.pipeline.mark = lambda phase: self.mark(phase)
         self.values = {s.index: initial(s.index).value for s in self.spec.shards}
@@ -132,6 +143,10 @@ class SimWorker:
             w.ReportLeft: self._tell_left,
             w.WaitUntilWhole: self._conclude,
         }
+
+    @property
+    def replays(self) -> bool:
+        return self.job.protection == "replay"
 
     @property
     def version(self) -> int:
@@ -289,7 +304,7 @@ class SimWorker:
         plan, placement = it.plan, self._orders[it.plan.generation].placement
         self.protection.enter(plan.generation, placement, joins=plan.version is None and not plan.leaving)
         self.snapshots.protected = -1 if plan.checkpoint else max(self.snapshots.protected, plan.protected)
-        self.snapshots.enter(plan.generation, placement)
+        self.snapshots.enter(plan.generation, replace(placement, stripes=()) if self.replays else placement)
         self.mark("join" if self.machine.fresh else "restore")
 
     def _forget_since(self, it: w.ForgetSince) -> Steps[None]:
@@ -297,12 +312,18 @@ class SimWorker:
         self.gradients = {}
         if it.agreement:
             self.protection.adopt(it.agreement)
+        entering = self.machine.entering
+        assert entering is not None
+        self.around.facts.went_back(self.id, entering.plan, it.since)
 
     def _take_places(self, it: w.TakePlaces) -> Steps[None]:
         yield from ()
         if it.layers is not None:
             self._hold(*it.layers, free=not it.seeded)
-        self.snapshots.leave(self.mine - it.shards, it.version)
+        orders, before = self._orders[it.plan.generation], self.mine.union(self.backups.places.mine)
+        ranks = backup_ranks(it.plan.layout, orders.placement, orders.nodes) if self.replays else {}
+        self.backups.enter(ranks, discard=it.discard, seeded=it.seeded)
+        self.snapshots.leave(before - it.shards.union(self.backups.places.mine), it.version)
         for shard in self.mine - it.shards:
             self.optimizer.pop(shard, None)
         self.mine = it.shards
@@ -314,27 +335,38 @@ class SimWorker:
             self.values = {shard: value if shard in kept else "freed" for shard, value in self.values.items()}
 
     def _restore(self, it: w.Restore) -> Steps[w.Event]:
-        """Fetch what is missing from wherever it is; when it is nowhere, tell the coordinator, and wait for the end."""
+        """Fetch the shards that are missing here, and the backups that are not in step."""
+        for shard, state in (yield from self._fetch(it, it.missing)).items():
+            self.load(shard, state)
+        self.backups.load((yield from self._fetch(it, self.backups.places.behind())))
+        return w.Restored()
+
+    def _fetch(self, it: w.Restore, wanted: Iterable[int]) -> Steps[dict[int, ShardState]]:
+        """Shards from wherever they are, or made up from others.
+
+        If some are nowhere, the coordinator is told, and ends the generation.
+        """
         found: dict[int, ShardState] = {}
-        for shard in sorted(it.missing):
+        wanted, substitutes = set(wanted), it.plan.substitutes
+        for shard in sorted(wanted.intersection(substitutes)):
+            neighbors = yield from self._fetch(it, stand_ins(self.spec, substitutes)[shard])
+            found[shard] = made_up(neighbors)
+        for shard in sorted(wanted - found.keys()):
             state = self.snapshots.stored(shard, it.version)
             if state is not None:
                 found[shard] = state
         started, told = self.around.world.now, False
-        while it.missing - found.keys():
-            missing = sorted(it.missing - found.keys())
+        while missing := sorted(wanted - found.keys()):
             sources = Sources(self.around.board, self.around.node, self._nodes, self.links.check)
             found.update((yield from sources.fetch(missing, it.version, replay=True)))
-            missing = sorted(it.missing - found.keys())
+            missing = sorted(wanted - found.keys())
             patience_s = KEEPER_PATIENCE_S if sources.unreachable else ANSWERED_PATIENCE_S
             if missing and not told and self.around.world.now - started > patience_s:
                 told = True
                 self.around.tell(e.WorkerLacking(self.id, it.plan.generation, it.version, tuple(missing)))
             self.links.check()
             yield AGAIN_S
-        for shard, state in found.items():
-            self.load(shard, state)
-        return w.Restored()
+        return found
 
     def _read_checkpoint(self, it: w.ReadCheckpoint) -> Steps[w.Event]:
         """Take the owned shards from storage; if they are damaged, tell the coordinator, and wait for the end."""
@@ -348,6 +380,7 @@ class SimWorker:
             yield None
         for shard in self.mine:
             self.load(shard, states[shard])
+        self.backups.load({shard: states[shard] for shard in self.backups.places.mine})
         return w.Restored()
 
     def _adopt(self, it: w.ComeUp | w.AdoptAgreement) -> Steps[None]:
@@ -389,14 +422,9 @@ class SimWorker:
     def _compute(self, it: w.Compute) -> Steps[w.Event]:
         assert self.state is not None
         self.control.begun(it.step)
+        self._flip("read")
         yield from self.pipeline.run(self.state, it.depth)
         return w.Computed()
-
-    def _shared(self, work: Work, layout: Layout, source: int, owner: int) -> list[int]:
-        """The layers of which `source` holds a part of the sum and `owner` owns shards."""
-        index = layout.index(self.spec)
-        owned = {layer for s in index.owned(owner) for layer in self.spec.parameters[s.parameter].layers}
-        return [layer for layer in work.layers_of(source) if layer in owned]
 
     def _reduce(self, it: w.Reduce) -> Steps[w.Event]:
         layout, state = self.layout, self.state
@@ -405,51 +433,68 @@ class SimWorker:
         self.mark("reduce")
         for shard in sorted(self.mine):
             self.snapshots.open_gradient(shard, state.step)
-        work = state.work
-        others = [rank for rank in layout.ranks if rank != self.rank]
-        key: Key = ("partial", state.step)
-        for owner in others:
-            layers = self._shared(work, layout, self.rank, owner)
-            if layers:
-                self.links.send(owner, key, {layer: dict(state.sums[layer]) for layer in layers})
-        parts: dict[int, dict[int, str]] = {}
-        for layer in self._shared(work, layout, self.rank, self.rank):
-            _merge(parts, layer, state.sums[layer])
-        waiting = {(source, key) for source in others if self._shared(work, layout, source, self.rank)}
-        while waiting:
-            source, name, data = yield from self.links.receive_any(waiting)
-            waiting.discard((source, name))
-            for layer in self._shared(work, layout, source, self.rank):
-                _merge(parts, layer, data[layer])
-        yield 0.0005
-        self.gradients = {shard: self._combine(self.spec.shards[shard], parts) for shard in sorted(self.mine)}
+        self.gradients = yield from self.exchange.reduce(state, layout, sorted(self.mine))
         for shard, gradient in self.gradients.items():
             self.snapshots.seal_gradient(shard, state.step, gradient)
+        yield from self.backups.exchange(state.step, layout, self.gradients)
         return w.Reduced()
-
-    def _combine(self, shard: Shard, parts: dict[int, dict[int, str]]) -> str:
-        layers = self.spec.parameters[shard.parameter].layers
-        for layer in layers:
-            if sorted(parts[layer]) != list(range(self.job.micro_batches)):
-                raise AssertionError(f"the sum of layer {layer} has the leaves {sorted(parts[layer])}")
-        return summed(shard, [[parts[layer][m] for m in sorted(parts[layer])] for layer in layers])
 
     def _agree(self, it: w.Agree) -> Steps[w.Event]:
         self.mark("agree")
         yield from self.snapshots.wait()
         yield from self.protection.wait(it.step, self.links.check)
+        self._flip("owned", "backup")
+        layout = self.layout
+        assert layout is not None
         proposal = self._offered(last=it.last)
         mine = Share(
             digest=digest_of(self.gradients),
             join=proposal.generation if proposal else 0,
             kept=self.protection.share(it.step, self.rank),
+            replicas=self.replicas.imbalance(it.step, layout, self.machine.holding.layers, self.values),
         )
         share = yield from self.links.merged((it.step,), mine)
+        if odd := (yield from self.replicas.odd(it.step, layout, share)):
+            yield from self._distrust(it.step, layout, odd)
         wanted = proposal is not None and share.join == proposal.generation
         terms = self.protection.agreed(it.step, share.kept)
         agreement = agreement_of(it.step, share.digest, **terms)
         self.around.facts.agreed(self.id, it.step, agreement)
         return w.Agreed(agreement, proposal, wanted)
+
+    def _distrust(self, step: int, layout: Layout, odd: list[Odd]) -> Steps[None]:
+        """Replicas differ: the odd ones forget their values, the coordinator is told, and ends the generation."""
+        self.state = StepState.begin(step, self.rank, layout.work)
+        mine = [item for item in odd if item.rank == self.rank]
+        for item in mine:
+            if item.backup:
+                self.backups.places.level.discard(item.shard)
+                self.snapshots.discard(item.shard)
+        wrong = frozenset(item.shard for item in mine if not item.backup)
+        yield from self._happened(w.Distrusted(wrong, values=bool(wrong)))
+        yield from self.replicas.all_know(step)
+        if self.rank == min(self.links.members):
+            for item in {(item.rank, item.backup): item for item in reversed(odd)}.values():
+                where = "backup" if item.backup else "replica"
+                found = e.CorruptionFound(self.id, layout.generation, where, rank=item.rank, shard=item.shard)
+                self.around.tell(found)
+        while True:
+            self.links.check()
+            yield None
+
+    def _flip(self, *kinds: str) -> None:
+        """Let the bits flip that are to: not in version 0, which is compared before training."""
+        held = {s.index for layer in range(*self.machine.holding.layers) for s in self.spec.shards_of_layer[layer]}
+        shards = {"owned": self.owned, "read": held - self.owned, "backup": self.backups.places.level}
+        for kind in [kind for kind in self.flips if kind in kinds and shards[kind] and self.version]:
+            self.flips.remove(kind)
+            shard = min(shards[kind])
+            if kind == "backup":
+                state = self.backups.states[shard]
+                self.backups.states[shard] = state._replace(value=flipped(state.value, self.rank))
+            else:
+                self.values[shard] = flipped(self.values[shard], self.rank)
+            self.mark("flip")
 
     def _offered(self, *, last: bool) -> Plan | None:
         orders = self.control.proposed(last)
@@ -471,26 +516,14 @@ class SimWorker:
         for shard in sorted(self.mine):
             if shard in self.gradients:
                 self.load(shard, updated(self.shard_state(shard), self.gradients[shard]))
+        self.backups.update()
 
     def load(self, shard: int, state: ShardState) -> None:
         self.values[shard], self.optimizer[shard] = state
 
     def _publish(self, it: w.Publish) -> Steps[w.Event]:
-        key: Key = ("values", it.version)
-        others = [rank for rank in it.layout.ranks if rank != self.rank]
-        for reader in others:
-            shards = self._read_from(it.layout, self.rank, reader) if reader in it.readers else []
-            if shards:
-                self.links.send(reader, key, {shard: self.values[shard] for shard in shards})
-        waiting = {(owner, key) for owner in others if self._read_from(it.layout, owner, self.rank)}
-        while waiting and self.rank in it.readers:
-            owner, name, data = yield from self.links.receive_any(waiting)
-            waiting.discard((owner, name))
-            self.values.update(data)
+        yield from self.exchange.publish(it.version, it.layout, it.readers, self.values)
         return w.Published()
-
-    def _read_from(self, layout: Layout, owner: int, reader: int) -> list[int]:
-        return [shard.index for shard in layout.index(self.spec).read_from(owner, reader)]
 
     def _commit(self, it: w.CommitStep) -> Steps[None]:
         """Version step + 1 is held here: start protecting it."""
@@ -533,9 +566,13 @@ class SimWorker:
 
     def _keep(self, *, anyway: bool) -> None:
         """Have the keeper hold this version of every owned shard; copied while the next step computes."""
-        self.snapshots.protect(sorted(self.mine))
+        self.snapshots.protect(sorted(self.mine.union(self.backups.places.mine)))
         protect = self.protection.begins(self.version, anyway=anyway)
-        self.snapshots.begin(self.version, self.shard_state, sorted(self.owned), protect=protect)
+        shards = sorted(self.owned | self.backups.places.level)
+        self.snapshots.begin(self.version, self._state_of, shards, protect=protect)
+
+    def _state_of(self, shard: int) -> ShardState:
+        return self.shard_state(shard) if shard in self.mine else self.backups.states[shard]
 
     # ------------------------------------------------------------ the end
 
@@ -553,11 +590,3 @@ class SimWorker:
         yield from self.snapshots.wait()
         yield from self.protection.wait(self.version + 1, self.links.check)
         return w.Concluded()
-
-
-def _merge(parts: dict[int, dict[int, str]], layer: int, leaves: dict[int, str]) -> None:
-    known = parts.setdefault(layer, {})
-    twice = known.keys() & leaves.keys()
-    if twice:
-        raise AssertionError(f"micro-batches {sorted(twice)} enter the sum of layer {layer} twice")
-    known.update(leaves)

@@ -100,8 +100,8 @@ MUTATIONS = (
     Mutation(
         "a step is resumed with values of the version before",
         "worker.py",
-        "current = not discard and holding.values_version == version\n",
-        "current = not discard and holding.values_version >= version - 1\n",
+        "current = not discard and holding.values_version == version and not plan.substitutes",
+        "current = not discard and holding.values_version >= version - 1 and not plan.substitutes",
     ),
     Mutation(
         "a rank that has refreshed its values resumes the step it was in",
@@ -154,11 +154,45 @@ MUTATIONS = (
         "w for w in () if w.status is Status.READY and w.id.rank in state.join.layout.ranks",
     ),
     Mutation(
+        "those that were asked in an interrupted recovery are not asked again",
+        "recovering.py",
+        "asked += [w for w in state.workers.values() if w.id in earlier.awaited and w not in asked]",
+        "asked += []",
+    ),
+    Mutation(
         "a rollback is not remembered",
         "recovering.py",
         "            rolled_back=state.generation,\n",
         "            rolled_back=state.rolled_back,\n",
         ("3 nodes, seldom", "4 nodes, seldom", "5 nodes", "6 nodes"),
+    ),
+    Mutation(
+        "shards that were found to be wrong are reported as held",
+        "worker.py",
+        "holding = replace(state.holding, owned=state.holding.owned - event.shards)",
+        "holding = replace(state.holding, owned=state.holding.owned)",
+        ("differing",),
+    ),
+    Mutation(
+        "what was computed before shards were made up counts",
+        "recovering.py",
+        "    if recovery.substitutes:  # what",
+        "    if False and recovery.substitutes:  # what",
+        ("made up", "made up, seldom"),
+    ),
+    Mutation(
+        "a backup that missed versions counts as level",
+        "backing_up.py",
+        "self.level = set() if discard else self.level.intersection(self.mine)",
+        "self.level = self.level.intersection(self.mine)",
+        ("3 nodes, replay", "4 nodes, replay", "4 nodes, replay, leaving"),
+    ),
+    Mutation(
+        "in replay a lost node takes the newest version along",
+        "protection.py",
+        "candidates.append(newest)",
+        "candidates.append(-1)",
+        ("3 nodes, replay", "4 nodes, replay", "4 nodes, replay, leaving"),
     ),
 )
 

@@ -12,9 +12,11 @@ from everstep.elastic.sim.faults import NODE_PHASES, Fault, NodeFault
 from everstep.elastic.sim.run import SHAPES, Outcome, simulate
 
 SHAPES_WITH_NODES = [
-    name for name, shape in SHAPES.items() if shape.loses_nodes and not (shape.drains or shape.reckless)
+    name
+    for name, shape in SHAPES.items()
+    if shape.loses_nodes and shape.protection == "parity" and not (shape.drains or shape.reckless)
 ]
-RECKLESS = [name for name, shape in SHAPES.items() if shape.reckless]
+RECKLESS = [name for name, shape in SHAPES.items() if shape.reckless and shape.saves]
 SEEDS = range(24)
 
 

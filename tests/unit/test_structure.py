@@ -119,16 +119,20 @@ def test_modules_that_never_import_torch(module: str) -> None:
 _STANDS_IN = "the simulator's, in place of it"
 SAME_NAMES = {  # of public classes that stand twice: why that is right; everything else has a name of its own
     "Aborted": _STANDS_IN,
+    "Backups": _STANDS_IN,
     "Block": f"of parity: {_STANDS_IN}",
+    "Exchange": _STANDS_IN,
     "Fault": _STANDS_IN,
     "JobEnded": _STANDS_IN,
     "Keeper": _STANDS_IN,
     "Node": f"a machine: {_STANDS_IN}",
     "Pipeline": _STANDS_IN,
     "Protection": _STANDS_IN,
+    "Replicas": _STANDS_IN,
     "Saving": _STANDS_IN,
     "Snapshots": _STANDS_IN,
     "Sources": _STANDS_IN,
+    "StateStore": _STANDS_IN,
     "StepState": _STANDS_IN,
     "Storage": f"of checkpoints: {_STANDS_IN}",
 }
