@@ -7,7 +7,7 @@ import random
 from dataclasses import dataclass
 
 from everstep.elastic.protocol.events import WorkerId
-from everstep.elastic.protocol.state import Phase
+from everstep.elastic.protocol.state import Phase, Status
 
 from .cluster import Cluster
 
@@ -51,6 +51,11 @@ class Flip(Fault):
     """A bit flips in the memory of `victims` workers, in a value that is `kind`: owned, only read, or a backup's."""
 
     kind: str = "read"
+
+
+@dataclass(frozen=True, kw_only=True)
+class JoinersDie(Fault):
+    """`victims` of those that join with the worker that has just joined die, one after another."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +127,16 @@ def draw_flips(rng: random.Random, horizon_s: float, kinds: tuple[str, ...]) -> 
     return flips
 
 
+def draw_joiners(rng: random.Random) -> list[Fault]:
+    """Joiners that die, while others have carried out the plan that takes them in, and the coordinator knows of none.
+
+    The second death interrupts the recovery from the first one.
+    """
+    detected_s, spread_s = rng.choice((0.001, 0.01)), rng.choice((0.002, 0.02))
+    after = rng.choice((0, 1, 1, 1, 2))  # the first joins alone, the others with each other
+    return [JoinersDie(victims=2, phase="joined", after=after, detected_s=detected_s, spread_s=spread_s)]
+
+
 def draw_store_faults(rng: random.Random, horizon_s: float) -> list[Fault]:
     """Times at which the coordinator's store is away."""
     faults: list[Fault] = []
@@ -185,6 +200,10 @@ class Injector:
             return
         alive = self._cluster.alive()
         self._world.random.shuffle(alive)
+        if isinstance(fault, JoinersDie):
+            workers = self._cluster.state.workers
+            joining = [w.id for w in workers.values() if w.status is Status.READY]
+            alive, worker = [one for one in alive if one in joining and one != worker], None
         if worker in alive:
             alive.remove(worker)
             alive.insert(0, worker)

@@ -7,7 +7,7 @@ import json
 import random
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from everstep.elastic.protocol import events as e
@@ -22,6 +22,7 @@ from .faults import (
     draw,
     draw_drains,
     draw_flips,
+    draw_joiners,
     draw_nodes,
     draw_store_faults,
 )
@@ -59,6 +60,7 @@ class Shape:
     on_loss: str = "checkpoint"
     flips: tuple[str, ...] = ()  # bits flip in values that are these: owned, read, backup; all replicas are compared
     store_fails: bool = False  # the coordinator's
+    joiners_die: bool = False  # and news of joins are late
 
 
 SHAPES = {
@@ -114,6 +116,7 @@ SHAPES = {
     "made up, seldom": Shape(
         workers=5, nodes=5, layers=6, steps=12, interval=4, loses_nodes=True, reckless=True, on_loss="neighbors"
     ),
+    "joining": Shape(workers=1, late_slots=4, steps=40, joiners_die=True),
     "full disk": Shape(stages=2, workers=4, late_slots=1, steps=8, store_fails=True),
     "full disk, 4 nodes": Shape(workers=4, nodes=4, steps=9, losses=2, drains=True, loses_nodes=True, store_fails=True),
 }
@@ -131,7 +134,7 @@ class Outcome:
     nodes_lost: int
     nodes_asked: int  # to leave
     nodes_left: int
-    happenings: Mapping[str, int]  # what else happened, by kind
+    happenings: Counter[str]  # what else happened, by kind
     virtual_s: float
     generations: int
     events: tuple[tuple[float, e.Event], ...]
@@ -181,6 +184,8 @@ def circumstances(seed: int, shape: Shape) -> Circumstances:
     horizon_s = rng.choice((0.5, 1.5, 4.0))
     faults = _faults(rng, shape, horizon_s)
     timing = replace(timing, slowest=shape.slowest)
+    if shape.joiners_die:  # all of the further node join at once, soon
+        timing, horizon_s = replace(timing, slow=0.5, startup_s=(0.001, 0.01), forward_s=0.002), 1.0
     if shape.loses_nodes:
         timing = replace(timing, keeper_s=rng.choice(((0.0002, 0.002), (0.0005, 0.01), (0.005, 0.05))))
     return Circumstances(timing, tuple(faults), horizon_s, rng.uniform(0.2, horizon_s) if shape.late_slots else 0.0)
@@ -288,7 +293,7 @@ def run(seed: int, shape: Shape, around: Circumstances) -> Outcome:
     )
 
 
-def _happenings(cluster: Cluster) -> dict[str, int]:
+def _happenings(cluster: Cluster) -> Counter[str]:
     events = Counter(type(event) for _, event in cluster.events)
     counted = {
         "differing replicas found": events[e.CorruptionFound],
@@ -297,11 +302,13 @@ def _happenings(cluster: Cluster) -> dict[str, int]:
         "checkpoints saved": events[e.CheckpointSaved],
         "shards made up": cluster.ledger.substituted,
     }
-    return {**cluster.happenings, **counted}
+    return cluster.happenings + Counter(counted)
 
 
 def _faults(rng: random.Random, shape: Shape, horizon_s: float) -> list[Fault]:
     drains = draw_drains(rng, horizon_s) if shape.drains else []
+    if shape.joiners_die:
+        return [*draw_joiners(rng), *draw(rng, shape.workers, horizon_s)[:1]]
     drains += draw_store_faults(rng, horizon_s) if shape.store_fails else []
     if shape.flips:  # a few deaths at a time, so that those who are right are more
         deaths = [replace(fault, victims=1) for fault in draw(rng, shape.workers, horizon_s)[:2]]

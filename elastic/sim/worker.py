@@ -399,6 +399,8 @@ class SimWorker:
         facts, plan = self.around.facts, self._orders[it.generation].plan
         facts.entered(self.id, plan, self.version)
         facts.owned(self.id, it.generation, self.version, {s: self.shard_state(s) for s in self.owned})
+        if plan.version is None and not it.switched:
+            self.mark("joined")
         if it.tell and it.switched:
             self.around.tell(e.WorkerSwitched(self.id, it.generation))
         elif it.tell:

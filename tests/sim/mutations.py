@@ -158,6 +158,7 @@ MUTATIONS = (
         "recovering.py",
         "asked += [w for w in state.workers.values() if w.id in earlier.awaited and w not in asked]",
         "asked += []",
+        ("joining",),
     ),
     Mutation(
         "a rollback is not remembered",

@@ -15,7 +15,7 @@ def test_more_is_lost_than_the_promise_allows(name: str) -> None:
     """All go on from the same values, and end with the bytes of a run that goes on from them undisturbed."""
     outcomes = [simulate(seed, SHAPES[name]) for seed in SEEDS]
     made_up = [outcome for outcome in outcomes if outcome.happenings["shards made up"]]
-    assert len(made_up) >= 3
+    assert len(made_up) >= 2
     assert all(outcome.broken for outcome in made_up)
     assert any(not outcome.why for outcome in made_up), "none came to its end"
 

@@ -26,7 +26,8 @@ def test_nodes_are_lost_in_replay(name: str) -> None:
     """Within the promise, no lost node takes a version along."""
     outcomes = [simulate(seed, SHAPES[name]) for seed in SEEDS]
     assert sum(outcome.nodes_lost for outcome in outcomes) > len(SEEDS) // 2
-    assert all(outcome.broken for outcome in outcomes if outcome.why)
+    if not SHAPES[name].drains:  # else those who were to go on may be lost
+        assert all(outcome.broken for outcome in outcomes if outcome.why)
     kept = [outcome for outcome in outcomes if not outcome.broken]
     assert len(kept) > len(SEEDS) // 2
     assert not any("committed_again" in line for outcome in kept for line in outcome.log)
@@ -52,7 +53,7 @@ def test_bits_flip(name: str) -> None:
 def test_the_odd_replica_is_named_and_repaired(kind: str) -> None:
     """Without a comparison the same flip ends in other bytes."""
     shape = replace(SHAPES["differing, replay"], flips=("owned",))
-    flip = Flip(victims=1, phase="compute", after=40, kind=kind)
+    flip = Flip(victims=1, phase="compute", after=14, kind=kind)
     outcome = simulate(5, shape, faults=[flip], timing=CALM)
     (named,) = {event.rank for event in found(outcome)}
     assert {event.where for event in found(outcome)} == {"backup" if kind == "backup" else "replica"}
