@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from everstep.elastic.protocol.agreement import Share
-from everstep.elastic.protocol.replicas import Digests, Made, Odd, decide, disputed, odd_ones
+from everstep.elastic.protocol.replicas import Digests, Made, Odd, Truth, decide, disputed, odd_ones
 from everstep.resharding.layout import Layout
 from everstep.resharding.units import ModelSpec
 
@@ -47,7 +47,7 @@ class Replicas:
         truth = decide(found, {shard: value for said in made.values() for shard, value in said.digests.items()})
         for shard in mine:
             kept = self._snapshots.kept(shard, step)[0]
-            if kept is not None and _digest(kept.value) != truth[shard]:
+            if kept is not None and _digest(kept.value) != truth[shard].live:
                 self._snapshots.discard(shard, step)
         return odd_ones(found, truth)
 
@@ -55,9 +55,12 @@ class Replicas:
         """Return when all ranks know what differs."""
         yield from self._links.gathered(("known", step), None)
 
-    def _made_again(self, shard: int, version: int) -> int | None:
+    def _made_again(self, shard: int, version: int) -> Truth | None:
         before, gradient = self._snapshots.kept(shard, version - 1)
-        return _digest(updated(before, gradient).value) if before is not None and gradient is not None else None
+        if before is None or gradient is None:
+            return None
+        made = _digest(updated(before, gradient).value)
+        return Truth(made, made)
 
 
 def flipped(value: str, rank: int) -> str:
