@@ -50,5 +50,6 @@ class StateStore:
         """The same, for another coordinator; `written`: the decision had come through."""
         decision, inbox = self.back()
         if decision is not None and not written:
-            decision, inbox = None, [decision.event, *inbox]
+            inbox = [decision.event, *inbox]
+            decision = None
         return decision, [event for event in inbox if not isinstance(event, _NOT_SAID_AGAIN)]
