@@ -33,7 +33,7 @@ BUDGET_MIB = driver.DEFAULT_BUDGET_BYTES >> 20
 
 
 class _Failed(Exception):
-    """What a user must know."""
+    """An error for the user."""
 
 
 def _options(text: list[str]) -> dict[str, str]:
@@ -55,7 +55,7 @@ def _run(command: Callable[[list[str]], int], arguments: list[str]) -> int:
     except (_Failed, ConversionError, CheckpointError, StoreError) as error:
         _tell("error", str(error))
         return 1
-    except BrokenPipeError:  # whoever read has seen enough
+    except BrokenPipeError:  # the reader of the pipe has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
@@ -156,7 +156,7 @@ def _bytes(count: float) -> str:
 
 @contextlib.contextmanager
 def _progress(stream: TextIO | None = None) -> Iterator[WorkWatch]:
-    """A bar, where somebody looks."""
+    """A progress bar, if the output is a terminal."""
     stream = stream or sys.stderr
     if not stream.isatty():
         yield NOBODY

@@ -80,8 +80,8 @@ def _run(arguments: list[str]) -> int:
 
 
 def _watch(command: str, rest: list[str]) -> int:
-    """A command that asks a coordinator."""
-    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # gRPC reads it when it is imported; errors are ours to tell
+    """A command that queries a coordinator."""
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # gRPC reads it at import; this command reports errors itself
     if command == "top":
         from .agents.tools.top import top
 

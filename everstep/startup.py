@@ -1,5 +1,8 @@
-"""What a process of ours begins with, whatever it was started with: open standard streams, output that harms nobody
-when it cannot be written, signals that work, and no modules of the working folder in the place of Python's own."""
+"""Normalises the environment of a process at its start.
+
+Standard streams are open, output that cannot be written does no harm, signals work, and modules of the working folder
+do not shadow Python's own.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ def begin() -> None:
 
 
 def _open_streams() -> None:
-    """Descriptors 0 to 2 that are closed become /dev/null: what is opened next would stand in their place."""
+    """Open closed descriptors 0 to 2 on /dev/null: else the next opened file would take their place."""
     for fd, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
             os.fstat(fd)
@@ -42,7 +45,7 @@ def _forget_first_path() -> None:
 
 
 class _Forgiving(io.TextIOWrapper):
-    """A stream whose reader may go away and whose disk may be full: what cannot be written is lost, and that is all."""
+    """A stream whose reader may disappear and whose disk may be full: output that cannot be written is dropped."""
 
     def write(self, text: str) -> int:
         try:
@@ -56,21 +59,21 @@ class _Forgiving(io.TextIOWrapper):
 
 
 def forgive_errors() -> None:
-    """Have this process go on when its standard error cannot be written: a job must not end for that."""
+    """Keep this process running when its standard error cannot be written: that must not end a job."""
     raw = open(2, "wb", buffering=0, closefd=False)  # noqa: SIM115
     encoding = sys.stderr.encoding
     sys.stderr = _Forgiving(raw, encoding, "backslashreplace", write_through=True)
 
 
 def show_anything() -> None:
-    """Letters that the terminal's encoding lacks are shown as `?`."""
+    """Show characters that the terminal's encoding lacks as `?`."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
 
 
 def end(status: int) -> int:
-    """Write out what was printed; returns the exit status. Who read it may have seen enough and gone."""
+    """Flush the output; returns the exit status. The reader of a pipe may have closed it."""
     try:
         sys.stdout.flush()
     except OSError as error:

@@ -18,7 +18,7 @@ STALE_VERSIONS = 3  # without parity: a dead worker's segment this far behind a 
 
 @dataclass(frozen=True)
 class Guarded:
-    """A segment and whose it is."""
+    """A segment and the worker that it belongs to."""
 
     rank: int
     incarnation: int
@@ -37,11 +37,11 @@ class Generation:
 
 
 class VersionOver(Exception):
-    """What was waited for will not come: the generation, or the version, is over."""
+    """The awaited version will not arrive: the generation, or the version, is over."""
 
 
 class Keeper:
-    """The segments of a node, and the answers about them. Thread-safe; `changed` is notified when there is news."""
+    """The segments of a node, and queries of them. Thread-safe; `changed` is notified of every change."""
 
     def __init__(self, node: str = "") -> None:
         self.node = node
@@ -49,10 +49,10 @@ class Keeper:
         self.membership: Generation | None = None
         self.incidents: list[dict[str, Any]] = []  # damage found, for the workers to pass on
         self._segments: dict[tuple[int, int, int], Guarded] = {}
-        self._dead: set[tuple[int, int]] = set()  # workers whose segments are kept only as long as they are of use
+        self._dead: set[tuple[int, int]] = set()  # workers whose segments are released once they are no longer needed
         self._protected = -1
 
-    # ------------------------------------------------------------ what workers say
+    # ------------------------------------------------------------ requests of workers
 
     def register(
         self,
@@ -65,7 +65,7 @@ class Keeper:
         states: int,
         connection: int = 0,
     ) -> None:
-        """Guard a segment. Segments of dead workers that nobody needs any more are let go."""
+        """Hold a segment. Releases segments of dead workers that are no longer needed."""
         segment = Segment(fd, size, entries, states)
         with self.changed:
             self._release((rank, incarnation, number))
@@ -103,13 +103,13 @@ class Keeper:
             self.changed.notify_all()
 
     def found_damage(self, where: str, node: str, shard: int, detail: str) -> None:
-        """Remember an incident until a worker asks for it."""
+        """Keep an incident until a worker fetches it."""
         with self.changed:
             if len(self.incidents) < 1000:
                 self.incidents.append({"where": where, "node": node, "shard": shard, "detail": detail})
 
     def take_incidents(self) -> list[dict[str, Any]]:
-        """The incidents that no worker has been told of."""
+        """The incidents that no worker has fetched."""
         with self.changed:
             taken, self.incidents = self.incidents, []
             return taken
@@ -135,8 +135,8 @@ class Keeper:
     def fetch(
         self, shards: Sequence[int], version: int, *, replay: bool
     ) -> tuple[list[dict[str, Any]], list[bytes], list[int]]:
-        """For each shard that is held: its state at `version`, or, with `replay`, the state before it and the gradient
-        of step version - 1. Slots whose bytes do not match their checksum are passed over, and their shards listed.
+        """For each held shard: its state at `version`, or, with `replay`, the previous state and the gradient
+        of step version - 1. Slots whose bytes do not match their checksum are skipped, and their shards listed.
         """
         found: list[dict[str, Any]] = []
         blobs: list[bytes] = []
@@ -166,7 +166,7 @@ class Keeper:
                 yield version - 1, [(segment, state), (segment, gradient)]
 
     def located(self, shard: int, version: int) -> tuple[Segment, Stored] | None:
-        """Where a shard's state at `version` lies. Call with `changed` held."""
+        """The location of a shard's state at `version`. Call with `changed` held."""
         for guarded in self._segments.values():
             stored = guarded.segment.find(shard, version) if shard in guarded.segment.entries else None
             if stored is not None:

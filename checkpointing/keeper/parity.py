@@ -1,7 +1,7 @@
-"""Parity of other nodes' shards: pulled from their keepers, encoded as it comes, kept until a newer version is whole.
+"""Parity of other nodes' shards: pulled from their keepers, encoded on arrival, kept until a newer version is complete.
 
-A block says itself what it is parity of (shards, lengths, checksums, its row), so it can be used whatever happened to
-the placement since. Blocks that are not sealed are never given out.
+A block describes what it is parity of (shards, lengths, checksums, its row), so it stays usable after changes of the
+placement. Only sealed blocks are served.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class ParityBlock:
             return data if sound else None
 
     def describe(self) -> dict[str, Any]:
-        """What the block is, for those who decode with it."""
+        """The block's description, for decoding."""
         return {
             "block": self.number,
             "shards": list(self.stripe.shards),

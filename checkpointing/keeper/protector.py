@@ -31,7 +31,7 @@ class MissingMember:
 
 
 class Protector:
-    """Makes a node's part of each version outlive other nodes. `state()` says how far it has come."""
+    """Makes a node's part of each version survive the loss of other nodes. `state()` returns its progress."""
 
     def __init__(self, keeper: Keeper, store: ParityStore, token: str) -> None:
         self._keeper = keeper
@@ -59,7 +59,7 @@ class Protector:
             keeper.changed.notify_all()
 
     def enter(self) -> None:
-        """There is a new generation: what was asked for in the last one is asked for again."""
+        """Start a new generation: drop the requests of the last one; workers repeat them."""
         with self._keeper.changed:
             self._wanted.clear()
             self._before = self._complete if self._complete[1] >= 0 else self._before
@@ -87,11 +87,11 @@ class Protector:
                     self._keeper.changed.wait()
                 membership, version = self._keeper.membership, self._wanted[0]
                 kept = {self._protected, self._complete[1], *self._wanted}
-                if self._before[1] > self._protected:  # nobody has agreed yet that it, or a newer one, outlives nodes
+                if self._before[1] > self._protected:  # not agreed yet that it, or a newer one, is safe
                     kept.add(self._before[1])
             assert membership is not None
             for flow in [flow for flow in self._clients if flow[0] not in membership.addresses]:
-                self._forget(flow)  # of nodes that are lost
+                self._forget(flow)  # connections to lost nodes
             self._store.keep(kept)
             whole = self._encode(membership, version) and self._await_own(membership, version)
             with self._keeper.changed:
@@ -101,7 +101,7 @@ class Protector:
                         self._complete = (membership.generation, max(version, self._complete[1]))
 
     def _given_up(self, membership: Generation, version: int) -> bool:
-        """Whether nobody waits for this any more: another generation, or two newer versions."""
+        """Whether this version is obsolete: another generation began, or two newer versions are requested."""
         with self._keeper.changed:
             return self._generation() != membership.generation or len(self._wanted) > 2
 
@@ -141,7 +141,7 @@ class Protector:
         return False
 
     def _pull(self, membership: Generation, version: int, flow: tuple[str, int], pieces: list[MissingMember]) -> None:
-        """Get the pieces that lie on one node, over one connection, until all are in or nobody waits for them."""
+        """Fetch the pieces that one node holds, over one connection, until all are in or the version is obsolete."""
         staging = bytearray(max(piece.capacity for piece in pieces))
         distrusted: dict[int, int] = {}
         while pieces and not self._given_up(membership, version):

@@ -1,4 +1,4 @@
-"""The snapshot keeper's process: serves one keeper on a unix socket (its node's workers) and a TCP port (everybody).
+"""The snapshot keeper's process: serves one keeper on a unix socket (its node's workers) and a TCP port (all nodes).
 
 The unix socket is in the abstract namespace, which leaves no file; descriptors of segments come over it.
 """
@@ -31,13 +31,13 @@ from .keeper import Generation, Keeper, VersionOver
 from .parity import ParityStore
 from .protector import Protector
 
-GREETING_BYTES, GREETING_S = 4096, 10.0  # of who has not shown the token yet
+GREETING_BYTES, GREETING_S = 4096, 10.0  # limits of a client before it has authenticated
 STRANGERS = 256  # such connections at a time
 WAIT_SLICE_S = 0.1
 
 
 class Leash:
-    """What ties a keeper to its node's agent. Let go, the process ends `linger_s` later, unless it is taken again."""
+    """Ties a keeper to its agent. The process exits `linger_s` after the agent's end, unless a new one adopts it."""
 
     def __init__(self, linger_s: float) -> None:
         self._linger_s = linger_s
@@ -46,7 +46,7 @@ class Leash:
         self._times = 0
 
     def take(self) -> bool:
-        """Take it, if nobody holds it."""
+        """Take the leash if it is free; returns whether it was."""
         with self._lock:
             free, self._held = not self._held, True
             return free
@@ -115,7 +115,7 @@ class KeeperServer:
         """Stop accepting; conversations end with their clients."""
         for listener in (self._unix, self._tcp):
             with contextlib.suppress(OSError):
-                listener.shutdown(socket.SHUT_RDWR)  # wakes who waits in accept
+                listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits in accept
             listener.close()
 
     def _accept(self, listener: socket.socket, local: bool) -> None:
@@ -155,7 +155,7 @@ class KeeperServer:
             if not hmac.compare_digest(str(hello.get("token")).encode(), self.token.encode()):
                 return
             if why := refusal(hello):
-                reader.line(GREETING_BYTES)  # what it asks: else the end of the connection may overtake the answer
+                reader.line(GREETING_BYTES)  # read the request: else the connection's reset may overtake the answer
                 _answer(connection, {"error": why})
                 return
             connection.settimeout(None)
@@ -254,7 +254,7 @@ class KeeperServer:
                     _answer(connection, {"error": f"generation {generation} is over"})
                     return
                 if place is None and select.select([connection], [], [], 0)[0]:
-                    return  # nothing more is to be said by who asked: it has gone
+                    return  # clients send nothing more: the client is gone
             segment, stored = place
             with memoryview(segment.memory) as view, view[stored.offset : stored.offset + stored.length] as body:
                 _answer(connection, {"shard": shard, "length": stored.length, "checksum": stored.checksum})

@@ -1,7 +1,7 @@
 """One writer's part in saving a version: its shards' records, as chunks of a checkpoint's arrays.
 
-A shard is a chunk: shards are cut by rows, and all of a parameter but the last are equal. So an owner writes its own
-chunks, and nobody waits for anybody.
+A shard is a chunk: shards are cut by rows, and all shards of a parameter but the last have equal sizes. So each owner
+writes its own chunks, and no writer waits for another.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class SaveRequest:
     version: int
     parameters: tuple[Parameter, ...]
     pieces: tuple[ShardPiece, ...]
-    expected: tuple[str, ...]  # paths of all the arrays that must be there, whoever writes them
+    expected: tuple[str, ...]  # paths of all arrays that the checkpoint must have, of all writers
     manifest: Mapping[str, Any]
     keep: int
     keep_s: float
@@ -104,10 +104,10 @@ def save_part(
 ) -> bool:
     """Write this writer's part of a checkpoint; returns whether it was the last, which commits.
 
-    `fetch` gives the records of shards at the request's version. `moved` is called whenever storage has taken some,
-    `warned` with what is not as it should be although the checkpoint is saved.
-    Raises StoreError when the storage went on failing, Gone when records are not there any more, CheckpointError when
-    what was written is not what is there.
+    `fetch` returns the records of shards at the request's version. `moved` is called on progress of the storage,
+    `warned` with problems that do not keep the checkpoint from being saved.
+    Raises StoreError if retries of the storage failed, Gone if the records no longer exist, CheckpointError if the
+    stored bytes differ from the written ones.
     """
     folder = open_store(request.url, request.options).inside(request.name)
     writer = ChunkWriter(folder)
@@ -132,9 +132,9 @@ def finish(
     *,
     warned: Callable[[str], None] = lambda text: None,
 ) -> bool:
-    """Commit if all parts are there; then let older checkpoints go. Returns whether it did.
+    """Commit if all parts are there; then remove old checkpoints. Returns whether it committed.
 
-    `warned` is told, in words, what is not as it should be although the checkpoint is saved.
+    `warned` gets the text of problems that do not keep the checkpoint from being saved.
     """
     manifest = replace(Manifest(**request.manifest), saved_at=time.time())
     if not _retried(folder, lambda: try_commit(folder, manifest, request.expected, request.writers), pause):
@@ -144,7 +144,7 @@ def finish(
 
 
 def _retain(request: SaveRequest, folder: Store, pause: Callable[[float], None], warned: Callable[[str], None]) -> None:
-    """Let older checkpoints of this run go. The new one is there, whatever becomes of those."""
+    """Remove old checkpoints of this run. A failure does not affect the new one."""
     store, own = open_store(request.url, request.options), Lineage.from_json(request.manifest["run"])
 
     def mine(name: str) -> bool:

@@ -32,26 +32,26 @@ from .part import (
 
 WRITERS = 2  # requests that are carried out at the same time: those of the node's workers
 MOVED_S = 1.0  # between words of progress
-REMEMBERED = 64  # results that no worker has asked for
+REMEMBERED = 64  # results that no worker has fetched
 
 
 class Saver:
-    """A keeper's handle on its saver: starts one when there is something to save, and knows what became of it."""
+    """A keeper's handle on its saver process: starts it on demand, and collects the results."""
 
     def __init__(self, address: str, token: str) -> None:
         self._address = address
         self._token = token
         self._lock = threading.Lock()
-        self._feeding = threading.Lock()  # a pipe may be full: whoever asks for results does not wait for that
+        self._feeding = threading.Lock()  # held while a pipe may block; `results` does not need it
         self._process: subprocess.Popen[bytes] | None = None
         self._open: dict[tuple[str, str], float] = {}  # (writer, name) under way -> when it made progress last
-        self._results: dict[str, list[dict[str, Any]]] = {}  # writer -> what it has not been told
+        self._results: dict[str, list[dict[str, Any]]] = {}  # writer -> unfetched results
 
     def save(self, request: SaveRequest) -> None:
-        """Begin; `results` tells the end."""
+        """Start saving; `results` reports the outcome."""
         with self._lock:
             if (request.writer, request.name) in self._open:
-                return  # said again, after the worker had lost its connection
+                return  # a retry after the worker had lost its connection
             self._open[(request.writer, request.name)] = time.monotonic()
         threading.Thread(target=self._feed, args=(request,), name="everstep-save", daemon=True).start()
 
@@ -117,9 +117,9 @@ class Saver:
         del waiting[:-REMEMBERED]
 
     def results(self, writer: str) -> dict[str, Any]:
-        """{"results": what has ended since the last time it was asked, "open": names of what has not, "still_s"}.
+        """{"results": saves that ended since the last call, "open": names of unfinished saves, "still_s"}.
 
-        "still_s": for how long those that are open have made no progress.
+        "still_s": for how long the unfinished saves have made no progress.
         """
         with self._lock:
             now = time.monotonic()

@@ -31,11 +31,11 @@ _NUMPY: dict[str, type] = {
     "complex128": np.complex128,
 }
 NAMES = tuple(_NUMPY)
-_FOREIGN = {name for name in NAMES if name.startswith(("bfloat", "float8"))}  # those that zarr does not know
+_FOREIGN = {name for name in NAMES if name.startswith(("bfloat", "float8"))}  # types that zarr does not support
 
 
 def numpy_dtype(name: str) -> np.dtype:
-    """The numpy type of a torch type's name. Raises ValueError for one that is not in `NAMES`."""
+    """The numpy type of a torch type's name. Raises ValueError for a name that is not in `NAMES`."""
     try:
         return np.dtype(_NUMPY[name])
     except KeyError:

@@ -1,7 +1,7 @@
-"""Whose a checkpoint is: of this run, of one that this run goes on from, or of a stranger that uses the same folder.
+"""The owner of a checkpoint: this run, an ancestor that this run continues, or a foreign run that shares the folder.
 
-A run is one start of a job. What it goes on from makes its ancestors: the run of that checkpoint, up to that one, and
-the ancestors of that run. Whatever else is in the folder is another job's.
+A run is one start of a job. The checkpoint that it resumes from defines its ancestors: the run of that checkpoint, up
+to that checkpoint, and the ancestors of that run. Everything else in the folder belongs to another job.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ NAMED = 8  # digits of a run in the names of its checkpoints
 
 @dataclass(frozen=True)
 class Lineage:
-    """A run, and those before it: (run, when the checkpoint that was gone on from was begun)."""
+    """A run and its ancestors: (run, when the checkpoint that was resumed from was begun)."""
 
     run: str
     ancestors: tuple[tuple[str, float], ...] = ()
@@ -30,7 +30,7 @@ class Lineage:
         return run == self.run or any(run == one and begun_s <= until_s for one, until_s in self.ancestors)
 
     def unique(self, random: str) -> str:
-        """What makes the name of a checkpoint unique (hexadecimal digits), and says whose it is before it is whole."""
+        """The unique part of a checkpoint's name (hexadecimal); it names the owner before the manifest exists."""
         return f"{self.run[:NAMED]}{random}"
 
     def has_named(self, name: str) -> bool:
@@ -43,12 +43,12 @@ class Lineage:
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> Lineage:
-        """Of a manifest's `run`; of another framework's checkpoint, which names none, that of no run."""
+        """From a manifest's `run`; a converted checkpoint names none, and gets an empty lineage."""
         ancestors = tuple((str(run), float(until_s)) for run, until_s in raw.get("ancestors", ()))
         return cls(str(raw.get("id", "")), ancestors)
 
     def continued(self, run: str, begun_s: float) -> Lineage:
-        """That of a run which goes on from a checkpoint of this one."""
+        """The lineage of a run that resumes from a checkpoint of this run."""
         if run == self.run:
             return self
         return Lineage(run, ((self.run, begun_s), *self.ancestors)[:ANCESTORS_KEPT])

@@ -1,7 +1,7 @@
-"""The manifest: what a checkpoint holds, with a checksum of every chunk. A checkpoint without one does not exist.
+"""The manifest: a checkpoint's content, with a checksum of every chunk. A folder without one is no checkpoint.
 
-Its schema is `docs/formats.md`. It ends with a checksum of itself, so that one that was edited, or is of another
-checkpoint, is not taken for what was written.
+Its schema is in `docs/formats.md`. It ends with a checksum of itself, so that an edited manifest, or that of another
+checkpoint, is detected.
 """
 
 from __future__ import annotations
@@ -63,14 +63,14 @@ def _quoted(name: str) -> str:
 def path_of(room: str, name: str) -> str:
     """The path of a tensor's array: `params/<name>`, `optimizer/<state>/<name>`, ...
 
-    Names of tensors and of states may be anything, for foreign checkpoints say them; a path never leaves its room.
+    Names of tensors and states come from foreign checkpoints and may be any text; a path never leaves its room.
     """
     first, separator, state = room.partition("/")
     return f"{first}/{node(state)}/{node(name)}" if separator else f"{first}/{node(name)}"
 
 
 def room_and_name(path: str, name: str = "") -> tuple[str, str]:
-    """The reverse of `path_of`; `name`: the array's, which its path does not tell if it was cut."""
+    """The inverse of `path_of`; `name`: the array's own, needed if its path was shortened."""
     room, _, last = path.rpartition("/")
     return unquote(room), name or unquote(last)
 
@@ -186,13 +186,13 @@ def chunk_shape(shape: tuple[int, ...], dtype: str, limit_bytes: int) -> tuple[i
 class Manifest:
     """Everything about a checkpoint that is not a tensor.
 
-    `step`: how many optimizer steps it is after. `arrays`: by path. `scalars`: state -> parameter -> {dtype, value}, of
-    optimizer states that are one number. `tied`: alias -> owner. `layers`: parameter -> pipeline layers. `dtypes`: what
-    the module computes in, where not the stored type. `optimizer`: {"name", "groups"}. `data`: {"samples",
-    "global_batch_size", "micro_batch_size", "seed", "position"}. `registered`: states of what the user registered.
-    `run`: whose it is. `agreement`: what the ranks agreed on in the last step, which resuming goes on from. `extra`:
-    what a foreign format had besides. `saved_at`: seconds since 1970. `zarr`: by which version of ours the metadata for
-    zarr was written.
+    `step`: number of optimizer steps done. `arrays`: by path. `scalars`: state -> parameter -> {dtype, value}, of
+    optimizer states that are one number. `tied`: alias -> owner. `layers`: parameter -> pipeline layers. `dtypes`: the
+    module's compute type, where it differs from the stored one. `optimizer`: {"name", "groups"}. `data`: {"samples",
+    "global_batch_size", "micro_batch_size", "seed", "position"}. `registered`: states of objects the user registered.
+    `run`: the lineage. `agreement`: what the ranks agreed on in the last step; resuming starts from it. `extra`:
+    further content of a foreign format. `saved_at`: seconds since 1970. `zarr`: the version of Everstep that wrote the
+    metadata for zarr.
     """
 
     step: int
@@ -212,7 +212,7 @@ class Manifest:
     zarr: int = _ZARR_METADATA
 
     def to_bytes(self) -> bytes:
-        """The file: one JSON object, whose last member is the checksum of the rest."""
+        """The file's bytes: one JSON object, whose last member is the checksum of the rest."""
         raw: dict[str, Any] = {"format": FORMAT, "version": VERSION}
         for item in fields(self):
             value = getattr(self, item.name)

@@ -35,7 +35,7 @@ class Checkpoint:
         return self.store.url
 
     def array(self, path: str) -> Array:
-        """What is known of the array at `path` (`params/<name>`, ...)."""
+        """The description of the array at `path` (`params/<name>`, ...)."""
         if path not in self.manifest.arrays:
             raise CheckpointError(f"{self.url} has no {path}")
         return self.manifest.arrays[path]
@@ -50,9 +50,9 @@ class Checkpoint:
         return out
 
     def read_into(self, path: str, out: np.ndarray, start: int = 0) -> None:
-        """Read the rows from `start` on into `out`, which is contiguous, of the array's type, and says how many.
+        """Read rows from `start` on into `out`, which is contiguous, of the array's type, and determines their number.
 
-        A chunk that is wanted whole is read into place, and checked there: `out` is of no use after an error.
+        A chunk that is needed whole is read into place and verified there: after an error `out` is undefined.
         """
         array = self.array(path)
         if not out.size:

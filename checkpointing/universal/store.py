@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 Buffer = bytes | bytearray | memoryview
-TEMPORARY = ".everstep-"  # how the name of a file begins that a commit has not renamed yet
+TEMPORARY = ".everstep-"  # prefix of files that a commit has not renamed yet
 _sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)
 
 

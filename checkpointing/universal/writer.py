@@ -1,8 +1,8 @@
-"""Writing a checkpoint: chunks by anyone in any order, then one part a writer, then, once, the manifest.
+"""Writing a checkpoint: chunks by any writer in any order, then one part per writer, then, once, the manifest.
 
-Writers need not know of each other. Each puts its chunks and then says in a part what it has put; whoever finds that
-the parts make up the whole checks that every file is there, and commits. Parts belong to one attempt (the folder's
-name), so what an earlier one left can never be mixed in.
+Writers need no communication. Each writes its chunks and then lists them in a part; the writer that finds the parts
+complete checks that every file is there, and commits. Parts belong to one attempt (the folder's name), so files of an
+earlier attempt are never mixed in.
 """
 
 from __future__ import annotations
@@ -86,12 +86,12 @@ class ChunkWriter:
         return {"arrays": arrays, "scalars": self.scalars}
 
     def finish(self, writer: str) -> None:
-        """All of this writer's chunks are put: make them stable, and say so in its part."""
+        """After this writer's last chunk: make the chunks durable, and list them in its part."""
         self.store.flush()
         self.say(writer)
 
     def say(self, writer: str) -> None:
-        """Say what is put so far, for a later attempt to find. It is not made stable: `commit` does that."""
+        """Write a part with the chunks so far, for a later attempt to find. Not made durable: `commit` does that."""
         self.store.put(f"{PARTS}/{writer}.json", [json.dumps(self.part(), separators=(",", ":")).encode()])
 
 
@@ -174,7 +174,7 @@ def try_commit(store: Store, manifest: Manifest, expected: Iterable[str], writer
 
 
 class Retained(NamedTuple):
-    """What became of older checkpoints: those that were removed, and those of other runs, which were left alone."""
+    """Old checkpoints: the removed ones, and those of other runs, which are never removed."""
 
     removed: list[str]
     strangers: list[str]

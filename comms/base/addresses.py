@@ -1,7 +1,7 @@
-"""Addresses: HOST:PORT as text, IPv6 addresses in brackets, and the sockets that belong to them.
+"""Addresses: HOST:PORT as text, IPv6 addresses in brackets, and sockets for them.
 
-A name may have addresses of both families. Whoever listens at a name and whoever connects to it take the same one: an
-IPv4 address where the name has any, because that is what the hosts of most clusters can all reach.
+A name may have addresses of both families. Listeners and clients choose the same one: an IPv4 address if the name has
+any, because all hosts of most clusters can reach those.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Address(NamedTuple):
 def parse(text: str, *, port: int | None = None, host: str = "") -> Address:
     """HOST:PORT, [ADDRESS]:PORT, and, as torch reads it, ADDRESS:PORT of an IPv6 address without brackets.
 
-    `port` and `host` stand for what the text leaves out; without them nothing may be left out. Raises BadAddress.
+    `port` and `host` are defaults for parts that the text omits; without them both are required. Raises BadAddress.
     """
     bracketed, closing, rest = text.rpartition("]")
     if closing:

@@ -1,4 +1,4 @@
-"""What is Linux's own about processes: children die with their parents, and who can share memory."""
+"""Linux-specific process control: children that die with their parents, subreapers, exit statuses, shared memory."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _BACKGROUND = 10  # niceness
 _PF_EXITING = 4  # a flag of a thread that ends (linux/sched.h)
 _libc = ctypes.CDLL(None, use_errno=True)
 
-NOTICES = (signal.SIGUSR1, signal.SIGUSR2)  # what schedulers are told to send some time before they end a job
+NOTICES = (signal.SIGUSR1, signal.SIGUSR2)  # schedulers can be configured to send these some time before they end a job
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, *NOTICES)
 """Signals that ask a job to end. A scheduler, a service manager or a terminal sends them to every process of it."""
-SAME_S = 1.0  # within which a signal that comes again asks for nothing more: timeout(1) sends its own twice
+SAME_S = 1.0  # a signal repeated within this time is the same request: timeout(1) sends its own twice
 
 
 def die_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
@@ -34,13 +34,13 @@ def die_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
 
 
 def adopt_orphans() -> None:
-    """Be the parent of all descendants of this process whose own parents end (prctl(2), PR_SET_CHILD_SUBREAPER)."""
+    """Make this process the subreaper of its descendants: orphans become its children (prctl(2))."""
     if _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER) failed")
 
 
 def children() -> list[int]:
-    """The children of this process, those that it has adopted and those that nobody has waited for included."""
+    """The children of this process, including adopted ones and zombies."""
     try:
         tasks = list(Path("/proc/self/task").iterdir())
         return [int(pid) for task in tasks for pid in (task / "children").read_text().split()]
@@ -56,7 +56,7 @@ def _parent(pid: int) -> int:
 
 
 def leave_signals_to_launcher() -> None:
-    """What asks a job to end, the launcher decides about, whoever else of its processes gets it too."""
+    """Ignore the signals that request a job's end: the launcher, which gets them too, decides about them."""
     for number in STOPS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -90,16 +90,16 @@ def rename_process(name: str) -> None:
 
 
 def exit_status(pid: int) -> int | None:
-    """That of a process that has not been reaped yet, as `subprocess` has it (proc(5), stat).
+    """The exit status of a process that is not reaped yet, in the form of `subprocess` (proc(5), stat).
 
-    Known as soon as the main thread ends, which other threads may outlive. None while it runs, or if there is none.
+    Known as soon as the main thread ends; other threads may outlive it. None if the process runs or does not exist.
     """
     fields = _stat(f"/proc/{pid}")
     return os.waitstatus_to_exitcode(int(fields[-1])) if fields and _ends(fields) else None
 
 
 def runs_without_main_thread(pid: int) -> bool:
-    """Whether other threads of a process go on after its main thread has ended, and nothing ends them."""
+    """Whether other threads of a process still run after its main thread has ended, and no kill is pending."""
     if exit_status(pid) is None:
         return False
     try:
@@ -137,7 +137,7 @@ def let_compute_go_first() -> None:
 def leave(status: int) -> NoReturn:
     """End this process, and do not take its modules apart first: where torch is one, that takes a third of a second."""
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # nobody reads it, or it is closed
+        with contextlib.suppress(OSError, ValueError):  # its reader is gone, or it is closed
             stream.flush()
     os._exit(status)
 

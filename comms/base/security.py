@@ -1,7 +1,7 @@
-"""Who may talk to whom: mutual TLS by certificates of one authority, and the job's token.
+"""Authentication of connections: mutual TLS with certificates of one authority, and the job's token.
 
-With certificates every connection between hosts is TLS in which both ends show one that the authority signed. Without,
-nothing but loopback addresses may be bound, unless the user says by name that the network is trusted.
+With certificates every connection between hosts is TLS, and both ends present a certificate that the authority signed.
+Without, only loopback addresses may be bound, unless the user declares the network trusted (--es-insecure-network).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class SecurityError(Exception):
 
 @dataclass(frozen=True)
 class Security:
-    """What a process shows and asks for. `token` is empty where the coordinator is to make one up."""
+    """A process's credentials, also required of its peers. `token` is empty if the coordinator has to generate one."""
 
     token: str = ""
     folder: Path | None = None  # of ca.pem, cert.pem and key.pem
@@ -52,7 +52,7 @@ class Security:
 
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> Security:
-        """What the environment says. Raises SecurityError for files that are missing or empty."""
+        """From environment variables. Raises SecurityError for files that are missing or empty."""
         folder = Path(environment[CERTIFICATES]) if environment.get(CERTIFICATES) else None
         for name in FILES if folder is not None else ():
             assert folder is not None
@@ -73,15 +73,15 @@ class Security:
         return {**found, TRUST: "1"} if self.trusted_network else found
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """Of a gRPC call, by which the other end knows that the caller has the token."""
+        """Metadata for a gRPC call that proves that the caller has the token."""
         return ((_METADATA, digest_of(self.token)),) if self.token else ()
 
     def admits(self, digest: str) -> bool:
-        """Whether a token's digest is of this job's token. Where no token was given, everybody has it."""
+        """Whether a digest is that of this job's token. A job without a token admits every caller."""
         return not self.token or hmac.compare_digest(digest.encode(), digest_of(self.token).encode())
 
     def admits_call(self, metadata: Iterable[tuple[str, str | bytes]]) -> bool:
-        """Whether a gRPC call is by somebody who has the token."""
+        """Whether the caller of a gRPC call has the token."""
         return self.admits(str(dict(metadata).get(_METADATA, "")))
 
     def admits_request(self, authorization: str) -> bool:
@@ -97,7 +97,7 @@ class Security:
         return self.admits(digest_of(token.decode(errors="replace")))
 
     def check_bind(self, host: str) -> None:
-        """Raises SecurityError for an address that others can reach, where nobody would have to show who he is."""
+        """Raises SecurityError for an address that other hosts could reach without authentication."""
         if self.encrypts or self.trusted_network or addresses.is_loopback(host):
             return
         raise SecurityError(
@@ -149,7 +149,7 @@ def _context(folder: Path, purpose: ssl.Purpose) -> ssl.SSLContext:
     context.load_cert_chain(certificate, key)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     if purpose is ssl.Purpose.CLIENT_AUTH:
-        context.num_tickets = 0  # nothing is to come that nobody waits for
+        context.num_tickets = 0  # session tickets would arrive unexpectedly: no reader waits for them
     context.verify_mode = ssl.CERT_REQUIRED
     return context
 
@@ -161,12 +161,12 @@ def own() -> Security:
 
 
 def digest_of(token: str) -> str:
-    """What stands for a token where it is shown, so that the token itself is not."""
+    """A digest that identifies a token without disclosing it."""
     return hashlib.sha256(b"everstep attach\0" + token.encode()).hexdigest()
 
 
 def _check(folder: Path) -> None:
-    """Raises SecurityError for certificates that nobody would accept."""
+    """Raises SecurityError for certificates that no peer would accept."""
     from cryptography import x509  # costs a while, and is needed only here
 
     for name in ("ca.pem", "cert.pem"):
@@ -193,7 +193,7 @@ def explain_unreachable(address: str, security: Security, timeout_s: float = 2.0
         with socket.create_connection(addresses.parse(address), timeout_s) as connection:
             if security.encrypts:
                 with security.connect(connection) as encrypted:
-                    encrypted.recv(1)  # TLS 1.3 tells only now what the server makes of our certificate
+                    encrypted.recv(1)  # TLS 1.3 reports only now whether the server accepts our certificate
                 return ""
             connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
             if connection.recv(1) in (b"", b"\x15"):  # it hangs up, or sends a TLS alert

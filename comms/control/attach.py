@@ -1,8 +1,8 @@
-"""A node agent's tie to its job's coordinator, whichever process that is just now.
+"""A node agent's connection to its job's coordinator; it survives changes of the coordinator process.
 
-Messages have numbers and are kept until a coordinator has them in its store; after a broken stream they are said again
-to the next one, which passes over what was seen. Orders come likewise. So what is said and ordered happens once, and in
-order, however often coordinators die.
+Messages are numbered and kept until a coordinator has written them to its store; after a broken stream they are sent
+again, and the coordinator skips duplicates. Orders are delivered in the same way. So each message and each order takes
+effect exactly once and in order, however often coordinators die.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from . import beats
 from . import everstep_pb2 as pb
 from .rpc import channel_to, stub
 
-PROTOCOL = 3  # of the streams between agents and coordinator, with what workers say on them
-BEAT_S = 0.25  # between beats, until the coordinator has said
+PROTOCOL = 3  # version of the streams between agents and coordinator, including the workers' messages
+BEAT_S = 0.25  # heartbeat interval until the coordinator sets it
 BUSY_S = 10.0
-SILENT_S = 3.0  # without a word: where there are others, another coordinator is looked for
-QUIET_S = 1.0  # without an echo for so long, beats go through the stream as well
+SILENT_S = 3.0  # silence after which another coordinator is tried, if there are several
+QUIET_S = 1.0  # time without an echo after which heartbeats use the stream as well
 RETRY_S = 0.2  # between tries to reach a coordinator
 CONNECT_S = 1.0  # for one try
-ANSWER_MESSAGES = 1024  # that wait to be sent and are of use now or never
-OUTBOX_MESSAGES, OUTBOX_BYTES = 100_000, 1 << 30  # kept while there is no coordinator; a node with more to say ends
+ANSWER_MESSAGES = 1024  # unsent answers that are kept; they are never retransmitted
+OUTBOX_MESSAGES, OUTBOX_BYTES = 100_000, 1 << 30  # kept while there is no coordinator; a node that exceeds these ends
 
 
 class Unreachable(Exception):
@@ -52,7 +52,7 @@ class Broken:
 
 @dataclass(frozen=True)
 class AbortHeard:
-    """The coordinator's echo says that all generations before this one are over."""
+    """The coordinator's echo reports that all generations before this one are over."""
 
     generation: int
 
@@ -63,8 +63,8 @@ Heard = pb.AttachResponse | Broken | AbortHeard
 class Attachment:
     """Everything between an agent and its coordinators. Methods may be called from any thread, and do not block.
 
-    What comes is in `received()`; `wake_fd` is readable when there is something. `heard_s` is when a coordinator was
-    last heard of (CLOCK_MONOTONIC).
+    `received()` yields what has arrived; `wake_fd` is readable when there is something. `heard_s` is the time of the
+    coordinator's last sign of life (CLOCK_MONOTONIC).
     """
 
     def __init__(self, addresses: Sequence[str], job: str, security: Security) -> None:
@@ -87,9 +87,9 @@ class Attachment:
         self._token = ""
         self._address = ""
         self._aborted = -1
-        self._turned_s = 0.0  # when the agent's loop did so last
+        self._turned_s = 0.0  # when the agent's loop last ran
         self._beat_due = False  # through the stream
-        self._passing: pb.AttachRequest | None = None  # what is of use now or never
+        self._passing: pb.AttachRequest | None = None  # the newest best-effort message
         self._answers: deque[pb.AttachRequest] = deque(maxlen=ANSWER_MESSAGES)  # likewise, and all of it
         self._closing = threading.Event()
         self._call: Any = None
@@ -112,13 +112,13 @@ class Attachment:
             time.sleep(RETRY_S)
 
     def start(self, node: str) -> None:
-        """Join as a node of this name, and go on trying until `close`."""
+        """Join as a node of this name; retries until `close`."""
         self.rename(node)
         for thread in self._threads:
             thread.start()
 
     def rename(self, node: str) -> None:
-        """Join anew: what was said and heard under the name before is forgotten."""
+        """Join again under a new name; drops the messages and orders of the old one."""
         with self._lock:
             self._lives += 1
             self._node = node
@@ -133,7 +133,7 @@ class Attachment:
             call.cancel()
 
     def send(self, **body: Any) -> None:
-        """Say something (an AttachRequest's body); it arrives once, whatever coordinator is there by then."""
+        """Send a message (an AttachRequest's body); it takes effect exactly once, even if the coordinator changes."""
         with self._lock:
             self._number += 1
             self._outbox.append(pb.AttachRequest(number=self._number, **body))
@@ -145,13 +145,13 @@ class Attachment:
         return self._security
 
     def mention(self, **body: Any) -> None:
-        """Say something that is of use now or never: it is not said again, and the newest is what goes out."""
+        """Send best-effort: never retransmitted; a newer message replaces an unsent one."""
         with self._lock:
             self._passing = pb.AttachRequest(**body)
             self._lock.notify_all()
 
     def answer(self, **body: Any) -> None:
-        """Answer what was asked without a number: all pieces go out, in order, on the stream that there is, or none."""
+        """Answer an order that has no number: the pieces are sent in order on the current stream, if there is one."""
         with self._lock:
             if self._attached:
                 self._answers.append(pb.AttachRequest(**body))
@@ -159,7 +159,7 @@ class Attachment:
 
     @property
     def overflowed(self) -> bool:
-        """Whether more waits to be said than is kept."""
+        """Whether more unsent messages are queued than are kept."""
         return len(self._outbox) > OUTBOX_MESSAGES or self._outbox_bytes > OUTBOX_BYTES
 
     @property
@@ -168,11 +168,11 @@ class Attachment:
         return self._attached
 
     def alive(self) -> None:
-        """The agent's loop turns; when it has not for `BUSY_S`, nobody is told that this node is alive."""
+        """The agent's loop runs; heartbeats stop when it has not run for `BUSY_S`."""
         self._turned_s = time.monotonic()
 
     def received(self) -> Iterator[Heard]:
-        """Everything that has come."""
+        """Everything that has arrived since the last call."""
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self.wake_fd)
         while True:
@@ -251,7 +251,7 @@ class Attachment:
         return "it closed the stream"
 
     def _take(self, message: pb.AttachResponse, address: str, life: int, welcomed: threading.Event) -> None:
-        """An order that has not been seen yet goes to the agent."""
+        """Pass an order to the agent, unless it is a duplicate."""
         with self._lock:
             if self._lives != life or (message.number and message.number <= self._received):
                 return
@@ -265,11 +265,11 @@ class Attachment:
                 welcomed.set()
                 self._lock.notify_all()
                 if again:
-                    return  # the agent knows it
+                    return  # the agent has the welcome already
         self._put(life, message)
 
     def _requests(self, life: int, welcomed: threading.Event) -> Iterator[pb.AttachRequest]:
-        """What goes out on one stream: a hello, and after the welcome all that was not kept yet, in order."""
+        """The requests of one stream: a hello, and after the welcome all unacknowledged messages, in order."""
         with self._lock:
             hello = pb.Hello(
                 job=self.job,
@@ -316,7 +316,7 @@ class Attachment:
     # ------------------------------------------------------------ beats
 
     def _beat(self) -> None:
-        """A thread of its own says that this node is alive, so that a busy moment of the agent's loop is no loss."""
+        """The heartbeat thread: separate, so that a busy moment of the agent's loop does not look like a lost node."""
         address, udp, echoed_s = "", None, 0.0
         while not self._closing.is_set():
             if self._address != address:
@@ -327,7 +327,7 @@ class Attachment:
             if udp is not None and self._token and time.monotonic() - self._turned_s < BUSY_S:
                 stamp = time.monotonic_ns()
                 beat = beats.Beat(beats.name_of(self._node), stamp, self._received)
-                with contextlib.suppress(OSError):  # refused, unreachable: the stream tells
+                with contextlib.suppress(OSError):  # refused or unreachable: the stream reports that
                     udp.send(beats.pack_beat(beats.key_of(self._token), beat))
                 if time.monotonic() - echoed_s > max(QUIET_S, 4 * self._beat_s) and self._attached:
                     with self._lock:
@@ -340,7 +340,7 @@ class Attachment:
             udp.close()
 
     def _give_up_silent(self) -> None:
-        """A coordinator that says nothing, though its stream lasts, is stopped or cut off: look for another."""
+        """Drop a coordinator that is silent although its stream is open: it is stopped or partitioned. Try another."""
         if len(self.addresses) == 1:
             return  # there is none
         with self._lock:

@@ -1,11 +1,11 @@
-"""Heartbeats as datagrams, so that ten thousand nodes a second cost their coordinator little.
+"""Heartbeats as datagrams, so that those of ten thousand nodes cost their coordinator little.
 
-    agent -> coordinator    Beat: who, a rising stamp, the last order it has got
-    coordinator -> agent    Echo: the same stamp, the last message it has kept, the newest generation it has aborted
+    agent -> coordinator    Beat: the node, an increasing stamp, the last order that the node received
+    coordinator -> agent    Echo: the same stamp, the last message that is stored, the newest aborted generation
 
-Each carries a keyed BLAKE2b of all its bytes (RFC 7693); what does not verify, is too long or too short, or has an
-older stamp than one before is dropped without a word. They carry no secrets. They may be lost: what they tell comes
-through the stream as well, later. On the coordinator's side they use UDP by the number of its TCP port.
+Each carries a keyed BLAKE2b of all its bytes (RFC 7693); a datagram that does not verify, has the wrong length or an
+older stamp than a previous one is dropped silently. They carry no secrets. They may be lost: the stream carries the
+same information, later. The coordinator's UDP port has the number of its TCP port.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def key_of(token: str) -> bytes:
 
 
 def name_of(node: str) -> bytes:
-    """What stands for a node's name in a datagram."""
+    """The fixed-size identifier of a node's name in a datagram."""
     return hashlib.blake2b(node.encode(), digest_size=8).digest()
 
 

@@ -33,8 +33,8 @@ OPTIONS: list[tuple[str, Any]] = [
     ("grpc.max_receive_message_length", MESSAGE_BYTES),
     ("grpc.max_send_message_length", MESSAGE_BYTES),
 ]
-# Calls that the event loop has not taken yet. By itself gRPC's core cancels some beyond 1,000, all beyond 3,000; and so
-# many agents may come at once when a coordinator has taken over.
+# Calls that the event loop has not accepted yet. By default gRPC's core cancels some beyond 1,000 and all beyond 3,000;
+# more agents than that may reconnect at once after a coordinator has taken over.
 BURST: list[tuple[str, Any]] = [
     ("grpc.server.max_pending_requests", 30_000),
     ("grpc.server.max_pending_requests_hard_limit", 60_000),
@@ -109,7 +109,7 @@ class Shell(Protocol):
         """All there is to show, as JSON. Called in another thread."""
 
     def trace(self, steps: int) -> AsyncGenerator[pb.GetTraceResponse, None]:
-        """What all ranks did in the last steps. Raises Busy while it is told to somebody else."""
+        """The spans of all ranks in the last steps. Raises Busy while another client is served."""
 
 
 class Servicer(CoordinatorServiceServicer):
@@ -119,7 +119,7 @@ class Servicer(CoordinatorServiceServicer):
         self._shell = shell
         self._security = security
         self._viewer = ThreadPoolExecutor(1, "everstep-viewer")  # of a large job a view takes a while: one at a time
-        # A task that waits for gRPC is known to nobody but itself: the garbage collector takes it, and ends its stream.
+        # Only these references keep a task that waits for gRPC alive: else the garbage collector would end its stream.
         self._tasks: set[tuple[asyncio.Task[Any] | None, asyncio.Task[None]]] = set()
 
     async def Attach(self, requests: AsyncIterator[pb.AttachRequest], context: Any) -> None:
@@ -143,7 +143,7 @@ class Servicer(CoordinatorServiceServicer):
             async for request in requests:
                 self._shell.deliver(session, request)
         except grpc.RpcError:
-            pass  # the stream broke, which its end below tells
+            pass  # the stream broke; `finally` reports its end
         finally:
             session.end()
 

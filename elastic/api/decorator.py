@@ -57,24 +57,25 @@ def elastic(**arguments: Unpack[Arguments]) -> Callable[[Callable[Concatenate[Ru
     which it must be divisible. `stages`: pipeline stages. `seed`: of the data order, dropout and initialisation.
     `master_dtype`: the type in which the optimizer steps bfloat16 and float16 parameters, "float32", or "none": theirs.
 
-    `protection`: how the state outlives lost nodes: "parity" (erasure code), "replicate" (copies), "replay" (a backup
+    `protection`: how the state survives lost nodes: "parity" (erasure code), "replicate" (copies), "replay" (a backup
     that gets the reduced gradients and runs the same optimizer), "none". `node_losses`: how many nodes may be lost at
-    once. `snapshot_every`: steps between the versions that outlive nodes, or "auto": as often as `snapshot_budget`
-    (a share of the step's time) allows. `on_loss`, when more is lost: "checkpoint", "neighbors" (lossy), "stop".
-    `verify_every`: steps between comparisons of the replicas of each parameter, 0 for never; `on_corruption`: what is
-    done about one that differs, "repair" or "evict".
+    once. `snapshot_every`: steps between the versions that survive node losses, or "auto": as often as
+    `snapshot_budget` (a share of the step's time) allows. `on_loss`: what to do when more is lost: "checkpoint",
+    "neighbors" (lossy), "stop".
+    `verify_every`: steps between comparisons of the replicas of each parameter, 0 for never; `on_corruption`: the
+    reaction to a replica that differs, "repair" or "evict".
 
     `checkpoint`: the URL of a folder (any fsspec file system, whose options are `checkpoint_options`) in which a
-    checkpoint is saved `checkpoint_every` steps, and after the last one; at least `checkpoint_keep` are kept, and each
-    for `checkpoint_keep_s` seconds. Saving one is given up after `checkpoint_timeout` seconds without progress.
-    `resume`: "auto", go on from the newest one there; "never"; or the URL of one to start from when there is none yet.
+    checkpoint is saved every `checkpoint_every` steps, and after the last step; at least `checkpoint_keep` are kept,
+    and each for `checkpoint_keep_s` seconds. A save is abandoned after `checkpoint_timeout` seconds without progress.
+    `resume`: "auto", resume from the newest one there; "never"; or the URL of one to start from if there is none yet.
     `resume_hyperparameters`: whether rates and the other settings of the optimizer are the "checkpoint"'s or the
-    "script"'s. `on_damage`: whether a damaged one may be passed over for the one before it, "older", or ends the job,
-    "stop". `resume_data`: whether a checkpoint is refused when the dataset, the batch sizes or the seed are others than
-    those it was trained with, "check", or continued all the same, "ignore".
+    "script"'s. `on_damage`: a damaged checkpoint is skipped in favour of the previous one, "older", or ends the job,
+    "stop". `resume_data`: a checkpoint trained with another dataset, other batch sizes or another seed is refused,
+    "check", or continued, "ignore".
 
     Call the decorated function without `run`. Under `everstep run` it is one worker of the job; started by itself it
-    runs alone. A mistake in these raises no traceback of ours: it ends the script with one line.
+    runs alone. An invalid setting ends the script with a one-line error instead of a traceback.
     """
 
     SIGNATURE.bind(**arguments)
@@ -136,7 +137,7 @@ def _ended_well(name: str, membership: Membership) -> None:
 
 
 def _refuse_second(name: str) -> NoReturn:
-    """Other ranks, their keepers and the coordinator know of one training."""
+    """Refuse a second training: the other ranks, their keepers and the coordinator have state for only one."""
     first, membership = _trained[0]
     why = f"{name}: this script has trained already ({first}), and a job is one training: start another job for it"
     _raise_in_job(membership, why, "")
@@ -144,7 +145,7 @@ def _refuse_second(name: str) -> NoReturn:
 
 @atexit.register
 def _end_with_loss() -> None:
-    """The script has run to its end, and what was lost is said: the exit status is all that is left to give."""
+    """At exit of a script whose last state was not saved: the loss was reported, so only set the exit status."""
     if _unsaved and getattr(sys, "last_value", None) is None:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):

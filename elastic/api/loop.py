@@ -45,7 +45,7 @@ class Batches:
         self._gradients = gradients
         self._found = found  # schedulers that the user's loop steps
         self._turn = -1  # the step of the last micro-batch that was handed out; -1: nothing to check of it
-        self._open: Leg | None = None  # handed out, gradient not yet taken
+        self._open: Leg | None = None  # handed out, gradient not yet collected
         self._skipped = False  # the micro-batch last handed out was
         self._handed_out_ns = 0
 
@@ -90,7 +90,7 @@ class Batches:
         )
 
     def _end_turn(self) -> None:
-        """The user's code asks for the next micro-batch: it has done what belongs to the last one."""
+        """The user's code requests the next micro-batch, so it has finished the last one."""
         if self._open is not None:
             raise UsageError(
                 "optimizer.step() was not called for the last micro-batch: call it once for each; gradients are "
@@ -179,7 +179,7 @@ class Batches:
 
 
 class ElasticOptimizer(Optimizer):
-    """Stands for the user's optimizer in an ordinary loop. `step` acts once the step's micro-batches are done."""
+    """Replaces the user's optimizer in an ordinary loop. `step` acts once the step's micro-batches are done."""
 
     _step_supports_amp_scaling = True  # so that a GradScaler calls `step` in any case, and can be named
 

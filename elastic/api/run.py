@@ -77,8 +77,8 @@ class Run:
         self._registered: dict[str, Any] = {}
         self._batches: Batches | None = None
         self._gradients: GradientWatch | None = None
-        self._optimizers: list[Optimizer] = []  # the user's, and what stands for it in a loop
-        self._schedulers: list[LRScheduler] = []  # those known of
+        self._optimizers: list[Optimizer] = []  # the user's optimizer, and its replacement in a loop
+        self._schedulers: list[LRScheduler] = []  # known schedulers
         self._left_in_loop: list[ScheduledRate] = []  # the one of them that was not handed over
         self.ends = contextlib.ExitStack()  # what is undone when this run ends
 
@@ -148,9 +148,9 @@ class Run:
         """Make an ordinary loop elastic: returns the model, an optimizer and an iterable of this rank's micro-batches.
 
         Each pass of the loop does one micro-batch: forward, `loss.backward()`, `optimizer.step()`, which acts when the
-        step's micro-batches are done. A scheduler built on the optimizer, handed over or found, is stepped by the
+        step's micro-batches are done. A scheduler built on the optimizer, passed in or found, is stepped by the
         runtime once per step; its own `step()` in the loop then does nothing. With `skip_nonfinite` a step whose
-        gradient is not finite changes nothing. One stage only; `steps` runs any number.
+        gradient is not finite changes nothing. Supports one pipeline stage only; `steps` supports any number.
         """
         if self.settings.stages != 1:
             raise UsageError(
@@ -215,23 +215,23 @@ class Run:
             raise
 
     def heartbeat(self) -> None:
-        """Say that this worker is alive, from code of yours that takes long: its time begins to count again.
+        """Report that this worker is alive, from user code that takes long: restarts its hang timeout.
 
-        For a dataset, an evaluation or other work that may wait for longer than docs/guarantees.md allows it to. Call
-        it where that work goes on, not from a thread that would go on without it.
+        For a dataset, an evaluation or other work that may take longer than the limits in docs/guarantees.md. Call it
+        from the code that makes the progress, not from a separate thread, which would hide a hang.
         """
         self._progress.tick()
 
     def clip_grad_norm_(self, max_norm: float) -> None:
-        """Clip the step's whole gradient to this norm; call it where `torch.nn.utils.clip_grad_norm_` would stand."""
+        """Clip the step's whole gradient to this norm; call it in place of `torch.nn.utils.clip_grad_norm_`."""
         self._trained().adjustments.clip["norm"] = float(max_norm)
 
     def clip_grad_value_(self, limit: float) -> None:
-        """Clip each element of the step's gradient to [-limit, limit]; stands for `torch.nn.utils.clip_grad_value_`."""
+        """Clip each element of the step's gradient to [-limit, limit], like `torch.nn.utils.clip_grad_value_`."""
         self._trained().adjustments.clip["value"] = float(limit)
 
     def skip(self) -> None:
-        """Leave the micro-batch at hand out, in a loop over `prepare`'s batches; then `continue`.
+        """Skip the current micro-batch, in a loop over `prepare`'s batches; then `continue`.
 
         Its gradient counts as zero, so the step's mean is still over all its micro-batches.
         """
@@ -260,12 +260,12 @@ class Run:
     # ------------------------------------------------------------ the whole state
 
     def full_state_dict(self) -> dict[str, Any]:
-        """{"model": {name: tensor}, "optimizer": {name: {state: tensor}}} of the whole model, on any rank that asks.
+        """{"model": {name: tensor}, "optimizer": {name: {state: tensor}}} of the whole model, on the calling rank.
 
         The model's tensors have the types of the live model. Where parameters have float32 masters (`master_dtype`),
         these are there too, as "masters": {name: tensor}, and the optimizer's states are theirs.
 
-        Read from the snapshot keepers, so no other rank has to take part.
+        Read from the snapshot keepers, so this is no collective: other ranks need not call it.
         """
         with self._progress.called(), self._progress.waiting("snapshots in keepers, for full_state_dict"):
             return self._gather_state(self._trained())
@@ -408,7 +408,7 @@ class Run:
         return engine
 
     def _note_replacement(self, engine: Engine, values: str) -> None:
-        """Warn of what the script of a replacement does, or lacks, that the job cannot use."""
+        """Warn about values that a replacement's script loads in vain, and about variables that it lacks."""
         begun = self._context.begun if self._context else None
         if begun is None:
             return
@@ -448,10 +448,10 @@ class Run:
             warn(self._membership, Notice.HYPERPARAMETERS_DIFFER, text)
 
     def _take_over_schedulers(self, engine: Engine) -> bool:
-        """See to the schedulers that were built on the optimizer and not handed over. Returns whether it steps one.
+        """Find schedulers that were built on the optimizer and not passed in. Returns whether the runtime steps one.
 
-        In the user's own loop the runtime steps one that is found once a step. Beside `steps` the user's code steps
-        them, after steps that all ranks see: their states are registered, and rates are agreed on anyway.
+        In the user's own loop the runtime steps the found scheduler once a step. With `steps` the user's code steps
+        it, at the same steps on all ranks: its state is registered, and the ranks agree on the learning rates anyway.
         """
         known = {id(item) for item in self._schedulers}
         found = [item for item in schedulers_of(self._optimizers) if id(item) not in known]
@@ -489,7 +489,7 @@ class Run:
             self._interrupted()
 
     def _interrupted(self) -> None:
-        """After `Aborted`: recover; or, where nobody trains any further, save what there is, and wait for the end."""
+        """After `Aborted`: recover; or, if no rank trains any further, save the last version and wait for the end."""
         assert self._recovery is not None
         while self._membership.conclusion is not None:
             self._conclude()
@@ -498,7 +498,7 @@ class Run:
         self._recovery.recover()
 
     def _conclude(self) -> None:
-        """Save this rank's part of the last version, should that be due."""
+        """Save this rank's part of the last version, if that is due."""
         conclusion, self._membership.conclusion = self._membership.conclusion, None
         assert self._recovery is not None
         if conclusion is None:
@@ -516,7 +516,7 @@ class Run:
             raise Aborted(self.generation)
 
     def _switch(self) -> None:
-        """Enter the generation of a join or leave that everybody agreed on."""
+        """Enter the generation of a join or leave that all ranks agreed on."""
         assert self._recovery is not None
         self._recovery.switch()
 

@@ -1,4 +1,4 @@
-"""The script's own collectives of torch.distributed, which end with a lost worker: said, rather than waited for.
+"""Warns about the script's own torch.distributed collectives, which cannot complete after the loss of a worker.
 
 A process group has the members it was made with. When one of them is lost, the others wait for it in their next
 collective, or get an error of the transport; its replacement waits for them in init_process_group.
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from types import FrameType
 
 SAID_S = 10.0  # in one call, after a worker was lost: worth a warning
-STUCK_S = 120.0  # and the end: nobody will come. A script that makes its group again with all ranks needs less
+STUCK_S = 120.0  # and the end: no peer will come. A script that recreates its group on all ranks needs less
 LOOK_S = 0.5
 INSTEAD = (
     "a worker was lost, and a process group of torch.distributed cannot go on without it. Use what goes on: the loss "
@@ -33,7 +33,7 @@ def group() -> object | None:
 
 
 def call_of_main_thread() -> str:
-    """The function of torch.distributed that the main thread is in, and who called it; empty if it is in none."""
+    """The function of torch.distributed that the main thread is in, and its caller; empty if it is in none."""
     ident = threading.main_thread().ident
     return _call(sys._current_frames().get(ident) if ident is not None else None)
 

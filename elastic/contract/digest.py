@@ -69,5 +69,5 @@ def _feed_sample(hasher: Any, item: Any) -> None:
         for field in dataclasses.fields(item):
             hasher.update(f"{field.name}:".encode())
             _feed_sample(hasher, getattr(item, field.name))
-    elif callable(getattr(item, "tobytes", None)):  # an image of PIL, say
+    elif callable(getattr(item, "tobytes", None)):  # such as an image of PIL
         hasher.update(item.tobytes())

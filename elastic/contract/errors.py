@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class UsageError(Exception):
-    """The script or its settings ask for something that cannot be: says what, where, expected and got."""
+    """A mistake in the script or its settings; the text names what, where, the expected and the actual value."""
 
 
 class JobEnded(BaseException):

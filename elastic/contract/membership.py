@@ -1,4 +1,4 @@
-"""How a worker hears of its fellow members: from its node agent, or, alone, from itself."""
+"""A worker's view of the membership: from its node agent, or, in a script without the launcher, by itself."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Orders:
 
 
 class Conclusion(NamedTuple):
-    """Nobody trains beyond `version`: what has to be saved of it is to be, as `name`."""
+    """No rank trains beyond `version`: save it as the checkpoint `name`, if one is required."""
 
     version: int
     name: str
@@ -54,8 +54,8 @@ class Membership(ABC):
 
     def __init__(self) -> None:
         self.on_abort: Callable[[], None] = lambda: None
-        self.save_asked = False  # somebody wants a checkpoint now
-        self.lost_group: object | None = None  # that the script had made then: it is of no use any more
+        self.save_asked = False  # a checkpoint is requested now
+        self.lost_group: object | None = None  # that the script had made by then: it cannot be used any more
         self.changed = False  # members were lost, or came; of a replacement: before it began
         self.conclusion: Conclusion | None = None  # is due
 
@@ -88,7 +88,7 @@ class Membership(ABC):
 
     @abstractmethod
     def begun(self, step: int) -> None:
-        """This worker needs others for `step` now. Raises Aborted if nobody trains that far."""
+        """This worker needs others for `step` now. Raises Aborted if no other rank trains that far."""
 
     @abstractmethod
     def interrupted(self) -> bool:
@@ -96,7 +96,7 @@ class Membership(ABC):
 
     @abstractmethod
     def tell(self, kind: str, **fields: Any) -> None:
-        """Tell the coordinator something that needs no answer."""
+        """Send the coordinator a message that needs no answer."""
 
     @abstractmethod
     def wait_for_end(self, on_wait: Callable[[], None]) -> bool:
@@ -112,8 +112,8 @@ class Solo(Membership):
     def __init__(self) -> None:
         super().__init__()
         self._orders: Orders | None = None
-        self._saved: list[Saved] = []  # the checkpoints that may be gone on from, newest first
-        self._older = False  # whether one that is damaged may be passed over
+        self._saved: list[Saved] = []  # the checkpoints that can be resumed from, newest first
+        self._older = False  # whether a damaged checkpoint may be skipped
         self._shown = Shown()
         self._newest = -1  # the newest version that is saved
         self.lost = ""  # what is not saved at the end, and why
@@ -122,7 +122,7 @@ class Solo(Membership):
         pass
 
     def ready(self, peer: Peer, job: Job, saved: Sequence[Saved]) -> None:
-        # One process holds all layers, whatever `stages` says: the layout changes no numbers.
+        # One process holds all layers for any number of `stages`: the layout does not change the results.
         layout = initial_layout(job.model, [0], 1, job.micro_batches)
         nowhere = Placement(generation=1, width=0, losses=0, wanted=0, stripes=())
         self._saved, self._older = list(saved), job.on_damage == "older"
@@ -133,7 +133,7 @@ class Solo(Membership):
             self._resume(1)
 
     def _resume(self, generation: int) -> None:
-        """Go on from the newest checkpoint that there still is."""
+        """Resume from the newest remaining checkpoint."""
         assert self._orders is not None
         newest, layout = self._saved[0], replace(self._orders.plan.layout, generation=generation)
         plan = plan_resume(self._job.model, layout, newest.version, newest.agreement, newest.name)
@@ -144,7 +144,7 @@ class Solo(Membership):
         return self._orders
 
     def report(self, make: Callable[[int], Report]) -> None:
-        """Nobody asks; the next plan is there."""
+        """No coordinator needs a report; the next plan exists already."""
 
     def proposed(self, last: bool) -> Orders | None:
         return None
@@ -198,13 +198,13 @@ class AgentMembership(Membership):
         self._socket = socket.socket(fileno=fd)
         self._changed = threading.Condition()
         self._send_lock = threading.Lock()
-        self._aborted = 0  # the newest generation we were told to stop for
+        self._aborted = 0  # the newest generation that this worker was ordered to stop for
         self._aborted_at = 0.0
-        self._reported = 0  # the newest generation we have reported for
+        self._reported = 0  # the newest generation that this worker has reported for
         self._orders: Orders | None = None
         self._proposal: Orders | None = None
         self._past_last = False
-        self._begun = -1  # the last step that others were needed for here
+        self._begun = -1  # the last step that needed other ranks here
         self._left_at: int | None = None  # some rank has left the loop at this version
         self._trained = False
         self._ended = False
@@ -214,7 +214,7 @@ class AgentMembership(Membership):
         with self._socket.makefile("rb") as stream:
             for line in stream:
                 self._heard(json.loads(line))
-        os._exit(1)  # the agent is gone, and with it everything this worker could go on for
+        os._exit(1)  # the agent is gone: this worker cannot continue without it
 
     def _heard(self, message: dict[str, Any]) -> None:
         kind = message["kind"]
@@ -301,7 +301,7 @@ class AgentMembership(Membership):
                 raise Aborted(self._reported)
 
     def _tell_if_past(self) -> None:
-        """Somebody has left the loop, and here it goes on: that is for the coordinator to know."""
+        """Report to the coordinator if this rank continues the loop past the version at which another rank left it."""
         if self._left_at is not None and self._begun >= self._left_at:
             self.tell("went_on", step=self._begun)
 

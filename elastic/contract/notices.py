@@ -1,8 +1,8 @@
-"""Warnings of the runtime: one catalogue, one way to say them.
+"""Warnings of the runtime: one catalogue, and one function that emits them.
 
 A warning is shown on standard error (by the log of the coordinator, or by the script itself when it runs alone), is a
-line of the event log, and is shown once per text. What each means and what to do is in docs/troubleshooting.md, which
-a test compares with this catalogue.
+line of the event log, and is shown once per text. docs/troubleshooting.md has the cause and remedy of each; a test
+compares it with this catalogue.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ class Notice(enum.StrEnum):
     """What a warning is about. The value is its name in the event log and in docs/troubleshooting.md."""
 
     CHANGED_ON_SOME_RANKS = "changed-on-some-ranks"  # a learning rate set by some ranks' code and not by others'
-    HYPERPARAMETERS_DIFFER = "hyperparameters-differ"  # the script's, where a job goes on from a checkpoint
+    HYPERPARAMETERS_DIFFER = "hyperparameters-differ"  # the script's differ from the checkpoint's
     LOSS_NOT_FINITE = "loss-not-finite"  # the loss of a committed step is NaN or infinite
-    NO_PROGRESS = "no-progress"  # a worker stands still, and has used half of the time that it may
+    NO_PROGRESS = "no-progress"  # a worker makes no progress, and half of its hang timeout has passed
     HUNG_ALIVE = "hung-alive"  # a worker was killed as hung though it showed signs of life
     COLLECTIVE = "collective-stuck"  # the script waits in a collective of torch.distributed for a lost worker
-    WAITING = "waiting"  # ranks, or the job, have waited for long: for whom, and where that one is
-    SETTING_IGNORED = "setting-ignored"  # something the script asks for has no effect here
-    ATTRIBUTE_CHANGED = "attribute-changed"  # a forward leaves a number behind, which the next one may use
-    DATA_GREW = "data-grew"  # a replacement's dataset has more samples than the job began with
+    WAITING = "waiting"  # ranks, or the job, have waited for long: for which rank, and where that is
+    SETTING_IGNORED = "setting-ignored"  # a setting of the script has no effect here
+    ATTRIBUTE_CHANGED = "attribute-changed"  # a forward changes a number in the module, which the next one may use
+    DATA_GREW = "data-grew"  # a replacement's dataset has more samples than at the job's start
     DATA_NOT_REPEATABLE = "data-not-repeatable"  # the same index gives another sample when it is fetched again
     DATA_WORKER_LOST = "data-worker-lost"  # a worker process of a DataLoader ended
-    RESUME_DATA = "resume-data"  # the data is not that which the checkpoint was trained on
+    RESUME_DATA = "resume-data"  # the data differs from that of the checkpoint's training
     REPLACEMENT_VALUES = "replacement-values"  # a replacement's script loaded values that the job does not use
     REPLACEMENT_STATE = "replacement-state"  # a replacement has none of the script's own variables
-    SAVE_STALLS = "save-stalls"  # a checkpoint is being saved, and the storage takes nothing
-    SAVE_WAITED_FOR = "save-waited-for"  # training has ended, and its last checkpoint is not whole yet
+    SAVE_STALLS = "save-stalls"  # a checkpoint is being saved, and the storage accepts no data
+    SAVE_WAITED_FOR = "save-waited-for"  # training has ended, and its last checkpoint is not complete yet
     CHECKPOINT_FOLDER = "checkpoint-folder"  # has another run's checkpoints, or older ones cannot be removed
-    NOTHING_LEFT = "nothing-left-to-train"  # the checkpoint that is gone on from has all steps already
+    NOTHING_LEFT = "nothing-left-to-train"  # the checkpoint that the job resumes from has all steps already
 
 
 class WarningChannel(Protocol):

@@ -1,9 +1,9 @@
-"""A worker's progress page: a few words of memory shared with its node agent, and the place where faults are injected.
+"""A worker's progress page: a few words of memory shared with its node agent; faults are injected here, too.
 
-The same memory has, after the page, the ring of what the worker spends its time on (`telemetry`).
+After the page, the same memory has the ring of the worker's telemetry spans (`telemetry`).
 
-The counter rises with everything the worker does, and while it waits; a counter that stands still is a hung worker.
-What stands in the page outlives a killed worker: the agent reads there what it was doing.
+The counter rises with everything that the worker does, and while it waits; if it does not move, the worker is hung.
+The page outlives a killed worker: the agent reads from it what the worker was doing.
 The page also has the mutex that the worker's main thread holds (`robust_mutex`).
 """
 
@@ -56,7 +56,7 @@ class StepPhase(enum.IntEnum):
     JOIN = 8
     END = 9
     LEAVE = 10
-    AFTER = 11  # training is over: what the script does now is its own
+    AFTER = 11  # training is over, and the script continues
 
 
 _MOVES = frozenset({StepPhase.RECOVER, StepPhase.RESTORE, StepPhase.JOIN, StepPhase.LEAVE})  # layers may change hands
@@ -64,7 +64,7 @@ _MOVES = frozenset({StepPhase.RECOVER, StepPhase.RESTORE, StepPhase.JOIN, StepPh
 
 @dataclass(frozen=True)
 class Waits:
-    """Whom or what a worker waits for: a text, or the ranks whose messages are due (the first `MOST_RANKS`)."""
+    """What a worker waits for: a text, or the ranks whose messages are due (the first `MOST_RANKS`)."""
 
     since_s: float  # of the monotonic clock
     what: str = ""
@@ -218,7 +218,7 @@ class Progress:
 
     @contextlib.contextmanager
     def called(self) -> Iterator[None]:
-        """In something that the user's code calls, wherever that is; afterwards the user's code goes on."""
+        """During a call from the user's code, at any place; afterwards the phase is the user's code again."""
         outside, within = self._outside, self._within
         try:
             yield
@@ -227,7 +227,7 @@ class Progress:
             self.tick()
 
     def leave(self) -> None:
-        """The user's own code goes on between steps: evaluating, saving, building a model."""
+        """The user's own code runs between steps: evaluating, saving, building a model."""
         self._counter += 1
         self._within = None
         if self._waits_written:
@@ -306,9 +306,9 @@ def _kill_coordinator() -> None:
 
 
 def _kill_node() -> None:
-    """Kill this worker's node agent and all that it started: stopped first, so that none sees another die.
+    """Kill this worker's node agent and all its descendants: stopped first, so that none sees another die.
 
-    Its parent is killed last: this process dies with it, and whatever were not yet killed would stay stopped for ever.
+    This worker's parent is killed last: this process dies with it, and processes not yet killed would stay stopped.
     """
     parent = psutil.Process(os.getppid())
     agent = parent.parent()

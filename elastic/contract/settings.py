@@ -21,15 +21,15 @@ from .errors import UsageError
 
 @dataclass(frozen=True)
 class About:
-    """What there is to know of a setting beside its name, type and default; `meaning` is Markdown, for users."""
+    """A setting's metadata beside its name, type and default; `meaning` is Markdown, for users."""
 
     meaning: str
     more: str = ""  # what the reference adds
     unit: str = ""  # of its value: steps, samples, seconds, ...
     choices: tuple[str, ...] = ()
     least: int | None = None
-    shown: str = ""  # how a default that stands for something else is written
-    instead: tuple[tuple[str, int | float | str], ...] = ()  # texts that stand for a value
+    shown: str = ""  # how a symbolic default is written
+    instead: tuple[tuple[str, int | float | str], ...] = ()  # symbolic texts and their values
 
     @property
     def plain(self) -> str:
@@ -46,7 +46,7 @@ def setting(meaning: str, *, default: Any = MISSING, **about: Any) -> Any:
 class Settings:
     """A run's settings: each is an argument of the decorator, a flag, a variable and a key of the settings file.
 
-    What is said of them here is what the command line's help and docs/reference.md say.
+    The texts of the command line help and of docs/reference.md are these.
     """
 
     steps: int = setting("Optimizer steps in all.", unit="steps", least=1)
@@ -222,7 +222,7 @@ class Setting(NamedTuple):
         return self.about.shown or self.default
 
     def parse(self, text: str, source: str) -> int | float | str:
-        """The value that a text stands for, which `source` gave. Raises UsageError."""
+        """Parse a text from `source`. Raises UsageError."""
         for written, value in self.about.instead:
             if text == written:
                 return value
@@ -274,7 +274,7 @@ def _from_file(path: Path) -> dict[str, Any]:
 
 
 def _with_values(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The same with values for the texts that stand for one."""
+    """The same with symbolic texts replaced by their values."""
     instead = {(known.name, text): value for known in SETTINGS for text, value in known.about.instead}
     return {
         name: instead.get((name, value), value) if isinstance(value, str) else value for name, value in given.items()
@@ -303,7 +303,7 @@ def threads() -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerContext:
-    """What the node agent tells a worker it forks; absent in a script that runs without the launcher."""
+    """Parameters from the node agent to a forked worker; absent in a script that runs without the launcher."""
 
     rank: int
     incarnation: int
@@ -312,7 +312,7 @@ class WorkerContext:
     host_id: str
     token: str
     keeper_name: str
-    control_fd: int = -1  # these two are known in the process that is forked
+    control_fd: int = -1  # these two are set in the forked process
     progress_fd: int = -1
     node: str = ""
     max_nodes: int = 1

@@ -26,7 +26,7 @@ from everstep.comms.base.process import (
 Handler = Callable[[int, FrameType | None], Any]
 ALONE = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, *NOTICES)  # on which a script that runs alone saves
 
-_handled: dict[int, tuple[Handler, Any]] = {}  # our handlers, and what they stand for
+_handled: dict[int, tuple[Handler, Any]] = {}  # our handlers, and the handlers that they replaced
 
 
 def leave_to_launcher() -> None:
@@ -41,7 +41,7 @@ def leave_to_launcher() -> None:
 
 @contextlib.contextmanager
 def saved_on_signals(ask: Callable[[signal.Signals], None]) -> Iterator[None]:
-    """While a script trains alone: the first signal asks for a checkpoint and the end, a second one ends it at once."""
+    """For a script without the launcher: the first signal requests a checkpoint and the end, a second ends it."""
     asked_s = 0.0
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -85,11 +85,11 @@ def _handle(numbers: Any, handler: Handler) -> None:
         if former in (signal.SIG_DFL, signal.default_int_handler) and number not in outside:
             _handled[number] = handler, former
             signal.signal(number, handler)
-            signal.siginterrupt(number, False)  # what a library is waiting for in the kernel goes on
+            signal.siginterrupt(number, False)  # system calls of libraries are restarted
 
 
 def _restore() -> None:
-    """Undo what the script has not replaced. Also in forked helpers: whoever tells one to end may wait for that."""
+    """Remove handlers that the script has not replaced. Also in forked children, so that signals can end them."""
     for number, (handler, former) in _handled.items():
         if signal.getsignal(number) is handler:
             signal.signal(number, former)
@@ -100,7 +100,7 @@ _masks = threading.local()
 
 
 def _hold() -> None:
-    """Around a fork, signals wait: one that is for the child alone must not find our handler there."""
+    """Block signals around a fork: a signal to the child must not run our handler there."""
     _masks.before = signal.pthread_sigmask(signal.SIG_BLOCK, _handled)
 
 

@@ -1,4 +1,4 @@
-"""States of what a user registers, as JSON: whatever a `state_dict()` is made of, and nothing that runs when read."""
+"""States of user-registered objects as JSON: the usual types of a `state_dict()`, and no code that runs on reading."""
 
 from __future__ import annotations
 

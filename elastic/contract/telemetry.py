@@ -1,12 +1,13 @@
-"""What a worker did with its time: records of spans in a ring of shared memory, which its node agent reads.
+"""A worker's telemetry: records of spans in a ring of shared memory, which its node agent reads.
 
-The worker only writes into memory, about a microsecond a span, and waits for nobody: who reads too seldom misses the
-oldest. What stands in the ring outlives the worker. Metrics, traces and the search for stragglers all read this.
+The worker only writes to memory, about a microsecond per span, and never blocks: a slow reader misses the oldest
+spans. The ring outlives the worker. Metrics, traces and the search for stragglers all read it.
 
-A record is a seqlock of its own, because several threads of the worker write: its number is written first and last.
-The reader copies the ring three times, and takes a record whose last word was right in the first copy (all of it was
-written) and whose first word is still right in the third one (nobody had begun to write over it) from the second.
-This needs stores to be seen in their order, which x86 guarantees; elsewhere microseconds lie between the copies.
+Each record is a seqlock, because several threads of the worker write: its number is written first and last. The
+reader copies the ring three times. It takes a record from the second copy if the record's last word was right in the
+first (the record was complete) and its first word is still right in the third (no writer had begun to overwrite it).
+This relies on stores becoming visible in program order, which x86 guarantees; elsewhere microseconds separate the
+copies.
 """
 
 from __future__ import annotations
@@ -56,8 +57,8 @@ class Spent(enum.IntEnum):
     COMPUTE = 4  # forward and backward in the user's own loop
     SEND = 5  # in the call that sends; includes waiting for a receiver that does not drain its link [bytes]
     WAIT = 6  # for the first byte of a message of `peer`
-    RECEIVE = 7  # from then on until it was whole, as far as somebody waited for it [bytes]
-    REDUCE = 8  # a phase: partial sums to their owners; sends, waits and receives lie within
+    RECEIVE = 7  # from then on until it was complete, as far as the worker waited for it [bytes]
+    REDUCE = 8  # a phase: partial sums to their owners; contains sends, waits and receives
     AGREE = 9  # a phase: the agreement of a step, with its waiting
     UPDATE = 10  # the optimizer
     PUBLISH = 11  # a phase: new values to their readers
@@ -67,7 +68,7 @@ class Spent(enum.IntEnum):
     BLOCKED = 15  # waited for a snapshot, or for its protection
     RECOVER = 16  # a phase: from the abort to the next generation, edit and restore within
     EDIT = 17  # links closed and opened
-    RESTORE = 18  # shards and values had from where they are
+    RESTORE = 18  # fetching shards and values
     OUTSIDE = 19  # the user's own code between steps
 
 
@@ -92,7 +93,7 @@ class Span:
 
 
 class Telemetry:
-    """The worker's side: writes spans. `memory` None: of a worker that nobody watches."""
+    """The worker's side: writes spans. `memory` is None for a worker without a reader."""
 
     def __init__(self, memory: mmap.mmap | None = None) -> None:
         self._memory = memory if memory is not None else mmap.mmap(-1, SHARED_BYTES)
@@ -120,7 +121,7 @@ class Telemetry:
         _RECORD.pack_into(self._memory, offset, number, start_ns, end_ns, amount, value, *place, number)
 
     def committed(self, loss: float | None, samples: int) -> None:
-        """The step is committed here: its time runs from the commit before, unless that is not known."""
+        """The step is committed: its span starts at the previous commit, if there was one."""
         now = time.monotonic_ns()
         if self._stepped_ns:
             value = float("nan") if loss is None else loss
@@ -149,7 +150,7 @@ class TelemetryReader:
         found: Records = np.sort(records[whole], order="number")
         if not len(found):
             return found
-        # One that another thread is still writing is waited for, unless there are newer ones by the hundred.
+        # Wait for a record that another thread is still writing, unless there are hundreds of newer ones.
         gaps = np.flatnonzero(np.diff(found["number"], prepend=np.uint64(self._seen)) > 1)
         newest = int(found["number"][-1])
         for gap in gaps:

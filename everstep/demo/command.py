@@ -127,7 +127,7 @@ class _Cluster:
         return subprocess.Popen(command, env=environment, stdout=stdout, stderr=self._log, preexec_fn=die_with_parent)
 
     def runs(self) -> bool:
-        """Whether the job goes on; starts nodes again that were killed, as a cluster's manager does."""
+        """Whether the job is running; restarts killed nodes, as a cluster manager does."""
         if self._coordinator.poll() is not None:
             return False
         for number, node in enumerate(self._nodes):
