@@ -22,7 +22,7 @@ from everstep.comms.base.process import die_with_parent
 
 JOBS = Path(__file__).parent
 HANG_S = 120
-PROTECTION = "everstep: protection: "  # how the line begins that says, when training starts, what may be lost
+PROTECTION = "everstep: protection: "  # prefix of the line, at the start of training, with the losses it survives
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Scripts with one mistake each; the first argument says which."""
+"""Scripts with one mistake each; the first argument selects it."""
 
 import os
 import sys
@@ -218,7 +218,7 @@ def buffer_changes(run):
 
 
 class Averaging(nn.Module):
-    """Keeps an average of its inputs in an attribute; has a buffer that nobody changes."""
+    """Keeps an average of its inputs in an attribute; has a buffer that never changes."""
 
     def __init__(self, averages=True):
         super().__init__()

@@ -57,7 +57,7 @@ class Browser:
             self.ask(f"{domain}.enable")
 
     def _debugger(self) -> str:
-        """The address at which it lets itself be driven; it says so on standard error."""
+        """The address of its remote control interface, read from its standard error."""
         assert self._process.stderr is not None
         deadline = time.monotonic() + START_S
         for line in self._process.stderr:

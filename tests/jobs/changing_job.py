@@ -1,6 +1,6 @@
-"""A job whose code changes rates, freezes and unfreezes layers, leaves its scheduler in the loop and skips bad samples.
+"""A job whose code changes rates, freezes and unfreezes layers, steps its scheduler itself and skips bad samples.
 
-The JSON argument picks the loop: "prepare", "steps", or "plain", which is torch alone, with no runtime at all.
+The JSON argument selects the loop: "prepare", "steps", or "plain", which is torch without the runtime.
 """
 
 import json

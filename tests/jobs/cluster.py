@@ -35,7 +35,7 @@ class Cluster(HostJob):
         least: int = 0,
         **config: Any,
     ) -> None:
-        """`least`: how many nodes the job goes on with when others leave; 0: all."""
+        """`least`: the minimum number of nodes with which the job continues when others leave; 0: all."""
         count = len(hosts.hosts)
         super().__init__(hosts, out, nnodes=f"{least or count}:{count}", steps=steps, stages=stages, **config)
         self.steps, self.config = steps, config
@@ -111,7 +111,7 @@ class Cluster(HostJob):
 
     def whole(self) -> bool:
         """Whether all hosts train, and a version outlives nodes that was made since they do."""
-        since = self._since_changes()  # once: the job goes on meanwhile
+        since = self._since_changes()  # read once: the job runs meanwhile
         if not since or since[-1]["protected"] <= since[0]["step"]:
             return False
         stages = re.findall(r"ranks ([\d,]+)", since[-1]["layout"])

@@ -1,4 +1,4 @@
-"""An ordinary torch script: DistributedDataParallel over gloo. Knows nothing of everstep; dies as its argument says."""
+"""An ordinary torch script: DistributedDataParallel over gloo, without everstep. Its argument selects how it dies."""
 
 import json
 import os

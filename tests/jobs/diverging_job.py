@@ -1,4 +1,4 @@
-"""A job whose loss becomes infinite, and then no number at all."""
+"""A job whose loss becomes infinite, and then NaN."""
 
 from __future__ import annotations
 

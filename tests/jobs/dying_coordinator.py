@@ -1,5 +1,5 @@
-"""`everstep coordinator` that kills itself where a decision has orders in it: just before it is written, or just after,
-when nobody was told. The first argument says which, `before` or `after`; the rest is the command's."""
+"""`everstep coordinator` that kills itself at a decision with orders: just before it is written, or just after, when
+no agent has received it. The first argument is `before` or `after`; the rest are the command's own."""
 
 from __future__ import annotations
 

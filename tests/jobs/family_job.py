@@ -1,6 +1,6 @@
-"""A small job whose workers have children, or handlers of signals, or wait; it writes what happens to files.
+"""A small job whose workers have children or signal handlers, or wait; it records what happens in files.
 
-`python family_job.py CONFIG` or under `everstep run`. Lines `step N` tell how far it is.
+`python family_job.py CONFIG` or under `everstep run`. Lines `step N` show its progress.
 """
 
 import json
@@ -53,7 +53,7 @@ def heard(number, frame):
 
 
 def ends_children():
-    """What a script starts ends when the script says so."""
+    """Start child processes and end them again."""
     for helper in (
         subprocess.Popen(["sleep", "1000"]),
         multiprocessing.get_context("fork").Process(target=time.sleep, args=(1000,)),

@@ -1,4 +1,4 @@
-"""The `everstep` command, whose agents keep little of what no coordinator takes in."""
+"""The `everstep` command with agents that keep few messages while no coordinator takes them."""
 
 from __future__ import annotations
 

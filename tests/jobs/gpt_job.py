@@ -21,7 +21,7 @@ out = Path(config["out"])
 
 
 def dawdle():
-    """While the test waits for something, which it says by a file, the steps are to last."""
+    """Slow the steps down while the test waits for something, which it signals by a file."""
     with contextlib.suppress(FileNotFoundError):
         waited_s = time.time() - (out / "slow").stat().st_mtime
         time.sleep(max(SLOW_S, waited_s * SLOWER))

@@ -1,15 +1,15 @@
-"""Hosts that can be lost: nodes of a job in network namespaces of their own, for tests that read like a script.
+"""Hosts that can be lost: nodes of a job in separate network namespaces, for tests that read like a script.
 
     with Hosts(3) as hosts:
         hosts.require("partition")
         job = HostJob(hosts, tmp_path, nnodes="2:3", steps=200)
         job.launch(0, 1, 2)
         job.reaches(5)
-        hosts.kill(1)              # every process of the host at one instant; its kernel says goodbye for it
-        hosts.power_off(2)         # ... and nobody says goodbye
+        hosts.kill(1)              # every process of the host at one instant; its kernel closes the connections
+        hosts.power_off(2)         # ... and no peer is notified
         assert_same_run(job.result(0), reference)
 
-Where namespaces cannot be made, hosts are addresses of the loopback interface: what needs a cable is then skipped.
+Where namespaces cannot be made, hosts are addresses of the loopback interface: tests that need a cable are skipped.
 """
 
 from __future__ import annotations
@@ -154,14 +154,14 @@ class Hosts:
         return killed_s
 
     def power_off(self, *hosts: int) -> float:
-        """Like `kill`, but no peer hears of it: the hosts are unplugged first. `heal` before they start again."""
+        """Like `kill`, but no peer is notified: the hosts are unplugged first. `heal` before they start again."""
         self.stop(*hosts)
         for host in hosts:
             self.partition(host)
         return self.kill(*hosts)
 
     def stop(self, *hosts: int) -> None:
-        """SIGSTOP every process of these hosts, also those that they start meanwhile; returns once all stand still."""
+        """SIGSTOP every process of these hosts, also those that they start meanwhile; returns once all are stopped."""
         stopped: set[int] = set()
         while running := self.pids(*hosts) - stopped:
             self._signal(running, signal.SIGSTOP)

@@ -1,7 +1,7 @@
-"""A job that leaves its loop before the last step, and goes on with something afterwards. The JSON argument says how.
+"""A job that leaves its loop before the last step, and then runs other code. The JSON argument selects how.
 
-`how`: break, return, exit (sys.exit(0)), vanish (os._exit(0)), or empty: not at all; after the step `at`, on the rank
-`alone` or on all. `after`: what follows training: raise, exit, kill, again, or wait (for the file `go`).
+`how`: break, return, exit (sys.exit(0)), vanish (os._exit(0)), or empty: it does not leave; after the step `at`, on
+the rank `alone` or on all. `after`: what follows training: raise, exit, kill, again, or wait (for the file `go`).
 """
 
 import contextlib

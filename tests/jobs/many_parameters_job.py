@@ -1,4 +1,4 @@
-"""A model of very many small parameters, as a mixture of experts has; and, if asked for, a large registered state."""
+"""A model of very many small parameters, like a mixture of experts; optionally with a large registered state."""
 
 import json
 import os

@@ -1,6 +1,6 @@
-"""A GPT job, as `gpt_job`, one of whose workers ends in a way of its own at step 3 of its first life.
+"""A GPT job like `gpt_job`, in which one worker ends in an unusual way at step 3 of its first life.
 
-Its `ends`: "thread": the main thread ends, and another one goes on; "exit": all of it ends with status 7.
+Its `ends`: "thread": the main thread ends, and another thread still runs; "exit": the process ends with status 7.
 """
 
 import json

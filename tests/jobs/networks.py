@@ -31,9 +31,9 @@ class Cannot(Exception):
 
 
 class Namespaces:
-    """Each host has a network namespace with one interface, whose other end is a port of a switch in its own one.
+    """Each host has a network namespace with one interface, whose other end is a port of a switch in another namespace.
 
-    The names carry this process's id, so runs do not collide, and what a killed run left is found and removed.
+    The names contain this process's id, so runs do not collide, and remains of a killed run are found and removed.
     """
 
     kind = "namespaces"
@@ -95,7 +95,7 @@ class Namespaces:
         _ip("-n", self._switch, "link", "set", _port(host), "nomaster")
 
     def degrade(self, host: int, *, loss: float, delay_s: float) -> None:
-        """Lose packets of a host, each with probability `loss`, and delay those that pass, in both directions."""
+        """Drop packets of a host, each with probability `loss`, and delay the others, in both directions."""
         self._clear(host)
         port = _port(host)
         if delay_s:
@@ -127,7 +127,7 @@ class Namespaces:
 
 
 class Loopback:
-    """A smaller stand-in where namespaces cannot be made: every host is an address of this one. It has no cables."""
+    """A substitute where namespaces cannot be made: every host is an address of this host. It has no cables."""
 
     kind = "loopback"
 

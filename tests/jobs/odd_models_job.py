@@ -1,6 +1,6 @@
-"""Models that lie otherwise in memory, or have odd parameters; the JSON argument names one, or several to train alone.
+"""Models with unusual memory layouts or parameters; the JSON argument names one, or several to train alone.
 
-Two micro-batches a step, whose sum has one order only: so plain torch, which is run beside it, gives the same bytes.
+Two micro-batches a step, so their sum has only one order, and plain torch, run beside it, gives the same bytes.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The frameworks whose checkpoints we convert: run in an environment of their own, `make peers`."""
+"""The frameworks whose checkpoints are converted: run in a separate environment, `make peers`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ports that nobody has."""
+"""Free ports."""
 
 from __future__ import annotations
 

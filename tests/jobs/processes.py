@@ -14,7 +14,7 @@ T = TypeVar("T")
 def each(
     processes: Iterable[psutil.Process | int], ask: Callable[[psutil.Process], T]
 ) -> list[tuple[psutil.Process, T]]:
-    """What `ask` says of each; those that have ended meanwhile are left out."""
+    """The result of `ask` for each process, without those that have ended meanwhile."""
     found = []
     for one in processes:
         with contextlib.suppress(psutil.NoSuchProcess):  # also of a zombie, where that has no answer

@@ -1,7 +1,7 @@
-"""A small job that stands still in one place; the JSON argument says where, and by what.
+"""A small job that stops making progress in one place; the JSON argument selects the place and the cause.
 
-`place`: fetch, forward, loop, between. `how`: storage (opens a named pipe that nobody writes to), sleep, lock, spin,
-beat. `ranks`: whose; once for each file `OUT/stall-RANK` that is missing, in step `at`.
+`place`: fetch, forward, loop, between. `how`: storage (opens a named pipe without a writer), sleep, lock, spin,
+beat. `ranks`: on which ranks; once for each missing file `OUT/stall-RANK`, in step `at`.
 """
 
 import json

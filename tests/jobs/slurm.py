@@ -135,7 +135,7 @@ class Slurm:
         daemon.wait()
 
     def close(self) -> None:
-        """End whatever is left of it."""
+        """End all of its remaining processes."""
         for name in [name for name in self.names if name in self._daemons]:
             self.lose(name)
         for daemon in self._daemons.values():

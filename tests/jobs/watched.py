@@ -167,7 +167,7 @@ class WatchedJob:
         self.until(lambda: len(self.events("committed")) >= goal, f"{goal} steps", timeout_s)
 
     def until(self, condition: Callable[[], Any], what: str, timeout_s: float = 30.0) -> None:
-        """Wait for something that has to happen while the job goes on."""
+        """Wait for an event that has to occur while the job runs."""
         wait_until(lambda: condition() or self.events("ended"), timeout_s, what)
         assert not self.events("ended"), self.events("ended")
 
@@ -196,7 +196,7 @@ class WatchedJob:
         self.checkpoints.write_text("")
 
     def hold_up(self, seconds: float) -> None:
-        """The coordinator's disk is full. Training goes on, and all is decided afterwards."""
+        """Fill the coordinator's disk for a while. Training continues, and decisions follow afterwards."""
         (coordinator,) = named(psutil.Process(self.launchers[0].pid).children(), COORDINATOR)
         with disk_full(coordinator):
             committed = len(self.events("committed"))
@@ -253,7 +253,7 @@ def watched(folder: Path) -> Iterator[WatchedJob]:
 
 
 def answers(address: str) -> bool:
-    """Whether somebody listens at HOST:PORT."""
+    """Whether a process listens at HOST:PORT."""
     host, _, port = address.rpartition(":")
     with contextlib.suppress(OSError), socket.create_connection((host, int(port)), timeout=1):
         return True

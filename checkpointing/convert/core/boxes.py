@@ -22,7 +22,7 @@ B = TypeVar("B", bound=Box)
 
 
 class Boxes(Generic[B]):
-    """Boxes that do not overlap, sorted by where they begin on the first two axes: layers and experts, say."""
+    """Boxes that do not overlap, sorted by their offsets on the first two axes, such as layers and experts."""
 
     def __init__(self, boxes: Iterable[B]) -> None:
         self._boxes = sorted(boxes, key=lambda box: box.offsets)
@@ -43,13 +43,13 @@ class Boxes(Generic[B]):
                 yield box, within, tuple(slice(a - o, b - o) for a, b, o in zip(low, high, offsets, strict=True))
 
     def beginning(self, prefix: Point) -> list[B]:
-        """Those whose offsets begin so, in order."""
+        """The boxes whose offsets start with these, in order."""
         begin = bisect_left(self._begins, prefix[:2])
         near = (self._boxes[at] for at in range(begin, len(self._boxes)))
         return list(takewhile(lambda box: box.offsets[: len(prefix)] == prefix, near))
 
     def _near(self, offsets: Point, sizes: Point) -> list[B]:
-        """Those that may meet the given box, by their first axes."""
+        """The boxes that may intersect the given box, by their first axes."""
         if not self._longest:
             return self._boxes
         first: Point = (offsets[0] - self._longest[0] + 1,)

@@ -12,7 +12,7 @@ _VERSION = 1
 
 
 def carried(content: Content, form: str) -> str:
-    """All that a checkpoint of format `form` does not say itself."""
+    """The content that a checkpoint of format `form` cannot express by itself."""
     kept = {name: value for name, value in content.extra.items() if name != form}
     return json.dumps(
         {
@@ -48,7 +48,7 @@ def take_up(content: Content, text: Any) -> None:
     content.extra = {**extra, **content.extra}
     stateful = {name for values in content.optimizer.values() for name in values}
     stateful |= {name for numbers in content.scalars.values() for name in numbers}
-    for alias, owner in tied.items():  # stored twice, for who reads it without us
+    for alias, owner in tied.items():  # stored twice, for readers other than Everstep
         if owner in content.params and alias in content.params and alias not in stateful:
             del content.params[alias]
             content.tied[alias] = owner

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, whatever its format: named tensors, read when they are wanted, and what goes with them."""
+"""A checkpoint's content in any format: named tensors, read lazily, and their metadata."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from everstep.checkpointing.universal.dtypes import numpy_dtype
 
 
 class ConversionError(ValueError):
-    """A checkpoint that cannot be read, understood or written as asked: one line that says what, where and why."""
+    """A checkpoint cannot be read, understood or written as requested: one line that says what, where and why."""
 
 
 @dataclass(frozen=True)
 class Lazy:
-    """A whole tensor that is read when it is wanted. `read` may be called from any thread, and more than once.
+    """A whole tensor that is read lazily. `read` may be called from any thread, and more than once.
 
     `dtype` is torch's name ("float32", "bfloat16"); `read` gives a C-contiguous array of that type and shape;
     `origin` says where it is from, for errors and `--explain`.
@@ -66,7 +66,7 @@ class Content:
     tied: dict[str, str] = field(default_factory=dict)
     dtypes: dict[str, str] = field(default_factory=dict)
     groups: list[dict[str, Any]] = field(default_factory=list)
-    layers: dict[str, int] = field(default_factory=dict)  # parameter -> pipeline layer, where that is known
+    layers: dict[str, int] = field(default_factory=dict)  # parameter -> pipeline layer, where known
     scheduler: dict[str, Any] | None = None
     extra: dict[str, Any] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)  # parameter -> the rule that made it, for `--explain`

@@ -14,20 +14,20 @@ from .work import PieceWork
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What the user said beyond source and destination. `rules`: rule files; `settings`: NAME=VALUE for a format."""
+    """The user's options beside source and destination. `rules`: rule files; `settings`: NAME=VALUE for a format."""
 
     rules: tuple[Path, ...] = ()
     settings: dict[str, str] = field(default_factory=dict)
 
 
 class Format(Protocol):
-    """What each module of a format offers, as module-level functions. One that only reads has no `write`."""
+    """The module-level functions of each format's module. A read-only format has no `write`."""
 
     def detect(self, path: Path) -> bool:
         """Whether `path` looks like a checkpoint of this format. Cheap; opens no large file."""
 
     def read(self, path: Path, options: Options) -> Content:
-        """The checkpoint at `path`: names, shapes and origins now, data when it is asked for.
+        """The checkpoint at `path`: names, shapes and origins now, data lazily.
 
         Raises ConversionError for what is missing, mixed or not understood.
         """
@@ -50,7 +50,7 @@ MODULES = {
 
 READ_ONLY = ("megatron-legacy",)
 WRITTEN_BY_TORCH = ("megatron", "dcp")
-# What may be set, by format: on reading it, and on writing it. Each module tells what its settings mean.
+# The settings of each format, for reading and for writing. Each module documents its settings.
 READ_SETTINGS = {
     "deepspeed": ("frozen", "masters"),
     "megatron": ("spec", "vocabulary", "masters"),
@@ -79,7 +79,7 @@ def detect(path: Path) -> str:
         if load(name).detect(path):
             return name
     for each in path.iterdir() if path.is_dir() else ():
-        if not os.access(each, os.R_OK, effective_ids=True):  # perhaps what would have told
+        if not os.access(each, os.R_OK, effective_ids=True):  # perhaps the file that identifies the format
             raise ConversionError(f"cannot read {each}: permission denied")
     raise ConversionError(
         f"{path}: not a checkpoint of any known format (universal, {', '.join(MODULES)}); "

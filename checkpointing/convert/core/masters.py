@@ -1,5 +1,5 @@
-"""Master weights and the module's own: the one must be the other, rounded. A checkpoint in which they are not was put
-together wrongly, by its library or by a reader that does not know how it was laid out.
+"""Checks that the module's weights are the rounded master weights. If they are not, the checkpoint was assembled
+wrongly, by its library or by a reader that misunderstands its layout.
 """
 
 from __future__ import annotations

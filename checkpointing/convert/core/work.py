@@ -15,7 +15,7 @@ JOURNAL = ".everstep-journal"
 
 @dataclass(frozen=True)
 class Piece:
-    """One thing to write. `key` names it for ever (the file, say); `nbytes`: the memory it takes while it is done."""
+    """A unit of writing. `key` is its stable name (such as the file); `nbytes`: the memory that it takes meanwhile."""
 
     key: str
     nbytes: int
@@ -23,12 +23,12 @@ class Piece:
 
 
 def _untold(value: object) -> None:
-    """Nobody looks."""
+    """Progress that is not shown."""
 
 
 @dataclass(frozen=True)
 class WorkWatch:
-    """Who is told how far it is: of bytes that are to be done, and of pieces that are."""
+    """Receives the progress: the total in bytes, and each finished piece."""
 
     planned: Callable[[int], None] = _untold
     done: Callable[[Piece], None] = _untold
@@ -40,8 +40,8 @@ NOBODY = WorkWatch()
 class PieceWork:
     """Runs pieces on threads; at most `budget_bytes` of them at a time, or one that is larger.
 
-    What is done is written to a journal in `folder`, so that a conversion that was killed goes on where it was. A
-    piece must therefore leave its file complete (synchronised) when it returns, and may be done again if it had not.
+    Finished pieces are recorded in a journal in `folder`, so that a killed conversion continues where it was. So a
+    piece must leave its file complete (synchronised) when it returns, and may run again if it did not return.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class PieceWork:
 
     @classmethod
     def unrecorded(cls, threads: int, budget_bytes: int, watch: WorkWatch = NOBODY) -> PieceWork:
-        """Without a journal: what is done is known from elsewhere."""
+        """Without a journal: the destination itself shows which pieces are finished."""
         return cls(None, threads=threads, budget_bytes=budget_bytes, watch=watch)
 
     def make(self, folder: Path) -> Path:
@@ -86,7 +86,7 @@ class PieceWork:
         return done
 
     def run(self, pieces: Iterable[Piece]) -> None:
-        """Do all that is not done yet. Raises what a piece raised, after those under way have ended."""
+        """Run all unfinished pieces. Raises what a piece raised, after the running pieces have ended."""
         pieces = list(pieces)
         self._watch.planned(sum(piece.nbytes for piece in pieces))
         failed = threading.Event()
@@ -94,7 +94,7 @@ class PieceWork:
         with ThreadPoolExecutor(self._threads, thread_name_prefix="everstep-convert") as pool:
             try:
                 self._submit(pieces, pool, futures, failed)
-            except BaseException:  # somebody at the keyboard
+            except BaseException:  # a user's interrupt
                 failed.set()
                 raise
         for future in futures:
@@ -156,11 +156,11 @@ class PieceWork:
 
 
 class Planned(Exception):
-    """All that is to be written is known, and nothing was."""
+    """The plan is complete; nothing was written."""
 
 
 class PlannedWork(PieceWork):
-    """Stands in for the work where only the planning of it is wanted: names, shapes and settings are looked at."""
+    """Replaces the work in a dry run: names, shapes and settings are checked."""
 
     def __init__(self) -> None:
         super().__init__(None, threads=1, budget_bytes=1)
@@ -170,6 +170,6 @@ class PlannedWork(PieceWork):
         return folder
 
     def run(self, pieces: Iterable[Piece]) -> None:
-        """Raises Planned, once all pieces are known."""
+        """Raises Planned when all pieces are known."""
         list(pieces)
         raise Planned

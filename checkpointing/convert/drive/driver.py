@@ -1,7 +1,7 @@
-"""A conversion from beginning to end: what is asked for, what it would do, and doing it, so that nothing is lost.
+"""A conversion from start to end: its request, its plan, and its execution.
 
-The destination appears whole or not at all: a folder is written beside it, under another name, and renamed last; at a
-URL the manifest is written last. What a killed conversion has done is not done again.
+The destination appears complete or not at all: a folder is written beside it, under another name, and renamed last; at
+a URL the manifest is written last. A repeated conversion skips the finished pieces of a killed one.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Conversion:
     destination: str
     to: str
     origin: str = ""
-    rules: tuple[str, ...] = ()  # files, or names of those that come with everstep
+    rules: tuple[str, ...] = ()  # files, or names of rule files in the package
     names: str = ""  # the rule file by which names are changed
     settings: Mapping[str, str] = field(default_factory=dict)
     drop: tuple[str, ...] = ()  # patterns of names that may be left out
@@ -86,7 +86,7 @@ class Conversion:
 
 
 def rule_path(rule: str) -> Path:
-    """A rule file: a path, or the name of one that comes with everstep."""
+    """A rule file: a path, or the name of a rule file in the package."""
     return Path(rule) if "/" in rule or rule.endswith(".toml") else built_in(rule)
 
 
@@ -140,7 +140,7 @@ def _read(source: str, origin: str, options: Options) -> Content:
 
 
 def prepare(conversion: Conversion) -> Content:
-    """What would be written: read, and renamed if that is asked for. Raises ConversionError if it cannot be."""
+    """The content to write: read, and renamed if requested. Raises ConversionError."""
     rules = [read_rules(path) for path in conversion.options.rules]
     names = read_rules(rule_path(conversion.names)) if conversion.names else None
     origin = format_of(conversion.source, conversion.origin)
@@ -177,7 +177,7 @@ def _all_names(content: Content) -> list[str]:
 
 
 def _unused(file: RuleFile, names: list[str]) -> list[str]:
-    """Lines about rules of the user's that match nothing; those that come with everstep are for many models."""
+    """Warnings about the user's rules that match nothing; the package's rules are for many models, and may."""
     if file.path.parent == BUILT_IN:
         return []
     rules: list[tuple[str, tuple[Pattern, ...]]] = [(rule.where, rule.patterns) for rule in file.shards]
@@ -341,7 +341,7 @@ def _convert_to_folder(conversion: Conversion, content: Content, watch: WorkWatc
                 attempt.begin()
                 try:
                     _write(conversion, content, attempt.partial, identity, watch)
-                except ValueError:  # what is bad in the source; what is wrong with the disk may be gone on with
+                except ValueError:  # the source is bad; after an error of the disk the conversion can be continued
                     attempt.clear()
                     raise
                 attempt.finish()

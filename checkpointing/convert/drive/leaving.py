@@ -1,7 +1,7 @@
-"""What of a checkpoint is left out: what the user said, and what a target has no place for; all of it by name.
+"""The parts of a checkpoint that are left out, by name: the user's choice, and what the target cannot hold.
 
-A conversion drops nothing in silence: what is not understood, or has no place, is an error that names it, unless
-`--drop PATTERN` says otherwise or it is of a kind that the format is known not to have.
+A conversion drops nothing silently: content that is not understood, or has no place in the target, is an error that
+names it, unless `--drop PATTERN` matches it or the format is known not to have its kind.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def check_understood(content: Content, source: str) -> None:
 
 
 def fit(content: Content, to: str) -> None:
-    """Take out what format `to` is known to have no place for. Raises ConversionError for the rest of that kind."""
+    """Remove content that format `to` is known not to hold. Raises ConversionError for the rest of that kind."""
     if to in _WITHOUT_OPTIMIZER and (content.optimizer or content.scalars):
         states = ", ".join([*content.optimizer, *content.scalars])
         content.dropped.append((f"the optimizer's states ({states}) and settings", f"{to} holds no optimizer"))

@@ -1,8 +1,9 @@
-"""Where the result of a conversion goes: beside its place while it is written, and into it, whole, in one step.
+"""The place of a conversion's result: written beside its destination, then renamed into it in one step.
 
-Beside TARGET are, until then, the folder TARGET.everstep-partial and a file TARGET.everstep-partial.json. The file's
-first line says what is converted, and its second, once all is written, which folder is the whole result. So an attempt
-that was killed at any moment is gone on with, or was done; and nobody else may be at it, for the file is locked.
+Until then, the folder TARGET.everstep-partial and a file TARGET.everstep-partial.json are beside TARGET. The file's
+first line identifies the conversion, and its second, once everything is written, the folder with the complete result.
+So an attempt that was killed at any moment can be continued, or was complete; the file is locked against other
+processes.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ class Attempt:
         os.pwrite(self._handle, f"{self._identity}\n".encode(), 0)
 
     def finish(self) -> None:
-        """All is written. What an earlier attempt wrote was perhaps not synchronised yet."""
+        """Everything is written. Synchronises it: an earlier attempt may have been killed before it did."""
         if self.is_resumed:
             for base, _, names in os.walk(self.partial):
                 for name in names:

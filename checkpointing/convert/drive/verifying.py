@@ -73,7 +73,7 @@ def _pairs(wanted: Content, found: Content) -> Iterator[tuple[Key, Lazy, Lazy]]:
 
 
 def _flat(content: Content) -> dict[Key, Lazy]:
-    """Parameters, buffers and what is frozen as one: formats do not all tell them apart."""
+    """Parameters, buffers and frozen tensors together: some formats do not distinguish them."""
     weights = ("params", "buffers", "frozen")
     return {("weight" if room in weights else room, name): tensor for room, name, tensor in content.tensors()}
 

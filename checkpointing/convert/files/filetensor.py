@@ -1,4 +1,4 @@
-"""Tensors that lie in files, read by position: no more of a file than is asked for, from any thread."""
+"""Tensors in files, read by position, from any thread, and no more of a file than requested."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LARGEST_READ_BYTES = 1 << 30  # Linux reads at most 2 GiB at a time
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """Where in a file the elements of one or more tensors lie, side by side."""
+    """The location in a file of the contiguous elements of one or more tensors."""
 
     path: Path
     offset: int

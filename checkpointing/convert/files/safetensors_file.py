@@ -1,4 +1,4 @@
-"""Files of safetensors: a header in JSON that says where each tensor lies, then their bytes."""
+"""Safetensors files: a JSON header with the location of each tensor, then the bytes."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def begins(path: Path) -> bool:
 
 
 def read_header(path: Path) -> SafetensorsHeader:
-    """What is in the file. Raises ConversionError if it is torn, or its tensors overlap or lie outside it."""
+    """The file's tensors. Raises ConversionError if it is truncated, or its tensors overlap or exceed it."""
     handle = open_file(path)
     try:
         size = os.fstat(handle).st_size
@@ -102,7 +102,7 @@ def _check_apart(path: Path, tensors: dict[str, FileTensor]) -> None:
 
 
 def layout(tensors: dict[str, Lazy], dtypes: dict[str, str], metadata: dict[str, str]) -> tuple[bytes, dict[str, int]]:
-    """(what the file begins with, where in it each tensor begins) for tensors to be stored as `dtypes` says."""
+    """(the file's header, the offset of each tensor in the file) for tensors stored with these `dtypes`."""
     header: dict[str, Any] = {"__metadata__": metadata}
     at = 0
     begins_at: dict[str, int] = {}

@@ -40,7 +40,7 @@ def load(path: Path, *, stubs: Stubs = NO_STUBS) -> Any:
 
 
 def load_span(path: Path, offset: int, length: int, *, stubs: Stubs = NO_STUBS) -> Any:
-    """As `load`, for a whole file of `torch.save` that lies inside another at [offset, offset + length)."""
+    """Like `load`, for a whole file of `torch.save` that is embedded in another at [offset, offset + length)."""
     handle = open_file(path)
     try:
         if offset + length > os.fstat(handle).st_size:

@@ -1,8 +1,8 @@
-"""Reading pickles of strangers: what they may hold is listed here, and nothing else is looked up, let alone called.
+"""Safe reading of untrusted pickles: the allowed globals are listed here; no other is looked up, let alone called.
 
-What rebuilds a tensor makes a `FileTensor`, which says where in the file the numbers are; objects of the frameworks'
-classes become `Unpickled`s, which hold what was stored and do nothing. A global that is not in the list is refused by
-its name before anything could have called it.
+Calls that rebuild a tensor return a `FileTensor`, which has the location of the numbers in the file; objects of the
+frameworks' classes become `Unpickled`s, which only hold the stored values. A global that is not in the list is refused
+by name before it could be called.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Dtype:
 
 
 class Unpickled:
-    """What was stored of an object whose class is not imported: `arguments` it was made with, `state` it was given."""
+    """The stored values of an object whose class is not imported: the constructor's `arguments`, the `state`."""
 
     __slots__ = ("arguments", "state")
     kind = ""  # module.name of the class
@@ -63,7 +63,7 @@ class Unpickled:
 
 
 def record(kind: str) -> type[Unpickled]:
-    """A class of records that stands for `module.name`."""
+    """A record class in place of `module.name`."""
     return type(kind.rpartition(".")[2], (Unpickled,), {"__slots__": (), "kind": kind})
 
 
@@ -100,7 +100,7 @@ class Unpickler(pickle.Unpickler):
             return super().load()
         except ConversionError:
             raise
-        except Exception as error:  # whatever a torn or hostile pickle makes of the calls that are allowed
+        except Exception as error:  # any error that a damaged or hostile pickle causes in the allowed calls
             raise ConversionError(f"{self._where}: its pickle cannot be read: {error!r}") from error
 
     def find_class(self, module: str, name: str) -> Any:
@@ -145,7 +145,7 @@ def _tensor(
     _hooks: object = None,
     flags: Any = None,
 ) -> FileTensor:
-    """torch._utils._rebuild_tensor_v2. Raises for a tensor that does not lie inside its storage."""
+    """torch._utils._rebuild_tensor_v2. Raises for a tensor that exceeds its storage."""
     flags = flags or {}
     if left := flags.keys() - {"conj", "neg"}:
         raise ConversionError(f"{storage.path}: a tensor is marked {', '.join(sorted(left))}, which is not understood")
@@ -274,7 +274,7 @@ _RECORDS: dict[str, tuple[str, ...]] = {
     "megatron.core.rerun_state_machine": ("RerunDiagnostic", "RerunMode", "RerunState", "RerunValidationStatus"),
     "transformer_engine.common.recipe": ("DelayedScaling", "Format", "_FormatHelper"),
 }
-# torch's other element types: named where they are met, so that an error can say which one it is.
+# torch's other element types: accepted as names only, so that an error can name the type.
 UNKNOWN_DTYPES = frozenset(
     {
         *("complex32", "float8_e8m0fnu", "float4_e2m1fn_x2", "quint8", "qint8", "qint32", "quint4x2", "quint2x4"),

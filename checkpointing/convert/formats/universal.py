@@ -66,7 +66,7 @@ def contents(checkpoint: Checkpoint) -> Content:
 
 
 def _groups(manifest: Manifest) -> list[dict[str, Any]]:
-    """The optimizer's groups with their parameters; one that names none has all, if it is the only one."""
+    """The optimizer's groups with their parameters; a single group without names has all parameters."""
     groups: list[dict[str, Any]] = [dict(group) for group in manifest.optimizer.get("groups", [])]
     if len(groups) == 1:
         groups[0].setdefault("params", list(manifest.names("params")))
@@ -112,7 +112,7 @@ def is_attempt(store: Store) -> bool:
 def write(content: Content, store: Store, work: PieceWork, source: Mapping[str, Any]) -> None:
     """Write `content` as a universal checkpoint into `store`; arrays that an earlier attempt wrote are kept.
 
-    `source` says what is converted: what an attempt to convert something else has left is removed first.
+    `source` identifies the conversion: the remains of an attempt to convert something else are removed first.
     """
     told = json.dumps(source, sort_keys=True).encode()
     if store.get(_SOURCE) != told:

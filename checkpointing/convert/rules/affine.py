@@ -1,4 +1,4 @@
-"""DeepSpeed's affine maps: block by block, where each lies in the whole tensor and where in a rank's piece."""
+"""DeepSpeed's affine maps: for each block its place in the whole tensor and in a rank's piece."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Strides:
     scale: float
 
     def within(self, elements: int, place: tuple[int, tuple[int, ...]]) -> bool:
-        """Whether this block, laid out so, lies inside that many elements."""
+        """Whether this block, with these strides, stays within that many elements."""
         offset, strides = place
         if len(strides) != len(self.shape) or min((offset, *strides, *self.shape), default=0) < 0:
             return False

@@ -1,8 +1,8 @@
 """Patterns over the names of parameters, and the rule that each name must match exactly one of them.
 
 A template is a name in which `{x}` stands for one component between dots and `{x*}` for one or more:
-`layers.{n}.mlp.{part*}`. A placeholder that occurs twice stands for the same text. What can be said no other way is
-said with a regular expression.
+`layers.{n}.mlp.{part*}`. A placeholder that occurs twice matches the same text. A regular expression covers what a
+template cannot express.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 @dataclass(frozen=True)
 class Pattern:
-    """What a rule says about names: `source` as it was written, and the expression that a name must match in full."""
+    """A rule's condition on names: `source` as written, and the expression that a name must match in full."""
 
     source: str
     expression: re.Pattern[str]
     placeholders: tuple[str, ...]
 
     def match(self, name: str) -> dict[str, str] | None:
-        """What the placeholders stand for in `name`; None if it does not match."""
+        """The values of the placeholders in `name`; None if it does not match."""
         found = self.expression.fullmatch(name)
         return found.groupdict() if found else None
 

@@ -1,8 +1,8 @@
-"""From the names and layouts of one library to those of another, by rules that are read in either direction.
+"""Translates the names and layouts of one library to those of another, by bidirectional rules.
 
-A rule pairs one or more names of side "a" with one or more of side "b", and says in `how` what is done to the tensors
-on the way from a to b; on the way back, the opposite is done in the opposite order. What is done to a parameter is
-done to the states that its optimizer keeps of it.
+A rule pairs one or more names of side "a" with one or more of side "b"; its `how` lists the transformations of the
+tensors from a to b; from b to a, the inverses are applied in reverse order. A parameter's optimizer states are
+transformed like the parameter.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ def cut(whole: Lazy, sizes: Sequence[int], dim: int) -> list[Lazy]:
 class NameRule:
     """`a` and `b`: templates with the same placeholders, or `b` empty: the names of side a are left out.
 
-    `steps` makes what is done on the way, given the variables (the number of heads, say) of the model at hand.
+    `steps` makes the transformations from the variables (such as the number of heads) of the current model.
     """
 
     where: str
@@ -196,7 +196,7 @@ class _Side:
 
 @dataclass(frozen=True)
 class _Group:
-    """Names that one rule takes together, and those that it makes of them. `name` stands for it in errors."""
+    """Names that one rule combines, and the resulting names. `name` identifies it in errors."""
 
     rule: NameRule
     sources: tuple[str, ...]
@@ -319,7 +319,7 @@ def _cast(tensor: Lazy, dtype: str) -> Lazy:
 
 
 def _values(groups: list[_Group], found: dict[str, T], what: str) -> dict[str, T]:
-    """What is known of each name, for the names that are made of it. Raises ConversionError where it differs."""
+    """Metadata of each name, carried over to the names made from it. Raises ConversionError if it differs."""
     made: dict[str, T] = {}
     for group in groups:
         values = [found[name] for name in group.sources if name in found]

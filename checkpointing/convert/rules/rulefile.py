@@ -64,7 +64,7 @@ class ShardRule:
 
 @dataclass(frozen=True)
 class RuleFile:
-    """The rules of one file. `variables`: what the caller must know of the model for them."""
+    """The rules of one file. `variables`: values of the model that the caller must supply."""
 
     path: Path
     shards: tuple[ShardRule, ...]
@@ -76,7 +76,7 @@ class RuleFile:
 
 
 def built_in(name: str) -> Path:
-    """The rule file that comes with the package: "llama", say. Raises ConversionError if there is none."""
+    """A rule file of the package, such as "llama". Raises ConversionError if there is none."""
     path = BUILT_IN / f"{name}.toml"
     if not path.exists():
         known = sorted(file.stem for file in BUILT_IN.glob("*.toml"))
@@ -139,7 +139,7 @@ def _lists(where: str, table: dict[str, Any], key: str) -> tuple[tuple[int, ...]
     return tuple(_numbers(where, {key: item}, key) for item in value)
 
 
-# What each `how` of a shard rule may say besides, and what it makes of it.
+# The further keys that each `how` of a shard rule allows, and the rule that it makes.
 _SHARDINGS: dict[str, tuple[tuple[str, ...], Callable[[str, dict[str, Any]], Sharding]]] = {
     "replicated": ((), lambda where, table: Replicated()),
     "average": ((), lambda where, table: Average()),

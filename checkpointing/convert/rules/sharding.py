@@ -1,8 +1,8 @@
-"""How the pieces that tensor-parallel ranks hold of one tensor make the whole, and how the whole is cut again.
+"""Consolidates the pieces that tensor-parallel ranks hold of a tensor, and splits the whole again.
 
-Each rule gives the whole from the pieces and the pieces from the whole, without reading anything until the result is
-read; what is then held is the result and one piece. `split` undoes `consolidate` and the other way round, except where
-a rule says otherwise.
+Each rule maps pieces to the whole and the whole to pieces, lazily: data is read when the result is read, and memory
+then holds the result and one piece. `split` and `consolidate` are inverses of each other, except where a rule's
+documentation states otherwise.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ from .writing import Object, Part, write_checkpoint
 EXTRA = "dcp"
 _STEPS = ("step", "global_step", "iteration", "train_step", "current_step")
 _BUFFER = re.compile(r"(^|\.)(running_mean|running_var|num_batches_tracked|inv_freq|freqs_cis|.*_cached)$")
-# Settings of torch's AdamW that say how, not what: asked for on loading, and unknown to other frameworks.
+# Settings of torch's AdamW that choose an implementation: torch requires them on loading, other frameworks lack them.
 _NEUTRAL = {
     "amsgrad": False,
     "maximize": False,
@@ -242,7 +242,7 @@ def write(content: Content, out: Path, options: Options, work: PieceWork) -> Non
 
 @dataclass(frozen=True)
 class _Optimizer:
-    """One of the optimizers that are written: where, whose states, and its groups."""
+    """An optimizer to write: its place, the parameters with state, and its groups."""
 
     scheme: Scheme
     members: Callable[[str], bool]
@@ -250,7 +250,7 @@ class _Optimizer:
 
 
 def _optimizers(content: Content, kept: dict[str, Any]) -> list[_Optimizer]:
-    """The optimizers as they were; one, if that is not known."""
+    """The original optimizers; a single one, if they are unknown."""
     model = tuple(kept.get("model", ("model",)))
     known = kept.get("optimizers") or [{"path": kept.get("optimizer", ("optimizer",)), "flat": kept.get("flat", False)}]
     if len(known) == 1:

@@ -54,7 +54,7 @@ def settings(values: dict[str, Any], dropped: list[str]) -> dict[str, Any]:
 
 
 def plain(encoded: dict[str, Any]) -> dict[str, Any]:
-    """Encoded settings whose tuples are lists."""
+    """Encoded settings with tuples as lists."""
     return {
         name: value["$tuple"] if isinstance(value, dict) and "$tuple" in value else value
         for name, value in encoded.items()

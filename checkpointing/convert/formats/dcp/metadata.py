@@ -40,7 +40,7 @@ _STUBS = {
 
 @dataclass(frozen=True)
 class FileSpan:
-    """Where an item lies: a whole file of its own inside `file`, at [offset, offset + length)."""
+    """The location of an item: a file embedded in `file`, at [offset, offset + length)."""
 
     file: Path
     offset: int
@@ -72,7 +72,7 @@ class Tensor:
 
 @dataclass
 class Index:
-    """What a `.metadata` says. `paths`: where each name was in the nested dictionary that was saved, if it says so."""
+    """The content of a `.metadata`. `paths`: each name's keys in the nested dictionary that was saved, if recorded."""
 
     folder: Path
     tensors: dict[str, Tensor] = field(default_factory=dict)

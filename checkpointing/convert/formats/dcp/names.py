@@ -1,7 +1,7 @@
-"""How an application nested its state in a torch distributed checkpoint: found by structure, kept to write it so again.
+"""The nesting of an application's state in a torch distributed checkpoint: inferred, and kept for writing it again.
 
-torch's flattened names are paths with dots, and so are parameters' names: what is what is told by the optimizer,
-`<optimizer>.state.<parameter>.<state>` beside `<optimizer>.param_groups...`, whose parameters must be somewhere.
+torch's flattened names are paths with dots, and so are parameters' names. The optimizer resolves the ambiguity:
+`<optimizer>.state.<parameter>.<state>` beside `<optimizer>.param_groups...`, whose parameters must be in the model.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def dotted(path: Path) -> str:
 
 # What applications call the model's state, where they keep another copy of it (an average, the best) beside it.
 _MODEL_KEYS = ("model", "module", "state_dict", "model_state_dict", "model_state", "net", "network")
-EVERYTHING = "."  # the setting that says: all tensors are the model's, however they are nested
-TOP = ""  # and: the model is what lies at the top
+EVERYTHING = "."  # the setting for: all tensors belong to the model, however they are nested
+TOP = ""  # and for: the model is at the top level
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ class Nesting:
 
 
 def find_nesting(index: Index, asked: str | None = None) -> Nesting:
-    """How a checkpoint is nested; `asked`: where the model is, as the user says. Raises ConversionError if that cannot
-    be told: of two copies of the model, none is ever taken without a reason."""
+    """A checkpoint's nesting; `asked`: the model's place according to the user. Raises ConversionError if it is
+    ambiguous: of two copies of the model, none is chosen without a reason."""
     names = (*index.tensors, *index.objects)
     prefixes = sorted({name[: name.index("param_groups.")] for name in names if _has(name, "param_groups.")})
     with_state = [prefix for prefix in prefixes if any(name.startswith(prefix + "state.") for name in names)]
@@ -133,7 +133,7 @@ def _asked(index: Index, candidates: Sequence[str], asked: str) -> str:
 
 
 def _chosen(index: Index, candidates: Sequence[str], asked: str | None) -> tuple[str, tuple[str, ...]]:
-    """The prefix of the model, of those under which its parameters are; and what must be said about the others."""
+    """The model's prefix, chosen among those that have its parameters, and a note about the others."""
     if asked is not None:
         return _asked(index, candidates, asked), ()
     if len(candidates) == 1:
@@ -175,7 +175,7 @@ def _path(prefix: str) -> Path:
 
 
 def _model_prefixes(index: Index, parameters: set[str], optimizers: Sequence[str]) -> list[str]:
-    """What stands before the parameters' names, wherever all of them are. Raises ConversionError if that is nowhere."""
+    """The prefixes under which all of the parameters are found. Raises ConversionError if there is none."""
     candidates: set[str] | None = None
     for parameter in sorted(parameters):
         found = {

@@ -36,7 +36,7 @@ def read_box(tensor: Tensor, offsets: tuple[int, ...], sizes: tuple[int, ...]) -
 
 
 def stored(tensor: Tensor, chunk: Chunk) -> FileTensor:
-    """A chunk, where it lies in its file. Raises ConversionError if the file does not hold what the index says."""
+    """A chunk in its file. Raises ConversionError if the file's content contradicts the index."""
     span = chunk.span
     if safetensors_file.begins(span.file):
         found: Any = safetensors_file.read_header(span.file).tensors.get(tensor.name)

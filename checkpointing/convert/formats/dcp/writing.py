@@ -77,7 +77,7 @@ def _writer(path: Path, part: Part) -> Callable[[], None]:
 
 
 class _Kept:
-    """A file, for torch to write to: of what goes wrong torch tells no more than that something did."""
+    """A file for torch to write to; it keeps the first error, since torch's own error hides the cause."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -110,7 +110,7 @@ def save_with_torch(path: Path, value: Any) -> None:
 
 
 def tensor_of(array: np.ndarray, dtype: str) -> Any:
-    """A torch tensor over the memory of an array whose element type torch calls `dtype`."""
+    """A torch tensor that shares the memory of an array with torch's element type `dtype`."""
     import torch
 
     array = np.require(array, requirements=["C", "W"])
@@ -175,7 +175,7 @@ def _write_index(
 
 
 def save(path: Path, value: Any) -> None:
-    """Pickle a value so that the file is there whole or not at all."""
+    """Pickle a value to a file that appears complete or not at all."""
     import pickle
 
     partial = path.with_name(path.name + ".partial")

@@ -73,7 +73,7 @@ def holds_files(path: Path) -> bool:
 
 
 def find(folder: Path) -> Files:
-    """The files by their ranks. Raises ConversionError if there is no model state at all."""
+    """The files by their ranks. Raises ConversionError if there is no model state."""
     files = Files(folder)
     for path in entries(folder):
         if found := _MODEL.fullmatch(path.name):
@@ -108,7 +108,7 @@ class Sizes:
 
 
 def sizes(state: dict[str, Any], files: Files) -> Sizes:
-    """The layout that one model state tells of."""
+    """The layout according to a model state."""
     data, model = int(state.get("dp_world_size") or 1), int(state.get("mp_world_size") or 1)
     degrees = state.get("checkpoint_parallel_dimensions") or {}
     if files.layers:

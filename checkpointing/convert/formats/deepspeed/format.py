@@ -72,7 +72,7 @@ _OWN = frozenset(
 )
 _KEPT = ("ds_version", "ds_config", "skipped_steps", "global_samples", "dp_world_size", "mp_world_size", "num_experts")
 _NOT_KEPT = ("data_sampler", "random_ltd", "ds_autoep_layers")
-# What an optimizer's state says of how it is laid out, or in other words what is read elsewhere.
+# Entries of an optimizer's state that describe its layout, or repeat what is read elsewhere.
 _LAYOUT = frozenset(
     {
         *("base_optimizer_state", "base_optimizer_state_step", "single_partition_of_fp32_groups", "zero_stage"),
@@ -297,7 +297,7 @@ def _fill(
 
 
 def fill_extra(content: Content, model: dict[str, Any], optimizer: dict[str, Any]) -> None:
-    """What a model state and an optimizer's say besides tensors: the scheduler, and what is kept only."""
+    """The entries of model and optimizer states that are no tensors: the scheduler, and entries only carried along."""
     dropped: list[str] = []
     scheduler = model.get("lr_scheduler")
     if isinstance(scheduler, dict):

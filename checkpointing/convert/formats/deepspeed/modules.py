@@ -1,4 +1,4 @@
-"""What DeepSpeed's model states tell: the module's own tensors and types, buffers, frozen and tied parameters."""
+"""Reads DeepSpeed's model states: the module's own tensors and types, buffers, frozen and tied parameters."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def whole_module(
     placed: Sequence[Mapping[str, int]] = (),
 ) -> Module:
     """The module of ZeRO-0, 1 and 2. `layers`: a pipeline's layers, of which this rank may have some; `placed`: by
-    group of the optimizer, how many elements of which parameters it holds, where the model states do not say."""
+    group of the optimizer, the elements that it holds of each parameter, if the model states lack them."""
     made = Module(shapes=group_shapes(state))
     module = state.get("module")
     sizes = {name: size for group in placed for name, size in group.items()}
@@ -86,7 +86,7 @@ def _shapes_of(path: Path, tensors: Mapping[str, FileTensor], placed: Sequence[M
 def _from_layers(made: Module, layers: Mapping[int, dict[str, Any]], wanted: Mapping[str, int | None]) -> None:
     """A pipeline's stage: layer NN holds its tensors without their prefix; those of tied modules are under the tie.
 
-    `wanted`: the names, with the number of elements where that is known.
+    `wanted`: the names, with the number of elements where known.
     """
     loose: list[tuple[int, str, FileTensor]] = []
     for layer, tensors in layers.items():
@@ -116,7 +116,7 @@ def _from_layers(made: Module, layers: Mapping[int, dict[str, Any]], wanted: Map
 
 
 def resolve_ties(module: Module, masters: Mapping[str, Lazy]) -> None:
-    """Where several layers of a pipeline may be the one that is tied, take that which its master weight rounds to."""
+    """If several layers of a pipeline may be the tied one, choose the one that its master weight rounds to."""
     for name, fitting in module.candidates.items():
         master = masters[name].read()
         for layer, tensor in fitting:
@@ -126,7 +126,7 @@ def resolve_ties(module: Module, masters: Mapping[str, Lazy]) -> None:
 
 
 def take_unclaimed(modules: Sequence[Module], layers: Mapping[int, dict[str, Any]]) -> None:
-    """What lies in a pipeline's layers and no stage trains is frozen: ZeRO-1 lists no names of it. `modules`: the
+    """Parameters in a pipeline's layers that no stage trains are frozen: ZeRO-1 does not list them. `modules`: the
     stages of one tensor-parallel rank."""
     claimed = {tensor for module in modules for tensor in module.tensors.values()}
     for layer, tensors in layers.items():
@@ -144,7 +144,7 @@ def layered_modules(
     folder: Path, stages: Sequence[dict[str, Any]], layers: Mapping[int, dict[str, Any]]
 ) -> list[Module]:
     """The modules of a pipeline's stages whose optimizers have no names: the layers in order, as many parameters in
-    each stage as its optimizer has. Raises ConversionError where there are more or fewer: what is tied has no name."""
+    each stage as its optimizer has. Raises ConversionError if the counts differ: tied parameters have no names."""
     buffers = {name for state in stages for name in state.get("buffer_names") or ()}
     named = [
         (layer, f"{layer}.{key}", tensor)
@@ -190,7 +190,7 @@ def _numbered(folder: Path, state: dict[str, Any]) -> int:
 
 
 def _shared(tensors: Mapping[str, FileTensor], trained: Mapping[str, object]) -> dict[str, str]:
-    """Names whose tensor is another's: both were saved as one piece of one storage."""
+    """Tied names: they were saved as the same piece of the same storage."""
     owners: dict[tuple[Path, int, int, tuple[int, ...], tuple[int, ...]], str] = {}
     tied: dict[str, str] = {}
     for name in sorted(tensors, key=lambda name: name not in trained):  # a stable sort: what is trained comes first

@@ -147,7 +147,7 @@ class Experts:
     def globally(
         self, name: str, rank: int, ranks: int, group: dict[str, Any], names: Sequence[str]
     ) -> tuple[str, int]:
-        """The global name of a parameter that is at hand on a rank, and the rank's place among those that share it."""
+        """The global name of a rank's local parameter, and the rank's place among the ranks that share it."""
         size = _EXPERT_GROUP.search(str(group.get("name", "")))
         found = _EXPERT.fullmatch(name)
         if size is None or found is None:
@@ -182,8 +182,8 @@ def placed_elements(states: Iterable[dict[str, Any]]) -> list[dict[str, int]]:
 
 
 def round_robin_maps(states: Sequence[dict[str, Any]], shapes: Sequence[Shapes]) -> list[list[dict[str, Unpickled]]]:
-    """Where parameters really lie with `round_robin_gradients`, by rank and group: one after the other in the order of
-    `shapes`. What DeepSpeed stores then is where they would lie in the optimizer's own order, and that is wrong."""
+    """The real offsets of parameters with `round_robin_gradients`, by rank and group: consecutive in the order of
+    `shapes`. DeepSpeed stores their offsets in the optimizer's own order, which is wrong in this case."""
     made: list[list[dict[str, Unpickled]]] = []
     for rank, state in enumerate(states):
         flats = state["single_partition_of_fp32_groups"]
@@ -210,7 +210,7 @@ def _address(start: int, count: int) -> Unpickled:
 
 
 def _gathered(names: list[str], ranks: int) -> list[str]:
-    """Names that were dealt out to ranks in turn, and lie rank after rank, in the order before that."""
+    """Undo the round-robin distribution of names to ranks: from rank-major order to the original order."""
     order = [at for rank in range(ranks) for at in range(rank, len(names), ranks)]
     made = dict(zip(order, names, strict=True))
     return [made[at] for at in range(len(names))]

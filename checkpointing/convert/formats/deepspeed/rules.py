@@ -1,4 +1,4 @@
-"""How tensor-parallel ranks cut parameters, as `universal_checkpoint_info` tells it: lists of patterns, affine maps."""
+"""How tensor-parallel ranks cut parameters, from `universal_checkpoint_info`: lists of patterns, affine maps."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Stripped:
 
 
 class Shardings:
-    """What happens to each parameter: the user's rules first, then the checkpoint's, whose default is dimension 0."""
+    """The rule for each parameter: the user's rules first, then the checkpoint's, whose default is dimension 0."""
 
     def __init__(self, info: dict[str, Any] | None, ranks: int, rules: Sequence[Path], where: Path) -> None:
         self._ranks = ranks
@@ -64,11 +64,11 @@ class Shardings:
 
     @property
     def knows(self) -> bool:
-        """Whether anything but the default is told."""
+        """Whether there are rules beside the default."""
         return self._knows or bool(self._user.rules)
 
     def of(self, name: str) -> tuple[Sharding, str]:
-        """The way a parameter was cut, and why. Raises ConversionError if two rules say, or none."""
+        """The way a parameter was cut, and why. Raises ConversionError if several rules match, or none."""
         match = _one(self._user, name, self._where)
         if match is not None:
             return match.rule.sharding, f"{describe(match)}: {match.rule.sharding.describe()}"
@@ -94,7 +94,7 @@ class Shardings:
         return sharding, f"{why}: {sharding.describe()}"
 
     def buffer(self, name: str) -> Sharding:
-        """The way a buffer is kept: whole on every rank, if no rule of the user's says otherwise."""
+        """The way a buffer is kept: whole on every rank, unless a rule of the user matches."""
         match = _one(self._user, name, self._where)
         return match.rule.sharding if match else Replicated()
 

@@ -54,7 +54,7 @@ def detect(path: Path) -> bool:
 
 
 def read(path: Path, options: Options) -> Content:
-    """The checkpoint at `path`: a folder with `latest_universal`, or the one that it names."""
+    """The checkpoint at `path`: a folder with `latest_universal`, or the folder that this file names."""
     folder = tag_folder(path, LATEST)
     zero = folder / "zero"
     if not zero.is_dir():

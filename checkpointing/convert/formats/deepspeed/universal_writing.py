@@ -63,7 +63,7 @@ def write(content: Content, out: Path, options: Options, work: PieceWork) -> Non
             "where that is set; load it with round_robin_gradients false"
         )
     info = extra.get(INFO)
-    ranks = max(int(extra.get("tensor_parallel", 1)), 2)  # how they are cut is told even if they were not
+    ranks = max(int(extra.get("tensor_parallel", 1)), 2)  # their cut is described even if they are not cut
     shardings = Shardings(decoded(info) if info else None, ranks, options.rules, out)
     pieces = [_parameter(content, name, folder, shardings) for name in content.params]
     state = model_state(content, extra, _emptied_module(content), 1)
@@ -78,8 +78,8 @@ def write(content: Content, out: Path, options: Options, work: PieceWork) -> Non
 
 
 def check_experts(content: Content, *, spread_only: bool) -> None:
-    """Raise ConversionError for experts that DeepSpeed would not find, or take for others: each rank calls its own by
-    local numbers. With `spread_only`, those that every rank has all of are well."""
+    """Raise ConversionError for experts that DeepSpeed would not find, or confuse: each rank numbers its own locally.
+    With `spread_only`, experts that every rank has in full are accepted."""
     spread = [name for name in content.params if _EXPERT.search(name)]
     single = [name for group in content.groups if group.get("name") == "ep_size_1" for name in group.get("params", ())]
     left = sorted(set(spread) - set(single)) if spread_only else spread
@@ -122,7 +122,7 @@ def _parameter(content: Content, name: str, folder: Path, shardings: Shardings) 
 
 
 def _keys(sharding: Sharding) -> dict[str, Any]:
-    """What a file tells DeepSpeed of how to cut its parameter again."""
+    """The entries of a file from which DeepSpeed cuts its parameter again."""
     if isinstance(sharding, Stripped):
         return {**_keys(sharding.inner), "vocab_tensor": True}
     if isinstance(sharding, Vocabulary):
@@ -161,7 +161,7 @@ def number(value: Scalar) -> Any:
 
 
 def decoded(value: Any, tensors: Mapping[str, Lazy] = NONE) -> Any:
-    """Of JSON that stands for other values (see json_values), the values as they are written here."""
+    """Decode values that JSON cannot represent (see json_values) to the form written here."""
     if isinstance(value, list):
         return [decoded(item, tensors) for item in value]
     if not isinstance(value, dict):
@@ -182,7 +182,7 @@ def decoded(value: Any, tensors: Mapping[str, Lazy] = NONE) -> Any:
 
 
 def grouped(content: Content) -> list[dict[str, Any]]:
-    """The groups of the optimizer; one of all parameters, if none are known."""
+    """The groups of the optimizer; a single one with all parameters, if none are known."""
     return content.groups or [{"params": list(content.params)}]
 
 

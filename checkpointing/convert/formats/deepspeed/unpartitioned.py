@@ -21,15 +21,15 @@ from .partitions import (
     settings_of,
 )
 
-_LARGEST_SAMPLE = 1 << 16  # elements that are compared to tell parameters of one shape apart
+_LARGEST_SAMPLE = 1 << 16  # elements that are compared to distinguish parameters of equal shape
 
 
 def unpartitioned(path: Path, state: dict[str, Any], module: Module, frozen: str | None) -> HeldTogether:
-    """What the optimizer in a model state holds, by the names of the module.
+    """The states of the optimizer in a model state, by the names of the module.
 
-    Within a group the parameters are in the module's order. Where shapes leave more than one way to name them, the
-    master weights, rounded, must equal the module's; without such, `frozen` (an expression) says what is not trained.
-    Names what is frozen in `module`. Raises ConversionError if more than one way is left, or none.
+    Within a group the parameters are in the module's order. If the shapes allow several assignments of names, the
+    rounded master weights must equal the module's; without masters, `frozen` (an expression) names the untrained
+    parameters. Records the frozen names in `module`. Raises ConversionError unless exactly one assignment is left.
     """
     optimizer = state.get("optimizer")
     if not isinstance(optimizer, dict):

@@ -1,6 +1,6 @@
-"""Writing checkpoints that DeepSpeed engines with ZeRO-1 or 2 load, for a number of data-parallel ranks that is given.
+"""Writing checkpoints that DeepSpeed engines with ZeRO-1 or 2 load, for a given number of data-parallel ranks.
 
-A group's parameters lie one after the other, padded at the end to a multiple of twice the ranks, and are cut evenly
+A group's parameters are concatenated, padded at the end to a multiple of twice the ranks, and cut evenly
 (`stage_1_and_2.py`). One model-parallel rank; modules that are no pipeline.
 """
 

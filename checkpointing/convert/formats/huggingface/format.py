@@ -90,7 +90,7 @@ class _Found:
 
     tensors: dict[str, Lazy]
     metadata: dict[str, str]
-    places: dict[str, FileTensor] = field(default_factory=dict)  # where those lie that are whole in one file
+    places: dict[str, FileTensor] = field(default_factory=dict)  # locations of the tensors that are whole in one file
     parts: tuple[str, ...] = ()  # the files of a distributed save, of which each tensor may be in several
 
     @classmethod
@@ -150,7 +150,7 @@ class _Found:
 
 
 def _tied(found: _Found, config: dict[str, Any]) -> dict[str, str]:
-    """Names that share another's tensor: as the files say, as they are stored, or as the configuration says."""
+    """Tied names: according to the files' metadata, their storage, or the configuration."""
     tied = {
         alias: name
         for alias, name in found.metadata.items()
@@ -189,7 +189,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def write(content: Content, out: Path, options: Options, work: PieceWork) -> None:
-    """Write the weights of `content`, in what the module computes in; tied ones once, the optimizer not at all."""
+    """Write the weights of `content` in the module's compute type; tied weights once, without the optimizer."""
     work.make(out)
     tensors = _weights(content)
     dtypes = {name: _dtype(content, name, tensor, options) for name, tensor in tensors.items()}

@@ -1,6 +1,6 @@
 """Safetensors that torch's HuggingFaceStorageWriter saved rank by rank (`save_distributed=True`): shards of tensors.
 
-The files say where each piece begins, and neither how large the whole is nor how many files there were.
+The files record the offset of each piece, but neither the whole's size nor the number of files.
 """
 
 from __future__ import annotations

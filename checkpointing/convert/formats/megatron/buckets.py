@@ -1,8 +1,8 @@
-"""The flat buckets of Megatron's distributed optimizer (`dp_reshardable`), which name nothing that is in them.
+"""The flat buckets of Megatron's distributed optimizer (`dp_reshardable`), which do not name their content.
 
-What is where follows from how Megatron lays them out: one set of buckets for each model-parallel rank, with its
-parameters in the reverse of their order in the live model, each from a multiple of 64 elements on. Which part of a
-parameter a rank had is told by the chunks of the model's own tensors.
+The content follows from Megatron's layout: one set of buckets for each model-parallel rank, with its parameters in the
+reverse of their order in the live model, each aligned to 64 elements. The chunks of the model's own tensors show which
+part of a parameter a rank had.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class ModelParallelWorld:
 
 @dataclass(frozen=True)
 class Slab:
-    """A box of a model's tensor that lies in a bucket, from element `start` on."""
+    """A box of a model's tensor in a bucket, from element `start` on."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -91,7 +91,7 @@ class Slab:
 
 @dataclass(frozen=True)
 class Slabs:
-    """A tensor that lies in buckets."""
+    """A tensor whose elements are in buckets."""
 
     key: str
     shape: tuple[int, ...]
@@ -116,7 +116,7 @@ class Slabs:
 
 
 def world(common: Common) -> ModelParallelWorld:
-    """The world that saved, by the arguments it was started with. Raises ConversionError if they do not say."""
+    """The parallel layout of the saving job, from its stored arguments. Raises ConversionError if they lack it."""
     args = common.args
     if "num_layers" not in args or "pipeline_model_parallel_size" not in args:
         raise ConversionError("the optimizer is stored in buckets, and no arguments say by which parallel world")
@@ -178,7 +178,7 @@ def _buckets_by_rank(index: Index, prefix: str) -> dict[tuple[int, str], dict[st
 
 @dataclass(frozen=True)
 class _Part:
-    """What a rank has of one live parameter, as boxes of its key. `copy`: another rank's is the one that counts."""
+    """A rank's part of a live parameter, as boxes of its key. `copy`: a duplicate; another rank has the original."""
 
     boxes: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
     copy: bool = False
@@ -274,7 +274,7 @@ def _position(text: str, order: tuple[str, ...], key: str) -> int:
 
 
 def _boxes(tensor: Tensor, index: tuple[int, ...], rank: int, ranks: int) -> _Part:
-    """What one of `ranks` tensor-parallel ranks had of a tensor at `index`: the chunks tell how it was split."""
+    """The part that one of `ranks` tensor-parallel ranks had of a tensor at `index`, derived from the chunks."""
     chunks = [(chunk.offsets, chunk.sizes) for chunk in tensor.boxes.beginning(index)]
     if len(chunks) == 1:
         return _Part((chunks[0],), copy=rank > 0)

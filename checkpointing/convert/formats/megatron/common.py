@@ -26,7 +26,7 @@ _OBJECT = "common_state/shard_0_1"  # where megatron-core 0.20 keeps what common
 
 
 def iteration_folder(path: Path) -> Path:
-    """The folder of one iteration: `path`, or the one that the tracker file in it names."""
+    """The folder of one iteration: `path`, or the folder that the tracker file in it names."""
     tracker = path / TRACKER
     if not tracker.is_file():
         return path
@@ -40,7 +40,7 @@ def iteration_folder(path: Path) -> Path:
 
 
 def backend(folder: Path) -> str:
-    """What metadata.json says wrote the tensors; "" if there is none."""
+    """The writer of the tensors according to metadata.json; "" if there is none."""
     path = folder / "metadata.json"
     if not path.is_file():
         return ""
@@ -94,7 +94,7 @@ def _checked(folder: Path, values: dict[str, Any]) -> Common:
 
 
 def naming(common: Common, index: Index, settings: dict[str, str]) -> Naming:
-    """How the live modules are named: as the user said, else as the arguments say, else by what was stored."""
+    """The naming of the live modules: the user's setting, else the stored arguments, else derived from the names."""
     implementation = settings.get("spec") or common.args.get("transformer_impl") or common.values.get(SPEC)
     if implementation not in (None, "local", "transformer_engine"):
         raise ConversionError(f"spec is {implementation!r}; expected local or transformer_engine")

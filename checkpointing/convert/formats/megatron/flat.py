@@ -1,8 +1,8 @@
-"""The optimizer of one rank of legacy Megatron-LM, which names nothing: whose is what follows from the model's order.
+"""The optimizer of one rank of legacy Megatron-LM, which stores no names: they follow from the model's order.
 
 Plain mixed precision keeps lists by group: parameters with weight decay in the order of the model, then those without.
 The distributed optimizer keeps flat tensors, gathered of all data-parallel ranks: parameters in the reverse order of
-the model, each from a multiple of 64 elements on, counted anew in each bucket.
+the model, each aligned to 64 elements within its bucket.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from everstep.checkpointing.convert.files.filetensor import FileTensor
 from .groups import is_decayed
 
 _ALIGNMENT = 64  # elements
-_SMALLEST_BUCKET = 40_000_000  # elements, where the arguments do not say
+_SMALLEST_BUCKET = 40_000_000  # elements, if the arguments lack it
 _BUCKET_PER_RANK = 1_000_000
 MAIN = "param"
 

@@ -1,6 +1,6 @@
 """Checkpoints of Megatron-core's dist_checkpointing (`torch_dist`), as Megatron-LM and NeMo save them.
 
-Settings: `spec` = local or transformer_engine, where the checkpoint does not say how its modules were named;
+Settings: `spec` = local or transformer_engine, if the checkpoint does not record the naming of its modules;
 `vocabulary` = rows to keep of embeddings that were padded (kept padded otherwise, as the live modules are).
 """
 

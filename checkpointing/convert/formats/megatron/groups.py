@@ -25,8 +25,8 @@ def is_decayed(name: str, shape: tuple[int, ...]) -> bool:
 def members(
     shapes: Mapping[str, tuple[int, ...]], groups: Sequence[Mapping[str, Any]]
 ) -> tuple[list[list[str]], list[int]]:
-    """(the names in each group, groups of which it cannot be told which of them has a parameter): each parameter is in
-    one group, by whether it decays, is an expert's, and has a rate of its own; in doubt, in the first of them."""
+    """(the names in each group, groups that cannot be distinguished): a parameter's group follows from whether it has
+    weight decay, belongs to an expert, and has its own rate; an ambiguous parameter is put in the first such group."""
     found: list[list[str]] = [[] for _ in groups]
     doubtful: set[int] = set()
     for name, shape in shapes.items():

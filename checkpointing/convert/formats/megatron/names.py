@@ -20,8 +20,8 @@ _FUSED = (
 
 @dataclass(frozen=True)
 class Naming:
-    """How a live model is named. `local`: by the local layer specification, not Transformer Engine's; `grouped`:
-    experts lie in one module (`linear_fc1.weight7`), not in one each; `stacked`: layers are, in checkpoints."""
+    """The naming of a live model. `local`: of the local layer specification, not Transformer Engine's; `grouped`:
+    experts share one module (`linear_fc1.weight7`) instead of one each; `stacked`: layers do so in checkpoints."""
 
     local: bool
     grouped: bool = False
@@ -38,7 +38,7 @@ class StackedPlace:
 
 
 def expand(key: str, shape: tuple[int, ...], naming: Naming) -> Iterator[tuple[str, StackedPlace]]:
-    """Every live parameter that a key of a checkpoint, of the given whole shape, stands for, and where it is in it."""
+    """The live parameters that a checkpoint's key of the given whole shape contains, and their places in it."""
     stacked = _STACKED.match(key)
     if stacked is None:
         numbered = _NUMBERED.match(key)
@@ -94,7 +94,7 @@ def _fuse(rest: str, naming: Naming) -> tuple[str, tuple[int, ...]]:
 
 
 def naming_of(names: Iterable[str]) -> Naming:
-    """How a model is named whose parameters have these live names."""
+    """The naming of a model whose parameters have these live names."""
     names = list(names)
     local = any(".input_layernorm." in name for name in names)
     grouped = any(_GROUPED_EXPERT.match(name) for name in names)

@@ -45,7 +45,7 @@ def model_tensors(index: Index) -> dict[str, Tensor]:
 
 
 def find_states(index: Index, common: Common, chains: list[Chain]) -> dict[str, States]:
-    """The optimizers' states, by model key. Raises ConversionError for a form that is not known."""
+    """The optimizers' states, by model key. Raises ConversionError for an unknown form."""
     found: dict[str, States] = {}
     for chain in chains:
         if chain.sharding == "dp_reshardable":

@@ -42,7 +42,7 @@ _METADATA = {
     "common_backend_version": 1,
 }
 
-_GROUP = {"lr_mult": 1.0, "is_decoupled_lr": False, "default_config": True}  # by what Megatron tells groups apart
+_GROUP = {"lr_mult": 1.0, "is_decoupled_lr": False, "default_config": True}  # by which Megatron distinguishes groups
 
 
 def write(content: Content, out: Path, options: Options, work: PieceWork) -> None:
@@ -231,7 +231,7 @@ def _optimizer(content: Content) -> dict[Any, Any]:
 
 
 def _replace(path: Path, make: Callable[[Path], object]) -> None:
-    """Make a file so that it is there whole or not at all."""
+    """Make a file that appears complete or not at all."""
     partial = path.with_name(path.name + ".partial")
     make(partial)
     handle = os.open(partial, os.O_RDONLY)
