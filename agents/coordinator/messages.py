@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from typing import Any
 
 from everstep.comms.control import everstep_pb2 as pb
 from everstep.elastic.protocol import events as e
-from everstep.resharding.plan import Report
-from everstep.resharding.units import ModelSpec
+from everstep.elastic.protocol.worker_messages import ToWorker, read_event, write
 
 
 def agent_event(node: str, message: pb.AttachRequest, local: Callable[[float], float]) -> e.Event | None:
-    """The event that an agent's message is; `local` makes a node's time the coordinator's. Raises ValueError."""
+    """The event that an agent's message is; `local` makes a node's time the coordinator's. Raises Unreadable."""
     body = message.WhichOneof("body")
     if body == "ready":
         ready = message.ready
@@ -33,7 +30,7 @@ def agent_event(node: str, message: pb.AttachRequest, local: Callable[[float], f
         return e.DrainRequested(node, message.drain.why)
     if body == "from_worker":
         worker = message.from_worker.worker
-        return worker_event(e.WorkerId(worker.rank, worker.incarnation), json.loads(message.from_worker.json))
+        return read_event(e.WorkerId(worker.rank, worker.incarnation), message.from_worker.json)
     return None
 
 
@@ -52,52 +49,6 @@ def _died(died: pb.WorkerDied, local: Callable[[float], float]) -> e.WorkerDied:
     )
 
 
-def worker_event(worker: e.WorkerId, message: dict[str, Any]) -> e.Event | None:
-    """The event for a worker's message; None if the message's kind is unknown."""
-    kind = message.pop("kind")
-    if kind == "elastic":
-        return e.WorkerDeclaredElastic(worker)
-    if kind == "ready":
-        job = message["job"]
-        job["model"] = ModelSpec.from_json(job["model"])
-        for name in ("state_bytes", "gradient_bytes", "sample_digests"):
-            job[name] = tuple(job[name])
-        return e.WorkerReady(worker, message["peer"], e.Job(**job), tuple(e.Saved(*item) for item in message["saved"]))
-    if kind == "reported":
-        report = Report.from_json(message["report"])
-        return e.WorkerReported(worker, message["generation"], report, message["busy_s"])
-    if kind == "resumed":
-        return e.WorkerResumed(worker, message["generation"], message["edit_s"], message["restore_s"])
-    if kind == "switched":
-        return e.WorkerSwitched(worker, message["generation"])
-    if kind == "idled":
-        return e.WorkerIdled(worker, message["generation"])
-    if kind == "committed":
-        return e.WorkerCommitted(worker, **message)
-    if kind == "lacking":
-        return e.WorkerLacking(worker, message["generation"], message["version"], tuple(message["shards"]))
-    if kind == "corruption":
-        return e.CorruptionFound(worker, **message)
-    if kind == "noted":
-        return e.WorkerNoted(worker, message["what"], message["fields"])
-    if kind == "saved":
-        saved = e.Saved(message["version"], message["name"], message["agreement"])
-        return e.CheckpointSaved(worker, saved, message["fields"])
-    if kind == "unreadable":
-        return e.CheckpointUnreadable(worker, message["name"], message["why"])
-    if kind == "left":
-        return e.WorkerLeft(worker, message["version"], message["name"])
-    if kind == "went_on":
-        return e.WorkerWentOn(worker, message["step"])
-    if kind == "finished":
-        return e.WorkerFinished(worker, message["version"], message["name"])
-    if kind == "concluded":
-        return e.WorkerConcluded(worker, message["name"], message["why"])
-    if kind == "raised":
-        return e.WorkerRaised(worker, message["message"], message["traceback"])
-    return None
-
-
 def order(effect: e.Effect) -> tuple[str, pb.AttachResponse] | None:
     """The node that an effect is an order to, and the order; None for effects that are none."""
     if isinstance(effect, e.StartWorkers):
@@ -114,21 +65,9 @@ def order(effect: e.Effect) -> tuple[str, pb.AttachResponse] | None:
 
 def worker_order(effect: e.Effect) -> tuple[e.WorkerId, pb.AttachResponse] | None:
     """The worker that an effect is an order to, and the order; None for effects that are none."""
-    if isinstance(effect, e.CarryOut):
-        text = _plan(effect)
-    elif isinstance(effect, e.AbortGeneration):
-        text = json.dumps({"kind": "abort", "generation": effect.generation})
-    elif isinstance(effect, e.AskSave):
-        text = json.dumps({"kind": "save"})
-    elif isinstance(effect, e.TellLeft):
-        text = json.dumps({"kind": "left", "version": effect.version})
-    elif isinstance(effect, e.Conclude):
-        text = json.dumps({"kind": "conclude", "version": effect.version, "name": effect.name})
-    elif isinstance(effect, e.EndTraining):
-        text = json.dumps({"kind": "trained"})
-    else:
+    if not isinstance(effect, ToWorker):
         return None
-    return effect.worker, pb.AttachResponse(to_worker=pb.ToWorker(worker=proto(effect.worker), json=text))
+    return effect.worker, pb.AttachResponse(to_worker=pb.ToWorker(worker=proto(effect.worker), json=write(effect)))
 
 
 def _start(effect: e.StartWorkers) -> pb.StartWorkers:
@@ -141,21 +80,6 @@ def _start(effect: e.StartWorkers) -> pb.StartWorkers:
         group_rank=effect.group_rank,
         group_world_size=effect.group_world_size,
         begun=pb.Begun(samples=effect.begun.samples, values=effect.begun.values) if effect.begun else None,
-    )
-
-
-def _plan(effect: e.CarryOut) -> str:
-    return json.dumps(
-        {
-            "kind": "plan",
-            "plan": effect.plan.to_json(),
-            "digest": effect.plan.digest,
-            "peers": {str(rank): peer for rank, peer in effect.peers.items()},
-            "keepers": dict(effect.keepers),
-            "placement": effect.placement.to_json(),
-            "nodes": {str(rank): node for rank, node in effect.nodes.items()},
-            "rank": effect.worker.rank,
-        }
     )
 
 

@@ -6,7 +6,6 @@ machine (`elastic/protocol/agent.py`), which decides; what it instructs is carri
 
 from __future__ import annotations
 
-import json
 import selectors
 import signal
 import time
@@ -24,8 +23,9 @@ from everstep.comms.control.telemetry_pb2 import AskSpans
 from everstep.elastic.contract.notices import Notice
 from everstep.elastic.contract.progress import Fault, StepPhase
 from everstep.elastic.contract.settings import WorkerContext
-from everstep.elastic.protocol import agent
+from everstep.elastic.protocol import agent, worker_messages
 from everstep.elastic.protocol import agent_events as a
+from everstep.elastic.protocol import events as e
 from everstep.elastic.protocol.events import Begun, WorkerId
 
 from . import checkup
@@ -42,6 +42,7 @@ from .workers import WorkerProcess
 
 WATCH_S = 0.05
 SWEEP_S = 0.5
+EVERYBODY = WorkerId(-1, 0)  # whom a line is for that every worker of the node gets: its channel names the worker
 
 
 class NodeAgent:
@@ -207,7 +208,7 @@ class NodeAgent:
     def _tell_ended(self, do: a.TellEnded) -> None:
         if do.failed:
             pass_on(self._crew.workers[do.worker].error_file, 1)
-        self._crew.tell(do.worker, b'{"kind":"end"}')
+        self._crew.tell(do.worker, worker_messages.write(e.EndWorker(do.worker)).encode())
 
     # ------------------------------------------------------------ into the job
 
@@ -247,7 +248,7 @@ class NodeAgent:
             elif isinstance(
                 message, AbortHeard
             ):  # every worker here is about to receive the order; the order itself follows
-                self._crew.tell_all(json.dumps({"kind": "abort", "generation": message.generation}).encode())
+                self._crew.tell_all(worker_messages.write(e.AbortGeneration(EVERYBODY, message.generation)).encode())
             else:
                 body = message.WhichOneof("body")
                 self._on_message[body](getattr(message, body))
@@ -308,7 +309,7 @@ class NodeAgent:
     def _warn(self, worker: WorkerProcess, notice: Notice, text: str) -> None:
         """Send a warning about a worker to the job's event log."""
         fields = {"notice": str(notice), "text": text, "step": worker.reading().step}
-        line = json.dumps({"kind": "noted", "what": "warning", "fields": fields})
+        line = worker_messages.write(e.WorkerNoted(worker.id, "warning", fields))
         self._from_worker(worker.id, line.encode())
 
 

@@ -9,7 +9,6 @@ import inspect
 import logging
 import os
 import random
-import socket
 import sys
 import time
 import traceback
@@ -44,6 +43,7 @@ from everstep.elastic.contract.settings import (
 )
 from everstep.elastic.contract.signals import leave_to_launcher
 from everstep.elastic.contract.timed import TimedMesh
+from everstep.elastic.protocol import events as e
 
 from .run import Run
 
@@ -86,7 +86,7 @@ def elastic(**arguments: Unpack[Arguments]) -> Callable[[Callable[Concatenate[Ru
             context = WorkerContext.from_environment()
             if context is not None and _trained:
                 _refuse_second(function.__name__)
-            membership: Membership = AgentMembership(context.control_fd) if context else Solo()
+            membership = _membership(context)
             membership.declare()
             if context is not None:
                 leave_to_launcher()
@@ -184,7 +184,7 @@ def _run(settings: Settings, context: WorkerContext | None, membership: Membersh
     membership.on_abort = comm.abort
     progress.awaited = comm.awaited
     comm.on_corruption = lambda source, what: membership.tell(
-        "corruption", generation=comm.generation, where="frame", rank=source, detail=what
+        e.CorruptionFound(membership.worker, comm.generation, "frame", rank=source, detail=what)
     )
     seed_everything(settings.seed)
     torch.set_num_threads(threads())
@@ -225,6 +225,12 @@ def _reported(membership: Membership, context: WorkerContext | None) -> Iterator
         _raise_in_job(membership, f"{type(error).__name__}: {error}{hint}", f"{trace}{hint and INSTEAD + chr(10)}")
 
 
+def _membership(context: WorkerContext | None) -> Membership:
+    if context is None:
+        return Solo()
+    return AgentMembership(context.control_fd, e.WorkerId(context.rank, context.incarnation))
+
+
 def _watch_collectives(membership: Membership, context: WorkerContext) -> None:
     membership.changed = context.incarnation > 0
 
@@ -232,13 +238,13 @@ def _watch_collectives(membership: Membership, context: WorkerContext) -> None:
         warn(membership, Notice.COLLECTIVE, text)
 
     def given_up(text: str) -> None:
-        membership.tell("raised", message=text, traceback="", host=socket.gethostname())
+        membership.tell(e.WorkerRaised(membership.worker, text, ""))
 
     CollectiveWatch(warned, given_up).start(lambda: membership.changed and group() is membership.lost_group)
 
 
 def _raise_in_job(membership: Membership, message: str, trace: str) -> NoReturn:
-    membership.tell("raised", message=shortened(message), traceback=shortened(trace), host=socket.gethostname())
+    membership.tell(e.WorkerRaised(membership.worker, shortened(message), shortened(trace)))
     while not membership.interrupted():
         time.sleep(0.02)
     os._exit(1)

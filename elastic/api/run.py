@@ -33,6 +33,7 @@ from everstep.elastic.engine.resume import Resumption
 from everstep.elastic.holding.stack import LayerStack
 from everstep.elastic.holding.user_optimizer import UserOptimizer, check_optimizer, is_elementwise
 from everstep.elastic.holding.whole_state import complete_model, complete_optimizer
+from everstep.elastic.protocol import events as e
 from everstep.elastic.protocol.events import Job
 from everstep.elastic.protocol.protection import state_slots
 from everstep.elastic.step.data import DataSource
@@ -508,7 +509,7 @@ class Run:
         except Aborted:
             self._recovery.recover()
         else:
-            self._membership.tell("concluded", name=conclusion.name, why=why)
+            self._membership.tell(e.WorkerConcluded(self._membership.worker, conclusion.name, why))
 
     def _wait_at_end(self) -> None:
         self._progress.tick()
@@ -533,7 +534,7 @@ class Run:
                 self._guarded(engine.conclude)
                 if engine.ended() and engine.switch is None:
                     break
-        self._membership.tell("finished", version=engine.version, name=engine.last_name())
+        self._membership.tell(e.WorkerFinished(self._membership.worker, engine.version, engine.last_name()))
         while not self._wait_for_end():
             if self._membership.conclusion is not None:
                 self._conclude()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import sys
@@ -14,7 +13,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 from everstep.comms.mesh.communicator import Aborted, Peer
+from everstep.elastic.protocol import events as e
 from everstep.elastic.protocol.events import Job, Saved
+from everstep.elastic.protocol.worker_messages import FromWorker, ToWorker, read_order, write
 from everstep.resharding.placement import Placement
 from everstep.resharding.plan import (
     Plan,
@@ -50,9 +51,10 @@ class Conclusion(NamedTuple):
 
 
 class Membership(ABC):
-    """The worker's side of the control plane."""
+    """The side of the control plane that `worker` has."""
 
-    def __init__(self) -> None:
+    def __init__(self, worker: e.WorkerId) -> None:
+        self.worker = worker
         self.on_abort: Callable[[], None] = lambda: None
         self.save_asked = False  # a checkpoint is requested now
         self.lost_group: object | None = None  # that the script had made by then: it cannot be used any more
@@ -95,8 +97,12 @@ class Membership(ABC):
         """Whether a report is due, or the job has ended."""
 
     @abstractmethod
-    def tell(self, kind: str, **fields: Any) -> None:
+    def tell(self, message: FromWorker) -> None:
         """Send the coordinator a message that needs no answer."""
+
+    def note(self, what: str, fields: Mapping[str, Any]) -> None:
+        """Have a line written to the event log. Values of `fields` are JSON."""
+        self.tell(e.WorkerNoted(self.worker, what, fields))
 
     @abstractmethod
     def wait_for_end(self, on_wait: Callable[[], None]) -> bool:
@@ -110,7 +116,7 @@ class Solo(Membership):
     """A script started without the launcher: one worker, which is all the members."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(e.WorkerId(0, 0))
         self._orders: Orders | None = None
         self._saved: list[Saved] = []  # the checkpoints that can be resumed from, newest first
         self._older = False  # whether a damaged checkpoint may be skipped
@@ -158,33 +164,33 @@ class Solo(Membership):
     def interrupted(self) -> bool:
         return False
 
-    def tell(self, kind: str, **fields: Any) -> None:
-        if kind == "saved":
-            self._newest = max(self._newest, fields["version"])
-        elif kind == "finished":
-            self._last = Conclusion(fields["version"], fields["name"])
-            saves = self._job.checkpoints and fields["version"] > max(0, self._newest)
+    def tell(self, message: FromWorker) -> None:
+        if isinstance(message, e.CheckpointSaved):
+            self._newest = max(self._newest, message.saved.version)
+        elif isinstance(message, e.WorkerFinished):
+            self._last = Conclusion(message.version, message.name)
+            saves = self._job.checkpoints and message.version > max(0, self._newest)
             self.conclusion = self._last if saves else None
-        elif kind == "concluded":
+        elif isinstance(message, e.WorkerConcluded):
             if self._newest < self._last.version:
                 newest = f"the newest checkpoint is of {self._newest} steps" if self._newest >= 0 else "there is none"
-                why = fields["why"] or "it did not get whole"
+                why = message.why or "it did not get whole"
                 self.lost = f"the state after {self._last.version} steps is not saved ({why}); {newest}"
                 print(f"everstep: error: {self.lost}", file=sys.stderr, flush=True)
-        elif kind == "unreadable":
-            self._saved = [item for item in self._saved if item.name != fields["name"]]
+        elif isinstance(message, e.CheckpointUnreadable):
+            self._saved = [item for item in self._saved if item.name != message.name]
             if not self._older or not self._saved:
-                raise UsageError(fields["why"])
+                raise UsageError(message.why)
             assert self._orders is not None
-            print(f"everstep: {fields['why']}: the checkpoint before it is used", file=sys.stderr, flush=True)
+            print(f"everstep: {message.why}: the checkpoint before it is used", file=sys.stderr, flush=True)
             self._resume(self._orders.plan.generation + 1)
             self.on_abort()
-        elif kind == "noted" and fields["what"] == "checkpoint_failed":
-            print(f"everstep: a checkpoint could not be saved: {fields['fields']['why']}", file=sys.stderr, flush=True)
-        elif kind == "noted" and fields["what"] == "warning":
-            notice, text = fields["fields"]["notice"], fields["fields"]["text"]
-            if self._shown.first(notice, text):
-                print(f"everstep: warning: {text} [{notice}]", file=sys.stderr, flush=True)
+
+    def note(self, what: str, fields: Mapping[str, Any]) -> None:
+        if what == "checkpoint_failed":
+            print(f"everstep: a checkpoint could not be saved: {fields['why']}", file=sys.stderr, flush=True)
+        elif what == "warning" and self._shown.first(fields["notice"], fields["text"]):
+            print(f"everstep: warning: {fields['text']} [{fields['notice']}]", file=sys.stderr, flush=True)
 
     def wait_for_end(self, on_wait: Callable[[], None]) -> bool:
         return self.conclusion is None
@@ -193,8 +199,8 @@ class Solo(Membership):
 class AgentMembership(Membership):
     """The control channel to the node agent: JSON lines, read by a thread of its own."""
 
-    def __init__(self, fd: int) -> None:
-        super().__init__()
+    def __init__(self, fd: int, worker: e.WorkerId) -> None:
+        super().__init__(worker)
         self._socket = socket.socket(fileno=fd)
         self._changed = threading.Condition()
         self._send_lock = threading.Lock()
@@ -213,59 +219,54 @@ class AgentMembership(Membership):
     def _listen(self) -> None:
         with self._socket.makefile("rb") as stream:
             for line in stream:
-                self._heard(json.loads(line))
+                self._heard(read_order(self.worker, line.decode()))
         os._exit(1)  # the agent is gone: this worker cannot continue without it
 
-    def _heard(self, message: dict[str, Any]) -> None:
-        kind = message["kind"]
+    def _heard(self, message: ToWorker) -> None:
         with self._changed:
-            if kind == "abort" and message["generation"] > self._aborted:
-                self._aborted, self._aborted_at = message["generation"], time.monotonic()
+            if isinstance(message, e.AbortGeneration) and message.generation > self._aborted:
+                self._aborted, self._aborted_at = message.generation, time.monotonic()
                 self._proposal = None
                 self.conclusion = None
                 self.changed, self.lost_group = True, group()
                 self.on_abort()
-            elif kind == "plan":
+            elif isinstance(message, e.CarryOut):
                 self._take(message)
-            elif kind == "save":
+            elif isinstance(message, e.AskSave):
                 self.save_asked = True
-            elif kind == "left":
-                self._left_at = message["version"]
+            elif isinstance(message, e.TellLeft):
+                self._left_at = message.version
                 self._tell_if_past()
-            elif kind == "conclude":
-                self.conclusion = Conclusion(message["version"], message["name"])
+            elif isinstance(message, e.Conclude):
+                self.conclusion = Conclusion(message.version, message.name)
                 if self._begun >= self.conclusion.version:  # else it has that step before it to do, as all others have
                     self.on_abort()
-            elif kind == "trained":
+            elif isinstance(message, e.EndTraining):
                 self._trained = True
-            elif kind == "end":
+            elif isinstance(message, e.EndWorker):
                 self._ended = True
                 self.on_abort()
             self._changed.notify_all()
 
-    def _take(self, message: dict[str, Any]) -> None:
-        plan = Plan.from_json(message["plan"])
-        if plan.digest != message["digest"]:
-            raise AssertionError(f"the plan of generation {plan.generation} arrived changed")
-        peers = {int(rank): Peer(**peer) for rank, peer in message["peers"].items()}
-        nodes = {int(rank): node for rank, node in message["nodes"].items()}
-        orders = Orders(plan, peers, message["keepers"], Placement.from_json(message["placement"]), nodes)
+    def _take(self, message: e.CarryOut) -> None:
+        plan = message.plan
+        peers = {rank: Peer(**peer) for rank, peer in message.peers.items()}
+        orders = Orders(plan, peers, message.keepers, message.placement, message.nodes)
         if plan.generation < self._aborted:
             return
-        if plan.version is None and message["rank"] not in plan.fresh:
+        if plan.version is None and self.worker.rank not in plan.fresh:
             if self._past_last:
-                self.tell("idled", generation=plan.generation)
+                self.tell(e.WorkerIdled(self.worker, plan.generation))
             else:
                 self._proposal = orders
         else:
             self._orders = orders
 
     def declare(self) -> None:
-        self.tell("elastic")
+        self.tell(e.WorkerDeclaredElastic(self.worker))
 
     def ready(self, peer: Peer, job: Job, saved: Sequence[Saved]) -> None:
-        found = [list(item) for item in saved]
-        self.tell("ready", peer=asdict(peer), job={**asdict(job), "model": job.model.to_json()}, saved=found)
+        self.tell(e.WorkerReady(self.worker, asdict(peer), job, tuple(saved)))
 
     def orders(self, on_wait: Callable[[], None]) -> Orders:
         with self._changed:
@@ -287,7 +288,7 @@ class AgentMembership(Membership):
             generation, since = self._aborted, self._aborted_at
             self._reported = generation
         report = make(generation)
-        self.tell("reported", generation=generation, report=report.to_json(), busy_s=time.monotonic() - since)
+        self.tell(e.WorkerReported(self.worker, generation, report, time.monotonic() - since))
 
     def superseded(self, generation: int) -> bool:
         with self._changed:
@@ -303,7 +304,7 @@ class AgentMembership(Membership):
     def _tell_if_past(self) -> None:
         """Report to the coordinator if this rank continues the loop past the version at which another rank left it."""
         if self._left_at is not None and self._begun >= self._left_at:
-            self.tell("went_on", step=self._begun)
+            self.tell(e.WorkerWentOn(self.worker, self._begun))
 
     def interrupted(self) -> bool:
         with self._changed:
@@ -317,9 +318,10 @@ class AgentMembership(Membership):
                 self._proposal = None
             return proposal
 
-    def tell(self, kind: str, **fields: Any) -> None:
-        line = json.dumps({"kind": kind, **fields}, separators=(",", ":")).encode() + b"\n"
+    def tell(self, message: FromWorker) -> None:
+        line = write(message).encode() + b"\n"
         if len(line) > MESSAGE_BYTES:
+            kind = type(message).__name__
             raise UsageError(
                 f"what this worker has to tell its node agent ({kind!r}) is {len(line) / 2**20:.0f} MiB, and the limit "
                 f"is {MESSAGE_BYTES >> 20} MiB: it grows with the number of parameters and of registered states"

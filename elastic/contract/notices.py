@@ -8,6 +8,7 @@ compares it with this catalogue.
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 
@@ -38,7 +39,7 @@ class Notice(enum.StrEnum):
 class WarningChannel(Protocol):
     """The worker's way to the coordinator, or, when the script runs alone, to standard error."""
 
-    def tell(self, kind: str, **fields: Any) -> None: ...
+    def note(self, what: str, fields: Mapping[str, Any]) -> None: ...
 
 
 def warn(channel: WarningChannel, notice: Notice, text: str, **fields: Any) -> None:
@@ -46,7 +47,7 @@ def warn(channel: WarningChannel, notice: Notice, text: str, **fields: Any) -> N
 
     A worker warns for itself; the log shows equal texts of several ranks once.
     """
-    channel.tell("noted", what="warning", fields={"notice": str(notice), "text": text, **fields})
+    channel.note("warning", {"notice": str(notice), "text": text, **fields})
 
 
 class Shown:

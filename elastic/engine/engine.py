@@ -55,6 +55,7 @@ from everstep.elastic.holding.watch import (
     describe,
     differing_bits,
 )
+from everstep.elastic.protocol import events as e
 from everstep.elastic.protocol import worker_events as w
 from everstep.elastic.protocol.replicas import Digests, Made, Odd, decide, disputed, odd_ones
 from everstep.elastic.protocol.worker import offered
@@ -165,7 +166,7 @@ class Engine:
                 w.BeginStep: self._begin_step,
                 w.Protect: lambda it: self.protect(anyway=True),
                 w.TellCommitted: lambda it: self._tell_committed(json.loads(it.agreement), it.agreement, it.generation),
-                w.TellIdled: lambda it: self.membership.tell("idled", generation=it.generation),
+                w.TellIdled: lambda it: self._tell_idled(it.generation),
                 w.ReportLeft: self._tell_left,
                 w.WaitUntilWhole: self._conclude,
             }
@@ -420,8 +421,9 @@ class Engine:
         detail = f"steps {self.replicas.since(step)} to {step} may have been computed with other values than replicas"
         for item in {(item.rank, item.backup): item for item in reversed(odd)}.values():
             where = "backup" if item.backup else "replica"
-            fields = {"where": where, "rank": item.rank, "shard": item.shard, "detail": detail}
-            self.membership.tell("corruption", generation=generation, **fields)
+            worker = self.membership.worker
+            found = e.CorruptionFound(worker, generation, where, rank=item.rank, shard=item.shard, detail=detail)
+            self.membership.tell(found)
 
     def _damage(self, kind: str) -> None:
         """An injected fault: flip one bit of a frame, or of a value that is owned, only read, or a backup here."""
@@ -542,7 +544,11 @@ class Engine:
 
     def _tell_committed(self, terms: dict[str, Any], agreement: str, generation: int) -> None:
         told = {name: terms[name] for name in ("step", "loss", "digest", "protected", "every")}
-        self.membership.tell("committed", **told, agreement=agreement, generation=generation)
+        told |= {"agreement": agreement, "generation": generation}
+        self.membership.tell(e.WorkerCommitted(self.membership.worker, **told))
+
+    def _tell_idled(self, generation: int) -> None:
+        self.membership.tell(e.WorkerIdled(self.membership.worker, generation))
 
     def _begin_step(self, it: w.BeginStep) -> None:
         self.watch.remember()
@@ -611,10 +617,10 @@ class Engine:
         self.worker.happened(w.LoopLeft())
 
     def _tell_left(self, it: w.ReportLeft) -> None:
-        self.membership.tell("left", version=it.version, name=self.last_name())
+        self.membership.tell(e.WorkerLeft(self.membership.worker, it.version, self.last_name()))
         proposal = self.offered(last=True)
         if proposal is not None:
-            self.membership.tell("idled", generation=proposal.generation)
+            self._tell_idled(proposal.generation)
 
     def last_name(self) -> str:
         """What a checkpoint of this version may be called."""

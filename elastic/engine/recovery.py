@@ -24,6 +24,7 @@ from everstep.elastic.contract.progress import StepPhase
 from everstep.elastic.contract.stateful import decode
 from everstep.elastic.contract.telemetry import Spent
 from everstep.elastic.holding.shard_store import ShardStore
+from everstep.elastic.protocol import events as e
 from everstep.elastic.protocol import worker_events as w
 from everstep.elastic.protocol.backing_up import backup_ranks
 from everstep.elastic.protocol.worker_state import report
@@ -132,7 +133,7 @@ class Recovery:
         engine.snapshots.wait(engine.progress.tick)
         with engine.progress.waiting(SAVES):
             engine.checkpoints.conclude(self._patient)
-        engine.membership.tell("switched", generation=it.generation)
+        engine.membership.tell(e.WorkerSwitched(engine.membership.worker, it.generation))
         with engine.progress.waiting("the coordinator to let this node go"):
             over = engine.membership.wait_for_end(engine.progress.tick)
         if over:
@@ -328,7 +329,7 @@ class Recovery:
             engine.checkpoints.resumed(it.version, script, plan.checkpoint, states.lineage)
             return w.Restored()
         except (CheckpointError, StoreError) as error:
-            engine.membership.tell("unreadable", name=plan.checkpoint, why=str(error))
+            engine.membership.tell(e.CheckpointUnreadable(engine.membership.worker, plan.checkpoint, str(error)))
         with engine.progress.waiting(DECISION):
             while True:
                 self._patient()
@@ -365,6 +366,7 @@ class Recovery:
             data = self.engine.snapshots.resume(index, version)
             if data is not None:
                 found[index] = (version, [data])
+        membership = self.engine.membership
         started = time.monotonic()
         told = False
         while absent := [index for index in missing if index not in found]:
@@ -374,14 +376,14 @@ class Recovery:
             finally:
                 sources.close()
                 for item in sources.damage:
-                    self.engine.membership.tell("corruption", generation=plan.generation, **item)
+                    membership.tell(e.CorruptionFound(membership.worker, plan.generation, **item))
             if len(found) == len(missing):
                 break
             patience_s = KEEPER_PATIENCE_S if sources.unreachable else ANSWERED_PATIENCE_S
             if not told and time.monotonic() - started > patience_s:
                 told = True
                 gone = [index for index in missing if index not in found]
-                self.engine.membership.tell("lacking", generation=plan.generation, version=version, shards=gone)
+                membership.tell(e.WorkerLacking(membership.worker, plan.generation, version, tuple(gone)))
             self._patient()
             time.sleep(FETCH_AGAIN_S)
         return found
@@ -412,9 +414,12 @@ class Recovery:
         engine.telemetry.interrupted()
         if not it.tell:
             return
-        times = {"edit_s": self._edited - self._began, "restore_s": time.monotonic() - self._edited}
-        kind = "switched" if it.switched else "resumed"
-        engine.membership.tell(kind, generation=it.generation, **times)
+        worker = engine.membership.worker
+        if it.switched:
+            engine.membership.tell(e.WorkerSwitched(worker, it.generation))
+            return
+        edit_s, restore_s = self._edited - self._began, time.monotonic() - self._edited
+        engine.membership.tell(e.WorkerResumed(worker, it.generation, edit_s, restore_s))
 
     def come_up(self) -> None:
         """This rank joined: bring what the user's code and the schedulers have changed to where it joined."""

@@ -43,6 +43,7 @@ from everstep.elastic.contract.membership import Membership
 from everstep.elastic.contract.notices import Notice, warn
 from everstep.elastic.contract.settings import Settings
 from everstep.elastic.holding.stack import LayerStack, plain_name
+from everstep.elastic.protocol import events as e
 from everstep.elastic.protocol.agreement import Saving
 from everstep.resharding.layout import Layout
 from everstep.resharding.units import ParameterSpec, Shard
@@ -162,7 +163,7 @@ class Checkpoints:
         self._opened(f"rank-{rank}", name)
         waiting = self._waiting = _Waiting(name, version, terms, layout, rank)
         if rank == layout.ranks[0]:
-            self._membership.tell("noted", what="checkpoint_begun", fields={"version": version, "name": name})
+            self._membership.note("checkpoint_begun", {"version": version, "name": name})
 
         def sealed() -> None:
             with self._lock:
@@ -414,7 +415,7 @@ class Checkpoints:
             self.failures += 1
             self._why = str(result["error"])
             fields = {"version": version, "name": name, "why": result["error"], "failures": self.failures}
-            self._membership.tell("noted", what="checkpoint_failed", fields=fields)
+            self._membership.note("checkpoint_failed", fields)
             request = self._requests.get(name)
             if result.get("lost") and request is not None and self._again < TRIES:  # who was at it is gone, that is all
                 self._again += 1
@@ -423,7 +424,8 @@ class Checkpoints:
         elif result.get("committed"):
             self.newest = max(self.newest, version)
             fields = {"seconds": round(result.get("seconds", 0.0), 3), "bytes": result.get("bytes", 0)}
-            self._membership.tell("saved", version=version, name=name, agreement=agreement, fields=fields)
+            saved = e.Saved(version, name, agreement)
+            self._membership.tell(e.CheckpointSaved(self._membership.worker, saved, fields))
         self._terms = {n: t for n, t in self._terms.items() if n in self._open.values()}
         self._requests = {n: r for n, r in self._requests.items() if n in self._open.values()}
 

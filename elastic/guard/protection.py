@@ -9,6 +9,7 @@ from typing import Any
 from everstep.checkpointing.access.snapshot import Snapshots
 from everstep.elastic.contract.membership import Membership
 from everstep.elastic.contract.settings import Settings
+from everstep.elastic.protocol import events as e
 from everstep.elastic.protocol.agreement import Kept, Share
 from everstep.elastic.protocol.protecting import Protecting
 from everstep.resharding.placement import Placement
@@ -63,7 +64,7 @@ class Protection:
             return (0, -1), (0, -1)
         complete, before, damage = self._snapshots.protection()
         for item in damage:
-            self._membership.tell("corruption", generation=self._state.generation, **item)
+            self._membership.tell(e.CorruptionFound(self._membership.worker, self._state.generation, **item))
         return complete, before
 
     def wait(self, step: int, on_wait: Callable[[], None]) -> None:
@@ -80,7 +81,7 @@ class Protection:
             if time.monotonic() - started > PATIENCE_S:
                 self._state.given_up = True
                 fields = {"step": step, "versions": list(self._state.begun)}
-                self._membership.tell("noted", what="unprotected", fields=fields)
+                self._membership.note("unprotected", fields)
         self._snapshots.waited_s += time.monotonic() - started
 
     def share(self, step: int, rank: int) -> tuple[Kept, float]:
@@ -102,7 +103,7 @@ class Protection:
                 self._interval.observe(merged.step_s, protecting=step % state.every == 0)
             if speaks and terms["every"] != state.every:
                 fields = {"step": step, "every": terms["every"], "why": self._interval.why}
-                self._membership.tell("noted", what="snapshot_interval", fields=fields)
+                self._membership.note("snapshot_interval", fields)
         return terms
 
     def adopt(self, terms: dict[str, Any]) -> None:

@@ -502,6 +502,13 @@ class EndTraining:
 
 
 @dataclass(frozen=True)
+class EndWorker:
+    """Tell a worker that the job is over. Its node's agent does, when it hears of it."""
+
+    worker: WorkerId
+
+
+@dataclass(frozen=True)
 class RefuseNode:
     """Tell a node that it cannot join this job, and why."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +105,8 @@ class Told:
     def __init__(self) -> None:
         self.texts: list[str] = []
 
-    def tell(self, kind: str, **fields: Any) -> None:
-        self.texts.append(fields["fields"]["text"])
+    def note(self, what: str, fields: Mapping[str, Any]) -> None:
+        self.texts.append(fields["text"])
 
 
 def test_a_killed_worker_process_interrupts_nothing_but_the_fetch() -> None:

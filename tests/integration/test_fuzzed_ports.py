@@ -118,11 +118,12 @@ def attach_badly(port: int, rng: random.Random, count: int) -> None:
         "[]",
         "{}",
         '{"kind": 7}',
-        '{"kind": "committed"}',
+        '{"kind": "WorkerCommitted"}',
         "[" * 100_000,
-        '{"kind": "ready", "job": 3}',
+        '{"kind": "WorkerReady", "peer": [], "job": 3, "saved": []}',
     ]
-    texts += ['{"kind": "reported", "report": "{}", "generation": "x"}', '{"kind": "noted", "what": 1, "fields": []}']
+    texts += ['{"kind": "WorkerReported", "report": "{}", "generation": "x", "busy_s": 0}']
+    texts += ['{"kind": "WorkerNoted", "what": 1, "fields": []}']
     with channel_to(f"{HOST}:{port}", Security()) as channel:
         for number in range(count):
             worker = pb.WorkerId(rank=rng.choice([0, 1, -1, 2**31 - 1]), incarnation=rng.choice([0, 5, -7]))

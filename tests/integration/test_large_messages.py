@@ -33,6 +33,8 @@ from everstep.comms.control.attach import Attachment
 from everstep.comms.control.rpc import Server, Session
 from everstep.elastic.contract.progress import create_page
 from everstep.elastic.contract.settings import WorkerContext
+from everstep.elastic.protocol.events import Conclude, EndWorker, WorkerId
+from everstep.elastic.protocol.worker_messages import write
 from tests.jobs import assert_same_run, finish, launch, run_job, wait_until
 
 MIB = 1 << 20
@@ -128,17 +130,20 @@ def test_heartbeats_are_of_one_size_whatever_is_in_them() -> None:
 WORKER = """
 import sys, time
 from everstep.elastic.contract import membership
+from everstep.elastic.protocol import events as e
 from everstep.elastic.contract.errors import JobEnded, UsageError
 
-worker = membership.AgentMembership(int(sys.argv[1]))
-worker.tell("noted", what="x", fields={"text": "0123456789abcdef" * 2**20})
-while not worker.save_asked:
+me = e.WorkerId(0, 0)
+worker = membership.AgentMembership(int(sys.argv[1]), me)
+worker.note("x", {"text": "0123456789abcdef" * 2**20})
+while worker.conclusion is None:
     time.sleep(0.01)
 membership.MESSAGE_BYTES = 2**20
 try:
-    worker.tell("ready", job="0123456789abcdef" * 2**20)
+    worker.tell(e.CheckpointUnreadable(me, worker.conclusion.name, ""))
 except UsageError as error:
-    worker.tell("raised", message=str(error))
+    worker.tell(e.WorkerRaised(me, str(error), ""))
+worker.conclusion = None
 try:
     worker.wait_for_end(lambda: None)
 except JobEnded:
@@ -162,10 +167,10 @@ def test_a_worker_and_its_agent() -> None:
     try:
         wait_until(lambda: said(1), 60, "the agent has all of it")
         assert lines[0]["fields"]["text"] == LARGE
-        channel.send(json.dumps({"kind": "save", "why": LARGE}).encode())
+        channel.send(write(Conclude(WorkerId(0, 0), 3, LARGE)).encode())
         wait_until(lambda: said(2), 60, "the worker has all of it, and has answered")
-        assert "('ready') is 16 MiB, and the limit is 1 MiB" in lines[1]["message"]
-        channel.send(b'{"kind":"end"}')
+        assert "('CheckpointUnreadable') is 16 MiB, and the limit is 1 MiB" in lines[1]["message"]
+        channel.send(write(EndWorker(WorkerId(0, 0))).encode())
         assert worker.wait(20) == 0
     finally:
         worker.kill()

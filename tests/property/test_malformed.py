@@ -20,8 +20,10 @@ from everstep.comms.mesh.frames import (
 )
 from everstep.elastic.protocol import coordinator
 from everstep.elastic.protocol.codec import Unreadable, state_of
-from everstep.elastic.protocol.events import Record
+from everstep.elastic.protocol.events import Record, WorkerId
 from everstep.elastic.protocol.state import Config
+from everstep.elastic.protocol.worker_messages import FROM_WORKER, TO_WORKER, FromWorker, read_event, read_order, write
+from tests.unit.test_worker_messages import SAID
 
 KEY = beats.key_of("a token")
 JSON = st.recursive(
@@ -29,19 +31,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
     max_leaves=12,
 )
-KINDS = [
-    "elastic",
-    "ready",
-    "reported",
-    "resumed",
-    "switched",
-    "idled",
-    "committed",
-    "lacking",
-    "noted",
-    "saved",
-    "raised",
-]
+KINDS = [*FROM_WORKER, "unknown"]
 
 
 @given(data=st.binary(max_size=200))
@@ -88,6 +78,22 @@ def test_what_workers_say(kind: str, body: dict[str, object]) -> None:
         after, effects = coordinator.step(state, event, 1.0) if event is not None else (state, [])
         assert after == state
         assert all(isinstance(effect, Record) for effect in effects)
+
+
+@settings(max_examples=300)
+@given(kind=st.sampled_from([*TO_WORKER, "unknown"]), body=st.dictionaries(st.text(max_size=12), JSON, max_size=5))
+def test_what_workers_hear(kind: str, body: dict[str, object]) -> None:
+    with contextlib.suppress(Unreadable):
+        read_order(WorkerId(0, 0), json.dumps({**body, "kind": kind}))
+
+
+@given(message=st.sampled_from(SAID), data=st.data())
+def test_what_workers_say_with_one_value_changed(message: FromWorker, data: st.DataObject) -> None:
+    """It is read as a message of that kind, or refused by the error that says so."""
+    fields = json.loads(write(message))
+    name = data.draw(st.sampled_from(sorted(fields)))
+    with contextlib.suppress(Unreadable):
+        read_event(message.worker, json.dumps({**fields, name: data.draw(JSON)}))
 
 
 @given(

@@ -1,0 +1,84 @@
+"""What workers and the coordinator say to each other, as text: the protocol's own events and effects.
+
+A message is one line of JSON: `{"kind": the name of the class, ...the fields}`. The field `worker` is left out, since
+the channel that carries the message names the worker. Types are those that the classes declare; see `codec`.
+"""
+
+from __future__ import annotations
+
+import json
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from . import events as e
+from .codec import Unreadable, decode, encode
+
+FromWorker = (
+    e.WorkerDeclaredElastic
+    | e.WorkerReady
+    | e.WorkerReported
+    | e.WorkerLacking
+    | e.CorruptionFound
+    | e.WorkerResumed
+    | e.WorkerSwitched
+    | e.WorkerIdled
+    | e.WorkerCommitted
+    | e.WorkerNoted
+    | e.CheckpointSaved
+    | e.CheckpointUnreadable
+    | e.WorkerLeft
+    | e.WorkerWentOn
+    | e.WorkerFinished
+    | e.WorkerConcluded
+    | e.WorkerRaised
+)
+ToWorker = e.AbortGeneration | e.CarryOut | e.AskSave | e.TellLeft | e.Conclude | e.EndTraining | e.EndWorker
+FROM_WORKER = {kind.__name__: kind for kind in typing.get_args(FromWorker)}
+TO_WORKER = {kind.__name__: kind for kind in typing.get_args(ToWorker)}
+
+
+def write(message: FromWorker | ToWorker) -> str:
+    """A message as one line, without the end of line."""
+    kind = type(message)
+    fields = {name: _written(hint, getattr(message, name)) for name, hint in _fields(kind).items()}
+    return json.dumps({"kind": kind.__name__, **fields}, separators=(",", ":"))
+
+
+def _written(hint: Any, value: Any) -> Any:
+    # Values of type Any are JSON already: what `encode` makes of a mapping in them could not be told from a list.
+    return dict(value) if hint == Mapping[str, Any] else encode(value)
+
+
+def read_event(worker: e.WorkerId, text: str) -> FromWorker:
+    """What a worker says. Raises Unreadable."""
+    event: FromWorker = _read(FROM_WORKER, worker, text)
+    return event
+
+
+def read_order(worker: e.WorkerId, text: str) -> ToWorker:
+    """What a worker is to do. Raises Unreadable."""
+    order: ToWorker = _read(TO_WORKER, worker, text)
+    return order
+
+
+def _read(kinds: Mapping[str, type[Any]], worker: e.WorkerId, text: str) -> Any:
+    try:
+        raw = json.loads(text)
+        kind = kinds[raw.pop("kind")]
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        raise Unreadable(f"no message starts with {text[:80]!r}: {error!r}") from None
+    hints = _fields(kind)
+    if set(raw) != set(hints):
+        raise Unreadable(f"{kind.__name__} has the fields {sorted(hints)}, and these came: {sorted(raw)}")
+    return kind(worker=worker, **{name: decode(hint, raw[name]) for name, hint in hints.items()})
+
+
+def _fields(kind: type[Any]) -> Mapping[str, Any]:
+    return _FIELDS[kind.__name__]
+
+
+_FIELDS = {
+    name: {field: hint for field, hint in typing.get_type_hints(kind).items() if field != "worker"}
+    for name, kind in (FROM_WORKER | TO_WORKER).items()
+}
