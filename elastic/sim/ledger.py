@@ -48,8 +48,10 @@ class Ledger:
         """The coordinator decided something: what it holds for agreed, and what it enters, is what was expected."""
         if state.agreed >= 0:
             self.agreed(state.agreed, state.agreement)
-        if state.rolled_back:
+        if state.rolled_back and state.rolled_back not in self._rollbacks:
             self._rollbacks.add(state.rolled_back)
+            if self._job.protection == "replay" and not broken:
+                raise AssertionError(f"generation {state.rolled_back} goes back, and backups have the newest version")
         for effect in effects:
             if isinstance(effect, e.CarryOut) and effect.plan.substitutes:
                 if not broken:

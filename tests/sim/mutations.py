@@ -182,10 +182,10 @@ MUTATIONS = (
         ("made up", "made up, seldom"),
     ),
     Mutation(
-        "a backup that missed versions counts as level",
+        "copies of what was not backed up here before count as level",
         "backing_up.py",
         "self.level = set() if discard else self.level.intersection(self.mine)",
-        "self.level = self.level.intersection(self.mine)",
+        "self.level = set() if discard else set(self.mine)",
         ("3 nodes, replay", "4 nodes, replay", "4 nodes, replay, leaving"),
     ),
     Mutation(
