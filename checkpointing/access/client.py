@@ -142,13 +142,14 @@ class KeeperClient:
     ) -> Iterator[tuple[int, int]]:
         """Each shard's state at `version` in turn, written into `staging` as soon as it is sealed: (length, checksum).
 
-        Raises KeeperRefused when the keeper has gone to a newer generation.
+        `staging` is extended for a longer record; no view of it may be alive when the next one is asked for. Raises
+        KeeperRefused when the keeper has gone to a newer generation.
         """
         self._send({"op": "collect", "shards": list(shards), "version": version, "generation": generation})
         for _ in shards:
             answer = self._line(float("inf"), patient)
-            if answer["length"] > len(staging):
-                raise KeeperRefused(f"a record of {answer['length']} bytes, where {len(staging)} were expected")
+            if answer["length"] > len(staging):  # it has grown since the generation began
+                staging.extend(bytes(answer["length"] - len(staging)))
             with memoryview(staging) as view, view[: answer["length"]] as room:
                 self._fill(room)
             yield answer["length"], answer["checksum"]

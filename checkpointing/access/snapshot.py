@@ -54,6 +54,7 @@ class Snapshots:
         self._home: dict[int, tuple[int, Segment]] = {}  # shard -> segment
         self._bytes: dict[int, Tensor] = {}  # segment number -> its memory as uint8
         self._leaving: dict[int, int] = {}  # shard -> the version at which it got another owner
+        self._outgrown: list[tuple[int, int]] = []  # (version that was too large, segment number with those before it)
         self._numbers = 0
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="everstep-snapshot") if link else None
         self._pending: Future[None] | None = None
@@ -84,13 +85,33 @@ class Snapshots:
         new = [item for item in sizes if not self.has(item[0])]
         if not new:
             return
-        segment = Segment.create(new, self._states)
-        number = self._link.register(segment) if self._link else self._next()
-        self._bytes[number] = torch.frombuffer(segment.memory, dtype=torch.uint8)
+        self._allocate(new)
         for shard, _, _ in new:
-            self._home[shard] = (number, segment)
             self._leaving.pop(shard, None)
             self.version.pop(shard, None)
+
+    def _allocate(self, sizes: Sequence[tuple[int, int, int]]) -> None:
+        """A new segment for (shard, state bytes, gradient bytes), in which their versions lie from now on."""
+        segment = Segment.create(sizes, self._states)
+        number = self._link.register(segment) if self._link else self._next()
+        self._bytes[number] = torch.frombuffer(segment.memory, dtype=torch.uint8)
+        for shard, _, _ in sizes:
+            self._home[shard] = (number, segment)
+
+    def _grow(self, version: int, records: Mapping[int, ShardRecord]) -> None:
+        """Make larger room for the records that have outgrown theirs, because optimizer state has appeared.
+
+        The versions before, and their gradients, stay where they are until `forget`.
+        """
+        grown: list[tuple[int, int, int]] = []
+        for shard, record in records.items():
+            number, segment = self._home[shard]
+            entry = segment.entries[shard]
+            if record.length > entry.state_bytes:
+                grown.append((shard, record.length, entry.gradient_bytes))
+                self._outgrown.append((version, number))
+        if grown:
+            self._allocate(grown)
 
     def _next(self) -> int:
         self._numbers += 1
@@ -119,7 +140,9 @@ class Snapshots:
             self.version[shard] = version
         assert self._pool is not None
         self._hurry.clear()
-        opened = [self._open(shard, version, ShardRecord(states(shard))) for shard in todo]
+        records = {shard: ShardRecord(states(shard)) for shard in todo}
+        self._grow(version, records)
+        opened = [self._open(shard, version, record) for shard, record in records.items()]
         for device in {device for begun in opened for device in begun.record.devices}:
             if device.type != "cpu":  # another thread copies the rest, on a stream of its own: all is there by now
                 torch.get_device_module(device).synchronize(device)
@@ -261,7 +284,8 @@ class Snapshots:
             self._home.pop(shard, None)
             self.checksums.pop(shard, None)
             self.version.pop(shard, None)
-        used = {number for number, _ in self._home.values()}
+        self._outgrown = [item for item in self._outgrown if nodes and self.protected < item[0]]
+        used = {number for number, _ in self._home.values()} | {number for _, number in self._outgrown}
         for number in [n for n in self._bytes if n not in used]:
             del self._bytes[number]
             if self._link is not None:

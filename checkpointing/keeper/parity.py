@@ -44,6 +44,7 @@ class ParityBlock:
         with self.lock:
             if member in self.members:
                 return
+            self._make_room(len(data))
             with memoryview(self.memory) as view, view[: self.capacity] as room:
                 if not self.members:
                     room[:] = bytes(self.capacity)
@@ -54,6 +55,13 @@ class ParityBlock:
                 if len(self.members) == len(self.stripe.shards):
                     with room[: self.length] as whole:
                         self.checksum = xxhash.xxh3_64_intdigest(whole, self._seed())
+
+    def _make_room(self, length: int) -> None:
+        """For a record that is longer than any was when the generation began; parity is zero beyond what is in."""
+        if length > self.capacity:
+            larger = mmap.mmap(-1, length, flags=_FLAGS)
+            larger[: self.capacity] = self.memory[: self.capacity]
+            self.memory, self.capacity = larger, length
 
     def _seed(self) -> int:
         return seed_of(ANY_SHARD - self.row, self.version, self.length)
@@ -85,6 +93,7 @@ class ParityStore:
         self._blocks: dict[int, ParityBlock] = {}
         self._free: dict[int, list[mmap.mmap]] = {}
         self._numbers = 0
+        self._largest: dict[tuple[int, ...], int] = {}  # shards of a stripe -> the capacity that a block has grown to
         self._encoded = [0, 0.0]
 
     def encoded(self, length: int, seconds: float) -> None:
@@ -105,6 +114,7 @@ class ParityStore:
                 same = block.stripe.shards == stripe.shards and len(block.stripe.parity) == len(stripe.parity)
                 if block.version == version and block.row == row and same:
                     return block
+            capacity = max(capacity, self._largest.get(stripe.shards, 0))
             pool = self._free.get(capacity)
             memory = pool.pop() if pool else mmap.mmap(-1, max(capacity, 1), flags=_FLAGS)
             self._numbers += 1
@@ -119,6 +129,8 @@ class ParityStore:
             for number, block in list(self._blocks.items()):
                 if block.version not in wanted:
                     del self._blocks[number]
+                    shards = block.stripe.shards
+                    self._largest[shards] = max(block.capacity, self._largest.get(shards, 0))
                     self._free.setdefault(block.capacity, []).append(block.memory)
 
     def trim(self, capacities: Iterable[int]) -> None:

@@ -27,7 +27,6 @@ class MissingMember:
     block: ParityBlock
     member: int
     shard: int
-    capacity: int
 
 
 class Protector:
@@ -112,13 +111,13 @@ class Protector:
         for number, row in membership.placement.held_by(self._keeper.node):
             stripe = membership.placement.stripes[number]
             blocks.append((number, self._store.open(version, stripe, row, capacities[number])))
-        self._store.trim(capacities[number] for number, _ in blocks)
+        self._store.trim(block.capacity for _, block in blocks)
         by_flow: dict[tuple[str, int], list[MissingMember]] = {}
         for number, block in blocks:
             stripe = membership.placement.stripes[number]
             for member, (shard, node) in enumerate(zip(stripe.shards, stripe.nodes, strict=True)):
                 if block.checksum is None and member not in block.members:
-                    piece = MissingMember(block, member, shard, capacities[number])
+                    piece = MissingMember(block, member, shard)
                     by_flow.setdefault((node, number % FLOWS), []).append(piece)
         flows = [self._pool.submit(self._pull, membership, version, *item) for item in by_flow.items()]
         for flow in flows:
@@ -142,15 +141,18 @@ class Protector:
 
     def _pull(self, membership: Generation, version: int, flow: tuple[str, int], pieces: list[MissingMember]) -> None:
         """Fetch the pieces that one node holds, over one connection, until all are in or the version is obsolete."""
-        staging = bytearray(max(piece.capacity for piece in pieces))
+        staging = bytearray(max(piece.block.capacity for piece in pieces))
         distrusted: dict[int, int] = {}
         while pieces and not self._given_up(membership, version):
             try:
                 client = self._client(membership, flow)
                 for piece, length, checksum in self._collect(client, membership, version, pieces, staging):
-                    data, started = memoryview(staging)[:length], time.monotonic()
-                    if checksum_of(data, piece.shard, version) == checksum:
-                        piece.block.add(piece.member, data, checksum)
+                    started = time.monotonic()
+                    with memoryview(staging) as whole, whole[:length] as data:
+                        sound = checksum_of(data, piece.shard, version) == checksum
+                        if sound:
+                            piece.block.add(piece.member, data, checksum)
+                    if sound:
                         self._store.encoded(length, time.monotonic() - started)
                     else:
                         distrusted[piece.shard] = distrusted.get(piece.shard, 0) + 1

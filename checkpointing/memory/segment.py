@@ -118,8 +118,7 @@ class Segment:
         entry = self.entries[shard]
         if length > self._capacity(entry, slot):
             raise ValueError(
-                f"shard {shard} needs {length} bytes in slot {slot}, which was made for "
-                f"{self._capacity(entry, slot)}: the optimizer's state grew after its first step"
+                f"shard {shard} needs {length} bytes in slot {slot}, which was made for {self._capacity(entry, slot)}"
             )
         self._write_header(entry, slot, -1, 0, 0)
         return self._body(entry, slot)

@@ -40,6 +40,8 @@ def train(run):
     )
     model = gpt(sizes).to(getattr(torch, config.get("dtype", "float32")))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    if "momentum_from" in config:  # until then plain SGD, which has no state
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.98)
     mine = os.environ["RANK"]
     with (out / f"worker-{mine}-{os.getpid()}.jsonl").open("w", buffering=1) as log:
@@ -57,6 +59,8 @@ def train(run):
             }
             if config.get("by_hand"):
                 optimizer.param_groups[0]["weight_decay"] = 0.02 * (step.index % 7)
+            if step.index >= config.get("momentum_from", config["steps"]):
+                optimizer.param_groups[0]["momentum"] = 0.9
             log.write(json.dumps(line) + "\n")
             if config.get("dump") and run.rank == 0:
                 torch.save(run.full_state_dict(), out / f"at-{run.step}.pt")

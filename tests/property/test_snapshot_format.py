@@ -127,11 +127,11 @@ def test_a_slot_is_valid_only_when_sealed_and_whole(data: bytes, slot: int, vers
 
 
 @given(st.integers(11, 500), st.integers(0, 3))
-def test_a_state_that_grew_is_refused(length: int, slot: int) -> None:
+def test_what_does_not_fit_a_slot_is_refused(length: int, slot: int) -> None:
     segment = Segment.create([(1, 10, 10)])
     capacity = 64  # slots are aligned
     if length > capacity:
-        with pytest.raises(ValueError, match="grew after its first step"):
+        with pytest.raises(ValueError, match=r"needs \d+ bytes in slot"):
             segment.open_slot(1, slot, length)
     else:
         segment.open_slot(1, slot, length)

@@ -1,0 +1,61 @@
+"""Optimizer state that appears in the middle of training: records outgrow the room that was made for them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.jobs import assert_same_run, reference, run_job
+from tests.jobs.cluster import Cluster
+from tests.jobs.hosts import Hosts
+
+LATE: dict[str, Any] = {"momentum_from": 2}  # plain SGD, and from step 3 on SGD with momentum
+
+
+def test_workers_killed_around_the_step_in_which_it_appears() -> None:
+    """Before it is there, in the step that makes it (replayed from a smaller record and the gradient), and after."""
+    steps = 8
+    faults = [
+        {"rank": 0, "phase": "reduce", "step": 3},
+        {"rank": 1, "phase": "update", "step": 3},
+        {"rank": 2, "phase": "commit", "step": 3},
+        {"rank": 0, "phase": "compute", "step": 4, "incarnation": 1},
+        {"rank": 1, "phase": "update", "step": 5, "incarnation": 1},
+    ]
+    result = run_job(nproc=4, stages=2, steps=steps, faults=faults, **LATE)
+    assert_same_run(result, reference(steps, **LATE))
+    assert len(result.named("worker_died")) == len(faults)
+    assert all("momentum_buffer" in state for state in reference(steps, **LATE).state()["optimizer"].values())
+
+
+def test_it_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
+    """Of the step after which it appeared."""
+    flags = [f"--es-checkpoint={tmp_path}/saved", "--es-checkpoint-every=4"]
+    assert run_job(nproc=2, steps=4, flags=flags, **LATE).status == 0
+    result = run_job(nproc=4, stages=2, steps=8, flags=flags, **LATE)
+    assert result.status == 0, result.output
+    expected = reference(8, **LATE)
+    ledgers = [[(e["step"], e["digest"]) for e in r.named("committed")] for r in (result, expected)]
+    assert ledgers[0] == ledgers[1][4:]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("protection", ["parity", "replicate", "replay"])
+def test_lost_nodes(protection: str, tmp_path: Path) -> None:
+    """Parity grows with the records: a node lost soon after, and another when all train again."""
+    steps = 80
+    with Hosts(3) as hosts:
+        job = Cluster(hosts, tmp_path, steps=steps, flags=[f"--es-protection={protection}"], **LATE)
+        job.start()
+        job.reaches(4)
+        job.await_whole()
+        for host in (1, 2):
+            hosts.kill(host)
+            job.await_whole()
+        job.see_to_the_end(120)
+        result = job.check()
+    assert len(result.named("node_lost")) == 2
+    assert len(result.named("joined")) == 2
+    assert result.named("committed")[-1]["protected"] > 70, "versions outlive nodes after the growth"
