@@ -59,7 +59,7 @@ def _run(command: Callable[[list[str]], int], arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
-        _tell("error", "interrupted; the same conversion, begun again, goes on where it was")
+        _tell("error", "interrupted; run the same conversion again to continue it")
         return 128 + signal.SIGINT
 
 

@@ -72,7 +72,7 @@ class NodeChannel:
 
 
 class Durable:
-    """The rows that change from one decision to the next, gathered, and written together."""
+    """Collects the rows that a decision changes, and writes them together."""
 
     def __init__(self, store: StateStore, token: str) -> None:
         self._store = store
@@ -89,7 +89,7 @@ class Durable:
 
     @classmethod
     def load(cls, store: StateStore, config: Config, token: str) -> tuple[Durable, State | None, float]:
-        """What the store has: (this, the state or None for a new job, what to add to this clock). Raises StoreError."""
+        """Load the store: (this object, the state or None for a new job, this clock's offset). Raises StoreError."""
         rows = store.load()
         durable = cls(store, token)
         if "token" not in rows:
@@ -144,7 +144,7 @@ class Durable:
         self._note(node, self.channels[node])
 
     def order(self, node: str, message: pb.AttachResponse) -> bool:
-        """Give an order the next number; whether the node is known."""
+        """Give an order the next number; returns whether the node is known."""
         channel = self.channels.get(node)
         if channel is None:
             return False
@@ -156,7 +156,7 @@ class Durable:
         return True
 
     def acknowledge(self, node: str, number: int) -> None:
-        """The node has got its orders up to this one. This alone is no reason to write."""
+        """The node has received its orders up to this one. This alone causes no write."""
         pending = self.channels[node].pending
         for got in [n for n in pending if n <= number]:
             del pending[got]

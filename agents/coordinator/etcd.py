@@ -95,7 +95,7 @@ class EtcdMembers:
                 answer = request(client)
             except self._errors as error:
                 why = why or _why(error)
-                self._clients.append(self._clients.pop(0))  # the next one first
+                self._clients.append(self._clients.pop(0))  # begins with the next member
             else:
                 return answer
         raise StateStoreError(f"{self._url}: no member of etcd answers as it should ({why})")
@@ -181,7 +181,7 @@ class EtcdStore:
                     lambda client: client.post(client.get_url("/lease/keepalive"), json={"ID": self._lease})
                 )
             except StateStoreError:
-                continue  # the transactions of meanwhile notice if the lease is lost
+                continue  # the next write's transaction fails if the lease was lost
             if int(answer.get("result", {}).get("TTL", -1)) <= 0:
                 self._lapsed.set()
                 return
@@ -243,7 +243,7 @@ class EtcdStore:
                 self._rows[name] = data
 
     def _write(self, place: str, rows: Mapping[str, bytes | None], head: Mapping[str, int]) -> None:
-        """Parts first; the last one with the head, which makes them count."""
+        """Write the parts first; the last one together with the head, which commits them."""
         parts = list(_parts(rows))
         for i, part in enumerate(parts):
             puts = [{"request_put": {"key": _b64(self._key(f"{place}{i:04}")), "value": _b64(part)}}]
@@ -274,7 +274,7 @@ class EtcdStore:
         try:
             self._etcd.ask(lambda client: client.post(client.get_url("/kv/compaction"), json={"revision": revision}))
         except StateStoreError as error:
-            if "has been compacted" in str(error):  # by another one
+            if "has been compacted" in str(error):  # by another coordinator
                 return
             if not self._uncompacted:
                 hint = "tried again; if it never does, it needs --auto-compaction-retention"

@@ -27,7 +27,7 @@ class Listeners:
     """A listener: gets every line of the event log, and the messages that are no events."""
 
     record: list[Callable[[Mapping[str, Any]], None]] = field(default_factory=list)
-    news: list[Callable[[Mapping[str, Any]], None]] = field(default_factory=list)  # likewise, but not of old lines
+    news: list[Callable[[Mapping[str, Any]], None]] = field(default_factory=list)  # the same, without old lines
     heartbeats: list[Callable[[int], None]] = field(default_factory=list)
     telemetry: list[Callable[[str, Any], None]] = field(default_factory=list)  # node, pb.Telemetry
 
@@ -43,7 +43,7 @@ def harmless(listener: Callable[P, R]) -> Callable[P, R | None]:
             return listener(*args, **kwargs)
         except Exception:
             if not told:
-                log.exception("watching failed, a bug of everstep; the job goes on")
+                log.exception("monitoring failed, a bug of everstep; the job continues")
             told = True
             return None
 
@@ -51,7 +51,7 @@ def harmless(listener: Callable[P, R]) -> Callable[P, R | None]:
 
 
 class EventLog:
-    """Lines, numbered; the coordinator that takes over continues where another one stopped.
+    """Numbered lines; a new coordinator continues where its predecessor stopped.
 
     A file that cannot be written, because its disk is full, holds nothing up: its lines wait until it can be.
     """

@@ -15,7 +15,7 @@ SWEEP_S = 3600.0
 
 
 class LongLived:
-    """Sets objects aside. `look` is to be called often."""
+    """Moves objects to the permanent generation. Call `look` often."""
 
     def __init__(self) -> None:
         self._comings = 0

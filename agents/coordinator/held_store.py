@@ -30,12 +30,12 @@ class HeldStore:
                 self._held[suffix] = os.open(self._name(suffix), os.O_RDONLY | os.O_CLOEXEC)
 
     def mend(self) -> bool:
-        """Write again what is gone; whether anything was. Raises OSError where that cannot be."""
+        """Write deleted files again; returns whether there were any. Raises OSError if that fails."""
         if not self._held or all(self._stands(suffix) for suffix in self._held):
             return False
         self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         for suffix in ("-wal", "-shm", ""):
-            self._name(suffix).unlink(missing_ok=True)  # parts of two stores do not make one
+            self._name(suffix).unlink(missing_ok=True)  # never mix files of two stores
         for suffix, fd in self._held.items():
             os.lseek(fd, 0, os.SEEK_SET)
             copy = os.open(self._name(suffix), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)  # it holds the job's token

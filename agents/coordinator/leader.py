@@ -74,7 +74,7 @@ class Leader:
         self._lenient_s = 0.0  # until when a stream that breaks is no loss
         self._expected_s = 0.0  # until when nodes of the store are waited for, and no others are taken in
         self._knocked = False  # another process asked for the end
-        self.held_up = ""  # why nothing can be written just now, and so nothing is decided
+        self.held_up = ""  # why writes fail at the moment; without writes there are no decisions
         self._long_lived = LongLived()
         self._story: deque[str] = deque(maxlen=STORY)  # the last events that had effects
 
@@ -90,7 +90,7 @@ class Leader:
     # ------------------------------------------------------------ the turns
 
     async def lead(self, state: State | None, ahead_s: float, on_leading: Callable[[], None]) -> None:
-        """Until the job is over, from the state that the store has, if it has one. Raises Superseded."""
+        """Run until the job is over, from the stored state, if there is one. Raises Superseded."""
         self._ahead_s = ahead_s
         self.state = state or coordinator.initial_state(self._config, self.now())
         await self._carry_out(self._take_over() if state is not None else [])
@@ -109,7 +109,7 @@ class Leader:
 
     def _abandon(self) -> list[e.Effect]:
         """No stored node reconnected: abandon the stored job and start a new one."""
-        log.warning("no node of the job in the store has come back: it is begun anew")
+        log.warning("no node of the stored job has reconnected: a new job is started")
         for node in list(self._durable.channels):
             self._links.forget(node)
         self._expected_s, self._knocked = 0.0, False
@@ -210,7 +210,7 @@ class Leader:
             event = agent_event(session.node, item, self._local)
             self._check_worker(session.node, item)
         except Exception as error:  # an unreadable message is the fault of this node alone: only its stream ends
-            return self._expel(session, f"it said what no agent says: {error!r}")
+            return self._expel(session, f"it sent an invalid message: {error!r}")
         self._durable.saw(session.node, item.number)
         try:
             return self._decide(event) if event is not None else []
@@ -231,7 +231,7 @@ class Leader:
         if self._links.session(session.node) is not session:
             return []
         if time.monotonic() < self._lenient_s:
-            self._links.detach(session.node)  # it may have given us up while we slept; else its beats are missed
+            self._links.detach(session.node)  # it may have left during our pause; else its heartbeats will be missed
             return []
         self._links.forget(session.node)
         return self._decide(e.NodeLost(session.node, why))
@@ -243,7 +243,7 @@ class Leader:
         return self._gone(session, why)
 
     def _local(self, stamp: float) -> float:
-        """A node's time by our clock; 0 for one of another machine."""
+        """A node's time by our clock; 0 if the node is on another machine."""
         return stamp + self._ahead_s if 0 <= time.monotonic() - stamp <= CLOCK_TRUST_S else 0.0
 
     # ------------------------------------------------------------ nodes that come
@@ -357,7 +357,7 @@ class Leader:
         return [(node, message) for node, message in found if self._durable.order(node, message)]
 
     def _abort_at_once(self, effects: list[e.Effect]) -> None:
-        """Datagrams are ten times faster than streams; nodes of which every worker has to stop get one first."""
+        """Send aborts as datagrams, ten times faster than streams, first to nodes whose workers all have to stop."""
         told: dict[str, int] = {}
         generation = -1
         for effect in effects:

@@ -48,7 +48,7 @@ class NodeSessions:
         return [link.session for link in self._links.values() if link.session is not None]
 
     def detached(self) -> bool:
-        """Whether a node of the job has no stream just now."""
+        """Whether a node of the job has no stream at the moment."""
         return any(link.session is None for link in self._links.values())
 
     def attach(self, node: str, session: Session) -> None:

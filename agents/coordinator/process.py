@@ -66,7 +66,7 @@ NOTICE_S = 3.0  # after a signal: nodes that got it too have requested the job's
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What a coordinator is to do; survives the way to another process."""
+    """A coordinator's task; can be passed to another process."""
 
     job: str
     config: Config
@@ -260,7 +260,7 @@ class CoordinatorProcess:
         return pid, ours
 
     def _start(self) -> tuple[int, int]:
-        """As a process of its own: by now this one has threads."""
+        """Start it as a new process, since this one has threads by now and cannot fork."""
         ours, theirs = os.pipe()
         command = own_command("everstep.agents.coordinator.process", str(theirs), self._task.to_json())
         environment = {**os.environ, **self._security.environment()}

@@ -30,7 +30,7 @@ from .node_sessions import NodeSessions
 from .span_collector import SpanCollector
 from .store import StateStore, StateStoreError
 
-VIEW_STEPS = 1000  # that anybody may ask for
+VIEW_STEPS = 1000  # the most that a client may request
 
 
 NOBODY = -1  # the proxy that listens before the coordinator
@@ -76,7 +76,7 @@ class Coordinator:
 
     @property
     def undecided(self) -> str:
-        """Why nothing is decided here at the moment: another one leads, or the store is away. Empty if all is well."""
+        """Why this coordinator decides nothing now: another one leads, or the store is down. Empty if it decides."""
         return self.standing_by or (self._leader.held_up if self._leader is not None else "")
 
     def now(self) -> float:
@@ -107,7 +107,7 @@ class Coordinator:
         return served
 
     async def lead(self, store: StateStore, on_leading: Callable[[], None] = lambda: None) -> None:
-        """Be the job's coordinator until the job ends, from what the store has. Raises StoreError and Superseded.
+        """Lead the job from the stored state until it ends. Raises StoreError and Superseded.
 
         `on_leading` is called once it is written that this one leads.
         """

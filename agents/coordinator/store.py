@@ -1,4 +1,4 @@
-"""Where a coordinator keeps what it must not forget: rows of bytes, written some at a time, all or none."""
+"""A coordinator's durable store: rows of bytes, written in atomic batches."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class StateStoreError(Exception):
 
 
 class Superseded(Exception):
-    """Another coordinator leads: nothing that this one decides counts any more."""
+    """Another coordinator leads: decisions of this one are void."""
 
 
 class StateStore(Protocol):
-    """A place of one coordinator. Calls block; one at a time. `url` names it, for people."""
+    """The store of one coordinator. Calls block; one at a time. `url` names it for users."""
 
     url: str
 
@@ -39,11 +39,11 @@ class StateStore(Protocol):
         """
 
     def close(self, *, forget: bool) -> None:
-        """Let go; with `forget`, the job is over and nothing of it need stay."""
+        """Release it; with `forget`, the job is over and its rows may be deleted."""
 
 
 class SqliteStore:
-    """A file (SQLite, write-ahead log), held by one process for as long as that lives."""
+    """A file (SQLite, write-ahead log), locked by one process for its lifetime."""
 
     superseded = False  # the file is ours until this process ends
 
@@ -79,8 +79,8 @@ class SqliteStore:
         db.execute("COMMIT")
         if about and about[0][0] != FORMAT:
             raise StateStoreError(
-                f"{self.path} has format {about[0][0]}, and this version of everstep reads format {FORMAT}: go on with "
-                "the version that wrote it, or move the file away to begin anew"
+                f"{self.path} has format {about[0][0]}, and this version of everstep reads format {FORMAT}: run "
+                "the version that wrote it, or move the file away to start a new job"
             )
         if about and about[0][1] != job:
             raise StateStoreError(f"{self.path} is of job {about[0][1]!r}, not {job!r}: choose another --es-store")
@@ -91,7 +91,7 @@ class SqliteStore:
     def _explain(self, error: sqlite3.Error) -> str:
         if getattr(error, "sqlite_errorcode", None) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
             return f"{self.path} is in use: another coordinator of this job runs on this machine"
-        return f"{self.path} is damaged, or no store of ours ({error}): move the file away to begin anew"
+        return f"{self.path} is damaged, or no store of ours ({error}): move the file away to start a new job"
 
     def load(self) -> dict[str, bytes]:
         try:

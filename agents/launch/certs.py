@@ -1,4 +1,4 @@
-"""`everstep certs`: an authority of one's own, and a certificate of it for all nodes of a cluster."""
+"""`everstep certs`: a private authority, and a certificate signed by it for all nodes of a cluster."""
 
 from __future__ import annotations
 

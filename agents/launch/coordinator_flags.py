@@ -19,7 +19,7 @@ def add_coordinator_flags(group: argparse._ActionsContainer, *, log: str) -> Non
         type=float,
         default=Config().stop_grace_s,
         metavar="SECONDS",
-        help="how long a job that is told to stop may take to save a checkpoint",
+        help="how long a job may take to save a checkpoint when it is stopped",
     )
     group.add_argument(
         "--es-quarantine",
@@ -48,5 +48,5 @@ def add_coordinator_flags(group: argparse._ActionsContainer, *, log: str) -> Non
     group.add_argument(
         "--es-insecure-network",
         action="store_true",
-        help="bind addresses that other hosts reach, without certificates: for networks where everybody is trusted",
+        help="bind addresses that other hosts reach, without certificates: for trusted networks only",
     )

@@ -138,7 +138,7 @@ def _see_off(coordinator: CoordinatorProcess, agent: NodeAgent, outcome: NodeOut
     """Wait for the coordinator, which ends when all nodes know that the job is over: other nodes may still need it."""
     try:
         if not coordinator.wait(END_S) and outcome.succeeded:
-            print("everstep: this node is done, and goes on coordinating the others", file=sys.stderr)
+            print("everstep: this node is done, and continues to coordinate the others", file=sys.stderr)
             agent.when_over(coordinator.close)
             coordinator.wait(None)
     except KeyboardInterrupt:

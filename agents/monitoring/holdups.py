@@ -150,7 +150,7 @@ def _where(state: State, rank: int, told: Told | None) -> str:
     if worker.status is Status.STARTING:
         return f"rank {rank} is starting on node {worker.node}"
     if worker.status is Status.AFTER:
-        return f"training is over at rank {rank}, whose script goes on"
+        return f"training is over at rank {rank}, whose script still runs"
     if told is None:
         return f"what rank {rank} (node {worker.node}) does is not known"
     if told.state.waits_s >= LEAST_S:
@@ -195,7 +195,7 @@ def _of_job(state: State) -> Iterable[tuple[Hashable, str, tuple[int, ...]]]:
         elif starting:
             yield ("heirs", ranks), f"the recovery waits for {_named(ranks)} to start (node {nodes})", ranks
     elif state.phase is Phase.RUNNING and starting:
-        text = f"{_named(ranks)} (node {nodes}) {'is' if len(ranks) == 1 else 'are'} starting; training goes on without"
+        text = f"{_named(ranks)} (node {nodes}) {'is' if len(ranks) == 1 else 'are'} starting; training continues"
         yield ("joining", ranks), text, ranks
     if state.stopping is not None and state.phase is not Phase.DONE:
         yield "stopping", f"the job saves a checkpoint before it stops: {state.stopping.why}", ()

@@ -132,7 +132,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return 421, _text("this address is for this host alone, and the request is for another name")
         if not self.security.admits_request(self.headers.get("Authorization", "")):
             asked = {"WWW-Authenticate": 'Basic realm="everstep: any user, the job token as password", charset="UTF-8"'}
-            return 401, _text("the job's token is asked for: as a password (of any user), or as a Bearer", asked)
+            return 401, _text("the job's token is required: as a password (of any user), or as a Bearer", asked)
         maker = self.pages.get(self.path.partition("?")[0])
         if maker is None:
             return 404, _text("there is no such page")

@@ -74,7 +74,7 @@ def _after_training(view: View) -> str:
     """After training: the ranks whose scripts still run."""
     ranks = {status: [w["rank"] for w in view["workers"] if w["status"] == status] for status in (AFTER, "exited")}
     ended = f"; {_ranks(ranks['exited'])} have ended" if ranks["exited"] else ""
-    return f"training is over; scripts go on with what comes after it on {_ranks(ranks[AFTER])}{ended}"
+    return f"training is over; scripts still run on {_ranks(ranks[AFTER])}{ended}"
 
 
 def _ranks(ranks: Sequence[int]) -> str:

@@ -242,7 +242,7 @@ def _ended(line: Line) -> str:
 
 def _trained(line: Line) -> str:
     lost = "".join(f"; {one}" for one in line.get("lost", ()))
-    return f"training is over with step {line['step']}; scripts go on with what comes after it{lost}"
+    return f"training is over with step {line['step']}; scripts still run{lost}"
 
 
 def _died(line: Line) -> str:
@@ -268,7 +268,7 @@ _WORDS: dict[str, tuple[Grade, Callable[[Line], str]]] = {
     "handed_over": (Grade.NEWS, lambda x: f"{_one(x['ranks'])} have handed over; now {x['layout']}"),
     "worker_died": (Grade.WARNING, _died),
     "node_refused": (Grade.WARNING, lambda x: f"node {x['node']} ({x['host']}) may not join: {x['why']}"),
-    "planned": (Grade.NEWS, lambda x: f"going on: {x['summary']}"),
+    "planned": (Grade.NEWS, lambda x: f"continuing: {x['summary']}"),
     "recovered": (Grade.WARNING, _recovered),
     "join_prepared": (Grade.NEWS, lambda x: f"a plan that takes in {_one(x['ranks'])} is ready"),
     "joined": (Grade.NEWS, lambda x: f"{_one(x['ranks'])} joined; now {x['layout']}"),
@@ -307,5 +307,5 @@ _WORDS: dict[str, tuple[Grade, Callable[[Line], str]]] = {
         lambda x: f"a coordinator took over; awaited: {count_text(len(x['nodes']), 'node')}",
     ),
     "warning": (Grade.WARNING, lambda x: f"{x['text']} [{x['notice']}]"),
-    "abandoned": (Grade.ALARM, lambda x: f"no node has come back: the job begins anew, after step {x['step']}"),
+    "abandoned": (Grade.ALARM, lambda x: f"no node has reconnected: a new job is started, after step {x['step']}"),
 }

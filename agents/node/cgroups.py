@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path("/sys/fs/cgroup")
 OWN = Path("/proc/self/cgroup")
 VMSTAT = Path("/proc/vmstat")
-_NO_LIMIT = 1 << 60  # version 1 writes a number of about 2**63 where there is none
+_NO_LIMIT = 1 << 60  # version 1 reports about 2**63 for no limit
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class ControlGroup:
         return found if found is not None and found < _NO_LIMIT else None
 
     def left_bytes(self) -> int | None:
-        """What may still be used; None without a limit."""
+        """Bytes left within the limit; None without a limit."""
         limit, used = self.limit_bytes(), _number(self.folder / self.used)
         if limit is None or used is None:
             return None
@@ -42,12 +42,12 @@ class ControlGroup:
 
 
 def groups(root: Path = ROOT, own: Path = OWN) -> list[ControlGroup]:
-    """The groups that limit this process's memory, its own one first."""
+    """The groups that limit this process's memory, its own group first."""
     return [group for group in _all(root, own) if (group.folder / group.used).exists()]
 
 
 def left(found: list[ControlGroup]) -> int | None:
-    """What this process may still use within all limits; None without any."""
+    """Bytes that this process may still use within all limits; None without any."""
     rooms = [room for group in found if (room := group.left_bytes()) is not None]
     return min(rooms, default=None)
 

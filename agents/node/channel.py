@@ -39,14 +39,14 @@ class WorkerChannel:
         if self._unsent_bytes + len(line) > OUTBOX_BYTES:
             self._unsent.clear()
             self._unsent_bytes = 0
-            self.broken = f"it does not read what it is told: more than {OUTBOX_BYTES >> 20} MiB of orders wait for it"
+            self.broken = f"it does not read its orders: more than {OUTBOX_BYTES >> 20} MiB of them are waiting"
             return
         self._unsent += [memoryview(line), memoryview(b"\n")]
         self._unsent_bytes += len(line) + 1
         self.flush()
 
     def flush(self) -> None:
-        """Send what waits, as far as the socket takes it."""
+        """Send buffered bytes, as far as the socket accepts them."""
         while self._unsent:
             try:
                 sent = self._ours.send(self._unsent[0])
@@ -62,7 +62,7 @@ class WorkerChannel:
                 del self._unsent[0]
 
     def receive(self) -> list[bytes]:
-        """The complete messages that have come; `closed` afterwards, if there will be no more."""
+        """The complete messages received so far; sets `closed` at the end of the stream."""
         lines: list[bytes] = []
         with contextlib.suppress(BlockingIOError):
             while not self.broken:
@@ -77,7 +77,7 @@ class WorkerChannel:
         return lines
 
     def _take(self, data: bytes, lines: list[bytes]) -> None:
-        """The end of a line is looked for in what is new only: a message of many megabytes comes in many reads."""
+        """Search only new bytes for the end of a line: a message of many megabytes arrives in many reads."""
         first, *rest = data.split(b"\n")
         self._keep(first)
         for piece in rest:

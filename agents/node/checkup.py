@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from everstep.comms.base.process import own_command
 
 LEVELS = ("off", "quick", "full")
-INJECTED = "unhealthy"  # kind of an injected fault: its `figures` take the place of what was measured
+INJECTED = "unhealthy"  # kind of an injected fault: its `figures` replace the measured ones
 GPUS_S = 60.0
 
 
@@ -111,7 +111,7 @@ def _copies(extent: Extent) -> dict[str, float]:
 
 
 def _loopback(extent: Extent) -> dict[str, float]:
-    """Through TCP to ourselves; nothing where there is no loopback interface."""
+    """TCP throughput to this host itself; nothing without a loopback interface."""
     block = bytes(1 << 18)
     with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(5.0)
@@ -160,7 +160,7 @@ def _interface(host: str) -> dict[str, float]:
 
 
 def _gpus() -> dict[str, float]:
-    """In a process of its own, since a device that was touched here would stay so."""
+    """Runs in a separate process, since using a device here would initialise it for good."""
     command = own_command("everstep.agents.node.gpu_checkup")
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=GPUS_S, check=True)

@@ -59,7 +59,7 @@ class _StandIn(ModuleType):
 
     def graph_break(self, *args: Any, **options: Any) -> None:
         """Nothing is compiled, so there is no graph to break."""
-        if sys.modules.get(NAME) is not self:  # the caller took hold of this one before
+        if sys.modules.get(NAME) is not self:  # the caller holds a reference to the stand-in
             _real().graph_break(*args, **options)
 
     def disable(self, *args: Any, **options: Any) -> Any:
@@ -83,7 +83,7 @@ class _Parts(MetaPathFinder, Loader):
     """Imports the real module before one of its submodules, whose import has seen only the stand-in."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """A specification of a part that has been imported: most have come with the whole."""
+        """The specification of a submodule that is imported already: the real module imports most of them."""
         if not name.startswith(f"{NAME}.") or not isinstance(sys.modules.get(NAME), _StandIn):
             return None
         _real()
@@ -92,11 +92,11 @@ class _Parts(MetaPathFinder, Loader):
         return ModuleSpec(name, self, loader_state=(part, part.__spec__))
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        """The part, as it is."""
+        """The submodule, unchanged."""
         part: ModuleType = spec.loader_state[0]
         return part
 
     def exec_module(self, module: ModuleType) -> None:
-        """Give it back its own specification, which importlib has replaced by ours."""
+        """Restore the submodule's own specification, which importlib has replaced by ours."""
         assert module.__spec__ is not None
         module.__spec__ = module.__spec__.loader_state[1]

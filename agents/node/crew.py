@@ -73,7 +73,7 @@ class Crew:
         self._orphans.sweep()
 
     def close(self) -> None:
-        """End all processes, and what they left behind."""
+        """End all processes and their orphans."""
         for worker in self.workers.values():
             worker.kill("the agent ends")
             worker.close()
@@ -146,7 +146,7 @@ class Crew:
         self.workers.pop(worker_id).close()
 
     def fork(self, worker_id: WorkerId, context: WorkerContext, ranks: Mapping[int, int]) -> None:
-        """Ask the preloaded process for it. `ranks`: local rank -> rank, of all workers of the node."""
+        """Request a worker from the preloaded process. `ranks`: local rank -> rank, of all workers of the node."""
         config, worker = self._config, self.workers[worker_id]
         torch = torch_environment(
             worker.order,
@@ -207,7 +207,7 @@ class Crew:
         self._listen(worker)
 
     def _listen(self, worker: WorkerProcess) -> None:
-        """Wait for what can happen next on its channel."""
+        """Register its channel for the events that can occur next."""
         channel = worker.channel
         if channel.broken:
             self._happened(a.WorkerDefied(worker.id, channel.broken))

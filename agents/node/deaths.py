@@ -27,7 +27,7 @@ class MainThreadEnded:
 
 
 class DeathWatch:
-    """Waits for the mutexes that main threads hold, in one thread per worker. Readable when one has ended."""
+    """Waits for the mutexes that main threads hold, in one thread per worker. Readable when a main thread has ended."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -14,12 +14,12 @@ OUT_OF_THE_WAY = 240  # from here on: shells and scripts choose low numbers for 
 
 
 class TooFewDescriptors(Exception):
-    """The limit does not allow what a node needs, and may not be raised that far."""
+    """The limit is below what a node needs, and cannot be raised that far."""
 
 
 def allow(workers: int, ranks: int) -> None:
-    """Raise this process's soft limit, and so its children's, to what a node with so many workers of a job with so many
-    ranks may need, within the hard limit. Raises TooFewDescriptors where not even the least is allowed."""
+    """Raise this process's soft limit, which children inherit, to the need of a node with so many workers in a job with
+    so many ranks, within the hard limit. Raises TooFewDescriptors if the hard limit is below the minimum."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = _unlimited(hard)
     ample = AMPLE + AMPLE_A_WORKER * workers + AMPLE_A_RANK * ranks

@@ -1,4 +1,4 @@
-"""What a worker finds in its environment: torchrun's variables, and one of ours."""
+"""The environment of a worker: torchrun's variables, and one of ours."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def program_for(program: Mapping[str, Any], local_rank: int) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def variables(values: Mapping[str, str]) -> Iterator[None]:
-    """Set these variables of this process, and put back what they were before."""
+    """Set these variables in this process temporarily."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

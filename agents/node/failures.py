@@ -23,7 +23,7 @@ class Failures:
         self._found.clear()
 
     def report(self) -> str:
-        """What torchrun prints; empty if nothing failed here."""
+        """The report that torchrun prints; empty if nothing failed here."""
         if not self._found:
             return ""
         error = ChildFailedError(self._role, self._found)
@@ -33,6 +33,6 @@ class Failures:
 
 
 def pass_on(error_file: str, status: int) -> None:
-    """Copy a worker's error file to where our own caller looks for one."""
+    """Copy a worker's error file to the path where this process's caller expects one."""
     if os.environ.get("TORCHELASTIC_ERROR_FILE") and os.path.isfile(error_file):
         get_error_handler().dump_error_file(error_file, status)

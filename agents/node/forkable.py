@@ -17,7 +17,7 @@ DRIVERS = {"/dev/nvidia-uvm": "CUDA", "/dev/kfd": "ROCm"}  # opened when they ar
 
 
 def why_not() -> str:
-    """What keeps forks of this process from using devices; empty if nothing does. Touches no device itself."""
+    """The reason why forks of this process cannot use devices; empty if there is none. Touches no device itself."""
     import torch
 
     for name, module in (("CUDA", torch.cuda), ("XPU", torch.xpu)):
@@ -32,7 +32,7 @@ def why_not() -> str:
 
 
 def thread_names() -> list[str]:
-    """The names of this process's threads, the main one's too."""
+    """The names of this process's threads, including the main thread."""
     names: list[str] = []
     for task in Path("/proc/self/task").iterdir():
         with contextlib.suppress(OSError):  # it has just ended
@@ -49,7 +49,7 @@ def _open_files() -> set[str]:
 
 
 def in_a_fork(ask: Callable[[], int]) -> tuple[int, str]:
-    """The number that `ask` returns, and the error it raises, in a process of its own: what it touches, this does not.
+    """Call `ask` in a separate process, so that this one touches nothing; returns its number, or raises its error.
 
     Only before this process has threads.
     """

@@ -1,4 +1,4 @@
-"""Reads what a node's workers, keeper and host do, about once a second, in a thread of the agent's own.
+"""Reads the telemetry of a node's workers, keeper and host, about once a second, in a thread of the agent.
 
 Workers only write into shared memory; nothing here is ever waited for by them. What is read goes to the agent's metrics
 and, in a bounded message, to the coordinator.
@@ -113,7 +113,7 @@ class Gatherer:
             self._watched[worker] = _Watched(worker, fd)
 
     def ended(self, worker: WorkerId) -> None:
-        """A worker is gone: what it left is read for the last time."""
+        """A worker is gone: read its ring for the last time."""
         with self._lock:
             watched = self._watched.pop(worker, None)
             if watched is not None:
@@ -160,7 +160,7 @@ class Gatherer:
         host = HostReader()
         due_s = 0.0
         while not self._closing.wait(self._period_s):
-            with contextlib.suppress(OSError, psutil.Error):  # what cannot be read now is read the next time
+            with contextlib.suppress(OSError, psutil.Error):  # retried at the next turn
                 reading, gpus = self.look(host)
                 if time.monotonic() >= due_s:
                     due_s = time.monotonic() + max(self._period_s, self._nodes / MESSAGES_PER_S) - self._period_s / 2
@@ -210,7 +210,7 @@ class Gatherer:
         self._metrics.worker(watched.id.rank, watched.sums.totals, ended)
 
     def _ask_keeper(self) -> dict[str, float] | None:
-        """What the keeper holds; None while it is away."""
+        """The keeper's statistics; None while it is unavailable."""
         place = self._where_keeper_is()
         try:
             if self._keeper is not None and (place is None or place[0] != self._keeper.address):

@@ -108,7 +108,7 @@ class HangWatch:
         last = {Sign.WORKS: ", though it works", Sign.STORAGE: ", waiting for storage", Sign.STOPPED: ", stopped"}
         cause = f"hung: no progress for {verdict.still_s:.1f} s in {place}{last.get(worker.pulse.sign, '')}"
         waits = vitals.describe(worker.pid)
-        stacks = worker.read_stacks() or "its Python stacks could not be had\n"
+        stacks = worker.read_stacks() or "its Python stacks could not be read\n"
         worker.stacks = f"{stacks[:STACKS_KEPT]}{waits}"[: 2 * STACKS_KEPT]
         print(f"everstep: rank {rank} is killed: {cause}\n{stacks}{waits}", file=sys.stderr, flush=True)
         worker.kill(cause)

@@ -1,4 +1,4 @@
-"""What a host has and uses: by psutil, and, where the extra `gpu` is installed and there is a device, by NVML."""
+"""A host's resources and their use: from psutil, and, with the extra `gpu` and a device, from NVML."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The node agent's hold on its snapshot keeper: started, or taken over from an agent that died, and ended.
+"""The node agent's snapshot keeper: started, or adopted from an agent that died, and ended.
 
 A keeper outlives its agent by a while (its *linger*), so that what it holds is still there when the agent is started
 again: the new agent finds it by a name that only this job on this host makes, and takes the leash.
@@ -74,7 +74,7 @@ def keeper_name(token: str, host: str, number: int) -> str:
 
 
 def obtain(node: str, host: str, token: str, linger_s: float) -> KeeperProcess:
-    """A keeper for `node`: one of this job that has lost its agent, else a new one.
+    """A keeper for `node`: an orphaned keeper of this job, else a new one.
 
     Raises KeeperCannotServe, and EarlierKeeper.
     """
@@ -117,7 +117,7 @@ def start(name: str, node: str, host: str, port: int, token: str, linger_s: floa
 
 
 def _take_over(name: str, node: str, token: str) -> KeeperProcess | None:
-    """The keeper that has this name, if its agent is gone; None if it has one.
+    """The keeper with this name, if its agent is gone; None if the agent lives.
 
     Raises ConnectionRefusedError when there is none, EarlierKeeper for one of another everstep.
     """
@@ -159,7 +159,7 @@ class NodeKeeper:
         self._node = self._token = ""
 
     def obtain(self, node: str, token: str) -> int:
-        """Take over this host's keeper of the job, or start one. Returns its port. Raises AgentError."""
+        """Adopt this host's keeper of the job, or start one. Returns its port. Raises AgentError."""
         self._node, self._token = node, token
         config = self._config
         with self._serving():

@@ -88,7 +88,7 @@ class WorkerLogs:
             self._tails.append(tail.start())
 
     def close(self) -> None:
-        """Print what is left of teed output, and stop."""
+        """Print the rest of the teed output, and stop."""
         for tail in self._tails:
             tail.stop()
         self._tails.clear()

@@ -1,4 +1,4 @@
-"""How much memory a node can give to protection."""
+"""The memory that a node can use for protection."""
 
 from __future__ import annotations
 

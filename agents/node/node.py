@@ -135,7 +135,7 @@ class NodeAgent:
             self._events.append(event)
 
     def when_over(self, action: Callable[[], None]) -> None:
-        """What `stop` does from now on, since the job is over here already."""
+        """Change the effect of `stop`, since the job is over on this node already."""
         self._when_over = action
 
     # ------------------------------------------------------------ the machine
@@ -244,7 +244,7 @@ class NodeAgent:
         for message in self.link.received():
             if isinstance(message, Broken):
                 if self.state.belongs:
-                    say(f"the coordinator is gone ({message.why}); training goes on, and it is looked for")
+                    say(f"lost the coordinator ({message.why}); training continues, and this node reconnects")
             elif isinstance(
                 message, AbortHeard
             ):  # every worker here is about to receive the order; the order itself follows
@@ -254,7 +254,7 @@ class NodeAgent:
                 self._on_message[body](getattr(message, body))
 
     def _messages(self) -> dict[str, Callable[[Any], None]]:
-        """What is done about each message of the coordinator."""
+        """The handler of each message of the coordinator."""
         return {
             "welcome": self._welcomed,
             "refused": lambda message: self._happened(a.JoinRefused(message.why)),

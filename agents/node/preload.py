@@ -65,7 +65,7 @@ def warm_up(modules: Sequence[str]) -> None:
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # a module may ask; workers get their own environment
     import torch
 
-    torch.set_num_threads(1)  # before the user's modules: what forks find of a pool of threads is not there
+    torch.set_num_threads(1)  # before the user's modules: threads of a pool do not exist in forks
     importlib.import_module("everstep.elastic.api.decorator")
     for name in modules:
         _import_for_all(name)
@@ -91,7 +91,7 @@ def _import_for_all(name: str) -> None:
         spoiled = f"it has made torch compute on {torch.get_num_threads()} threads"
     if spoiled:
         raise CannotPreload(
-            f"after the import of {name!r} no worker can be forked: {spoiled}, and a fork cannot go on from there. "
+            f"after the import of {name!r} no worker can be forked: {spoiled}, and a fork cannot use it. "
             "Leave the module out of --es-preload, and import it in the script"
         )
     torch.set_num_threads(1)
@@ -116,7 +116,7 @@ class Preloaded:
         signal.signal(signal.SIGCHLD, lambda number, frame: None)
 
     def serve(self) -> None:
-        """Until the agent closes its end, or is gone. Workers, and what they leave behind, end with it."""
+        """Serve until the agent closes its end or dies. Workers and their orphans end with it."""
         self._tell({"kind": "ready"})
         while True:
             timeout_s = SWEEP_S if self._orphans.found else None
@@ -145,7 +145,7 @@ class Preloaded:
         return data, fds
 
     def _end(self) -> None:
-        """The agent is gone: so are its workers, and what they leave behind."""
+        """The agent is gone: end its workers and their orphans."""
         for pid in self._workers:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -193,7 +193,7 @@ class Preloaded:
         try:
             hold(fds[1])
             die_with_parent()
-            os.setsid()  # as torchrun has it: what a terminal's or a shell's signals reach is the launcher
+            os.setsid()  # like torchrun: signals of a terminal or a shell reach only the launcher
             adopt_orphans()
             rename_process(self._workers_name)
             signal.set_wakeup_fd(-1)
@@ -277,7 +277,7 @@ def run_program(program: dict[str, Any]) -> int:
 
 
 def _set_first_path(folder: str) -> None:
-    """What `python script.py` and `python -m module` put first."""
+    """The first entry of sys.path, as `python script.py` and `python -m module` set it."""
     if not os.environ.get("PYTHONSAFEPATH"):
         sys.path.insert(0, folder)
 

@@ -22,12 +22,12 @@ from .orphans import GRACE_S
 from .preload import serve
 
 ANSWER_BYTES = 1 << 16
-CLOSE_S = 3 * GRACE_S  # for it to end what workers left behind
+CLOSE_S = 3 * GRACE_S  # for it to end the orphans of workers
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
 
 def single_threaded() -> AbstractContextManager[None]:
-    """Libraries that are imported meanwhile start no threads, so that the process can be forked."""
+    """Keep libraries imported meanwhile from starting threads, so that the process can fork."""
     return variables(_ONE_THREAD)
 
 
@@ -41,12 +41,12 @@ class Preloader:
         self.pid = pid
         self.ready = False
         self._channel = channel
-        self._process = process  # None for a fork of this one
+        self._process = process  # None for a fork of this process
         self._status: int | None = None
 
     @classmethod
     def fork(cls, modules: Sequence[str]) -> Preloader:
-        """Make it of this process, which has imported torch: saves a second. Only before there are threads."""
+        """Fork it from this process, which has imported torch: saves a second. Only before there are threads."""
         ours, theirs = _channel()
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
@@ -60,7 +60,7 @@ class Preloader:
 
     @classmethod
     def start(cls, modules: Sequence[str]) -> Preloader:
-        """Start it as a process of its own."""
+        """Start it as a new process."""
         ours, theirs = _channel()
         command = own_command("everstep.agents.node.preload", str(theirs.fileno()), *modules)
         process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env={**os.environ, **_ONE_THREAD})

@@ -24,7 +24,7 @@ class TorchStores:
         self._open: list[TCPStore] = []
 
     def reserve(self) -> int:
-        """A port for one more, on this node's address only."""
+        """Reserve a port for one more store, on this node's address only."""
         listener = addresses.listen(self._host, 0, backlog=2048)
         port = int(listener.getsockname()[1])
         self._reserved[port] = listener

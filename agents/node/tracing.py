@@ -18,7 +18,7 @@ ENDED_RECORDS = 16384  # of one of them
 
 
 class EndedSpans:
-    """What the workers that ended last had written: a trace of a recovery shows them too."""
+    """The spans of recently ended workers, which a trace of a recovery shows too."""
 
     def __init__(self) -> None:
         self._kept: deque[tuple[WorkerId, list[Records]]] = deque(maxlen=ENDED_WORKERS)

@@ -45,13 +45,13 @@ class _Totals(NamedTuple):
 
 @dataclass
 class Vitals:
-    """Looks at one worker now and then. The first look shows waits only: there is nothing to compare with."""
+    """Samples one worker. The first sample shows waits only: the others need a previous sample."""
 
     pid: int
     _last: _Totals | None = None
 
     def look(self, now: float) -> Sign:
-        """What has been seen since the last look."""
+        """The signs of life since the last sample."""
         states: list[str] = []
         stored = False
         totals = _Totals(now)
@@ -82,7 +82,7 @@ def _moved(before: _Totals, now: _Totals) -> bool:
 
 
 def describe(pid: int) -> str:
-    """Where the threads of a process wait in the kernel, a line each; what cannot be read is left out."""
+    """Where the threads of a process wait in the kernel, one line each; unreadable threads are left out."""
     lines = []
     for thread in _threads(Path("/proc") / str(pid))[:SHOWN_THREADS]:
         name, waits = _text(thread / "comm").strip(), _text(thread / "wchan").strip()

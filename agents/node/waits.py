@@ -7,14 +7,14 @@ from everstep.elastic.protocol.agent_state import AgentPhase, AgentState, Worker
 
 
 def waits_for(state: AgentState, unheard_s: float, where: str) -> str:
-    """What this node can do nothing without; empty if there is no such thing. `where`: its coordinators' addresses."""
+    """What blocks this node; empty if nothing does. `where`: its coordinators' addresses."""
     if state.phase in (AgentPhase.UNFIT, AgentPhase.ENDING, AgentPhase.ENDED):
         return ""
     if state.phase not in (AgentPhase.CHECKING, AgentPhase.SERVING):
         return f"this node waits for the coordinator at {where} to take it in"
     if unheard_s > ALONE_S:
         return (
-            f"this node has no word from a coordinator at {where}; training goes on, and its workers are stopped "
+            f"this node has no word from a coordinator at {where}; training continues, and its workers are stopped "
             f"after {state.config.coordinator_wait_s:g} s without progress"
         )
     if state.leaving:

@@ -51,7 +51,7 @@ class WorkerProcess:
     verdict: Verdict | None = None  # while its counter does not move
     warned: bool = False  # the lack of progress was reported
     hang: str = ""  # it was killed as hung: silent | alive
-    stacks: str = ""  # what its threads did then
+    stacks: str = ""  # its threads' stacks at that time
     _seen: int = 0  # bytes of stacks at the last look
 
     @classmethod
@@ -108,7 +108,7 @@ class WorkerProcess:
                 signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
 
     def terminate(self, number: signal.Signals = signal.SIGTERM) -> None:
-        """Ask it to end; of an ordinary script, as torchrun does, also the processes of its group.
+        """Request its end; for an ordinary script, like torchrun, also that of its process group.
 
         An elastic one ends its own: it would take a process that fetches data, and dies, for a failure.
         """

@@ -75,7 +75,7 @@ class Endpoints:
         if code == grpc.StatusCode.DEADLINE_EXCEEDED:
             return f"no coordinator answers at {address} in time", True
         if code == grpc.StatusCode.UNIMPLEMENTED:
-            return f"the coordinator at {address} is of another version, which does not know this", False
+            return f"the coordinator at {address} is of another version, which does not support this", False
         if stands_by(error):
             return f"{address}: {details}", True
         if code != grpc.StatusCode.UNAVAILABLE:

@@ -104,7 +104,7 @@ def layout(view: View, width: int) -> RenderableType:
     others = [rank for rank in workers if rank not in placed]
     rows += [("not placed", others)] if others else []
     if not rows:
-        return Text("nobody trains yet" if view["phase"] != "done" else "the job is over", style="dim")
+        return Text("no rank trains yet" if view["phase"] != "done" else "the job is over", style="dim")
     table = Table.grid(padding=(0, 1))
     brief = len(workers) > BOXES
     for name, ranks in rows:

@@ -68,7 +68,7 @@ def events(arguments: Sequence[str]) -> int:
     parse = argparse.ArgumentParser(prog="everstep events", description="What happened to a job, a line each.")
     parse.add_argument("source", metavar="HOST:PORT or FILE", help="a coordinator of the job, or its --es-events file")
     parse.add_argument("--json", action="store_true", help="one JSON object a line, with all that is known")
-    parse.add_argument("-f", "--follow", action="store_true", help="go on with what happens (of a coordinator)")
+    parse.add_argument("-f", "--follow", action="store_true", help="print events as they happen (of a coordinator)")
     own = parse.parse_args(list(arguments))
 
     def show() -> int:

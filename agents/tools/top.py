@@ -78,7 +78,7 @@ def _live(endpoints: Endpoints, console: Console, every_s: float) -> int:
                     note = f"another coordinator leads now: {endpoints.leader}"
             except NoAnswer as error:
                 away_s = time.monotonic() - heard_s
-                ended = "the job is over" if view["phase"] == "done" else "training goes on without it"
+                ended = "the job is over" if view["phase"] == "done" else "training continues without it"
                 note = f"no coordinator for {away_s:.0f} s ({ended}; asking again; q ends this): {error}"
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from everstep.checkpointing.memory.segment import Entry, Segment, Stored
 from everstep.resharding.placement import Placement
 
-STALE_VERSIONS = 3  # without parity: a dead worker's segment this far behind a live one is of no more use
+STALE_VERSIONS = 3  # without parity: a dead worker's segment this far behind a live one is obsolete
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Keeper:
             self._release((rank, incarnation, number))
 
     def left(self, rank: int, incarnation: int, connection: int) -> None:
-        """A worker's connection ended: it is dead, unless it has handed its segments over another one."""
+        """A worker's connection ended: it is dead, unless it has registered its segments over a newer connection."""
         with self.changed:
             guarded = [g for g in self._segments.values() if (g.rank, g.incarnation) == (rank, incarnation)]
             if all(g.connection == connection for g in guarded):

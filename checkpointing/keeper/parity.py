@@ -103,7 +103,7 @@ class ParityStore:
             self._encoded[1] += seconds
 
     def work(self) -> dict[str, float]:
-        """What encoding has taken so far: bytes, and seconds of one thread."""
+        """The cost of encoding so far: bytes, and seconds of one thread."""
         with self._lock:
             return {"encoded_bytes": self._encoded[0], "encode_s": self._encoded[1]}
 
@@ -123,7 +123,7 @@ class ParityStore:
             return block
 
     def keep(self, versions: Iterable[int]) -> None:
-        """Let go of the blocks of all other versions."""
+        """Drop the blocks of all other versions."""
         wanted = set(versions)
         with self._lock:
             for number, block in list(self._blocks.items()):
@@ -134,7 +134,7 @@ class ParityStore:
                     self._free.setdefault(block.capacity, []).append(block.memory)
 
     def trim(self, capacities: Iterable[int]) -> None:
-        """Give memory back that no block of these capacities can use."""
+        """Free memory that no block of these capacities can use."""
         wanted = set(capacities)
         with self._lock:
             for capacity in [c for c in self._free if c not in wanted]:

@@ -39,12 +39,12 @@ class Protector:
         self._wanted: list[int] = []  # versions to be encoded, oldest first
         self._protected = -1
         self._complete = (0, -1)
-        self._before = (0, -1)  # what was complete in the last generation that had anything
+        self._before = (0, -1)  # the last complete version of an earlier generation
         self._clients: dict[tuple[str, int], KeeperClient] = {}
         self._pool = ThreadPoolExecutor(64, "everstep-parity", initializer=let_compute_go_first)
         threading.Thread(target=self._run, name="everstep-protector", daemon=True).start()
 
-    # ------------------------------------------------------------ what workers ask
+    # ------------------------------------------------------------ requests of workers
 
     def want(self, generation: int, version: int, protected: int) -> None:
         """Workers here have sealed `version`; everything before `protected` may go."""
@@ -177,7 +177,7 @@ class Protector:
     ) -> Iterator[tuple[MissingMember, int, int]]:
         def patient() -> None:
             if self._given_up(membership, version):
-                raise KeeperRefused("nobody waits for this version any more")
+                raise KeeperRefused("this version is no longer needed")
 
         answers = client.collect([p.shard for p in pieces], version, membership.generation, staging, patient)
         for piece, (length, checksum) in zip(pieces, answers, strict=True):

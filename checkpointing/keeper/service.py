@@ -177,7 +177,7 @@ class KeeperServer:
             self.keeper.left(rank, incarnation, id(connection))
 
     def _adopt(self, connection: socket.socket, node: str, reader: _Lines) -> None:
-        """An agent takes the leash that a dead one let go; it holds it for as long as this connection lasts."""
+        """An agent adopts this keeper from a dead agent; it holds the leash for as long as this connection lasts."""
         if not self.leash.take():
             _answer(connection, {"adopted": False})
             return
@@ -243,7 +243,7 @@ class KeeperServer:
             _answer(connection, {"error": f"unknown operation {operation!r}"})
 
     def _collect(self, connection: socket.socket, request: dict[str, Any]) -> None:
-        """Send each shard as soon as it is sealed, straight from the segment; a receiver checks what came."""
+        """Send each shard as soon as it is sealed, directly from the segment; the receiver verifies the bytes."""
         version, generation = request["version"], request["generation"]
         for shard in request["shards"]:
             place = None
@@ -283,7 +283,7 @@ class _Lines:
 
     def line(self, limit: int = REQUEST_BYTES) -> bytes:
         """The next line, without its end; empty when there is none, or it is longer than `limit` bytes."""
-        searched = 0  # of a long line, only what has come since is looked at
+        searched = 0  # of a long line, only new bytes are searched
         while (end := self._buffer.find(b"\n", searched)) < 0:
             searched = len(self._buffer)
             if self._with_fds:
@@ -303,7 +303,7 @@ class _Lines:
 
 
 def main() -> None:
-    """Run a keeper; prints what became of it, a line of `KeeperStart`, on standard output."""
+    """Run a keeper; prints the outcome of its start, a line of `KeeperStart`, on standard output."""
     parser = argparse.ArgumentParser(prog="everstep-keeper")
     parser.add_argument("--node", required=True)
     parser.add_argument("--name", required=True)

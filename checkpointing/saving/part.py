@@ -162,7 +162,7 @@ def _retain(request: SaveRequest, folder: Store, pause: Callable[[float], None],
     if strangers:
         warned(
             f"{request.url} has checkpoints of another run too ({strangers[-1]}): they are left alone, and a restart "
-            "of this job will ask which to go on from; give each job a folder of its own"
+            "of this job will ask which to resume from; give each job a folder of its own"
         )
 
 

@@ -81,7 +81,7 @@ class Saver:
             result = json.loads(line)
             with self._lock:
                 if self._process is not process:
-                    continue  # it was given up
+                    continue  # it was abandoned
                 if result.get("moved"):
                     self._move(result["writer"], result["name"])
                 else:
@@ -100,7 +100,7 @@ class Saver:
             self._open[(writer, name)] = time.monotonic()
 
     def abandon(self, writer: str, name: str) -> None:
-        """Storage does not answer: the process that waits for it is ended, and the next save has one of its own."""
+        """The storage does not respond: end the process that waits for it; the next save starts a new one."""
         with self._lock:
             if self._open.pop((writer, name), None) is None or self._process is None:
                 return
@@ -128,7 +128,7 @@ class Saver:
 
 
 def _fetcher(address: str, token: str, version: int) -> Any:
-    """A function that fetches records at `version` from the keeper, over a connection of its own."""
+    """A function that fetches records at `version` from the keeper, over a separate connection."""
     client = KeeperClient(address, token)
 
     def fetch(shards: Sequence[int]) -> Mapping[int, bytes]:

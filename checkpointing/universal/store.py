@@ -23,7 +23,7 @@ _sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)
 
 
 class StoreError(OSError):
-    """The storage refused, or could not be reached: what was tried, where, and why not."""
+    """The storage refused or is unreachable; the text names the operation, the place and the cause."""
 
 
 class Store(Protocol):
@@ -83,7 +83,7 @@ def open_store(url: str, options: Mapping[str, Any] | None = None) -> Store:
 
 @contextlib.contextmanager
 def _telling(what: str, where: object) -> Iterator[None]:
-    """Storage libraries have exceptions of their own: all become ours, with what was tried."""
+    """Convert every exception of a storage library to StoreError, with the operation."""
     try:
         yield
     except StoreError:
@@ -194,10 +194,10 @@ class LocalStore:
                 target.unlink(missing_ok=True)
 
     def flush(self) -> None:
-        """File by file, after all are written: the disk has been at it meanwhile.
+        """Synchronise file by file, after all are written: the disk has been writing meanwhile.
 
-        One syncfs(2) would be faster for many small files, but waits for what anybody else writes, too: measured, half
-        a second on a busy machine for what this does in ten milliseconds.
+        One syncfs(2) would be faster for many small files, but also waits for writes of other processes: measured, half
+        a second on a busy machine instead of ten milliseconds.
         """
         with self._lock:
             files, self._unflushed = self._unflushed, []
@@ -214,7 +214,7 @@ class LocalStore:
 
 
 def _start_writeback(handle: int) -> None:
-    """Have the disk begin with what was written, so that little is left when it is waited for (sync_file_range(2))."""
+    """Start writing dirty pages to disk, so that a later fsync has little left to wait for (sync_file_range(2))."""
     if _sync_file_range is not None:
         _sync_file_range(handle, ctypes.c_int64(0), ctypes.c_int64(0), 2)  # 2: write, do not wait
 

@@ -78,7 +78,7 @@ class ChunkWriter:
         self.scalars.setdefault(state, {})[name] = {"dtype": dtype, "value": value}
 
     def part(self) -> dict[str, Any]:
-        """What this writer has put, as JSON values."""
+        """The arrays, chunks and scalars that this writer has put, as JSON values."""
         arrays = {
             path: {**array.to_json(), "checksums": {str(n): s for n, s in self._sums[path].items()}}
             for path, array in self._arrays.items()
@@ -203,6 +203,6 @@ def retain(
         if name not in kept and name not in strangers and (name in good or (at < newest_s and mine(name)))
     ]
     for name in doomed:
-        store.remove(f"{name}/{NAME}")  # first: what is removed in part must not be there for a reader
+        store.remove(f"{name}/{NAME}")  # first, so that no reader sees a partly removed checkpoint
         store.remove(name)
     return Retained(doomed, strangers)

@@ -34,7 +34,7 @@ CERTIFICATES, TOKEN_FILE, TOKEN, TRUST = (
     "EVERSTEP_INSECURE_NETWORK",
 )
 FILES = ("ca.pem", "cert.pem", "key.pem")
-TOKEN_ASKED = f"it asks for the job's token: set {TOKEN} or {TOKEN_FILE}"
+TOKEN_ASKED = f"it requires the job's token: set {TOKEN} or {TOKEN_FILE}"
 _METADATA = "everstep-token"  # of a gRPC call
 
 
@@ -102,7 +102,7 @@ class Security:
             return
         raise SecurityError(
             f"{host} can be reached from other hosts, and connections would be neither encrypted nor authenticated: "
-            f"give certificates ({CERTIFICATES}=DIR, see everstep certs), or say that this network is trusted "
+            f"give certificates ({CERTIFICATES}=DIR, see everstep certs), or declare this network trusted "
             f"(--es-insecure-network, or {TRUST}=1)"
         )
 

@@ -217,7 +217,7 @@ class Attachment:
         try:
             channel = _ready(address, self._security, CONNECT_S)
         except Unreachable:
-            return "nobody answers", False
+            return "no coordinator answers", False
         welcomed = threading.Event()
         call = stub(channel).Attach(self._requests(life, welcomed))
         with self._lock:

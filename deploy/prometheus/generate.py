@@ -203,7 +203,7 @@ def alerts(speed: Speed) -> Sequence[Alert]:
             'up{job=~"everstep.*"} == 0',
             s.lost_after,
             "ticket",
-            "nobody answers at {{ $labels.instance }}",
+            "no answer from {{ $labels.instance }}",
             "An agent, or the coordinator, is gone, or cannot be reached from here.",
         ),
     )

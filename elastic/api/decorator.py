@@ -127,7 +127,7 @@ elastic.__signature__ = SIGNATURE  # type: ignore[attr-defined]  # what help() a
 LOST = 3  # exit status of a script that runs alone and could not save its last checkpoint
 
 _trained: list[tuple[str, Membership]] = []  # the training of this process, once it is over
-_unsaved: list[str] = []  # what a script that runs alone has lost
+_unsaved: list[str] = []  # losses of a script without the launcher
 
 
 def _ended_well(name: str, membership: Membership) -> None:
@@ -207,7 +207,7 @@ def seed_everything(seed: int) -> None:
 
 @contextlib.contextmanager
 def _reported(membership: Membership, context: WorkerContext | None) -> Iterator[None]:
-    """Turn how the user's function ends into what the job does."""
+    """Map the way the user's function ends to the job's end."""
     try:
         yield
     except JobEnded:

@@ -1,4 +1,4 @@
-"""`Run`: what a training script holds in its hands."""
+"""`Run`: the interface of a training script to the runtime."""
 
 from __future__ import annotations
 
@@ -80,8 +80,8 @@ class Run:
         self._gradients: GradientWatch | None = None
         self._optimizers: list[Optimizer] = []  # the user's optimizer, and its replacement in a loop
         self._schedulers: list[LRScheduler] = []  # known schedulers
-        self._left_in_loop: list[ScheduledRate] = []  # the one of them that was not handed over
-        self.ends = contextlib.ExitStack()  # what is undone when this run ends
+        self._left_in_loop: list[ScheduledRate] = []  # the scheduler that was found, not passed in
+        self.ends = contextlib.ExitStack()  # undone when this run ends
 
     # ------------------------------------------------------------ where we are
 
@@ -123,12 +123,12 @@ class Run:
 
     @property
     def is_replacement(self) -> bool:
-        """Whether training had begun before this worker started: what must not be done twice can ask this."""
+        """Whether training had begun before this worker started: check it before one-time actions."""
         return self._context is not None and self._context.begun is not None
 
     @property
     def device(self) -> torch.device:
-        """Where this worker's model belongs: its GPU, by its local rank, if there is one, else the CPU.
+        """The device for this worker's model: its GPU, by its local rank, if there is one, else the CPU.
 
         It becomes torch's current device. Raises UsageError if there are more workers than GPUs on the node.
         """
@@ -443,7 +443,7 @@ class Run:
             engine.birth.update(engine.adjustments.terms())
         elif undone and recovery.resumed:
             text = (
-                f"the script sets {', '.join(undone[:3])} before its loop, and the job goes on from a checkpoint: the "
+                f"the script sets {', '.join(undone[:3])} before its loop, and the job resumes from a checkpoint: the "
                 "checkpoint's values are used. To take the script's: --es-resume-hyperparameters=script"
             )
             warn(self._membership, Notice.HYPERPARAMETERS_DIFFER, text)

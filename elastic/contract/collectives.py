@@ -17,8 +17,8 @@ SAID_S = 10.0  # in one call, after a worker was lost: worth a warning
 STUCK_S = 120.0  # and the end: no peer will come. A script that recreates its group on all ranks needs less
 LOOK_S = 0.5
 INSTEAD = (
-    "a worker was lost, and a process group of torch.distributed cannot go on without it. Use what goes on: the loss "
-    "of a Step of run.steps(...) is the mean of all ranks, run.full_state_dict() needs no other rank, and "
+    "a worker was lost, and a process group of torch.distributed cannot continue without it. Use what still works: "
+    "the loss of a Step of run.steps(...) is the mean of all ranks, run.full_state_dict() needs no other rank, and "
     "run.register_state(...) keeps an object of yours equal everywhere; or evaluate on one rank (run.rank == 0)"
 )
 
@@ -62,7 +62,7 @@ def raised_there(error: BaseException) -> bool:
 
 
 class CollectiveWatch:
-    """Looks, from a thread of its own, whether the main thread stays in one such call though a worker was lost."""
+    """Checks in a separate thread whether the main thread stays in one such call after a worker was lost."""
 
     def __init__(self, warn: Callable[[str], None], give_up: Callable[[str], None]) -> None:
         self._warn, self._give_up = warn, give_up

@@ -8,7 +8,7 @@ class UsageError(Exception):
 
 
 class JobEnded(BaseException):
-    """The coordinator ended the job while this worker was in it. Unwinds user code; never an error of its own."""
+    """The coordinator ended the job while this worker was in it. Unwinds user code; not an error by itself."""
 
 
 ERROR_CHARACTERS = 64 << 10  # of an error's text that travels to the coordinator, and of its traceback

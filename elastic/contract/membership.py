@@ -122,7 +122,7 @@ class Solo(Membership):
         self._older = False  # whether a damaged checkpoint may be skipped
         self._shown = Shown()
         self._newest = -1  # the newest version that is saved
-        self.lost = ""  # what is not saved at the end, and why
+        self.lost = ""  # the state that is not saved at the end, and why
 
     def declare(self) -> None:
         pass
@@ -323,7 +323,7 @@ class AgentMembership(Membership):
         if len(line) > MESSAGE_BYTES:
             kind = type(message).__name__
             raise UsageError(
-                f"what this worker has to tell its node agent ({kind!r}) is {len(line) / 2**20:.0f} MiB, and the limit "
+                f"a message of this worker to its node agent ({kind!r}) has {len(line) / 2**20:.0f} MiB, and the limit "
                 f"is {MESSAGE_BYTES >> 20} MiB: it grows with the number of parameters and of registered states"
             )
         with self._send_lock:

@@ -73,7 +73,7 @@ class Waits:
 
 @dataclass(frozen=True)
 class Reading:
-    """What the agent sees of a worker."""
+    """A worker's page as the agent reads it."""
 
     counter: int
     step: int
@@ -141,7 +141,7 @@ class Progress:
         self._place = (-1, StepPhase.START)
         self._finished = 0
         self._first: int | None = None  # the first step of this process, or with these layers, once it has begun
-        self._outside = True  # in the user's own code between steps, which may take what it likes
+        self._outside = True  # in the user's own code between steps, whose duration is not limited
         self._within: Pace | None = None  # in the user's code in the middle of a step: its dataset, or its loop
         self.awaited: Callable[[], Waits | None] = lambda: None  # the peers that a transfer waits for
         self._waiting: Waits | None = None
@@ -165,7 +165,7 @@ class Progress:
         _PAGE.pack_into(self._memory, 0, self._counter, step, phase, self._finished, pace, fault_ns)
 
     def tick(self) -> None:
-        """Still alive; called all the time while it waits, so that what is waited for costs nothing before."""
+        """Report progress; called repeatedly during waits."""
         self._counter += 1
         self._write()
         waits = self.awaited() or self._waiting
@@ -237,7 +237,7 @@ class Progress:
         self._write()
 
     def after_training(self, step: int) -> None:
-        """What comes now is no part of training, and takes as long as it likes."""
+        """The following code is no part of training, and its duration is not limited."""
         self.mark(StepPhase.AFTER, step)
         self.leave()
 

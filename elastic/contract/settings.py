@@ -1,4 +1,4 @@
-"""What a run is configured with, and the one place that reads the environment.
+"""The configuration of a run, and the only module that reads the environment.
 
 Precedence: command line (`--es-*`, which the launcher turns into variables) and `EVERSTEP_*` variables, then the
 `[everstep]` table of the TOML file named by EVERSTEP_CONFIG, then the decorator's arguments, then the defaults.
@@ -199,7 +199,7 @@ class Arguments(TypedDict, total=False):
 
 
 class Setting(NamedTuple):
-    """A setting, and where a user may give it."""
+    """A setting, and its names in the places where a user may set it."""
 
     name: str
     kind: str  # int, float or str

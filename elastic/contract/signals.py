@@ -1,4 +1,4 @@
-"""Signals that ask a training to end: the launcher's business in its workers; a script that runs alone saves, and ends.
+"""Signals that request the end of training: the launcher handles them; a script without it saves and ends.
 
 Schedulers, service managers and terminals send them to every process of a job. A handler that the script has installed
 itself is left alone, here and there.
@@ -30,7 +30,7 @@ _handled: dict[int, tuple[Handler, Any]] = {}  # our handlers, and the handlers 
 
 
 def leave_to_launcher() -> None:
-    """Do nothing on a signal that the launcher gets too: it has the job saved, and ends this worker in good order.
+    """Ignore a signal that the launcher gets too: it has the job saved, and ends this worker in an orderly way.
 
     It is a handler that does nothing: programs that this one starts would inherit a signal that is ignored.
     """

@@ -64,7 +64,7 @@ class Spent(enum.IntEnum):
     PUBLISH = 11  # a phase: new values to their readers
     COMMIT = 12
     STEP = 13  # a whole step, from commit to commit [samples of all ranks, loss or nan]
-    SNAPSHOT = 14  # a version copied to keeper memory, behind compute, by a thread of its own [bytes, busy seconds]
+    SNAPSHOT = 14  # a version copied to keeper memory, by a separate thread, overlapping compute [bytes, busy seconds]
     BLOCKED = 15  # waited for a snapshot, or for its protection
     RECOVER = 16  # a phase: from the abort to the next generation, edit and restore within
     EDIT = 17  # links closed and opened
@@ -134,7 +134,7 @@ class Telemetry:
 
 
 class TelemetryReader:
-    """The agent's side of one worker's ring, in a mapping of its own. Not thread-safe."""
+    """The agent's side of one worker's ring, in a separate mapping. Not thread-safe."""
 
     def __init__(self, fd: int) -> None:
         self._memory = mmap.mmap(fd, SHARED_BYTES, prot=mmap.PROT_READ)

@@ -1,4 +1,4 @@
-"""The mesh, with what every transfer takes written down: sends, waits and receives, by peer."""
+"""The mesh, with every transfer recorded as spans: sends, waits and receives, by peer."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ class Resumption:
         if names:
             text = (
                 f"{settings.checkpoint} has checkpoints of another run ({names[0]}), and resume='never': they are left "
-                "alone, and a restart of this job will ask which to go on from; give each job a folder of its own"
+                "alone, and a restart of this job will ask which to resume from; give each job a folder of its own"
             )
             warn(self._channel, Notice.CHECKPOINT_FOLDER, text)
 

@@ -50,7 +50,7 @@ class DemoError(Exception):
 
 @dataclass(frozen=True)
 class DemoRun:
-    """What one run of the job left: its events, and the digest of what it learned."""
+    """The result of one run of the job: its events, and the digest of the trained state."""
 
     events: list[dict[str, Any]]
     digest: str
@@ -136,7 +136,7 @@ class _Cluster:
         return any(node.poll() is None for node in self._nodes)
 
     def close(self) -> None:
-        """End what is left."""
+        """End the remaining processes."""
         for process in (*self._nodes, self._coordinator):
             process.kill()
             process.wait()
@@ -224,7 +224,7 @@ def _fault(event: dict[str, Any]) -> dict[str, Any]:
         "target": f"node of {ranks}" if event["nodes"] else ranks,
         "phase": event["phase"],
         **{name: round(event[name], 4) for name in _TIMES},
-        # What a lost node had finished of its step went with it.
+        # The finished part of a lost node's step is lost with it.
         "redone_micro_batches": None if event["nodes"] else event["redone_micro_batches"],
         "lost_steps": event["lost_steps"],
     }

@@ -228,7 +228,7 @@ def test_a_file_that_is_damaged_or_none_of_ours(tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2 : len(data) // 2 + 9000] = b"\xa5" * 9000
     path.write_bytes(data)
-    assert "move the file away to begin anew" in refused(lambda: SqliteStore(path, "job").load())
+    assert "move the file away to start a new job" in refused(lambda: SqliteStore(path, "job").load())
 
 
 def test_places_that_are_none(tmp_path: Path) -> None:

@@ -186,7 +186,7 @@ def test_somebody_at_the_keyboard(model: Path, tmp_path: Path, run: Commands) ->
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
     told = process.communicate(timeout=60)[1]
-    assert told == "everstep: error: interrupted; the same conversion, begun again, goes on where it was\n"
+    assert told == "everstep: error: interrupted; run the same conversion again to continue it\n"
     assert process.returncode == 130
     assert not out.exists()
     run.done("convert", model, out, "--to", "universal")

@@ -287,7 +287,7 @@ def _top_goes_on_while_the_coordinator_is_away(job: Job) -> None:
         terminal.until(r"watched: running")
         (coordinator,) = job.coordinators()
         coordinator.send_signal(signal.SIGSTOP)
-        terminal.until(r"no coordinator for \d+ s \(training goes on without it")
+        terminal.until(r"no coordinator for \d+ s \(training continues without it")
         coordinator.send_signal(signal.SIGKILL)
         wait_until(lambda: job.coordinators() not in ([], [coordinator]), 20, "there is another coordinator")
         terminal.until(r"a coordinator took over")
@@ -466,7 +466,7 @@ def test_only_who_has_a_certificate_and_the_token_sees_anything(tmp_path: Path) 
         for secret in ({}, {"EVERSTEP_JOB_TOKEN": "another"}):
             for words in (["status", endpoint], ["trace", endpoint]):
                 refused = everstep(*words, environment={**certificates, **secret})
-                assert "it asks for the job's token: set EVERSTEP_JOB_TOKEN or" in refused.error()
+                assert "it requires the job's token: set EVERSTEP_JOB_TOKEN or" in refused.error()
                 assert refused.status == 2
         context = ssl.create_default_context(cafile=str(tmp_path / "ours" / "ca.pem"))
         context.check_hostname = False

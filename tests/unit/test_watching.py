@@ -129,7 +129,7 @@ def test_a_job_without_anything_can_be_shown() -> None:
     view = Job().observer.view()
     lines = screen(view)
     assert lines[0] == "unit: forming; 0 ranks in 0 stages, generation 0"
-    assert "nobody trains yet" in drawn(view)
+    assert "no rank trains yet" in drawn(view)
     found = digest(Job().observer.seen(10, 10))
     assert (found["heat"]["steps"], found["workers"], found["nodes"]) == ([], [], [])
     json.loads(to_json(view))

@@ -69,7 +69,7 @@ function drawLayout(view) {
     row.append(node("span", "", name), cells);
     return row;
   }));
-  if (!rows.length) $("layout").textContent = view.phase === "done" ? "the job is over" : "nobody trains yet";
+  if (!rows.length) $("layout").textContent = view.phase === "done" ? "the job is over" : "no rank trains yet";
 }
 const unwell = (one) => !one || one[4] || !["member", "finished"].includes(one[2]);
 function rankCell(rank, one) {
@@ -210,7 +210,7 @@ async function turn() {
   } catch {
     awaySince = awaySince || Date.now();
     $("away").hidden = false;
-    $("away").textContent = `The coordinator has not answered for ${seconds((Date.now() - awaySince) / 1000)}. Training goes on without it; ` +
+    $("away").textContent = `The coordinator has not answered for ${seconds((Date.now() - awaySince) / 1000)}. Training continues without it; ` +
       "what is below is old. If another one has taken over, its page is at its own address.";
   }
   if (last) draw(last);

@@ -98,7 +98,7 @@ class _Archive:
         self._span, self.where = span, where
         begins = span.at(0, len(_LEGACY_MAGIC))
         if begins == _LEGACY_MAGIC:
-            raise ConversionError(f"{where}: in torch's format from before 1.6; load and torch.save it anew with torch")
+            raise ConversionError(f"{where}: in torch's format from before 1.6; load and save it again with torch")
         try:
             with zipfile.ZipFile(span) as archive:
                 self._entries = {entry.filename: entry for entry in archive.infolist()}

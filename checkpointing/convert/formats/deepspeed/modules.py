@@ -229,7 +229,7 @@ def _emptied_ties(made: Module, path: Path) -> dict[str, str]:
     for alias in made.tensors.keys() - set(known):
         owners = [name for name in known if made.tensors[name].offset == made.tensors[alias].offset]
         if len(owners) != 1:
-            raise ConversionError(f"{path}: {alias} is neither trained, frozen nor a buffer, and its owner is not told")
+            raise ConversionError(f"{path}: {alias} is neither trained, frozen nor a buffer, and its owner is unknown")
         tied[alias] = owners[0]
     return tied
 

@@ -87,7 +87,7 @@ class Shardings:
         if _one(self._vocabulary, name, self._where) is not None:
             if self._rows is None:
                 raise ConversionError(
-                    f"{self._where}: {name} is of the vocabulary, and original_vocab_size is not told"
+                    f"{self._where}: {name} is of the vocabulary, and original_vocab_size is not recorded"
                 )
             sharding = Stripped(sharding, int(self._rows))
         why = describe(match) if match else f"{INFO} (no pattern: the default)"
@@ -139,7 +139,7 @@ class Shardings:
         if any(size % self._ranks for size in at):
             raise ConversionError(
                 f"{self._where}: {pattern!r}: sub-parameters of {at} do not divide by {self._ranks} ranks, and how "
-                "they were cut is not told"
+                "they were cut is not recorded"
             )
         return Fused(dim, sizes=at, view=view)
 

@@ -55,7 +55,7 @@ def find_states(index: Index, common: Common, chains: list[Chain]) -> dict[str, 
         else:
             raise ConversionError(
                 f"{index.folder}: the optimizer is stored as {chain.sharding!r}; expected fully_reshardable, "
-                "dp_reshardable, or plain mixed precision: save it anew as one of these with Megatron"
+                "dp_reshardable, or plain mixed precision: save it again as one of these with Megatron"
             )
         found.update({key: States(sources, chain) for key, sources in members.items()})
     return found
