@@ -27,7 +27,7 @@ _MOVES = frozenset({Spent.SEND, Spent.WAIT, Spent.RECEIVE})
 
 @dataclass
 class Totals:
-    """What one rank has done since its worker was started. Seconds, bytes and counts."""
+    """Totals of one rank since its worker was started: seconds, bytes and counts."""
 
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_SUMS, 0.0))
     steps: int = 0
@@ -73,7 +73,7 @@ class StepSums:
         self._links: dict[int, _Link] = {}
 
     def add(self, records: Records) -> list[pb.StepTimes]:
-        """Take in records in their order; returns the steps that have ended with them."""
+        """Process records in order; returns the steps that end in them."""
         ended: list[pb.StepTimes] = []
         totals, spent = self.totals, [0] * _KINDS
         for _, start_ns, end_ns, amount, value, step, generation, micro_batch, peer, kind, _, _ in records.tolist():

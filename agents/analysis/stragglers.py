@@ -54,7 +54,7 @@ class _Series:
         self.new += 1
 
     def settle(self) -> None:
-        """Take in what has come since the last comparison."""
+        """Process the steps since the last comparison."""
         if self.new:
             self.now_s = low_median(self.each_s)
         if self.new and len(self.each_s) == WINDOW_STEPS:
@@ -72,7 +72,7 @@ class _Series:
 
 @dataclass(frozen=True)
 class _Compared:
-    """A rank's measure, and what it was held against."""
+    """A rank's measurement, and its reference."""
 
     ratio: float
     with_s: float
@@ -81,7 +81,7 @@ class _Compared:
 
 
 class Stragglers:
-    """`add` what each rank's steps took; `compare` within the stages. Bounded by the world size."""
+    """`add` takes the times of each rank's steps; `compare` judges within the stages. Bounded by the world size."""
 
     def __init__(self) -> None:
         self.per_micro_batch_s: dict[int, float] = {}
@@ -183,7 +183,7 @@ class Stragglers:
         self.findings = kept
 
     def _waits(self, ranks: Iterable[int]) -> float:
-        """What ranks that are not slow wait for others, in a step."""
+        """The time per step that ranks that are not slow wait for others."""
         waits = [low_median(self._series[rank].waits_s) for rank in ranks if rank not in self._hysteresis.slow]
         return low_median(waits) if waits else 0.0
 

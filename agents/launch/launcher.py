@@ -100,7 +100,7 @@ def _run_node(command: Command, preloader: Preloader) -> NodeOutcome:
             _stop_on_signals(agent, _signals(command), leaves=signal.SIGTERM if others else None)
             outcome = agent.run()
             if coordinator is not None and (outcome.unfit or (others and outcome.left)):
-                coordinator.close()  # so that one of them takes over
+                coordinator.close()  # so that another coordinator takes over
             elif coordinator is not None:
                 _see_off(coordinator, agent, outcome)
             return outcome

@@ -47,7 +47,7 @@ class Holdups:
     """All waits of a job. `take` receives the agents' reports; `poll` returns the next wait to report."""
 
     _told: dict[int, Told] = field(default_factory=dict)
-    _since: dict[Hashable, float] = field(default_factory=dict)  # of what the state waits for
+    _since: dict[Hashable, float] = field(default_factory=dict)  # when each wait of the coordinator's state began
     _spoken: SpokenOf = field(default_factory=SpokenOf)
 
     def take(self, ranks: Iterable[pb.RankState], now: float) -> None:
@@ -166,7 +166,7 @@ def _named(ranks: Sequence[int]) -> str:
 
 
 def _of_job(state: State) -> Iterable[tuple[Hashable, str, tuple[int, ...]]]:
-    """What the coordinator itself waits for."""
+    """The waits of the coordinator itself."""
     starting = [w for w in state.workers.values() if w.status is Status.STARTING]
     ranks = tuple(sorted(w.id.rank for w in starting))
     nodes = ", ".join(sorted({w.node for w in starting}))

@@ -59,7 +59,7 @@ class _Rising:
 
 
 class _Metrics:
-    """A registry, and the makers of what is in it."""
+    """A registry, and factories for its metrics."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -83,7 +83,7 @@ class _Metrics:
         return Page(content_type, encode(self.registry), {"Vary": "Accept"})
 
     def names(self) -> list[str]:
-        """What the metrics here are called, counters with their `_total`."""
+        """The names of the metrics here, counters with their `_total`."""
         return sorted(m.name + ("_total" if m.type == "counter" else "") for m in self.registry.collect())
 
 
@@ -132,7 +132,7 @@ class JobMetrics(_Metrics):
         self.recovery_phases = self.histogram(
             "everstep_recovery_phase_seconds", "time in a phase of a recovery", RECOVERY_BUCKETS, "phase", "reason"
         )
-        for reason in [cause.value for cause in Cause]:  # from nothing on, so that the first one is a rise
+        for reason in [cause.value for cause in Cause]:  # from zero on, so that the first count is an increase
             self.recoveries.labels(reason)
             self.recovery_seconds.labels(reason)
             for phase in PHASES:

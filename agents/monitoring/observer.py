@@ -93,7 +93,7 @@ class Observer:
         self._checkpoint: Mapping[str, Any] | None = None
         self._saving: Mapping[str, Any] | None = None
 
-    # ------------------------------------------------------------ what it is fed with
+    # ------------------------------------------------------------ inputs
 
     def heard(self, line: Mapping[str, Any]) -> None:
         """A line of the event log."""
@@ -108,7 +108,7 @@ class Observer:
                 handler(self, line)
 
     def told(self, node: str, telemetry: pb.Telemetry) -> None:
-        """What a node's agent sends about once a second."""
+        """Take the report that a node's agent sends about once a second."""
         now = self._clock()
         with self._lock:
             before = self._seen.get(node)
@@ -133,7 +133,7 @@ class Observer:
         self.metrics.heartbeats.inc(count)
 
     def poll(self) -> StragglerFound | StragglerGone | WaitNoticed | None:
-        """What was found of slow ranks, links and waits since, one at a time: events for the coordinator."""
+        """New findings of slow ranks, links and waits, one at a time: events for the coordinator."""
         with self._lock:
             found = self.suspects.poll()
             now = self._clock()
@@ -204,7 +204,7 @@ class Observer:
             )
 
     def _exposure(self, state: State, now: float) -> dict[str, float | None] | None:
-        """What the loss of a node would take along; None where nodes are not protected from."""
+        """The work that the loss of a node would destroy; None if there is no protection against it."""
         if state.placement is None or not state.placement.stripes:
             return None
         made_s = self.series.commit_times.get(state.protected - 1)
@@ -350,7 +350,7 @@ class Observer:
         self.suspects.compare(self._state(), self._clock())
 
     def _bound(self) -> None:
-        """Keep fewer steps of each rank where there are many, and none of ranks that are gone."""
+        """Keep fewer steps per rank if there are many ranks, and none of ranks that are gone."""
         live = self._state().workers
         for rank in [r for r in self.ranks if r not in live] if live else ():
             del self.ranks[rank]

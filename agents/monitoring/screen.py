@@ -45,7 +45,7 @@ def _titled(title: str, lines: Sequence[str]) -> list[str]:
 
 
 def head(view: View) -> list[str]:
-    """What the job is, and how far and how fast."""
+    """The job's name, progress and speed."""
     layout = f"{count_text(view['world_size'], 'rank')} in {count_text(len(view['stages']), 'stage')}"
     layout += f", generation {view['generation']}"
     running = f", for {seconds(view['running_s'])}" if view.get("running_s") else ""

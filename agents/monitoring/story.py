@@ -122,7 +122,7 @@ def phases_text(phases: Mapping[str, float]) -> str:
 
 
 def redone_text(recovery: Line) -> str:
-    """What a recovery cost in work."""
+    """The work that a recovery repeated."""
     lost = f" and {count_text(recovery['lost_steps'], 'step')}" if recovery.get("lost_steps") else ""
     return f"{count_text(recovery['redone_micro_batches'], 'micro-batch')}{lost} computed again"
 
@@ -174,7 +174,7 @@ class _Lines(logging.Formatter):
 
 
 def set_up_log(kind: str) -> None:
-    """What this process logs goes to standard error, line by line, in the one form."""
+    """Send this process's log to standard error, line by line, in the common form."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Lines(kind))
     root = logging.getLogger()

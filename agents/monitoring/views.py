@@ -20,7 +20,7 @@ from everstep.comms.control import telemetry_pb2 as pb
 from everstep.elastic.protocol.protection import describe_protection
 from everstep.elastic.protocol.state import State, Worker
 
-FRESH_S = 60.0  # telemetry that is older is not what a node does now
+FRESH_S = 60.0  # older telemetry does not show a node's present state
 
 T = TypeVar("T")
 

@@ -47,7 +47,7 @@ _COPIED = (
 
 
 def routes(observer: Observer) -> dict[str, Maker]:
-    """What a coordinator serves over HTTP."""
+    """The pages that a coordinator serves over HTTP."""
     shown, page = WebPage(observer), front_page()
     return {
         "/": lambda: page,
@@ -74,7 +74,7 @@ def _digest(text: str) -> str:
 
 
 class WebPage:
-    """What the page draws, made at most twice a second however many look at it."""
+    """The page's data, made at most twice a second for any number of viewers."""
 
     def __init__(self, observer: Observer, clock: Callable[[], float] = time.monotonic) -> None:
         self._observer = observer

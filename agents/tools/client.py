@@ -46,7 +46,7 @@ class Endpoints:
         return found
 
     def trace(self, steps: int, timeout_s: float) -> list[pb.GetTraceResponse]:
-        """What all ranks did in the last steps, in pieces. Raises NoAnswer."""
+        """The spans of all ranks in the last steps, in pieces. Raises NoAnswer."""
         request = pb.GetTraceRequest(steps=steps)
         told = {"timeout": timeout_s, "metadata": self._security.metadata()}
         return self._ask(lambda channel: list(stub(channel).GetTrace(request, **told)))

@@ -53,7 +53,7 @@ class _Rank:
 
 @dataclass
 class Trace:
-    """What a coordinator answered, taken apart. Times are nanoseconds of the world's clock."""
+    """A coordinator's answer, parsed. Times are wall-clock nanoseconds."""
 
     job: str
     silent: list[str]  # nodes that did not answer
@@ -156,7 +156,7 @@ class Trace:
 
 
 def _offset(clock: Mapping[str, float]) -> int:
-    """What to add to a node's monotonic nanoseconds."""
+    """The offset of a node's monotonic clock, in nanoseconds."""
     return int((clock["unix_s"] - clock["at_s"]) * 1e9)
 
 

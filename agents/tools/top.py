@@ -70,7 +70,7 @@ def _live(endpoints: Endpoints, console: Console, every_s: float) -> int:
             if "q" in pressed(every_s):
                 return 0
             if view["phase"] == "done" and note:
-                continue  # what it showed last stays
+                continue  # the last view stays on the screen
             before = endpoints.leader
             try:
                 view, note, heard_s = _ask(endpoints), "", time.monotonic()

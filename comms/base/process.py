@@ -110,7 +110,7 @@ def runs_without_main_thread(pid: int) -> bool:
 
 
 def _stat(folder: str) -> list[str]:
-    """What proc(5) calls stat, from the state on; empty if the process or thread is gone."""
+    """The fields of /proc/PID/stat, from the state on; empty if the process or thread is gone."""
     try:
         return Path(f"{folder}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):

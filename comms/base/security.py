@@ -67,7 +67,7 @@ class Security:
         return self.folder is not None
 
     def environment(self) -> dict[str, str]:
-        """What `of` makes this of again, in a process of ours."""
+        """The variables from which `of` restores this in a child process."""
         found = {CERTIFICATES: str(self.folder)} if self.folder is not None else {}
         found |= {TOKEN: self.token} if self.token else {}
         return {**found, TRUST: "1"} if self.trusted_network else found
@@ -156,7 +156,7 @@ def _context(folder: Path, purpose: ssl.Purpose) -> ssl.SSLContext:
 
 @functools.cache
 def own() -> Security:
-    """What this process was started with. Raises SecurityError."""
+    """This process's security settings. Raises SecurityError."""
     return Security.of(os.environ)
 
 
@@ -188,7 +188,7 @@ def _check(folder: Path) -> None:
 
 
 def explain_unreachable(address: str, security: Security, timeout_s: float = 2.0) -> str:
-    """What may be the matter with a coordinator that cannot be reached; empty if nothing is seen."""
+    """A probable cause why a coordinator cannot be reached; empty if none is found."""
     try:
         with socket.create_connection(addresses.parse(address), timeout_s) as connection:
             if security.encrypts:

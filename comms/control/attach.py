@@ -75,7 +75,7 @@ class Attachment:
         self._security = security
         self._incoming: queue.SimpleQueue[tuple[int, Heard]] = queue.SimpleQueue()
         self._lock = threading.Condition()
-        self._lives = 0  # rises with every new name: what belongs to an older one is dropped
+        self._lives = 0  # incremented with every new name: messages for an older name are dropped
         self._node = ""
         self._outbox: deque[pb.AttachRequest] = deque()
         self._outbox_bytes = 0
@@ -90,7 +90,7 @@ class Attachment:
         self._turned_s = 0.0  # when the agent's loop last ran
         self._beat_due = False  # through the stream
         self._passing: pb.AttachRequest | None = None  # the newest best-effort message
-        self._answers: deque[pb.AttachRequest] = deque(maxlen=ANSWER_MESSAGES)  # likewise, and all of it
+        self._answers: deque[pb.AttachRequest] = deque(maxlen=ANSWER_MESSAGES)  # best-effort too, but none is replaced
         self._closing = threading.Event()
         self._call: Any = None
         self._threads = [

@@ -40,7 +40,7 @@ class Echo(NamedTuple):
 
 
 def key_of(token: str) -> bytes:
-    """What authenticates a job's datagrams."""
+    """The key that authenticates a job's datagrams."""
     return hashlib.sha256(b"everstep beats\0" + token.encode()).digest()
 
 

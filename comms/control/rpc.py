@@ -45,12 +45,12 @@ IMPATIENT: list[tuple[str, Any]] = [
     ("grpc.max_reconnect_backoff_ms", 500),
 ]
 SERVICE = "everstep.v1.CoordinatorService"
-STANDS_BY = ("everstep-stands-by", "1")  # goes with UNAVAILABLE: a coordinator answers, and another one leads
+STANDS_BY = ("everstep-stands-by", "1")  # sent with UNAVAILABLE: this coordinator answers, but another one leads
 HEALTHY, STANDING_BY = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 class Busy(Exception):
-    """One at a time: try again."""
+    """Another such request is being served: try again."""
 
 
 def stands_by(error: grpc.RpcError) -> bool:
@@ -82,7 +82,7 @@ class Session:
         self._outgoing.put_nowait(message)
 
     def end(self) -> None:
-        """Let the stream end after what is queued."""
+        """End the stream after the queued messages."""
         self._outgoing.put_nowait(None)
 
     async def messages(self) -> AsyncIterator[pb.AttachResponse]:
@@ -91,10 +91,10 @@ class Session:
 
 
 class Shell(Protocol):
-    """What a server needs of a coordinator; all of it is called in the event loop."""
+    """The coordinator's interface to a server; called in the event loop only."""
 
     def refusal(self) -> str:
-        """Why this is not the coordinator to ask just now; empty if it is."""
+        """Why this coordinator cannot answer now; empty if it can."""
 
     def deliver(self, session: Session, request: pb.AttachRequest) -> None:
         """A message from an agent."""
@@ -106,7 +106,7 @@ class Shell(Protocol):
         """A summary, as JSON. Called in another thread."""
 
     def view(self, steps: int, rank_steps: int) -> str:
-        """All there is to show, as JSON. Called in another thread."""
+        """The complete view, as JSON. Called in another thread."""
 
     def trace(self, steps: int) -> AsyncGenerator[pb.GetTraceResponse, None]:
         """The spans of all ranks in the last steps. Raises Busy while another client is served."""
@@ -118,7 +118,7 @@ class Servicer(CoordinatorServiceServicer):
     def __init__(self, shell: Shell, security: Security) -> None:
         self._shell = shell
         self._security = security
-        self._viewer = ThreadPoolExecutor(1, "everstep-viewer")  # of a large job a view takes a while: one at a time
+        self._viewer = ThreadPoolExecutor(1, "everstep-viewer")  # one view at a time: for a large job it takes long
         # Only these references keep a task that waits for gRPC alive: else the garbage collector would end its stream.
         self._tasks: set[tuple[asyncio.Task[Any] | None, asyncio.Task[None]]] = set()
 
