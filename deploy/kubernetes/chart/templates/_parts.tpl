@@ -27,7 +27,7 @@ securityContext:
 
 {{- define "everstep.env" -}}
 {{- if not (or .Values.security.certificates .Values.security.insecureNetwork) }}
-{{- fail "give security.certificates (a secret, made of what `everstep certs` writes), or security.insecureNetwork=true where the pods' network is trusted" }}
+{{- fail "give security.certificates (a secret, made of what `everstep certs` writes), or security.insecureNetwork=true where everybody on the pods' network is trusted" }}
 {{- end }}
 {{- if .Values.security.certificates }}
 - name: EVERSTEP_CERTS
