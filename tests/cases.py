@@ -8,6 +8,7 @@ as a condition on what was printed and on how the commands ended; the own tests 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -192,23 +193,28 @@ def run(case: Case, files: list[Path], environment: dict[str, str]) -> tuple[boo
         text, status = "", 0
         for command in case.commands:
             line = command.replace("{SH}", str(shell)).replace("{}", str(target))
-            process = subprocess.Popen(
-                ["bash", "-c", line],
-                cwd=folder,
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                text=True,
-                errors="replace",
-                start_new_session=True,
-            )
-            try:
-                output, _ = process.communicate(timeout=max(1.0, case.limit_s - (time.monotonic() - started)))
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                output = (process.communicate()[0] or "") + "\nTIME OUT\n"
-            text, status = text + output, process.returncode
+            # To a file, not a pipe: what a situation leaves running in the background would keep a pipe open.
+            with tempfile.TemporaryFile() as log:
+                process = subprocess.Popen(
+                    ["bash", "-c", line],
+                    cwd=folder,
+                    env=environment,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    stdin=subprocess.DEVNULL,
+                    start_new_session=True,
+                )
+                late = ""
+                try:
+                    process.wait(max(1.0, case.limit_s - (time.monotonic() - started)))
+                except subprocess.TimeoutExpired:
+                    late = "\nTIME OUT\n"
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                log.seek(0)
+                text += log.read().decode(errors="replace") + late
+                status = process.returncode
         seen = Seen(status, text, Path(folder))
         right = "TIME OUT" not in text and case.right(seen)
     return right, seen, time.monotonic() - started
