@@ -43,7 +43,7 @@ class Recording:
 
 @dataclass(frozen=True)
 class Alert:
-    """Something that somebody has to look at. `summary` is the line that is read first."""
+    """A condition that an operator has to look at. `summary` is the line that is read first."""
 
     name: str
     expression: str
@@ -123,7 +123,7 @@ def alerts(speed: Speed) -> Sequence[Alert]:
             s.soon,
             "page",
             "no coordinator of run {{ $labels.run }} decides anything",
-            "Training goes on, but what fails or joins has to wait: their store is away, or full, or none leads.",
+            "Training continues, but failures and joins have to wait: the store is down or full, or none leads.",
         ),
         Alert(
             "EverstepGoodputLow",
@@ -155,7 +155,7 @@ def alerts(speed: Speed) -> Sequence[Alert]:
             "0s",
             "ticket",
             "run {{ $labels.run }} could not save parts of a checkpoint",
-            "Training goes on, and the next checkpoint that is due tries again.",
+            "Training continues, and the next checkpoint that is due tries again.",
         ),
         Alert(
             "EverstepStraggler",

@@ -31,9 +31,7 @@ from . import robust_mutex
 from .telemetry import SHARED_BYTES, Spent, Telemetry
 
 _PAGE = struct.Struct("<QqqqqQ")  # counter, step, phase, finished micro-batches, pace, time of an injected fault (ns)
-_WAITS = struct.Struct(
-    "<QHH"
-)  # since when (monotonic ns; 0: it waits for nobody), letters of the text, ranks; they follow
+_WAITS = struct.Struct("<QHH")  # since when (monotonic ns; 0: no wait), letters of the text, ranks; they follow
 _WAITS_OFFSET, MOST_TEXT, MOST_RANKS = 64, 200, 64
 STACKS_OFFSET = SHARED_BYTES  # where a worker's own handler writes its stacks, at the agent's signal
 STACKS_SIGNAL = signal.SIGRTMAX - 3  # real-time, and neither the first nor the last: few programs have a use for it
