@@ -291,7 +291,7 @@ class Leader:
     def _welcome(self, session: Session, hello: pb.Hello, channel: NodeChannel) -> None:
         self._links.attach(hello.node, session)
         self._durable.acknowledge(hello.node, hello.received)
-        welcome = pb.Welcome(token=self._durable.token, received=channel.seen, beat_s=beat_s(self._config))
+        welcome = pb.Welcome(token=self._durable.token, received=channel.kept, beat_s=beat_s(self._config))
         welcome.unix_s = time.time()
         session.send(pb.AttachResponse(welcome=welcome))
         for number in sorted(channel.pending):
