@@ -6,10 +6,24 @@ import hashlib
 import itertools
 import json
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
+from typing import Any
 
 from .layout import Layout, Stage
+from .moves import (
+    PROTECTED,
+    SAVED,
+    Move,
+    SourceKind,
+    What,
+    from_runs,
+    own_moves,
+    received,
+    standing_in,
+    to_runs,
+    value_moves,
+)
 from .planners import change_layout
 from .units import ModelSpec
 from .work import AssignedLeg, Leg
@@ -57,25 +71,16 @@ class Report:
         return cls(**raw)
 
 
-class Gain(NamedTuple):
-    """A shard whose owner has to fetch it; `before` is the rank that owned it."""
-
-    shard: int
-    rank: int
-    before: int
-
-
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """What all members do to enter `layout.generation`.
 
     `version`: the state all are brought to; None when it is the version at which the members switch (a join, a leave).
     `agreement`: what was agreed in step version - 1, for owners that have still to carry it out.
-    `gains`: shards to restore. `refresh`: ranks that need every value of their layers from the owners.
+    `moves`: the shards that ranks lack, and where each is read; those to own first, in the order of shards.
     `fresh`: ranks of which nothing is used: they have nothing yet, or go back to an older version. The lowest other
-    rank tells them where the job is. `substitutes`: shards that are gone, and made up from neighbouring layers'.
-    `protected`: the newest version that every shard can be had at, -1 if it has not
-    changed.
+    rank tells them where the job is.
+    `protected`: the newest version that every shard can be read at, -1 if it has not changed.
     `work`: the segments of the interrupted step that are still to run; `started`: those of them whose forward is done.
     `kept`: the segments whose gradients are held.
     `checkpoint`: the name of the checkpoint that everything is read from; empty if it is in memory.
@@ -85,14 +90,12 @@ class Plan:
     layout: Layout
     version: int | None
     agreement: str = ""
-    gains: tuple[Gain, ...] = ()
-    refresh: tuple[int, ...] = ()
+    moves: tuple[Move, ...] = ()
     fresh: tuple[int, ...] = ()
     work: tuple[AssignedLeg, ...] = ()
     started: tuple[AssignedLeg, ...] = ()
     kept: tuple[AssignedLeg, ...] = ()
     protected: int = -1
-    substitutes: tuple[int, ...] = ()
     checkpoint: str = ""
     leaving: tuple[int, ...] = ()
 
@@ -101,7 +104,13 @@ class Plan:
         return self.layout.generation
 
     def to_json(self) -> str:
-        return json.dumps({**asdict(self), "layout": self.layout.to_json()}, separators=(",", ":"))
+        return self._text
+
+    @cached_property
+    def _text(self) -> str:  # every rank gets the same one
+        raw = {item.name: getattr(self, item.name) for item in fields(self)}
+        raw |= {"layout": self.layout.to_json(), "moves": to_runs(self.moves)}
+        return json.dumps(raw, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -110,14 +119,12 @@ class Plan:
             layout=Layout.from_json(raw["layout"]),
             version=raw["version"],
             agreement=raw["agreement"],
-            gains=tuple(Gain(*g) for g in raw["gains"]),
-            refresh=tuple(raw["refresh"]),
+            moves=from_runs(raw["moves"]),
             fresh=tuple(raw["fresh"]),
             work=tuple(AssignedLeg(*s) for s in raw["work"]),
             started=tuple(AssignedLeg(*s) for s in raw["started"]),
             kept=tuple(AssignedLeg(*s) for s in raw["kept"]),
             protected=raw["protected"],
-            substitutes=tuple(raw["substitutes"]),
             checkpoint=raw["checkpoint"],
             leaving=tuple(raw["leaving"]),
         )
@@ -128,16 +135,49 @@ class Plan:
         fresh = set(self.fresh)
         return next((rank for rank in self.layout.ranks if rank not in fresh), None)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+
+    @cached_property
+    def gained(self) -> tuple[Move, ...]:
+        """The moves of shards to their owners."""
+        return tuple(move for move in self.moves if move.what is What.OWN)
+
+    @cached_property
+    def values(self) -> tuple[Move, ...]:
+        """The moves of values to the ranks that compute with them."""
+        return tuple(move for move in self.moves if move.what is What.VALUE)
+
+    @cached_property
+    def receivers(self) -> tuple[int, ...]:
+        """The ranks that lack values, ascending."""
+        return tuple(sorted({rank for ranks in {move.to for move in self.values} for rank in ranks}))
+
+    @cached_property
+    def stand_ins(self) -> tuple[int, ...]:
+        """The shards that are gone, and that neighbouring layers' shards stand in for, ascending."""
+        return tuple(sorted({move.shard for move in self.moves if SourceKind.NEIGHBORS in move.sources}))
+
+    def standing_in(self, shards: Collection[int]) -> Plan:
+        """The same plan, where `shards` are gone for good, and are made up from neighbouring layers'."""
+        return replace(self, moves=standing_in(self.moves, self.layout, shards)) if shards else self
+
+    def moves_of(self, shards: Iterable[int], rank: int, what: What) -> tuple[Move, ...]:
+        """How `shards` that `rank` lacks come to it, to own them or to back them up.
+
+        A shard that no move names is read from where training protects it, or from the checkpoint.
+        """
+        named = {move.shard: move for move in received(self.moves, rank) if move.what is what}
+        sources = SAVED if self.checkpoint else PROTECTED
+        return tuple(named.get(shard) or Move(shard, (rank,), what, sources) for shard in shards)
 
     def describe(self) -> str:
         """One line for people."""
         return (
             f"generation {self.generation}: {self.layout.describe()}; version {self.version}, "
-            f"{len(self.gains)} shards to restore, {len(self.work)} segments to run, {len(self.kept)} kept, "
-            f"fresh {list(self.fresh)}, refreshed {list(self.refresh)}"
+            f"{len(self.gained)} shards to restore, {len(self.work)} segments to run, {len(self.kept)} kept, "
+            f"fresh {list(self.fresh)}, refreshed {list(self.receivers)}"
         )
 
 
@@ -164,19 +204,12 @@ def plan_leave(spec: ModelSpec, old: Layout, leavers: Collection[int], generatio
 
 
 def _plan_switch(spec: ModelSpec, old: Layout, layout: Layout) -> Plan:
-    gains = tuple(
-        Gain(s.index, layout.owners[s.index], old.owners[s.index])
-        for s in spec.shards
-        if layout.owners[s.index] != old.owners[s.index]
-    )
-    refresh = tuple(
-        rank for rank in layout.ranks if rank not in old or not _covers(old.stage_of(rank), layout.stage_of(rank))
-    )
+    gained = [s.index for s in spec.shards if layout.owners[s.index] != old.owners[s.index]]
+    valid = {rank: _layers(old.stage_of(rank)) for rank in layout.ranks if rank in old}
     return Plan(
         layout=layout,
         version=None,
-        gains=gains,
-        refresh=refresh,
+        moves=(*own_moves(layout, gained), *value_moves(spec, layout, valid)),
         fresh=tuple(rank for rank in layout.ranks if rank not in old),
         work=layout.segments(),
         leaving=tuple(rank for rank in old.ranks if rank not in layout),
@@ -206,19 +239,9 @@ def plan_recovery(
     if behind:
         raise PlanError(f"ranks {behind} hold shards of other versions than {version - 1} and {version}")
     owned = {report.rank: frozenset(report.owned) for report in reports}
-    gains = tuple(
-        Gain(s.index, layout.owners[s.index], old.owners[s.index])
-        for s in spec.shards
-        if s.index not in owned[layout.owners[s.index]]
-    )
-    refresh = tuple(
-        rank
-        for rank, report in sorted(by_rank.items())
-        if report.fresh
-        or report.values_version != version
-        or not (report.layers[0] <= layout.stage_of(rank).start and layout.stage_of(rank).stop <= report.layers[1])
-    )
+    gained = [s.index for s in spec.shards if s.index not in owned[layout.owners[s.index]]]
     current = [r for r in reports if not r.fresh and r.values_version == version]
+    valid = {report.rank: range(*report.layers) for report in current}
     kept = tuple(AssignedLeg(r.rank, *span) for r in current for span in r.held)
     work = _remaining_work(layout, kept, current)
     forwarded = {AssignedLeg(r.rank, *span) for r in current for span in r.started}
@@ -226,8 +249,7 @@ def plan_recovery(
         layout=layout,
         version=version,
         agreement=agreement,
-        gains=gains,
-        refresh=refresh,
+        moves=(*own_moves(layout, gained), *value_moves(spec, layout, valid)),
         fresh=tuple(sorted(r.rank for r in reports if r.fresh)),
         work=work,
         started=tuple(segment for segment in work if segment in forwarded),
@@ -247,8 +269,7 @@ def plan_rollback(
         layout=layout,
         version=version,
         agreement=agreement,
-        gains=tuple(Gain(s.index, layout.owners[s.index], old.owners[s.index]) for s in spec.shards),
-        refresh=layout.ranks,
+        moves=(*own_moves(layout, range(len(spec.shards))), *value_moves(spec, layout, {})),
         fresh=layout.ranks,
         work=layout.segments(),
         protected=version,
@@ -261,16 +282,15 @@ def plan_resume(spec: ModelSpec, layout: Layout, version: int, agreement: str, c
         layout=layout,
         version=version,
         agreement=agreement,
-        gains=tuple(Gain(s.index, layout.owners[s.index], layout.owners[s.index]) for s in spec.shards),
-        refresh=layout.ranks,
+        moves=(*own_moves(layout, range(len(spec.shards)), SAVED), *value_moves(spec, layout, {})),
         fresh=layout.ranks,
         work=layout.segments(),
         checkpoint=checkpoint,
     )
 
 
-def _covers(outer: Stage, inner: Stage) -> bool:
-    return outer.start <= inner.start and inner.stop <= outer.stop
+def _layers(stage: Stage) -> range:
+    return range(stage.start, stage.stop)
 
 
 def _remaining_work(layout: Layout, kept: Sequence[AssignedLeg], current: Sequence[Report]) -> tuple[AssignedLeg, ...]:

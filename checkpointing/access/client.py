@@ -11,7 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from everstep.checkpointing.memory.segment import Segment
 from everstep.comms.base import addresses
@@ -25,6 +25,14 @@ CONNECT_S = 2.0
 RESTART_S = 30.0  # within which a keeper that ended has another in its place
 REQUEST_BYTES = 64 << 20  # of one request to a keeper, which closes the connection of who says more
 _READ_BYTES = 1 << 16
+
+
+class Fetched(NamedTuple):
+    """A shard from a keeper: its record, and, if that is of the version before, the gradient that leads on."""
+
+    shard: int
+    version: int
+    parts: list[bytearray]
 
 
 class KeeperRefused(Exception):
@@ -106,33 +114,36 @@ class KeeperClient:
         while have < len(view):
             have += self._receive(SILENCE_S, self.on_wait, view[have:])
 
-    def _bytes(self, length: int) -> bytes:
+    def _bytes(self, length: int) -> bytearray:
         data = bytearray(length)
         with memoryview(data) as view:
             self._fill(view)
-        return bytes(data)
+        return data
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         """Send a request and return the answer's JSON."""
         self._send(request)
         return self._line()
 
-    def fetch(
-        self, shards: Sequence[int], version: int, *, replay: bool
-    ) -> tuple[dict[int, tuple[int, list[bytes]]], list[int]]:
-        """Shard -> (state version, [state] or [state, gradient]) for what this keeper has; and the damaged ones."""
+    def fetch(self, shards: Sequence[int], version: int, *, replay: bool) -> tuple[Iterator[Fetched], list[int]]:
+        """What this keeper has of the shards, as it comes in, and the damaged ones.
+
+        With `replay`, a shard may come as the version before, with the gradient that leads on. All of it has to be
+        taken before anything else is asked for.
+        """
         answer = self.ask({"op": "fetch", "shards": list(shards), "version": version, "replay": replay})
-        found = {}
-        for item in answer["found"]:
-            found[item["shard"]] = (item["version"], [self._bytes(length) for length in item["lengths"]])
-        return found, answer["damaged"]
+        return self._records(answer["found"]), answer["damaged"]
+
+    def _records(self, found: list[dict[str, Any]]) -> Iterator[Fetched]:
+        for item in found:
+            yield Fetched(item["shard"], item["version"], [self._bytes(length) for length in item["lengths"]])
 
     def parity(self, shards: Sequence[int], version: int) -> list[dict[str, Any]]:
         """The parity blocks at `version` of stripes that any of these shards belongs to; see `Block.describe`."""
         blocks: list[dict[str, Any]] = self.ask({"op": "parity", "shards": list(shards), "version": version})["blocks"]
         return blocks
 
-    def block(self, number: int) -> bytes | None:
+    def block(self, number: int) -> bytearray | None:
         """A parity block; None if it is gone, or does not match its checksum."""
         answer = self.ask({"op": "block", "block": number})
         return self._bytes(answer["length"]) if answer["length"] is not None else None

@@ -1,25 +1,24 @@
-"""Shards back from wherever they are: a keeper's copy, the copy before it and a gradient, or the rest of their stripe.
+"""Shards back from the keepers of a job: a keeper's copy, the copy before it and a gradient, or the rest of a stripe.
 
 What is damaged is passed over and reported; what is missing everywhere is said to be, not waited for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from everstep.checkpointing.memory.segment import checksum_of
 
-from .client import KeeperClient, KeeperRefused
+from .client import Fetched, KeeperClient, KeeperRefused
 from .erasure import Code
 
 SHARDS_PER_FETCH = 16
-Fetched = tuple[int, list[bytes]]  # version, [state] or [state, gradient that leads to the next]
 
 
 @dataclass
-class Sources:
+class Keepers:
     """The keepers of a job, as one rank reaches them. `on_wait` is called while it waits, and may raise to give up."""
 
     addresses: Mapping[str, str]  # node -> host:port; nearest first
@@ -29,31 +28,39 @@ class Sources:
     damage: list[dict[str, Any]] = field(default_factory=list)
     _clients: dict[str, KeeperClient] = field(default_factory=dict)
 
-    def fetch(self, shards: Iterable[int], version: int, *, replay: bool, decode: bool = True) -> dict[int, Fetched]:
-        """The shards that can be had at `version`; with `replay`, also as the version before and its gradient."""
+    def fetch(self, shards: Iterable[int], version: int, *, replay: bool) -> Iterator[Fetched]:
+        """The shards that keepers have at `version`, as they come; with `replay`, also the version before it.
+
+        A caller that stops early may ask nothing more.
+        """
         missing = list(shards)
-        found: dict[int, Fetched] = {}
         for node in self.addresses:
+            found: set[int] = set()
             for first in range(0, len(missing), SHARDS_PER_FETCH):
-                found.update(self._ask(node, missing[first : first + SHARDS_PER_FETCH], version, replay))
+                for item in self._ask(node, missing[first : first + SHARDS_PER_FETCH], version, replay):
+                    found.add(item.shard)
+                    yield item
                 self.on_wait()
             missing = [shard for shard in missing if shard not in found]
-        if missing and decode:
-            found.update(self._decode(missing, version))
+
+    def records(self, shards: Sequence[int], version: int) -> dict[int, bytearray]:
+        """The records of `version` that can be had of the shards, from parity too."""
+        found = {item.shard: item.parts[0] for item in self.fetch(shards, version, replay=False)}
+        missing = [shard for shard in shards if shard not in found]
+        found.update((item.shard, item.parts[0]) for item in self.decode(missing, version))
         return found
 
-    def _ask(self, node: str, shards: list[int], version: int, replay: bool) -> dict[int, Fetched]:
+    def _ask(self, node: str, shards: list[int], version: int, replay: bool) -> Iterator[Fetched]:
         client = self._client(node)
         if client is None:
-            return {}
+            return
         try:
             found, damaged = client.fetch(shards, version, replay=replay)
+            for shard in damaged:
+                self._found_damage("keeper", node, shard, f"version {version}")
+            yield from found
         except (OSError, ValueError, KeeperRefused):
             self._lose(node)
-            return {}
-        for shard in damaged:
-            self._found_damage("keeper", node, shard, f"version {version}")
-        return found
 
     def _client(self, node: str) -> KeeperClient | None:
         client = self._clients.get(node)
@@ -75,20 +82,22 @@ class Sources:
 
     # ------------------------------------------------------------ from parity
 
-    def _decode(self, shards: list[int], version: int) -> dict[int, Fetched]:
+    def decode(self, shards: Sequence[int], version: int) -> Iterator[Fetched]:
         """What can be made again from the other members of its stripe and their parity, at exactly `version`."""
+        if not shards:
+            return
         stripes: dict[tuple[int, ...], list[tuple[str, dict[str, Any]]]] = {}
         for node in self.addresses:
             for block in self._parity(node, shards, version):
                 stripes.setdefault(tuple(block["shards"]), []).append((node, block))
-        found: dict[int, Fetched] = {}
+        made: set[int] = set()  # stripes of several placements may have a shard in common
         for members, blocks in stripes.items():
-            lost = [shard for shard in members if shard in shards and shard not in found]
-            if lost:
-                found.update(self._decode_stripe(members, blocks, lost, version))
-        return found
+            lost = [shard for shard in members if shard in shards and shard not in made]
+            for item in self._decode_stripe(members, blocks, lost, version) if lost else ():
+                made.add(item.shard)
+                yield item
 
-    def _parity(self, node: str, shards: list[int], version: int) -> list[dict[str, Any]]:
+    def _parity(self, node: str, shards: Sequence[int], version: int) -> list[dict[str, Any]]:
         client = self._client(node)
         if client is None:
             return []
@@ -100,12 +109,12 @@ class Sources:
 
     def _decode_stripe(
         self, members: tuple[int, ...], blocks: list[tuple[str, dict[str, Any]]], lost: list[int], version: int
-    ) -> dict[int, Fetched]:
+    ) -> Iterator[Fetched]:
         described = blocks[0][1]["members"]  # (length, checksum) of each member
         others = [shard for shard in members if shard not in lost]
-        present = self.fetch(others, version, replay=False, decode=False)
-        available: dict[int, bytes] = {members.index(shard): blobs[0] for shard, (_, blobs) in present.items()}
-        rows: dict[int, bytes] = {}
+        present = self.fetch(others, version, replay=False)
+        available: dict[int, bytearray] = {members.index(item.shard): item.parts[0] for item in present}
+        rows: dict[int, bytearray] = {}
         for node, block in blocks:
             if len(available) + len(rows) >= len(members):
                 break
@@ -114,21 +123,19 @@ class Sources:
                 if data is not None:
                     rows[block["row"]] = data
         if len(available) + len(rows) < len(members):
-            return {}
+            return
         missing = [i for i in range(len(members)) if i not in available]
         out = [bytearray(described[i][0]) for i in missing]
-        sources: dict[int, bytes] = {**available, **{len(members) + row: data for row, data in rows.items()}}
+        sources: dict[int, bytearray] = {**available, **{len(members) + row: data for row, data in rows.items()}}
         # Blocks may be of placements with different numbers of rows; a row is the same in all of them.
         Code(len(members), max(block["rows"] for _, block in blocks)).decode(sources, missing, out)
-        found: dict[int, Fetched] = {}
         for i, made in zip(missing, out, strict=True):
             if checksum_of(made, members[i], version) != described[i][1]:
                 self._found_damage("parity", blocks[0][0], members[i], f"version {version}, after decoding")
             elif members[i] in lost:
-                found[members[i]] = (version, [bytes(made)])
-        return found
+                yield Fetched(members[i], version, [made])
 
-    def _block(self, node: str, number: int, shard: int, version: int) -> bytes | None:
+    def _block(self, node: str, number: int, shard: int, version: int) -> bytearray | None:
         client = self._client(node)
         if client is None:
             return None

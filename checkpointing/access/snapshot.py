@@ -212,12 +212,14 @@ class Snapshots:
         slot = segment.find(shard, version)
         return segment.read(slot) if slot is not None else None
 
-    def resume(self, shard: int, version: int) -> bytes | None:
-        """`stored`; and what is found counts as written: `begin` need not write it again."""
-        data = self.stored(shard, version)
-        if data is not None:
-            slot = self._home[shard][1].find(shard, version)
-            assert slot is not None
+    def resume(self, shard: int, version: int) -> memoryview | None:
+        """`stored`, in place; and what is found counts as written: `begin` need not write it again."""
+        if self._link is None or not self.has(shard):
+            return None
+        segment = self._home[shard][1]
+        slot = segment.find(shard, version)
+        data = segment.view(slot) if slot is not None else None
+        if slot is not None and data is not None:
             self.version[shard] = version
             self.checksums[shard] = slot.checksum
         return data

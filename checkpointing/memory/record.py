@@ -10,11 +10,13 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import Buffer
 
 from .copying import CheckedCopy, tensor_bytes
-from .record_format import ALIGN, aligned, head, items
+from .record_format import ALIGN, Item, aligned, head, items
 
 _ZEROS = memoryview(bytes(ALIGN))
 ShardState = Mapping[str, Any]  # name -> Tensor, number or None
@@ -85,16 +87,20 @@ def record_bytes(state: ShardState) -> int:
     return ShardRecord(state).length
 
 
-def read_record(data: bytes) -> dict[str, Any]:
-    """The state in a record; tensors are new and on the CPU. Raises ValueError if it is malformed."""
-    state: dict[str, Any] = {}
-    for item in items(data):
-        if not item.dtype:
-            state[item.name] = item.value
-            continue
-        tensor = torch.empty(item.value.shape, dtype=getattr(torch, item.dtype))
-        if tensor.numel():
-            raw = torch.frombuffer(bytearray(item.value.tobytes()), dtype=tensor.dtype)
-            tensor.view(-1).copy_(raw)
-        state[item.name] = tensor
-    return state
+def read_record(data: Buffer) -> dict[str, Any]:
+    """The state in a record. Raises ValueError if it is malformed.
+
+    Tensors are on the CPU, and share the memory of `data`, or of a copy where that may not be written to.
+    """
+    view = memoryview(data)
+    if view.readonly:
+        view = memoryview(bytearray(view))
+    return {item.name: _tensor(item) if item.dtype else item.value for item in items(view)}
+
+
+def _tensor(item: Item) -> Tensor:
+    dtype: torch.dtype = getattr(torch, item.dtype)
+    array: np.ndarray = item.value
+    if not array.size:
+        return torch.empty(array.shape, dtype=dtype)
+    return torch.from_numpy(array.reshape(-1).view(np.uint8)).view(dtype).view(array.shape)

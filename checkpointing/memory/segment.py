@@ -175,6 +175,15 @@ class Segment:
         sound = checksum_of(data, stored.shard, stored.version, gradient=stored.gradient) == stored.checksum
         return data if sound else None
 
+    def view(self, stored: Stored) -> memoryview | None:
+        """The bytes of a slot, in place, or None if they do not match their checksum.
+
+        A later version overwrites them.
+        """
+        data = memoryview(self.memory)[stored.offset : stored.offset + stored.length]
+        sound = checksum_of(data, stored.shard, stored.version, gradient=stored.gradient) == stored.checksum
+        return data if sound else None
+
     def newest(self) -> int:
         """The greatest state version in the segment, -1 if it has none."""
         return max((s.version for s in self._states()), default=-1)

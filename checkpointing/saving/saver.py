@@ -131,9 +131,9 @@ def _fetcher(address: str, token: str, version: int) -> Any:
     """A function that fetches records at `version` from the keeper, over a separate connection."""
     client = KeeperClient(address, token)
 
-    def fetch(shards: Sequence[int]) -> Mapping[int, bytes]:
+    def fetch(shards: Sequence[int]) -> Mapping[int, bytearray]:
         found, _ = client.fetch(list(shards), version, replay=False)
-        return {shard: blobs[0] for shard, (_, blobs) in found.items()}
+        return {item.shard: item.parts[0] for item in found}
 
     return client, fetch
 

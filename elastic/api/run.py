@@ -14,9 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from everstep.checkpointing.access.client import KeeperLink
-from everstep.checkpointing.access.restore import Sources
 from everstep.checkpointing.access.snapshot import Snapshots
-from everstep.checkpointing.memory.record import read_record
 from everstep.checkpointing.universal.lineage import Lineage
 from everstep.comms.mesh.communicator import Aborted, Communicator, Peer
 from everstep.elastic.contract.digest import state_digest
@@ -296,12 +294,8 @@ class Run:
             engine.check_values(thorough=True)
             return {s.index: dict(engine.store.state(s.index)) for s in engine.store.owned}
         assert self._recovery is not None
-        sources = Sources(self._recovery.keepers, self._context.token, self._progress.tick)
-        try:
-            found = sources.fetch([s.index for s in engine.stack.spec.shards], engine.version, replay=False)
-        finally:
-            sources.close()
-        return {index: read_record(blobs[0]) for index, (_, blobs) in found.items()}
+        shards = [s.index for s in engine.stack.spec.shards]
+        return self._recovery.loader.kept(shards, engine.version, self._progress.tick)
 
     def _pause(self) -> None:
         """Let 20 ms pass, unless the generation ends."""

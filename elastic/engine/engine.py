@@ -498,9 +498,8 @@ class Engine:
 
     def _publish(self, it: w.Publish) -> w.Event:
         began_ns = time.monotonic_ns()
-        self.exchange.publish(it.version, it.layout, it.readers)
-        if self.worker.state.entering is None:  # else it is a part of the recovery
-            self.telemetry.span(Spent.PUBLISH, began_ns)
+        self.exchange.publish(it.version, it.layout)
+        self.telemetry.span(Spent.PUBLISH, began_ns)
         return w.Published()
 
     def _commit(self, it: w.CommitStep) -> None:

@@ -8,14 +8,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
-import torch
-
-from everstep.checkpointing.access.restore import Fetched, Sources
-from everstep.checkpointing.memory.record import ShardState, read_record
+from everstep.checkpointing.memory.record import ShardState
 from everstep.checkpointing.universal.manifest import CheckpointError
 from everstep.checkpointing.universal.store import StoreError
 from everstep.comms.mesh.communicator import Aborted, Key, Kind
@@ -23,13 +19,12 @@ from everstep.elastic.contract.errors import JobEnded
 from everstep.elastic.contract.progress import StepPhase
 from everstep.elastic.contract.stateful import decode
 from everstep.elastic.contract.telemetry import Spent
-from everstep.elastic.holding.shard_store import ShardStore
 from everstep.elastic.protocol import events as e
 from everstep.elastic.protocol import worker_events as w
 from everstep.elastic.protocol.backing_up import backup_ranks
 from everstep.elastic.protocol.worker_state import report
-from everstep.resharding.neighbors import stand_ins
-from everstep.resharding.plan import Plan, Report
+from everstep.resharding.moves import What, received
+from everstep.resharding.plan import Report
 from everstep.resharding.work import Work
 
 from .engine import (
@@ -38,11 +33,8 @@ from .engine import (
     Engine,
     Step,
 )
-from .resume import CheckpointStates
+from .loading import KEEPER_PATIENCE_S, LiveValues, Loader
 
-KEEPER_PATIENCE_S = 5.0  # how long a keeper that cannot be reached is waited for: it may be starting again
-ANSWERED_PATIENCE_S = 1.0  # how long shards that all keepers say they lack are: a worker may be writing them
-FETCH_AGAIN_S = 0.02  # between two times that keepers are asked for what they lack
 _GUIDE = Key(Kind.SWITCH, 0)
 
 
@@ -51,12 +43,10 @@ class Recovery:
 
     def __init__(self, engine: Engine, token: str, node: str) -> None:
         self.engine = engine
-        self.token = token
-        self.node = node
+        self.loader = Loader(engine, token, node)
         self.resumed = False  # from a checkpoint
         self._joined: tuple[int, dict[str, Any]] = (-1, {})  # the version this rank joined at, and what was agreed then
         self._after: dict[str, Any] = {}  # how the user's code has left things where the guide is
-        self.keepers: dict[str, str] = {}  # node -> address, our own first
         self._began = self._edited = 0.0  # of the generation that is being entered
         self._edited_ns = 0
         engine.worker.carries(
@@ -70,8 +60,9 @@ class Recovery:
                 w.EnterProtection: self._enter_protection,
                 w.ForgetSince: self._forget_since,
                 w.TakePlaces: self._take_places,
-                w.ReadCheckpoint: self._read_checkpoint,
+                w.OpenCheckpoint: self._open_checkpoint,
                 w.Restore: self._restore,
+                w.Refresh: self._refresh,
                 w.NoteChange: lambda it: engine.adjustments.interrupted(it.version),
                 w.ComeUp: self._come_up,
                 w.ResumeStep: self._resume_step,
@@ -146,14 +137,9 @@ class Recovery:
         found: dict[int, ShardState] = {}
         engine.snapshots.wait(self._patient)
         deadline = time.monotonic() + KEEPER_PATIENCE_S
-        while self.keepers and len(found) < len(shards) and time.monotonic() < deadline:
-            sources = Sources(self.keepers, self.token, self._patient)
-            try:
-                absent = [index for index in shards if index not in found]
-                fetched = sources.fetch(absent, engine.version, replay=False)
-            finally:
-                sources.close()
-            found.update({index: read_record(blobs[0]) for index, (_, blobs) in fetched.items()})
+        while self.loader.keepers and len(found) < len(shards) and time.monotonic() < deadline:
+            absent = [index for index in shards if index not in found]
+            found.update(self.loader.kept(absent, engine.version, self._patient))
             self._patient()
         return found
 
@@ -173,7 +159,7 @@ class Recovery:
         self._began, began_ns = time.monotonic(), time.monotonic_ns()
         engine.telemetry.generation = plan.generation
         engine.telemetry.interrupted()
-        self.keepers = dict(sorted(orders.keepers.items(), key=lambda item: item[0] != self.node))
+        self.loader.enter(orders.keepers)
         with engine.progress.waiting(f"links to the other ranks of generation {plan.generation}"):
             engine.comm.edit(plan.generation, orders.peers)
         if engine.membership.superseded(plan.generation):  # an abort that the edit may have cleared
@@ -280,113 +266,46 @@ class Recovery:
         engine.snapshots.leave(before - now, it.version)
 
     def _restore(self, it: w.Restore) -> w.Event:
-        """Fetch the shards that are missing here, and the backups that are not in step."""
-        engine = self.engine
-        self._fetch(it.plan, engine.store, sorted(it.missing), it.version, it.agreement)
+        """Carry out the moves of the shards that are missing here, and of the backups that are not in step."""
+        engine, checkpoint = self.engine, self.loader.checkpoint
         backups = [s.index for s in engine.backups.shards if s.index not in engine.backups.level]
-        self._fetch(it.plan, engine.backups.store, backups, it.version, it.agreement)
+        passive = it.plan.moves_of(backups, engine.rank, What.BACKUP)
+        try:
+            self.loader.load(it.plan, engine.store, it.moves, it.version, it.agreement)
+            self.loader.load(it.plan, engine.backups.store, passive, it.version, it.agreement)
+        except (CheckpointError, StoreError) as error:
+            self._unreadable(it.plan.checkpoint, error)
         engine.backups.level.update(backups)
+        if checkpoint is not None:
+            script = json.loads(it.agreement).get("script") if it.agreement else None
+            engine.checkpoints.resumed(it.version, script, it.plan.checkpoint, checkpoint.lineage)
         return w.Restored()
 
-    def _fetch(self, plan: Plan, store: ShardStore, missing: Sequence[int], version: int, agreement: str) -> None:
-        """Load shards from the keepers. The last step is replayed where only its gradient is there."""
+    def _refresh(self, it: w.Refresh) -> w.Event:
+        """Send the values of shards owned here to the ranks that lack them, and take those that this rank lacks."""
+        engine, plan = self.engine, it.plan
+        engine.exchange.send_values(it.version, plan.layout, plan.values)
+        moves = [m for m in received(plan.values, engine.rank) if plan.layout.owners[m.shard] != engine.rank]
+        self.loader.load(plan, LiveValues(engine.stack), moves, it.version, it.agreement)
+        engine.stack.refresh()
+        return w.Published()
+
+    def _open_checkpoint(self, it: w.OpenCheckpoint) -> None:
         engine = self.engine
-        for index in [i for i in missing if i in plan.substitutes]:
-            self._make_up(plan, store, index, version, agreement)
-        missing = [index for index in missing if index not in plan.substitutes]
-        if not missing:
-            return
-        with engine.progress.waiting(f"{len(missing)} shards of version {version} in the keepers"):
-            found = self._fetch_all(plan, missing, version)
-        terms = json.loads(agreement) if agreement else {}
-        replays: dict[int, torch.Tensor] = {}
-        for index, (stored, blobs) in found.items():
-            store.load(index, read_record(blobs[0]))
-            if stored < version:
-                dtype = engine.exchange.accumulation(engine.stack.spec.shards[index])
-                replays[index] = torch.frombuffer(bytearray(blobs[1]), dtype=dtype)
-        if replays:
-            store.update(replays, terms)
-
-    def _read_checkpoint(self, it: w.ReadCheckpoint) -> w.Event:
-        """Read what is owned here from the checkpoint that all go on from.
-
-        If it is damaged, the coordinator is told, and decides.
-
-        Raises Aborted when the generation ends.
-        """
-        engine, plan, agreement = self.engine, it.plan, it.agreement
         try:
-            states = CheckpointStates(engine.settings, engine.stack, plan.checkpoint)
-            states.load_constants()
+            self.loader.open_checkpoint(it.name).load_constants()
             engine.pipeline.forwards.remember()
-            for store in (engine.store, engine.backups.store):
-                for shard in store.owned:
-                    store.load(shard.index, states.state(shard))
-                    self._patient()
-            engine.backups.level.update(shard.index for shard in engine.backups.shards)
-            script = json.loads(agreement).get("script") if agreement else None
-            engine.checkpoints.resumed(it.version, script, plan.checkpoint, states.lineage)
-            return w.Restored()
         except (CheckpointError, StoreError) as error:
-            engine.membership.tell(e.CheckpointUnreadable(engine.membership.worker, plan.checkpoint, str(error)))
+            self._unreadable(it.name, error)
+
+    def _unreadable(self, name: str, error: Exception) -> NoReturn:
+        """Tell the coordinator of a damaged checkpoint, and wait for its decision. Raises Aborted."""
+        engine = self.engine
+        engine.membership.tell(e.CheckpointUnreadable(engine.membership.worker, name, str(error)))
         with engine.progress.waiting(DECISION):
             while True:
                 self._patient()
                 time.sleep(0.01)
-
-    def _make_up(self, plan: Plan, store: ShardStore, index: int, version: int, agreement: str) -> None:
-        """A shard that is gone for good: the average of its neighbours', weighted by the norms of their gradients.
-
-        Lossy, and what the user asked for (on_loss="neighbors"). Its optimizer state starts anew.
-        """
-        engine = self.engine
-        spec = engine.stack.spec
-        sources = stand_ins(spec, plan.substitutes)[index]
-        copies = ShardStore(engine.optimizer)
-        copies.own(spec.shards[i] for i in sources)
-        self._fetch(plan, copies, sources, version, agreement)
-        norms: dict[str, float] = json.loads(agreement)["layers"] if agreement else {}
-        weights = [norms.get(str(spec.home(spec.shards[i])), 0.0) for i in sources]
-        if not sum(weights):
-            weights = [1.0] * len(sources)
-        values = [copies.state(i)["value"].double() * weight for i, weight in zip(sources, weights, strict=True)]
-        value = torch.stack(values).sum(0) / sum(weights)
-        dtype = copies.state(sources[0])["value"].dtype
-        store.load(index, {"value": value.to(dtype)})
-
-    def _fetch_all(self, plan: Plan, missing: Sequence[int], version: int) -> dict[int, Fetched]:
-        """All the missing shards: from our own memory, from whichever keepers have them, from parity.
-
-        A keeper that restarts is waited for. When some shards are nowhere, the coordinator is told, and ends this
-        generation. Raises Aborted when the generation ends.
-        """
-        found: dict[int, Fetched] = {}
-        for index in missing:
-            data = self.engine.snapshots.resume(index, version)
-            if data is not None:
-                found[index] = (version, [data])
-        membership = self.engine.membership
-        started = time.monotonic()
-        told = False
-        while absent := [index for index in missing if index not in found]:
-            sources = Sources(self.keepers, self.token, self._patient)
-            try:
-                found.update(sources.fetch(absent, version, replay=True))
-            finally:
-                sources.close()
-                for item in sources.damage:
-                    membership.tell(e.CorruptionFound(membership.worker, plan.generation, **item))
-            if len(found) == len(missing):
-                break
-            patience_s = KEEPER_PATIENCE_S if sources.unreachable else ANSWERED_PATIENCE_S
-            if not told and time.monotonic() - started > patience_s:
-                told = True
-                gone = [index for index in missing if index not in found]
-                membership.tell(e.WorkerLacking(membership.worker, plan.generation, version, tuple(gone)))
-            self._patient()
-            time.sleep(FETCH_AGAIN_S)
-        return found
 
     def _patient(self) -> None:
         self.engine.progress.tick()

@@ -277,6 +277,7 @@ class CheckpointStates:
     """The states of shards, and the constants, out of a checkpoint. Raises CheckpointError or StoreError."""
 
     def __init__(self, settings: Settings, stack: LayerStack, name: str) -> None:
+        self.name = name
         self._stack = stack
         if "/" in name:
             self._checkpoint = open_checkpoint(name, _options(settings))

@@ -133,7 +133,7 @@ class ShardStore:
         return {"value": parameter.data, **self._inner.state.get(parameter, {})}
 
     def load(self, shard: int, state: ShardState) -> None:
-        """Set a shard's values, those in the model too, and its optimizer state.
+        """Set a shard's values, those in the model too, and its optimizer state, to copies of the tensors given.
 
         Values of another type are converted, and with them the states of that type, element by element.
         """
@@ -151,7 +151,7 @@ class ShardStore:
 
     def _placed(self, value: Tensor, shard: int, stored: torch.dtype) -> Tensor:
         parameter = self._parameters[shard]
-        if value.dtype == stored and value.shape == parameter.shape:  # not a step count
-            value = value.to(parameter.dtype)
+        states = value.dtype == stored and value.shape == parameter.shape  # not a step count
         on_device = self.optimizer.state_on_device(value, self._shards[shard].parameter)
-        return value.to(parameter.device) if on_device else value
+        dtype = parameter.dtype if states else value.dtype
+        return value.to(parameter.device if on_device else "cpu", dtype, copy=True)

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from everstep.resharding.layout import Layout
+from everstep.resharding.moves import What
 from everstep.resharding.placement import Placement
 from everstep.resharding.plan import Plan
 from everstep.resharding.units import ModelSpec
@@ -166,7 +167,7 @@ def check_layout(spec: ModelSpec, layout: Layout) -> None:
 
 
 def check_plan(spec: ModelSpec, plan: Plan) -> None:
-    """Every (layer, micro-batch) is computed or kept exactly once, by members; gains are of owners."""
+    """Every (layer, micro-batch) is computed or kept exactly once, by members; shards move to owners and readers."""
     check_layout(spec, plan.layout)
     leaves = Counter(
         (layer, segment.micro_batch)
@@ -181,12 +182,27 @@ def check_plan(spec: ModelSpec, plan: Plan) -> None:
         stage = plan.layout.stage_of(segment.rank)
         inside = stage.start <= segment.start and segment.stop <= stage.stop
         _expect(inside, f"plan {plan.generation}: rank {segment.rank} does not hold the layers of {segment}")
-    for rank in (*plan.fresh, *plan.refresh, *(s.rank for s in plan.kept)):
+    for rank in (*plan.fresh, *plan.receivers, *(s.rank for s in plan.kept)):
         _expect(rank in plan.layout.ranks, f"plan {plan.generation}: rank {rank} is no member")
-    _expect(set(plan.fresh) <= set(plan.refresh) or plan.version == 0, f"plan {plan.generation}: fresh, without values")
+    for rank in set(plan.fresh) - set(plan.receivers) if plan.version != 0 else ():
+        stage = plan.layout.stage_of(rank)
+        reads = any(spec.shards_of_layer[layer] for layer in range(stage.start, stage.stop))
+        _expect(not reads, f"plan {plan.generation}: rank {rank} is fresh, and gets no values")
     _expect(plan.protected <= (plan.version or 0), f"plan {plan.generation} protects {plan.protected}: {plan.version}")
-    gained = {gain.shard for gain in plan.gains}
-    _expect(len(gained) == len(plan.gains), f"plan {plan.generation}: a shard is gained twice")
-    for gain in plan.gains:
-        owner = plan.layout.owners[gain.shard]
-        _expect(gain.rank == owner, f"plan {plan.generation}: rank {gain.rank} gains a shard of {owner}")
+    _check_moves(spec, plan)
+
+
+def _check_moves(spec: ModelSpec, plan: Plan) -> None:
+    seen = Counter((move.shard, move.what) for move in plan.moves)
+    twice = [f"{shard} to {what.value}" for (shard, what), times in seen.items() if times > 1]
+    _expect(not twice, f"plan {plan.generation}: shards that move twice: {twice[:5]}")
+    reading: set[tuple[int, tuple[int, ...]]] = set()  # most moves share a few tuples of ranks, and of layers
+    for move in plan.moves:
+        _expect(bool(move.to and move.sources), f"plan {plan.generation}: to no rank, or from nowhere: {move}")
+        if move.what is What.OWN:
+            _expect(move.to == (plan.layout.owners[move.shard],), f"plan {plan.generation}: not to its owner: {move}")
+        layers = spec.parameters[spec.shards[move.shard].parameter].layers
+        if move.what is What.VALUE and (id(move.to), layers) not in reading:
+            reading.add((id(move.to), layers))
+            holders = {rank for layer in layers for rank in plan.layout.holders(layer)}
+            _expect(holders.issuperset(move.to), f"plan {plan.generation}: to a rank that does not read it: {move}")

@@ -282,7 +282,7 @@ def plan_if_complete(state: State, now: float) -> Outcome:
         else:
             plan = _recovery_plan(state, job, recovery, reports, version if version < furthest else None)
         plan = replace(plan, protected=max(plan.protected, min(version, protected_now(state, by_node))))
-        plan = replace(plan, substitutes=recovery.substitutes)
+        plan = plan.standing_in(recovery.substitutes)
     except (LayoutError, PlanError) as error:
         return fail(
             state,
@@ -308,8 +308,8 @@ def plan_if_complete(state: State, now: float) -> Outcome:
         state = replace(state, agreed=plan.version - 1, agreement=plan.agreement)
     state = replace(state, protected=max(state.protected, plan.protected))
     state, effects = enter(state, plan, "planned", {"summary": plan.describe()})
-    if plan.substitutes:
-        fields = {"version": plan.version, "shards": list(plan.substitutes)}
+    if plan.stand_ins:
+        fields = {"version": plan.version, "shards": list(plan.stand_ins)}
         effects.append(e.Record("substituted", fields))
     return state, effects
 

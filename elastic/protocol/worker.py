@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 from everstep.resharding.layout import Layout
+from everstep.resharding.moves import What, received
 from everstep.resharding.plan import Plan
 from everstep.resharding.work import Work
 
@@ -45,13 +46,14 @@ from .worker_events import (
     Linked,
     LoopLeft,
     NoteChange,
+    OpenCheckpoint,
     Placed,
     Protect,
     Publish,
     Published,
-    ReadCheckpoint,
     Reduce,
     Reduced,
+    Refresh,
     ReportLeft,
     Restore,
     Restored,
@@ -152,14 +154,14 @@ def _take_places(state: WorkerState, version: int, agreement: str, instructions:
     elif not entering.fresh and holding.owned_version == version - 1:
         instructions.append(RunOptimizer(agreement))
         holding = replace(holding, pristine=False)
-    current = not discard and holding.values_version == version and not plan.substitutes
+    current = not discard and holding.values_version == version and not plan.stand_ins
     seeded = version == 0 and holding.pristine and not plan.checkpoint
     layout = plan.layout
     stage = layout.stage_of(state.rank)
     layers = (stage.start, stage.stop)
     moved = layers != holding.layers
     shards = frozenset(s.index for s in layout.index(state.spec).owned(state.rank))
-    gained = {gain.shard for gain in plan.gains if gain.rank == state.rank}
+    gained = {move.shard for move in received(plan.gained, state.rank)}
     kept = frozenset() if discard else shards - gained
     holding = Holding(
         owned=shards if seeded else kept,
@@ -172,8 +174,9 @@ def _take_places(state: WorkerState, version: int, agreement: str, instructions:
     entering = replace(entering, version=version, agreement=agreement, current=current)
     state = replace(state, phase=WorkerPhase.RESTORING, holding=holding, entering=entering)
     if plan.checkpoint:
-        return state, [*instructions, ReadCheckpoint(plan, version, agreement)]
-    return state, [*instructions, Restore(plan, version, agreement, shards - holding.owned)]
+        instructions.append(OpenCheckpoint(plan.checkpoint, version, agreement))
+    moves = plan.moves_of(sorted(shards - holding.owned), state.rank, What.OWN)
+    return state, [*instructions, Restore(plan, version, agreement, moves)]
 
 
 def _restored(state: WorkerState, event: Restored) -> Outcome:
@@ -181,10 +184,10 @@ def _restored(state: WorkerState, event: Restored) -> Outcome:
     layout = entering.plan.layout
     owned = frozenset(s.index for s in layout.index(state.spec).owned(state.rank))
     holding = replace(state.holding, owned=owned)
-    if state.rank in entering.plan.refresh:
+    if state.rank in entering.plan.receivers:
         holding = replace(holding, values_version=TORN)
-    publish = Publish(entering.version, layout, entering.plan.refresh)
-    return replace(state, phase=WorkerPhase.REFRESHING, holding=holding), [publish]
+    refresh = Refresh(entering.plan, entering.version, entering.agreement)
+    return replace(state, phase=WorkerPhase.REFRESHING, holding=holding), [refresh]
 
 
 def _refreshed(state: WorkerState, event: Published) -> Outcome:
@@ -269,7 +272,7 @@ def _agreed(state: WorkerState, event: Agreed) -> Outcome:
         switch=switch,
         holding=holding,
     )
-    return state, [*instructions, Publish(step + 1, layout, layout.ranks)]
+    return state, [*instructions, Publish(step + 1, layout)]
 
 
 def _distrusted(state: WorkerState, event: Distrusted) -> Outcome:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from everstep.resharding.layout import Layout
+from everstep.resharding.moves import Move
 from everstep.resharding.plan import Plan
 from everstep.resharding.work import Work
 
@@ -217,31 +218,39 @@ class TakePlaces:
 
 
 @dataclass(frozen=True)
-class ReadCheckpoint:
-    """Read the owned shards from the plan's checkpoint. Answer: Restored."""
+class OpenCheckpoint:
+    """Open the plan's checkpoint, of `version`, and read from it what training does not change."""
 
-    plan: Plan
+    name: str
     version: int
     agreement: str
 
 
 @dataclass(frozen=True)
 class Restore:
-    """Fetch the missing shards of `version` from wherever they are. Answer: Restored."""
+    """Carry out the moves of shards to own here, at `version`, and those of its backups. Answer: Restored."""
 
     plan: Plan
     version: int
     agreement: str
-    missing: frozenset[int]
+    moves: tuple[Move, ...]
 
 
 @dataclass(frozen=True)
 class Publish:
-    """Owners send `version` of their shards to the readers of `layout`. Answer: Published."""
+    """Owners send `version` of their shards to the ranks of `layout` that compute with them. Answer: Published."""
 
     version: int
     layout: Layout
-    readers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Refresh:
+    """Carry out the moves of values: owners send `version` of them to the ranks that lack them. Answer: Published."""
+
+    plan: Plan
+    version: int
+    agreement: str
 
 
 @dataclass(frozen=True)
@@ -380,8 +389,9 @@ Instruction = (
     | ForgetSince
     | RunOptimizer
     | TakePlaces
-    | ReadCheckpoint
+    | OpenCheckpoint
     | Restore
+    | Refresh
     | Publish
     | NoteChange
     | ComeUp

@@ -21,7 +21,7 @@ class WorkerPhase(enum.Enum):
     WAITING = "waiting"  # for a plan
     LINKING = "linking"  # to the members of the plan's generation
     PLACING = "placing"  # asks another rank where the job is
-    RESTORING = "restoring"  # fetches the shards it gains
+    RESTORING = "restoring"  # reads the shards that it is to own, and lacks
     REFRESHING = "refreshing"  # owners send values to the ranks that lack them
     READY = "ready"  # at a version, with its step to compute; or past the last one
     COMPUTING = "computing"  # runs its legs of the step's micro-batches

@@ -337,7 +337,7 @@ class Cluster:
         self._check_fence(before, event, effects)
         self._check_drain(before, event)
         self.ledger.told(self.state, effects, broken=self.promise.broken)
-        self.board.made_up |= any(isinstance(x, e.CarryOut) and bool(x.plan.substitutes) for x in effects)
+        self.board.made_up |= any(isinstance(x, e.CarryOut) and bool(x.plan.stand_ins) for x in effects)
         for effect in effects:
             self._carry_out(effect)
         self._check_versions()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 
 from everstep.resharding.layout import Layout
+from everstep.resharding.moves import Move
 from everstep.resharding.units import ModelSpec, Shard
 from everstep.resharding.work import Work
 
@@ -58,17 +59,26 @@ class Exchange:
         return summed(shard, [[parts[layer][m] for m in sorted(parts[layer])] for layer in layers])
 
     def publish(
-        self, version: int, layout: Layout, readers: Collection[int], values: MutableMapping[int, str]
+        self, version: int, layout: Layout, values: MutableMapping[int, str], moves: Iterable[Move] | None = None
     ) -> Steps[None]:
-        """Send the values that are owned here to their readers, and take in what this rank reads of others."""
+        """Send the values that are owned here to their readers, and take in what this rank reads of others.
+
+        `moves`: only these values; None: all.
+        """
+
+        def sent(owner: int, reader: int) -> list[int]:
+            if moves is None:
+                return self._read_from(layout, owner, reader)
+            return [move.shard for move in moves if reader in move.to and layout.owners[move.shard] == owner]
+
         rank, key = self._links.rank, ("values", version)
         others = [other for other in layout.ranks if other != rank]
         for reader in others:
-            shards = self._read_from(layout, rank, reader) if reader in readers else []
+            shards = sent(rank, reader)
             if shards:
                 self._links.send(reader, key, {shard: values[shard] for shard in shards})
-        waiting: set[tuple[int, Key]] = {(owner, key) for owner in others if self._read_from(layout, owner, rank)}
-        while waiting and rank in readers:
+        waiting: set[tuple[int, Key]] = {(owner, key) for owner in others if sent(owner, rank)}
+        while waiting:
             owner, name, data = yield from self._links.receive_any(waiting)
             waiting.discard((owner, name))
             values.update(data)

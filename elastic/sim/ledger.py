@@ -53,9 +53,9 @@ class Ledger:
             if self._job.protection == "replay" and not broken:
                 raise AssertionError(f"generation {state.rolled_back} goes back, and backups have the newest version")
         for effect in effects:
-            if isinstance(effect, e.CarryOut) and effect.plan.substitutes:
+            if isinstance(effect, e.CarryOut) and effect.plan.stand_ins:
                 if not broken:
-                    raise AssertionError(f"shards {effect.plan.substitutes} are made up, and are not lost")
+                    raise AssertionError(f"shards {effect.plan.stand_ins} are made up, and are not lost")
                 self._makes_up(effect.plan)
             same = isinstance(effect, e.Record) and effect.fields.get("same", True)
             if isinstance(effect, e.Record) and not same and not self.substituted:
@@ -68,7 +68,7 @@ class Ledger:
         assert plan.version is not None
         self._made_up, self._entered = plan, {}
         before = self._expected.states[plan.version]
-        for shard, neighbors in stand_ins(self._job.model, plan.substitutes).items():
+        for shard, neighbors in stand_ins(self._job.model, plan.stand_ins).items():
             state = made_up({neighbor: before[neighbor] for neighbor in neighbors})
             self._stand_ins.setdefault((plan.version, shard), set()).add(state)
 
@@ -90,7 +90,7 @@ class Ledger:
             may_be = {self._expected.states[version][shard]}
             if self._made_up is not None and self._made_up.generation == generation:
                 self._entered[shard] = state
-                if shard in self._made_up.substitutes:
+                if shard in self._made_up.stand_ins:
                     may_be |= self._stand_ins[version, shard]  # or, as it was, from the seed
             if state not in may_be and not self._verified:
                 raise AssertionError(f"{worker} enters generation {generation} with {state} of shard {shard}")
@@ -104,7 +104,7 @@ class Ledger:
         states = tuple(state for _, state in sorted(self._entered.items()))
         past = Reference(past.agreements[:version], (*past.states[:version], states))
         self._expected = continued(self._job.model, self._job.micro_batches, self._job.steps, past)
-        self.substituted += len(self._made_up.substitutes)
+        self.substituted += len(self._made_up.stand_ins)
         self._made_up, self._entered = None, {}
 
     def ended(self, workers: list[SimWorker], *, went_back: bool) -> None:

@@ -1,4 +1,4 @@
-"""Shards back from wherever they are, in a simulated job: the contract of `checkpointing.restore.Sources`."""
+"""Shards back from wherever they are, in a simulated job: the contract of the product's `Keepers`."""
 
 from __future__ import annotations
 

@@ -40,9 +40,9 @@ def brief_plan(plan: Plan) -> str:
     version = "at the switch" if plan.version is None else f"version {plan.version}"
     parts = [f"g{plan.generation}", version, plan.layout.describe()]
     parts += [f"fresh {','.join(map(str, plan.fresh))}"] if plan.fresh else []
-    parts += [f"refresh {','.join(map(str, plan.refresh))}"] if plan.refresh else []
+    parts += [f"refresh {','.join(map(str, plan.receivers))}"] if plan.receivers else []
     parts += [f"leaving {','.join(map(str, plan.leaving))}"] if plan.leaving else []
-    parts += [f"{len(plan.gains)} gains", f"{len(plan.work)} to run ({len(plan.started)} started)"]
+    parts += [f"{len(plan.gained)} gains", f"{len(plan.work)} to run ({len(plan.started)} started)"]
     parts += [f"{len(plan.kept)} kept"]
     parts += [f"protected {plan.protected}"] if plan.protected >= 0 else []
     return "; ".join(parts)

@@ -122,8 +122,9 @@ class SimWorker:
             w.ForgetSince: self._forget_since,
             w.RunOptimizer: self._run_optimizer,
             w.TakePlaces: self._take_places,
-            w.ReadCheckpoint: self._read_checkpoint,
+            w.OpenCheckpoint: self._nothing,
             w.Restore: self._restore,
+            w.Refresh: self._refresh,
             w.Publish: self._publish,
             w.NoteChange: self._nothing,
             w.ComeUp: self._adopt,
@@ -336,7 +337,9 @@ class SimWorker:
 
     def _restore(self, it: w.Restore) -> Steps[w.Event]:
         """Fetch the shards that are missing here, and the backups that are not in step."""
-        for shard, state in (yield from self._fetch(it, it.missing)).items():
+        if it.plan.checkpoint:
+            return (yield from self._read_checkpoint(it))
+        for shard, state in (yield from self._fetch(it, [move.shard for move in it.moves])).items():
             self.load(shard, state)
         self.backups.load((yield from self._fetch(it, self.backups.places.behind())))
         return w.Restored()
@@ -347,7 +350,7 @@ class SimWorker:
         If some are nowhere, the coordinator is told, and ends the generation.
         """
         found: dict[int, ShardState] = {}
-        wanted, substitutes = set(wanted), it.plan.substitutes
+        wanted, substitutes = set(wanted), it.plan.stand_ins
         for shard in sorted(wanted.intersection(substitutes)):
             neighbors = yield from self._fetch(it, stand_ins(self.spec, substitutes)[shard])
             found[shard] = made_up(neighbors)
@@ -368,7 +371,7 @@ class SimWorker:
             yield AGAIN_S
         return found
 
-    def _read_checkpoint(self, it: w.ReadCheckpoint) -> Steps[w.Event]:
+    def _read_checkpoint(self, it: w.Restore) -> Steps[w.Event]:
         """Take the owned shards from storage; if they are damaged, tell the coordinator, and wait for the end."""
         yield self.around.world.between(0.001, 0.05)
         self.links.check()
@@ -378,8 +381,8 @@ class SimWorker:
         while states is None:
             self.links.check()
             yield None
-        for shard in self.mine:
-            self.load(shard, states[shard])
+        for move in it.moves:
+            self.load(move.shard, states[move.shard])
         self.backups.load({shard: states[shard] for shard in self.backups.places.mine})
         return w.Restored()
 
@@ -524,7 +527,11 @@ class SimWorker:
         self.values[shard], self.optimizer[shard] = state
 
     def _publish(self, it: w.Publish) -> Steps[w.Event]:
-        yield from self.exchange.publish(it.version, it.layout, it.readers, self.values)
+        yield from self.exchange.publish(it.version, it.layout, self.values)
+        return w.Published()
+
+    def _refresh(self, it: w.Refresh) -> Steps[w.Event]:
+        yield from self.exchange.publish(it.version, it.plan.layout, self.values, it.plan.values)
         return w.Published()
 
     def _commit(self, it: w.CommitStep) -> Steps[None]:

@@ -7,7 +7,8 @@ of ranks in one phase is one message.
 from __future__ import annotations
 
 import struct
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,9 +16,11 @@ from typing_extensions import Buffer
 
 from everstep.comms.mesh.communicator import Communicator, Key, Kind
 from everstep.comms.mesh.tensors import raw
+from everstep.elastic.holding.source import Found
 from everstep.elastic.holding.stack import LayerStack
 from everstep.resharding.index import LayoutIndex
 from everstep.resharding.layout import Layout
+from everstep.resharding.moves import Move
 from everstep.resharding.units import Shard
 
 from .canonical import TreeNode, combine
@@ -126,28 +129,62 @@ class Exchange:
 
     # ------------------------------------------------------------ values to readers
 
-    def publish(self, version: int, layout: Layout, readers: Collection[int]) -> None:
-        """Owners send `version` of their shards to `readers`; readers write it into their parameters."""
-        self._publish(version, layout, readers)
+    def publish(self, version: int, layout: Layout) -> None:
+        """Owners send `version` of their shards to all that compute with them, who write it into their parameters."""
+        index, rank = self._index(layout), self.comm.rank
+        sent = {reader: index.read_from(rank, reader) for reader in index.readers(rank) if reader != rank}
+        self._send(version, sent)
+        read = {owner: index.read_from(owner, rank) for owner in index.sources(rank) if owner != rank}
+        for shard, value in self.values_received(version, read):
+            self.stack.view(shard).copy_(value)
         self.stack.refresh()
 
-    def _publish(self, version: int, layout: Layout, readers: Collection[int]) -> None:
-        index, rank = self._index(layout), self.comm.rank
-        key, receiving = Key(Kind.VALUES, version), set(readers)
-        for reader in self._others(receiving.intersection(index.readers(rank))):
-            self.comm.send(reader, key, [raw(self.stack.view(shard)) for shard in index.read_from(rank, reader)])
-        if rank not in receiving:
-            return
-        waiting = {(owner, key) for owner in index.sources(rank) if owner != rank}
+    def send_values(self, version: int, layout: Layout, moves: Iterable[Move]) -> None:
+        """Send the values that these moves name, as far as they are of shards owned here. See `live_values`."""
+        rank, sent = self.comm.rank, dict[int, list[Shard]]()
+        for move in moves:
+            if layout.owners[move.shard] == rank:
+                for reader in move.to:
+                    if reader != rank:
+                        sent.setdefault(reader, []).append(self.stack.spec.shards[move.shard])
+        self._send(version, sent)
+
+    def live_values(self, layout: Layout) -> PeerValues:
+        """The values that other ranks send here by `send_values`."""
+        return PeerValues(self, layout)
+
+    def _send(self, version: int, sent: Mapping[int, Sequence[Shard]]) -> None:
+        for reader in self._others(sent):
+            values = [raw(self.stack.view(shard)) for shard in sent[reader]]
+            self.comm.send(reader, Key(Kind.VALUES, version), values)
+
+    def values_received(self, version: int, read: Mapping[int, Sequence[Shard]]) -> Iterator[tuple[Shard, Tensor]]:
+        """The values of shards (owner -> shards) as they come, which share the memory of the message."""
+        key = Key(Kind.VALUES, version)
+        waiting = {(owner, key) for owner in read}
         while waiting:
             owner, _, data = self.comm.receive_any(waiting)
             waiting.discard((owner, key))
-            self._take_values(data, index.read_from(owner, rank))
+            offset = 0
+            for shard in read[owner]:
+                dtype = self.stack.view(shard).dtype
+                value = torch.empty(0, dtype=dtype)
+                if shard.elements:
+                    value = torch.frombuffer(data, dtype=dtype, count=shard.elements, offset=offset)
+                yield shard, value
+                offset += shard.elements * dtype.itemsize
 
-    def _take_values(self, data: memoryview, shards: Iterable[Shard]) -> None:
-        offset = 0
-        for shard in shards:
-            view = self.stack.view(shard)
-            if shard.elements:
-                view.copy_(torch.frombuffer(data, dtype=view.dtype, count=shard.elements, offset=offset))
-            offset += shard.elements * view.element_size()
+
+@dataclass(frozen=True)
+class PeerValues:
+    """The live values of other ranks' shards, as a source: these ranks send exactly what is read."""
+
+    exchange: Exchange
+    layout: Layout
+
+    def read(self, shards: Sequence[int], version: int) -> Iterator[Found]:
+        by_owner: dict[int, list[Shard]] = {}
+        for index in shards:
+            by_owner.setdefault(self.layout.owners[index], []).append(self.exchange.stack.spec.shards[index])
+        for shard, value in self.exchange.values_received(version, by_owner):
+            yield Found(shard.index, {"value": value})

@@ -39,6 +39,7 @@ from everstep.elastic.protocol.agreement import (
 from everstep.elastic.protocol.exact import ExactSum
 from everstep.elastic.protocol.wire import decode, encode
 from everstep.resharding.layout import Layout
+from everstep.resharding.moves import received
 from everstep.resharding.placement import place
 from everstep.resharding.plan import Plan, Report, plan_recovery
 from everstep.resharding.planners import initial_layout
@@ -174,8 +175,7 @@ def look_up(layout: Layout, spec: ModelSpec, plan: Plan, rank: int) -> int:
     """Everything that a rank looks up in a generation that is new to it; returns how many messages it will exchange."""
     index, work = layout.index(spec), Work(plan.work, plan.kept)
     layout.stage_of(rank)
-    gained = {gain.shard for gain in plan.gains if gain.rank == rank}
-    messages = len([shard for shard in index.owned(rank) if shard.index in gained])
+    messages = len(received(plan.moves, rank))
     owners = {owner for layer in work.layers_of(rank) for owner in index.owners_in(layer)}
     for owner in owners:
         owned = index.owned_in(owner)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import pytest
 
 from everstep.checkpointing.access.client import KeeperLink
-from everstep.checkpointing.access.restore import Sources
+from everstep.checkpointing.access.restore import Keepers
 from everstep.checkpointing.keeper.keeper import Keeper
 from everstep.checkpointing.keeper.service import KeeperServer
 from everstep.checkpointing.memory.segment import Segment
@@ -86,10 +86,10 @@ class Cluster:
     def fetch(self, lost: set[str] = frozenset()) -> tuple[dict[int, bytes], list[dict[str, object]]]:
         """Every shard that can be had without these nodes, and the damage that was met."""
         alive = {name: address for name, address in self.addresses.items() if name not in lost}
-        sources = Sources(alive, TOKEN, lambda: None)
-        found = sources.fetch(range(SHARDS), VERSION, replay=False)
-        sources.close()
-        return {shard: blobs[0] for shard, (_, blobs) in found.items()}, sources.damage
+        keepers = Keepers(alive, TOKEN, lambda: None)
+        found = keepers.records(range(SHARDS), VERSION)
+        keepers.close()
+        return found, keepers.damage
 
     def close(self) -> None:
         for node in self.nodes.values():

@@ -166,7 +166,7 @@ def test_join_plans(world: tuple[ModelSpec, list[Layout]]) -> None:
     plan = plan_join(spec, old, [joiner], old.generation + 1)
     check_plan(spec, plan)
     assert plan.fresh == (joiner,)
-    assert {gain.shard for gain in plan.gains} == {
+    assert {move.shard for move in plan.gained} == {
         i for i, (a, b) in enumerate(zip(old.owners, plan.layout.owners, strict=True)) if a != b
     }
     assert plan.guide in old.ranks
@@ -183,7 +183,9 @@ def test_recovery_plans(loss: Loss) -> None:
     assert plan.version == loss.step + agreed
     assert set(plan.layout.ranks) == set(by_rank)
     assert plan.fresh == tuple(sorted(r.rank for r in reports if r.fresh))
-    assert set(plan.fresh) <= set(plan.refresh)
+    for rank in set(plan.fresh) - set(plan.receivers):
+        stage = plan.layout.stage_of(rank)
+        assert not any(spec.shards_of_layer[layer] for layer in range(stage.start, stage.stop))
     if agreed:
         assert plan.agreement == f"agreement of {loss.step}"
     current = [r for r in reports if r.values_version == plan.version]
@@ -198,7 +200,7 @@ def test_recovery_plans(loss: Loss) -> None:
     forwards = {AssignedLeg(r.rank, *span) for r in current for span in r.started}
     assert set(plan.started) == forwards & set(plan.work)
     for shard, owner in enumerate(plan.layout.owners):
-        assert (shard in {g.shard for g in plan.gains}) == (shard not in by_rank[owner].owned)
+        assert (shard in {move.shard for move in plan.gained}) == (shard not in by_rank[owner].owned)
 
 
 @given(losses())

@@ -82,8 +82,8 @@ MUTATIONS = (
     Mutation(
         "values are published before the optimizer runs",
         "worker.py",
-        "return state, [*instructions, Publish(step + 1, layout, layout.ranks)]",
-        "return state, [*instructions[:-1], Publish(step + 1, layout, layout.ranks), instructions[-1]]",
+        "return state, [*instructions, Publish(step + 1, layout)]",
+        "return state, [*instructions[:-1], Publish(step + 1, layout), instructions[-1]]",
     ),
     Mutation(
         "a step that is agreed on but not committed here is not committed in the recovery",
@@ -100,8 +100,8 @@ MUTATIONS = (
     Mutation(
         "a step is resumed with values of the version before",
         "worker.py",
-        "current = not discard and holding.values_version == version and not plan.substitutes",
-        "current = not discard and holding.values_version >= version - 1 and not plan.substitutes",
+        "current = not discard and holding.values_version == version and not plan.stand_ins",
+        "current = not discard and holding.values_version >= version - 1 and not plan.stand_ins",
     ),
     Mutation(
         "a rank that has refreshed its values resumes the step it was in",

@@ -41,7 +41,7 @@ def test_a_job_starts_from_the_newest_checkpoint():
     (order,) = plans(s, e.WorkerReady(w(0), {}, s.job, SAVED))
     plan = order.plan
     assert (plan.version, plan.agreement, plan.checkpoint) == (6, "a5", "step-6")
-    assert plan.fresh == plan.refresh == (0,)
+    assert plan.fresh == plan.receivers == (0,)
     assert s.state.committed == 5
     s.committed(w(0), 5)  # told again by who resumes
     assert s.state.recorded == -1, "it is no line of this run's ledger"

@@ -189,8 +189,8 @@ def test_what_a_leave_moves() -> None:
     spec = Script().job.model
     old = initial_layout(spec, [0, 1, 2, 3], 2, 4)
     plan = plan_leave(spec, old, [1], 2)
-    assert {gain.shard for gain in plan.gains} == {s for s, owner in enumerate(old.owners) if owner == 1}
-    assert plan.refresh == ()
+    assert {move.shard for move in plan.gained} == {s for s, owner in enumerate(old.owners) if owner == 1}
+    assert plan.values == ()
     alone = plan_leave(spec, old, [2, 3], 2)
-    assert alone.refresh == (0, 1)
+    assert alone.receivers == (0, 1)
     assert alone.leaving == (2, 3)

@@ -90,7 +90,7 @@ def names(instructions: list[w.Instruction]) -> list[str]:
 def test_a_worker_starts() -> None:
     state, instructions = drive(new_worker(0, SPEC, 10), w.Started(), w.Assigned(PLAN), w.Linked())
     assert names(instructions) == ["TakeUnseen", "EnterProtection", "TakePlaces", "Restore"]
-    assert instructions[-1].missing == frozenset(), "everything is there, made from the seed"
+    assert instructions[-1].moves == (), "everything is there, made from the seed"
     state, _ = drive(state, w.Restored(), w.Published())
     assert state.phase is WorkerPhase.READY
     assert state.holding.layers == (0, 2)

@@ -131,7 +131,6 @@ SAME_NAMES = {  # of public classes that stand twice: why that is right; everyth
     "Replicas": _STANDS_IN,
     "Saving": _STANDS_IN,
     "Snapshots": _STANDS_IN,
-    "Sources": _STANDS_IN,
     "StateStore": _STANDS_IN,
     "StepState": _STANDS_IN,
     "Storage": f"of checkpoints: {_STANDS_IN}",
