@@ -51,8 +51,9 @@ def test_lost_nodes(protection: str, tmp_path: Path) -> None:
         job.start()
         job.reaches(4)
         job.await_whole()
-        for host in (1, 2):
+        for lost, host in enumerate((1, 2), start=1):
             hosts.kill(host)
+            job.until(lambda lost=lost: len(job.events("node_lost")) == lost, 30, "the loss is seen")  # or it is whole
             job.await_whole()
         job.see_to_the_end(120)
         result = job.check()
