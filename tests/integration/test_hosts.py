@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from everstep.comms.base.process import host_id
-from tests.jobs import assert_same_run, reference, wait_until
+from tests.jobs import assert_same_run, reference, slowly, wait_until
 from tests.jobs.hosts import COORDINATOR, HostJob, Hosts, available
 from tests.jobs.networks import NAMESPACES, own_namespaces
 from tests.jobs.processes import those
@@ -28,6 +28,9 @@ def test_three_hosts_lose_a_worker(tmp_path: Path, namespaces: bool) -> None:
         job = HostJob(hosts, tmp_path, nnodes="3", steps=STEPS)
         job.launch(0, 2)
         job.launch(1, faults=[{"rank": rank, "phase": "compute", "step": 5} for rank in range(3)])
+        wait_until(lambda: job.events("worker_died"), 60, "the worker is lost")
+        with slowly(tmp_path):  # there are steps left for the replacement
+            wait_until(lambda: job.events("joined"), 60, "its replacement trains")
         result = job.result()
         assert job.coordinator.wait(timeout=10) == 0
         assert not hosts.pids(*hosts.hosts, COORDINATOR)

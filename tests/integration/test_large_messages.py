@@ -169,7 +169,7 @@ def test_a_worker_and_its_agent() -> None:
         assert lines[0]["fields"]["text"] == LARGE
         channel.send(write(Conclude(WorkerId(0, 0), 3, LARGE)).encode())
         wait_until(lambda: said(2), 60, "the worker has all of it, and has answered")
-        assert "('CheckpointUnreadable') is 16 MiB, and the limit is 1 MiB" in lines[1]["message"]
+        assert "('CheckpointUnreadable') has 16 MiB, and the limit is 1 MiB" in lines[1]["message"]
         channel.send(write(EndWorker(WorkerId(0, 0))).encode())
         assert worker.wait(20) == 0
     finally:
