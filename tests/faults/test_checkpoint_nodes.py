@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from everstep.checkpointing.universal.reader import open_checkpoint
 from tests.jobs.cluster import Cluster
 from tests.jobs.hosts import Hosts
 
 
+@pytest.mark.soak
 def test_more_is_lost_than_was_protected_but_there_is_a_checkpoint(tmp_path: Path) -> None:
     folder, lost = tmp_path / "checkpoints", (1, 2)
     flags = [f"--es-checkpoint={folder}", "--es-checkpoint-every=5"]

@@ -149,6 +149,7 @@ def coordinator_dies(job: Cluster) -> None:
     assert job.coordinator.wait(10) == -signal.SIGKILL
 
 
+@pytest.mark.soak
 def test_a_node_is_lost_while_there_is_no_coordinator(job: Cluster) -> None:
     """`everstep coordinator`, started again by the same command, finds what it knew, and that a node is missing."""
     with job.slowly():

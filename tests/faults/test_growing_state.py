@@ -30,6 +30,7 @@ def test_workers_killed_around_the_step_in_which_it_appears() -> None:
     assert all("momentum_buffer" in state for state in reference(steps, **LATE).state()["optimizer"].values())
 
 
+@pytest.mark.soak
 def test_it_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
     """Of the step after which it appeared."""
     flags = [f"--es-checkpoint={tmp_path}/saved", "--es-checkpoint-every=4"]

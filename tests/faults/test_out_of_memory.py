@@ -52,6 +52,7 @@ def limited(limit_bytes: int) -> Iterator[Path]:
         group.rmdir()
 
 
+@pytest.mark.soak
 def test_what_the_kernel_killed_is_said_to_be_so(tmp_path: Path) -> None:
     script = tmp_path / "large.py"
     script.write_text(SCRIPT)

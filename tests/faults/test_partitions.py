@@ -44,6 +44,7 @@ def comes_back(job: Cluster, host: int, node: str) -> None:
     job.see_to_the_end(60)
 
 
+@pytest.mark.soak
 def test_a_node_is_cut_off(job: Cluster) -> None:
     """It stops its workers while nobody can reach it, and joins again when it is reached."""
     hosts, node = job.hosts, job.nodes()[job.hosts.address(1)]

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import psutil
+import pytest
 
 from everstep.elastic.contract.progress import COORDINATOR
 from tests.jobs import JOBS, assert_same_run, finish, launch, read_result, reference, slowly, wait_until
@@ -14,6 +15,7 @@ from tests.jobs import JOBS, assert_same_run, finish, launch, read_result, refer
 STEPS = 14
 
 
+@pytest.mark.soak
 def test_the_store_of_a_killed_coordinator_was_deleted(tmp_path: Path) -> None:
     """The job goes on as if it had been there, with the same bytes."""
     out, temporary = tmp_path / "out", tmp_path / "temporary"

@@ -121,6 +121,7 @@ def test_another_rate_in_the_script_on_resume(tmp_path: Path) -> None:
     assert "hyperparameters-differ" not in resumed(tmp_path / "hand", 9, 0.25)[1]
 
 
+@pytest.mark.soak
 def test_the_scripts_schedule_on_resume(tmp_path: Path) -> None:
     """A scheduler that the runtime steps is stepped up from the script's rate."""
     resumed(tmp_path / "schedule", 3, 0.5, changes=["schedule"], handed=True)

@@ -156,6 +156,7 @@ def test_a_data_loader_that_cannot_be_dealt_out(
     assert "Traceback" not in result.output
 
 
+@pytest.mark.soak
 def test_data_that_grew_at_its_end_is_used_as_far_as_the_others_know_it(folder: Path, tmp_path: Path) -> None:
     reference = alone(tmp_path / "alone", folder, steps=MANY)
     grows = {str(number): 0 for number in range(900, 910)}
@@ -182,6 +183,7 @@ def test_a_replacement_that_sees_other_data_is_left_out(folder: Path, tmp_path: 
     assert "rank 1 is left out, and not replaced" in result.output
 
 
+@pytest.mark.soak
 def test_a_replacement_with_fewer_samples_is_left_out(folder: Path, tmp_path: Path) -> None:
     reference = alone(tmp_path / "alone", folder, steps=MANY)
     result = run_job(
@@ -219,6 +221,7 @@ def test_a_dataset_that_is_not_repeatable_is_named(folder: Path, tmp_path: Path)
     assert "[data-not-repeatable]" in result.output
 
 
+@pytest.mark.soak
 def test_going_on_with_other_data_has_to_be_asked_for(folder: Path, tmp_path: Path) -> None:
     saved = tmp_path / "saved"
     flags = [f"--es-checkpoint={saved}"]

@@ -55,6 +55,7 @@ def test_too_few_are_named(tmp_path: Path) -> None:
     assert f"needs {few + 1} at least" in said
 
 
+@pytest.mark.soak
 def test_what_a_worker_inherits_lies_out_of_the_way(tmp_path: Path) -> None:
     """A shell that opens descriptor 3 for itself does not cut the worker off."""
     script = tmp_path / "train.sh"

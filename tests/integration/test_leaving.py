@@ -197,6 +197,7 @@ def test_a_save_that_hangs_is_given_up(tmp_path: Path) -> None:
     assert "is saved" in output
 
 
+@pytest.mark.soak
 def test_two_jobs_in_one_folder_are_told_apart(tmp_path: Path) -> None:
     """Neither removes the other's checkpoints; a job that would have to guess which to go on from asks."""
     folder = tmp_path / "checkpoints"

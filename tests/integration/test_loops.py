@@ -36,7 +36,9 @@ def alone(out: Path, config: dict[str, Any]) -> Result:
     return read_result(out, ended.status, ended.stderr)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "sgd" else pytest.mark.soak) for name in VARIANTS]
+)
 def test_the_users_loop(name: str, tmp_path: Path) -> None:
     """Alone, and on three workers of which each is killed twice."""
     config = VARIANTS[name]

@@ -45,6 +45,7 @@ def test_a_script_meets_at_the_master_port(meeting: Path, method: str, host: str
     assert (process.returncode, output.count("sum 3.0")) == (0, 2), output
 
 
+@pytest.mark.soak
 def test_two_nodes_meet_there_and_again_after_a_failure(meeting: Path) -> None:
     """Each attempt finds an empty store, though it is at the same place."""
     port = free_port()

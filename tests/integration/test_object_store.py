@@ -112,6 +112,7 @@ def test_a_save_that_the_server_leaves_in_the_middle_does_not_exist(line):
         open_checkpoint(f"{URL}/{folder_name(2, 2.0, 'ab12')}")
 
 
+@pytest.mark.soak
 def test_a_job_saves_into_a_bucket_that_comes_and_goes(line, tmp_path):
     out = tmp_path / "out"
     out.mkdir()

@@ -123,6 +123,7 @@ def test_helpers_end_when_the_preloaded_process_is_killed(family: Family) -> Non
     family.advance()
 
 
+@pytest.mark.soak
 def test_helpers_end_when_launcher_and_group_are_killed_while_stopped(family: Family) -> None:
     """A stopped preloaded process wakes when its launcher dies, and does its work."""
     family.await_daemons(2)
