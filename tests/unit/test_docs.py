@@ -21,6 +21,8 @@ REFERENCE = DOCS / "reference.md"
 ROOMS = ("agents", "checkpointing", "comms", "elastic", "everstep", "resharding")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 FILE = re.compile(r"`((?:[a-z_]+/)+[a-z_]+\.(?:py|proto|toml|md|yml|yaml|sbatch))[:`]")
+BARE = re.compile(r"`([a-z_]+\.(?:py|proto))`")  # a file without its folder
+ROW = re.compile(r"^\| `((?:[a-z_]+/)+)` \|")  # of a table of folders
 TEST = re.compile(r"`(test_\w+)`")
 
 
@@ -71,6 +73,24 @@ def test_files_that_are_named_exist(page) -> None:
 
 def _exists(path: str, page: Path) -> bool:
     return any((folder / path).exists() for folder in (ROOT, page.parent))
+
+
+def test_files_that_are_named_without_their_folder_exist(page) -> None:
+    """Somewhere; in a row of a table about a folder, in that folder."""
+    missing = []
+    for number, line in prose(page):
+        row = ROW.match(line)
+        for name in BARE.findall(line):
+            found = (ROOT / row[1] / name).exists() if row else name in file_names()
+            if not found:
+                missing.append(f"line {number}: {name}")
+    assert not missing, missing
+
+
+@functools.cache
+def file_names() -> frozenset[str]:
+    folders = [ROOT / name for name in (*ROOMS, "tests", "docs", "deploy")]
+    return frozenset(path.name for folder in folders for path in folder.rglob("*") if path.is_file())
 
 
 def test_tests_that_are_named_exist(page) -> None:
