@@ -153,8 +153,9 @@ class UserOptimizer:
                 self._templates[group] = self._probe(
                     torch.zeros(_PROBE, dtype=torch.float32, device=like.device), shard
                 )
+            # The same tensor again, since only sizes count: torch's empty_like of one without memory imports sympy.
             state = {
-                name: torch.empty_like(value) if isinstance(item, Tensor) and item.numel() == _PROBE else item
+                name: value if isinstance(item, Tensor) and item.numel() == _PROBE else item
                 for name, item in self._templates[group].items()
             }
         return record_bytes({"value": value, **state}) + _MARGIN_BYTES

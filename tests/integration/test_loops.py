@@ -58,3 +58,29 @@ def test_the_users_loop(name: str, tmp_path: Path) -> None:
     if name == "sgd":
         undisturbed = run_job(nproc=3, steps=STEPS, script="loop_job.py", **config)
         assert_same_state(undisturbed.state(1), reference.state())
+
+
+IMPORTS = """
+import sys
+import torch
+import everstep
+
+@everstep.elastic(steps=2, global_batch_size=2, micro_batch_size=1)
+def train(run):
+    model = torch.nn.Linear(4, 1)
+    optimizer = torch.optim.AdamW(model.parameters())
+    data = [(torch.ones(4), torch.ones(1))] * 4
+    for step in run.steps(model, optimizer, data, loss_fn=torch.nn.functional.mse_loss):
+        pass
+    assert "sympy" not in sys.modules
+
+train()
+"""
+
+
+def test_what_is_dear_to_import_is_not_imported(tmp_path: Path) -> None:
+    """Every replacement would wait for it: sympy, which torch imports for some operations, takes a second."""
+    script = tmp_path / "script.py"
+    script.write_text(IMPORTS)
+    ended = command([str(script)])
+    assert ended.status == 0, ended.stderr
