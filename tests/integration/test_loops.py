@@ -82,5 +82,5 @@ def test_what_is_dear_to_import_is_not_imported(tmp_path: Path) -> None:
     """Every replacement would wait for it: sympy, which torch imports for some operations, takes a second."""
     script = tmp_path / "script.py"
     script.write_text(IMPORTS)
-    ended = command([str(script)])
+    ended = command(["-m", "everstep", "run", "--standalone", "--nproc-per-node=1", str(script)])
     assert ended.status == 0, ended.stderr
