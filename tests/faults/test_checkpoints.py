@@ -243,6 +243,7 @@ def test_lost_workers_and_checkpoints_do_not_disturb_each_other(tmp_path):
             assert checkpoint.manifest.scalars["step"][parameter]["value"] == states["step"].item()
 
 
+@pytest.mark.soak
 def test_a_full_disk_is_told_and_survived(tmp_path):
     mount = tmp_path / "small"
     mount.mkdir()

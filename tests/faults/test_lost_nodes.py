@@ -160,7 +160,11 @@ def test_a_node_gets_ranks_that_are_no_range(tmp_path: Path) -> None:
     assert len(result.named("worker_died")) == 0
 
 
-@pytest.mark.parametrize(("protection", "lost"), [("parity", (1, 2)), ("none", (2,))], ids=["parity", "none"])
+@pytest.mark.parametrize(
+    ("protection", "lost"),
+    [("parity", (1, 2)), pytest.param("none", (2,), marks=pytest.mark.soak)],
+    ids=["parity", "none"],
+)
 def test_more_is_lost_than_was_protected(protection: str, lost: tuple[int, ...], tmp_path: Path) -> None:
     """The job ends, and says in one line what is gone, who had it, and what was protected."""
     with Hosts(4) as hosts:

@@ -14,7 +14,12 @@ STEPS = 40
 
 
 @pytest.mark.parametrize(
-    ("rank", "dtype"), [(1, "float32"), pytest.param(1, "bfloat16", marks=pytest.mark.soak), (0, "float32")]
+    ("rank", "dtype"),
+    [
+        (1, "float32"),
+        pytest.param(1, "bfloat16", marks=pytest.mark.soak),
+        pytest.param(0, "float32", marks=pytest.mark.soak),
+    ],
 )
 def test_a_lost_stage_without_protection(rank: int, dtype: str, tmp_path: Path) -> None:
     """The middle stage has layers of its kind on both sides; the first one has the embedding, which nothing is like."""

@@ -67,6 +67,7 @@ def test_a_data_loaders_workers_fetch_the_same_samples(loop: bool, folder: Path,
     assert len(fetchers) > 4, "each of two ranks has two processes, and one that looked at the data first"
 
 
+@pytest.mark.soak
 def test_a_data_loader_on_pipeline_stages(folder: Path, tmp_path: Path) -> None:
     loader = {"batch_size": 2, "num_workers": 1, "shuffle": True}
     result = run_job(
@@ -168,6 +169,7 @@ def test_data_that_grew_at_its_end_is_used_as_far_as_the_others_know_it(folder: 
     assert "data-grew" in warnings(result)
 
 
+@pytest.mark.soak
 def test_a_replacement_that_sees_other_data_is_left_out(folder: Path, tmp_path: Path) -> None:
     """New files stand between the old ones: every index after them is another sample."""
     reference = alone(tmp_path / "alone", folder, steps=MANY)

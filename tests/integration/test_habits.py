@@ -26,7 +26,7 @@ def alone(out: Path, script: str | Path, **config: object) -> Result:
     return read_result(out, ended.status, ended.stderr)
 
 
-@pytest.mark.parametrize("loop", [True, False])
+@pytest.mark.parametrize("loop", [pytest.param(True, marks=pytest.mark.soak), False])
 def test_what_scripts_have_around_their_loop(loop: bool, tmp_path: Path) -> None:
     reference = alone(tmp_path / "alone", JOBS / "habits_job.py", loop=loop)
     assert reference.status == 0, reference.output

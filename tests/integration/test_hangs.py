@@ -129,6 +129,7 @@ def test_work_in_the_middle_of_a_step_of_the_users_loop_is_no_hang(tmp_path: Pat
     assert ledger(result) == quiet["loop"]
 
 
+@pytest.mark.soak
 def test_a_heartbeat_is_progress(tmp_path: Path, quiet: Ledgers) -> None:
     """An evaluation that takes longer than it may stand still."""
     job = Job(tmp_path, ["--es-hang-timeout=1", "--es-user-timeout=0.5"], place="between", how="beat", seconds=6)

@@ -18,7 +18,9 @@ from tests.jobs.processes import those
 STEPS = 14
 
 
-KINDS = pytest.mark.parametrize("namespaces", [True, False], ids=["namespaces", "loopback"])
+KINDS = pytest.mark.parametrize(
+    "namespaces", [True, pytest.param(False, marks=pytest.mark.soak)], ids=["namespaces", "loopback"]
+)
 
 
 @KINDS

@@ -320,6 +320,7 @@ def test_a_model_of_3000_parameters_survives_a_kill() -> None:
     assert_same_run(killed, undisturbed)
 
 
+@pytest.mark.soak
 def test_registered_states_have_a_limit() -> None:
     """What is below it works, kills included; what is above is refused at the call, or when it grows, by name."""
     settings = {"script": "many_parameters_job.py", "nproc": 2, "steps": 5}

@@ -187,6 +187,7 @@ def test_a_launcher_that_is_stopped_takes_all_with_it(number: signal.Signals, tm
         assert rest == [f"everstep: error: stopped by {number.name}"]
 
 
+@pytest.mark.soak
 def test_shared_memory_needs_no_room_in_dev_shm(tmp_path: Path) -> None:
     """Containers often have 64 KiB there, or a little more: nothing of ours lies in it."""
     if os.geteuid() != 0 or shutil.which("unshare") is None:
@@ -216,6 +217,7 @@ def disturbed(tmp_path: Path, disturb: Callable[[subprocess.Popen[str]], None], 
     return job.result(launcher)
 
 
+@pytest.mark.soak
 def test_the_keeper_is_killed_and_then_a_worker(tmp_path: Path) -> None:
     """It comes back, the workers hand it their segments again, and a replacement finds its shards there."""
 

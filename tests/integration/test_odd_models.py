@@ -54,7 +54,7 @@ def test_with_kills(kind: str, alone: Path) -> None:
         assert_same_state(state, load(alone / f"state-{kind}-alone.pt"))
 
 
-@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("first", [pytest.param(True, marks=pytest.mark.soak), False])
 def test_compiled_goes_on_uncompiled(first: bool, tmp_path: Path, alone: Path) -> None:
     """And the other way round: names in checkpoints are those without torch.compile."""
     flags = [f"--es-checkpoint={tmp_path / 'saved'}"]
