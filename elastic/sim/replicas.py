@@ -64,7 +64,7 @@ class Replicas:
 
 
 def flipped(value: str, rank: int) -> str:
-    """A value with a bit that nobody wrote."""
+    """A value with a flipped bit."""
     return mixed("flipped", rank, value)
 
 

@@ -10,8 +10,8 @@ import torch
 
 import everstep
 
-from .model import GPTConfig, gpt, next_byte_loss
-from .text import SourceText
+from everstep.demo.model import GPTConfig, gpt, next_byte_loss
+from everstep.demo.text import SourceText
 
 STEPS = 60
 STAGES = 2

@@ -58,7 +58,7 @@ def test_a_damaged_frame(flags: list[str]) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.soak)])
 def test_a_damaged_backup(dtype: str, tmp_path: Path) -> None:
-    """Replay: the copy that nobody computes with is compared too, and made again from its owner's keeper.
+    """Replay: the copy that no rank computes with is compared too, and made again from its owner's keeper.
 
     Of a bfloat16 model the bit is one of the master that rounding hides.
     """

@@ -327,6 +327,6 @@ def test_a_backup_is_compared_with_the_master_and_readers_with_the_parameter() -
     assert disputed(found) == [5]
     assert odd_ones(found, decide(found, {5: Truth(1, 10)})) == [Odd(5, 1, True)]
     assert odd_ones(found, decide(found, {5: Truth(1, 11)})) == [Odd(5, 0)]
-    assert decide(found, {5: None}) == {5: Truth(1, 10)}, "the lowest rank's, where nobody can tell"
+    assert decide(found, {5: None}) == {5: Truth(1, 10)}, "the lowest rank's, where no rank can tell"
     found = {0: Digests(live={5: 1}), 1: Digests(live={5: 2}), 2: Digests(live={5: 1}, backup={5: 1})}
     assert odd_ones(found, decide(found, {5: None})) == [Odd(5, 1)], "without a master, a backup is a replica like any"
