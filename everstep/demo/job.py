@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 import everstep
-
 from everstep.demo.model import GPTConfig, gpt, next_byte_loss
 from everstep.demo.text import SourceText
 
