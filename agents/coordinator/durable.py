@@ -15,9 +15,9 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib import metadata
 from typing import Any, NamedTuple
 
+from everstep import __version__
 from everstep.comms.control import everstep_pb2 as pb
 from everstep.comms.control.attach import PROTOCOL
 from everstep.elastic.protocol.codec import Unreadable, changed_rows, schema, state_of
@@ -39,7 +39,7 @@ class Writer(NamedTuple):
 
     @classmethod
     def this(cls) -> Writer:
-        return cls(FORMAT, schema(), PROTOCOL, metadata.version("everstep"))
+        return cls(FORMAT, schema(), PROTOCOL, __version__)
 
     @classmethod
     def of(cls, rows: Mapping[str, bytes]) -> Writer:

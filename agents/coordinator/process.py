@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -352,6 +353,8 @@ def _child(task: Task, ready: int) -> None:
                     print(f"everstep: the coordinator: {error}", file=sys.stderr)
                 else:
                     pipe.write(json.dumps({"why": str(error), "taken": error.taken}) + "\n")
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stderr.flush()
         os._exit(status)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 
 from prometheus_client import (
     CollectorRegistry,
@@ -21,6 +20,7 @@ from prometheus_client import (
 )
 from prometheus_client.exposition import choose_encoder
 
+from everstep import __version__
 from everstep.agents.analysis.series import PHASES
 from everstep.agents.analysis.step_times import Totals
 from everstep.comms.control import telemetry_pb2 as pb
@@ -93,7 +93,7 @@ class JobMetrics(_Metrics):
     def __init__(self, job: str) -> None:
         super().__init__()
         info = self.gauge("everstep_job_info", "1; which job, and which version of everstep", "run", "version")
-        info.labels(job, metadata.version("everstep")).set(1)
+        info.labels(job, __version__).set(1)
         self.decides = self.gauge(
             "everstep_coordinator_decides", "1 while this coordinator leads, and its store takes what it decides"
         )
@@ -191,7 +191,7 @@ class NodeMetrics(_Metrics):
     def __init__(self, job: str, node: str) -> None:
         super().__init__()
         info = self.gauge("everstep_agent_info", "1; which node of which job", "run", "node", "version")
-        info.labels(job, node, metadata.version("everstep")).set(1)
+        info.labels(job, node, __version__).set(1)
         self._rising = _Rising()
         self._workers()
         self._keeper()

@@ -13,11 +13,11 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from importlib import metadata
 from typing import Any
 
 import torch
 
+from everstep import __version__
 from everstep.checkpointing.access.client import KeeperLink
 from everstep.checkpointing.access.snapshot import Snapshots
 from everstep.checkpointing.memory.record import ShardRecord, ShardState
@@ -348,7 +348,7 @@ class Checkpoints:
                 "layout": layout.describe(),
                 "world_size": len(layout.ranks),
                 "generation": layout.generation,
-                "everstep": metadata.version("everstep"),
+                "everstep": __version__,
                 "torch": torch.__version__,
             },
             "agreement": agreement,

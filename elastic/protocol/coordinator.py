@@ -73,6 +73,7 @@ from .recovering import (
     recovered,
     reported,
     resumed,
+    taken_in,
 )
 from .state import (
     Config,
@@ -209,12 +210,7 @@ def _let_in(state: State, plan: Plan) -> Outcome:
         if w.status is Status.READY and w.id.rank in plan.layout.ranks
     ]
     state = replace(with_workers(state, *joined), layout=plan.layout, join=None)
-    fields = {
-        "generation": plan.generation,
-        "ranks": [w.id.rank for w in joined],
-        "layout": plan.layout.describe(),
-    }
-    return state, [e.Record("joined", fields)]
+    return state, [taken_in(plan, [w.id.rank for w in joined])]
 
 
 def _idled(state: State, event: e.WorkerIdled, now: float) -> Outcome:

@@ -308,6 +308,8 @@ def plan_if_complete(state: State, now: float) -> Outcome:
         state = replace(state, agreed=plan.version - 1, agreement=plan.agreement)
     state = replace(state, protected=max(state.protected, plan.protected))
     state, effects = enter(state, plan, "planned", {"summary": plan.describe()})
+    if joined := [w.id.rank for w in ready if w.id.rank in plan.layout.ranks]:  # they were ready before the plan was
+        effects.append(taken_in(plan, joined))
     if plan.stand_ins:
         fields = {"version": plan.version, "shards": list(plan.stand_ins)}
         effects.append(e.Record("substituted", fields))
@@ -444,6 +446,11 @@ def resumed(state: State, event: e.WorkerResumed, now: float) -> State:
         return state
     resumed = {**recovery.resumed, event.worker: (event.edit_s, event.restore_s)}
     return replace(state, recovery=replace(recovery, resumed=resumed, resumed_s=now))
+
+
+def taken_in(plan: Plan, ranks: list[int]) -> e.Record:
+    """Workers that `plan` makes members."""
+    return e.Record("joined", {"generation": plan.generation, "ranks": ranks, "layout": plan.layout.describe()})
 
 
 def recovered(recovery: RecoveryStory, step: int, now: float) -> e.Record:
