@@ -61,7 +61,8 @@ def _imported(path: Path, package: str) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
             stem = ".".join([*base, *([node.module] if node.module else [])])
-            yield from (f"{stem}.{alias.name}" for alias in node.names)
+            # The package's version is a constant that every import of a part loads anyway: it makes no arrow.
+            yield from (f"{stem}.{alias.name}" for alias in node.names if alias.name != "__version__")
 
 
 def _room_of(module: str) -> str | None:

@@ -1,6 +1,6 @@
-"""After training nobody is replaced. What a script does now is its own, and as its processes end, so does the job.
+"""The phase after training: the rest of the script runs, no worker is replaced, and the job ends with the last script.
 
-It may take as long as it likes, unless the job is told to stop.
+This phase has no time limit, unless a stop is requested.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .state import Phase, State, Status
 
 
 def training_over(state: State, version: int) -> Outcome:
-    """Scripts go on with what comes after training. Workers that were to join it are not needed any more."""
+    """Release the scripts to the code after their training. Workers that were to join training are killed."""
     members = {w.id.rank: w for w in state.members()}
     if state.stopping is not None:
         return fail(state, state.stopping.ending, "; ".join((state.stopping.why, *state.lost)))
@@ -52,7 +52,7 @@ def training_over(state: State, version: int) -> Outcome:
 
 
 def died(state: State, event: e.WorkerDied, now: float) -> Outcome:
-    """A script has ended: the job has, when it was the last, or failed."""
+    """A script has ended. The job ends with the last script, or fails with the first one that fails."""
     worker = current(state, event.worker)
     if worker is None or worker.status is Status.EXITED:
         return state, []
@@ -67,14 +67,14 @@ def died(state: State, event: e.WorkerDied, now: float) -> Outcome:
 
 
 def _end_when_all_have(state: State) -> Outcome:
-    """The end of the job, once every script has come to its own."""
+    """End the job once every script has ended."""
     if any(w.status is Status.AFTER for w in state.workers.values()):
         return state, []
     return replace(state, phase=Phase.DONE), [e.EndJob(True, lost=state.lost)]
 
 
 def stop_requested(state: State, event: e.StopRequested | e.DrainRequested, now: float) -> Outcome:
-    """Somebody wants a job to end that has trained: what comes after may come to its end for a while."""
+    """A stop is requested after training: the scripts may finish within the stop's grace."""
     if state.stopping is not None:
         return state, []
     why, grace_s = event.why, state.config.stop_grace_s
@@ -85,7 +85,7 @@ def stop_requested(state: State, event: e.StopRequested | e.DrainRequested, now:
 
 
 def ticked(state: State, event: e.Ticked, now: float) -> Outcome:
-    """The end of that while; and nodes that fall silent."""
+    """End the job when the grace is over; declare silent nodes lost."""
     stopping = state.stopping
     if stopping is None or now < stopping.deadline_s:
         return silent_node(state, now, node_lost)
@@ -96,7 +96,7 @@ def ticked(state: State, event: e.Ticked, now: float) -> Outcome:
 
 
 def node_lost(state: State, event: e.NodeLost, now: float) -> Outcome:
-    """A node is lost with what its scripts did; or with nothing, if they had ended."""
+    """A node is lost. The job fails if one of the node's scripts was still running."""
     if event.node not in state.nodes:
         return state, []
     node = state.nodes[event.node]
@@ -118,12 +118,12 @@ def node_lost(state: State, event: e.NodeLost, now: float) -> Outcome:
 
 
 def node_joined(state: State, event: e.NodeJoined, now: float) -> Outcome:
-    """Nothing is left for it to do."""
+    """Refuse the node: no work is left for it."""
     return state, [e.RefuseNode(event.node, "the job has trained already")]
 
 
 def saved(state: State, event: e.CheckpointSaved, now: float) -> Outcome:
-    """A checkpoint that took longer than it was waited for."""
+    """A checkpoint has been committed after the job stopped waiting for it."""
     if any(item.name == event.saved.name for item in state.saved):
         return state, []
     state = replace(state, saved=(event.saved, *state.saved)[: e.REMEMBERED_CHECKPOINTS])
@@ -133,7 +133,7 @@ def saved(state: State, event: e.CheckpointSaved, now: float) -> Outcome:
 
 
 def raised(state: State, event: e.WorkerRaised, now: float) -> Outcome:
-    """The script asks for something that cannot be any more."""
+    """A script raised after training, or requested what only training can provide."""
     if current(state, event.worker) is None:
         return state, []
     return fail(

@@ -1,10 +1,10 @@
 """The node agent as a state machine: what one node of a job does, from its first greeting to its end.
 
-`step(state, event, now)` returns the next state and the instructions to carry out, in order. It decides and does
-nothing: it knows no process, socket or clock (`now` is monotonic, in seconds). The executor is the agent's loop in
+`step(state, event, now)` returns the next state and the instructions to carry out, in order. The machine only decides:
+it has no access to processes, sockets or clocks (`now` is monotonic, in seconds). The executor is the agent's loop in
 `agents/node/node.py`, or the simulator.
 
-A worker counts as running until the kernel says that its process is gone, whatever was done to it: until then its
+A worker counts as running until the kernel reports that its process is gone, even after SIGKILL: until then its
 memory, ports and device are not free, and no other worker gets its slot.
 """
 
@@ -68,11 +68,11 @@ from .agent_state import AgentState, LocalWorker, WorkerStage
 from .agent_state import new_agent as new_agent
 from .agent_state import violations as violations
 
-ALONE_S = 2.0  # without a word from a coordinator: there may be none
+ALONE_S = 2.0  # without a message from a coordinator: then none may be running
 UNFIT_S = 5.0  # how long a node that is not fit to join waits for the coordinator's answer
-END_GRACE_S = 3.0  # of an elastic worker when the job is over; an ordinary script has `shutdown_timeout_s`
-STACKS_S = 1.0  # how long the agent waits for the stacks of a worker that it is about to kill
-STORY = 16  # events that a state remembers
+END_GRACE_S = 3.0  # of an elastic worker after the job has ended; an ordinary script has `shutdown_timeout_s`
+STACKS_S = 1.0  # how long the agent waits for the stacks of a hung worker before it kills the worker
+STORY = 16  # number of events that a state remembers for the message of IllegalAgentEvent
 JOB_OVER = "the job is over"
 NODE_LOST = "the node was lost to the job"
 FULL = "no coordinator took in what this node had to say, and it is more than can be kept"
@@ -81,7 +81,7 @@ FULL = "no coordinator took in what this node had to say, and it is more than ca
 Result = tuple[AgentState, list[Instruction]]
 
 
-# ---------------------------------------------------------------- into the job, and out of it
+# ---------------------------------------------------------------- joining and leaving the job
 
 
 def _welcomed(state: AgentState, event: Welcomed, now: float) -> Result:
@@ -99,7 +99,7 @@ def _refused(state: AgentState, event: JoinRefused, now: float) -> Result:
 
 
 def _unfit(state: AgentState, event: JoinRefused | TimePassed, now: float) -> Result:
-    """The coordinator knows, or does not say so: the node ends."""
+    """The coordinator has acknowledged the report, or has not within UNFIT_S: the node ends."""
     if isinstance(event, TimePassed) and now - state.since_s <= UNFIT_S:
         return state, []
     why = f"node {state.node} is not fit to join: {state.unfit}; --es-health-check=off lets it join all the same"
@@ -111,7 +111,7 @@ def _fence_ordered(state: AgentState, event: FenceOrdered, now: float) -> Result
 
 
 def _fence(state: AgentState, why: str, now: float) -> Result:
-    """This node is out of the job: it stops all that it runs, and asks to be taken in again."""
+    """The node has been declared lost: it kills its workers, ends its keeper and asks to join again."""
     say = Say(f"this node was lost to the job ({why}): its workers are stopped, and it asks to join again")
     state = replace(state, phase=AgentPhase.FENCED, since_s=now, alone_s=0.0, steps_alone=())
     state, dropped = _drop_waiting(state)
@@ -123,7 +123,7 @@ def _fence(state: AgentState, why: str, now: float) -> Result:
 
 
 def _rejoin(state: AgentState, now: float) -> Result:
-    """Once all is stopped, ask to be taken in again, unless this node was to stop anyway."""
+    """Ask to join again once all workers are gone, unless this node was asked to stop."""
     if state.workers:
         return state, []
     if state.stop_why:
@@ -137,14 +137,14 @@ def _lost(why: str) -> NodeOutcome:
 
 
 def _still_out(state: AgentState, event: TimePassed, now: float) -> Result:
-    """The job is over for this node when it takes too long to be taken in again."""
+    """A node that could not join again within `rejoin_s` ends."""
     if now - state.since_s <= state.config.rejoin_s:
         return state, []
     return _conclude(state, _lost(f"no coordinator could be reached for {state.config.rejoin_s:g} s"), now)
 
 
 def _ordered_to_end(state: AgentState, event: EndOrdered, now: float) -> Result:
-    """Workers hear that the job is over; those of one that has failed are asked to end."""
+    """Notify the workers that the job is over. If it failed, terminate them."""
     outcome = event.outcome
     state, dropped = _conclude(state, outcome, now)
     instructions = [*dropped, Say(outcome.why)] if outcome.left else dropped
@@ -156,7 +156,7 @@ def _ordered_to_end(state: AgentState, event: EndOrdered, now: float) -> Result:
 
 
 def _conclude(state: AgentState, outcome: NodeOutcome, now: float) -> Result:
-    """It is known how the job ended for this node. What runs may end in its own time, within a grace."""
+    """Record the outcome of the job for this node. Running workers may end by themselves within their grace."""
     state, dropped = _drop_waiting(state)
     state = replace(state, phase=AgentPhase.ENDING, outcome=outcome, since_s=now)
     return _empty(state), dropped
@@ -186,7 +186,7 @@ def _start_ordered(state: AgentState, event: StartOrdered, now: float) -> Result
 
 
 def _fork(state: AgentState) -> Result:
-    """Fork what waits. New workers wait until those before them are gone: their memory, ports and devices too."""
+    """Fork the waiting workers, once the earlier workers of their slots are gone and their resources are free."""
     if not state.preloaded or state.leaving or state.phase is not AgentPhase.SERVING:
         return state, []
     waiting = [worker for worker in state.workers.values() if worker.stage is WorkerStage.WAITING]
@@ -199,7 +199,7 @@ def _preloader_ready(state: AgentState, event: PreloaderReady, now: float) -> Re
 
 
 def _preloader_lost(state: AgentState, event: PreloaderLost, now: float) -> Result:
-    """Its workers die with it, each with an event of its own; what was not forked yet waits for the next one."""
+    """The preloaded process has died, and its workers with it, each reported by its own event. Start another one."""
     back = {w.id: replace(w, stage=WorkerStage.WAITING) for w in state.workers.values() if _forks(w)}
     state = replace(state, preloaded=False, workers={**state.workers, **back})
     unwanted = [worker for worker in back.values() if worker.leaves or state.phase is not AgentPhase.SERVING]
@@ -217,7 +217,7 @@ def _forks(worker: LocalWorker) -> bool:
 
 
 def _forked(state: AgentState, event: WorkerForked, now: float) -> Result:
-    """What was decided of a worker while it was being forked is done now."""
+    """A worker has been forked: carry out what was decided about it meanwhile."""
     worker = _worker(state, event)
     if not _forks(worker):
         raise IllegalAgentEvent(state, event, f"the worker is {worker.stage.value}")
@@ -251,7 +251,7 @@ def _moved(state: AgentState, event: WorkerMoved, now: float) -> Result:
 
 
 def _hung(state: AgentState, event: WorkerHung, now: float) -> Result:
-    """Take its stacks, which it writes itself at a signal, and kill it then; unless it moves meanwhile."""
+    """Request the stacks of a hung worker, and kill it once it has written them; unless it makes progress first."""
     worker = _worker(state, event)
     if worker.killed:
         return state, []
@@ -268,7 +268,7 @@ def _defied(state: AgentState, event: WorkerDefied, now: float) -> Result:
 
 
 def _main_thread_failed(state: AgentState, event: MainThreadFailed, now: float) -> Result:
-    """The worker is lost, which the coordinator may hear before its memory is freed."""
+    """The worker is lost. The agent reports it before the kernel has freed the worker's memory."""
     worker = _worker(state, event)
     return _with(state, replace(worker, lost=True)), _report(state, worker)
 
@@ -286,7 +286,7 @@ def _gone(state: AgentState, event: WorkerGone, now: float) -> Result:
 
 
 def _report(state: AgentState, worker: LocalWorker) -> list[Instruction]:
-    """A worker's end is news, once, unless it was ordered or the job is over."""
+    """Report a worker's end once, unless the agent ended it by order or the job is over."""
     return [] if worker.leaves or state.phase is not AgentPhase.SERVING else [ReportDeath(worker.id)]
 
 
@@ -296,7 +296,7 @@ def _report(state: AgentState, worker: LocalWorker) -> list[Instruction]:
 def _stop_asked(state: AgentState, event: StopAsked, now: float) -> Result:
     if state.phase is AgentPhase.REJOINING:
         return _conclude(state, _lost(event.why), now)
-    if state.phase is AgentPhase.FENCED:  # says so when its workers have ended
+    if state.phase is AgentPhase.FENCED:  # reports the stop when its workers have ended
         return replace(state, stop_why=event.why), []
     again = bool(state.stop_why) and state.phase is not AgentPhase.JOINING
     state = replace(state, stop_why=event.why)
@@ -321,7 +321,7 @@ def _end_at_once(state: AgentState, why: str, now: float) -> Result:
 
 
 def _keeper_lost(state: AgentState, event: KeeperLost, now: float) -> Result:
-    """Another one, on the same port and name: workers hand it their segments again."""
+    """Start another keeper on the same port and under the same name: the workers pass it their segments again."""
     return state, [RestartKeeper()]
 
 
@@ -335,9 +335,10 @@ def _serving(state: AgentState, event: TimePassed, now: float) -> Result:
 
 
 def _alone_for(state: AgentState, event: TimePassed, now: float) -> tuple[AgentState, float]:
-    """How long this node has been cut off, from coordinator and members both, so that it may as well stop.
+    """How long this node has had neither a coordinator nor a connection to other members.
 
-    While its workers commit steps it is not cut off: then only the coordinator is away, and will be back.
+
+    While its workers commit steps the count stays at 0: only the coordinator is away, and it is expected to return.
     """
     if event.after or event.unheard_s < ALONE_S:
         return replace(state, alone_s=0.0) if state.alone_s else state, 0.0
@@ -357,7 +358,7 @@ def _grace_s(state: AgentState, worker: LocalWorker) -> float:
 
 
 def _noted(state: AgentState, event: Event, now: float) -> Result:
-    """Nothing follows from it here."""
+    """Record the event; it requires no action in this phase."""
     return state, []
 
 
@@ -377,7 +378,7 @@ def _with(state: AgentState, *workers: LocalWorker) -> AgentState:
 
 
 def _killed(workers: Iterable[LocalWorker], why: str) -> tuple[list[LocalWorker], list[Instruction]]:
-    """These workers killed, each once; those that are being forked as soon as they exist."""
+    """Kill each of these workers once; a worker that is being forked is killed as soon as it exists."""
     alive = [worker for worker in workers if not worker.killed]
     kills: list[Instruction] = [KillWorker(w.id, why) for w in alive if w.stage is WorkerStage.RUNNING]
     return [replace(worker, killed=why) for worker in alive], kills
@@ -435,7 +436,7 @@ HANDLED: Table = {
     **_in([_P.REJOINING], TimePassed, _still_out),
     **_in([_P.ENDING], TimePassed, _ending),
 }
-# What was on its way when the node was fenced, or when the job ended for it.
+# Events that may still arrive after the node was fenced, or after the job ended for it.
 _ORDERS = (Welcomed, JoinRefused, FenceOrdered, StartOrdered, KillOrdered, EndOrdered)
 _REST = (HealthChecked, KeeperLost, OutboxFull)
 LATE = frozenset(
@@ -449,7 +450,7 @@ LATE = frozenset(
 
 
 class IllegalAgentEvent(AssertionError):
-    """An event that cannot happen in this phase: a bug of the executor or the coordinator. Tells what led to it."""
+    """An event that is impossible in this phase: a bug of executor or coordinator. Its message names earlier events."""
 
     def __init__(self, state: AgentState, event: Event, why: str = "") -> None:
         before = ", ".join(state.story) or "nothing"
@@ -460,7 +461,7 @@ class IllegalAgentEvent(AssertionError):
 
 
 def step(state: AgentState, event: Event, now: float) -> Result:
-    """The next state, and what to do. Raises IllegalAgentEvent, and changes nothing, for what cannot happen now."""
+    """Return the next state and the instructions. Raises IllegalAgentEvent, and changes nothing, for an illegal one."""
     place = (state.phase, type(event))
     handler = HANDLED.get(place)
     if handler is None:
@@ -469,6 +470,6 @@ def step(state: AgentState, event: Event, now: float) -> Result:
         raise IllegalAgentEvent(state, event)
     after, instructions = handler(state, event, now)
     if isinstance(event, TimePassed) and not instructions and after.phase is state.phase:
-        return after, []  # not worth remembering
+        return after, []  # repeats with every look, so the story leaves it out
     told = f"{state.phase.value}: {type(event).__name__}"
     return replace(after, story=(*state.story[1 - STORY :], told)), instructions

@@ -1,4 +1,4 @@
-"""What happens to a node agent (events), and what its machine has the agent do (instructions)."""
+"""The inputs of the node agent's machine (events), and its outputs (instructions to the agent)."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from .events import WorkerId
 
 @dataclass(frozen=True)
 class NodeOutcome:
-    """How the job ended; or how it went on without this node (`left`)."""
+    """How the job ended; or, with `left`, that it continues without this node."""
 
     succeeded: bool
     why: str = ""
     detail: str = ""
     rank: int = -1
-    lost: tuple[str, ...] = ()  # what was not got done all the same
+    lost: tuple[str, ...] = ()  # what a job that succeeded has not completed
     unfit: bool = False  # the node's own health check kept it from joining
     left: bool = False
 
@@ -26,19 +26,19 @@ class NodeOutcome:
 
 @dataclass(frozen=True)
 class Welcomed:
-    """A coordinator takes this node in, if it is fit."""
+    """A coordinator accepts this node, provided that the node is fit."""
 
 
 @dataclass(frozen=True)
 class HealthChecked:
-    """The node has measured itself. `why`: it should not join; empty if it may."""
+    """The node's health check has finished. `why`: the reason not to join; empty if the node may join."""
 
     why: str = ""
 
 
 @dataclass(frozen=True)
 class JoinRefused:
-    """The coordinator does not take this node in."""
+    """The coordinator refuses this node."""
 
     why: str
 
@@ -52,7 +52,7 @@ class FenceOrdered:
 
 @dataclass(frozen=True)
 class StartOrdered:
-    """The coordinator wants these workers. `order` is what forking them takes, opaque here."""
+    """The coordinator orders these workers. `order` contains what the executor needs to fork them; opaque here."""
 
     workers: tuple[WorkerId, ...]
     order: Any = None
@@ -60,26 +60,26 @@ class StartOrdered:
 
 @dataclass(frozen=True)
 class KillOrdered:
-    """The coordinator wants these workers to end, for a restart."""
+    """The coordinator orders these workers to end, for a restart."""
 
     workers: tuple[WorkerId, ...]
 
 
 @dataclass(frozen=True)
 class EndOrdered:
-    """The job is over, or goes on without this node."""
+    """The job is over, or continues without this node."""
 
     outcome: NodeOutcome
 
 
 @dataclass(frozen=True)
 class PreloaderReady:
-    """The process that workers are forked from is there."""
+    """The preloaded process is ready to fork workers."""
 
 
 @dataclass(frozen=True)
 class PreloaderLost:
-    """The process that workers are forked from is gone."""
+    """The preloaded process has ended."""
 
 
 @dataclass(frozen=True)
@@ -91,21 +91,21 @@ class WorkerForked:
 
 @dataclass(frozen=True)
 class WorkerSpoke:
-    """A worker has said something: it is elastic."""
+    """A worker has sent its first message, which shows that its script is elastic."""
 
     worker: WorkerId
 
 
 @dataclass(frozen=True)
 class WorkerMoved:
-    """A worker that was taken for hung makes progress."""
+    """A worker that was considered hung has made progress."""
 
     worker: WorkerId
 
 
 @dataclass(frozen=True)
 class WorkerHung:
-    """A worker counts as hung, at one look. `stopped`: it can write nothing; `stacks`: it has written its stacks."""
+    """A worker was found hung. `stopped`: by SIGSTOP, so it cannot write its stacks; `stacks`: it has written them."""
 
     worker: WorkerId
     stopped: bool = False
@@ -114,7 +114,7 @@ class WorkerHung:
 
 @dataclass(frozen=True)
 class WorkerDefied:
-    """A worker does what its agent cannot let it do: it does not listen, or threads outlive its main thread."""
+    """A worker has to be killed for its behaviour: it ignores messages, or its threads outlive its main thread."""
 
     worker: WorkerId
     why: str
@@ -122,14 +122,14 @@ class WorkerDefied:
 
 @dataclass(frozen=True)
 class MainThreadFailed:
-    """A worker's main thread has ended with a failure; its process may not be gone yet."""
+    """A worker's main thread has ended with a failure; its process may still exist."""
 
     worker: WorkerId
 
 
 @dataclass(frozen=True)
 class WorkerGone:
-    """A worker's process is gone, with all that it had."""
+    """The kernel reports that a worker's process is gone, and has freed its resources."""
 
     worker: WorkerId
 
@@ -141,28 +141,29 @@ class KeeperLost:
 
 @dataclass(frozen=True)
 class OutboxFull:
-    """More waits to be said to a coordinator than can be kept."""
+    """The queue of messages to the coordinator has exceeded its bound."""
 
 
 @dataclass(frozen=True)
 class StopAsked:
-    """The user asks the job to stop; asked twice, this node at once."""
+    """The user asks the job to stop. A second request stops this node at once."""
 
     why: str
 
 
 @dataclass(frozen=True)
 class LeaveAsked:
-    """The owner of the node asks it to hand over and leave; asked twice, it stops."""
+    """The node is asked to hand over and leave. A second request stops it."""
 
     why: str
 
 
 @dataclass(frozen=True)
 class TimePassed:
-    """Nothing else happened. `unheard_s`: since a coordinator was heard; `steps`: where running workers are.
+    """Time has passed without another event.
 
-    `after`: a worker is past its training.
+    `unheard_s`: since the last message from a coordinator; `steps`: the step of each running worker; `after`: a worker
+    has finished its training.
     """
 
     unheard_s: float = 0.0
@@ -200,7 +201,7 @@ Event = (
 
 @dataclass(frozen=True)
 class CheckHealth:
-    """Measure whether this node is fit. Answer: HealthChecked."""
+    """Run the health check. Answer: HealthChecked."""
 
 
 @dataclass(frozen=True)
@@ -212,29 +213,29 @@ class ReportUnfit:
 
 @dataclass(frozen=True)
 class Announce:
-    """Start or take over the node's keeper, and tell the coordinator what this node has. `first`: in its first life."""
+    """Start the node's keeper or take over a running one, and report it to the coordinator. `first`: the first life."""
 
     first: bool
 
 
 @dataclass(frozen=True)
 class RestartKeeper:
-    """Start another keeper in the place of the one that ended."""
+    """Start a keeper that replaces the one that ended."""
 
 
 @dataclass(frozen=True)
 class EndKeeper:
-    """End the node's keeper, and what it holds."""
+    """End the node's keeper, and free what it holds."""
 
 
 @dataclass(frozen=True)
 class StartPreloader:
-    """Start another process that workers are forked from. Answer: PreloaderReady."""
+    """Start another preloaded process. Answer: PreloaderReady."""
 
 
 @dataclass(frozen=True)
 class PrepareWorker:
-    """Make what a worker is watched and spoken to by."""
+    """Create the progress page and the socket of a worker."""
 
     worker: WorkerId
     local_rank: int
@@ -243,7 +244,7 @@ class PrepareWorker:
 
 @dataclass(frozen=True)
 class DropWorker:
-    """A worker that was prepared is not forked after all."""
+    """Discard what was prepared for a worker that will not be forked."""
 
     worker: WorkerId
 
@@ -257,7 +258,7 @@ class ForkWorker:
 
 @dataclass(frozen=True)
 class TerminateWorker:
-    """Ask a worker to end. `stopping`: with the signal by which the job was stopped, else with SIGTERM."""
+    """Ask a worker to end. `stopping`: with the signal that stopped the job, otherwise with SIGTERM."""
 
     worker: WorkerId
     stopping: bool = False
@@ -273,33 +274,33 @@ class KillWorker:
 
 @dataclass(frozen=True)
 class AskStacks:
-    """Have a worker write down what its threads do."""
+    """Ask a worker to write the stacks of its threads."""
 
     worker: WorkerId
 
 
 @dataclass(frozen=True)
 class KillHung:
-    """Keep the stacks of a hung worker, and kill it."""
+    """Store the stacks of a hung worker, and kill it."""
 
     worker: WorkerId
 
 
 @dataclass(frozen=True)
 class ReportDeath:
-    """Report a worker's end to the coordinator, with what it was doing."""
+    """Report a worker's end and its last activity to the coordinator."""
 
     worker: WorkerId
 
 
 @dataclass(frozen=True)
 class ForgetFailures:
-    """Another attempt begins: how workers of the last one failed is no matter."""
+    """Another attempt begins: forget how the workers of the last one failed."""
 
 
 @dataclass(frozen=True)
 class TellEnded:
-    """Tell a worker that the job is over. `failed`: its rank is the one that ended it."""
+    """Notify a worker that the job is over. `failed`: the worker's rank made the job fail."""
 
     worker: WorkerId
     failed: bool
@@ -307,7 +308,7 @@ class TellEnded:
 
 @dataclass(frozen=True)
 class JoinAgain:
-    """Ask to be taken in under another name; what was said and heard under the old one is forgotten."""
+    """Ask to join under a new name; all messages from and to the old name are discarded."""
 
     node: str
 
@@ -328,7 +329,7 @@ class AskDrain:
 
 @dataclass(frozen=True)
 class Say:
-    """Write a line for the people who watch this node."""
+    """Print a line on this node's terminal."""
 
     text: str
 

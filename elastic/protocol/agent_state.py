@@ -1,4 +1,4 @@
-"""What a node agent knows of its node, and what always holds of it."""
+"""The state of a node agent, and its invariants."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from .local_ranks import LocalRanks
 
 
 class AgentPhase(enum.Enum):
-    """What an agent is at."""
+    """The phases of an agent."""
 
-    JOINING = "joining"  # has asked to be taken in, for the first time
-    CHECKING = "checking"  # is welcome, and measures whether its node is fit
-    UNFIT = "unfit"  # has said that its node is not, and waits for the answer
-    SERVING = "serving"  # belongs to the job
-    FENCED = "fenced"  # is out of the job, and waits until its workers have ended
-    REJOINING = "rejoining"  # has asked to be taken in again, under another name
-    ENDING = "ending"  # knows how the job ended for this node, and waits until its workers have ended
-    ENDED = "ended"  # nothing runs here any more
+    JOINING = "joining"  # has asked to join for the first time
+    CHECKING = "checking"  # was accepted, and runs its health check
+    UNFIT = "unfit"  # has reported that its node is not fit, and waits for the answer
+    SERVING = "serving"  # is part of the job
+    FENCED = "fenced"  # was declared lost, and waits until its workers have ended
+    REJOINING = "rejoining"  # has asked to join again, under another name
+    ENDING = "ending"  # knows the outcome of the job, and waits until its workers have ended
+    ENDED = "ended"  # no worker runs any more
 
 
-RUNS = (AgentPhase.SERVING, AgentPhase.FENCED, AgentPhase.ENDING)  # phases in which there may be workers
+RUNS = (AgentPhase.SERVING, AgentPhase.FENCED, AgentPhase.ENDING)  # phases in which workers may exist
 
 
 class WorkerStage(enum.Enum):
-    """How far a worker is, as its agent sees it."""
+    """The stages of a worker, as its agent sees them."""
 
-    WAITING = "waiting"  # to be forked: for the preloaded process, or for workers before it to be gone
-    FORKING = "forking"  # the preloaded process was asked
+    WAITING = "waiting"  # for the preloaded process, or for the end of the earlier worker of its slot
+    FORKING = "forking"  # the preloaded process has received the request
     RUNNING = "running"  # its process exists
 
 
@@ -42,84 +42,84 @@ class LocalWorker:
     id: WorkerId
     local_rank: int
     stage: WorkerStage = WorkerStage.WAITING
-    elastic: bool = False  # it has spoken, which an ordinary script never does
-    silent: bool = False  # ended by order: its end is no news
-    lost: bool = False  # its end is reported already, before its process is gone
-    killed: str = ""  # why the agent killed it, or will as soon as it is forked
-    deadline_s: float = 0.0  # it was asked to end by then
-    stacks_s: float = 0.0  # since when its stacks are awaited
+    elastic: bool = False  # it has sent a message, which an ordinary script never does
+    silent: bool = False  # it was ended by order, so its end is not reported
+    lost: bool = False  # its end was reported before its process was gone
+    killed: str = ""  # why the agent killed it, or will kill it as soon as it is forked
+    deadline_s: float = 0.0  # when the agent kills it, after it was asked to end
+    stacks_s: float = 0.0  # when its stacks were requested
 
     @property
     def leaves(self) -> bool:
-        """Whether only its process's end is waited for."""
+        """Whether only the end of its process is awaited."""
         return self.silent or self.lost
 
 
 @dataclass(frozen=True, kw_only=True)
 class AgentConfig:
-    """What the machine must know of its node."""
+    """The settings of the agent's machine."""
 
     node: str
     slots: int
-    rejoin_s: float = 60.0  # how long a node that was fenced tries to come back
-    coordinator_wait_s: float = 300.0  # how long workers may make no progress while there is no coordinator
+    rejoin_s: float = 60.0  # how long a fenced node tries to join again
+    coordinator_wait_s: float = 300.0  # how long workers may make no progress while no coordinator can be reached
     shutdown_timeout_s: float = 30.0  # how long an ordinary script may take to end when asked to
 
 
 @dataclass(frozen=True, kw_only=True)
 class AgentState:
-    """One agent. `life` counts how often its node has asked to be taken in."""
+    """The state of one agent. `life` counts how often its node has asked to join again."""
 
     config: AgentConfig
     phase: AgentPhase = AgentPhase.JOINING
     life: int = 1
     workers: Mapping[WorkerId, LocalWorker] = field(default_factory=dict)
     local_ranks: LocalRanks
-    preloaded: bool = False  # the process that workers are forked from is ready
-    began: bool = False  # workers were started here
+    preloaded: bool = False  # the preloaded process is ready
+    began: bool = False  # this node has started workers
     unfit: str = ""  # why this node should not join
-    stop_why: str = ""  # why the user, or the node's owner, has asked it to stop
-    since_s: float = 0.0  # of UNFIT and ENDING; FENCED and REJOINING: when the node was fenced
-    alone_s: float = 0.0  # since when there has been neither a coordinator nor progress; 0: there is
-    steps_alone: tuple[tuple[WorkerId, int], ...] = ()  # where the workers were then
+    stop_why: str = ""  # why the user, or the node's operator, asked it to stop
+    since_s: float = 0.0  # start of UNFIT and ENDING; in FENCED and REJOINING: when the node was fenced
+    alone_s: float = 0.0  # when coordinator and progress both went missing; 0: at least one is present
+    steps_alone: tuple[tuple[WorkerId, int], ...] = ()  # the workers' steps at that time
     outcome: NodeOutcome | None = None
-    late: int = 0  # events that came too late to matter
+    late: int = 0  # number of events that arrived too late to matter
     story: tuple[str, ...] = ()
 
     @property
     def node(self) -> str:
-        """The name under which the coordinator knows this node in this life."""
+        """The name of this node in its current life, as the coordinator knows it."""
         return self.config.node if self.life == 1 else f"{self.config.node}-{self.life}"
 
     @property
     def belongs(self) -> bool:
-        """Whether a coordinator has taken this node in, as far as it knows."""
+        """Whether a coordinator has accepted this node, to the node's knowledge."""
         return self.phase in (AgentPhase.CHECKING, AgentPhase.UNFIT, AgentPhase.SERVING)
 
     @property
     def leaving(self) -> bool:
-        """Whether workers that were ended, or are lost, are not gone yet."""
+        """Whether a worker that was ended or lost still has a process."""
         return any(worker.leaves for worker in self.workers.values())
 
 
 def new_agent(config: AgentConfig) -> AgentState:
-    """An agent that is about to greet its coordinator."""
+    """The initial state: the agent is about to contact its coordinator."""
     return AgentState(config=config, local_ranks=LocalRanks(config.slots))
 
 
-# ---------------------------------------------------------------- what always holds
+# ---------------------------------------------------------------- invariants
 
 INVARIANTS = {
-    "slots": "No two workers that run or are being forked have one local rank; one that waits may wait for another's.",
-    "workers": "There are workers only in a node that serves, is fenced or is ending, and none waits but in the first.",
-    "fenced": "Every worker of a node that is fenced is killed, or is killed as soon as it is forked, and is no news.",
-    "preloaded": "Workers are being forked only while there is a process to fork them from.",
-    "outcome": "It is known how the job ended exactly while the agent is ending or has ended.",
+    "slots": "No two workers that run or are being forked share a local rank; a waiting one may wait for another's.",
+    "workers": "Only a serving, fenced or ending node has workers, and only a serving one has workers that wait.",
+    "fenced": "Every worker of a fenced node is killed, or will be once it is forked, and its end is not reported.",
+    "preloaded": "Workers are being forked only while the preloaded process exists.",
+    "outcome": "The outcome of the job is known exactly while the agent is ending or has ended.",
 }
 
 
 def violations(state: AgentState) -> list[str]:
-    """What does not hold of a state, in words; cheap enough for every event."""
+    """The invariants that a state violates, in words; cheap enough for every event."""
     found = []
     workers = list(state.workers.values())
     there = [worker.local_rank for worker in workers if worker.stage is not WorkerStage.WAITING]
@@ -135,7 +135,7 @@ def violations(state: AgentState) -> list[str]:
     if state.phase is AgentPhase.FENCED and not all(worker.killed and worker.silent for worker in workers):
         found.append("a fenced node has a worker that is not killed")
     if any(worker.stage is WorkerStage.FORKING for worker in workers) and not state.preloaded:
-        found.append("workers are being forked, and there is nothing to fork them from")
+        found.append("workers are being forked without a preloaded process")
     if (state.outcome is not None) != (state.phase in (AgentPhase.ENDING, AgentPhase.ENDED)):
         found.append(f"a node that is {state.phase.value} has the outcome {state.outcome}")
     return found

@@ -1,10 +1,10 @@
-"""What the ranks of a generation agree on at the end of a step: one share of each, merged up a tree and sent down it.
+"""The agreement of a generation's ranks at the end of a step: their shares, merged up a tree and sent back down it.
 
 `merge` is associative and commutative, so neither the shape of the tree nor the order of arrival matters, and every
-rank ends with the same bytes. A share has a fixed size whatever the model: sums are exact (`exact.py`), digests stand
-for what is equal on all ranks in nearly every step, and only where digests differ do the `Details` follow.
+rank ends with the same bytes. The size of a share does not depend on the model: sums are exact (`exact.py`), digests
+represent what is equal on all ranks in nearly every step, and the ranks exchange `Details` only where digests differ.
 
-`exchange` is the way through the tree, for the engine and the simulator alike: it says what to send and to wait for.
+`exchange` is the walk through the tree, for the engine and the simulator alike: it yields what to send and to receive.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .exact import NOTHING, ExactSum
 
 T = TypeVar("T")
 
-SHARE_BYTES = 1024  # of one share on the wire, at most
+SHARE_BYTES = 1024  # upper limit of one share on the wire
 _WORD = 1 << 128
 
 
@@ -39,7 +39,7 @@ def _bits(first: bytes, second: bytes) -> bytes:
 
 
 def _longest(first: tuple[int, tuple[Any, ...]], second: tuple[int, tuple[Any, ...]]) -> tuple[int, tuple[Any, ...]]:
-    """The longer sequence; of two that are equally long that of the lower rank."""
+    """The longer sequence; of two equally long ones that of the lower rank."""
     return min(first, second, key=lambda item: (-len(item[1]), item[0]))
 
 
@@ -67,75 +67,75 @@ def _saving(first: Saving | None, second: Saving | None) -> Saving | None:
     return merge(first, second) if first and second else None
 
 
-# How a field is merged is said behind its type.
+# The annotation of a field is the function that merges it.
 Total = Annotated[int, operator.add]
 Exact = Annotated[ExactSum, operator.add]
 Every = Annotated[bool, min]
 Some = Annotated[bool, max]
 Lowest = Annotated[int, min]
 Highest = Annotated[int, max]
-Equal = Annotated[int | None, _same]  # None: not all say the same
+Equal = Annotated[int | None, _same]  # None: the ranks differ
 
 
 @dataclass(frozen=True, kw_only=True)
 class Saving:
-    """A rank's part in checkpoints. `first` is of the lowest rank: (rank, now in seconds since 1970, a unique name)."""
+    """The checkpoints of a rank. `first` is of the lowest rank: (rank, now in seconds since 1970, a unique name)."""
 
-    free: Every  # no save is under way
-    asked: Some  # a checkpoint is wished for now
-    again: Some  # one was given up in an older generation
-    newest: Highest  # version that is saved
-    tried: Highest  # version that was to be saved
+    free: Every  # no save is in progress
+    asked: Some  # a checkpoint was requested
+    again: Some  # a save was abandoned in an older generation
+    newest: Highest  # newest version that is saved
+    tried: Highest  # newest version whose save was attempted
     first: Annotated[tuple[int, float, str], min]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kept:
-    """How far a rank's node is with versions that are to outlive the loss of nodes."""
+    """How far the protection of versions against the loss of nodes has come on a rank's node."""
 
-    whole: Lowest  # the newest version that is whole in its keeper
-    before: Annotated[int | None, _least]  # the same, in the generation before; None: the rank was not in that
+    whole: Lowest  # the newest version that its keeper holds completely
+    before: Annotated[int | None, _least]  # the same, in the previous generation; None: the rank was not a member of it
     every: Annotated[tuple[int, int], min]  # of the lowest rank: (rank, steps between protected versions)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """What one rank adds to the agreement of a step, or several ranks, merged.
+    """The contribution of one rank to the agreement of a step, or those of several ranks, merged.
 
-    `norm` is the sum of the squared norms of the gradients of the owned shards, `loss` that of the `losses` of as many
-    micro-batches. `terms` is a digest of what this rank expects to be agreed about settings. `replicas` is 0 where all
-    copies of every compared shard are equal, see `imbalance`.
+    `norm` is the sum of the squared norms of the gradients of the owned shards, `loss` the sum of the losses of
+    `losses` micro-batches. `terms` is a digest of the settings that this rank expects to be equal. `replicas` is 0
+    where all copies of every compared shard are equal, see `imbalance`.
     """
 
     digest: Annotated[int, operator.xor]  # of the owned shards' snapshots
-    join: Equal  # the generation of the join or leave that is known here, 0 if none
+    join: Equal  # the generation of the join or departure that this rank knows of, 0 if none
     kept: Annotated[Kept, _merged]
-    ranks: Total = 1  # how many are merged
+    ranks: Total = 1  # how many shares are merged
     norm: Exact = NOTHING
     loss: Exact = NOTHING
     losses: Total = 0
     terms: Equal = 0
-    idle: Every = True  # no gradient was missing here but those that were missing in the step before
+    idle: Every = True  # every gradient that is missing here was missing in the previous step, too
     skip_nonfinite: Some = False
-    step_s: Annotated[float, max] = 0.0  # how long the last step took
-    timed: Every = False  # whether that is known
+    step_s: Annotated[float, max] = 0.0  # duration of the last step
+    timed: Every = False  # whether `step_s` is known
     saving: Annotated[Saving | None, _saving] = None
     replicas: Annotated[int, _word] = 0
-    suspects: Some = False  # a value here may be damaged
+    suspects: Some = False  # a value on this rank may be damaged
 
 
 @dataclass(frozen=True, kw_only=True)
 class Details:
-    """What ranks differ in: exchanged after their shares, in a step in which they do."""
+    """The values in which ranks differ: exchanged after the shares, in a step whose digests differ."""
 
-    settings: Annotated[Mapping[str, tuple[int, ...]], _of_both]  # what ranks say of the settings, as JSON -> which do
+    settings: Annotated[Mapping[str, tuple[int, ...]], _of_both]  # settings as JSON -> the ranks that have them
     touched: Annotated[bytes, _bits]  # one bit for each parameter that had a gradient
     ancestors: Annotated[tuple[int, tuple[tuple[str, float], ...]], _longest]  # (rank, the runs before this one)
 
 
 @dataclass(frozen=True)
 class Sums:
-    """Exact sums, of the same things on every rank."""
+    """Exact sums of the same quantities on every rank."""
 
     sums: Annotated[tuple[ExactSum, ...], _each]
 
@@ -153,22 +153,22 @@ def _rules(kind: Any) -> tuple[tuple[str, Callable[[Any, Any], Any]], ...]:
 
 
 def merge(first: T, second: T) -> T:
-    """Two values of one of the types above as one. Associative and commutative."""
+    """Merge two values of one of the types above. Associative and commutative."""
     kind: Any = type(first)
     merged: T = kind(**{name: rule(getattr(first, name), getattr(second, name)) for name, rule in _rules(kind)})
     return merged
 
 
 def digest(*parts: object) -> int:
-    """64 bits that stand for what is compared between ranks."""
+    """A 64-bit digest of what ranks compare."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little", signed=True)
 
 
 def imbalance(counted: Sequence[tuple[int, int, int]]) -> int:
     """The sum of times * hash(shard, digest) over (shard, digest, times), modulo 2 ** 128.
 
-    Every holder of a copy counts it once, and its owner takes the number of all copies off. So the sum over all ranks
-    is 0 if all copies of each shard are equal, and, but for a chance of about 2 ** -120, only then.
+    Every holder of a copy adds it once, and its owner subtracts the number of all copies. So the sum over all ranks is
+    0 if all copies of each shard are equal, and, except with a probability of about 2 ** -120, only then.
     """
     total = 0
     for shard, value, times in counted:
@@ -181,12 +181,12 @@ def imbalance(counted: Sequence[tuple[int, int, int]]) -> int:
 
 
 def parent(position: int) -> int:
-    """The position in a binomial tree that a position other than the root, 0, sends its share to."""
+    """The parent of a position in a binomial tree. The root, 0, has none."""
     return position & (position - 1)
 
 
 def children(position: int, size: int) -> list[int]:
-    """The positions that send theirs to this one, the smallest subtree first. `size` is that of the tree."""
+    """The children of a position, the smallest subtree first. `size` is that of the tree."""
     found, bit = [], 1
     while position + bit < size and not position & bit:
         found.append(position + bit)
@@ -196,7 +196,7 @@ def children(position: int, size: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Send:
-    """Send `value` to a rank: `up` the tree, or down it."""
+    """Send `value` to a rank, `up` the tree or down it."""
 
     to: int
     up: bool
@@ -205,17 +205,17 @@ class Send:
 
 @dataclass(frozen=True)
 class Receive:
-    """Wait for what a rank sends `up` the tree, or down it. Answer: the value."""
+    """Wait for what a rank sends, `up` the tree or down it. Answer: the value."""
 
     source: int
     up: bool
 
 
 def exchange(rank: int, members: Sequence[int], value: T) -> Generator[Send | Receive, Any, T]:
-    """Merge the values of all members (ascending), up a binomial tree of them; the result comes down it to all.
+    """Merge the values of all members (ascending) up a binomial tree, and send the result down to all of them.
 
-    Yields what this rank is to do; returns what all values merged are. 2 (n - 1) messages in all, at most
-    2 log2(n) one after the other. A rank that returns knows that every member has begun.
+    Yields what this rank has to do; returns the merged value. The walk takes 2 (n - 1) messages in all, and at most
+    2 log2(n) of them in sequence. When it returns, every member has begun its own.
     """
     position = members.index(rank)
     below = children(position, len(members))

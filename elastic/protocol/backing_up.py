@@ -1,6 +1,6 @@
-"""Who backs up which shard in replay, and which of the copies held by one rank are in step.
+"""Which rank backs up which shard under `protection="replay"`, and which of a rank's copies are up to date.
 
-A backup gets the reduced gradient of each step before the step is agreed on, and runs the optimizer as the owner does.
+A backup receives the reduced gradient of each step before the step is agreed on, and runs the owner's optimizer.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from everstep.resharding.placement import Placement
 
 
 def backup_ranks(layout: Layout, placement: Placement, nodes: Mapping[int, str]) -> dict[int, tuple[int, ...]]:
-    """Shard -> the ranks that back it up: one on each node that the placement names, dealt in turn."""
+    """Shard -> the ranks that back it up: one on each node that the placement names, assigned round-robin."""
     of_node: dict[str, list[int]] = {}
     for rank in layout.ranks:
         of_node.setdefault(nodes[rank], []).append(rank)
@@ -26,7 +26,7 @@ def backup_ranks(layout: Layout, placement: Placement, nodes: Mapping[int, str])
 
 @dataclass
 class BackingUp:
-    """One rank's part: `mine` are the shards it backs up, and `level` those of them that are at the rank's version."""
+    """The part of one rank: `mine` are the shards that it backs up; the copies of `level` are at the rank's version."""
 
     rank: int
     ranks: Mapping[int, tuple[int, ...]] = field(default_factory=dict)  # shard -> the ranks that back it up
@@ -34,17 +34,17 @@ class BackingUp:
     level: set[int] = field(default_factory=set)
 
     def enter(self, ranks: Mapping[int, tuple[int, ...]], *, discard: bool) -> None:
-        """Back up what a generation says; `discard`: nothing that is held is used."""
+        """Enter a generation and its assignment; `discard`: drop all copies."""
         self.ranks = dict(ranks)
         self.mine = tuple(shard for shard, backups in sorted(ranks.items()) if self.rank in backups)
         self.level = set() if discard else self.level.intersection(self.mine)
 
     def behind(self) -> list[int]:
-        """The shards backed up here whose copies have to be fetched."""
+        """The shards of this rank whose copies have to be fetched."""
         return [shard for shard in self.mine if shard not in self.level]
 
     def sends(self, shards: Iterable[int]) -> dict[int, list[int]]:
-        """Backup rank -> those of these shards, owned here, whose gradients it is to get. In the order of ranks."""
+        """Backup rank -> the given shards, owned here, whose gradients this rank sends to it. In the order of ranks."""
         found: dict[int, list[int]] = {}
         for shard in sorted(shards):
             for backup in self.ranks.get(shard, ()):

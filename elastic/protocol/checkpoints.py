@@ -1,4 +1,4 @@
-"""The job's checkpoints as the coordinator knows them: which there are, and saving one more before a stop."""
+"""The job's checkpoints as the coordinator knows them: the committed ones, and one more before a stop."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .state import Phase, State
 
 
 def saved(state: State, event: e.CheckpointSaved, now: float) -> Outcome:
-    """A checkpoint is committed: the newest there is. A stop that waited for it happens now."""
+    """A checkpoint is committed and becomes the newest. A stop that waited for it takes effect now."""
     known = any(item.name == event.saved.name for item in state.saved)
     if current(state, event.worker) is None or known:
         return state, []
@@ -37,7 +37,7 @@ def saved(state: State, event: e.CheckpointSaved, now: float) -> Outcome:
 
 
 def unreadable(state: State, event: e.CheckpointUnreadable, now: float) -> Outcome:
-    """The checkpoint that was to be gone on from is damaged: take the one before it, if that is allowed."""
+    """The checkpoint to resume from is damaged: take the one before it, if the settings allow that."""
     job = state.job
     if current(state, event.worker) is None or not any(item.name == event.name for item in state.saved):
         return state, []
@@ -56,18 +56,18 @@ def unreadable(state: State, event: e.CheckpointUnreadable, now: float) -> Outco
         state, None, now, cause=Cause.CHECKPOINT_DAMAGED, why=f"checkpoint {event.name} is damaged"
     )
     assert state.recovery is not None
-    state = replace(state, recovery=replace(state.recovery, ceiling=-1))  # nothing is whole, in any memory
+    state = replace(state, recovery=replace(state.recovery, ceiling=-1))  # no version is whole in any memory
     return state, [record, *effects]
 
 
 def stop_requested(state: State, event: e.StopRequested, now: float) -> Outcome:
-    """Somebody wants the job to end: at once, or, where it has checkpoints, when one more is saved."""
+    """A stop is requested. It takes effect at once, or, where the job has checkpoints, after one more is saved."""
     job = state.job
     if job is None or not job.checkpoints or state.phase not in (Phase.RUNNING, Phase.RECOVERING):
         return fail(state, event.ending, event.why)
     if state.stopping is not None:
         return state, []
-    if state.committed + 1 >= last_version(state):  # trained: what is being saved may get done
+    if state.committed + 1 >= last_version(state):  # trained: a save in progress may be completed
         if any(item.version > state.committed for item in state.saved):
             return fail(state, event.ending, f"{event.why}; its state after {state.committed + 1} steps is saved")
         concluding = state.concluding
@@ -83,7 +83,7 @@ def stop_requested(state: State, event: e.StopRequested, now: float) -> Outcome:
 
 
 def give_up_saving(state: State, now: float) -> Outcome:
-    """The end of a stop's grace."""
+    """End the job when the grace of a stop is over."""
     stopping = state.stopping
     if stopping is None or now < stopping.deadline_s or state.phase is Phase.DONE:
         return state, []

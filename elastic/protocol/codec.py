@@ -1,4 +1,4 @@
-"""The coordinator's state as JSON and back, by the types that its dataclasses declare: what a store keeps of it."""
+"""The coordinator's state as JSON and back, guided by the declared types of its dataclasses: the form in a store."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from typing import Any
 
 from .state import Config, State
 
-TRANSIENT = ("config", "heard", "ticked_s")  # of this coordinator alone: what it was told, and when it heard whom
+TRANSIENT = ("config", "heard", "ticked_s")  # of this coordinator alone: its settings and its clock's times
 
 
 class Unreadable(Exception):
-    """Stored text that is not what this version would have written."""
+    """Stored text that this version would not have written."""
 
 
 def encode(value: Any) -> Any:
-    """What stands for a value in JSON."""
+    """The JSON value that represents a value."""
     if hasattr(value, "to_json"):
         return value.to_json()
     if isinstance(value, enum.Enum):
@@ -39,7 +39,7 @@ def encode(value: Any) -> Any:
 
 
 def decode(kind: Any, raw: Any) -> Any:
-    """The value of type `kind` that `encode` made `raw` of. Raises Unreadable."""
+    """The value of type `kind` that `encode` turned into `raw`. Raises Unreadable."""
     try:
         return _decode(kind, raw)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
@@ -89,9 +89,9 @@ def _hints(kind: type[Any]) -> dict[str, Any]:
 
 @functools.cache
 def schema() -> str:
-    """A digest of everything that `State` is made of: rows of another one are not read.
+    """A digest of the schema of `State`: rows with another digest are not read.
 
-    It changes with any field, type or enumerated value of any class in it.
+    It changes with every field, type and enumerated value of any class in it.
     """
     seen: dict[str, Any] = {}
     _describe(State, seen)
@@ -100,7 +100,7 @@ def schema() -> str:
 
 
 def _describe(kind: Any, seen: dict[str, Any]) -> None:
-    """Note the classes that a type names, each with what it holds."""
+    """Note the classes that a type names, each with its contents."""
     for argument in typing.get_args(kind):
         _describe(argument, seen)
     if not isinstance(kind, type) or kind.__qualname__ in seen:
@@ -118,9 +118,9 @@ def _describe(kind: Any, seen: dict[str, Any]) -> None:
 
 
 def changed_rows(before: State | None, after: State) -> dict[str, str | None]:
-    """The rows that differ: name -> text, or None where there is none any more.
+    """The rows that differ: name -> text, or None for a row that is deleted.
 
-    Values are compared by identity first, so this costs what changed, not what there is.
+    Values are compared by identity first, so the cost depends on what changed and not on the size of the state.
     """
     rows: dict[str, str | None] = {}
     for field in dataclasses.fields(State):
@@ -148,7 +148,7 @@ def _changed_entries(name: str, before: Mapping[Any, Any] | None, after: Mapping
 
 
 def state_of(config: Config, rows: Mapping[str, str]) -> State:
-    """The state that these rows are of. Raises Unreadable where one is missing or is not what it should be."""
+    """The state that these rows describe. Raises Unreadable where one is missing or invalid."""
     hints = _hints(State)
     found: dict[str, Any] = {"config": config}
     for field in dataclasses.fields(State):

@@ -1,7 +1,7 @@
 """The coordinator's decisions, as a pure function: `step(state, event, now) -> (state, effects)`.
 
-No clock, socket or thread is here; the gRPC service and the simulator both drive this one function. An event that
-does not fit (an older incarnation, another generation, a repeated message) changes nothing.
+It has no clock, socket or thread; the gRPC service and the simulator both drive this one function. A late event (an
+older incarnation, another generation, a repeated message) changes nothing.
 """
 
 from __future__ import annotations
@@ -90,14 +90,14 @@ from .troubles import (
 
 
 def initial_state(config: Config, now: float) -> State:
-    """A job that nobody has joined."""
+    """The state of a job that no node has joined yet."""
     return State(config=config, formed_s=now)
 
 
 def step(state: State, event: e.Event, now: float) -> Outcome:
-    """What follows from `event` at time `now` (seconds, any origin).
+    """Return the state and effects after `event` at time `now` (seconds, any origin).
 
-    Raises IllegalJobEvent, and changes nothing, for what cannot happen in this phase.
+    Raises IllegalJobEvent, and changes nothing, if the event is impossible in this phase.
     """
     place = (state.phase, type(event))
     handler = HANDLED.get(place)
@@ -110,7 +110,7 @@ def step(state: State, event: e.Event, now: float) -> Outcome:
 
 
 class IllegalJobEvent(AssertionError):
-    """An event that cannot happen in this phase: a bug of the node, worker or coordinator that says it."""
+    """An event that is impossible in this phase: a bug of the node, worker or coordinator that sent it."""
 
     def __init__(self, state: State, event: e.Event) -> None:
         super().__init__(
@@ -128,7 +128,7 @@ def _ticked(state: State, event: e.Ticked, now: float) -> Outcome:
         if effects:
             return state, effects
     state, effects = offer_leave(state)
-    # The last one that the end waited for may be gone: a replacement whose node is lost says nothing more.
+    # A lost node may hold the last replacement that the end of training was waiting for.
     return (state, effects) if effects else end_if_finished(state, [], now)
 
 
@@ -150,7 +150,7 @@ def _ready(state: State, event: e.WorkerReady, now: float) -> Outcome:
         return fail(state, Ending.RANKS_DIFFER, why)
     if why:
         state, effects = refused(state, worker, why)
-        if state.phase is Phase.RECOVERING:  # it may have been the last that was waited for
+        if state.phase is Phase.RECOVERING:  # the recovery may have been waiting only for it
             state, more = plan_if_complete(state, now)
             effects = [*effects, *more]
         return state, effects
@@ -168,7 +168,7 @@ def _ready(state: State, event: e.WorkerReady, now: float) -> Outcome:
 
 
 def _prepare_switch(state: State, now: float) -> Outcome:
-    """Offer a plan that takes in every ready worker, or else one without the nodes that are leaving.
+    """Offer a plan that adds every ready worker, or otherwise one that removes the nodes that are leaving.
 
     The members switch to it by themselves at a step boundary.
     """
@@ -203,7 +203,7 @@ def _switched(state: State, event: e.WorkerSwitched, now: float) -> Outcome:
 
 
 def _let_in(state: State, plan: Plan) -> Outcome:
-    """The members have switched to a join plan: those it takes in are members."""
+    """The members have switched to a join plan: the workers that it adds are members now."""
     joined = [
         replace(w, status=Status.MEMBER, since=state.committed + 1)
         for w in state.workers.values()
@@ -227,7 +227,7 @@ def _committed(state: State, event: e.WorkerCommitted, now: float) -> Outcome:
     if current(state, event.worker) is None or event.step <= state.committed or layout is None:
         return state, []
     if event.generation < state.rolled_back:
-        return state, []  # of a future that was given up
+        return state, []  # belongs to steps that a rollback discarded
     workers = {rank: replace(w, deaths=0, hangs=0) for rank, w in state.workers.items()}
     protected, every = max(state.protected, event.protected), event.every or state.snapshot_every
     state = replace(state, committed=event.step, workers=workers, protected=protected, snapshot_every=every)
@@ -251,11 +251,11 @@ def _wait_noticed(state: State, event: e.WaitNoticed, now: float) -> Outcome:
 
 
 def _enter_in_ledger(state: State, layout: Layout, event: e.WorkerCommitted) -> Outcome:
-    """A line for a new step; for one that was computed again, whether it came out the same."""
-    # Nothing before it can be gone back to. Of the first version that outlives nodes one hears two steps later.
+    """Record a new step; for a step that was computed again, record whether its result is the same."""
+    # No recovery can return to a version before this one. The first protected version is known two steps later.
     oldest = state.protected - 1 if state.protected >= 0 else event.step - 2
     kept = {n: text for n, text in state.agreements.items() if n >= oldest}
-    if state.saved:  # but a checkpoint, which has its own agreement
+    if state.saved:  # checkpoints have an agreement of their own
         oldest = min(oldest, state.saved[0].version)
     digests = {n: digest for n, digest in state.digests.items() if n >= oldest}
     state = replace(state, agreements={**kept, event.step: event.agreement})
@@ -282,7 +282,7 @@ def _finished(state: State, event: e.WorkerFinished, now: float) -> Outcome:
     if state.join is not None and state.join.leaving:
         state = withdraw_leave(state)
     if worker.status is Status.READY and state.join is not None:
-        # It joined at the last step's end, and says so before any of those who let it in.
+        # It joined at the end of the last step, and reports that before the members that switched with it.
         state, effects = _let_in(state, state.join)
     state, ended = finished(state, event, now)
     if state.phase is Phase.DONE:
@@ -302,7 +302,7 @@ def _raised(state: State, event: e.WorkerRaised, now: float) -> Outcome:
     if current(state, event.worker) is None:
         return state, []
     if not state.elastic:
-        return state, []  # a classic job: its exit follows, and restarts decide
+        return state, []  # an ordinary job: the process's exit follows, and the restart rule decides
     return fail(state, Ending.RAISED, event.message, event.traceback, event.worker.rank)
 
 
@@ -355,9 +355,9 @@ _AFTER_TRAINING: dict[type[Any], Callable[[State, Any, float], Outcome]] = {
 }
 _BEFORE_THE_END = frozenset({Phase.FORMING, Phase.LAUNCHED, Phase.RUNNING, Phase.RECOVERING})
 _TRAINING = frozenset({Phase.RUNNING, Phase.RECOVERING})
-# Workers and their agents say these, so there have to be workers.
+# Workers and their agents send these, so workers have to exist.
 _OF_WORKERS = (e.WorkerDeclaredElastic, e.WorkerReady, e.WorkerDied, e.WorkerNoted, e.WorkerRaised)
-# The phases in which members of a generation can say something that changes anything. A plan comes before all of it.
+# Phases in which a message from a member of a generation can change something. A plan precedes all of them.
 _OF_MEMBERS: dict[type[Any], frozenset[Phase]] = {
     e.WorkerReported: frozenset({Phase.RECOVERING}),
     e.WorkerLacking: frozenset({Phase.RUNNING}),
@@ -373,7 +373,7 @@ _OF_MEMBERS: dict[type[Any], frozenset[Phase]] = {
     e.CheckpointSaved: _TRAINING,
     e.CheckpointUnreadable: _TRAINING,
 }
-# What cannot happen. All else that is not handled is late: nodes and workers hear of a change after it has happened.
+# Illegal events. Any other event that no table handles is late: nodes and workers learn of a change after it happened.
 ILLEGAL: frozenset[tuple[Phase, type[Any]]] = frozenset(
     [(Phase.FORMING, kind) for kind in (*_OF_WORKERS, *_OF_MEMBERS)] + [(Phase.LAUNCHED, kind) for kind in _OF_MEMBERS]
 )

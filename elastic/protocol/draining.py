@@ -1,9 +1,9 @@
-"""A planned departure: a node hands over while all go on, and is let go when nobody needs it any more.
+"""Draining: a node hands over while training continues, and is released when no member needs it any more.
 
-    asked -> a plan without its ranks is offered -> all enter that at a step boundary; new owners fetch from its keeper
-          -> a version that was made since is safe without it -> it ends, with success
+    asked -> a plan without its ranks is offered -> all enter it at a step boundary, and fetch from its keeper
+          -> a version that was made since is protected without it -> the node ends with success
 
-Nothing is aborted and nothing is computed again. Until the last arrow its loss is that of any other node.
+No step is aborted or computed again. Until the last arrow, the loss of the node is handled as that of any other.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .state import (
 
 
 def drain_requested(state: State, event: e.DrainRequested, now: float) -> Outcome:
-    """A node wants to leave. Where the others cannot go on without it, the job is to save and end."""
+    """A node asks to leave. If the others cannot continue without it, the job saves a checkpoint and ends."""
     if event.node not in state.nodes or event.node in state.leaving or state.stopping is not None:
         return state, []
     staying = state.nodes.keys() - state.leaving.keys() - {event.node}
@@ -36,7 +36,7 @@ def drain_requested(state: State, event: e.DrainRequested, now: float) -> Outcom
         return stop_requested(state, e.StopRequested(event.why, Ending.NO_NODE_STAYS), now)
     state = replace(state, leaving={**state.leaving, event.node: Leaving(event.why, departure=event.departure)})
     record = e.Record("draining", {"node": event.node, "why": event.why, "ranks": _ranks(state, event.node)})
-    if state.phase in (Phase.FORMING, Phase.LAUNCHED):  # it holds nothing yet
+    if state.phase in (Phase.FORMING, Phase.LAUNCHED):  # the node holds no state yet
         state, effects = let_go(state, event.node)
         if state.phase is Phase.LAUNCHED and state.job is not None and all_ready(state):
             state, more = begin_training(state)
@@ -52,9 +52,9 @@ def _ranks(state: State, node: str) -> list[int]:
 
 
 def offer_leave(state: State) -> Outcome:
-    """Offer a plan without the ranks of the nodes that leave; the members switch to it at a step boundary.
+    """Offer a plan without the ranks of the leaving nodes; the members switch to it at a step boundary.
 
-    Not past the last step: then the end, which is near, lets them go.
+    After the last step no plan is offered: the end of the job is near and releases them.
     """
     job, layout = state.job, state.layout
     if not state.leaving or state.phase is not Phase.RUNNING or state.join is not None or state.stopping is not None:
@@ -72,12 +72,12 @@ def offer_leave(state: State) -> Outcome:
 
 
 def withdraw_leave(state: State) -> State:
-    """The last step was agreed on without the switch: nobody will enter it."""
+    """The last step was agreed on without the switch: no member will enter it."""
     return replace(state, join=None)
 
 
 def handed_over(state: State, event: e.WorkerSwitched) -> Outcome:
-    """Somebody has entered the generation that leaves ranks out, or has left with it; then so will the others."""
+    """A member has entered the generation that leaves ranks out, or has left with it; the other members will follow."""
     plan, effects = state.join, Effects()
     if plan is not None and plan.leaving and event.generation == plan.generation:
         state = replace(left(state, plan.leaving), layout=plan.layout, join=None)
@@ -87,10 +87,10 @@ def handed_over(state: State, event: e.WorkerSwitched) -> Outcome:
 
 
 def release(state: State, event: e.WorkerCommitted) -> Outcome:
-    """Let go of the nodes that nobody needs any more, now that this step is committed.
+    """Release the nodes that no member needs any more, now that this step is committed.
 
-    Whoever commits a step in a generation without them knows that all its shards are in the keepers of that generation;
-    and what is protected since then is protected without them.
+    A member that commits a step in a generation without them knows that the keepers of that generation hold all its
+    shards; and every version that has been protected since then is protected without them.
     """
     layout, effects = state.layout, Effects()
     if not state.leaving or state.phase is not Phase.RUNNING or layout is None or event.generation < layout.generation:
@@ -103,7 +103,7 @@ def release(state: State, event: e.WorkerCommitted) -> Outcome:
         state = replace(state, leaving={**state.leaving, node: leaving._replace(since=since)})
         left_there = [rank for rank in ranks if state.workers[rank].status is Status.LEFT]
         under_way = [rank for rank in left_there if rank not in leaving.concluded]
-        # A recovery that left it out may have begun at a version that had been protected before, with its help.
+        # A recovery that left it out may have begun at a version whose protection still depends on it.
         safe = state.protected >= since + (not left_there) or not protects
         if since >= 0 and safe and not under_way:
             state, more = let_go(state, node)
@@ -112,7 +112,7 @@ def release(state: State, event: e.WorkerCommitted) -> Outcome:
 
 
 def let_go(state: State, node: str) -> Outcome:
-    """A node is out of the job, with what it held."""
+    """A node leaves the job; what its keeper holds is discarded."""
     why, host, ranks = state.leaving[node].why, state.nodes[node].host, _ranks(state, node)
     state = without_node(state, node)
     placements = {
@@ -125,7 +125,7 @@ def let_go(state: State, node: str) -> Outcome:
 
 
 def cannot_leave(state: State, now: float) -> Outcome:
-    """Those who were to go on are lost: who is left saves, and ends."""
+    """The nodes that were to continue are lost: the leaving ones save a checkpoint, and the job ends."""
     if not state.leaving or state.stopping is not None or state.nodes.keys() - state.leaving.keys():
         return state, []
     return stop_requested(state, e.StopRequested(nobody_left(state), Ending.NO_NODE_STAYS), now)

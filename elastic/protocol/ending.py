@@ -1,8 +1,8 @@
-"""The end of training: everybody leaves the loop at one step, or somebody does alone, which is an error.
+"""The end of training. All ranks leave the loop at the same step; if only some leave, the job fails.
 
-    left the loop -> finished -> the last checkpoint, if it is not whole, is tried once more -> after training
+    left the loop -> finished -> the last checkpoint, if incomplete, is attempted once more -> after training
 
-Nobody trains beyond the step at which the first one left.
+No rank trains beyond the step at which the first one left.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .state import (
     Worker,
 )
 
-ALONE_S = 1.0  # until a loop that was left counts as left: it may have been an exception, which is about to be told
+ALONE_S = 1.0  # until a rank that left its loop alone is an error: it may be about to report an exception
 ALL_LEAVE = (
     "all ranks have to leave the loop at the same step: decide it by what is equal on all of them, such as the step's "
     "loss, or agree on it"
@@ -40,7 +40,7 @@ ALL_LEAVE = (
 
 
 def left(state: State, event: e.WorkerLeft, now: float) -> Outcome:
-    """The user's code has left the loop on one rank. The others hear of it: they are not to wait for it for ever."""
+    """The user's code has left the loop on one rank. The other ranks are notified, so that none waits for it."""
     worker = current(state, event.worker)
     if worker is None or worker.left >= 0 or worker.status not in (Status.READY, Status.MEMBER):
         return state, []
@@ -58,7 +58,7 @@ def _note_left(state: State, worker: Worker, version: int, name: str, now: float
 
 
 def finished(state: State, event: e.WorkerFinished, now: float) -> Outcome:
-    """The user's function has returned: this rank helps the others, until all are there."""
+    """The user's function has returned: this rank serves the others until all have finished."""
     worker = current(state, event.worker)
     assert worker is not None
     returned = replace(worker, status=Status.FINISHED, owes_end=False)
@@ -66,7 +66,7 @@ def finished(state: State, event: e.WorkerFinished, now: float) -> Outcome:
 
 
 def went_on(state: State, event: e.WorkerWentOn, now: float) -> Outcome:
-    """A rank waits in a step for one that has left before it."""
+    """A rank waits in a step for one that left the loop before that step."""
     worker = current(state, event.worker)
     if worker is None or worker.status is not Status.MEMBER:
         return state, []
@@ -74,7 +74,7 @@ def went_on(state: State, event: e.WorkerWentOn, now: float) -> Outcome:
 
 
 def went_on_alone(state: State, now: float) -> Outcome:
-    """Whether some have left the loop and others not: then training ends with what all have, and that is an error."""
+    """Whether some ranks left the loop and others did not: then training ends at their common step, with an error."""
     if state.phase is not Phase.RUNNING or state.concluding is not None or recovering(state):
         return state, []
     members = state.members()
@@ -98,25 +98,25 @@ def went_on_alone(state: State, now: float) -> Outcome:
 
 
 def recovering(state: State) -> bool:
-    """Whether some member has yet to carry out the plan of a recovery."""
+    """Whether some member has not carried out the recovery's plan yet."""
     recovery = state.recovery
     return recovery is not None and any(w.id not in recovery.resumed for w in state.members())
 
 
 def end_if_finished(state: State, effects: Effects, now: float) -> Outcome:
-    """The end of training, once all have finished, and have recovered from what was lost meanwhile."""
+    """End training once all ranks have finished and every recovery is complete."""
     waits = state.phase is not Phase.RUNNING or state.job is None or recovering(state) or state.concluding is not None
     if waits or not all_finished(state):
         return state, effects
     version = last_version(state)
     if state.rolled_back and state.committed + 1 < version:
-        return state, effects  # they compute the last steps again
+        return state, effects  # the members compute the last steps again
     state, more = _conclude(state, version, now)
     return state, [*effects, *more]
 
 
 def all_finished(state: State) -> bool:
-    """Whether the user's function has returned on every rank, also where a replacement has yet to come to it."""
+    """Whether the user's function has returned on every rank, even if its replacement has yet to reach that point."""
     return not any(
         w.status is Status.MEMBER
         or w.owes_end
@@ -130,21 +130,21 @@ def _saved(state: State, version: int) -> bool:
 
 
 def _conclude(state: State, version: int, now: float) -> Outcome:
-    """Have the last checkpoint saved, if it is not; else go on to what comes then."""
+    """Have the last checkpoint saved if it is incomplete; otherwise continue to the phase after training."""
     assert state.job is not None
     members = state.members()
     names = [w.last_name for w in members if w.left == version and w.last_name]
     if not state.job.checkpoints or _saved(state, version) or not names:
         return _concluded(state, version)
     alone = state.concluding.alone if state.concluding is not None else ""
-    name = f"{names[0]}{state.generation:x}"  # another one for each attempt: they are not to be mixed
+    name = f"{names[0]}{state.generation:x}"  # each attempt has its own name, so that their files do not mix
     concluding = Concluding(version, name, now + state.config.last_save_s, alone)
     record = e.Record("last_save", {"version": version, "name": name})
     return replace(state, concluding=concluding), [record, *(e.Conclude(w.id, version, name) for w in members)]
 
 
 def concluded(state: State, event: e.WorkerConcluded, now: float) -> Outcome:
-    """A rank has done its part of the last checkpoint, or could not."""
+    """A rank has completed its part of the last checkpoint, or could not."""
     concluding = state.concluding
     if concluding is None or event.name != concluding.name or current(state, event.worker) is None:
         return state, []
@@ -157,7 +157,7 @@ def concluded(state: State, event: e.WorkerConcluded, now: float) -> Outcome:
 
 
 def give_up_concluding(state: State, now: float) -> Outcome:
-    """The last checkpoint is waited for no longer."""
+    """Stop waiting for the last checkpoint."""
     concluding = state.concluding
     if concluding is None or not concluding.name or now < concluding.deadline_s or state.phase is Phase.DONE:
         return state, []
@@ -167,7 +167,7 @@ def give_up_concluding(state: State, now: float) -> Outcome:
 
 
 def _concluded(state: State, version: int) -> Outcome:
-    """What can be saved is saved."""
+    """The last checkpoint is as complete as it can be: end training, and report what is not saved."""
     assert state.job is not None
     concluding = state.concluding
     unsaved = ""

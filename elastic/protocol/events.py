@@ -1,4 +1,4 @@
-"""What happens to a job (events, past tense) and what its coordinator wants done (effects, imperative)."""
+"""The inputs of the coordinator's machine (events, past tense) and its outputs (effects, imperative)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class WorkerId(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What every worker of an elastic job says of it when it is ready; equal on all, or the job does not start."""
+    """A worker's description of the job when it is ready; equal on all workers, or the job does not start."""
 
     steps: int
     stages: int
@@ -33,31 +33,31 @@ class Job:
     global_batch_size: int
     model: ModelSpec
     seed: int = 0
-    values: str = ""  # a digest of what the model was initialised with
+    values: str = ""  # a digest of the initial values of the model
     constants: str = ""  # a digest of what training does not change: frozen parameters, buffers
-    samples: int = 0  # of the dataset
+    samples: int = 0  # in the dataset
     shuffle: bool = True  # whether their order is permuted
     sample_digests: tuple[str, ...] = ()  # of the first, the middle and the last sample
     optimizer: str = ""  # its type and settings, as text
     protection: str = "parity"  # parity | replay | replicate | none
     node_losses: int = 1  # how many nodes may be lost at once
     on_loss: str = "checkpoint"  # checkpoint | neighbors | stop
-    checkpoints: bool = False  # whether it saves any
-    on_damage: str = "stop"  # what is done about a damaged checkpoint: stop | older
+    checkpoints: bool = False  # whether it saves checkpoints
+    on_damage: str = "stop"  # the response to a damaged checkpoint: stop | older
     state_bytes: tuple[int, ...] = ()  # of each shard's record
     gradient_bytes: tuple[int, ...] = ()  # of each shard's reduced gradient
 
 
 @dataclass(frozen=True)
 class Begun:
-    """What a worker is told of the job when training had begun before it was started."""
+    """What a worker that was started after training began has to know of the job."""
 
-    samples: int  # of the dataset that the job trains on
-    values: str  # a digest of what the model was initialised with
+    samples: int  # in the dataset that the job trains on
+    values: str  # a digest of the initial values of the model
 
 
 class Saved(NamedTuple):
-    """A committed checkpoint: the version, its name, and what was agreed in step version - 1."""
+    """A committed checkpoint: the version, its name, and the agreement of step version - 1."""
 
     version: int
     name: str
@@ -65,9 +65,9 @@ class Saved(NamedTuple):
 
 
 class Stopping(NamedTuple):
-    """The job is to end, and waits for a checkpoint of a version after step `committed`, until `deadline_s`.
+    """A stop is pending: the job waits for a checkpoint of a version after step `committed`, until `deadline_s`.
 
-    `ending`: how it ends then; where that is PROCESS_ENDED, by a mistake of the script.
+    `ending`: how the job ends then; PROCESS_ENDED: because of a mistake in the script.
     """
 
     why: str
@@ -77,7 +77,7 @@ class Stopping(NamedTuple):
 
     @property
     def left(self) -> bool:
-        """Whether a rank ended its process."""
+        """Whether the reason is a rank that ended its process."""
         return self.ending is Ending.PROCESS_ENDED
 
 
@@ -89,21 +89,21 @@ REMEMBERED_CHECKPOINTS = 8
 
 @dataclass(frozen=True)
 class NodeJoined:
-    """A node agent registered. `keeper` is the address of its snapshot keeper, `memory_bytes` what that may use."""
+    """A node agent registered. `keeper` is the address of its snapshot keeper, `memory_bytes` the keeper's limit."""
 
     node: str
     host: str
     slots: int
     keeper: str
     order: int = -1  # the user's --node-rank, -1 if not given
-    memory_bytes: int = 0  # 0: not known
-    stores: tuple[int, ...] = ()  # ports of torch stores for the first attempts, should it be the first node
-    health: Mapping[str, float] = field(default_factory=dict)  # figures of its health check; empty: it made none
+    memory_bytes: int = 0  # 0: unknown
+    stores: tuple[int, ...] = ()  # ports of torch stores for the first attempts, used if this is the first node
+    health: Mapping[str, float] = field(default_factory=dict)  # figures of its health check; empty: no check was made
 
 
 @dataclass(frozen=True)
 class NodeUnhealthy:
-    """A node agent's own health check says that it should not take part: it is not in the job, and does not join."""
+    """A node's health check has failed: the node is not part of the job, and does not join."""
 
     node: str
     host: str
@@ -113,7 +113,7 @@ class NodeUnhealthy:
 
 @dataclass(frozen=True)
 class NodeLost:
-    """A node's agent went away: its stream broke, or its heartbeats stopped."""
+    """The connection to a node's agent has ended: its stream broke, or its heartbeats stopped."""
 
     node: str
     why: str
@@ -121,14 +121,14 @@ class NodeLost:
 
 @dataclass(frozen=True)
 class HeartbeatsReceived:
-    """These nodes are alive."""
+    """Heartbeats of these nodes have arrived."""
 
     nodes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class StoreOpened:
-    """A node has opened torch's store for one more attempt."""
+    """A node has opened torch's store for the next attempt."""
 
     node: str
     port: int
@@ -136,47 +136,47 @@ class StoreOpened:
 
 @dataclass(frozen=True)
 class CoordinatorReturned:
-    """A coordinator took up where another one had stopped: nodes have this long to be heard of."""
+    """A coordinator has taken over from another one: nodes have this long to send a heartbeat."""
 
     grace_s: float
 
 
 @dataclass(frozen=True)
 class WorkerDeclaredElastic:
-    """A worker reached the elastic decorator: losses are to be recovered inside the step from now on."""
+    """A worker reached the elastic decorator: from now on, losses are recovered within the step."""
 
     worker: WorkerId
 
 
 @dataclass(frozen=True)
 class WorkerReady:
-    """A worker built its model and waits for a plan. `peer` is its data-plane address, opaque here."""
+    """A worker built its model and waits for a plan. `peer` is its address in the data plane, opaque here."""
 
     worker: WorkerId
     peer: Mapping[str, Any]
     job: Job
-    saved: tuple[Saved, ...] = ()  # the checkpoints there are, newest first; the lowest rank looks
+    saved: tuple[Saved, ...] = ()  # the existing checkpoints, newest first; only the lowest rank looks them up
 
 
 @dataclass(frozen=True)
 class WorkerDied:
-    """A worker process ended, or was fenced because it hung. `clean` means exit status 0."""
+    """A worker process ended, or its agent killed it because it hung. `clean` means exit status 0."""
 
     worker: WorkerId
     cause: str
     clean: bool = False
     step: int = -1
     phase: str = ""
-    finished_micro_batches: int = 0  # of the interrupted step, lost with it
+    finished_micro_batches: int = 0  # micro-batches of the interrupted step whose results are lost
     detected_at_s: float = 0.0
-    killed_at_s: float = 0.0  # 0 when nobody knows: only an injected fault tells
-    hang: str = ""  # it was killed as hung: "silent", or "alive", with signs of life
-    stacks: str = ""  # what its threads did then
+    killed_at_s: float = 0.0  # 0 when unknown: only an injected fault reports it
+    hang: str = ""  # it was killed as hung: "silent", or "alive" if it showed signs of life
+    stacks: str = ""  # the stacks of its threads at that time
 
 
 @dataclass(frozen=True)
 class WorkerReported:
-    """A survivor stopped for `generation` and says what it has. `busy_s`: how long compute kept it from doing so."""
+    """A survivor stopped for `generation` and reports what it holds. `busy_s`: how long compute delayed the report."""
 
     worker: WorkerId
     generation: int
@@ -186,7 +186,7 @@ class WorkerReported:
 
 @dataclass(frozen=True)
 class WorkerLacking:
-    """A member cannot restore shards of `version`: every keeper answered, and none has them nor enough parity."""
+    """A member cannot restore shards of `version`: every keeper answered, and they and their parity are missing."""
 
     worker: WorkerId
     generation: int
@@ -196,13 +196,13 @@ class WorkerLacking:
 
 @dataclass(frozen=True)
 class CorruptionFound:
-    """Bytes that do not match their checksum, or their replicas. `where`: keeper | parity | frame | replica."""
+    """Bytes do not match their checksum or their replicas. `where`: keeper | parity | frame | replica."""
 
     worker: WorkerId
     generation: int
     where: str
-    node: str = ""  # that held them
-    rank: int = -1  # that sent or computed with them
+    node: str = ""  # the node whose keeper held them
+    rank: int = -1  # the rank that sent them or computed with them
     shard: int = -1
     detail: str = ""
 
@@ -219,7 +219,7 @@ class WorkerResumed:
 
 @dataclass(frozen=True)
 class WorkerSwitched:
-    """A member entered a switch's generation at a step boundary, or, where that plan leaves it out, left with it."""
+    """A member entered a switch's generation at a step boundary, or left with it if that plan leaves the member out."""
 
     worker: WorkerId
     generation: int
@@ -227,7 +227,7 @@ class WorkerSwitched:
 
 @dataclass(frozen=True)
 class WorkerIdled:
-    """A member is past the last step, so a switch will not be reached by stepping."""
+    """A member is past the last step, so no step boundary remains at which to switch."""
 
     worker: WorkerId
     generation: int
@@ -235,7 +235,7 @@ class WorkerIdled:
 
 @dataclass(frozen=True)
 class WorkerCommitted:
-    """A member holds version `step` + 1. `agreement` is what was agreed in the step, opaque here."""
+    """A member holds version `step` + 1. `agreement` is the result that was agreed in the step, opaque here."""
 
     worker: WorkerId
     step: int
@@ -243,13 +243,13 @@ class WorkerCommitted:
     loss: float | None = None
     digest: str = ""
     generation: int = 0  # in which it was committed
-    protected: int = -1  # the newest version that may lose nodes
-    every: int = 0  # steps between versions that outlive nodes, 0 if not said
+    protected: int = -1  # the newest version that survives the loss of nodes
+    every: int = 0  # steps between protected versions, 0 if not known
 
 
 @dataclass(frozen=True)
 class WorkerNoted:
-    """Something that is worth a line in the log and decides nothing."""
+    """An observation for the event log that affects no decision."""
 
     worker: WorkerId
     what: str
@@ -258,7 +258,7 @@ class WorkerNoted:
 
 @dataclass(frozen=True)
 class CheckpointSaved:
-    """A checkpoint is committed. `fields`: how long it took, how large it is."""
+    """A checkpoint is committed. `fields`: its duration and its size."""
 
     worker: WorkerId
     saved: Saved
@@ -267,7 +267,7 @@ class CheckpointSaved:
 
 @dataclass(frozen=True)
 class CheckpointUnreadable:
-    """A member cannot read the checkpoint `name` that it was to go on from."""
+    """A member cannot read the checkpoint `name` from which the job was to resume."""
 
     worker: WorkerId
     name: str
@@ -278,7 +278,7 @@ class CheckpointUnreadable:
 class WorkerLeft:
     """The user's code has left the training loop with `version` steps committed; its function still runs.
 
-    `name`: of a checkpoint of that version, should one be saved.
+    `name`: the name of a checkpoint of that version, if one is saved.
     """
 
     worker: WorkerId
@@ -288,7 +288,7 @@ class WorkerLeft:
 
 @dataclass(frozen=True)
 class WorkerWentOn:
-    """A worker has begun `step`, although another one has left the loop before it."""
+    """A worker has begun `step`, although another rank left the loop before that step."""
 
     worker: WorkerId
     step: int
@@ -296,7 +296,7 @@ class WorkerWentOn:
 
 @dataclass(frozen=True)
 class WorkerFinished:
-    """The user's function returned, with `version` steps committed; -1: all of the job's. `name`: see WorkerLeft."""
+    """The user's function returned after `version` committed steps; -1: all of the job's. `name`: see WorkerLeft."""
 
     worker: WorkerId
     version: int = -1
@@ -305,7 +305,7 @@ class WorkerFinished:
 
 @dataclass(frozen=True)
 class WorkerConcluded:
-    """A worker's part in the last checkpoint, `name`, is over. `why`: what came between, if something did."""
+    """A worker has finished its part of the last checkpoint, `name`. `why`: the reason if it could not save it."""
 
     worker: WorkerId
     name: str
@@ -314,7 +314,7 @@ class WorkerConcluded:
 
 @dataclass(frozen=True)
 class WorkerRaised:
-    """The user's function raised: the user's error, not a failure of the machine."""
+    """The user's function raised an exception: an error of the user's code, not a failure of a machine."""
 
     worker: WorkerId
     message: str
@@ -323,7 +323,7 @@ class WorkerRaised:
 
 @dataclass(frozen=True)
 class StopRequested:
-    """The job is to end: by a signal to its launcher, by a command, or since its time is over."""
+    """A stop is requested: by a signal to a launcher, by a command, or because the job's time is over."""
 
     why: str
     ending: Ending = Ending.STOPPED
@@ -331,7 +331,7 @@ class StopRequested:
 
 @dataclass(frozen=True)
 class DrainRequested:
-    """A node is to go away (preemption, maintenance): it wants to hand over first, and then to leave the job."""
+    """A node is asked to leave (preemption, maintenance): it hands over first, and then leaves the job."""
 
     node: str
     why: str
@@ -340,9 +340,9 @@ class DrainRequested:
 
 @dataclass(frozen=True)
 class StragglerFound:
-    """What is measured says that a rank of this node is slow itself, or a link of it, and holds the others up.
+    """Measurements show that a rank of this node, or a link of it, is slow and delays the others.
 
-    `again`: it was found before, and still is slow after a while.
+    `again`: it was reported before, and has stayed slow.
     """
 
     node: str
@@ -353,12 +353,12 @@ class StragglerFound:
     peer: int = -1
     fields: Mapping[str, Any] = field(default_factory=dict)
     again: bool = False
-    blamed: bool = True  # it is clear that it is this node; else it does not count against it
+    blamed: bool = True  # this node is clearly the cause; otherwise the trouble does not count against it
 
 
 @dataclass(frozen=True)
 class WaitNoticed:
-    """Ranks, or the job (no ranks), wait for long; `text` says for whom. Worth a warning, and decides nothing."""
+    """Ranks, or the job (no ranks), have waited for long; `text` says for what. A warning that affects no decision."""
 
     text: str
     ranks: tuple[int, ...] = ()
@@ -367,7 +367,7 @@ class WaitNoticed:
 
 @dataclass(frozen=True)
 class StragglerGone:
-    """A rank, or a link, that was slow is level with the others again, or is not there any more."""
+    """A rank, or a link, that was slow is as fast as the others again, or no longer exists."""
 
     node: str
     rank: int
@@ -379,12 +379,12 @@ class StragglerGone:
 
 @dataclass(frozen=True)
 class RendezvousClosed:
-    """A job of plain torchrun, whose agents met here, is over, and all of them have gone."""
+    """An ordinary job under torchrun, whose agents used this rendezvous, is over, and its agents have disconnected."""
 
 
 @dataclass(frozen=True)
 class Ticked:
-    """Time passed."""
+    """Time has passed."""
 
 
 Event = (
@@ -436,12 +436,12 @@ class StartWorkers:
     master: tuple[str, int] = ("", 0)  # torch's store: host and port
     group_rank: int = 0
     group_world_size: int = 1
-    begun: Begun | None = None  # where training has begun
+    begun: Begun | None = None  # present if training has begun
 
 
 @dataclass(frozen=True)
 class KillWorkers:
-    """Kill these workers on `node` and report nothing of it."""
+    """Kill these workers on `node`; their ends are not reported."""
 
     node: str
     workers: tuple[WorkerId, ...]
@@ -449,7 +449,7 @@ class KillWorkers:
 
 @dataclass(frozen=True)
 class AbortGeneration:
-    """Tell a worker that its generation is over; it stops and reports for the new one."""
+    """Notify a worker that its generation is over; the worker stops and reports for the new one."""
 
     worker: WorkerId
     generation: int
@@ -457,7 +457,7 @@ class AbortGeneration:
 
 @dataclass(frozen=True)
 class CarryOut:
-    """Give a worker a plan. `peers` are its fellow members' addresses, `keepers` the snapshot keepers' by node.
+    """Send a plan to a worker. `peers` are its fellow members' addresses, `keepers` the snapshot keepers' by node.
 
     `placement` says which nodes hold parity of which shards from this generation on.
     """
@@ -472,14 +472,14 @@ class CarryOut:
 
 @dataclass(frozen=True)
 class AskSave:
-    """Tell a worker that a checkpoint is wanted, as soon as the members can agree on one."""
+    """Notify a worker that a checkpoint is requested, as soon as the members can agree on one."""
 
     worker: WorkerId
 
 
 @dataclass(frozen=True)
 class TellLeft:
-    """Tell a worker that another one has left the loop at `version`: it answers if it goes on past that."""
+    """Notify a worker that another one left the loop at `version`: it answers if it continues past that version."""
 
     worker: WorkerId
     version: int
@@ -487,7 +487,7 @@ class TellLeft:
 
 @dataclass(frozen=True)
 class Conclude:
-    """Tell a worker that nobody trains beyond `version`: it is to save its part of it, as `name`, and to say so."""
+    """Notify a worker that no rank trains beyond `version`: it saves its part of that as `name`, and confirms."""
 
     worker: WorkerId
     version: int
@@ -496,21 +496,21 @@ class Conclude:
 
 @dataclass(frozen=True)
 class EndTraining:
-    """Tell a worker that training is over: its script goes on with what comes after."""
+    """Notify a worker that training is over: its script continues with the code after training."""
 
     worker: WorkerId
 
 
 @dataclass(frozen=True)
 class EndWorker:
-    """Tell a worker that the job is over. Its node's agent does, when it hears of it."""
+    """Notify a worker that the job is over. The worker's agent does this itself when it learns the outcome."""
 
     worker: WorkerId
 
 
 @dataclass(frozen=True)
 class RefuseNode:
-    """Tell a node that it cannot join this job, and why."""
+    """Refuse a node, with the reason."""
 
     node: str
     why: str
@@ -518,7 +518,7 @@ class RefuseNode:
 
 @dataclass(frozen=True)
 class ReleaseNode:
-    """Nothing that a node holds is needed any more: it is out of the job, and ends with success."""
+    """Release a node: no member needs what it holds, it leaves the job and ends with success."""
 
     node: str
     why: str
@@ -526,7 +526,7 @@ class ReleaseNode:
 
 @dataclass(frozen=True)
 class FenceNode:
-    """Tell a node that was declared lost, should it still hear us, that it is out: it stops, and may join again."""
+    """Notify a node that it was declared lost, in case it is still alive: it stops its workers, and may join again."""
 
     node: str
     why: str
@@ -534,7 +534,7 @@ class FenceNode:
 
 @dataclass(frozen=True)
 class TellNode:
-    """A line for the people who watch a node."""
+    """Print a line on a node's terminal."""
 
     node: str
     text: str
@@ -544,7 +544,7 @@ class TellNode:
 class EndJob:
     """The job is over. `why` is empty when it succeeded; `detail` is the user's traceback, when there is one.
 
-    `lost`: what a job that succeeded has not got done all the same, a line each.
+    `lost`: what a job that succeeded has nevertheless not completed, one line each.
     """
 
     succeeded: bool
@@ -557,7 +557,7 @@ class EndJob:
 
 @dataclass(frozen=True)
 class Record:
-    """A line for the event log."""
+    """Write a line to the event log."""
 
     event: str
     fields: Mapping[str, Any] = field(default_factory=dict)

@@ -1,7 +1,7 @@
-"""Sums of floats without rounding, so that the order of adding is free.
+"""Sums of floats without rounding, so that the result does not depend on the order of the addends.
 
-Every finite float64 is a whole number times a power of two, and whole numbers add without error in any order and in any
-grouping. One rounding at the end gives the correctly rounded sum, whichever rank held which addend.
+Every finite float64 is an integer times a power of two, and integers add without error in any order and grouping. One
+rounding at the end gives the correctly rounded sum, whichever rank held which addend.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _NAN, _PLUS, _MINUS = 1, 2, 4
 class ExactSum:
     """mantissa * 2 ** exponent, the mantissa odd or 0: one form for each value. At most 270 bytes for 2 ** 40 floats.
 
-    `special` says which values that are no number were among the addends: 1 NaN, 2 infinity, 4 minus infinity.
+    `special` is a bit set of the non-finite addends: 1 NaN, 2 infinity, 4 minus infinity.
     """
 
     mantissa: int = 0
@@ -43,10 +43,10 @@ class ExactSum:
         return _normal(mine + its, exponent, self.special | other.special)
 
     def rounded(self) -> float:
-        """The float64 nearest to the sum (to the even one of two); NaN and infinities as IEEE 754 has them."""
+        """The float64 nearest to the sum (ties to even); NaN and infinities follow IEEE 754."""
         if self.special:
             return {_PLUS: math.inf, _MINUS: -math.inf}.get(self.special, math.nan)
-        try:  # both are correctly rounded
+        try:  # integer division and conversion both round correctly
             if self.exponent >= 0:
                 return float(self.mantissa << self.exponent)
             return self.mantissa / (1 << -self.exponent)
@@ -54,7 +54,7 @@ class ExactSum:
             return math.inf if self.mantissa > 0 else -math.inf
 
 
-NOTHING = ExactSum()  # the sum of no floats
+NOTHING = ExactSum()  # the empty sum
 
 
 def _normal(mantissa: int, exponent: int, special: int) -> ExactSum:

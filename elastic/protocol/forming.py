@@ -1,4 +1,4 @@
-"""Nodes come and go, workers are started; and torchrun's own rule for jobs that are not elastic."""
+"""Nodes join and leave, workers start; and torchrun's own rule for jobs that are not elastic."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .troubles import kept_out
 
 
 def node_joined(state: State, event: e.NodeJoined, now: float) -> Outcome:
-    """A node registered: count it in while forming, start workers on it while running."""
+    """A node registered: count it while the job forms, start workers on it while the job runs."""
     if event.node in state.nodes:
         return state, []
     if len(state.nodes.keys() - state.leaving.keys()) >= state.config.max_nodes:
@@ -53,7 +53,7 @@ def node_joined(state: State, event: e.NodeJoined, now: float) -> Outcome:
 
 
 def store_opened(state: State, event: e.StoreOpened, now: float) -> Outcome:
-    """A node's store for the next attempt that it has none for; those of attempts that are over are forgotten."""
+    """Ports of a node's torch stores for later attempts; those of earlier attempts are forgotten."""
     node = state.nodes.get(event.node)
     if node is None:
         return state, []
@@ -64,7 +64,7 @@ def store_opened(state: State, event: e.StoreOpened, now: float) -> Outcome:
 
 
 def launch(state: State) -> Outcome:
-    """Start every worker on every node, ranks in the order of the nodes."""
+    """Start every worker on every node, with ranks in the order of the nodes."""
     workers: dict[int, Worker] = {}
     for node in state.nodes.values():
         for _ in range(node.slots):
@@ -76,7 +76,7 @@ def launch(state: State) -> Outcome:
 
 
 def add_workers(state: State, node: Node) -> Outcome:
-    """Start workers on a node that came while the job runs: of the ranks that lost nodes had, then of new ones."""
+    """Start workers on a node that joins a running job: first for vacant ranks of lost nodes, then for new ranks."""
     workers, vacant = dict(state.workers), dict(state.vacant)
     for _ in range(node.slots):
         rank = min(vacant, default=max(workers, default=-1) + 1)
@@ -86,9 +86,9 @@ def add_workers(state: State, node: Node) -> Outcome:
 
 
 def last_call(state: State, now: float) -> Outcome:
-    """Start with the nodes that are there, or give up, when it is time."""
+    """Start with the present nodes once the time for joining is over, or give up if they are too few."""
     config = state.config
-    if state.phase is not Phase.FORMING or not state.nodes:  # the first is waited for as long as it takes
+    if state.phase is not Phase.FORMING or not state.nodes:  # there is no limit for the first node
         return state, []
     if len(state.nodes) >= config.min_nodes:
         return launch(state) if now - state.formed_s >= config.last_call_s else (state, [])
@@ -103,5 +103,5 @@ def last_call(state: State, now: float) -> Outcome:
 
 
 def rendezvous_closed(state: State, event: e.RendezvousClosed, now: float) -> Outcome:
-    """The job that met here has ended by itself: there is nothing more to coordinate."""
+    """The job that used this rendezvous has ended by itself: nothing is left to coordinate."""
     return (state, []) if state.nodes else (replace(state, phase=Phase.DONE), [e.EndJob(True)])

@@ -1,6 +1,6 @@
-"""What must hold of the coordinator whatever happens: checked after every event, in jobs and in the simulator.
+"""Invariants of the coordinator, checked after every event, in jobs and in the simulator.
 
-Each function raises InvariantBroken, which says what was expected and what was found.
+Each function raises InvariantBroken, with what was expected and what was found.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .state import Phase, State, Status
 
 
 class InvariantBroken(AssertionError):
-    """The coordinator broke one of its own rules."""
+    """The coordinator violated one of its invariants."""
 
 
 def _expect(holds: bool, what: str) -> None:
@@ -28,16 +28,16 @@ def _expect(holds: bool, what: str) -> None:
 
 
 def check_turn(before: State, after: State, effects: Sequence[e.Effect]) -> None:
-    """`check_step` where anything but times has changed: cheap enough for every event of a job.
+    """Call `check_step` if anything but times has changed: cheap enough for every event of a job.
 
-    A beat of ten thousand nodes changes neither workers nor phase, so it is not looked at.
+    A heartbeat of ten thousand nodes changes neither workers nor phase, so it is not checked.
     """
     if effects or after.phase is not before.phase or after.workers is not before.workers:
         check_step(before, after, effects)
 
 
 def check_step(before: State, after: State, effects: Sequence[e.Effect]) -> None:
-    """What a single step of the coordinator may do."""
+    """Check a single step of the coordinator."""
     check_state(after, known=before.layout)
     _expect(after.generation >= before.generation, f"generation {before.generation} went back to {after.generation}")
     _expect(after.recorded >= before.recorded, f"step {before.recorded} of the ledger went back to {after.recorded}")
@@ -62,7 +62,7 @@ def check_step(before: State, after: State, effects: Sequence[e.Effect]) -> None
 
 
 def _check_going_back(before: State, after: State) -> None:
-    """What was committed or agreed is given up in a rollback only, and never what was protected."""
+    """Only a rollback gives up committed or agreed steps, and never protected ones."""
     if after.rolled_back == before.rolled_back:
         _expect(after.committed >= before.committed, f"commit {before.committed} went back to {after.committed}")
         _expect(after.agreed >= before.agreed, f"agreement {before.agreed} went back to {after.agreed}")
@@ -77,13 +77,13 @@ def _check_going_back(before: State, after: State) -> None:
 
 
 def _went_back_to_checkpoint(before: State, after: State) -> bool:
-    """Whether a return to a checkpoint was planned: what outlived nodes did not outlive all that were lost."""
+    """Whether a return to a checkpoint was planned: protected versions do not cover more losses than `node_losses`."""
     versions = [saved.version for saved in after.saved]
     return after.rolled_back > before.rolled_back and after.protected < 0 and after.agreed + 1 in versions[:1]
 
 
 def _check_plans(before: State, after: State, orders: Sequence[e.CarryOut]) -> None:
-    """Every plan goes to all its members, once, the same to all, and belongs to the newest generation."""
+    """Every plan is sent to all its members, once, the same to all, and belongs to the newest generation."""
     by_generation: dict[int, list[e.CarryOut]] = {}
     for order in orders:
         by_generation.setdefault(order.plan.generation, []).append(order)
@@ -106,7 +106,7 @@ def _check_plans(before: State, after: State, orders: Sequence[e.CarryOut]) -> N
 
 
 def check_state(state: State, known: Layout | None = None) -> None:
-    """What holds of every state. `known`: a layout that was checked before."""
+    """Check a state by itself. `known`: a layout that was checked before."""
     for rank, worker in state.workers.items():
         _expect(worker.id.rank == rank, f"rank {rank} is filed as {worker.id}")
         _expect(worker.node in state.nodes or state.phase is Phase.DONE, f"{worker.id} is on no node")
@@ -142,7 +142,7 @@ def check_state(state: State, known: Layout | None = None) -> None:
 
 
 def check_placement(state: State, placement: Placement, layout: Layout) -> None:
-    """Every shard is in one stripe, whose blocks are on different live nodes; none if no node may be lost."""
+    """Every shard is in one stripe, whose blocks are on different live nodes; there are none if no node may be lost."""
     assert state.job is not None
     _expect(placement.generation == layout.generation, f"parity of {placement.generation} in {layout.generation}")
     for stripe in placement.stripes:
@@ -196,7 +196,7 @@ def _check_moves(spec: ModelSpec, plan: Plan) -> None:
     seen = Counter((move.shard, move.what) for move in plan.moves)
     twice = [f"{shard} to {what.value}" for (shard, what), times in seen.items() if times > 1]
     _expect(not twice, f"plan {plan.generation}: shards that move twice: {twice[:5]}")
-    reading: set[tuple[int, tuple[int, ...]]] = set()  # most moves share a few tuples of ranks, and of layers
+    reading: set[tuple[int, tuple[int, ...]]] = set()  # most moves share a few tuples of ranks and layers
     for move in plan.moves:
         _expect(bool(move.to and move.sources), f"plan {plan.generation}: to no rank, or from nowhere: {move}")
         if move.what is What.OWN:

@@ -1,4 +1,4 @@
-"""Members that become none while others go on: who has left, and what of a recovery's reports is still theirs."""
+"""Members that leave while others continue: which ranks have left, and which of their reports still count."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def left(state: State, ranks: Collection[int]) -> State:
 
 
 def concluded(state: State, ranks: Collection[int]) -> State:
-    """These ranks, which have left, have nothing under way any more: no part of a checkpoint, say."""
+    """These ranks, which have left, have no operation in progress any more, such as a part of a checkpoint."""
     leaving = dict(state.leaving)
     for worker in [state.workers[rank] for rank in ranks if rank in state.workers]:
         known = leaving.get(worker.node)
@@ -28,9 +28,9 @@ def concluded(state: State, ranks: Collection[int]) -> State:
 
 
 def without_the_left(state: State, join: Plan | None, reports: list[Report]) -> tuple[State, list[Report]]:
-    """The reports of members, after a switch that some may have entered, and others not.
+    """The reports of members, after a switch that some may have entered and others not.
 
-    Once anybody has, those whom that plan leaves out have left: the others may be any number of steps further.
+    Once one member has entered it, the ranks that its plan leaves out have left: the others may be many steps further.
     """
     if join is None or all(report.generation < join.generation for report in reports):
         return state, reports
@@ -39,11 +39,11 @@ def without_the_left(state: State, join: Plan | None, reports: list[Report]) -> 
 
 
 def still_needed(state: State, worker: Worker) -> bool:
-    """Whether members may wait for something from one who has left: until a step is committed without it."""
+    """Whether members may still wait for something from a rank that has left: until a step is committed without it."""
     return worker.status is Status.LEFT and worker.node in state.leaving and state.leaving[worker.node].since < 0
 
 
 def nobody_left(state: State) -> str:
-    """Why a job ends whose nodes all leave, or are lost."""
+    """Why a job ends whose nodes all leave or are lost."""
     why = next((leaving.why for leaving in state.leaving.values()), "all members are lost")
     return f"{why}, and no node is left to go on"

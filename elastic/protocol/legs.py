@@ -1,7 +1,7 @@
-"""One step's work on one rank: which legs are to run, are running and are done, and what comes next.
+"""One step's work on one rank: which legs are still to run, are running and are done, and which operation is next.
 
-A leg is a micro-batch's way through consecutive layers. The order of legs is 1F1B (Narayanan et al., 2019): backward
-first when its gradient is there, else the next forward while fewer than `depth` micro-batches are in flight.
+A leg is a micro-batch's way through consecutive layers. The order of legs is 1F1B (Narayanan et al., 2019): a backward
+if its gradient has arrived, otherwise the next forward while fewer than `depth` micro-batches are in flight.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from everstep.resharding.work import AssignedLeg, Leg, Work
 
 
 class Need(NamedTuple):
-    """What a leg waits for: the activation or the gradient of a micro-batch at a boundary, from a rank."""
+    """The input that a leg waits for: the activation or the gradient of a micro-batch at a boundary, from a rank."""
 
     kind: Literal["activation", "gradient"]
     source: int
@@ -23,7 +23,7 @@ class Need(NamedTuple):
 
 
 class Forward(NamedTuple):
-    """Run a leg's forward; its input is what was needed, or a sample when the leg begins at layer 0."""
+    """Run a leg's forward; its input is the one it needed, or a sample when the leg begins at layer 0."""
 
     leg: Leg
 
@@ -35,7 +35,7 @@ class Backward(NamedTuple):
 
 
 class Await(NamedTuple):
-    """Wait for any of these."""
+    """Wait for any of these inputs."""
 
     needs: dict[Need, Forward | Backward]
 
@@ -44,7 +44,7 @@ Action = Forward | Backward | Await
 
 
 class Resend(NamedTuple):
-    """What a rank has computed already and another one needs, after a change of the membership."""
+    """A result that a rank has already computed and another rank needs after a change of the membership."""
 
     kind: Literal["activation", "gradient"]
     leg: Leg
@@ -53,7 +53,7 @@ class Resend(NamedTuple):
 
 @dataclass
 class StepWork:
-    """Step `step` as rank `rank` sees it. `work` is that of all ranks, the rest is its own."""
+    """Step `step` as one rank sees it. `work` is that of all ranks, the other fields are the rank's own."""
 
     step: int
     rank: int
@@ -64,11 +64,11 @@ class StepWork:
 
     @classmethod
     def begin(cls, step: int, rank: int, work: Work) -> Self:
-        """A step of which this rank has done nothing."""
+        """A step of which this rank has computed nothing."""
         return cls(step, rank, work, list(work.spans_of(rank)))
 
     def resume(self, work: Work, started: Iterable[AssignedLeg]) -> None:
-        """Go on with the work of a plan: keep what is held, and the forwards that are still this rank's."""
+        """Adopt the work of a plan: keep the gradients that are held, and the forwards that are still this rank's."""
         self.work = work
         ours = set(work.spans_of(self.rank))
         still = {segment.span for segment in started if segment.rank == self.rank}
@@ -80,7 +80,7 @@ class StepWork:
         """Whether this rank's legs are all finished."""
         return not self.todo and not self.running
 
-    # ------------------------------------------------------------ what comes next
+    # ------------------------------------------------------------ the next operation
 
     def gradients(self) -> dict[Need, Forward | Backward]:
         """The gradients that running legs wait for."""
@@ -90,7 +90,7 @@ class StepWork:
         }
 
     def next(self, depth: int, arrived: Need | None) -> Action:
-        """The next thing to do; `arrived`: one of `gradients` that is there already."""
+        """The next operation; `arrived`: one of `gradients` that has arrived already."""
         gradients = self.gradients()
         if arrived is not None:
             return gradients[arrived]
@@ -115,14 +115,14 @@ class StepWork:
         self.running.add(leg)
 
     def finished(self, leg: Leg) -> None:
-        """The gradient of a leg is held. A leg that the user's loop computes was never `running`."""
+        """The gradient of a leg is held. A leg that the user's own loop computes was never in `running`."""
         if leg in self.running:
             self.running.remove(leg)
         else:
             self.todo.remove(leg)
         self.held.add(leg)
 
-    # ------------------------------------------------------------ who needs what of whom
+    # ------------------------------------------------------------ what ranks need from each other
 
     def resends(self, started: Iterable[AssignedLeg]) -> list[Resend]:
         """What to send again after a change of the membership. `started`: segments whose forward is done elsewhere."""

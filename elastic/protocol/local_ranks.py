@@ -1,6 +1,6 @@
-"""Which of a node's slots each of its ranks has: its LOCAL_RANK, its log files, its GPU.
+"""Which slot of a node belongs to which of its ranks: the rank's LOCAL_RANK, log files and GPU.
 
-A node that comes later gets whatever ranks are vacant, 0 and 3 say: a slot cannot be worked out from a rank.
+A node that joins later is assigned whatever ranks are vacant, such as 0 and 3, so a rank does not determine its slot.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from dataclasses import dataclass, field, replace
 
 @dataclass(frozen=True)
 class LocalRanks:
-    """The slots 0 to `slots` - 1 of one node, given to ranks. A rank that is started again keeps its slot."""
+    """The slots 0 to `slots` - 1 of one node, assigned to ranks. A rank that is restarted keeps its slot."""
 
     slots: int
     of: Mapping[int, int] = field(default_factory=dict)  # rank -> slot
 
     def give(self, starting: Sequence[int], running: Collection[int]) -> LocalRanks:
-        """Give slots to the ranks that start now, beside those that are `running`; the others' are free.
+        """Assign slots to the ranks that start now, next to the `running` ones; all other slots are free.
 
-        Raises ValueError if there are not enough.
+        Raises ValueError if there are not enough free slots.
         """
         of: dict[int, int] = {}
-        if len(starting) < self.slots:  # else the whole node: in the order of the ranks, as torchrun does
+        if len(starting) < self.slots:  # otherwise the whole node starts: in the order of the ranks, as torchrun does
             of = {rank: slot for rank, slot in self.of.items() if rank in running or rank in starting}
         free = [slot for slot in range(self.slots) if slot not in of.values()]
         new = [rank for rank in sorted(starting) if rank not in of]

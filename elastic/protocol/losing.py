@@ -1,4 +1,4 @@
-"""A node is lost, with its agent, keeper and workers, all at once; or it only fell silent, which is the same."""
+"""A node is lost, with its agent, keeper and workers; a node that is merely silent is treated in the same way."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from .state import (
     Status,
 )
 
-GAP_FACTOR = 4.0  # times the longest silence that a node has shown and come back from
-GAP_MEMORY = 0.99  # how slowly that is forgotten, per heartbeat
+GAP_FACTOR = 4.0  # times the longest silence from which the node has returned
+GAP_MEMORY = 0.99  # decay of that silence, per heartbeat
 FORMING_TIMEOUT_S = 10.0  # before training starts a node may be busy importing
-NOBODY_S = 60.0  # for all nodes at once
+NOBODY_S = 60.0  # if all nodes are silent at once
 LEAST_BEAT_S, BEATS_PER_S = 0.25, 10_000
-BEATS_MISSED = 6  # one after the other; datagrams may be lost
-SLEPT_S = 1.0  # ticks further apart than this: it was the coordinator that slept
+BEATS_MISSED = 6  # in a row; datagrams may be lost
+SLEPT_S = 1.0  # ticks further apart than this: the coordinator itself was not running
 
 
 def heartbeats(state: State, event: e.HeartbeatsReceived, now: float) -> Outcome:
-    """Nodes are alive."""
+    """Heartbeats of nodes have arrived."""
     heard = dict(state.heard)
     for node in event.nodes:
         if node in state.nodes:
@@ -43,13 +43,13 @@ def heartbeats(state: State, event: e.HeartbeatsReceived, now: float) -> Outcome
 
 
 def returned(state: State, event: e.CoordinatorReturned, now: float) -> Outcome:
-    """The coordinator is another one: how long it has heard nothing says nothing."""
+    """Another coordinator has taken over: the silence it has observed so far proves nothing."""
     heard = {node: Heard(now + event.grace_s) for node in state.nodes}
     return replace(state, heard=heard, ticked_s=now), []
 
 
 def beat_s(config: Config) -> float:
-    """The time between a node's heartbeats: all of them together are to be no more than a coordinator can hear."""
+    """The interval of a node's heartbeats, chosen so that the coordinator can receive those of all nodes."""
     return max(LEAST_BEAT_S, config.max_nodes / BEATS_PER_S)
 
 
@@ -63,9 +63,9 @@ Lost = Callable[[State, e.NodeLost, float], Outcome]
 
 
 def silent_node(state: State, now: float, lost: Lost | None = None) -> Outcome:
-    """Declare a node lost that has been silent for too long; none for what the coordinator itself slept through.
+    """Declare a node lost that has been silent for too long, not counting time in which the coordinator did not run.
 
-    `lost`: what that means; None: `node_lost`.
+    `lost`: the handler of the loss; None: `node_lost`.
     """
     slept_s = now - state.ticked_s if state.ticked_s else 0.0
     state = replace(state, ticked_s=now)
@@ -74,7 +74,7 @@ def silent_node(state: State, now: float, lost: Lost | None = None) -> Outcome:
         return replace(state, heard=heard), []
     least = least_timeout_s(state)
     if all(now - at_s > least for at_s, _ in state.heard.values()):
-        least = max(least, NOBODY_S)  # nobody is heard: more likely it is the coordinator that is cut off
+        least = max(least, NOBODY_S)  # all nodes are silent: more likely the coordinator is cut off
     for name, (at_s, gap_s) in state.heard.items():
         silent_s = now - at_s
         if silent_s > least and silent_s > min(GAP_FACTOR * gap_s, 4 * least):
@@ -83,7 +83,7 @@ def silent_node(state: State, now: float, lost: Lost | None = None) -> Outcome:
 
 
 def node_lost(state: State, event: e.NodeLost, now: float) -> Outcome:
-    """A node is gone, and with it what only it held."""
+    """A node is lost, and with it all state that only it held."""
     if event.node not in state.nodes:
         return state, []
     lost = state.nodes[event.node]
@@ -106,7 +106,7 @@ def node_lost(state: State, event: e.NodeLost, now: float) -> Outcome:
 
 
 def without_node(state: State, node: str) -> State:
-    """The state without a node and its workers; their ranks are free for a node that comes."""
+    """The state without a node and its workers; their ranks become vacant."""
     vacant = {w.id.rank: w.id.incarnation for w in state.workers.values() if w.node == node}
     return replace(
         state,
@@ -125,7 +125,7 @@ def _lost_before_training(state: State, where: str) -> Outcome:
 
 
 def _lost_in_training(before: State, state: State, event: e.NodeLost, now: float) -> Outcome:
-    """Recover, if it held something."""
+    """Recover, if the node held state of the training."""
     joining = before.join.layout.ranks if before.join is not None else ()
     held = [
         w

@@ -1,7 +1,7 @@
-"""Workers that become ready: what they say of the job is compared with what the others said.
+"""Workers that become ready: their descriptions of the job are compared.
 
-At the start a difference ends the job. Once training has begun it keeps the newcomer out: the script, or the data, was
-changed while the job ran, and the members are not to suffer for it.
+At the start a difference ends the job. Once training has begun it only keeps the newcomer out: its script or data was
+changed while the job ran, which must not disturb the members.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ _SETTINGS = ("steps", "stages", "micro_batches", "global_batch_size", "seed", "s
 
 
 def difference(state: State, theirs: e.Job, rank: int) -> str:
-    """What a worker that is ready has otherwise than the others, and what to do about it; empty if nothing matters.
+    """How a ready worker's description differs from the others', and what to do about it; empty if it is compatible.
 
-    The values that the model was initialised with do not matter to a job that has committed a step: its own take their
-    place.
+    Once a job has committed a step, the initial values of the newcomer's model do not matter: it receives the job's.
     """
     ours = state.job
     assert ours is not None
@@ -68,7 +67,7 @@ def difference(state: State, theirs: e.Job, rank: int) -> str:
 
 
 def refused(state: State, worker: Worker, why: str) -> Outcome:
-    """Training has begun, and this newcomer does not fit: it is ended, and its rank stays vacant."""
+    """Training has begun, and this newcomer is incompatible: it is killed, and its rank stays vacant."""
     rank, incarnation = worker.id
     others = {r: other for r, other in state.workers.items() if r != rank}
     record = e.Record("newcomer_refused", {"rank": rank, "node": worker.node, "why": why})

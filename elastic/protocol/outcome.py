@@ -1,4 +1,4 @@
-"""What every decision of the coordinator is made of: a new state, and the effects that go with it."""
+"""The result of every decision of the coordinator: a new state, and the effects that belong to it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def current(state: State, worker: e.WorkerId) -> Worker | None:
 
 
 def with_workers(state: State, *workers: Worker) -> State:
-    """The state with these workers in place of those of their ranks."""
+    """The state with these workers in place of the earlier ones of their ranks."""
     return replace(state, workers={**state.workers, **{w.id.rank: w for w in workers}})
 
 
@@ -41,28 +41,28 @@ def start_workers(state: State, node: str, only: e.WorkerId | None = None) -> e.
 
 
 def fail(state: State, ending: Ending, why: str, detail: str = "", rank: int = -1) -> Outcome:
-    """The job is over, and has failed."""
+    """End the job with a failure."""
     return replace(state, phase=Phase.DONE), [e.EndJob(False, why, detail, rank, ending=ending)]
 
 
 def end_with_loss(state: State, ending: Ending, why: str) -> Outcome:
-    """The job is over before its time, though not by a failure of the machine."""
+    """End the job early, although no machine failed."""
     end = e.EndJob(False, why, lost=(*state.lost, why), ending=ending)
     return replace(state, phase=Phase.DONE, concluding=None), [end]
 
 
 def last_version(state: State) -> int:
-    """The version that training ends with: that of the job's last step, or the one that somebody has left at."""
+    """The version at which training ends: that after the job's last step, or the one at which a rank left the loop."""
     assert state.job is not None
     return min([state.job.steps, *(w.left for w in state.members() if w.left >= 0)])
 
 
 def has_trained(state: State, worker: Worker) -> bool:
-    """Whether a member has all of training behind it, so that only the end of its script is missing."""
+    """Whether a member has finished training, so that only the end of its script is missing."""
     member = worker.status in (Status.MEMBER, Status.FINISHED)
     return member and state.job is not None and state.committed + 1 >= last_version(state)
 
 
 def ranks_text(ranks: Sequence[int]) -> str:
-    """Ranks in a sentence."""
+    """Ranks, as part of a sentence."""
     return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"

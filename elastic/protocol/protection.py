@@ -1,4 +1,4 @@
-"""What outlives a node: where parity goes, what that takes of each node's memory, and how far back a loss leads."""
+"""Protection from lost nodes: where parity is placed, how much memory it needs, and to which version a loss leads."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from everstep.resharding.planners import change_layout
 from . import events as e
 from .state import RecoveryStory, State
 
-STATE_SLOTS = 3  # per shard: a version that outlives nodes, the newest complete one, and the one being written
-LOCAL_STATE_SLOTS = 2  # where no node can be lost: the newest complete version, and the one being written
+STATE_SLOTS = 3  # per shard: a protected version, the newest complete one, and the one being written
+LOCAL_STATE_SLOTS = 2  # if no node loss is covered: the newest complete version, and the one being written
 GRADIENT_SLOTS = 2
 PARITY_SLOTS = 3
 
 
 def state_slots(protection: str, max_nodes: int, *, checkpoints: bool) -> int:
-    """How many versions of a shard's state its keeper holds; one more where one may be being saved."""
+    """How many versions of a shard's state its keeper holds; one more if one may be in the process of being saved."""
     nodes = protection in ("parity", "replicate") and max_nodes > 1
     return (STATE_SLOTS if nodes else LOCAL_STATE_SLOTS) + checkpoints
 
 
 def placement_for(state: State, layout: Layout) -> Placement:
-    """Where the parity of each shard goes in the generation of `layout`, changing as little as can be."""
+    """Where the parity of each shard is placed in the generation of `layout`, with as few changes as possible."""
     job = state.job
     assert job is not None
     if job.protection == "none":
         return Placement(generation=layout.generation, width=0, losses=0, wanted=0, stripes=())
     node_of = {rank: worker.node for rank, worker in state.workers.items()}
-    stages: dict[str, set[int]] = {}  # of nodes with members: a keeper hears of a generation from those
+    stages: dict[str, set[int]] = {}  # of nodes with members: only their keepers learn of a generation
     for number, stage in enumerate(layout.stages):
         for rank in stage.ranks:
             stages.setdefault(node_of[rank], set()).add(number)
@@ -50,7 +50,7 @@ def placement_for(state: State, layout: Layout) -> Placement:
 
 
 def memory_needed(state: State, layout: Layout, placement: Placement) -> dict[str, int]:
-    """Bytes of protection per node: its shards' slots, and the parity it holds for others."""
+    """Bytes of protection per node: the slots of its shards, and the parity it holds for others."""
     job = state.job
     assert job is not None
     slots = state_slots(job.protection, state.config.max_nodes, checkpoints=job.checkpoints)
@@ -61,7 +61,7 @@ def memory_needed(state: State, layout: Layout, placement: Placement) -> dict[st
     for stripe in placement.stripes if job.state_bytes else ():
         largest = max(job.state_bytes[shard] for shard in stripe.shards)
         held = PARITY_SLOTS * largest
-        if job.protection == "replay":  # a copy that lives, and its snapshots
+        if job.protection == "replay":  # a live copy, and its snapshots
             held = (1 + slots) * largest + GRADIENT_SLOTS * max(job.gradient_bytes[shard] for shard in stripe.shards)
         for node in stripe.parity:
             needed[node] += held
@@ -69,7 +69,7 @@ def memory_needed(state: State, layout: Layout, placement: Placement) -> dict[st
 
 
 def too_small(state: State, needed: Mapping[str, int]) -> str:
-    """Which node lacks the memory that protection needs, in words; empty if none does."""
+    """Which node lacks the memory that protection needs, as an error text; empty if none does."""
     for name, node in state.nodes.items():
         if 0 < node.memory_bytes < needed[name]:
             return (
@@ -81,7 +81,7 @@ def too_small(state: State, needed: Mapping[str, int]) -> str:
 
 
 def statements(state: State, placement: Placement, needed: Mapping[str, int]) -> list[e.Effect]:
-    """What the people at each node, and the log, are told of the job's protection."""
+    """Describe the job's protection on each node's terminal and in the event log."""
     job = state.job
     assert job is not None
     describe = describe_protection(job.protection, placement)
@@ -100,7 +100,7 @@ def statements(state: State, placement: Placement, needed: Mapping[str, int]) ->
 
 
 def describe_protection(mode: str, placement: Placement) -> str:
-    """One line for people."""
+    """The protection as one line of text."""
     note = f" ({placement.note})" if placement.note else ""
     if not placement.stripes:
         return f"protection: of lost workers, not of lost nodes{note}"
@@ -114,10 +114,10 @@ def _mib(count: int) -> str:
 
 
 def protected_now(state: State, reports: Iterable[tuple[str, Report]]) -> int:
-    """The newest version that the live nodes' keepers hold with its parity; -1 if they do not all say so.
+    """The newest version that the live nodes' keepers hold with its parity; -1 if one of them does not confirm it.
 
-    Who has to say so of a generation is a matter of where parity lay in it. What a lost node held of such a version can
-    be made again from its parity, so the lost need not say anything.
+    The placement of parity in a generation determines which nodes have to confirm. What a lost node held of such a
+    version can be reconstructed from its parity, so lost nodes need not confirm.
     """
     said: dict[tuple[str, int], int] = {}
     for node, report in reports:
@@ -131,7 +131,7 @@ def protected_now(state: State, reports: Iterable[tuple[str, Report]]) -> int:
 
 
 def still_missing(recovery: RecoveryStory, newest: int) -> RecoveryStory:
-    """The recovery without what a plan made good that training went on from: all had carried it out."""
+    """The recovery without the losses that an earlier plan has repaired: all members had carried that plan out."""
     if not 0 <= recovery.planned < newest:
         return recovery
     return replace(
@@ -140,25 +140,25 @@ def still_missing(recovery: RecoveryStory, newest: int) -> RecoveryStory:
 
 
 def target(state: State, recovery: RecoveryStory, newest: int, reports: Sequence[tuple[str, Report]]) -> int:
-    """The version to go on from: `newest`, or, if a lost node took some of it along, the newest that is whole.
+    """The version to resume from: `newest`, or, if a lost node held part of that, the newest version that is whole.
 
-    A node took nothing along if its members had only just entered at `newest`: what they own is still where they took
-    it from, or, at version 0, made from the seed. -1 if there is no such version.
+    A lost node held nothing exclusively if its members had only just entered at `newest`: the shards they own still
+    exist where they fetched them from, or, at version 0, follow from the seed. -1 if there is no such version.
     """
     exposed = any(loss.since < newest for loss in recovery.losses)
     if recovery.ceiling is None and not exposed:
         return newest
     candidates = [state.protected, protected_now(state, reports)]
     if state.job is not None and state.job.protection == "replay":
-        candidates.append(newest)  # a backup has what the owner has, or the gradient that leads there
+        candidates.append(newest)  # a backup holds what the owner held, or the gradient that leads there
     limit = newest if recovery.ceiling is None else min(newest, recovery.ceiling)
     return max((version for version in candidates if version <= limit), default=-1)
 
 
 def stand_in(state: State, job: e.Job, recovery: RecoveryStory, newest: int) -> tuple[int, RecoveryStory]:
-    """The version to go on from with what is gone made up from neighbouring layers; -1 if it cannot be.
+    """The version to resume from with lost shards approximated from neighbouring layers; -1 if that is impossible.
 
-    At the version that was tried last, or, if nothing outlives nodes here, at the newest.
+    It is the version that was attempted last, or, if no version is protected, the newest.
     """
     assert state.layout is not None
     if recovery.ceiling is not None:
@@ -172,9 +172,9 @@ def stand_in(state: State, job: e.Job, recovery: RecoveryStory, newest: int) -> 
 
 
 def resumable(state: State, recovery: RecoveryStory, newest: int) -> bool:
-    """Whether the job may go back to its newest checkpoint, when no memory has what is needed.
+    """Whether the job may return to its newest checkpoint, when no memory holds what is needed.
 
-    Going on from where it has only just been resumed is no loss, whatever `on_loss` says.
+    To return to the checkpoint from which the job has only just resumed loses nothing, whatever `on_loss` says.
     """
     job = state.job
     if job is None or not state.saved:
@@ -183,7 +183,7 @@ def resumable(state: State, recovery: RecoveryStory, newest: int) -> bool:
 
 
 def resume_plan(state: State, ranks: list[int]) -> tuple[State, Plan]:
-    """The plan by which all go on from the newest checkpoint, and the state that has given up what came after."""
+    """The plan by which all resume from the newest checkpoint, and the state without the steps after it."""
     assert state.job is not None
     assert state.layout is not None
     newest = state.saved[0]

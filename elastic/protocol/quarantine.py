@@ -2,7 +2,7 @@
 
     too many troubles -> quarantined -> its nodes are drained, where enough others stay -> joins are refused -> released
 
-The job never has fewer nodes than `min_nodes` because of this: then it keeps, and takes in, whom it has.
+Quarantine never leaves the job with fewer than `min_nodes` nodes: in that case it keeps, and accepts, quarantined ones.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .troubles import spares
 
 
 def keep_out(state: State, now: float) -> Outcome:
-    """What is due: release hosts whose time is over, and drain a node of one whose is not."""
+    """Release hosts whose quarantine is over, and drain a node of a host whose quarantine is not."""
     if not state.quarantined:
         return state, []
     state, released = _release(state, now)
@@ -38,12 +38,12 @@ def _release(state: State, now: float) -> Outcome:
 
 
 def _drain_one(state: State, now: float) -> Outcome:
-    """The first node that can be spared; the next one at another tick."""
+    """Drain the first node that can be spared; the next one follows at a later tick."""
     job = state.job
     if state.phase is not Phase.RUNNING or job is None or state.stopping is not None or state.join is not None:
         return state, []
     if state.committed + 2 >= job.steps or any(w.status is Status.FINISHED for w in state.members()):
-        return state, []  # the end lets it go
+        return state, []  # the end of the job releases it
     for name, node in state.nodes.items():
         quarantine = state.quarantined.get(node.host)
         if quarantine is not None and name not in state.leaving and spares(state, name):
@@ -53,7 +53,7 @@ def _drain_one(state: State, now: float) -> Outcome:
 
 
 def _take_back(state: State) -> State:
-    """Those who were to go on without a node are lost: it stays after all, unless it has handed over already."""
+    """The nodes that were to continue without this one are lost: it stays, unless it has handed over already."""
     if state.nodes.keys() - state.leaving.keys() or state.join is not None:
         return state
     left = {worker.node for worker in state.workers.values() if worker.status is Status.LEFT}

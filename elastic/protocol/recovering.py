@@ -1,4 +1,4 @@
-"""A worker is lost: the generation is aborted, survivors report, a plan is made and handed out."""
+"""Recovery from a lost worker: abort the generation, collect reports, make a plan, distribute it."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ from .state import (
 
 
 def died(state: State, event: e.WorkerDied, now: float) -> Outcome:
-    """A worker is gone: start its heir, and recover if it held something."""
+    """A worker is gone: start its replacement, and recover if the worker held state."""
     worker = current(state, event.worker)
     if worker is None or worker.status is Status.EXITED:
         return state, []
@@ -92,7 +92,7 @@ def died(state: State, event: e.WorkerDied, now: float) -> Outcome:
         if worker.id not in state.recovery.awaited:
             if worker.id.rank in state.workers:
                 return state, replaced
-            state, more = plan_if_complete(state, now)  # it may have been the last that was waited for
+            state, more = plan_if_complete(state, now)  # the recovery may have been waiting only for this worker
             return state, [*replaced, *more]
     elif not (was_member or joining):
         return state, replaced
@@ -101,14 +101,14 @@ def died(state: State, event: e.WorkerDied, now: float) -> Outcome:
 
 
 def _counted(worker: Worker, event: e.WorkerDied) -> Worker:
-    """The worker with one death more. Who was killed with signs of life did not fail: perhaps it only needs longer."""
+    """The worker with one more death. A worker killed with signs of life did not fail: it may only need longer."""
     if event.hang == "alive":
         return replace(worker, hangs=worker.hangs + 1)
     return replace(worker, deaths=worker.deaths + 1)
 
 
 def _ended_its_process(state: State, worker: Worker, event: e.WorkerDied, now: float) -> Outcome:
-    """A member has ended with status 0: it means to leave, alone. The others save what there is, and end."""
+    """A member has ended with status 0, alone. The others save a checkpoint, and the job ends."""
     job = state.job
     assert job is not None
     rank, incarnation = worker.id
@@ -129,7 +129,7 @@ def _ended_its_process(state: State, worker: Worker, event: e.WorkerDied, now: f
 
 
 def _replaced(state: State, worker: Worker) -> Outcome:
-    """Start the heir of a worker that died; none on a node that is leaving, unless all that is left is the end."""
+    """Start the replacement of a dead worker; none on a leaving node, unless only the end of the job remains."""
     rank, incarnation = worker.id
     trained = has_trained(state, worker)
     if worker.node in state.leaving and not trained:
@@ -147,7 +147,7 @@ def _replaced(state: State, worker: Worker) -> Outcome:
 
 
 def lacking(state: State, event: e.WorkerLacking, now: float) -> Outcome:
-    """A version cannot be had after all: go back to an older one that can."""
+    """A version cannot be restored: go back to an older one that can."""
     if not _in_force(state, event.generation) or current(state, event.worker) is None:
         return state, []
     fields = {"rank": event.worker.rank, "version": event.version, "shards": len(event.shards)}
@@ -161,13 +161,13 @@ def lacking(state: State, event: e.WorkerLacking, now: float) -> Outcome:
 
 
 def corrupted(state: State, event: e.CorruptionFound, now: float) -> Outcome:
-    """Damaged bytes were found and not used. A frame must be sent again, a replica repaired: in a new generation."""
+    """Damaged bytes were found and not used. A frame is sent again, a replica repaired: both in a new generation."""
     if current(state, event.worker) is None:
         return state, []
     found = {"where": event.where, "node": event.node, "rank": event.rank, "shard": event.shard}
     record = e.Record("corruption", {**found, "found_by": event.worker.rank, "detail": event.detail})
     if event.where not in ("frame", "replica", "backup") or not _in_force(state, event.generation):
-        return state, [record]  # what was found in a keeper was passed over, and had from elsewhere
+        return state, [record]  # the reader ignored the damaged bytes of a keeper, and found the data elsewhere
     state, effects = begin_recovery(
         state, None, now, cause=Cause.CORRUPTION, why=f"a damaged {event.where} of rank {event.rank}"
     )
@@ -189,14 +189,14 @@ def begin_recovery(
     node: str = "",
     lost: Sequence[Worker] = (),
 ) -> Outcome:
-    """Abort the generation and ask everyone who may hold something for a report."""
+    """Abort the generation and request a report from every worker that may hold state."""
     generation = state.generation + 1
     asked = list(state.members())
     if state.join is not None:
         asked += [
             w for w in state.workers.values() if w.status is Status.READY and w.id.rank in state.join.layout.ranks
         ]
-    earlier = state.recovery  # under way, or over but for the next commit: one story, one line in the log
+    earlier = state.recovery  # in progress, or complete except for the next commit: one recovery, one log line
     if earlier is not None and state.phase is Phase.RECOVERING:
         asked += [w for w in state.workers.values() if w.id in earlier.awaited and w not in asked]
     if death is not None:
@@ -233,7 +233,7 @@ def begin_recovery(
 
 
 def reported(state: State, event: e.WorkerReported, now: float) -> Outcome:
-    """A survivor says what it has."""
+    """A survivor reports what it holds."""
     recovery = state.recovery
     if recovery is None or event.generation != recovery.generation or event.worker not in recovery.awaited:
         return state, []
@@ -243,7 +243,7 @@ def reported(state: State, event: e.WorkerReported, now: float) -> Outcome:
 
 
 def plan_if_complete(state: State, now: float) -> Outcome:
-    """Make the plan once everybody who is alive has reported."""
+    """Make the plan once every live worker has reported."""
     recovery, job = state.recovery, state.job
     assert recovery is not None
     assert job is not None
@@ -258,13 +258,13 @@ def plan_if_complete(state: State, now: float) -> Outcome:
     reports += [Report(rank=w.id.rank, generation=0, fresh=True) for w in ready]
     starting = any(w.status is Status.STARTING for w in state.workers.values())
     if starting and all(report.fresh for report in reports):
-        return state, []  # nobody is left who was training: start, with all replacements, from what the keepers hold
+        return state, []  # no member is left: start, with all replacements, from what the keepers hold
     if not reports:
         if state.stopping is not None and state.stopping.left:
             return end_with_loss(state, state.stopping.ending, state.stopping.why)
         return fail(state, Ending.NO_NODE_STAYS if state.leaving else Ending.NO_MEMBER, nobody_left(state))
     furthest = max([state.agreed, *(report.agreed for report in reports)]) + 1
-    # Some may not have carried out a rollback yet: what they agreed on before was given up.
+    # Some members may not have carried out a rollback yet: earlier agreements of theirs were given up.
     newest = max([state.agreed, *(r.agreed for r in reports if r.generation >= state.rolled_back)]) + 1
     by_node = [(state.workers[report.rank].node, report) for report in reports]
     recovery = still_missing(recovery, newest)
@@ -291,7 +291,7 @@ def plan_if_complete(state: State, now: float) -> Outcome:
         )
     assert plan.version is not None
     lost_steps = max(recovery.lost_steps, state.committed + 1 - plan.version)
-    if plan.version != recovery.step:  # the interrupted step had been agreed on, or all of it is computed again
+    if plan.version != recovery.step:  # the interrupted step had been agreed on, or is computed again from its start
         recovery = replace(recovery, lost_micro_batches=0)
     losses = tuple(loss._replace(planned=True) for loss in recovery.losses)
     recovery = replace(recovery, planned_s=now, lost_steps=lost_steps, losses=losses, planned=plan.version, join=None)
@@ -308,7 +308,7 @@ def plan_if_complete(state: State, now: float) -> Outcome:
         state = replace(state, agreed=plan.version - 1, agreement=plan.agreement)
     state = replace(state, protected=max(state.protected, plan.protected))
     state, effects = enter(state, plan, "planned", {"summary": plan.describe()})
-    if joined := [w.id.rank for w in ready if w.id.rank in plan.layout.ranks]:  # they were ready before the plan was
+    if joined := [w.id.rank for w in ready if w.id.rank in plan.layout.ranks]:  # they had been ready before the plan
         effects.append(taken_in(plan, joined))
     if plan.stand_ins:
         fields = {"version": plan.version, "shards": list(plan.stand_ins)}
@@ -319,27 +319,27 @@ def plan_if_complete(state: State, now: float) -> Outcome:
 def _recovery_plan(
     state: State, job: e.Job, recovery: RecoveryStory, reports: list[Report], back_to: int | None
 ) -> Plan:
-    """Forward to the newest step known to be agreed on, or back to a version that outlived the lost nodes.
+    """The version to resume from: the newest step known to be agreed on, or an older one that survived the lost nodes.
 
-    From the seed again if all are fresh and nothing was agreed on.
+    It is version 0, from the seed, if all workers are fresh and nothing was agreed on.
     """
     assert state.layout is not None
     ranks = sorted(report.rank for report in reports)
     if state.agreed < 0 and all(report.fresh for report in reports):
         return plan_start(change_layout(job.model, state.layout, ranks, state.generation))
-    # A join that nobody switched to has cost nothing; who holds what is taken from the reports in either case.
+    # A join that no member switched to changed nothing; in either case the reports say who holds what.
     join, entered = recovery.join, max(report.generation for report in reports)
     old = join.layout if join is not None and entered >= join.generation else state.layout
     if back_to is not None:
         agreement = state.agreements.get(back_to - 1, "")
         return plan_rollback(job.model, old, ranks, state.generation, back_to, agreement)
-    if recovery.substitutes:  # what is computed with is another model: no rank has its values, nor a part of a step
+    if recovery.substitutes:  # approximated shards make it another model: no rank has its values, nor part of a step
         reports = [replace(r, values_version=-1, held=(), started=(), todo=()) for r in reports]
     return plan_recovery(job.model, old, reports, state.generation, (state.agreed, state.agreement))
 
 
 def _everything_gone(state: State, recovery: RecoveryStory, newest: int) -> str:
-    """Why the job cannot go on: what is lost, who held it, and what was protected."""
+    """Why the job cannot continue: what is lost, which node held it, and what was protected."""
     assert state.layout is not None
     live = set(state.workers) - set(state.vacant)
     gone = recovery.lacking or [i for i, owner in enumerate(state.layout.owners) if owner not in live]
@@ -367,7 +367,7 @@ def all_ready(state: State) -> bool:
 
 
 def begin_training(state: State) -> Outcome:
-    """Everybody is ready: the first layout."""
+    """Every worker is ready: make the first layout."""
     job = state.job
     assert job is not None
     try:
@@ -386,7 +386,7 @@ def begin_training(state: State) -> Outcome:
 
 
 def enter(state: State, plan: Plan, event: str, fields: dict[str, Any]) -> Outcome:
-    """Make every rank of the plan a member and let all carry it out."""
+    """Make every rank of the plan a member and have all of them carry it out."""
     members = [
         w if w.status in (Status.FINISHED, Status.MEMBER) else replace(w, status=Status.MEMBER, since=plan.version or 0)
         for w in state.workers.values()
@@ -412,7 +412,7 @@ def _steps(state: State) -> int:
 
 
 def carry_out(state: State, plan: Plan) -> Outcome:
-    """Give a plan to its members, and those who leave by it, with the placement of parity from then on."""
+    """Send a plan to its members, and to those that leave by it, with the placement of parity from then on."""
     before = state.placement
     placement = placement_for(state, plan.layout)
     in_force = state.layout.generation if state.layout else 0
@@ -449,12 +449,12 @@ def resumed(state: State, event: e.WorkerResumed, now: float) -> State:
 
 
 def taken_in(plan: Plan, ranks: list[int]) -> e.Record:
-    """Workers that `plan` makes members."""
+    """The workers that `plan` makes members."""
     return e.Record("joined", {"generation": plan.generation, "ranks": ranks, "layout": plan.layout.describe()})
 
 
 def recovered(recovery: RecoveryStory, step: int, now: float) -> e.Record:
-    """The log line of a recovery: its phases in seconds, which add up to the total."""
+    """The log line of a recovery: its phases in seconds, whose sum is the total."""
     detect_s = recovery.detected_s - recovery.killed_s
     abort_s = max(0.0, recovery.started_s - recovery.detected_s)
     agree_s = max(0.0, recovery.planned_s - recovery.started_s - recovery.busy_s)

@@ -1,4 +1,4 @@
-"""Replicas of a parameter that differ: which ones, and what is true.
+"""Replicas of a parameter that differ: which ones they are, and which value is right.
 
 Every rank that computes with a parameter has a replica of it, and so have its backups. Each replica has a digest.
 """
@@ -20,9 +20,9 @@ _WEIGHT = 1 << 64
 
 @dataclass(frozen=True)
 class Digests:
-    """Shard -> digest: of what may be damaged here as it was committed, of what is computed with, of backups.
+    """Shard -> digest: of committed values that may be damaged here, of the values in computation, of backups.
 
-    `master`: of masters that are stepped here and backed up elsewhere. Backups of these are masters, too.
+    `master`: digests of masters that are stepped here and backed up elsewhere. Their backups are masters, too.
     """
 
     committed: Mapping[int, int] = field(default_factory=dict)
@@ -31,17 +31,17 @@ class Digests:
     master: Mapping[int, int] = field(default_factory=dict)
 
     def of(self, shards: Collection[int]) -> Digests:
-        """Those of some shards."""
+        """The digests of some shards."""
         chosen = set(shards)
         kinds = (self.committed, self.live, self.backup, self.master)
         return Digests(*({shard: value for shard, value in kind.items() if shard in chosen} for kind in kinds))
 
     def each(self) -> list[tuple[int, int]]:
-        """(shard, digest), of all of them."""
+        """(shard, digest), of all digests."""
         return [*self.committed.items(), *self.live.items(), *self.backup.items(), *self.master.items()]
 
     def imbalance(self, layout: Layout, spec: ModelSpec, rank: int, backups: Callable[[int], Collection[int]]) -> int:
-        """This rank's part in a sum that is 0 over all ranks only if the copies of every shard are equal.
+        """This rank's addend of a sum that is 0 over all ranks only if the copies of every shard are equal.
 
         `backups`: shard -> the ranks that back it up.
         """
@@ -52,14 +52,14 @@ class Digests:
                 held = 0 if shard in self.master else len(backups(shard))
                 counted.append((shard, value, -index.copies(shard) - held))
         counted += [(shard, value, -len(backups(shard))) for shard, value in self.master.items()]
-        for shard, value in self.committed.items():  # weighs more than all copies: these must not make up for it
+        for shard, value in self.committed.items():  # outweighs all copies: equal copies must not compensate for it
             counted += [(shard, value, _WEIGHT), (shard, self.live.get(shard, value), -_WEIGHT)]
         return imbalance(counted)
 
 
 @dataclass(frozen=True)
 class Truth:
-    """The digests of a shard's values: as they are computed with, and as the optimizer steps them (None: not known)."""
+    """The digests of a shard's values: those computed with, and those that the optimizer steps (None: not known)."""
 
     live: int
     stepped: int | None
@@ -67,7 +67,7 @@ class Truth:
 
 @dataclass(frozen=True)
 class Made:
-    """Shard -> the digests of its values, made again by its owner; None if that could not be."""
+    """Shard -> the digests of its values, recomputed by its owner; None if that was impossible."""
 
     digests: Mapping[int, Truth | None]
 
@@ -77,11 +77,11 @@ class Odd(NamedTuple):
 
     shard: int
     rank: int
-    backup: bool = False  # of a copy that is not computed with
+    backup: bool = False  # a copy that takes no part in computation
 
 
 class _Said(NamedTuple):
-    """A digest that a rank gave. `stepped`: of what the optimizer steps, apart from what is computed with."""
+    """A digest that a rank reported. `stepped`: of what the optimizer steps, apart from the values computed with."""
 
     shard: int
     rank: int
@@ -102,7 +102,7 @@ def _said(found: Mapping[int, Digests]) -> list[_Said]:
 
 
 def disputed(found: Mapping[int, Digests]) -> list[int]:
-    """The shards of which not all digests, by rank, are the same."""
+    """The shards whose digests differ between ranks."""
     values: dict[tuple[int, bool], set[int]] = {}
     for one in _said(found):
         values.setdefault((one.shard, one.stepped), set()).add(one.digest)
@@ -110,7 +110,7 @@ def disputed(found: Mapping[int, Digests]) -> list[int]:
 
 
 def odd_ones(found: Mapping[int, Digests], truth: Mapping[int, Truth]) -> list[Odd]:
-    """The replicas that differ from what is true."""
+    """The replicas that differ from the right value."""
     odd: set[Odd] = set()
     for one in _said(found):
         known = truth.get(one.shard)
@@ -120,7 +120,7 @@ def odd_ones(found: Mapping[int, Digests], truth: Mapping[int, Truth]) -> list[O
 
 
 def decide(found: Mapping[int, Digests], made: Mapping[int, Truth | None]) -> dict[int, Truth]:
-    """What is true of each disputed shard: what its owner made again, else what most say (a tie: the lowest rank)."""
+    """The right digests of each disputed shard: the owner's recomputed ones, else the majority's (tie: lowest rank)."""
     truth: dict[int, Truth] = {}
     for shard, value in made.items():
         if value is not None:

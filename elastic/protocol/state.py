@@ -21,45 +21,45 @@ from .events import (
 
 
 class Phase(enum.Enum):
-    """Where a job is. Classic jobs (no elastic decorator) go from LAUNCHED to DONE by restarts only."""
+    """The phases of a job. Ordinary jobs (no elastic decorator) pass from LAUNCHED to DONE by restarts only."""
 
     FORMING = "forming"  # waiting for nodes
-    LAUNCHED = "launched"  # workers run; elastic ones are waited for
+    LAUNCHED = "launched"  # workers run; the job waits until the elastic ones are ready
     RUNNING = "running"  # training
-    RECOVERING = "recovering"  # the generation was aborted; reports are awaited
-    AFTER = "after training"  # scripts run what comes after; nobody is replaced any more
+    RECOVERING = "recovering"  # the generation was aborted; the coordinator collects reports
+    AFTER = "after training"  # scripts run the code after training; no worker is replaced any more
     DONE = "done"  # the job is over
 
 
 class Status(enum.Enum):
-    """Where a worker is."""
+    """The stages of a worker."""
 
     STARTING = "starting"  # forked, not ready
-    READY = "ready"  # has built its model, is no member yet
+    READY = "ready"  # has built its model, and is not yet a member
     MEMBER = "member"
     FINISHED = "finished"  # still a member; the user's function returned
-    AFTER = "after training"  # its script runs what comes after
+    AFTER = "after training"  # its script runs the code after training
     EXITED = "exited"  # ended with status 0
-    LEFT = "left"  # handed over, and is no member any more; its node is still asked for what it held
+    LEFT = "left"  # handed over, and is no longer a member; the keeper of its node still serves its shards
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """What the launcher was told. Times in seconds."""
+    """The settings of the launcher. Times in seconds."""
 
     min_nodes: int = 1
     max_nodes: int = 1
     max_restarts: int = 0
     last_call_s: float = 1.0
     join_timeout_s: float = 600.0
-    heartbeat_timeout_s: float = 1.5  # the least; longer for a node that has shown longer gaps
-    stop_grace_s: float = 20.0  # how long a job that is to stop may take to save a checkpoint
-    last_save_s: float = 3600.0  # how long the last checkpoint is waited for, whatever workers say
+    heartbeat_timeout_s: float = 1.5  # the least limit; longer for a node that has shown longer gaps
+    stop_grace_s: float = 20.0  # how long a job that is asked to stop may take to save a checkpoint
+    last_save_s: float = 3600.0  # how long the job waits for the last checkpoint, whatever workers report
     crash_limit: int = 5  # deaths of one rank without a committed step between them
-    hang_limit: int = 20  # likewise of those killed as hung while they showed signs of life; each is given longer
-    quarantine_after: int = 0  # troubles of one host, until it is kept out; 0: none ever is
-    quarantine_within_s: float = 3600.0  # of one another
-    quarantine_s: float = 3600.0  # how long it is kept out
+    hang_limit: int = 20  # likewise of workers killed as hung with signs of life; each one is given longer
+    quarantine_after: int = 0  # number of troubles of one host that puts it in quarantine; 0: never
+    quarantine_within_s: float = 3600.0  # the window in which troubles are counted
+    quarantine_s: float = 3600.0  # the duration of a quarantine
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,10 @@ class Node:
 
 
 class Trouble(NamedTuple):
-    """Something that a host failed in, or lagged with."""
+    """A failure or slowness that counts against a host."""
 
     at_s: float
-    what: str  # the event that says so in the log
+    what: str  # the event of the log that reports it
     detail: str
 
 
@@ -93,7 +93,7 @@ class Heard(NamedTuple):
     """When a node was last heard of."""
 
     at_s: float
-    gap_s: float = 0.0  # the longest silence it has shown, slowly forgotten
+    gap_s: float = 0.0  # the longest silence it has shown, decaying slowly
 
 
 @dataclass(frozen=True)
@@ -103,19 +103,19 @@ class Worker:
     status: Status = Status.STARTING
     peer: Mapping[str, Any] | None = None
     deaths: int = 0  # of its rank since the last commit
-    hangs: int = 0  # likewise: those killed as hung with signs of life, which are none of these
-    since: int = 0  # the version at which it became a member: until the next one, all it owns is held elsewhere too
-    owes_end: bool = False  # its rank died after the last step: the user's script has not come to its end there
+    hangs: int = 0  # likewise: workers killed as hung with signs of life, which `deaths` does not include
+    since: int = 0  # the version at which it became a member: before the next one, others still hold all it owns
+    owes_end: bool = False  # its rank died after the last step: the user's script has yet to end on it
     left: int = -1  # the version at which the user's code left the loop; -1: it has not
     left_s: float = 0.0  # when that was
     last_name: str = ""  # of a checkpoint of that version
-    begun: int = -1  # the step that it has begun although somebody had left before it
+    begun: int = -1  # the step that it has begun although another rank left the loop before that
 
 
 class Leaving(NamedTuple):
-    """A node that hands over. `concluded`: its ranks that have nothing under way any more.
+    """A node that hands over. `concluded`: its ranks that have no operation in progress any more.
 
-    `since`: a step that was committed without it; -1 as long as it has members, or none was.
+    `since`: a step that was committed without it; -1 while it has members, or until there is such a step.
     """
 
     why: str
@@ -125,9 +125,9 @@ class Leaving(NamedTuple):
 
 
 class Concluding(NamedTuple):
-    """The last checkpoint is tried once more, as `name`, until `deadline_s`.
+    """The last checkpoint is attempted once more, as `name`, until `deadline_s`.
 
-    `alone`: who left the loop although others went on, if that is how training ends. `told`: who has done its part.
+    `alone`: the error if some ranks left the loop and others did not. `told`: the ranks that have done their part.
     """
 
     version: int
@@ -139,7 +139,7 @@ class Concluding(NamedTuple):
 
 
 class Loss(NamedTuple):
-    """A member lost with its node. `since`: when it became one; `planned`: a plan was made since it was lost."""
+    """A member lost with its node. `since`: when it became a member; `planned`: a plan was made after the loss."""
 
     since: int
     planned: bool = False
@@ -147,7 +147,7 @@ class Loss(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class RecoveryStory:
-    """A recovery under way, and after it until the next commit: what its log line will say."""
+    """A recovery in progress, kept until the next commit: the contents of its log line."""
 
     generation: int
     cause: Cause
@@ -157,16 +157,16 @@ class RecoveryStory:
     phase: str
     lost_micro_batches: int
     lost_steps: int = 0
-    killed_s: float  # when it happened, if that is known, else when it was noticed
+    killed_s: float  # when the worker was killed, if known; otherwise when its death was noticed
     detected_s: float  # when the (first) death was noticed
     started_s: float  # when the coordinator began
-    join: Plan | None = None  # the join plan that some may have switched to
-    nodes_lost: tuple[str, ...] = ()  # what only they held is gone
-    losses: tuple[Loss, ...] = ()  # what went with them, as far as it may still be missing
+    join: Plan | None = None  # the join plan that some members may have switched to
+    nodes_lost: tuple[str, ...] = ()  # state that only they held is lost
+    losses: tuple[Loss, ...] = ()  # the members lost with them whose state may still be missing
     planned: int = -1  # the version of the last plan of this recovery
-    ceiling: int | None = None  # newer versions were tried, and could not be had
-    lacking: tuple[int, ...] = ()  # shards of the version that was tried
-    substitutes: tuple[int, ...] = ()  # shards that are gone, and made up (on_loss="neighbors")
+    ceiling: int | None = None  # newer versions were attempted, and could not be restored
+    lacking: tuple[int, ...] = ()  # shards of the attempted version that are missing
+    substitutes: tuple[int, ...] = ()  # lost shards that are approximated (on_loss="neighbors")
     awaited: frozenset[WorkerId] = frozenset()
     reports: Mapping[WorkerId, Report] = field(default_factory=dict)
     busy_s: float = 0.0
@@ -177,7 +177,7 @@ class RecoveryStory:
 
 @dataclass(frozen=True, kw_only=True)
 class State:
-    """Everything the coordinator knows."""
+    """The state of the coordinator."""
 
     config: Config
     phase: Phase = Phase.FORMING
@@ -187,7 +187,7 @@ class State:
     workers: Mapping[int, Worker] = field(default_factory=dict)
     vacant: Mapping[int, int] = field(default_factory=dict)  # rank -> its last incarnation; its node is lost
     leaving: Mapping[str, Leaving] = field(default_factory=dict)  # nodes that hand over
-    troubles: Mapping[str, tuple[Trouble, ...]] = field(default_factory=dict)  # host -> the newest, oldest first
+    troubles: Mapping[str, tuple[Trouble, ...]] = field(default_factory=dict)  # host -> newest ones, oldest first
     quarantined: Mapping[str, Quarantine] = field(default_factory=dict)  # hosts that are kept out
     ticked_s: float = 0.0
     elastic: bool = False
@@ -195,22 +195,22 @@ class State:
     job: Job | None = None
     generation: int = 0
     layout: Layout | None = None
-    join: Plan | None = None  # a join or a leave: prepared, not yet switched to
+    join: Plan | None = None  # a prepared join or departure that no member has switched to yet
     recovery: RecoveryStory | None = None
     placement: Placement | None = None  # of parity, in the newest generation
     placements: Mapping[int, Placement] = field(default_factory=dict)  # by generation: the layout's, and the join's
-    committed: int = -1  # the last committed step; goes back when a lost node takes versions with it
+    committed: int = -1  # the last committed step; goes back when versions are lost with a node
     recorded: int = -1  # the last step in the ledger; never goes back
     agreed: int = -1  # the newest step known to have been agreed on, by a commit or a report
-    agreement: str = ""  # what was agreed in it
-    protected: int = -1  # the newest version that is known to outlive nodes
-    snapshot_every: int = 0  # steps between versions that outlive nodes, as agreed last; 0 before anything was
-    agreements: Mapping[int, str] = field(default_factory=dict)  # step -> what was agreed, from protected - 1 on
+    agreement: str = ""  # the agreement of that step
+    protected: int = -1  # the newest version known to survive the loss of nodes
+    snapshot_every: int = 0  # steps between protected versions, as agreed last; 0 before the first agreement
+    agreements: Mapping[int, str] = field(default_factory=dict)  # step -> its agreement, from protected - 1 on
     digests: Mapping[int, str] = field(default_factory=dict)  # step -> digest in the ledger, likewise
     saved: tuple[Saved, ...] = ()  # committed checkpoints, newest first
     stopping: Stopping | None = None
     concluding: Concluding | None = None
-    lost: tuple[str, ...] = ()  # what was not got done in a job that goes on, or ends, all the same
+    lost: tuple[str, ...] = ()  # what a job that continues, or ends, has nevertheless not completed
     rolled_back: int = 0  # the generation of the last return to an older version
 
     def members(self) -> tuple[Worker, ...]:

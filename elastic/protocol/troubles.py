@@ -1,7 +1,7 @@
-"""What hosts failed in and lagged with: counted by host, whatever their nodes are called, until some are too many.
+"""Troubles of hosts, failures and slowness: counted by host, whatever the names of its nodes, up to a limit.
 
-A host is the address that its nodes give. What is counted is what the event log says of it, so whoever reads the log
-can count along. A host with as many troubles as `Config.quarantine_after` is put in quarantine (see quarantine.py).
+A host is the address that its nodes report. Every trouble that counts is a line of the event log, so the count can be
+verified from the log. A host with `Config.quarantine_after` troubles is put in quarantine (see quarantine.py).
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from .state import (
     Trouble,
 )
 
-TROUBLES_KEPT = 16  # of one host, the newest
+TROUBLES_KEPT = 16  # per host, the newest
 HOSTS_KEPT = 1024
 DETAIL_LETTERS = 160
-SHOWN = 3  # troubles, in the reason of a quarantine
-_SAYS = {  # event of the log -> the field that says what was amiss
+SHOWN = 3  # number of troubles in the reason of a quarantine
+_SAYS = {  # event of the log -> the field that describes the trouble
     "node_lost": "why",
     "node_unhealthy": "why",
     "worker_died": "cause",
@@ -35,14 +35,14 @@ COUNTED = frozenset(_SAYS)
 
 
 def straggler_found(state: State, event: e.StragglerFound, now: float) -> Outcome:
-    """A slow rank or link is a line of the log, and counts against its host."""
+    """Record that a rank or link is slow, and count it against its host."""
     if event.node not in state.nodes:
         return state, []
     return state, [e.Record("straggler_lasts" if event.again else "straggler_found", _fields(event, event.factor))]
 
 
 def straggler_gone(state: State, event: e.StragglerGone, now: float) -> Outcome:
-    """The line that ends the other one; also of a node that is gone."""
+    """Record the end of that slowness; also for a node that is gone."""
     return state, [e.Record("straggler_gone", _fields(event))]
 
 
@@ -55,7 +55,7 @@ def _fields(event: e.StragglerFound | e.StragglerGone, factor: float | None = No
 
 
 def node_unhealthy(state: State, event: e.NodeUnhealthy, now: float) -> Outcome:
-    """It says itself that it should not take part."""
+    """The node's own health check says that it should not take part."""
     if event.node in state.nodes:
         return state, []
     fields = {"node": event.node, "host": event.host, "why": event.why, "health": dict(event.health)}
@@ -63,7 +63,7 @@ def node_unhealthy(state: State, event: e.NodeUnhealthy, now: float) -> Outcome:
 
 
 def count_troubles(before: State, state: State, effects: Effects, now: float) -> Outcome:
-    """Count what these effects say of hosts; one that has too many from now on is put in quarantine."""
+    """Count the troubles in these effects; a host that reaches the limit is put in quarantine."""
     found = [effect for effect in effects if isinstance(effect, e.Record) and effect.event in COUNTED]
     if not found or state.phase is Phase.DONE:
         return state, effects
@@ -79,7 +79,7 @@ def count_troubles(before: State, state: State, effects: Effects, now: float) ->
 
 
 def _host(before: State, fields: Mapping[str, Any]) -> str:
-    """The host that a line of the log speaks against; empty if that is none, or none that is known."""
+    """The host that a line of the log counts against; empty if there is none, or it is unknown."""
     if not fields.get("blamed", True):
         return ""
     if fields.get("host"):
@@ -92,7 +92,7 @@ def _host(before: State, fields: Mapping[str, Any]) -> str:
 def _with_trouble(state: State, host: str, trouble: Trouble) -> State:
     troubles = {name: known for name, known in state.troubles.items() if name != host}
     troubles[host] = (*state.troubles.get(host, ()), trouble)[-TROUBLES_KEPT:]
-    while len(troubles) > HOSTS_KEPT:  # the one that has had none for longest
+    while len(troubles) > HOSTS_KEPT:  # forget the host whose last trouble is the oldest
         del troubles[next(iter(troubles))]
     return replace(state, troubles=troubles)
 
@@ -112,7 +112,7 @@ def _judge(state: State, host: str, now: float) -> Outcome:
 
 
 def kept_out(state: State, host: str, now: float) -> str:
-    """Why a node of this host may not join now; empty if it may, be it only because the job needs it."""
+    """Why a node of this host may not join now; empty if it may, which includes that the job needs it."""
     quarantine = state.quarantined.get(host)
     if quarantine is None or now >= quarantine.until_s or not spares(state):
         return ""
@@ -120,6 +120,6 @@ def kept_out(state: State, host: str, now: float) -> str:
 
 
 def spares(state: State, *nodes: str) -> bool:
-    """Whether the job has all the nodes that it needs without these, and without those that leave."""
+    """Whether the job has enough nodes without these and without those that leave."""
     staying = state.nodes.keys() - state.leaving.keys() - set(nodes)
     return len(staying) >= max(1, state.config.min_nodes)

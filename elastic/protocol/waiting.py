@@ -1,6 +1,6 @@
-"""When a wait is said: after some seconds, and then each time that it has doubled. Without a clock.
+"""When a wait is reported: after some seconds, and then each time that its duration has doubled. Without a clock.
 
-One rule for ranks, nodes and commands; whoever waits finds the words: who waits, for what, for whom.
+One rule for ranks, nodes and commands. The caller writes the message: which process waits, for what, for which process.
 """
 
 from __future__ import annotations
@@ -8,20 +8,20 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
-FIRST_S = 10.0  # a wait that is shorter needs no words
+FIRST_S = 10.0  # a shorter wait is not reported
 FACTOR = 2.0
 
 
 @dataclass
 class Spoken:
-    """What was said of one wait, or of one after the other."""
+    """What was reported of one wait, or of several in sequence."""
 
     first_s: float = FIRST_S
     _wait: Hashable = None
     _next_s: float = 0.0
 
     def due(self, waited_s: float, wait: Hashable = None) -> bool:
-        """Whether it is to be said that this wait has taken so long; the caller says it then."""
+        """Whether to report that this wait has taken so long; the caller reports it then."""
         if wait != self._wait or not self._next_s:
             self._wait, self._next_s = wait, self.first_s
         if waited_s < self._next_s:
@@ -33,7 +33,7 @@ class Spoken:
 
 @dataclass
 class SpokenOf:
-    """The same for several that wait at once, each under a name."""
+    """The same for several concurrent waits, each with a name."""
 
     first_s: float = FIRST_S
     _known: dict[Hashable, Spoken] = field(default_factory=dict)
@@ -42,5 +42,5 @@ class SpokenOf:
         return self._known.setdefault(name, Spoken(self.first_s)).due(waited_s, wait)
 
     def keep(self, names: set[Hashable]) -> None:
-        """Of the others the wait is over."""
+        """Forget all other waits: they are over."""
         self._known = {name: spoken for name, spoken in self._known.items() if name in names}

@@ -1,6 +1,6 @@
-"""Typed dataclasses as bytes and back, by the types that their fields declare: what ranks send each other of a step.
+"""Typed dataclasses as bytes and back, guided by the declared types of their fields: the messages between ranks.
 
-Compact, and the same on every machine. Both sides know the type, so nothing but the values travels:
+Compact, and the same on every machine. Both sides know the type, so only the values are sent:
 
     bool            one byte
     int             the number of its bytes, then these, little-endian, two's complement; any size
@@ -33,7 +33,7 @@ _DOUBLE = struct.Struct("<d")
 
 
 class Malformed(ValueError):
-    """Bytes that are not what `encode` makes of a value of that type."""
+    """Bytes that `encode` would not have produced for a value of that type."""
 
 
 def encode(value: Any) -> bytes:
@@ -45,7 +45,7 @@ def encode(value: Any) -> bytes:
 
 
 def decode(kind: type[T], data: bytes | memoryview) -> T:
-    """The instance of `kind` that `encode` made `data` of. Raises Malformed."""
+    """The instance of `kind` that `encode` turned into `data`. Raises Malformed."""
     reader, untyped = Reader(data), typing.cast(Any, kind)
     try:
         value: T = _codec(untyped)[1](reader)
@@ -57,7 +57,7 @@ def decode(kind: type[T], data: bytes | memoryview) -> T:
 
 
 class Reader:
-    """Takes values off the front of some bytes. Raises Malformed at their end."""
+    """Reads values from the front of some bytes. Raises Malformed at their end."""
 
     def __init__(self, data: bytes | memoryview) -> None:
         self._data = bytes(data)

@@ -1,10 +1,10 @@
 """The worker as a state machine: what one rank holds, at which version, and what it does next.
 
-`step(state, event)` returns the next state and the instructions to carry out, in order. It decides and does nothing: it
-knows no tensor, clock, socket or thread. An executor carries the instructions out: the engine on tensors, the simulator
-on hashes. The last instruction of a list may have to wait for other ranks; its answer is the next event. When the
-generation ends meanwhile, the executor drops the rest of the list and says `Interrupted`; the state is then that of the
-last event, so nothing that was not completed is believed.
+`step(state, event)` returns the next state and the instructions to carry out, in order. The machine only decides: it
+has no access to tensors, clocks, sockets or threads. An executor carries the instructions out: the engine on tensors,
+the simulator on hashes. The last instruction of a list may have to wait for other ranks; its answer is the next event.
+If the generation ends meanwhile, the executor drops the rest of the list and reports `Interrupted`; the state is then
+that of the last event, so an instruction that was not completed leaves no trace in it.
 
 Versions count committed steps: version v is the state before step v.
 """
@@ -80,7 +80,7 @@ from .worker_state import (
     WorkerState,
 )
 
-STORY = 16  # events that a state remembers
+STORY = 16  # number of events that a state remembers for the message of IllegalEvent
 Outcome = tuple[WorkerState, list[Instruction]]
 
 
@@ -123,7 +123,7 @@ def _enter(state: WorkerState, plan: Plan) -> Outcome:
 def _linked(state: WorkerState, event: Linked) -> Outcome:
     entering = _entering(state)
     plan = entering.plan
-    if entering.fresh:  # what a guide said in a generation that was aborted since may be of another version
+    if entering.fresh:  # the answer of a guide may stem from an aborted generation, and describe another version
         state = replace(state, leave_at=None)
         if plan.guide is not None:
             return replace(state, phase=WorkerPhase.PLACING), [AskPlace(plan.guide)]
@@ -142,10 +142,10 @@ def _placed(state: WorkerState, event: Placed) -> Outcome:
 
 
 def _take_places(state: WorkerState, version: int, agreement: str, instructions: list[Instruction]) -> Outcome:
-    """Own the plan's shards and hold its layers, at `version`; what is missing is fetched."""
+    """Own the plan's shards and hold its layers, at `version`; missing shards are fetched."""
     entering, holding = _entering(state), state.holding
     plan, back, discard = entering.plan, entering.back, entering.fresh or entering.back
-    # Not before all ranks know where the job is: this node's keeper may serve others of the last generation.
+    # Only after all ranks know the position of the job: this node's keeper may still serve the last generation.
     instructions.append(EnterProtection(plan))
     if back:
         instructions.append(ForgetSince(state.version, version, agreement))
@@ -191,7 +191,7 @@ def _restored(state: WorkerState, event: Restored) -> Outcome:
 
 
 def _refreshed(state: WorkerState, event: Published) -> Outcome:
-    """Everything here is at the plan's version: go on with its step."""
+    """All state here is at the plan's version: continue with its step."""
     entering, before = _entering(state), state.version
     plan, version, agreement = entering.plan, entering.version, entering.agreement
     layout = plan.layout
@@ -210,7 +210,7 @@ def _refreshed(state: WorkerState, event: Published) -> Outcome:
         state = replace(state, agreed=version - 1, agreement=agreement)
     if entering.fresh:
         instructions.append(ComeUp(plan, version, agreement))
-    if agreement and (entering.fresh or entering.back):  # all that committed it may have died before they said so
+    if agreement and (entering.fresh or entering.back):  # every rank that committed it may have died before its report
         instructions.append(TellCommitted(agreement, layout.generation))
     if entering.current and plan.version is not None:
         instructions += [Protect(), ResumeStep(plan)]
@@ -247,19 +247,19 @@ def _reduced(state: WorkerState, event: Reduced) -> Outcome:
 
 
 def offered(state: WorkerState, proposal: Plan | None) -> Plan | None:
-    """A proposed join or leave, unless its generation is entered already."""
+    """A proposed join or departure, unless its generation has been entered already."""
     known = state.layout.generation if state.layout is not None else 0
     return proposal if proposal is not None and proposal.generation > known else None
 
 
 def _agreed(state: WorkerState, event: Agreed) -> Outcome:
-    """This rank passes the agreement: the step will be committed, by these members or by those after them."""
+    """This rank passes the agreement: the step will be committed, by these members or by their successors."""
     step, proposal, layout = state.version, event.proposal, _layout(state)
     last = step + 1 == state.steps
     instructions: list[Instruction] = []
     switch = None
     if proposal is not None and event.wanted and not (last and proposal.leaving):
-        switch = proposal  # the end of the job lets go of ranks that leave
+        switch = proposal  # the end of the job releases the ranks that leave
     elif proposal is not None and last:
         instructions.append(TellIdled(proposal.generation))
     instructions += [AdoptAgreement(event.agreement), ForgetSnapshots(), RunOptimizer(event.agreement)]
@@ -276,7 +276,7 @@ def _agreed(state: WorkerState, event: Agreed) -> Outcome:
 
 
 def _distrusted(state: WorkerState, event: Distrusted) -> Outcome:
-    """The step is not agreed; the coordinator, which hears of it, ends this generation."""
+    """The step is not agreed; the coordinator, which learns of it, ends this generation."""
     holding = replace(state.holding, owned=state.holding.owned - event.shards)
     if event.values:
         holding = replace(holding, values_version=TORN)
@@ -345,7 +345,7 @@ LATE = frozenset((WorkerPhase.WAITING, answer) for answer in ANSWERS)
 
 
 class IllegalEvent(AssertionError):
-    """An event that cannot happen in this phase: a bug of the executor. Tells what led to it."""
+    """An event that is impossible in this phase: a bug of the executor. Its message lists the events before it."""
 
     def __init__(self, state: WorkerState, event: Event) -> None:
         before = ", ".join(state.story) or "nothing"
@@ -356,7 +356,7 @@ class IllegalEvent(AssertionError):
 
 
 def step(state: WorkerState, event: Event) -> Outcome:
-    """The next state, and what to do. Raises IllegalEvent, and changes nothing, for what cannot happen now."""
+    """Return the next state and the instructions. Raises IllegalEvent, and changes nothing, for an illegal event."""
     place = (state.phase, type(event))
     handler = HANDLED.get(place)
     if handler is None:

@@ -1,4 +1,4 @@
-"""What a worker hears of (events, in the past tense), and what it wants done (instructions, in the imperative)."""
+"""The inputs of the worker's machine (events, in the past tense) and its outputs (instructions, in the imperative)."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ class Interrupted:
 
 @dataclass(frozen=True)
 class Assigned:
-    """The coordinator's plan has come."""
+    """The coordinator's plan has arrived."""
 
     plan: Plan
 
 
 @dataclass(frozen=True)
 class Linked:
-    """The links to the members of the plan's generation are there, and what was being copied is copied."""
+    """The links to the members of the plan's generation are open, and copies in progress have finished."""
 
 
 @dataclass(frozen=True)
 class Placed:
-    """Another rank has said where the job is: its version, what was agreed last, and where the loop was left."""
+    """Another rank has sent the position of the job: its version, the last agreement, and where the loop was left."""
 
     version: int
     agreement: str
@@ -47,32 +47,32 @@ class Placed:
 
 @dataclass(frozen=True)
 class Restored:
-    """Every shard that is owned in the new generation is here."""
+    """All shards that this rank owns in the new generation are present."""
 
 
 @dataclass(frozen=True)
 class Published:
-    """Every value that this rank reads is of the version that was published."""
+    """Every value that this rank reads is of the published version."""
 
 
 @dataclass(frozen=True)
 class StepDue:
-    """Training goes on: the step of this version is to be computed."""
+    """Training continues: the step of this version is to be computed."""
 
 
 @dataclass(frozen=True)
 class Computed:
-    """This rank's work of the step is done."""
+    """This rank's work of the step is complete."""
 
 
 @dataclass(frozen=True)
 class Reduced:
-    """The gradients of the owned shards are reduced, and are in the keeper's memory."""
+    """The gradients of the owned shards are reduced, and stored in the keeper's memory."""
 
 
 @dataclass(frozen=True)
 class Agreed:
-    """All members agree on the step. `proposal`: the join or leave offered here; `wanted`: by all members."""
+    """All members agree on the step. `proposal`: the join or departure offered here; `wanted`: by all members."""
 
     agreement: str
     proposal: Plan | None = None
@@ -81,7 +81,7 @@ class Agreed:
 
 @dataclass(frozen=True)
 class Distrusted:
-    """Replicas differ: the step is not agreed. The shards here that are wrong, and whether values read here are."""
+    """Replicas differ: the step is not agreed. Names the shards that are wrong here, and whether read values are."""
 
     shards: frozenset[int] = frozenset()
     values: bool = False
@@ -89,12 +89,12 @@ class Distrusted:
 
 @dataclass(frozen=True)
 class Spoiled:
-    """The script has put other values in place of the committed ones: no other rank may have them."""
+    """The script has replaced committed values: no other rank may fetch them."""
 
 
 @dataclass(frozen=True)
 class SwitchDue:
-    """The step boundary is here at which the agreed join or leave takes place."""
+    """The step boundary has been reached at which the agreed join or departure takes place."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class LoopLeft:
 
 @dataclass(frozen=True)
 class EndDue:
-    """No step is left: the last version is to be protected."""
+    """No step is left: the last version has to be protected."""
 
 
 @dataclass(frozen=True)
@@ -138,33 +138,33 @@ Event = (
 
 @dataclass(frozen=True)
 class SendReport:
-    """Report to the coordinator what is held here (`report`)."""
+    """Report to the coordinator what this rank holds (`report`)."""
 
 
 @dataclass(frozen=True)
 class AwaitPlan:
-    """Wait for a plan that is not out of date; `first`: of this worker's life. Answer: Assigned."""
+    """Wait for a plan that is not outdated; `first`: of this worker's life. Answer: Assigned."""
 
     first: bool = False
 
 
 @dataclass(frozen=True)
 class EditLinks:
-    """Edit the links to the members of the plan's generation; wait until nothing is copied any more. Answer: Linked."""
+    """Change the links to those of the plan's generation; wait until current copies have finished. Answer: Linked."""
 
     plan: Plan
 
 
 @dataclass(frozen=True)
 class AskPlace:
-    """Ask a rank that has been training where the job is. Answer: Placed."""
+    """Ask a rank that has been training for the position of the job. Answer: Placed."""
 
     rank: int
 
 
 @dataclass(frozen=True)
 class TellPlace:
-    """Tell fresh ranks where the job is, before anything here is changed."""
+    """Send the position of the job to fresh ranks, before anything here is changed."""
 
     ranks: tuple[int, ...]
     version: int
@@ -173,7 +173,7 @@ class TellPlace:
 
 @dataclass(frozen=True)
 class TakeUnseen:
-    """A fresh rank that no other rank guides: the step before `version` is what the user's code has not seen."""
+    """On a fresh rank that no other rank guides: the user's code has not seen the step before `version`."""
 
     version: int
     agreement: str
@@ -181,14 +181,14 @@ class TakeUnseen:
 
 @dataclass(frozen=True)
 class EnterProtection:
-    """The keeper of this node enters the generation: what it holds for others is that of the plan's placement."""
+    """Have this node's keeper enter the generation: from then on it holds for others what the plan's placement says."""
 
     plan: Plan
 
 
 @dataclass(frozen=True)
 class ForgetSince:
-    """Go back from version `since` to `version`: what was agreed and computed between is dropped."""
+    """Go back from version `since` to `version`: agreements and results between them are discarded."""
 
     since: int
     version: int
@@ -204,14 +204,14 @@ class RunOptimizer:
 
 @dataclass(frozen=True)
 class TakePlaces:
-    """Hold the layers and own the shards of the plan. `free`: layers not held any more, and new ones, have no values.
+    """Hold the layers and own the shards of the plan. `free`: layers no longer held, and new ones, have no values.
 
-    `discard`: nothing that was held is used. `seeded`: every value is that of the seed.
+    `discard`: use nothing that was held. `seeded`: every value is that of the seed.
     """
 
     plan: Plan
     version: int
-    layers: tuple[int, int] | None  # None: as before
+    layers: tuple[int, int] | None  # None: unchanged
     shards: frozenset[int]
     discard: bool
     seeded: bool
@@ -219,7 +219,7 @@ class TakePlaces:
 
 @dataclass(frozen=True)
 class OpenCheckpoint:
-    """Open the plan's checkpoint, of `version`, and read from it what training does not change."""
+    """Open the plan's checkpoint, of `version`, and read the state from it that training does not change."""
 
     name: str
     version: int
@@ -228,7 +228,7 @@ class OpenCheckpoint:
 
 @dataclass(frozen=True)
 class Restore:
-    """Carry out the moves of shards to own here, at `version`, and those of its backups. Answer: Restored."""
+    """Carry out the moves of shards that this rank owns at `version`, and of its backups. Answer: Restored."""
 
     plan: Plan
     version: int
@@ -255,14 +255,14 @@ class Refresh:
 
 @dataclass(frozen=True)
 class NoteChange:
-    """The membership has changed at `version`: the script's next changes of settings may come on some ranks only."""
+    """The membership has changed at `version`: the script may change settings on some ranks before others."""
 
     version: int
 
 
 @dataclass(frozen=True)
 class ComeUp:
-    """A fresh rank: bring what the user's code and the scheduler have changed to where the job is."""
+    """On a fresh rank: bring the settings that the user's code and the scheduler have changed to the job's position."""
 
     plan: Plan
     version: int
@@ -271,14 +271,14 @@ class ComeUp:
 
 @dataclass(frozen=True)
 class AdoptAgreement:
-    """Take over what was agreed about protection."""
+    """Adopt what was agreed about protection."""
 
     agreement: str
 
 
 @dataclass(frozen=True)
 class TellCommitted:
-    """Tell the coordinator that the step of this agreement is committed: a line of the ledger."""
+    """Report to the coordinator that the step of this agreement is committed: a line of the ledger."""
 
     agreement: str
     generation: int
@@ -295,12 +295,12 @@ class CommitStep:
 
 @dataclass(frozen=True)
 class Protect:
-    """Have the keeper hold this version of every owned shard, and its parity too."""
+    """Have the keeper hold this version of every owned shard, and its parity."""
 
 
 @dataclass(frozen=True)
 class BeginStep:
-    """Begin the step of `version`, of which nothing is done here."""
+    """Begin the step of `version`, of which nothing is computed here."""
 
     version: int
     work: Work
@@ -308,14 +308,14 @@ class BeginStep:
 
 @dataclass(frozen=True)
 class ResumeStep:
-    """Go on with the step under way: keep what is held, send again what other ranks need of it."""
+    """Continue the interrupted step: keep what is held, and send again what other ranks need of it."""
 
     plan: Plan
 
 
 @dataclass(frozen=True)
 class TellEntered:
-    """The plan is carried out, by a switch at a step boundary or a recovery. `tell`: the coordinator waits to hear."""
+    """The plan is carried out, by a switch at a step boundary or a recovery. `tell`: confirm it to the coordinator."""
 
     generation: int
     switched: bool
@@ -332,7 +332,7 @@ class Compute:
 
 @dataclass(frozen=True)
 class Reduce:
-    """Send partial sums to the owners of shards; sum those of the owned ones. Answer: Reduced."""
+    """Send partial sums to the owners of shards; sum those of the owned shards. Answer: Reduced."""
 
     step: int
 
@@ -347,26 +347,26 @@ class Agree:
 
 @dataclass(frozen=True)
 class TellIdled:
-    """Tell the coordinator that this rank will not enter a proposed generation: it is past its last step."""
+    """Report to the coordinator that this rank will not enter a proposed generation: it is past its last step."""
 
     generation: int
 
 
 @dataclass(frozen=True)
 class ForgetSnapshots:
-    """All owners have this version in their keepers: copies of older ones may be written over."""
+    """All owners hold this version in their keepers: copies of older versions may be overwritten."""
 
 
 @dataclass(frozen=True)
 class HandOver:
-    """The other ranks go on without this one: it stays until the coordinator lets it go. Ends the job, or aborts."""
+    """The other ranks continue without this one: it waits until the coordinator releases it. Ends in an abort."""
 
     generation: int
 
 
 @dataclass(frozen=True)
 class ReportLeft:
-    """Tell the coordinator that the user's code has left the loop, and decline what is proposed from now on."""
+    """Report to the coordinator that the user's code has left the loop, and decline later proposals."""
 
     version: int
 

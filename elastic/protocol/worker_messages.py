@@ -1,7 +1,7 @@
-"""What workers and the coordinator say to each other, as text: the protocol's own events and effects.
+"""The messages between workers and the coordinator, as text: the protocol's own events and effects.
 
 A message is one line of JSON: `{"kind": the name of the class, ...the fields}`. The field `worker` is left out, since
-the channel that carries the message names the worker. Types are those that the classes declare; see `codec`.
+the channel that carries the message identifies the worker. Types are those that the classes declare; see `codec`.
 """
 
 from __future__ import annotations
@@ -39,25 +39,25 @@ TO_WORKER = {kind.__name__: kind for kind in typing.get_args(ToWorker)}
 
 
 def write(message: FromWorker | ToWorker) -> str:
-    """A message as one line, without the end of line."""
+    """A message as one line, without the line break."""
     kind = type(message)
     fields = {name: _written(hint, getattr(message, name)) for name, hint in _fields(kind).items()}
     return json.dumps({"kind": kind.__name__, **fields}, separators=(",", ":"))
 
 
 def _written(hint: Any, value: Any) -> Any:
-    # Values of type Any are JSON already: what `encode` makes of a mapping in them could not be told from a list.
+    # Values of type Any are JSON already: the form that `encode` gives a mapping in them would look like a list.
     return dict(value) if hint == Mapping[str, Any] else encode(value)
 
 
 def read_event(worker: e.WorkerId, text: str) -> FromWorker:
-    """What a worker says. Raises Unreadable."""
+    """A message of a worker. Raises Unreadable."""
     event: FromWorker = _read(FROM_WORKER, worker, text)
     return event
 
 
 def read_order(worker: e.WorkerId, text: str) -> ToWorker:
-    """What a worker is to do. Raises Unreadable."""
+    """A message to a worker. Raises Unreadable."""
     order: ToWorker = _read(TO_WORKER, worker, text)
     return order
 

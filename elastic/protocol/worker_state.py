@@ -1,4 +1,4 @@
-"""What one rank knows of itself, what it reports of that, and what always holds of it."""
+"""The state of one rank, the report that it makes of it, and its invariants."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ TORN = -1  # the version of values that are being replaced
 
 
 class WorkerPhase(enum.Enum):
-    """What a worker is at. In all but NEW, WAITING and READY one instruction is being carried out."""
+    """The phases of a worker. In all but NEW, WAITING and READY one instruction is being carried out."""
 
     NEW = "new"  # has not begun
     WAITING = "waiting"  # for a plan
     LINKING = "linking"  # to the members of the plan's generation
-    PLACING = "placing"  # asks another rank where the job is
-    RESTORING = "restoring"  # reads the shards that it is to own, and lacks
+    PLACING = "placing"  # asks another rank for the position of the job
+    RESTORING = "restoring"  # fetches the shards that it has to own, and lacks
     REFRESHING = "refreshing"  # owners send values to the ranks that lack them
-    READY = "ready"  # at a version, with its step to compute; or past the last one
+    READY = "ready"  # at a version, with its step to compute; or past the last step
     COMPUTING = "computing"  # runs its legs of the step's micro-batches
     REDUCING = "reducing"  # sums the gradients of the shards it owns
     AGREEING = "agreeing"  # waits for its snapshots, and agrees on the step with all members
-    PUBLISHING = "publishing"  # sends the new values of its shards, and takes those of others
-    LEAVING = "leaving"  # hands over, and waits to be let go
+    PUBLISHING = "publishing"  # sends the new values of its shards, and receives those of others
+    LEAVING = "leaving"  # hands over, and waits to be released
     CONCLUDING = "concluding"  # waits for its last version to be protected
 
 
 @dataclass(frozen=True, kw_only=True)
 class Holding:
-    """What a worker holds, and at which version."""
+    """The state that a worker holds, and its version."""
 
-    owned: frozenset[int] = frozenset()  # shards in good order at `owned_version`
+    owned: frozenset[int] = frozenset()  # shards that are complete at `owned_version`
     owned_version: int = 0
     values_version: int = 0  # of every value of `layers`; TORN while they are replaced
     layers: tuple[int, int] = (0, 0)
-    pristine: bool = True  # every value is still as it was made from the seed
+    pristine: bool = True  # every value is still the one made from the seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,33 +50,33 @@ class Entering:
     plan: Plan
     version: int = 0
     agreement: str = ""
-    fresh: bool = False  # this rank has nothing of the job yet
+    fresh: bool = False  # this rank has no state of the job yet
     back: bool = False  # this rank goes back to an older version, and uses nothing of what it holds
     current: bool = False  # every value here is of `version` already
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerState:
-    """One worker. `agreed` is the last step whose agreement it passed, -1 if none, with what was agreed in it."""
+    """The state of one worker. `agreed` is the last step whose agreement it passed, -1 if none, with the agreement."""
 
     rank: int
     spec: ModelSpec
     steps: int
     phase: WorkerPhase = WorkerPhase.NEW
-    fresh: bool = True  # has carried out no plan yet
+    fresh: bool = True  # has not carried out a plan yet
     version: int = 0
     holding: Holding = Holding()
     agreed: int = -1
     agreement: str = ""
     layout: Layout | None = None
     entering: Entering | None = None
-    switch: Plan | None = None  # a join or leave that all members enter before the next step
+    switch: Plan | None = None  # a join or departure that all members enter before the next step
     leave_at: int | None = None  # the version at which the user's code has left the loop
-    late: int = 0  # events that came too late to matter
+    late: int = 0  # number of events that arrived too late to matter
     story: tuple[str, ...] = ()
 
     def ended(self) -> bool:
-        """Whether every step is committed that there is to be."""
+        """Whether all steps of the job are committed."""
         return self.version >= (self.steps if self.leave_at is None else self.leave_at)
 
 
@@ -93,11 +93,11 @@ def report(
     protected_before: tuple[int, int],
     outlives: int,
 ) -> Report:
-    """What this worker has, for the coordinator. `work`: the step that was under way."""
+    """What this worker holds, for the coordinator. `work`: the step that was in progress."""
     if state.fresh or state.layout is None or work is None:
         return Report(rank=state.rank, generation=0, fresh=True)
     holding = state.holding
-    valid = holding.values_version == work.step  # gradients of values that are still the same
+    valid = holding.values_version == work.step  # gradients of values that have not changed
     return Report(
         rank=state.rank,
         generation=state.layout.generation,
@@ -117,7 +117,7 @@ def report(
 
 
 def violations(state: WorkerState) -> list[str]:
-    """What does not hold of a state, in words; cheap enough for every event."""
+    """The invariants that a state violates, in words; cheap enough for every event."""
     found = []
     holding, version = state.holding, state.version
     if state.agreed not in (version - 1, version):
