@@ -1,9 +1,9 @@
-"""One rank's part in the agreement of a step: its share, merged with those of all members, and what that means.
+"""One rank's part in the agreement of a step: its share, merged with those of all members, and the result.
 
-One exchange of at most 1 KiB a message, whatever the model, in nearly every step. More follow in steps in which they
-are needed, and all ranks know from the first whether they are: `Details` where ranks differ about settings, about which
-gradients are missing, or about the runs before this one; the search for replicas that differ; the gradient's norm of
-each layer where lost shards may be made up from their neighbours.
+In nearly every step it takes one exchange of at most 1 KiB a message, whatever the model. More exchanges follow in
+steps that need them, and all ranks learn from the first one whether they do: `Details` where ranks differ about
+settings, missing gradients or the runs before this one; the search for replicas that differ; the gradient norm of each
+layer where lost shards may be approximated from their neighbours.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ from .replicas import Replicas
 
 T = TypeVar("T")
 
-DETAILS_BYTES = 16 << 20  # of what ranks say where they differ
+DETAILS_BYTES = 16 << 20  # limit of a message with details
 PARTS = 48  # sets of shards whose copies are compared in one message
 
 
 @dataclass(frozen=True, kw_only=True)
 class Own:
-    """What this rank knows at the end of its part of a step.
+    """The results of this rank's part of a step.
 
-    `norms`: the norm of the gradient of each shard owned here. `summed`: the parameters of which a part of the sum is
-    here, and `touched` those that had a gradient. `idle_before`: those without one, as was agreed in the step before.
+    `norms`: the norm of the gradient of each shard owned here. `summed`: the parameters of whose sum this rank holds a
+    part, and `touched` those that had a gradient. `idle_before`: those without a gradient in the step before.
     """
 
     step: int
@@ -64,7 +64,7 @@ class Own:
 
 @dataclass(frozen=True, kw_only=True)
 class Settled:
-    """What all members agree on. `partly`: changes that only some ranks made, and which."""
+    """The agreement of all members. `partly`: changes that only some ranks made, and these ranks."""
 
     share: Share
     settings: Mapping[str, Any]
@@ -92,18 +92,18 @@ class Agreeing:
         self._checkpoints = checkpoints
         self._replicas = replicas
         self.trained = [[p.index for p in layer.parameters if not p.averaged] for layer in stack.layers]
-        self._said: dict[str, Any] = {}  # what this rank says of the settings in this step
-        self._expected: dict[str, Any] = {}  # what is agreed about them if all say that
+        self._said: dict[str, Any] = {}  # this rank's changes of settings in this step
+        self._expected: dict[str, Any] = {}  # the agreement about settings if all ranks made the same changes
         self._step = 0
         self._exchanges = 0  # in this step, so far: equal on all ranks
 
     # ------------------------------------------------------------ exchanges
 
     def merged(self, value: T) -> T:
-        """The values of all members as one, up the tree and down it. Raises Aborted."""
+        """Merge the values of all members, up the tree and down it. Raises Aborted."""
         up, down = self._keys()
         steps, answer = exchange(self._comm.rank, self._comm.members, value), None
-        encoded: tuple[object, bytes] = (None, b"")  # the result goes to several ranks
+        encoded: tuple[object, bytes] = (None, b"")  # caches the encoding of the result, which goes to several ranks
         try:
             while True:
                 asked = steps.send(answer)
@@ -119,7 +119,7 @@ class Agreeing:
             return result
 
     def gathered(self, value: T) -> dict[int, T]:
-        """The value of each member. Raises Aborted."""
+        """Gather the value of each member. Raises Aborted."""
         self._keys()
         table = all_gather(self._comm, self._step, self._exchanges, encode(value))
         return {rank: decode(type(value), data) for rank, data in table.items()}
@@ -132,7 +132,7 @@ class Agreeing:
     # ------------------------------------------------------------ a step
 
     def begin(self, own: Own, layout: Layout) -> tuple[Share, dict[int, Digests]]:
-        """Merge the shares; where replicas may differ, the digests of those that do, by rank, too."""
+        """Merge the shares; where replicas may differ, also collect the digests of those that do, by rank."""
         self._step, self._exchanges = own.step, 0
         due = self._replicas.due(own.step)
         self._said = self._adjustments.share(own.step)
@@ -165,7 +165,7 @@ class Agreeing:
         return merged, self.gathered(digests.of(self._differing(digests, layout)))
 
     def settle(self, own: Own, merged: Share) -> Settled:
-        """What the merged shares mean for the settings. Raises UsageError where ranks contradict each other."""
+        """The agreement about settings in the merged shares. Raises UsageError where ranks contradict each other."""
         settings, partly = self._expected, dict[str, list[int]]()
         idle, ancestors = own.idle_before, self._checkpoints.lineage.ancestors
         if merged.terms is None or not merged.idle:
@@ -181,13 +181,13 @@ class Agreeing:
             touched = int.from_bytes(details.touched, "little")
             idle = tuple(i for i in sorted({i for layer in self.trained for i in layer}) if not touched >> i & 1)
             ancestors = details.ancestors[1]
-        if merged.terms is None:  # what some have frozen does not count on any
+        if merged.terms is None:  # a parameter that some ranks have frozen counts on none
             (norm,) = self.merged(Sums((self._norm(own, settings),))).sums
             merged = replace(merged, norm=norm)
         return Settled(share=merged, settings=settings, partly=partly, idle=idle, ancestors=ancestors)
 
     def layer_norms(self, own: Own, settings: Mapping[str, Any]) -> dict[str, float]:
-        """Layer -> its gradient's squared norm: how much a neighbour counts where one has to stand in."""
+        """Layer -> its gradient's squared norm: the weight of a neighbour in an approximation."""
         spec = self._stack.spec
         squares: list[list[float]] = [[] for _ in range(spec.layers)]
         for shard, square in self._squares(own, settings).items():
@@ -196,7 +196,7 @@ class Agreeing:
         return {str(layer): total.rounded() for layer, total in enumerate(sums)}
 
     def _terms(self, own: Own) -> int:
-        """A digest of what the step's agreement rests on, equal on all ranks in nearly every step."""
+        """A digest of what the step's agreement presupposes, equal on all ranks in nearly every step."""
         settings = json.dumps(self._expected, sort_keys=True)
         return digest(settings, own.idle_before, self._checkpoints.lineage.ancestors)
 
@@ -211,7 +211,7 @@ class Agreeing:
     # ------------------------------------------------------------ replicas
 
     def _differing(self, digests: Digests, layout: Layout) -> list[int]:
-        """The shards whose copies are not all equal: sets of shards are cut up as long as few sets have such ones."""
+        """The shards whose copies differ: sets of shards are bisected while few sets contain any."""
         shards = self._replicas.compared()
         while True:
             size = -(-len(shards) // PARTS) or 1
@@ -226,7 +226,7 @@ class Agreeing:
 
 
 def _checked(data: bytes, value: object) -> bytes:
-    """`data`, if it may travel. Raises UsageError."""
+    """`data`, unless it exceeds the limit of a message. Raises UsageError."""
     if isinstance(value, Share | Imbalances):
         assert len(data) <= SHARE_BYTES, f"a {type(value).__name__} of {len(data)} bytes"
     elif isinstance(value, Details) and len(data) > DETAILS_BYTES:

@@ -1,9 +1,9 @@
-"""Replay: passive copies of other nodes' shards, kept level by running the same optimizer on the same gradients.
+"""Replay: passive copies of other nodes' shards, kept up to date by running the same optimizer on the same gradients.
 
-A backup gets the reduced gradient of each step (4 bytes an element of float32, where a copy of the state has 12 with
-Adam) before the step is agreed on, and has it and the state before it in its own node's keeper by then. So whoever
-passes the agreement of step k knows that version k + 1 of every shard can be had on as many nodes as asked for, and a
-lost node takes no version along.
+A backup receives the reduced gradient of each step (4 bytes per float32 element, where a copy of the state with Adam
+has 12) before the step is agreed on. By then its own node's keeper holds the gradient and the state before it. So a
+rank that passes the agreement of step k knows that version k + 1 of every shard exists on the required number of nodes,
+and a lost node takes no version with it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from everstep.resharding.units import Shard
 
 
 class Backups:
-    """One rank's passive copies. Idle, with no shards, in every other mode of protection."""
+    """One rank's passive copies. Without shards in every other mode of protection."""
 
     def __init__(self, optimizer: UserOptimizer, comm: Communicator, snapshots: Snapshots, exchange: Exchange) -> None:
         self._stack = optimizer.stack
@@ -52,13 +52,13 @@ class Backups:
         return self.places.ranks.get(shard, ())
 
     def take_places(self, layout: Layout, ranks: Mapping[int, tuple[int, ...]], *, anew: bool) -> None:
-        """Back up what this generation says; `anew`: nothing that is held is used."""
+        """Back up the shards that this generation assigns; `anew`: drop all copies."""
         self.places.enter(ranks, discard=anew)
         self.store.own([self._stack.spec.shards[index] for index in self.places.mine])
         self._gradients = {}
 
     def exchange(self, step: int, layout: Layout, gradients: Mapping[int, Tensor]) -> None:
-        """Send the reduced gradients of the shards owned here to their backups, and take in those of the others'."""
+        """Send the reduced gradients of owned shards to their backups, and receive those of shards backed up here."""
         key = Key(Kind.BACKUP, step)
         for backup, shards in self.places.sends(gradients).items():
             self._comm.send(backup, key, [raw(gradients[index]) for index in shards])

@@ -1,7 +1,7 @@
-"""A worker's part in checkpoints: when one is due is agreed in the step; saving is somebody else's work.
+"""A worker's part in checkpoints: the members agree in the step when one is due; a saver process writes it.
 
-The saver of each node writes what its workers own, from keeper memory, while training goes on; whoever is last
-commits. A save that fails is told, counted, and tried again when the next one is due.
+The saver of each node writes what its workers own, from keeper memory, while training continues; the last saver to
+finish commits. A save that fails is reported and counted, and attempted again when the next checkpoint is due.
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ from everstep.elastic.protocol.agreement import Saving
 from everstep.resharding.layout import Layout
 from everstep.resharding.units import ParameterSpec, Shard
 
-STALLS_S = 20.0  # without progress: then somebody should know
-WAITS_S = 10.0  # for a checkpoint, at the end of training, until that is said
-TRIES = 3  # of a save whose saver, or keeper, is lost
+STALLS_S = 20.0  # without progress: then a warning is due
+WAITS_S = 10.0  # how long the end of training waits for a checkpoint before it reports the wait
+TRIES = 3  # of a save whose saver or keeper is lost
 CONSTANT_CHUNK_BYTES = 16 << 20
 
 
 @dataclass
 class _Waiting:
-    """A version that is to be saved, and what of it is still missing. `records`: its shards', where no keeper is."""
+    """A version that is to be saved, and its parts that are missing. `records`: its shards', where no keeper runs."""
 
     name: str
     version: int
@@ -70,7 +70,7 @@ class _Waiting:
 
 
 class Checkpoints:
-    """When this job's state is saved, and what this rank does for it. Does nothing in a job that saves none."""
+    """When this job's state is saved, and this rank's part in it. Does nothing in a job without checkpoints."""
 
     def __init__(
         self, settings: Settings, stack: LayerStack, snapshots: Snapshots, membership: Membership, run: dict[str, Any]
@@ -79,27 +79,27 @@ class Checkpoints:
         self._stack = stack
         self._snapshots = snapshots
         self._membership = membership
-        self._run = run  # whose checkpoints they are: what the manifest says of it
+        self._run = run  # the run that owns the checkpoints, as the manifest names it
         self.link: KeeperLink | None = None
         self.lineage = Lineage(secrets.token_hex(8))  # equal on all ranks of a run
         self.newest = -1  # the newest version that is known to be saved
         self.failures = 0
-        self._asked_after: int | None = None  # the newest version that was saved when somebody asked for another
-        self._open: dict[str, str] = {}  # writer -> name, of what is being saved
+        self._asked_after: int | None = None  # the newest saved version when a checkpoint was requested
+        self._open: dict[str, str] = {}  # writer -> name, of saves in progress
         self._terms: dict[str, tuple[int, str]] = {}  # name -> version, agreement
-        self._attempt: tuple[int, int] = (0, 0)  # version and generation of the last one that began
+        self._attempt: tuple[int, int] = (0, 0)  # version and generation of the last save that began
         self._results: list[dict[str, Any]] = []  # of saves in this process
         self._waiting: _Waiting | None = None
-        self._requests: dict[str, SaveRequest] = {}  # what the saver was asked, by name
-        self._again = 0  # how often it was asked again
-        self._handed_over = ""  # the last name that the keeper was told of
+        self._requests: dict[str, SaveRequest] = {}  # name -> request to the saver
+        self._again = 0  # how often a save was requested again
+        self._handed_over = ""  # the last name that the keeper received
         self._lock = threading.Lock()
-        self._kept: tuple[int, dict[int, memoryview]] = (-1, {})  # the last version, where there is no keeper
-        self._moved_s: dict[str, float] = {}  # writer -> when its save made progress last, of those under way
-        self._why = ""  # the last save that failed did because of this
+        self._kept: tuple[int, dict[int, memoryview]] = (-1, {})  # the last version, where no keeper runs
+        self._moved_s: dict[str, float] = {}  # writer -> last progress of its save, of those in progress
+        self._why = ""  # the reason for the last failure of a save
 
     def unique(self) -> str:
-        """For the name of a checkpoint."""
+        """The time, for the name of a checkpoint."""
         return self.lineage.unique(secrets.token_hex(4))
 
     @property
@@ -110,7 +110,7 @@ class Checkpoints:
     # ------------------------------------------------------------ agreeing
 
     def share(self, generation: int, rank: int) -> Saving | None:
-        """What this rank adds to the agreement of a step; None in a job that saves none."""
+        """This rank's contribution to the agreement of a step; None in a job without checkpoints."""
         if not self.active:
             return None
         self.poll()
@@ -125,9 +125,9 @@ class Checkpoints:
         )
 
     def agreed(self, step: int, merged: Saving | None, ancestors: Iterable[tuple[str, float]]) -> dict[str, Any]:
-        """What the members' shares mean: whether, and as what, the state after `step` is saved.
+        """Evaluate the members' merged shares: whether the state after `step` is saved, and under which name.
 
-        `ancestors`: the runs before this one, also for a rank that joined and has not heard of them.
+        `ancestors`: the runs before this one, also for a rank that joined later.
         """
         if merged is None:
             return {"save": "", "saved": -1, "ancestors": []}
@@ -138,7 +138,7 @@ class Checkpoints:
         return {"save": name, "saved": merged.newest, "ancestors": [list(item) for item in ancestors]}
 
     def _asked(self) -> bool:
-        """Whether somebody asked for a checkpoint, and has had none since."""
+        """Whether a checkpoint was requested, and none has been saved since."""
         if self._membership.save_asked and self._asked_after is None:
             self._asked_after = self.newest
         if self._asked_after is not None and self.newest > self._asked_after:
@@ -148,9 +148,9 @@ class Checkpoints:
     # ------------------------------------------------------------ saving
 
     def begin(self, terms: dict[str, Any], layout: Layout, rank: int) -> Callable[[], None] | None:
-        """What was agreed: if the version after the step is saved, what is to be called when it is in the keeper.
+        """Prepare a save of the version after the step, if one was agreed. Returns what to call once the keeper has it.
 
-        It is saved when it is there, and `settle` has told what the user's code has made of the step.
+        The save begins once the keeper has the version and `settle` has been called with the state of the user's code.
         """
         self.newest = max(self.newest, terms.get("saved", -1))
         known = {"id": self.lineage.run, "ancestors": terms.get("ancestors", ())}
@@ -173,7 +173,7 @@ class Checkpoints:
         return sealed
 
     def begin_alone(self, terms: dict[str, Any], layout: Layout, states: Callable[[int], ShardState]) -> None:
-        """Without the launcher there is no keeper: the state is copied here, and a thread of this process saves it."""
+        """Without the launcher there is no keeper: copy the state here, and let a thread of this process save it."""
         sealed = self.begin(terms, layout, 0)
         if sealed is None:
             return
@@ -191,12 +191,12 @@ class Checkpoints:
         return copies
 
     def keep(self, version: int, states: Callable[[int], ShardState]) -> None:
-        """Copy the last version where there is no keeper, before the script makes what it likes of the model."""
+        """Copy the last version where no keeper runs, before the script may change the model."""
         if self.active and version > max(0, self.newest):
             self._kept = (version, self._copies(states))
 
     def settle(self, after: dict[str, Any]) -> None:
-        """The next step begins: how the user's code has left things after the last one ("groups", "users")."""
+        """The next step begins: the state of the user's code after the last one ("groups", "users")."""
         waiting = self._waiting
         if waiting is not None:
             with self._lock:
@@ -210,7 +210,7 @@ class Checkpoints:
         return self._waiting is not None
 
     def abandon(self) -> None:
-        """An older version is gone back to: what was to be saved will be again."""
+        """The job goes back to an older version: later versions will be saved again."""
         waiting, self._waiting = self._waiting, None
         if waiting is not None:
             self._open.clear()
@@ -222,7 +222,7 @@ class Checkpoints:
             if not waiting.sealed or waiting.after is None or waiting.started:
                 return
             waiting.started = True
-        # In the run that resumes, nothing outlives nodes yet.
+        # In the run that resumes, no version is protected yet.
         after = {**waiting.terms, "after": waiting.after, "protected": -1, "script": self._run["settings"]}
         agreement = json.dumps(after, sort_keys=True)
         self._terms[waiting.name] = (waiting.version, agreement)
@@ -280,7 +280,7 @@ class Checkpoints:
             self._results.append(result)
 
     def _save_constants(self, request: SaveRequest, name: str, warned: Callable[[str], None]) -> bool:
-        """Frozen parameters and buffers: every rank has them, and the lowest one writes them."""
+        """Frozen parameters and buffers: every rank holds them, and the lowest rank writes them."""
         folder = open_store(request.url, request.options).inside(request.name)
         writer = ChunkWriter(folder)
         for path, tensor_name, tensor in constants(self._stack):
@@ -357,7 +357,7 @@ class Checkpoints:
     # ------------------------------------------------------------ what became of it
 
     def poll(self) -> None:
-        """Look whether saves have ended. What failed is told; it costs training nothing else."""
+        """Check whether saves have ended. A failure is reported, and does not affect training otherwise."""
         if not self._open:
             return
         handed_over = self._handed_over
@@ -381,9 +381,9 @@ class Checkpoints:
             self._snapshots.saving = -1
 
     def _stalls(self, writer: str, name: str) -> bool:
-        """Whether a save has made no progress for too long; some time before that it is said."""
+        """Whether a save has made no progress for too long; a warning precedes that."""
         if name not in self._terms and self._waiting is not None and self._waiting.name == name:
-            self._moves(writer)  # it has not begun: the user's code is at the step that it is of
+            self._moves(writer)  # it has not begun: the user's code is still in the step that it belongs to
         still_s, limit_s = time.monotonic() - self._moved_s[writer], self._settings.checkpoint_timeout
         if still_s > min(STALLS_S, limit_s / 2) and name in self._terms:
             version = self._terms[name][0]
@@ -417,7 +417,7 @@ class Checkpoints:
             fields = {"version": version, "name": name, "why": result["error"], "failures": self.failures}
             self._membership.note("checkpoint_failed", fields)
             request = self._requests.get(name)
-            if result.get("lost") and request is not None and self._again < TRIES:  # who was at it is gone, that is all
+            if result.get("lost") and request is not None and self._again < TRIES:  # only the saver is lost
                 self._again += 1
                 self._opened(writer, name)
                 self._hand_over(request)
@@ -438,7 +438,7 @@ class Checkpoints:
         states: Callable[[int], ShardState],
         on_wait: Callable[[], None],
     ) -> str:
-        """Save the last version, which is in the keeper, once more. Returns why it was not saved here, if so."""
+        """Save the last version, which the keeper holds, once more. Returns why this rank could not, if so."""
         self.conclude(on_wait)
         if self._open:
             return self._why
@@ -454,9 +454,9 @@ class Checkpoints:
         return self._why
 
     def resumed(self, version: int, script: Any, name: str, lineage: Lineage) -> None:
-        """The job goes on from the checkpoint `name` of `version`, which a run with this `lineage` has saved.
+        """The job resumes from the checkpoint `name` of `version`, saved by a run with this `lineage`.
 
-        `script`: the settings that its script began with, if that is known.
+        `script`: the settings that its script began with, if known.
         """
         self._run["settings"] = script or self._run["settings"]
         self.lineage = lineage.continued(self.lineage.run, begun_s(name.rstrip("/").rpartition("/")[2]))
@@ -464,7 +464,7 @@ class Checkpoints:
         self._attempt = (version, 0)
 
     def conclude(self, on_wait: Callable[[], None]) -> None:
-        """Wait for what is still being saved, as long as that makes progress."""
+        """Wait for saves in progress, as long as they make progress."""
         started = time.monotonic()
         while self._open:
             on_wait()
@@ -481,7 +481,7 @@ def _rows(parameter: ParameterSpec, shard: Shard) -> int:
 
 
 def constants(stack: LayerStack) -> list[tuple[str, str, Any]]:
-    """(path, name, tensor) of what training does not change: frozen parameters, and buffers that are no statistics."""
+    """(path, name, tensor) of what training does not change: frozen parameters, and buffers other than statistics."""
     frozen = {plain_name(name) for name, _ in stack.model.named_parameters(remove_duplicate=False)}
     return [
         (path_of("frozen" if name in frozen else "buffers", name), name, tensor) for name, tensor in stack.constants()

@@ -1,4 +1,4 @@
-"""How often a version is made to outlive nodes: every n steps, n from what it costs and what it may cost. Pure."""
+"""The interval of protected versions: every n steps, with n chosen from the cost of protection and its budget. Pure."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LARGEST = 1000
 class Interval:
     """Chooses n. `fixed` is the user's number, 0 for "auto"; `budget` is the share of a step that protection may cost.
 
-    Every member keeps one, fed with the same times; the lowest rank's choice is what all do.
+    Every member keeps one, fed with the same times; the choice of the lowest rank applies to all.
     """
 
     fixed: int
@@ -34,7 +34,7 @@ class Interval:
             self.chosen, self.why = self.fixed, "as asked"
 
     def observe(self, step_s: float, *, protecting: bool) -> None:
-        """A step took so long, and a version was or was not being protected meanwhile."""
+        """Record how long a step took, and whether a version was being protected meanwhile."""
         self.steps += 1
         if self.fixed or self.steps <= WARM_UP_STEPS or step_s <= 0:
             return

@@ -1,4 +1,4 @@
-"""A worker's part in making versions outlive nodes: which ones, how far that has come, and what waits for it."""
+"""A worker's part in protecting versions from lost nodes: which ones, their progress, and what waits for it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from everstep.resharding.placement import Placement
 
 from .interval import Interval
 
-PATIENCE_S = 5.0  # for a version that does not get whole; then training goes on without, and says so
+PATIENCE_S = 5.0  # for a version that does not become whole; then training continues without it, with a warning
 POLL_S = 0.002
 
 
@@ -29,7 +29,7 @@ class Protection:
         self._interval = Interval(settings.snapshot_every, settings.snapshot_budget)
         self._state = Protecting(max(1, settings.snapshot_every), replay=settings.protection == "replay")
         self._stepped_s = 0.0
-        self.step_s = 0.0  # how long the last step took, 0 if that is not known
+        self.step_s = 0.0  # duration of the last step, 0 if unknown
 
     @property
     def nodes(self) -> bool:
@@ -37,20 +37,20 @@ class Protection:
         return self._state.nodes
 
     def enter(self, generation: int, placement: Placement, *, joins: bool) -> None:
-        """A new generation: what was under way begins again."""
+        """Enter a new generation: protection that was in progress begins again."""
         self._look()
         self._state.enter(generation, nodes=bool(placement.stripes), joins=joins)
         self._stepped_s = 0.0
 
     def begins(self, version: int, *, anyway: bool = False) -> bool:
-        """Whether `version` is one that is to outlive nodes; `anyway`: the first one of a generation is."""
+        """Whether `version` is to be protected; `anyway`: the first version of a generation always is."""
         return self._state.begins(version, anyway=anyway)
 
     def _look(self) -> None:
         self._state.saw(*self._answers())
 
     def report(self, version: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """(generation, version), twice, for a report: what this node's keeper can answer for.
+        """(generation, version), twice, for a report: the newest versions that this node's keeper holds completely.
 
         In this generation, and in the last one that had any. This rank is at `version`.
         """
@@ -59,7 +59,7 @@ class Protection:
         return (now, Protecting.lasting(new, version, outlives)), (before, Protecting.lasting(old, version, outlives))
 
     def _answers(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """What the keeper says. Passes on what damage it found."""
+        """Read the keeper's answer, and pass on the damage that it found."""
         if not self._state.nodes:
             return (0, -1), (0, -1)
         complete, before, damage = self._snapshots.protection()
@@ -68,9 +68,9 @@ class Protection:
         return complete, before
 
     def wait(self, step: int, on_wait: Callable[[], None]) -> None:
-        """Wait, before `step` is agreed on, until the versions before it that are being protected are whole here.
+        """Wait, before `step` is agreed on, until earlier versions whose protection has begun are whole here.
 
-        Not for ever: a keeper may be away, and training goes on without it.
+        The wait is bounded: a keeper may be away, and training continues without it.
         """
         self._look()
         started = time.monotonic()
@@ -85,14 +85,14 @@ class Protection:
         self._snapshots.waited_s += time.monotonic() - started
 
     def share(self, step: int, rank: int) -> tuple[Kept, float]:
-        """What this rank adds to the agreement of a step; how long the last one took, 0 if that is not known."""
+        """This rank's contribution to the agreement of a step, with the duration of the last step, 0 if unknown."""
         now = time.monotonic()
         step_s, self._stepped_s = (now - self._stepped_s if self._stepped_s else 0.0), now
         self.step_s = step_s
         return self._state.share(step, self._snapshots.protected, rank, self._interval.proposal), step_s
 
     def agreed(self, step: int, merged: Share, *, speaks: bool) -> dict[str, int]:
-        """What the members' shares mean: for the agreement, equal on all.
+        """The meaning of the members' merged shares: for the agreement, equal on all ranks.
 
         The member that `speaks` logs a new interval.
         """
@@ -107,6 +107,6 @@ class Protection:
         return terms
 
     def adopt(self, terms: dict[str, Any]) -> None:
-        """Take over what was agreed."""
+        """Adopt what was agreed."""
         self._snapshots.protected = max(self._snapshots.protected, terms["protected"])
         self._state.every = terms["every"]

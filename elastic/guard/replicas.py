@@ -1,10 +1,10 @@
-"""The replicas of a parameter compared: every rank that computes with it, and its backups.
+"""Comparison of the replicas of a parameter: those of every rank that computes with it, and of its backups.
 
-A flipped bit in live memory has no checksum of its own; but the same values lie elsewhere. Every n steps, before a
-step is agreed on, one number is summed over all ranks, which is 0 if the digests of what they computed with are equal.
-Where some are not, these are exchanged, and the shard's owner makes the values again, from the version before and the
-gradient that led on, which have checksums. The odd one out is named, the step is not agreed on, and is computed again
-once the values are repaired.
+A flipped bit in live memory has no checksum; but other ranks hold the same values. Every n steps, before a step is
+agreed on, one number is summed over all ranks, which is 0 if the digests of the values that they computed with are
+equal. Otherwise the ranks exchange their digests, and the shard's owner recomputes the values from the version before
+and its gradient, which have checksums. The rank that differs is named, the step is not agreed on, and is computed
+again once the values are repaired.
 
 A backup of a parameter that has a master is compared with the owner's master, every other replica with the parameter.
 """
@@ -52,11 +52,11 @@ class Replicas:
         return self._every > 0 and step > 0 and step % self._every == 0
 
     def since(self, step: int) -> int:
-        """The first step that a difference found in `step` may have been in."""
+        """The first step that a difference found in `step` may have affected."""
         return max(0, step - self._every + 1)
 
     def digests(self, committed: Mapping[int, int]) -> Digests:
-        """The digests this rank can give; `committed`: of shards that may be damaged here, what they should be."""
+        """The digests that this rank contributes; `committed`: the right ones of shards that may be damaged here."""
         spec = self._stack.spec
         read = {s.index: s for layer in self._stack.held for s in spec.shards_of_layer[layer]}
         live = {i: digest(self._stack.computed_with(s)) for i, s in read.items() if self._compared(i)}
@@ -77,18 +77,18 @@ class Replicas:
         return [shard.index for shard in self._stack.spec.shards if self._compared(shard.index)]
 
     def imbalance(self, digests: Digests, layout: Layout, rank: int) -> int:
-        """This rank's part in a sum that is 0 over all ranks only if the copies of every shard are equal."""
+        """This rank's addend of a sum that is 0 over all ranks only if the copies of every shard are equal."""
         return digests.imbalance(layout, self._stack.spec, rank, self._backups.ranks_of)
 
     def _compared(self, shard: int) -> bool:
-        """Not batch-norm statistics: every micro-batch changes them, to be averaged at the end of the step."""
+        """Batch-norm statistics are excluded: every micro-batch changes them, and the end of the step averages them."""
         spec = self._stack.spec.shards[shard]
         return spec.elements > 0 and not self._stack.averaged(spec.parameter)
 
     def made_again(self, shard: int, version: int, terms: Mapping[str, Any]) -> Truth | None:
-        """The digests of `version` of a shard owned here, from the version before it and the gradient that led on.
+        """Recompute the digests of `version` of a shard owned here, from the version before it and its gradient.
 
-        `terms`: what was agreed in step version - 1. None if these are not both here, and sound.
+        `terms`: the agreement of step version - 1. None if the two are not both present here, and intact.
         """
         before = self._snapshots.stored(shard, version - 1)
         gradient = self._snapshots.stored_gradient(shard, version - 1)

@@ -14,53 +14,53 @@ from everstep.elastic.protocol import events as e
 from .world import World
 
 TICK_S = 0.1
-GONE_S = (0.0005, 0.05)  # how long the kernel takes a process down
-EARLY = 0.3  # how likely a worker's main thread is seen to end, its process only later
-PATIENCE_S = (1.0, 4.0, 300.0)  # how long a node without coordinator and progress goes on
+GONE_S = (0.0005, 0.05)  # how long the kernel takes to end a process
+EARLY = 0.3  # probability that a worker's main thread is seen to end before its process
+PATIENCE_S = (1.0, 4.0, 300.0)  # how long a node without coordinator and progress continues
 
 
 class Machinery(Protocol):
     """What an agent acts on."""
 
     def announce(self, one: SimAgent) -> None:
-        """The node is in the job, if the coordinator takes it."""
+        """The node joins the job, if the coordinator accepts it."""
 
     def fork(self, worker: e.WorkerId, node: str) -> None:
-        """Make a worker's process."""
+        """Create a worker's process."""
 
     def end(self, worker: e.WorkerId, why: str) -> bool:
-        """End it. False if it has ended already."""
+        """End a worker's process. False if it has ended already."""
 
     def ends_job(self, worker: e.WorkerId) -> None:
-        """Tell it that the job is over."""
+        """Notify a worker that the job is over."""
 
     def report_death(self, worker: e.WorkerId) -> None:
-        """Tell the coordinator how it ended."""
+        """Report to the coordinator how a worker ended."""
 
     def lose_keeper(self, node: str, why: str) -> None:
-        """The node's keeper ends, and its stream: it is out of the job."""
+        """End the node's keeper and its stream: the node leaves the job."""
 
     def connect_again(self, one: SimAgent, former: str) -> None:
-        """The agent greets the coordinator under its new name, as soon as it can be heard."""
+        """The agent contacts the coordinator under its new name, as soon as the node is not silent."""
 
     def asks_drain(self, node: str, why: str) -> None:
-        """Tell the coordinator that the node wants to leave."""
+        """Ask the coordinator to let the node leave."""
 
     def sees(self, node: str) -> a.TimePassed:
-        """What an agent knows when nothing happens."""
+        """The event `TimePassed` with what the agent observes."""
 
 
 class SimAgent:
-    """The agent of one machine, through all its names; `dead` with the machine."""
+    """The agent of one machine, under all its names; `dead` with the machine."""
 
     def __init__(self, world: World, node: str, slots: int, machinery: Machinery) -> None:
         self._world = world
         self._machinery = machinery
-        self.random = random.Random(f"{world.seed} {node}")  # its own, so that old seeds mean what they did
+        self.random = random.Random(f"{world.seed} {node}")  # separate, so that older seeds keep their meaning
         config = agent.AgentConfig(node=node, slots=slots, coordinator_wait_s=self.random.choice(PATIENCE_S))
         self.state = agent.new_agent(config)
         self.dead = False
-        self._node = node  # its name until it greets under another one
+        self._node = node  # its name until it joins under another one
         self._events: deque[a.Event] = deque()
         self._stepping = False
         self._carriers = self._instructions()
@@ -72,10 +72,10 @@ class SimAgent:
         return self.dead or self.state.phase is agent.AgentPhase.ENDED
 
     def happened(self, event: a.Event) -> None:
-        """Let the machine decide, and do what it says."""
+        """Pass an event to the machine, and carry out its instructions."""
         self._events.append(event)
         if self._stepping:
-            return  # in the course of an instruction: taken next
+            return  # the event arose during an instruction: it is handled next
         self._stepping = True
         while self._events and not self.dead:
             self.state, instructions = agent.step(self.state, self._events.popleft(), self._world.now)
@@ -92,7 +92,7 @@ class SimAgent:
             self._world.after(TICK_S, self._tick)
 
     def died(self, worker: e.WorkerId) -> None:
-        """A worker that was not told to end is seen to be dead: at once, or its main thread first."""
+        """The death of a worker that was not ordered to end is seen: at once, or of its main thread first."""
         if self.random.random() < EARLY and worker in self.state.workers:
             self.happened(a.MainThreadFailed(worker))
             self._gone_soon(worker, 0.3)
@@ -140,4 +140,4 @@ class SimAgent:
 
 
 def _nothing(do: a.Instruction) -> None:
-    """What has no counterpart here."""
+    """An instruction that has no counterpart in the simulator."""

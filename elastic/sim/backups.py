@@ -1,4 +1,4 @@
-"""A simulated rank's backups: the contract of `elastic.guard.backups.Backups`, whose places `BackingUp` decides."""
+"""A simulated rank's backups: the contract of `elastic.guard.backups.Backups`. `BackingUp` decides where they are."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .world import Steps
 
 
 class Backups:
-    """Passive copies of other nodes' shards. None in every mode of protection but replay."""
+    """Passive copies of other nodes' shards, held only under `protection="replay"`."""
 
     def __init__(self, links: Links, snapshots: Snapshots) -> None:
         self.places = BackingUp(links.rank)
@@ -24,7 +24,7 @@ class Backups:
         self._gradients: dict[int, str] = {}
 
     def enter(self, ranks: Mapping[int, tuple[int, ...]], *, discard: bool, seeded: bool) -> None:
-        """Back up what a generation says."""
+        """Enter a generation and its assignment of backups."""
         places = self.places
         places.enter(ranks, discard=discard)
         self.states = {shard: state for shard, state in self.states.items() if shard in places.mine}
@@ -33,12 +33,12 @@ class Backups:
             self.load({shard: initial(shard) for shard in places.mine})
 
     def load(self, states: Mapping[int, ShardState]) -> None:
-        """Take copies that are in step from now on."""
+        """Adopt copies that are up to date."""
         self.states.update(states)
         self.places.level.update(states)
 
     def exchange(self, step: int, layout: Layout, gradients: Mapping[int, str]) -> Steps[None]:
-        """Send the gradients of the shards owned here to their backups, and take in those of the others'."""
+        """Send the gradients of the owned shards to their backups, and receive those of the shards backed up here."""
         key: Key = ("backup", step)
         for backup, shards in self.places.sends(gradients).items():
             self._links.send(backup, key, {shard: gradients[shard] for shard in shards})

@@ -34,10 +34,10 @@ from .world import (
 
 TICK_S = 0.1
 HEARTBEAT_S = 0.5
-SLEEPS = 0.02  # how likely the coordinator's clock jumps ahead, at each tick
-RESTARTS = 0.1  # how likely another coordinator takes over, at each tick
-LATE_S = 1.0  # longer than anything is on its way
-SLEPT_S = 1.0  # a coordinator that does nothing for longer has to hear of its nodes first
+SLEEPS = 0.02  # probability that the coordinator's clock jumps ahead, at each tick
+RESTARTS = 0.1  # probability that another coordinator takes over, at each tick
+LATE_S = 1.0  # longer than any message is in transit
+SLEPT_S = 1.0  # after a longer pause, a coordinator first waits for heartbeats
 
 
 @dataclass
@@ -48,11 +48,11 @@ class Node:
     slots: int
     agent: SimAgent
     stream: Pipe  # from its agent to the coordinator
-    orders: Pipe  # and back
+    orders: Pipe  # from the coordinator to its agent
     up: bool = True
-    silent_s: float = 0.0  # nothing passes between it and the coordinator before this time
-    heard_s: float = 0.0  # when something did before it
-    alone_s: float = 0.0  # nor between it and other nodes
+    silent_s: float = 0.0  # no message passes between it and the coordinator before this time
+    heard_s: float = 0.0  # when the last message passed before that
+    alone_s: float = 0.0  # no message passes between it and other nodes before this time
 
 
 @dataclass
@@ -66,25 +66,25 @@ class Running:
     node: str
     data: dict[e.WorkerId, Pipe] = field(default_factory=dict)
     dead: bool = False
-    died: e.WorkerDied | None = None  # what its agent has to say of its end
+    died: e.WorkerDied | None = None  # its agent's report of its end
 
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """How slow things are; probabilities and seconds."""
+    """Speeds of the cluster: probabilities and seconds."""
 
     slow: float = 0.05  # of a long delay on a link
-    duplicates: float = 0.05  # of a control message that comes twice
+    duplicates: float = 0.05  # of a control message that is delivered twice
     startup_s: tuple[float, float] = (0.02, 0.3)
     forward_s: float = 0.002
     epilogue_s: float = 0.2
-    slowest: float = 1.0  # how much slower the first node computes
-    keeper_s: tuple[float, float] = (0.0005, 0.005)  # to get a shard from another node's keeper
+    slowest: float = 1.0  # factor by which the first node computes more slowly
+    keeper_s: tuple[float, float] = (0.0005, 0.005)  # to fetch a shard from another node's keeper
 
 
 @dataclass(frozen=True)
 class Saving:
-    """Checkpoints: of every how many versions (0: only of the last), how likely one is damaged, which one is there."""
+    """Checkpoints: their interval in versions (0: only the last), the probability of damage, and an existing one."""
 
     every: int = 0
     damaged: float = 0.0
@@ -92,7 +92,7 @@ class Saving:
 
 
 class Cluster:
-    """Everything but the faults, which strike through `on_mark` and `kill`."""
+    """The cluster without the faults, which strike through `on_mark` and `kill`."""
 
     def __init__(
         self,
@@ -113,7 +113,7 @@ class Cluster:
         self.verify_every = verify_every
         self.store = StateStore()
         self.storage = Storage(len(job.model.shards), self.saving.damaged, world.seed + 3)
-        self.ahead_s = 0.0  # of the coordinator's clock: it was stopped, or its machine slept
+        self.ahead_s = 0.0  # offset of the coordinator's clock, after it was stopped or its machine slept
         self.ledger = Ledger(job, expected, verified=bool(verify_every))
         self.promise = Promise(job.node_losses, replay=job.protection == "replay")
         self.state: State = coordinator.initial_state(config, 0.0)
@@ -124,13 +124,13 @@ class Cluster:
         self.nodes: dict[str, Node] = {}
         self.board = Board(world, timing.keeper_s)
         self.outcome: e.EndJob | None = None
-        self.released = 0  # nodes that handed over
-        self.stays = True  # somebody, after those that were asked to leave
+        self.released = 0  # number of nodes that handed over
+        self.stays = True  # whether nodes remain, apart from those that were asked to leave
         self.on_mark: Callable[[e.WorkerId, str, int], None] = lambda worker, phase, step: None
-        self.leaves_at: Callable[[int], int] = lambda rank: job.steps  # the version at which it leaves the loop
+        self.leaves_at: Callable[[int], int] = lambda rank: job.steps  # the version at which a rank leaves the loop
         self.leaves_alone = False
         self.restarts_until_s = 0.0  # until when coordinators are replaced now and then
-        self._restarts = random.Random(world.seed + 2)  # its own, so that old seeds mean what they did
+        self._restarts = random.Random(world.seed + 2)  # separate, so that older seeds keep their meaning
         self._sleeps = random.Random(world.seed + 4)
         world.after(TICK_S, self._tick)
 
@@ -147,14 +147,14 @@ class Cluster:
             self.world.after(TICK_S, self._tick)
 
     def _restart_coordinator(self) -> None:
-        """Another coordinator takes over, with what a store has of the state."""
+        """Another coordinator takes over, with the part of the state that a store holds."""
         self.state = codec.state_of(self.state.config, codec.changed_rows(None, self.state))  # type: ignore[arg-type]
         self.happened(e.CoordinatorReturned(LATE_S))
 
     def store_fails(self, away_s: float, *, replaced: bool, written: bool) -> None:
-        """The coordinator's store takes nothing for a while; at the end of it, another coordinator may have taken over.
+        """The coordinator's store fails for a while. When it works again, another coordinator may have taken over.
 
-        `written`: the last decision was, although the coordinator that made it did not hear so.
+        `written`: the last decision was written, although the coordinator that made it received no confirmation.
         """
         if self._over() or self.store.away:
             return
@@ -184,7 +184,7 @@ class Cluster:
             self._connect(SimAgent(self.world, node, slots, self))
 
     def _connect(self, one: SimAgent) -> None:
-        """A node is heard of under a name that is new."""
+        """A node becomes known to the coordinator under a new name."""
         world, slow, node, slots = self.world, self.timing.slow, one.state.node, one.state.config.slots
         stream = Pipe(world, self._from_node, slow, lambda: self.nodes[node].silent_s)
         orders = Pipe(world, lambda effect: self._to_node(node, effect), slow, lambda: self.nodes[node].silent_s)
@@ -198,7 +198,7 @@ class Cluster:
         self._beat(node)
 
     def connect_again(self, one: SimAgent, former: str) -> None:
-        """Its old stream breaks when the new one comes."""
+        """Close the node's old stream when the new one opens."""
         delay_s = max(0.0, self.nodes[former].silent_s - self.world.now) + one.random.uniform(0.01, 0.3)
 
         def connect() -> None:
@@ -218,10 +218,10 @@ class Cluster:
             self.happened(event)
 
     def _to_node(self, node: str, effect: object) -> None:
-        """An order of the coordinator."""
+        """An order of the coordinator arrives."""
         one = self.nodes[node].agent
         if one.state.node != node:
-            return  # it is for a name that the node has no more
+            return  # addressed to a former name of the node
         if isinstance(effect, e.FenceNode):
             one.happened(a.FenceOrdered(effect.why))
         elif isinstance(effect, e.RefuseNode):
@@ -236,7 +236,7 @@ class Cluster:
             one.happened(a.KillOrdered(effect.workers))
 
     def drain(self, node: str) -> None:
-        """A node is asked to go, once."""
+        """Ask a node to leave, once."""
         machine = self.nodes[node]
         if not self._over() and machine.up and not machine.agent.state.stop_why:
             machine.agent.happened(a.LeaveAsked("asked to leave"))
@@ -254,20 +254,20 @@ class Cluster:
         return a.TimePassed(unheard_s, steps, any(it.finished for _, it in running))
 
     def _over(self) -> bool:
-        """Whether training is: faults after it are another story, which ends with the job."""
+        """Whether training is over: later faults have other rules, which end the job."""
         return self.outcome is not None or self.state.phase is Phase.AFTER
 
     def doubtful(self) -> set[str]:
-        """The nodes that are gone, or silent, or were so lately that they may yet be declared lost."""
+        """The nodes that are gone, or silent, or were silent so recently that they may still be declared lost."""
         late_s = self.world.now - LATE_S
         return {name for name, node in self.nodes.items() if not node.up or (node.silent_s and node.silent_s > late_s)}
 
     def look(self) -> None:
-        """See whether the job is whole again."""
+        """Check whether the job is whole again."""
         self.promise.look(self.state, self.board.keepers, self.doubtful())
 
     def lose(self, node: str, detected_s: float | None) -> None:
-        """A machine is gone at once. Its stream breaks after `detected_s`, or (None) it is only silent from now on."""
+        """A machine is lost. Its stream breaks after `detected_s`, or (None) it only becomes silent."""
         if self._over() or not self.nodes[node].up:
             return
         self.look()
@@ -281,7 +281,7 @@ class Cluster:
             self.world.after(detected_s, lambda: self._from_node(e.NodeLost(node, "its stream broke")))
 
     def silence(self, node: str, duration_s: float, *, alone: bool) -> None:
-        """A node is cut off from the coordinator, and with `alone` from the other nodes: what is sent then is late."""
+        """Cut a node off from the coordinator, and with `alone` from the other nodes: messages are delivered late."""
         machine, until_s = self.nodes[node], self.world.now + duration_s
         if self._over() or node in self.doubtful():
             return
@@ -304,7 +304,7 @@ class Cluster:
             self.promise.came_back(node)
 
     def lose_keeper(self, node: str, why: str) -> None:
-        """A node is out of the job: its keeper ends, and what it sends arrives up to some point."""
+        """A node leaves the job: its keeper ends, and only a part of its messages in transit arrives."""
         machine = self.nodes[node]
         if not machine.up:
             return
@@ -329,7 +329,7 @@ class Cluster:
             self._act(event, after, effects)
 
     def _act(self, event: e.Event, after: State, effects: Sequence[e.Effect]) -> None:
-        """A decision is written: believe it, and carry it out."""
+        """A decision is written: adopt it, and carry it out."""
         before, self.state = self.state, after
         invariants.check_step(before, after, effects)
         if effects:
@@ -344,7 +344,7 @@ class Cluster:
         self.look()
 
     def _check_fence(self, before: State, event: e.Event, effects: Sequence[e.Effect]) -> None:
-        """What a node says that was declared lost changes nothing."""
+        """Check that messages of a node that was declared lost change nothing."""
         running = self.running.get(getattr(event, "worker", None) or e.WorkerId(-1, -1))
         if running is None or running.node in before.nodes or before.phase is Phase.DONE:
             return
@@ -352,18 +352,18 @@ class Cluster:
             raise AssertionError(f"{brief(event)} of the lost node {running.node} was acted on")
 
     def _check_drain(self, before: State, event: e.Event) -> None:
-        """Who leaves neither stops nor ends anything, as long as there is somebody to hand over to."""
+        """Check that a departure neither aborts nor ends anything, as long as another node can take over."""
         leaves = {event.node} if isinstance(event, e.DrainRequested) else set()
         self.stays = bool(self.state.nodes.keys() - self.state.leaving.keys() - leaves)
         if leaves and self.stays:
-            waits = before.phase is Phase.LAUNCHED and not before.elastic  # nobody knows yet whether it can
+            waits = before.phase is Phase.LAUNCHED and not before.elastic  # whether it can hand over is unknown
             if self.state.phase is Phase.DONE and before.phase is not Phase.DONE and not waits:
                 raise AssertionError(f"{brief(event)} ended the job")
             if self.state.phase is Phase.RECOVERING and before.phase is not Phase.RECOVERING:
                 raise AssertionError(f"{brief(event)} aborted the generation")
 
     def agreed(self, worker: e.WorkerId, step: int, agreement: str) -> None:
-        """A worker passed the agreement of a step; on a node that is out, in no generation that others enter."""
+        """A worker passed the agreement of a step; if its node is lost, no other member may share its generation."""
         self.ledger.agreed(step, agreement)
         running, state = self.running[worker], self.state
         self.promise.agreed_in = max(self.promise.agreed_in, running.worker.links.generation)
@@ -380,7 +380,7 @@ class Cluster:
         self.ledger.went_back(worker, plan, since)
 
     def _check_versions(self) -> None:
-        """Those who have carried out one plan are at one version, or at it and the next."""
+        """Check that members that have carried out one plan are at most one version apart."""
         versions: dict[int, set[int]] = {}
         for running in self.running.values():
             layout = running.worker.layout
@@ -453,7 +453,7 @@ class Cluster:
         self.on_mark(worker, phase, step)
 
     def _life(self, worker: e.WorkerId, simulated: SimWorker) -> Steps[None]:
-        """A worker's, until its process ends by itself."""
+        """Run a worker until its process ends by itself."""
         yield from simulated.life()
         running = self.running[worker]
         running.died = e.WorkerDied(worker, "exit status 0", clean=True, step=simulated.version)
@@ -471,7 +471,7 @@ class Cluster:
             running.process.poke()
 
     def _tell(self, uplink: Pipe, event: e.Event) -> None:
-        """A worker speaks. A duplicate may come at any later time."""
+        """A worker sends a message. A duplicate may arrive at any later time."""
         uplink.send(event)
         if self.world.random.random() < self.timing.duplicates and not isinstance(event, e.WorkerDied):
             self.world.after(self.world.between(0.0, 1.0), lambda: uplink.send(event))
@@ -509,7 +509,7 @@ class Cluster:
     # ------------------------------------------------------------ faults
 
     def kill(self, worker: e.WorkerId, cause: str, detected_s: float) -> None:
-        """A worker dies at once; its agent says so `detected_s` later."""
+        """A worker dies; its agent reports it `detected_s` later."""
         if self._over() or not self.end(worker, cause):
             return
         running, seen_s = self.running[worker], self.world.now + self.ahead_s + detected_s
@@ -517,12 +517,12 @@ class Cluster:
         self.world.after(detected_s, lambda: self.nodes[running.node].agent.died(worker))
 
     def flip(self, worker: e.WorkerId, kind: str) -> None:
-        """A bit is to flip in a worker's memory, as soon as it has such a value."""
+        """Flip a bit in a worker's memory, as soon as it holds a value of that kind."""
         if not self._over():
             self.running[worker].worker.flips.append(kind)
 
     def end(self, worker: e.WorkerId, why: str) -> bool:
-        """A process is no more; what it sent may still arrive, up to some point. False if it was gone already."""
+        """End a process; only a part of its messages in transit arrives. False if it had ended already."""
         running = self.running[worker]
         if running.dead or running.process.ended:
             return False
@@ -540,6 +540,6 @@ class Cluster:
         return [worker for worker, running in self.running.items() if not running.dead]
 
     def done(self) -> bool:
-        """Whether the job ended and all have heard of it."""
+        """Whether the job ended and every node has been notified."""
         there = [self.nodes[node].agent for node in self.state.nodes]
         return self.state.phase is Phase.DONE and all(one.ended for one in there)

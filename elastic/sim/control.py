@@ -17,7 +17,7 @@ class JobEnded(Exception):
 
 
 class Control:
-    """What the coordinator has told one worker, and what the worker makes of it."""
+    """The coordinator's messages to one worker, and the worker's answers."""
 
     def __init__(self, worker: e.WorkerId, tell: Callable[[Any], None], on_abort: Callable[[], None]) -> None:
         self.worker = worker
@@ -29,13 +29,13 @@ class Control:
         self._proposal: e.CarryOut | None = None
         self._past_last = False
         self._begun = -1
-        self._left_at: int | None = None  # somebody has left the loop at this version
-        self.conclusion: e.Conclude | None = None  # nobody trains beyond its version
+        self._left_at: int | None = None  # another rank left the loop at this version
+        self.conclusion: e.Conclude | None = None  # no rank trains beyond its version
         self.trained = False
         self.ended = False
 
     def heard(self, effect: e.Effect) -> None:
-        """A message from the coordinator."""
+        """A message from the coordinator arrives."""
         if isinstance(effect, e.AbortGeneration):
             if effect.generation > self._aborted:
                 self._aborted = effect.generation
@@ -49,7 +49,7 @@ class Control:
             self._tell_if_past()
         elif isinstance(effect, e.Conclude):
             self.conclusion = effect
-            if self._begun >= effect.version:  # else it has that step before it to do, as all others have
+            if self._begun >= effect.version:  # else it still has the step before that to complete
                 self._on_abort()
         elif isinstance(effect, e.EndTraining):
             self.trained = True
@@ -58,7 +58,7 @@ class Control:
             self._on_abort()
 
     def begun(self, step: int) -> None:
-        """This worker needs others for a step. Aborted if nobody trains that far."""
+        """This worker needs other ranks for a step. Raises Aborted if no rank trains that far."""
         self._begun = step
         self._tell_if_past()
         if self.conclusion is not None and step >= self.conclusion.version:
@@ -81,7 +81,7 @@ class Control:
             self._orders = orders
 
     def orders(self) -> Steps[e.CarryOut]:
-        """Wait for a plan; Aborted if a report is due first."""
+        """Wait for a plan. Raises Aborted if a report is due first."""
         while True:
             if self.ended:
                 raise JobEnded
@@ -103,7 +103,7 @@ class Control:
         return self.ended or self._aborted > generation
 
     def proposed(self, last: bool) -> e.CarryOut | None:
-        """The join plan that waits; `last`: no further step will ask."""
+        """The join plan that is pending; `last`: no further step will ask."""
         self._past_last = self._past_last or last
         proposal = self._proposal
         if last:
@@ -111,7 +111,7 @@ class Control:
         return proposal
 
     def wait_for_end(self) -> Steps[bool]:
-        """True when training is over; False when a report or the last checkpoint is due. JobEnded if the job is."""
+        """True when training is over; False when a report or the last checkpoint is due. Raises JobEnded."""
         while not self.trained and self.conclusion is None and self._aborted <= self._reported:
             if self.ended:
                 raise JobEnded

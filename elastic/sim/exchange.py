@@ -1,4 +1,4 @@
-"""What simulated ranks send each other at the end of a step: partial sums to owners, and new values to readers."""
+"""Exchange between simulated ranks at the end of a step: partial sums to owners, and new values to readers."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Exchange:
     def publish(
         self, version: int, layout: Layout, values: MutableMapping[int, str], moves: Iterable[Move] | None = None
     ) -> Steps[None]:
-        """Send the values that are owned here to their readers, and take in what this rank reads of others.
+        """Send the owned values to their readers, and receive the values that this rank reads.
 
         `moves`: only these values; None: all.
         """

@@ -1,4 +1,4 @@
-"""Faults from a seed: which workers and nodes are lost when, how late that is noticed, and which nodes come."""
+"""Faults from a seed: which workers and nodes are lost when, how late that is noticed, and which nodes join."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from .cluster import Cluster
 PHASES = ("compute", "reduce", "agree", "update", "commit", "recover", "restore", "join", "end")
 DRAIN_PHASES = (*PHASES, "leave")
 NODE_PHASES = (*PHASES, "protect")
-AGAIN_S = 0.05  # until a fault that would break the promise looks again whether it may strike
-PATIENCE_S = 30.0  # how long it does
+AGAIN_S = 0.05  # interval at which a fault that would exceed the guarantee checks again whether it may strike
+PATIENCE_S = 30.0  # how long it keeps checking
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """`victims` workers die: at `at_s`, or the `after`-th time that anyone enters `phase`, that one among them."""
+    """`victims` workers die: at `at_s`, or when a worker enters `phase` for the `after`-th time, that one included."""
 
     victims: int
     at_s: float = 0.0
@@ -32,23 +32,23 @@ class Fault:
 
 @dataclass(frozen=True, kw_only=True)
 class NodeFault(Fault):
-    """`victims` nodes are lost, or only fall silent; that of the worker or keeper that entered `phase` among them."""
+    """`victims` nodes are lost or become silent, among them that of the worker or keeper that entered `phase`."""
 
-    streams_break: bool = True  # else the loss shows by silence
-    silent_s: float = 0.0  # not lost at all, but silent for so long
-    alone: bool = False  # and unreachable for other nodes too
-    back_s: float = 0.0  # so long after it another node comes in its place; 0: none does
-    careful: bool = True  # strikes only where the promise allows it
+    streams_break: bool = True  # otherwise the loss shows by silence
+    silent_s: float = 0.0  # not lost, but silent for this long
+    alone: bool = False  # and unreachable for other nodes, too
+    back_s: float = 0.0  # delay until another node joins in its place; 0: none does
+    careful: bool = True  # strikes only where the guarantee covers it
 
 
 @dataclass(frozen=True, kw_only=True)
 class Drain(Fault):
-    """`victims` nodes are asked to hand over and leave; that of the worker that entered `phase` among them."""
+    """`victims` nodes are asked to hand over and leave, among them that of the worker that entered `phase`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Flip(Fault):
-    """A bit flips in the memory of `victims` workers, in a value that is `kind`: owned, only read, or a backup's."""
+    """A bit flips in the memory of `victims` workers, in a value of this `kind`: owned, only read, or a backup's."""
 
     kind: str = "read"
 
@@ -60,9 +60,9 @@ class JoinersDie(Fault):
 
 @dataclass(frozen=True, kw_only=True)
 class StoreFault(Fault):
-    """The coordinator's store takes nothing for `away_s`. `replaced`: another coordinator has it then.
+    """The coordinator's store fails for `away_s`. `replaced`: another coordinator takes over meanwhile.
 
-    `written`: the decision that waited was written all the same.
+    `written`: the pending decision was written, although no confirmation arrived.
     """
 
     away_s: float = 0.1
@@ -85,7 +85,7 @@ def draw(rng: random.Random, workers: int, horizon_s: float) -> list[Fault]:
 
 
 def draw_nodes(rng: random.Random, losses: int, horizon_s: float, *, reckless: bool = False) -> list[Fault]:
-    """Some lost or silent nodes; in most seeds never more than the promise allows, unless `reckless`."""
+    """Some lost or silent nodes; in most seeds never more than the guarantee covers, unless `reckless`."""
     faults: list[Fault] = []
     careful = rng.random() < 0.8 and not reckless
     for _ in range(rng.choice((1, 1, 2, 2, 3, 5))):
@@ -119,7 +119,7 @@ def draw_drains(rng: random.Random, horizon_s: float) -> list[Fault]:
 
 
 def draw_flips(rng: random.Random, horizon_s: float, kinds: tuple[str, ...]) -> list[Fault]:
-    """A few bits that flip, one after another: a second one before the first is found may outvote what is right."""
+    """A few bits that flip one after another: two undetected ones at a time might outvote the right value."""
     flips: list[Fault] = []
     for _ in range(rng.choice((1, 1, 2, 3))):
         at_s, phase, after = _occasion(rng, PHASES, horizon_s)
@@ -128,17 +128,17 @@ def draw_flips(rng: random.Random, horizon_s: float, kinds: tuple[str, ...]) -> 
 
 
 def draw_joiners(rng: random.Random) -> list[Fault]:
-    """Joiners that die, while others have carried out the plan that takes them in, and the coordinator knows of none.
+    """Joiners that die after others have carried out their plan, while the coordinator has no report of that yet.
 
     The second death interrupts the recovery from the first one.
     """
     detected_s, spread_s = rng.choice((0.001, 0.01)), rng.choice((0.002, 0.02))
-    after = rng.choice((0, 1, 1, 1, 2))  # the first joins alone, the others with each other
+    after = rng.choice((0, 1, 1, 1, 2))  # the first joins alone, the others together
     return [JoinersDie(victims=2, phase="joined", after=after, detected_s=detected_s, spread_s=spread_s)]
 
 
 def draw_store_faults(rng: random.Random, horizon_s: float) -> list[Fault]:
-    """Times at which the coordinator's store is away."""
+    """Times at which the coordinator's store fails."""
     faults: list[Fault] = []
     for _ in range(rng.choice((1, 1, 2, 4))):
         at_s, phase, after = _occasion(rng, PHASES, horizon_s)
@@ -163,7 +163,7 @@ def _occasion(rng: random.Random, phases: tuple[str, ...], horizon_s: float) -> 
 
 
 class Injector:
-    """Lets faults strike a cluster."""
+    """Injects faults into a cluster."""
 
     def __init__(self, cluster: Cluster, faults: list[Fault]) -> None:
         self._cluster = cluster
@@ -172,8 +172,8 @@ class Injector:
         self._seen: dict[str, int] = {}
         self._came = 0
         self.last_s = 0.0
-        self.struck = 0  # nodes
-        self.asked = 0  # to leave
+        self.struck = 0  # number of nodes lost or silenced
+        self.asked = 0  # number of nodes asked to leave
         cluster.on_mark = lambda worker, phase, step: self._marked(worker, cluster.running[worker].node, phase)
         cluster.board.on_protect = lambda node, version: self._marked(None, node, "protect")
         for fault in faults:
@@ -218,7 +218,7 @@ class Injector:
             self._world.after(delay_s, functools.partial(self._cluster.kill, victim, cause, fault.detected_s))
 
     def _strike_drains(self, fault: Drain, first: str, until_s: float) -> None:
-        """Nodes are asked to leave, as many as can with one to stay; again later, where the job has yet to start."""
+        """Ask as many nodes to leave as possible while one stays; again later, if the job has yet to start."""
         cluster, world = self._cluster, self._world
         if cluster.outcome is not None or world.now > until_s:
             return

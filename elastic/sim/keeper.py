@@ -1,4 +1,4 @@
-"""Simulated keepers: they guard segments, pull the members of their parity blocks, and go down with their node."""
+"""Simulated keepers: they hold segments, fetch the members of their parity blocks, and are lost with their node."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ RETRY_S = 0.05
 
 
 class Slots:
-    """A shard's slots: some for states of any version, two for gradients (step k in slot k % 2). None: torn, empty."""
+    """A shard's slots: some for states of any version, two for gradients (step k in k % 2). None: torn or empty."""
 
     def __init__(self, states: int) -> None:
         self.states: list[tuple[int, ShardState] | None] = [None] * states
         self.gradients: list[tuple[int, str] | None] = [None, None]
 
     def free(self, keep: Collection[int]) -> int:
-        """The state slot to write next: the one with the oldest version, but for one of each version in `keep`."""
+        """The state slot to write next: the one with the oldest version, sparing one slot of each version in `keep`."""
         versions = [(state[0] if state else -1, slot) for slot, state in enumerate(self.states)]
         kept = {version: (version, slot) for version, slot in versions if version in keep and version >= 0}
         return min([item for item in versions if item not in kept.values()] or versions)[1]
@@ -47,7 +47,7 @@ Segment = dict[int, Slots]
 
 @dataclass
 class Block:
-    """One parity row of a stripe at a version: what its members were when they came in. Sealed when all are in."""
+    """One parity row of a stripe at a version: its members as they were fetched. Sealed when all are present."""
 
     version: int
     stripe: Stripe
@@ -60,13 +60,13 @@ class Block:
 
 
 class Board:
-    """All keepers of a job, by node; wakes those who wait when one of them has news."""
+    """All keepers of a job, by node; wakes the waiting processes when one of them has news."""
 
     def __init__(self, world: World, delay_s: tuple[float, float]) -> None:
         self.world = world
         self.delay_s = delay_s
         self.keepers: dict[str, Keeper] = {}
-        self.made_up = False  # shards were, so that parity may be of what was there before
+        self.made_up = False  # shards were approximated, so parity may be of earlier values
         self.on_protect: Callable[[str, int], None] = lambda node, version: None
         self._processes: list[Process] = []
 
@@ -74,13 +74,13 @@ class Board:
         self.keepers[node] = Keeper(self, node)
 
     def reach(self, source: str, node: str) -> Keeper | None:
-        """A node's keeper as seen from another node; None if no way leads there."""
+        """A node's keeper as seen from another node; None if it cannot be reached."""
         keeper = self.keepers[node]
         open_way = keeper.up and (source == node or not (keeper.cut_off or self.keepers[source].cut_off))
         return keeper if open_way else None
 
     def run(self, keeper: Keeper, steps: Steps[None]) -> Process:
-        """Start something that looks again whenever there is news; it dies with the keeper."""
+        """Start a process that is woken by every news; it ends with the keeper."""
         self._processes = [process for process in self._processes if process.alive and not process.ended]
         process = Process(self.world, steps)
         self._processes.append(process)
@@ -89,12 +89,12 @@ class Board:
         return process
 
     def changed(self) -> None:
-        """There is news of some keeper."""
+        """Wake all that wait for news of a keeper."""
         for process in self._processes:
             process.poke()
 
     def delay(self) -> float:
-        """How long it takes to get a shard from another keeper."""
+        """The time that it takes to fetch a shard from another keeper."""
         return self.world.between(*self.delay_s)
 
 
@@ -104,7 +104,7 @@ class Keeper:
     def __init__(self, board: Board, node: str) -> None:
         self.node = node
         self.up = True
-        self.cut_off = False  # up, but no other node reaches it
+        self.cut_off = False  # it runs, but no other node reaches it
         self.generation = 0
         self.placement: Placement | None = None
         self.segments: dict[tuple[int, int, int], Segment] = {}  # rank, incarnation, number
@@ -128,12 +128,12 @@ class Keeper:
     # ------------------------------------------------------------ what workers say
 
     def register(self, worker: WorkerId, number: int, segment: Segment) -> None:
-        """Guard a segment; segments of dead workers that nobody needs any more are let go."""
+        """Hold a segment; segments of dead workers that no rank needs any more are dropped."""
         self.segments[(*worker, number)] = segment
         self._prune()
 
     def enter(self, generation: int, placement: Placement) -> None:
-        """Go to a newer generation: what was wanted in the last one is asked for again."""
+        """Enter a newer generation: what the last one was waiting for is requested again."""
         if generation > self.generation:
             self.generation, self.placement = generation, placement
             self._wanted.clear()
@@ -142,7 +142,7 @@ class Keeper:
             self._board.changed()
 
     def sealed(self, generation: int, version: int, protected: int, *, protect: bool) -> None:
-        """A worker here sealed a version of its shards; with `protect` it is to outlive nodes."""
+        """A worker of this node sealed a version of its shards; `protect`: it is to survive the loss of nodes."""
         self._protected = max(self._protected, protected)
         self._prune()
         if protect and generation == self.generation:
@@ -164,7 +164,7 @@ class Keeper:
     # ------------------------------------------------------------ answers
 
     def fetch(self, shards: Iterable[int], version: int, *, replay: bool) -> dict[int, ShardState]:
-        """Shards at `version`; with `replay`, also as the version before and the gradient that leads to it."""
+        """Shards at `version`; with `replay`, also as the version before and the gradient of its step."""
         found: dict[int, ShardState] = {}
         for shard in shards:
             holders = [segment[shard] for segment in self.segments.values() if shard in segment]
@@ -217,7 +217,7 @@ class Keeper:
         return self.blocks[-1]
 
     def _encode(self, placement: Placement, generation: int, version: int) -> Steps[bool]:
-        """Bring our blocks of `version` up; whether all are sealed."""
+        """Bring the blocks of this node to `version`; whether all are sealed."""
         held = [(placement.stripes[number], row) for number, row in placement.held_by(self.node)]
         blocks = [(stripe, self._open(version, stripe, row)) for stripe, row in held]
         by_node: dict[str, list[tuple[Block, int]]] = {}
@@ -265,5 +265,5 @@ def _newest(segment: Segment) -> int:
 
 
 def sources_first(nodes: Iterable[str], own: str) -> list[str]:
-    """Nodes in the order in which they are asked: our own first."""
+    """Nodes in the order in which they are asked: this rank's own first."""
     return sorted(nodes, key=functools.partial(str.__ne__, own))

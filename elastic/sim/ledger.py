@@ -1,4 +1,4 @@
-"""What happens in a simulated job, checked as it happens, and what the faults leave of the promise."""
+"""Checks of a simulated job while it runs, and which of the guarantees its faults leave in force."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from .worker import SimWorker
 
 
 class Ledger:
-    """The same agreements, plans and states as in the undisturbed run.
+    """Checks that agreements, plans and states are those of the undisturbed run.
 
-    Where shards were made up, as in the run that goes on from them undisturbed.
+    Once shards were approximated, the reference is the undisturbed run that continues from them.
     """
 
     def __init__(self, job: e.Job, expected: Reference, *, verified: bool) -> None:
@@ -29,23 +29,23 @@ class Ledger:
         self._plans: dict[int, str] = {}
         self._owners: dict[tuple[int, int], int] = {}  # generation, shard -> rank
         self._rollbacks: set[int] = set()  # generations
-        self._made_up: Plan | None = None  # the plan by which shards are made up that not all have entered
-        self._entered: dict[int, ShardState] = {}  # what those own who have
-        self._stand_ins: dict[tuple[int, int], set[ShardState]] = {}  # version, shard -> what may stand in for it
-        self.substituted = 0  # shards
+        self._made_up: Plan | None = None  # the plan that approximates shards, until all members have entered it
+        self._entered: dict[int, ShardState] = {}  # what the members that have entered it own
+        self._stand_ins: dict[tuple[int, int], set[ShardState]] = {}  # version, shard -> possible approximations
+        self.substituted = 0  # number of approximated shards
 
     def ends_at(self, version: int) -> None:
-        """Training is left at this version."""
+        """The user's code leaves training at this version."""
         self._last = version
 
     def agreed(self, step: int, agreement: str) -> None:
-        """A step was agreed on, or is said to have been."""
+        """A rank passed the agreement of a step, or reported that it did."""
         terms = json.loads(agreement)
         if any(terms[name] != value for name, value in json.loads(self._expected.agreements[step]).items()):
             raise AssertionError(f"step {step} was agreed with other bytes than in the undisturbed run")
 
     def told(self, state: State, effects: Sequence[e.Effect], *, broken: bool) -> None:
-        """The coordinator decided something: what it holds for agreed, and what it enters, is what was expected."""
+        """The coordinator made a decision: what it takes as agreed, and the generation it enters, must be expected."""
         if state.agreed >= 0:
             self.agreed(state.agreed, state.agreement)
         if state.rolled_back and state.rolled_back not in self._rollbacks:
@@ -62,7 +62,7 @@ class Ledger:
                 raise AssertionError(f"a step came out differently when it was computed again: {effect.fields}")
 
     def _makes_up(self, plan: Plan) -> None:
-        """Every shard that is gone may be made up from its neighbours as they were."""
+        """Every lost shard may be approximated from its neighbours as they were."""
         if self._made_up == plan:
             return
         assert plan.version is not None
@@ -78,7 +78,7 @@ class Ledger:
             raise AssertionError(f"generation {plan.generation} has two plans")
 
     def went_back(self, worker: e.WorkerId, plan: Plan, since: int) -> None:
-        """A worker gives up what it holds of version `since`."""
+        """A worker discards what it holds of version `since`."""
         if plan.generation not in self._rollbacks:
             raise AssertionError(f"{worker} goes from {since} to {plan.version}, and nothing that others hold is lost")
 
@@ -98,7 +98,7 @@ class Ledger:
             self._go_on_from(version)
 
     def _go_on_from(self, version: int) -> None:
-        """All shards are there again: what is expected from now on follows from them."""
+        """All shards are present again: the states expected from now on follow from them."""
         assert self._made_up is not None
         past = self._expected
         states = tuple(state for _, state in sorted(self._entered.items()))
@@ -108,9 +108,9 @@ class Ledger:
         self._made_up, self._entered = None, {}
 
     def ended(self, workers: list[SimWorker], *, went_back: bool) -> None:
-        """The job succeeded: every shard is there, with the bytes of the undisturbed run.
+        """The job succeeded: every shard is present, with the bytes of the undisturbed run.
 
-        If it `went_back`, one that had finished may still be at its last step for the second time.
+        If it `went_back`, a worker that had finished may still be at its last step for the second time.
         """
         states = self._expected.states[self._last]
         for worker in workers:
@@ -129,9 +129,9 @@ class Ledger:
 class Promise:
     """Whether the faults so far are among those that a job must survive.
 
-    It must survive the loss of any `losses` nodes at once, and again once its newest version is whole again everywhere.
-    Where workers die too (`deaths`), it counts as whole only when the coordinator has heard so: they may all be dead
-    before they can say it.
+    It must survive the loss of any `losses` nodes at once, and again once its newest version is whole everywhere. Where
+    workers die too (`deaths`), it counts as whole only once the coordinator knows: all of them may die before they can
+    report it.
     """
 
     def __init__(self, losses: int, *, replay: bool) -> None:
@@ -139,8 +139,8 @@ class Promise:
         self.agreed_in = 0  # the newest generation in which a step was agreed on
         self._replay = replay
         self._allowed = losses
-        self._lost: set[str] = set()  # since the job was whole
-        self._doomed: set[str] = set()  # about to be
+        self._lost: set[str] = set()  # since the job was last whole
+        self._doomed: set[str] = set()  # about to be lost
         self.broken = False
 
     @property
@@ -160,21 +160,21 @@ class Promise:
         self.broken = self.broken or len(self._lost) > self._allowed
 
     def released(self, node: str, staying: int) -> None:
-        """A node has handed over what it held; of those that have members, one has to be left."""
+        """A node has handed over what it held; at least one node with members has to remain."""
         self._doomed.discard(node)
         self._allowed = min(self._allowed, staying - 1)
 
     def came_back(self, node: str) -> None:
-        """A node that was silent is heard again, and was not declared lost."""
+        """A silent node is heard again, and was not declared lost."""
         if not self.broken:
             self._lost.discard(node)
 
     def look(self, state: State, keepers: Mapping[str, Keeper], doubtful: Collection[str]) -> None:
-        """See whether a version is whole. `doubtful` are nodes that are lost or silent."""
+        """Check whether a version is whole. `doubtful` are nodes that are lost or silent."""
         placement, layout = state.placement, state.layout
         if placement is None or layout is None or state.phase is not Phase.RUNNING or doubtful & state.nodes.keys():
             return
-        if self._replay:  # backups have all of a version before its step is agreed on
+        if self._replay:  # backups hold all of a version before its step is agreed on
             if placement.generation == layout.generation == self.agreed_in:
                 self._lost, self._allowed = set(self._doomed), placement.losses
             return

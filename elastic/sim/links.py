@@ -1,4 +1,4 @@
-"""A simulated worker's links: keyed messages of a generation, an abort that wakes, an edit that goes on."""
+"""A simulated worker's links: keyed messages of a generation, aborts that wake, and edits of the membership."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Aborted(Exception):
 
 
 class Links:
-    """The data plane as one worker sees it: the contract of the communicator."""
+    """The data plane of one worker: the contract of the communicator."""
 
     def __init__(self, rank: int, send: Send) -> None:
         self.rank = rank
@@ -44,14 +44,14 @@ class Links:
             raise Aborted
 
     def edit(self, generation: int, peers: Mapping[int, WorkerId]) -> None:
-        """Go to another generation, and clear the abort."""
+        """Enter another generation, and clear the abort."""
         if generation <= self.generation:
             raise AssertionError(f"rank {self.rank} would go from generation {self.generation} to {generation}")
         self.generation, self.peers, self.aborted = generation, peers, False
         self._box = {name: payload for name, payload in self._box.items() if name[0] >= generation}
 
     def arrived(self, source: int, generation: int, key: Key, payload: Any) -> None:
-        """A message came: kept, unless it is of an older generation."""
+        """A message arrived: keep it, unless it is of an older generation."""
         if generation >= self.generation:
             self._box[(generation, source, key)] = payload
 
@@ -60,7 +60,7 @@ class Links:
         self._send(self.peers[to], self.generation, key, payload)
 
     def ready(self, wanted: Collection[tuple[int, Key]]) -> tuple[int, Key] | None:
-        """One of the wanted messages that has come."""
+        """One of the wanted messages that has arrived."""
         self.check()
         return next(((s, k) for s, k in wanted if (self.generation, s, k) in self._box), None)
 
@@ -76,7 +76,7 @@ class Links:
         return (yield from self.receive_any([(source, key)]))[2]
 
     def merged(self, key: Key, value: T) -> Steps[T]:
-        """The values of all members as one: up the tree and down it, as the product goes."""
+        """Merge the values of all members, up the tree and down it, with the product's own walk."""
         steps, answer = exchange(self.rank, self.members, value), None
         try:
             while True:
@@ -91,7 +91,7 @@ class Links:
             return result
 
     def gathered(self, key: Key, value: T) -> Steps[dict[int, T]]:
-        """The value of each member."""
+        """Gather the value of each member."""
         found, others = {self.rank: value}, [rank for rank in self.members if rank != self.rank]
         for rank in others:
             self.send(rank, ("gather", *key), value)

@@ -1,4 +1,4 @@
-"""A simulated worker's step: carries out what `StepWork` decides, with hashes for tensors."""
+"""A simulated worker's step: carries out what `StepWork` decides, on hashes instead of tensors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .world import Steps
 
 @dataclass
 class StepState(StepWork):
-    """Step `step` as one rank sees it: its work, and the hashes that it has of it."""
+    """Step `step` as one rank sees it: its work, and its hashes."""
 
     graphs: dict[Leg, list[str]] = field(default_factory=dict)  # running leg -> the inputs of its layers, its output
     sums: dict[int, dict[int, str]] = field(default_factory=dict)  # layer -> micro-batch -> leaf
@@ -28,7 +28,7 @@ class StepState(StepWork):
     input_gradients: dict[tuple[int, int], str] = field(default_factory=dict)
 
     def resume(self, work: Work, started: Iterable[AssignedLeg]) -> None:
-        """Go on with the work of a plan."""
+        """Continue with the work of a plan."""
         super().resume(work, started)
         self.graphs = {leg: graph for leg, graph in self.graphs.items() if leg in self.running}
 
@@ -44,13 +44,13 @@ class Pipeline:
         self.mark: Callable[[str], None] = lambda phase: None
 
     def resend(self, state: StepState, started: Iterable[AssignedLeg]) -> None:
-        """After a change of generation: send again what others need of the work already done here."""
+        """After a change of generation: send again what others need of the work that is done here."""
         for item in state.resends(started):
             send = self._send_activation if item.kind == "activation" else self._send_gradient
             send(state, item.leg, item.to)
 
     def run(self, state: StepState, depth: int) -> Steps[None]:
-        """Finish this rank's work of the step."""
+        """Complete this rank's work of the step."""
         while not state.done:
             self._links.check()
             gradients = {_key(need, state.step): need for need in state.gradients()}

@@ -1,4 +1,4 @@
-"""A simulated worker's part in making versions outlive nodes: what surrounds `Protecting`."""
+"""A simulated worker's part in protecting versions from lost nodes: the shell around `Protecting`."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ class Protection:
         return self._state.nodes
 
     def enter(self, generation: int, placement: Placement, *, joins: bool) -> None:
-        """A new generation."""
+        """Enter a new generation."""
         self._look()
         self._state.enter(generation, nodes=bool(placement.stripes), joins=joins)
 
     def begins(self, version: int, *, anyway: bool = False) -> bool:
-        """Whether `version` is one that is to outlive nodes."""
+        """Whether `version` is to be protected."""
         return self._state.begins(version, anyway=anyway)
 
     def _look(self) -> None:
         self._state.saw(*self._answers())
 
     def report(self, version: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """(generation, version), in this generation and the last one that had any, for a report."""
+        """(generation, version), in this generation and in the last one that had any, for a report."""
         (now, new), (before, old) = self._answers()
         outlives = self._snapshots.protected
         return (now, Protecting.lasting(new, version, outlives)), (before, Protecting.lasting(old, version, outlives))
@@ -51,7 +51,7 @@ class Protection:
         return self._snapshots.protection() if self._state.nodes else ((0, -1), (0, -1))
 
     def wait(self, step: int, on_wait: Callable[[], None]) -> Steps[None]:
-        """Wait, before `step` is agreed on, until the versions before it that are being protected are whole here."""
+        """Wait, before `step` is agreed on, until earlier versions whose protection has begun are whole here."""
         self._look()
         started = self._world.now
         while self._state.waits(step):
@@ -62,16 +62,16 @@ class Protection:
                 self._state.given_up = True
 
     def share(self, step: int, rank: int) -> Kept:
-        """What this rank adds to the agreement of a step."""
+        """This rank's contribution to the agreement of a step."""
         every = self._interval or self._world.random.randint(1, 4)
         return self._state.share(step, self._snapshots.protected, rank, every)
 
     def agreed(self, step: int, merged: Kept) -> dict[str, int]:
-        """What the members' shares mean."""
+        """The meaning of the members' merged shares."""
         return self._state.agreed(step, merged, self._snapshots.protected)
 
     def adopt(self, agreement: str) -> None:
-        """Take over what was agreed."""
+        """Adopt what was agreed."""
         terms: dict[str, int] = json.loads(agreement)
         self._snapshots.protected = max(self._snapshots.protected, terms["protected"])
         self._state.every = terms["every"]

@@ -17,7 +17,7 @@ from .world import Steps
 
 
 class Replicas:
-    """One rank's part. `every`: the steps between comparisons, 0 for never."""
+    """The part of one rank. `every`: the steps between comparisons, 0 for never."""
 
     def __init__(self, spec: ModelSpec, links: Links, snapshots: Snapshots, backups: Backups, every: int) -> None:
         self._spec = spec
@@ -28,7 +28,7 @@ class Replicas:
         self._digests = Digests()
 
     def imbalance(self, step: int, layout: Layout, layers: tuple[int, int], values: Mapping[int, str]) -> int:
-        """This rank's part in a sum that is 0 if all replicas are equal; `values`: what is computed with."""
+        """This rank's addend of a sum that is 0 if all replicas are equal; `values`: those computed with."""
         if not self._every or step == 0 or step % self._every:
             return 0
         read = {s.index for layer in range(*layers) for s in self._spec.shards_of_layer[layer]}
@@ -52,7 +52,7 @@ class Replicas:
         return odd_ones(found, truth)
 
     def all_know(self, step: int) -> Steps[None]:
-        """Return when all ranks know what differs."""
+        """Return when all ranks know which replicas differ."""
         yield from self._links.gathered(("known", step), None)
 
     def _made_again(self, shard: int, version: int) -> Truth | None:

@@ -1,4 +1,4 @@
-"""Shards back from wherever they are, in a simulated job: the contract of the product's `Keepers`."""
+"""Restores shards from wherever they are, in a simulated job: the contract of the product's `Keepers`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ UNREACHABLE_S = 0.2  # until a connection counts as failed
 
 
 class Sources:
-    """The keepers as one rank reaches them, in the order in which they are asked; `on_wait` may raise to give up."""
+    """The keepers that one rank reaches, in the order in which it asks them; `on_wait` may raise to give up."""
 
     def __init__(self, board: Board, node: str, nodes: Sequence[str], on_wait: Callable[[], None]) -> None:
         self._board = board
@@ -24,7 +24,7 @@ class Sources:
     def fetch(
         self, shards: Iterable[int], version: int, *, replay: bool, decode: bool = True
     ) -> Steps[dict[int, ShardState]]:
-        """The shards that can be had at `version`; with `replay`, also as the version before and its gradient."""
+        """The shards that keepers hold at `version`; with `replay`, also as the version before and its gradient."""
         missing = list(shards)
         found: dict[int, ShardState] = {}
         for node in self._nodes:
@@ -49,7 +49,7 @@ class Sources:
         return keeper
 
     def _decode(self, shards: Sequence[int], version: int) -> Steps[dict[int, ShardState]]:
-        """What can be made again from the other members of its stripe and their parity, at exactly `version`."""
+        """What can be reconstructed from the other members of its stripe and their parity, at exactly `version`."""
         stripes: dict[tuple[int, ...], list[tuple[Keeper, Block]]] = {}
         for node in self._nodes:
             keeper = yield from self._ask(node)
@@ -75,9 +75,9 @@ def _decoded(
     *,
     passed_over: bool,
 ) -> dict[int, ShardState]:
-    """The lost members of a stripe, if there are as many blocks of it as it has members.
+    """The lost members of a stripe, if as many of its blocks are present as it has members.
 
-    Their checksums tell parity that was made of other members: it may be `passed_over` where shards were made up.
+    Their checksums reveal parity of other member values: after an approximation it is `passed_over`.
     """
     rows = {block.row for block in blocks}
     if len(present) + len(rows) < len(members):

@@ -29,12 +29,12 @@ from .faults import (
 from .values import Reference, reference
 from .world import World
 
-BOUND_S = 60.0  # of virtual time, after the last fault: by then a job has reached its end
+BOUND_S = 60.0  # of virtual time after the last fault, within which a job has to end
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """The job that is simulated."""
+    """The job to simulate."""
 
     stages: int = 1
     workers: int = 4
@@ -43,24 +43,24 @@ class Shape:
     micro_batches: int = 4
     steps: int = 6
     tied: bool = False
-    late_slots: int = 0  # of a further node that comes while the job runs
+    late_slots: int = 0  # of a node that joins while the job runs
     losses: int = 1  # how many nodes may be lost at once
-    interval: int = 1  # every how many steps a version is made to outlive nodes; 0: it changes all the time
+    interval: int = 1  # of protected versions, in steps; 0: it changes all the time
     loses_nodes: bool = False
     drains: bool = False  # nodes are asked to leave
     leaves_at: int = 0  # the version at which the user's code leaves the loop; 0: with the last step
-    alone: int = -1  # the only rank on which it does
-    saves: bool = False  # checkpoints, so that the last one has to be concluded
-    saves_every: int = 0  # versions: a checkpoint of each of them
-    resumes_at: int = 0  # the version of the checkpoint that the job goes on from
-    damaged: float = 0.0  # how likely a checkpoint is damaged
-    reckless: bool = False  # more nodes are lost than the promise allows
-    slowest: float = 1.0  # how much slower the first node computes
+    alone: int = -1  # the only rank that does so; -1: all do
+    saves: bool = False  # the job saves checkpoints, so the last one has to be concluded
+    saves_every: int = 0  # interval of checkpoints, in versions
+    resumes_at: int = 0  # the version of the checkpoint that the job resumes from
+    damaged: float = 0.0  # probability that a checkpoint is damaged
+    reckless: bool = False  # more nodes are lost than the guarantee covers
+    slowest: float = 1.0  # factor by which the first node computes more slowly
     protection: str = "parity"
     on_loss: str = "checkpoint"
-    flips: tuple[str, ...] = ()  # bits flip in values that are these: owned, read, backup; all replicas are compared
-    store_fails: bool = False  # the coordinator's
-    joiners_die: bool = False  # and news of joins are late
+    flips: tuple[str, ...] = ()  # bits flip in values of these kinds: owned, read, backup; all replicas are compared
+    store_fails: bool = False  # the coordinator's store fails now and then
+    joiners_die: bool = False  # joiners die while reports of joins are late
 
 
 SHAPES = {
@@ -124,17 +124,17 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a simulated job went."""
+    """The result of a simulated job."""
 
     seed: int
-    why: str  # it ended early; empty if training came to its end
+    why: str  # why it ended early; empty if training was completed
     broken: bool  # more was lost than the job must survive
     workers_died: int
-    restarts: int  # of the coordinator
+    restarts: int  # number of coordinators that took over
     nodes_lost: int
     nodes_asked: int  # to leave
     nodes_left: int
-    happenings: Counter[str]  # what else happened, by kind
+    happenings: Counter[str]  # other faults, by kind
     virtual_s: float
     generations: int
     events: tuple[tuple[float, e.Event], ...]
@@ -142,7 +142,7 @@ class Outcome:
 
 
 class SimulationFailed(AssertionError):
-    """A seed under which something went wrong; its message ends with the transcript."""
+    """A seed under which a check failed; its message ends with the transcript."""
 
 
 @functools.cache
@@ -163,16 +163,16 @@ def _expected(shape: Shape, steps: int) -> Reference:
 
 @dataclass(frozen=True)
 class Circumstances:
-    """What a seed means: how slow things are, which faults strike, and until when (virtual seconds)."""
+    """The meaning of a seed: the speeds, the faults, and the time of the last fault (virtual seconds)."""
 
     timing: Timing
     faults: tuple[Fault, ...]
     horizon_s: float
-    late_s: float = 0.0  # when the further node of the shape comes
+    late_s: float = 0.0  # when the late node of the shape joins
 
 
 def circumstances(seed: int, shape: Shape) -> Circumstances:
-    """Those of a seed."""
+    """The circumstances of a seed."""
     rng = random.Random(seed + 1)
     timing = Timing(
         slow=rng.choice((0.0, 0.05, 0.3)),
@@ -184,7 +184,7 @@ def circumstances(seed: int, shape: Shape) -> Circumstances:
     horizon_s = rng.choice((0.5, 1.5, 4.0))
     faults = _faults(rng, shape, horizon_s)
     timing = replace(timing, slowest=shape.slowest)
-    if shape.joiners_die:  # all of the further node join at once, soon
+    if shape.joiners_die:  # all of the late node join at once, early
         timing, horizon_s = replace(timing, slow=0.5, startup_s=(0.001, 0.01), forward_s=0.002), 1.0
     if shape.loses_nodes:
         timing = replace(timing, keeper_s=rng.choice(((0.0002, 0.002), (0.0005, 0.01), (0.005, 0.05))))
@@ -192,10 +192,10 @@ def circumstances(seed: int, shape: Shape) -> Circumstances:
 
 
 def simulate(seed: int, shape: Shape, *, faults: list[Fault] | None = None, timing: Timing | None = None) -> Outcome:
-    """Run a job to its end, with the faults of the seed, or these.
+    """Run a job to its end, with the faults of the seed, or with these.
 
-    Raises SimulationFailed if anything does not hold. Of a seed's own faults, it names the fewest under which the job
-    still fails, with their transcript.
+    Raises SimulationFailed if a check fails. Of a seed's own faults, the message names the smallest set under which the
+    job still fails, with the transcript of that run.
     """
     drawn = circumstances(seed, shape)
     if faults is None and timing is None:
@@ -211,7 +211,7 @@ def simulate(seed: int, shape: Shape, *, faults: list[Fault] | None = None, timi
 def shrunk(
     seed: int, shape: Shape, found: Circumstances, failure: SimulationFailed
 ) -> tuple[Circumstances, SimulationFailed]:
-    """Leave out one fault after another, and what makes messages late, as long as the job still fails."""
+    """Leave out one fault after another, and then the delays, as long as the job still fails."""
     simpler = [replace(found, faults=found.faults[:i] + found.faults[i + 1 :]) for i in range(len(found.faults))]
     if found.timing.slow or found.timing.duplicates:
         simpler.insert(0, replace(found, timing=replace(found.timing, slow=0.0, duplicates=0.0)))
@@ -224,7 +224,7 @@ def shrunk(
 
 
 def run(seed: int, shape: Shape, around: Circumstances) -> Outcome:
-    """Run a job to its end. Raises SimulationFailed, which names the seed, if anything does not hold."""
+    """Run a job to its end. Raises SimulationFailed, which names the seed, if a check fails."""
     world = World(seed)
     faults, horizon_s = list(around.faults), around.horizon_s
     spec = model(shape.layers, shape.tied)
@@ -310,7 +310,7 @@ def _faults(rng: random.Random, shape: Shape, horizon_s: float) -> list[Fault]:
     if shape.joiners_die:
         return [*draw_joiners(rng), *draw(rng, shape.workers, horizon_s)[:1]]
     drains += draw_store_faults(rng, horizon_s) if shape.store_fails else []
-    if shape.flips:  # a few deaths at a time, so that those who are right are more
+    if shape.flips:  # a few deaths at a time, so that correct replicas are in the majority
         deaths = [replace(fault, victims=1) for fault in draw(rng, shape.workers, horizon_s)[:2]]
         return [*draw_flips(rng, horizon_s, shape.flips), *deaths]
     if not shape.loses_nodes:
@@ -327,11 +327,11 @@ def _run(world: World, cluster: Cluster, injector: Injector, horizon_s: float) -
             if cluster.promise.broken and ending is Ending.TOO_MUCH_LOST and not cluster.state.saved:
                 return
             if cluster.promise.broken and not cluster.state.nodes:
-                return  # no node is left to read a checkpoint
+                return  # no node is left that could read a checkpoint
             if ending is Ending.AFTER_TRAINING or (cluster.leaves_alone and ending is Ending.LEFT_ALONE):
-                return  # a script was lost on its way from training to its end, or left it alone
+                return  # a script was lost between training and its end, or left the loop alone
             if not cluster.stays and ending is Ending.NO_NODE_STAYS:
-                return  # those who were to go on are lost, or leave, too
+                return  # the nodes that were to continue are lost, or leave, too
             raise AssertionError(f"the job failed: {cluster.outcome.why}")
         if cluster.outcome is not None and cluster.done():
             break

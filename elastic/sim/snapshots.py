@@ -1,4 +1,4 @@
-"""Simulated snapshots of a worker: slots that tear, copies that run behind the next step."""
+"""Simulated snapshots of a worker: slots that can be torn, and copies that overlap the next step."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Snapshots:
         self.protected = -1
 
     def enter(self, generation: int, placement: Placement) -> None:
-        """Go to a new generation."""
+        """Enter a new generation."""
         self._generation = generation
         self._keeper.enter(generation, placement)
 
@@ -39,7 +39,7 @@ class Snapshots:
         return shard in self._home and shard not in self._leaving
 
     def protect(self, shards: Iterable[int]) -> None:
-        """Make room for shards that have none."""
+        """Allocate slots for shards that have none."""
         new = {shard: Slots(self._states) for shard in shards if not self.has(shard)}
         if not new:
             return
@@ -87,13 +87,13 @@ class Snapshots:
         self._woken()
 
     def wait(self) -> Steps[None]:
-        """Return when everything begun is written."""
+        """Return when everything that was begun is written."""
         while self._pending is not None and not self._pending.ended:
             yield None
         self._pending = None
 
     def stored(self, shard: int, version: int) -> ShardState | None:
-        """A shard's state at `version` from this worker's own memory; found, it counts as written."""
+        """A shard's state at `version` from this worker's own memory; a state that is found counts as written."""
         state = self._home[shard][1].find(version) if self.has(shard) else None
         if state is not None:
             self._version[shard] = version
@@ -107,14 +107,14 @@ class Snapshots:
         return slots.find(version), gradient[1] if gradient is not None and gradient[0] == version else None
 
     def discard(self, shard: int, version: int | None = None) -> None:
-        """A shard's state at `version` (None: any) was made of damaged values: it is not to be used."""
+        """A shard's state at `version` (None: any) was computed from damaged values: do not use it."""
         if self.has(shard):
             slots = self._home[shard][1]
             slots.states = [None if state and version in (None, state[0]) else state for state in slots.states]
             self._version.pop(shard, None)
 
     def protection(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """(generation, version): the newest version that is whole at this node's keeper, and that of before."""
+        """(generation, version): the newest version that is whole at this node's keeper, twice: now and before."""
         return self._keeper.complete, self._keeper.before
 
     def open_gradient(self, shard: int, step: int) -> None:
@@ -124,11 +124,11 @@ class Snapshots:
         self._home[shard][1].gradients[step % 2] = (step, gradient)
 
     def leave(self, shards: Collection[int], version: int) -> None:
-        """These have another owner from `version` on."""
+        """These shards have another owner from `version` on."""
         self._leaving.update((shard, version) for shard in shards if shard in self._home)
 
     def forget(self, *, nodes: bool = False) -> None:
-        """Let go of segments none of whose shards is needed here any more; with `nodes`, they may be lost."""
+        """Drop segments none of whose shards is needed here any more; `nodes`: nodes may be lost."""
         for shard in [s for s, version in self._leaving.items() if not nodes or self.protected >= version]:
             del self._leaving[shard]
             self._home.pop(shard, None)
@@ -139,7 +139,7 @@ class Snapshots:
         self._registered &= used
 
     def kill(self) -> None:
-        """The worker died: what is being written stays torn."""
+        """The worker died: slots that are being written stay torn."""
         if self._pending is not None:
             self._pending.kill()
 

@@ -1,8 +1,8 @@
-"""The store of a simulated coordinator, which fails for a while: a full disk, or a database that is away.
+"""The store of a simulated coordinator, which fails for a while: a full disk, or an unreachable database.
 
-What the leader does then (`agents/coordinator/leader.py`) is done here: a decision is neither carried out nor believed
-before it is written, and nothing else is decided until then. Another coordinator that takes over meanwhile has the
-decision if its write had come through, and else decides again, as nodes say again what was not acknowledged.
+It follows the leader (`agents/coordinator/leader.py`): a decision is neither carried out nor adopted before it is
+written, and no other decision is made until then. Another coordinator that takes over meanwhile finds the decision in
+the store if the write succeeded; otherwise it decides again, as nodes resend what was not acknowledged.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import NamedTuple
 from everstep.elastic.protocol import events as e
 from everstep.elastic.protocol.state import State
 
-# What another coordinator does not hear again: it has its own clock, and misses the beats of who is gone.
+# Events that a new coordinator does not receive again: it has its own clock, and no heartbeats of lost nodes.
 _NOT_SAID_AGAIN = e.Ticked | e.HeartbeatsReceived | e.CoordinatorReturned | e.NodeLost
 
 
 class Decision(NamedTuple):
-    """What followed from an event, and is not written yet."""
+    """The result of an event that is not written yet."""
 
     event: e.Event
     after: State
@@ -28,11 +28,11 @@ class Decision(NamedTuple):
 
 @dataclass
 class StateStore:
-    """Takes decisions, but for the time that it is `away`."""
+    """Accepts decisions, except while it is `away`."""
 
     away: bool = False
     unwritten: Decision | None = None  # waits for the store
-    inbox: list[e.Event] = field(default_factory=list)  # and these for what it decides
+    inbox: list[e.Event] = field(default_factory=list)  # events that wait for that decision
 
     def holds(self, decision: Decision) -> bool:
         """Whether a decision has to wait."""
@@ -41,13 +41,13 @@ class StateStore:
         return self.away
 
     def back(self) -> tuple[Decision | None, list[e.Event]]:
-        """The store takes what waits, and the coordinator is the same: what it decided, and what it has heard."""
+        """The store works again under the same coordinator: the pending decision, and the events that wait."""
         decision, inbox = self.unwritten, self.inbox
         self.away, self.unwritten, self.inbox = False, None, []
         return decision, inbox
 
     def taken_over(self, *, written: bool) -> tuple[Decision | None, list[e.Event]]:
-        """The same, for another coordinator; `written`: the decision had come through."""
+        """The same, for another coordinator; `written`: the decision had been written."""
         decision, inbox = self.back()
         if decision is not None and not written:
             inbox = [decision.event, *inbox]

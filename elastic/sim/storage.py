@@ -1,4 +1,4 @@
-"""Simulated storage for checkpoints: parts that savers write, and that are whole when every shard is there."""
+"""Simulated storage for checkpoints: parts that savers write; a checkpoint is whole when it has every shard."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from .values import ShardState
 
 
 class Storage:
-    """The checkpoints of a job. Of those that are saved, some turn out to be damaged when they are read."""
+    """The checkpoints of a job. Some of those that are saved turn out to be damaged when they are read."""
 
     def __init__(self, shards: int, damaged: float, seed: int) -> None:
         self._shards = shards
-        self._damaged = damaged  # how likely that is
+        self._damaged = damaged  # probability of damage
         self._random = random.Random(seed)
         self._parts: dict[str, dict[int, ShardState]] = {}
         self._whole: dict[str, Mapping[int, ShardState]] = {}
 
     def begin_with(self, saved: Saved, states: Mapping[int, ShardState]) -> None:
-        """A checkpoint that is there when the job begins, and is sound."""
+        """A checkpoint that exists when the job begins, and is intact."""
         self._whole[saved.name] = states
 
     def put(self, saved: Saved, states: Mapping[int, ShardState]) -> bool:
-        """Write a rank's part; whether the checkpoint is whole by it."""
+        """Write a rank's part; whether that makes the checkpoint whole."""
         parts = self._parts.setdefault(saved.name, {})
         for shard, state in states.items():
             if parts.setdefault(shard, state) != state:

@@ -1,4 +1,4 @@
-"""Events and effects as text for people: what transcripts are made of."""
+"""Events and effects as text, for transcripts."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def brief(item: e.Event | e.Effect) -> str:
 
 
 def brief_plan(plan: Plan) -> str:
-    """A plan on one line: who, from which version, and how much of what."""
+    """A plan on one line: its ranks, its version, and the amounts of moves and work."""
     version = "at the switch" if plan.version is None else f"version {plan.version}"
     parts = [f"g{plan.generation}", version, plan.layout.describe()]
     parts += [f"fresh {','.join(map(str, plan.fresh))}"] if plan.fresh else []

@@ -1,7 +1,7 @@
-"""What the simulator computes instead of tensors: hashes, so that "the same bytes" can be checked.
+"""The values that the simulator computes instead of tensors: hashes, so that equal bytes can be checked.
 
-Every value is a hash of all it was made from: an activation of the layer's parameter values and its input, a leaf of a
-step's sum of the activation and the output's gradient, a new parameter value of the old one and the whole sum.
+Every value is a hash of all its inputs: an activation of the layer's parameter values and its input; a leaf of a step's
+sum of the activation and the output's gradient; a new parameter value of the old one and the whole sum.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ def initial(shard: int) -> ShardState:
 
 
 def updated(state: ShardState, gradient: str) -> ShardState:
-    """The optimizer's step."""
+    """One step of the optimizer."""
     optimizer = mixed(state.optimizer, gradient)
     return ShardState(mixed(state.value, optimizer), optimizer)
 
 
 def made_up(neighbors: Mapping[int, ShardState]) -> ShardState:
-    """What stands in for a shard that is gone for good."""
+    """The approximation of a lost shard."""
     return ShardState(mixed("made up", *(state.value for _, state in sorted(neighbors.items()))), "")
 
 
@@ -72,25 +72,25 @@ def digest_of(gradients: Mapping[int, str]) -> int:
 
 
 def agreement_of(step: int, digest: int, **terms: int) -> str:
-    """What the members agree on in a step. Only the `terms` depend on how the run went."""
+    """The agreement of the members in a step. Only the `terms` depend on the course of the run."""
     return json.dumps({"step": step, "digest": f"{digest:016x}", **terms})
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The undisturbed run: what was agreed in each step, and every shard's state at each version."""
+    """The undisturbed run: the agreement of each step, and every shard's state at each version."""
 
     agreements: tuple[str, ...]
     states: tuple[tuple[ShardState, ...], ...]
 
 
 def reference(spec: ModelSpec, micro_batches: int, steps: int) -> Reference:
-    """The whole run on one worker, written as plainly as can be."""
+    """The whole run on one worker, written as plainly as possible."""
     return continued(spec, micro_batches, steps, Reference((), (tuple(initial(s.index) for s in spec.shards),)))
 
 
 def continued(spec: ModelSpec, micro_batches: int, steps: int, past: Reference) -> Reference:
-    """The rest of a run of which some steps are done."""
+    """The rest of a run whose first steps are done."""
     agreements, versions = list(past.agreements), list(past.states)
     for step in range(len(agreements), steps):
         states = versions[-1]

@@ -1,8 +1,8 @@
 """A simulated worker: carries out the instructions of the worker's state machine with hashes for tensors.
 
-Every decision is the product's own (`protocol/worker.py`, `work.py`, `protecting.py`). What it does by itself is what
-the loop of `elastic/api/run.py` does: call the machine at step boundaries, and recover when a generation ends. `mark`
-is called where the real worker marks its progress, which is where faults strike.
+Every decision is the product's own (`protocol/worker.py`, `legs.py`, `protecting.py`). The simulated worker itself
+replaces only the loop of `elastic/api/run.py`: it calls the machine at step boundaries, and recovers when a generation
+ends. It calls `mark` where the real worker marks its progress, which is where faults strike.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ AGAIN_S = 0.02
 
 
 class Facts(Protocol):
-    """Who is told what happens, to check it. See `cluster.Ledger`."""
+    """Receives what happens, to check it. See `ledger.Ledger`."""
 
     def agreed(self, worker: e.WorkerId, step: int, agreement: str) -> None: ...
     def entered(self, worker: e.WorkerId, plan: Plan, version: int) -> None: ...
@@ -61,7 +61,7 @@ class Facts(Protocol):
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What a worker is given."""
+    """The environment of a worker."""
 
     world: World
     job: e.Job
@@ -74,7 +74,7 @@ class Surroundings:
     mark: Callable[[e.WorkerId, str, int], None]  # worker, phase, step
     facts: Facts
     storage: Storage
-    saves_every: int  # versions; 0: none but the last one is saved
+    saves_every: int  # interval in versions; 0: only the last one is saved
     saved: tuple[e.Saved, ...]  # the checkpoints that this worker finds when it starts
     startup_s: float
     forward_s: float
@@ -100,12 +100,12 @@ class SimWorker:
         self.exchange = Exchange(self.spec, self.links, self.job.micro_batches)
         self.backups = Backups(self.links, self.snapshots)
         self.replicas = Replicas(self.spec, self.links, self.snapshots, self.backups, around.verify_every)
-        self.flips: list[str] = []  # bits that are to flip: of an "owned" value, one that is only "read", a "backup"
+        self.flips: list[str] = []  # bits to flip: of an "owned" value, one that is only "read", or a "backup"
         self.pipeline = Pipeline(self.links, self.spec.layers, self._layer_values, around.forward_s)
         self.pipeline.mark = lambda phase: self.mark(phase)
         self.values = {s.index: initial(s.index).value for s in self.spec.shards}
         self.optimizer: dict[int, str] = {}
-        self.mine: frozenset[int] = frozenset()  # shards the optimizer runs on; `owned` are those in good order
+        self.mine: frozenset[int] = frozenset()  # shards the optimizer runs on; `owned` are those that are complete
         self.state: StepState | None = None
         self.gradients: dict[int, str] = {}
         self.finished = False
@@ -173,7 +173,7 @@ class SimWorker:
     # ------------------------------------------------------------ life
 
     def _happened(self, event: w.Event | None) -> Steps[None]:
-        """Do what follows from an event, until nothing does."""
+        """Pass an event to the machine, and carry out its instructions until none is left."""
         while event is not None:
             self.machine, instructions = step(self.machine, event)
             if found := violations(self.machine):
@@ -208,7 +208,7 @@ class SimWorker:
             return
 
     def _trained(self) -> Steps[bool]:
-        """Do the next thing in the training loop; True if nothing is left to be done."""
+        """Do the next operation of the training loop; True if none is left."""
         machine = self.machine
         if machine.switch is not None:
             yield from self._guarded(w.SwitchDue())
@@ -223,7 +223,7 @@ class SimWorker:
         return False
 
     def _due(self) -> Steps[None]:
-        """After Aborted: the last checkpoint, or a recovery."""
+        """After Aborted: save the last checkpoint, or recover."""
         conclusion, self.control.conclusion = self.control.conclusion, None
         if conclusion is None:
             yield from self._recover()
@@ -237,7 +237,7 @@ class SimWorker:
         self.around.tell(e.WorkerConcluded(self.id, conclusion.name))
 
     def _guarded(self, event: w.Event) -> Steps[None]:
-        """Something that waits for others; if the generation ends, recover instead."""
+        """Run an operation that waits for others; if the generation ends, recover instead."""
         try:
             yield from self._happened(event)
         except Aborted:
@@ -250,7 +250,7 @@ class SimWorker:
             yield from self._due()
 
     def _recover(self) -> Steps[None]:
-        """After Aborted: report, wait for the plan, carry it out; start again if it happens again."""
+        """After Aborted: report, wait for the plan, carry it out; start again after another abort."""
         self.mark("recover")
         while True:
             try:
@@ -262,7 +262,7 @@ class SimWorker:
     # ------------------------------------------------------------ entering a generation
 
     def _nothing(self, it: object) -> Steps[None]:
-        """What only the user's code has a part in."""
+        """An instruction that concerns only the user's code."""
         yield from ()
 
     def _send_report(self, it: w.SendReport) -> Steps[None]:
@@ -330,13 +330,13 @@ class SimWorker:
         self.mine = it.shards
 
     def _hold(self, start: int, stop: int, *, free: bool) -> None:
-        """Hold these layers; what is freed is gone, and what is new has no values yet."""
+        """Hold these layers; freed values are gone, and new layers have no values yet."""
         if free:
             kept = {s.index for layer in range(start, stop) for s in self.spec.shards_of_layer[layer]}
             self.values = {shard: value if shard in kept else "freed" for shard, value in self.values.items()}
 
     def _restore(self, it: w.Restore) -> Steps[w.Event]:
-        """Fetch the shards that are missing here, and the backups that are not in step."""
+        """Fetch the shards that are missing here, and the backups that are not up to date."""
         if it.plan.checkpoint:
             return (yield from self._read_checkpoint(it))
         for shard, state in (yield from self._fetch(it, [move.shard for move in it.moves])).items():
@@ -345,9 +345,9 @@ class SimWorker:
         return w.Restored()
 
     def _fetch(self, it: w.Restore, wanted: Iterable[int]) -> Steps[dict[int, ShardState]]:
-        """Shards from wherever they are, or made up from others.
+        """Shards from wherever they are, or approximated from others.
 
-        If some are nowhere, the coordinator is told, and ends the generation.
+        If some are missing everywhere, this rank reports them to the coordinator, which ends the generation.
         """
         found: dict[int, ShardState] = {}
         wanted, substitutes = set(wanted), it.plan.stand_ins
@@ -372,7 +372,7 @@ class SimWorker:
         return found
 
     def _read_checkpoint(self, it: w.Restore) -> Steps[w.Event]:
-        """Take the owned shards from storage; if they are damaged, tell the coordinator, and wait for the end."""
+        """Read the owned shards from storage; if they are damaged, report that, and wait for the generation to end."""
         yield self.around.world.between(0.001, 0.05)
         self.links.check()
         states = self.around.storage.read(it.plan.checkpoint)
@@ -410,7 +410,7 @@ class SimWorker:
             self.around.tell(e.WorkerResumed(self.id, it.generation, 0.0, 0.0))
 
     def _hand_over(self, it: w.HandOver) -> Steps[None]:
-        """The others go on without this rank: be there for a recovery that still counts it in, until it is let go."""
+        """The others continue without this rank: take part in recoveries that include it, until it is released."""
         self.mark("leave")
         yield from self.snapshots.wait()
         self.around.tell(e.WorkerSwitched(self.id, it.generation))
@@ -468,7 +468,7 @@ class SimWorker:
         return w.Agreed(agreement, proposal, wanted)
 
     def _distrust(self, step: int, layout: Layout, odd: list[Odd]) -> Steps[None]:
-        """Replicas differ: the odd ones forget their values, the coordinator is told, and ends the generation."""
+        """Replicas differ: the wrong ones are discarded and reported to the coordinator, which ends the generation."""
         self.state = StepState.begin(step, self.rank, layout.work)
         mine = [item for item in odd if item.rank == self.rank]
         for item in mine:
@@ -488,7 +488,7 @@ class SimWorker:
             yield None
 
     def _flip(self, *kinds: str) -> None:
-        """Let the bits flip that are to: not in version 0, which is compared before training."""
+        """Flip the bits that are due: not in version 0, which is compared before training."""
         held = {s.index for layer in range(*self.machine.holding.layers) for s in self.spec.shards_of_layer[layer]}
         shards = {"owned": self.owned, "read": held - self.owned, "backup": self.backups.places.level}
         for kind in [kind for kind in self.flips if kind in kinds and shards[kind] and self.version]:
@@ -550,12 +550,12 @@ class SimWorker:
         yield from self._tell_committed(w.TellCommitted(it.agreement, it.layout.generation))
 
     def _saved(self, saved: e.Saved, states: dict[int, ShardState]) -> None:
-        """The saver of this node has written a part, unless the node is down; workers may be gone meanwhile."""
+        """This node's saver has written a part, unless the node is down; workers may have ended meanwhile."""
         if self.around.board.keepers[self.around.node].up and self.around.storage.put(saved, states):
             self.around.tell(e.CheckpointSaved(self.id, saved, {}))
 
     def _tell_committed(self, it: w.TellCommitted) -> Steps[None]:
-        """Tell the coordinator that a step is committed."""
+        """Report to the coordinator that a step is committed."""
         yield from ()
         terms = json.loads(it.agreement)
         told = e.WorkerCommitted(
@@ -574,7 +574,7 @@ class SimWorker:
         self._keep(anyway=True)
 
     def _keep(self, *, anyway: bool) -> None:
-        """Have the keeper hold this version of every owned shard; copied while the next step computes."""
+        """Have the keeper hold this version of every owned shard; the copy overlaps the next step."""
         self.snapshots.protect(sorted(self.mine.union(self.backups.places.mine)))
         protect = self.protection.begins(self.version, anyway=anyway)
         shards = sorted(self.owned | self.backups.places.level)

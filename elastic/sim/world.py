@@ -1,4 +1,4 @@
-"""Virtual time: an event queue, processes that wait, and links that delay. Everything follows from one seed."""
+"""Virtual time: an event queue, processes that wait, and links with delays. One seed determines all of it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Steps = Generator[float | None, None, T]  # yields seconds to spend, or None to 
 
 
 class World:
-    """The clock and what will happen."""
+    """The clock and the events to come."""
 
     def __init__(self, seed: int) -> None:
         self.now = 0.0
@@ -23,11 +23,11 @@ class World:
         self._order = itertools.count()
 
     def after(self, delay_s: float, action: Callable[[], None]) -> None:
-        """Let something happen later."""
+        """Schedule an event."""
         heapq.heappush(self._queue, (self.now + delay_s, next(self._order), action))
 
     def advance(self, until_s: float) -> bool:
-        """Let the next thing happen; False if nothing does before `until_s`."""
+        """Process the next event; False if there is none before `until_s`."""
         if not self._queue or self._queue[0][0] > until_s:
             return False
         self.now, _, action = heapq.heappop(self._queue)
@@ -39,7 +39,7 @@ class World:
 
 
 class Process:
-    """Something that runs, spends time, waits, and can be killed or frozen at any instant."""
+    """A process that runs, spends time, waits, and can be killed or frozen at any instant."""
 
     def __init__(self, world: World, steps: Steps[None]) -> None:
         self.world = world
@@ -54,7 +54,7 @@ class Process:
         self.world.after(0.0, self._go_on)
 
     def poke(self) -> None:
-        """Something arrived: look again. While it spends time, it looks when that is over."""
+        """Something arrived: wake up. A process that is spending time wakes up when that is over."""
         if self._waiting and not self._poked:
             self._poked = True
             self.world.after(0.0, self._go_on)
@@ -78,7 +78,7 @@ class Process:
 
 
 class Pipe:
-    """A link that delays but keeps the order. Cut, it delivers what is under way up to some point, and no more."""
+    """A link that delays messages and keeps their order. When cut, it delivers only a part of what is in transit."""
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class Pipe:
         self._world = world
         self._deliver = deliver
         self._slow = slow  # probability of a long delay
-        self._closed_until = closed_until  # what is sent before this time arrives after it
+        self._closed_until = closed_until  # messages sent before this time arrive after it
         self._last_s = 0.0
         self._cut_s: float | None = None
 
