@@ -1,4 +1,4 @@
-"""What a training script meets. Importable as a package, and callable as the decorator: `@everstep.elastic(...)`."""
+"""The package of the training script's interface, which is also callable as the decorator: `@everstep.elastic(...)`."""
 
 from __future__ import annotations
 

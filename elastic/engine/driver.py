@@ -1,4 +1,4 @@
-"""Drives the worker's state machine: carries out its instructions, and gives it what comes of them."""
+"""Drives the worker's state machine: carries out its instructions, and passes their answers back to it."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ Carrier = Callable[[Any], w.Event | None]
 
 
 class Driver:
-    """One worker's state, which only events change."""
+    """The state of one worker, which only events change."""
 
     def __init__(self, state: WorkerState) -> None:
         self.state = state
         self._carriers: dict[type[Any], Carrier] = {}
 
     def carries(self, carriers: Mapping[type[Any], Carrier]) -> None:
-        """Say how instructions are carried out: each returns the event that answers it, or None if it has no answer.
+        """Register how instructions are carried out: each function returns the answer, an event, or None.
 
-        A carrier that waits for other ranks raises `Aborted` when the generation ends.
+        A function that waits for other ranks raises `Aborted` when the generation ends.
         """
         self._carriers.update(carriers)
 
     def happened(self, event: w.Event | None) -> None:
-        """Something happened: do what follows from it, until nothing does. Passes on what carriers raise."""
+        """Pass an event to the machine, and carry out its instructions until none is left. Raises what they raise."""
         while event is not None:
             self.state, instructions = step(self.state, event)
             if found := violations(self.state):

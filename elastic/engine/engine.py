@@ -2,8 +2,8 @@
 
     compute -> reduce -> agree -> update -> publish -> commit
 
-What waits for other ranks raises `Aborted` when the generation ends; `Recovery` then tells the machine so, and carries
-out the instructions that bring this rank and the others to one version again.
+Operations that wait for other ranks raise `Aborted` when the generation ends; `Recovery` then reports that to the
+machine, and carries out the instructions that bring this rank and the others to one version again.
 """
 
 from __future__ import annotations
@@ -71,12 +71,12 @@ from everstep.resharding.work import Work
 
 from .driver import Driver
 
-# What a rank waits for beside other ranks, in words that follow "waits for".
+# What a rank waits for, apart from other ranks, in words that follow "waits for".
 SNAPSHOT = "its snapshot to be copied to keeper memory"
 PARITY = "the keepers of its parity group to hold the last version"
 SAVES = "checkpoints that are being saved"
 DECISION = "the coordinator to begin a new generation"
-PACE = 0.3  # of a step's time, over which its snapshot is spread
+PACE = 0.3  # share of a step's duration over which its snapshot is spread
 
 
 @dataclass(frozen=True)
@@ -123,36 +123,36 @@ class Engine:
         self.protection = Protection(settings, snapshots, membership)
         self.backups = Backups(optimizer, comm, snapshots, self.exchange)
         self.watch = ParameterWatch(stack)
-        self.suspects: dict[int, int] = {}  # shard that may be damaged here -> digest of what was committed
+        self.suspects: dict[int, int] = {}  # shard that may be damaged here -> digest of its committed value
         self.committed: Callable[[list[int]], dict[int, ShardState]] = lambda shards: {}  # what keepers hold of shards
         self.replicas = Replicas(self.store, snapshots, self.backups, self.exchange, settings.verify_every)
         whose = {"optimizer": type(optimizer.user).__name__, "data": described}
         whose |= {"settings": pack(optimizer.hyper_parameters()), "dtypes": optimizer.masters()}
         self.checkpoints = Checkpoints(settings, stack, snapshots, membership, whose)
         self.registered: dict[str, Any] = {}  # objects with state_dict / load_state_dict
-        self.unclaimed: dict[str, Any] = {}  # states of the others' objects that this rank has not registered yet
+        self.unclaimed: dict[str, Any] = {}  # states of other ranks' objects that this rank has not registered yet
         self.loops = False  # the user's own loop computes the micro-batches
         self.record_bytes = [optimizer.state_bytes(shard) for shard in stack.spec.shards]
-        self.driven: set[str] = set()  # those of them that the runtime itself steps
-        self.on_commit: list[Callable[[], None]] = []  # the scheduler's step
+        self.driven: set[str] = set()  # the registered objects that the runtime itself steps
+        self.on_commit: list[Callable[[], None]] = []  # called after each commit: the scheduler's step
         self.adjustments = Adjustments(optimizer, stack)
         guards = (self.protection, self.checkpoints, self.replicas)
         self.agreeing = Agreeing(stack, comm, self.adjustments, *guards)
-        self.skip_nonfinite = False  # whether a step whose gradient is not finite is left out
+        self.skip_nonfinite = False  # whether to skip the update of a step whose gradient is not finite
         self.worker = Driver(new_worker(comm.rank, stack.spec, settings.steps))
         self.state: StepState | None = None
-        self.orders: dict[int, Orders] = {}  # of plans that are known here, by generation
+        self.orders: dict[int, Orders] = {}  # generation -> the plan and addresses known for it
         self.seeded = True  # the script has built its model from the seed, and loaded nothing into it
         self.gradients: dict[int, Tensor] = {}  # reduced, of the shards owned here; in keeper memory
         self.looping = False  # the user's own loop has asked for its first micro-batch
-        self.results: list[Step] = []  # committed, not yet shown to the user
-        self._loss_trusted = True  # no warning yet
-        self.shown = -1  # the last step that was, or will be, shown: none is shown twice
-        self.turn: Step | None = None  # what the user's code has been shown, and is at
-        self.after_leaving: dict[str, Any] | None = None  # how it had left things then
+        self.results: list[Step] = []  # committed, not yet returned to the user
+        self._loss_trusted = True  # no warning was given yet
+        self.shown = -1  # the last step that was, or will be, returned to the user: each step is returned once
+        self.turn: Step | None = None  # the step that the user's code is at
+        self.after_leaving: dict[str, Any] | None = None  # the state of the user's code at that time
         self.birth: dict[str, Any] = {}  # hyper-parameters and registered states before the first step
-        self._stopping: signal.Signals | None = None  # a script that runs alone is to end
-        self._registered_at: dict[int, dict[str, Any]] = {}  # step -> states of what the user registered, at its end
+        self._stopping: signal.Signals | None = None  # the signal that stops a script without the launcher
+        self._registered_at: dict[int, dict[str, Any]] = {}  # step -> states of the registered objects at its end
         self.worker.carries(
             {
                 w.Compute: self._compute,
@@ -180,27 +180,27 @@ class Engine:
 
     @property
     def version(self) -> int:
-        """How many steps are committed here."""
+        """The number of steps committed here."""
         return self.worker.state.version
 
     @property
     def layout(self) -> Layout | None:
-        """The layout of the generation that was entered last."""
+        """The layout of the last generation that this rank entered."""
         return self.worker.state.layout
 
     @property
     def owned(self) -> frozenset[int]:
-        """The shards that are held in good order."""
+        """The shards that are held completely."""
         return self.worker.state.holding.owned
 
     @property
     def agreement(self) -> str:
-        """What was agreed in the last step."""
+        """The agreement of the last step."""
         return self.worker.state.agreement
 
     @property
     def switch(self) -> Plan | None:
-        """A join or leave that all members enter before the next step."""
+        """A join or departure that all members enter before the next step."""
         return self.worker.state.switch
 
     @property
@@ -209,7 +209,7 @@ class Engine:
         return self.worker.state.leave_at
 
     def ended(self) -> bool:
-        """Whether every step is committed that there is to be."""
+        """Whether all steps of the job are committed."""
         return self.worker.state.ended()
 
     # ------------------------------------------------------------ one step
@@ -220,7 +220,7 @@ class Engine:
         return self.layout, self.state
 
     def _upcoming(self) -> Iterator[Key]:
-        """The micro-batches that this rank is to fetch from now on, as long as the membership stays as it is."""
+        """The micro-batches that this rank will fetch, as long as the membership does not change."""
         layout, state = self.current()
         yield from [(state.step, span.micro_batch) for span in state.todo]
         mine = [span.micro_batch for span in layout.work.spans_of(self.rank)]
@@ -268,7 +268,7 @@ class Engine:
         return w.Reduced()
 
     def _agree(self, it: w.Agree) -> w.Event:
-        """Exchange norms and losses. The answer says that every owner's gradient and snapshot are in its keeper."""
+        """Exchange norms and losses. The answer confirms that every owner's gradient and snapshot are in its keeper."""
         layout, state = self.current()
         agree_ns = time.monotonic_ns()
         self.progress.mark(StepPhase.AGREE, state.step)
@@ -281,7 +281,7 @@ class Engine:
         self.telemetry.span(Spent.BLOCKED, began_ns)
         if it.last:
             with waiting(SAVES):
-                self.checkpoints.conclude(self._patient)  # so that there is room for one of the end
+                self.checkpoints.conclude(self._patient)  # so that there is room for the last checkpoint
         proposal = self.offered(last=it.last)
         own = Own(
             step=state.step,
@@ -307,14 +307,14 @@ class Engine:
         return answer
 
     def offered(self, *, last: bool) -> Plan | None:
-        """A join or leave that waits for the members to switch. `last`: no further step will ask."""
+        """A join or departure that waits for the members to switch. `last`: no further step will ask."""
         orders = self.membership.proposed(last=last)
         if orders is not None:
             self.orders[orders.plan.generation] = orders
         return offered(self.worker.state, orders.plan if orders else None)
 
     def _warn_of_partial(self, step: int, partly: Mapping[str, list[int]]) -> None:
-        """Every rank's code runs after every step: what only some of them change is lost with them."""
+        """Every rank's code runs after every step: a change that only some ranks make is lost with them."""
         name, ranks = next(iter(partly.items()))
         text = (
             f"only rank {', '.join(map(str, ranks))} changed {name}; the change counts on all ranks. Make it on every "
@@ -348,9 +348,9 @@ class Engine:
         return w.Agreed(text, proposal, wanted)
 
     def _distrust(self, step: int, replicas: dict[int, Digests]) -> None:
-        """Replicas differ: nobody passes this agreement. The odd ones forget their values, and all recover.
+        """Replicas differ: no rank passes this agreement. The wrong ones are discarded, and all ranks recover.
 
-        Nothing of the step is kept: what the odd one computed went into the others' gradients.
+        All results of the step are dropped: what a wrong replica computed went into the gradients of other ranks.
         """
         layout, _ = self.current()
         self.state = self._fresh_step(step, layout.work)
@@ -361,9 +361,10 @@ class Engine:
         odd = odd_ones(replicas, truth)
         for shard in mine:
             if self.replicas.record_differs(shard, step, truth[shard]):
-                self.snapshots.discard(shard, step)  # the version before it and the gradient give it again
+                self.snapshots.discard(shard, step)  # the version before it and the gradient reproduce it
         self._forget_odd([item for item in odd if item.rank == self.rank])
-        # No rank reports the difference before all know of it: the abort that follows cuts off what is on its way.
+        # No rank reports the difference before all ranks know of it: the abort that follows cancels messages in
+        # transit.
         self.agreeing.gathered(Made({}))
         if self.rank == min(self.comm.members):
             self._name_odd(step, layout.generation, odd)
@@ -374,7 +375,8 @@ class Engine:
                     self._patient()
                     time.sleep(0.01)
             except Aborted:
-                if evicted:  # not before: the abort that follows a death cuts off what others have yet to hear
+                # Not earlier: the abort that follows a death cancels messages that others have yet to receive.
+                if evicted:
                     os.kill(os.getpid(), signal.SIGKILL)
                 raise
 
@@ -382,9 +384,9 @@ class Engine:
         warn(self.membership, Notice.ATTRIBUTE_CHANGED, text, rank=self.rank, step=self.version)
 
     def check_values(self, *, thorough: bool) -> None:
-        """Raise UsageError if the script has changed a parameter and not put it back.
+        """Raise UsageError if the script has changed a parameter and not restored it.
 
-        One bit that nobody wrote is damage: replicas are compared in this step then, whether that is due or not.
+        A single changed bit is damage: in that case this step compares replicas, whether or not that is due.
         """
         found = self.watch.changed(thorough=thorough)
         for changed in found:
@@ -394,7 +396,7 @@ class Engine:
             raise UsageError(describe(name, self.version, within=thorough, replaced=changed.how is Change.REPLACED))
 
     def _is_damage(self, changed: Changed) -> bool:
-        """Whether a value differs from what was committed by a single bit, as memory fails and no script writes."""
+        """Whether a value differs from the committed one by a single bit: memory fails like that, no script does."""
         index = changed.held.index
         shards = [shard for shard in self.stack.spec.shards if shard.parameter == index]
         committed = self.committed([shard.index for shard in shards])
@@ -408,16 +410,16 @@ class Engine:
         return True
 
     def _forget_odd(self, odd: list[Odd]) -> None:
-        """Values here are wrong: they are not reported as held."""
+        """Values on this rank are wrong: its reports no longer list them as held."""
         for item in odd:
             if item.backup:
                 self.backups.level.discard(item.shard)
-                self.snapshots.discard(item.shard)  # the versions before are of the same copy: its owner has others
+                self.snapshots.discard(item.shard)  # earlier versions come from the same copy: the owner has other ones
         wrong = frozenset(item.shard for item in odd if not item.backup)
         self.worker.happened(w.Distrusted(wrong, values=bool(wrong)))
 
     def _name_odd(self, step: int, generation: int, odd: list[Odd]) -> None:
-        """Tell the coordinator of some shard of each odd one; it begins a new generation."""
+        """Report one shard of each wrong replica to the coordinator, which begins a new generation."""
         detail = f"steps {self.replicas.since(step)} to {step} may have been computed with other values than replicas"
         for item in {(item.rank, item.backup): item for item in reversed(odd)}.values():
             where = "backup" if item.backup else "replica"
@@ -426,7 +428,7 @@ class Engine:
             self.membership.tell(found)
 
     def _damage(self, kind: str) -> None:
-        """An injected fault: flip one bit of a frame, or of a value that is owned, only read, or a backup here."""
+        """An injected fault: flip one bit of a frame, or of a value that this rank owns, only reads, or backs up."""
         layout, _ = self.current()
         if kind == "flip-frame":
             self.comm.damage()
@@ -445,7 +447,7 @@ class Engine:
         self.comm.ready(())  # raises Aborted
 
     def _registered(self, step: int) -> dict[str, Any]:
-        """The registered objects' states at the end of `step`: when it is computed again, what they were then."""
+        """Record the registered objects' states at the end of `step`, in case it is computed again."""
         states = self.states_of_registered()
         known = self._registered_at.get(step, {}) if step <= self.shown else {}
         states.update({name: state for name, state in known.items() if name not in self.driven})
@@ -458,7 +460,7 @@ class Engine:
         return states
 
     def claim(self, name: str, item: Any) -> None:
-        """Register an object; if the others had one of that name when this rank joined, it takes over their state."""
+        """Register an object; if other ranks had one of that name when this rank joined, it receives its state."""
         self.birth.setdefault("registered", {})[name] = encode(item.state_dict(), f"the state of {name!r}")
         self.registered[name] = item
         if name in self.unclaimed:
@@ -469,17 +471,17 @@ class Engine:
         return {name: encode(item.state_dict(), name) for name, item in self.registered.items()}
 
     def after_users(self) -> dict[str, Any]:
-        """What the user's code has made of what it may change between steps: settings, and states it registered."""
+        """What the user's code may change between steps: settings, and the states it registered."""
         states = self.states_of_registered()
         users = {name: state for name, state in states.items() if name not in self.driven}
         return {**self.adjustments.terms(), "groups": self.optimizer.hyper_parameters(), "users": users}
 
     def _counts(self, shard: int) -> bool:
-        """Whether a shard's gradient is one: a batch norm's statistics are averaged the same way, but are none."""
+        """Whether a shard's gradient is a true one: batch-norm statistics are averaged likewise, and are none."""
         return not self.stack.averaged(self.stack.spec.shards[shard].parameter)
 
     def _owned_digest(self) -> int:
-        """A digest of the owned shards' snapshots that adds up (xor) to the same total under any ownership."""
+        """A digest of the owned shards' snapshots whose total (xor) over all ranks does not depend on the ownership."""
         total = 0
         for shard, checksum in self.snapshots.checksums.items():
             if shard in self.owned:
@@ -491,7 +493,7 @@ class Engine:
         terms = json.loads(agreement)
         self.progress.mark(StepPhase.UPDATE, terms["step"])
         began_ns = time.monotonic_ns()
-        self.pipeline.base_statistics = {}  # the next version's are written now
+        self.pipeline.base_statistics = {}  # from here on the statistics of the next version are written
         self.store.update(self.gradients, terms)
         self.backups.update(terms)
         self.telemetry.span(Spent.UPDATE, began_ns)
@@ -524,7 +526,7 @@ class Engine:
         self._look_at_loss(terms["loss"], step, layout)
 
     def _look_at_loss(self, loss: float | None, step: int, layout: Layout) -> None:
-        """Warn, one rank for all, when the loss is no number to train by; training goes on."""
+        """Warn, on one rank for all, when the loss is not finite; training continues."""
         if loss is not None and not math.isfinite(loss) and self._loss_trusted and self.rank == min(layout.ranks):
             self._loss_trusted = False
             text = (
@@ -534,7 +536,7 @@ class Engine:
             warn(self.membership, Notice.LOSS_NOT_FINITE, text, step=step)
 
     def _save_or_protect(self, terms: dict[str, Any], layout: Layout) -> None:
-        """Protect this version, and, if that was agreed, have a checkpoint made of it."""
+        """Protect this version, and save a checkpoint of it if that was agreed."""
         if self.checkpoints.link is None:
             self.checkpoints.begin_alone(terms, layout, self._state_of)
             self.protect(anyway=self.ended())
@@ -560,10 +562,10 @@ class Engine:
         return state
 
     def protect(self, *, anyway: bool = False, then: Callable[[], None] | None = None) -> None:
-        """Have the keeper hold this version of every owned shard; copied while the next step computes.
+        """Have the keeper hold this version of every owned shard; the copy overlaps the computation of the next step.
 
-        Whether it is to outlive nodes too is a matter of the interval, or, in the first version of a generation, not.
-        `then` is called when it is there.
+        The interval decides whether the version is also protected from lost nodes; the first version of a generation
+        always is. `then` is called when the keeper holds it.
         """
         self.snapshots.protect(
             (s.index, self.record_bytes[s.index], self.gradient_bytes(s))
@@ -579,12 +581,12 @@ class Engine:
         return (self.store if shard in self.owned else self.backups.store).state(shard)
 
     def gradient_bytes(self, shard: Shard) -> int:
-        """How many bytes the reduced gradient of a shard takes."""
+        """The size of a shard's reduced gradient, in bytes."""
         return shard.elements * self.exchange.accumulation(shard).itemsize
 
     def settle(self) -> None:
-        """The user's code has run for the last step: what it made of it goes with this version."""
-        if self.leave_at is None:  # after the loop the model is the script's
+        """The user's code has run for the last step: its state belongs to this version."""
+        if self.leave_at is None:  # after the loop the script may change the model
             self.check_values(thorough=False)
             self.pipeline.forwards.check_constants(self.version, self.registered.values())
         if self.checkpoints.unsettled:
@@ -592,10 +594,11 @@ class Engine:
             if self._stopping is not None and not self.ended():
                 self._end_saved(self._stopping)
         elif self._stopping is not None:
-            self.membership.save_asked = True  # the one that was being saved when it came is an older one
+            # The save that was in progress when the request came is of an older version.
+            self.membership.save_asked = True
 
     def stop(self, number: signal.Signals) -> None:
-        """A signal to a script that runs alone: save after this step, and end. Safe in a signal handler."""
+        """A signal to a script without the launcher: save after this step, and end. Safe in a signal handler."""
         self._stopping = number
         self.membership.save_asked = True
 
@@ -607,7 +610,7 @@ class Engine:
         sys.exit(128 + number)
 
     def leave_loop(self) -> None:
-        """The user's code has left the loop, be it before the last step: this rank trains no further."""
+        """The user's code has left the loop, perhaps before the last step: this rank trains no further."""
         if self.leave_at is not None:
             return
         self.after_leaving = self.after_users()
@@ -622,7 +625,7 @@ class Engine:
             self._tell_idled(proposal.generation)
 
     def last_name(self) -> str:
-        """What a checkpoint of this version may be called."""
+        """A name for a checkpoint of this version."""
         return folder_name(self.version, time.time(), self.checkpoints.unique())
 
     def conclude(self) -> None:
@@ -642,7 +645,7 @@ class Engine:
         return w.Concluded()
 
     def save_last(self, version: int, name: str, on_wait: Callable[[], None]) -> str:
-        """Save this rank's part of the last version, which is not whole yet. Returns why not, if it could not."""
+        """Save this rank's part of the last version, which is not whole yet. Returns why it could not, or ""."""
         if version != self.version:
             return f"rank {self.rank} is at version {self.version}"
         layout, _ = self.current()

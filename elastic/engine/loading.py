@@ -1,4 +1,4 @@
-"""The loader carries out moves: it reads each shard from the first of its sources that has it, and puts it in place."""
+"""The loader carries out moves: it reads each shard from the first of its sources that has it, and stores it."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from .engine import Engine
 from .resume import CheckpointStates
 from .sources import KeeperRecords, NeighborLayers, OwnMemory, SavedShards, Stripes
 
-KEEPER_PATIENCE_S = 5.0  # how long a keeper that cannot be reached is waited for: it may be starting again
-ANSWERED_PATIENCE_S = 1.0  # how long shards that all keepers say they lack are: a worker may be writing them
-FETCH_AGAIN_S = 0.02  # between two times that keepers are asked for what they lack
+KEEPER_PATIENCE_S = 5.0  # how long to wait for a keeper that cannot be reached: it may be starting again
+ANSWERED_PATIENCE_S = 1.0  # how long to wait for shards that all keepers lack: a worker may be writing them
+FETCH_AGAIN_S = 0.02  # interval at which keepers are asked again for shards that they lack
 
 
 class Target(Protocol):
-    """Where shards are loaded to: `ShardStore`, to own them or to back them up, or `LiveValues`."""
+    """The destination of a load: `ShardStore`, to own shards or to back them up, or `LiveValues`."""
 
     def load(self, shard: int, state: ShardState) -> None:
-        """Take over a copy of a shard's state."""
+        """Store a copy of a shard's state."""
         ...
 
     def update(self, gradients: Mapping[int, Tensor], terms: Mapping[str, Any]) -> None:
@@ -51,7 +51,7 @@ class LiveValues:
         view.copy_(state["value"].reshape(-1))
 
     def update(self, gradients: Mapping[int, Tensor], terms: Mapping[str, Any]) -> None:
-        """Values come at the version that was asked for."""
+        """Values always arrive at the requested version, so nothing can be behind."""
         raise AssertionError(f"values of shards {sorted(gradients)} are a version behind")
 
 
@@ -62,29 +62,30 @@ class Loader:
         self._engine = engine
         self._token = token
         self._node = node
-        self._keepers: Mapping[str, str] = {}  # node -> address, our own first
-        self.checkpoint: CheckpointStates | None = None  # that the generation goes on from
+        self._keepers: Mapping[str, str] = {}  # node -> address, this rank's own node first
+        self.checkpoint: CheckpointStates | None = None  # the checkpoint that the generation resumes from
 
     def enter(self, keepers: Mapping[str, str]) -> None:
-        """A generation begins, with these keepers: node -> address."""
+        """Begin a generation with these keepers: node -> address."""
         self._keepers = dict(sorted(keepers.items(), key=lambda item: item[0] != self._node))
         self.checkpoint = None
 
     def open_checkpoint(self, name: str) -> CheckpointStates:
-        """Go on from a checkpoint. Raises CheckpointError or StoreError."""
+        """Resume from a checkpoint. Raises CheckpointError or StoreError."""
         self.checkpoint = CheckpointStates(self._engine.settings, self._engine.stack, name)
         return self.checkpoint
 
     def load(self, plan: Plan, target: Target, moves: Sequence[Move], version: int, agreement: str) -> None:
-        """Carry out moves to this rank: every shard comes at `version`, the last step replayed where it has to be.
+        """Carry out moves to this rank: every shard arrives at `version`, with the last step replayed where necessary.
 
-        A keeper that restarts is waited for. When some shards are nowhere, the coordinator is told, and ends this
-        generation. Raises Aborted when it ends, and what a source raises.
+        The loader waits for a keeper that restarts. When some shards are missing everywhere, it reports them to the
+        coordinator, which ends the generation. Raises Aborted then, and whatever a source raises.
         """
         if not moves:
             return
         remaining = {move.shard: move.sources for move in moves}
-        behind: list[Found] = []  # put in place when nothing can interrupt any more: what is there is a version ahead
+        # Stored last, when nothing can interrupt any more: the target is a version ahead of them.
+        behind: list[Found] = []
         started, told, membership = time.monotonic(), False, self._engine.membership
         with self._engine.progress.waiting(f"{len(moves)} shards of version {version} in {_places(moves)}"):
             while True:
@@ -123,7 +124,7 @@ class Loader:
         version: int,
         agreement: str,
     ) -> Iterator[Found]:
-        """What there is of the shards in `remaining` (shard -> its sources), which loses those that were found."""
+        """The available shards of `remaining` (shard -> its sources), which are removed from it."""
         for choice in range(max(map(len, remaining.values()))):
             asked: dict[SourceKind, list[int]] = {}
             for shard, kinds in remaining.items():
@@ -156,7 +157,7 @@ class Loader:
         return KeeperRecords(keepers, engine.exchange, replay=kind is SourceKind.REPLAY)
 
     def kept(self, shards: Sequence[int], version: int, on_wait: Callable[[], None]) -> dict[int, dict[str, Any]]:
-        """The states of `version` that keepers have now, or parity gives."""
+        """The states of `version` that keepers hold now, or that parity reproduces."""
         keepers = Keepers(self._keepers, self._token, on_wait)
         try:
             return {shard: read_record(data) for shard, data in keepers.records(shards, version).items()}
@@ -165,7 +166,7 @@ class Loader:
 
     @property
     def keepers(self) -> bool:
-        """Whether there are any."""
+        """Whether keepers are known."""
         return bool(self._keepers)
 
     def _patient(self) -> None:
@@ -174,7 +175,7 @@ class Loader:
 
 
 def _places(moves: Sequence[Move]) -> str:
-    """Where the moves come from, in words that follow "in"."""
+    """The sources of the moves, in words that follow "in"."""
     first = moves[0].sources[0]
     if first is SourceKind.STORAGE:
         return "the checkpoint"

@@ -1,7 +1,7 @@
 """Recovery: carries out the instructions that bring an aborted generation to one version on all ranks again.
 
-A survivor reports what it has, and the coordinator's plan says what each rank does. The worker's state machine turns
-the plan into instructions, which are the same for a loss, for a rank that joins, and for the start.
+A survivor reports what it holds, and the coordinator's plan says what each rank does. The worker's state machine turns
+the plan into instructions, which are the same after a loss, for a rank that joins, and at the start.
 """
 
 from __future__ import annotations
@@ -39,15 +39,16 @@ _GUIDE = Key(Kind.SWITCH, 0)
 
 
 class Recovery:
-    """Reports, and carries out plans, for one engine."""
+    """Makes reports and carries out plans for one engine."""
 
     def __init__(self, engine: Engine, token: str, node: str) -> None:
         self.engine = engine
         self.loader = Loader(engine, token, node)
-        self.resumed = False  # from a checkpoint
-        self._joined: tuple[int, dict[str, Any]] = (-1, {})  # the version this rank joined at, and what was agreed then
-        self._after: dict[str, Any] = {}  # how the user's code has left things where the guide is
-        self._began = self._edited = 0.0  # of the generation that is being entered
+        self.resumed = False  # whether the job resumed from a checkpoint
+        # The version at which this rank joined, and the agreement before it.
+        self._joined: tuple[int, dict[str, Any]] = (-1, {})
+        self._after: dict[str, Any] = {}  # the state of the user's code on the guide
+        self._began = self._edited = 0.0  # times within the entry into the current generation
         self._edited_ns = 0
         engine.worker.carries(
             {
@@ -72,11 +73,11 @@ class Recovery:
         )
 
     def recover(self) -> None:
-        """After `Aborted`: report, wait for the plan, carry it out; start again if it happens again."""
+        """After `Aborted`: report, wait for the plan, carry it out; start again after another abort."""
         engine, state = self.engine, self.engine.worker.state
         holding = state.holding
         same = holding.values_version == holding.owned_version == state.version
-        if same and engine.watch.changed(thorough=True):  # put in for an evaluation
+        if same and engine.watch.changed(thorough=True):  # the script has replaced values, for an evaluation
             engine.worker.happened(w.Spoiled())
         engine.progress.mark(StepPhase.RECOVER, engine.version)
         engine.telemetry.interrupted()
@@ -90,14 +91,14 @@ class Recovery:
             return
 
     def enter(self) -> None:
-        """A new worker: wait for the first plan that has a place for it, and carry it out."""
+        """A new worker: wait for the first plan that includes it, and carry it out."""
         try:
             self.engine.worker.happened(w.Started(seeded=self.engine.seeded))
         except Aborted:
             self.recover()
 
     def switch(self) -> None:
-        """Enter the generation of a join or leave that all members agree on; raises JobEnded if this rank leaves."""
+        """Enter the generation of an agreed join or departure. Raises JobEnded if this rank leaves."""
         self.engine.settle()
         self.engine.worker.happened(w.SwitchDue())
 
@@ -115,9 +116,9 @@ class Recovery:
         return w.Assigned(orders.plan)
 
     def _hand_over(self, it: w.HandOver) -> None:
-        """The others go on without this rank. It stays for a recovery that still counts it in, until it is let go.
+        """The others continue without this rank. It takes part in recoveries that include it, until it is released.
 
-        Raises JobEnded then, and Aborted in that case.
+        Raises JobEnded when it is released, and Aborted for such a recovery.
         """
         engine = self.engine
         engine.progress.mark(StepPhase.LEAVE, engine.version)
@@ -132,7 +133,7 @@ class Recovery:
         raise Aborted(it.generation)
 
     def committed(self, shards: list[int]) -> dict[int, ShardState]:
-        """What keepers hold of this version; not all, if they lack some after a while. Raises Aborted."""
+        """What keepers hold of this version; a part, if they still lack some after a while. Raises Aborted."""
         engine = self.engine
         found: dict[int, ShardState] = {}
         engine.snapshots.wait(self._patient)
@@ -162,7 +163,7 @@ class Recovery:
         self.loader.enter(orders.keepers)
         with engine.progress.waiting(f"links to the other ranks of generation {plan.generation}"):
             engine.comm.edit(plan.generation, orders.peers)
-        if engine.membership.superseded(plan.generation):  # an abort that the edit may have cleared
+        if engine.membership.superseded(plan.generation):  # the edit of the membership may have cleared an abort
             raise Aborted(plan.generation)
         self._edited, self._edited_ns = time.monotonic(), time.monotonic_ns()
         engine.telemetry.span(Spent.EDIT, began_ns)
@@ -179,9 +180,9 @@ class Recovery:
         return w.Placed(message["version"], message["agreement"], message["left"])
 
     def _take_unseen(self, it: w.TakeUnseen) -> None:
-        """What other ranks' code made of the last step is lost with them, unless a checkpoint has it."""
+        """Changes that other ranks' code made after the last step are lost with them, unless a checkpoint has them."""
         engine = self.engine
-        self._after = {}  # what a guide said in a generation that was aborted since
+        self._after = {}  # a guide of a generation that was aborted may have sent them
         resumed = it.agreement and not json.loads(it.agreement).keys().isdisjoint(("after", "advance"))
         engine.results = []
         if not resumed:
@@ -196,9 +197,9 @@ class Recovery:
             engine.comm.send(rank, _GUIDE, [message])
 
     def _after_users(self, version: int) -> dict[str, Any]:
-        """How the user's code has left things here; the settings only if they are those of `version` already."""
+        """The state of the user's code here; the settings only if they belong to `version` already."""
         if self._in_turn(version):
-            return {}  # what it makes of the step it makes there again, from where it began
+            return {}  # it repeats the step, and its changes, from where that began
         after = self.engine.after_users()
         return after if self.engine.version == version else {"users": after["users"]}
 
@@ -208,7 +209,7 @@ class Recovery:
         return turn is not None and turn.index == version - 1 and self.engine.version == version
 
     def _unseen(self, version: int, agreement: str) -> list[list[Any]]:
-        """The steps before `version` that the user's code here has not seen yet, so that it has not run for them."""
+        """The steps before `version` for which the user's code on this rank has not run."""
         engine = self.engine
         if engine.turn is not None and self._in_turn(version):
             return [[engine.turn.index, engine.turn.loss, engine.turn.gradient_norm]]
@@ -219,14 +220,14 @@ class Recovery:
         return steps
 
     def _enter_protection(self, it: w.EnterProtection) -> None:
-        """The keeper of this node hears of the generation, and of the parity it holds in it."""
+        """Inform this node's keeper of the generation, and of the parity that it holds in it."""
         engine, plan = self.engine, it.plan
         orders = engine.orders[plan.generation]
         joins = plan.version is None and not plan.leaving
         engine.protection.enter(plan.generation, orders.placement, joins=joins)
         engine.snapshots.protected = -1 if plan.checkpoint else max(engine.snapshots.protected, plan.protected)
         placement = orders.placement
-        if engine.settings.protection == "replay":  # workers do it, not keepers
+        if engine.settings.protection == "replay":  # under replay the workers hold the copies, not the keepers
             placement = replace(placement, stripes=())
         engine.snapshots.enter(plan.generation, placement, orders.keepers, engine.record_bytes)
         entering = engine.worker.state.entering
@@ -234,21 +235,21 @@ class Recovery:
         engine.progress.mark(StepPhase.JOIN if entering.fresh else StepPhase.RESTORE, entering.version)
 
     def _forget_since(self, it: w.ForgetSince) -> None:
-        """Go back: what was agreed, reduced and computed since `version` will be again, and come out the same.
+        """Go back: agreements, gradients and results since `version` are computed again, with the same result.
 
-        All of it at once, the scheduler too: after an abort the next plan need not go back once more.
+        Everything goes back at once, the scheduler included: a plan after another abort need not repeat it.
         """
         engine = self.engine
         engine.checkpoints.abandon()
         terms: dict[str, Any] = json.loads(it.agreement) if it.agreement else {}
         engine.adjustments.leave(it.since, it.version, loops=engine.loops)
         self._catch_up(terms or engine.birth, it.version, back=True, advance=bool(terms))
-        if engine.loops:  # the user's own loop computes again, and begins where it had left things then
+        if engine.loops:  # the user's own loop computes again, from the state in which it was then
             self._leave_as_users(terms.get("after", {}))
         engine.gradients = {}
 
     def _take_places(self, it: w.TakePlaces) -> None:
-        """Hold the layers and own the shards of the plan; what is gained has no values yet, unless from the seed."""
+        """Hold the layers and own the shards of the plan; gained layers have no values yet, unless from the seed."""
         engine, layout = self.engine, it.plan.layout
         orders = engine.orders[it.plan.generation]
         if it.layers is not None:
@@ -266,7 +267,7 @@ class Recovery:
         engine.snapshots.leave(before - now, it.version)
 
     def _restore(self, it: w.Restore) -> w.Event:
-        """Carry out the moves of the shards that are missing here, and of the backups that are not in step."""
+        """Carry out the moves of missing shards, and of backups that are not up to date."""
         engine, checkpoint = self.engine, self.loader.checkpoint
         backups = [s.index for s in engine.backups.shards if s.index not in engine.backups.level]
         passive = it.plan.moves_of(backups, engine.rank, What.BACKUP)
@@ -282,7 +283,7 @@ class Recovery:
         return w.Restored()
 
     def _refresh(self, it: w.Refresh) -> w.Event:
-        """Send the values of shards owned here to the ranks that lack them, and take those that this rank lacks."""
+        """Send the values of owned shards to the ranks that lack them, and receive those that this rank lacks."""
         engine, plan = self.engine, it.plan
         engine.exchange.send_values(it.version, plan.layout, plan.values)
         moves = [m for m in received(plan.values, engine.rank) if plan.layout.owners[m.shard] != engine.rank]
@@ -299,7 +300,7 @@ class Recovery:
             self._unreadable(it.name, error)
 
     def _unreadable(self, name: str, error: Exception) -> NoReturn:
-        """Tell the coordinator of a damaged checkpoint, and wait for its decision. Raises Aborted."""
+        """Report a damaged checkpoint to the coordinator, and wait for its decision. Raises Aborted."""
         engine = self.engine
         engine.membership.tell(e.CheckpointUnreadable(engine.membership.worker, name, str(error)))
         with engine.progress.waiting(DECISION):
@@ -341,7 +342,7 @@ class Recovery:
         engine.membership.tell(e.WorkerResumed(worker, it.generation, edit_s, restore_s))
 
     def come_up(self) -> None:
-        """This rank joined: bring what the user's code and the schedulers have changed to where it joined."""
+        """This rank joined: bring what the user's code and the schedulers have changed to the position of the job."""
         version, terms = self._joined
         if self.engine.version != version:
             return
@@ -352,7 +353,7 @@ class Recovery:
             self.engine.adjustments.join(version, clip=not self.resumed)
 
     def _leave_as_users(self, after: dict[str, Any]) -> None:
-        """The user's code has run elsewhere for the steps before this one: take over what it made of them."""
+        """The user's code has run on other ranks for the earlier steps: adopt its state."""
         engine = self.engine
         if "groups" in after:
             engine.adjustments.set(after)
@@ -363,10 +364,10 @@ class Recovery:
                 engine.unclaimed[name] = state
 
     def _catch_up(self, terms: dict[str, Any], version: int, *, back: bool, advance: bool) -> None:
-        """Bring the registered objects (the scheduler) to the version that the others are at, or go back to.
+        """Bring the registered objects (the scheduler) to the version that the other ranks are at, or go back to.
 
-        What the user's own code steps between steps is left alone when going back, since that code does not run
-        again for steps that it has seen; unless its loop computes them.
+        When going back, objects that the user's own code steps between steps stay as they are, since that code does not
+        run again for steps that it has seen; unless its loop computes the micro-batches.
         """
         engine = self.engine
         engine.adjustments.set(terms)

@@ -1,4 +1,4 @@
-"""Going on from a checkpoint: which ones there are, whether one fits this job, and a shard's state out of it."""
+"""Resuming from a checkpoint: which checkpoints exist, whether one fits this job, and the state of its shards."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ from everstep.resharding.units import Shard
 from .engine import Engine
 
 REMEMBERED_CHUNKS = 6
-LOOKED_AT = 32  # checkpoints of a folder, for whose they are
-CANDIDATES = 3  # checkpoints that may be fallen back to
+LOOKED_AT = 32  # checkpoints of a folder whose run is determined
+CANDIDATES = 3  # checkpoints that a job may fall back to
 
 
 class Resumption:
-    """Finds checkpoints for a job, and refuses those that would not continue it with the same numbers."""
+    """Finds the checkpoints of a job, and refuses those that would not continue it with the same numbers."""
 
     def __init__(
         self, settings: Settings, stack: LayerStack, engine: Engine, data: dict[str, Any], channel: WarningChannel
@@ -54,10 +54,10 @@ class Resumption:
         self._driven = engine.driven
         self._data = data
         self._channel = channel
-        self._looked_at = False  # whether the newest checkpoint has been
+        self._looked_at = False  # whether the newest checkpoint has been examined
 
     def find(self) -> list[Saved]:
-        """The checkpoints that the job may go on from, newest first. Raises UsageError for one that does not fit."""
+        """The checkpoints that the job may resume from, newest first. Raises UsageError for one that does not fit."""
         settings = self._settings
         if settings.resume == "never":
             self._look_for_others()
@@ -79,14 +79,14 @@ class Resumption:
         return found
 
     def _look_for_others(self) -> None:
-        """The job begins anew in a folder that has checkpoints."""
+        """The job starts from step 0 in a folder that has checkpoints."""
         settings = self._settings
         if not settings.checkpoint:
             return
         try:
             names = committed(open_store(settings.checkpoint, _options(settings)))
         except StoreError:
-            return  # saving will say so
+            return  # the attempt to save reports that
         if names:
             text = (
                 f"{settings.checkpoint} has checkpoints of another run ({names[0]}), and resume='never': they are left "
@@ -95,15 +95,15 @@ class Resumption:
             warn(self._channel, Notice.CHECKPOINT_FOLDER, text)
 
     def _family(self, store: Store, names: list[str]) -> list[str]:
-        """The checkpoints of the job, newest first, in a folder that should have no others.
+        """The job's checkpoints, newest first, in a folder that should have no others.
 
-        Raises UsageError where there are others; with resume=URL of one of them, that one's run is meant.
+        Raises UsageError where there are others; resume=URL of a checkpoint chooses the run of that one.
         """
         chosen = self._settings.resume.rstrip("/").rpartition("/")[2]
         newest = chosen if chosen in names else names[0]
         own = lineage_of(store, newest)
         if own is None:
-            return names  # damaged: reading it says so
+            return names  # damaged: reading it reports that
         others = strangers(store, names[:LOOKED_AT], own)
         if others and chosen not in names:
             raise UsageError(
@@ -113,7 +113,7 @@ class Resumption:
         return [name for name in names if name not in others]
 
     def _own(self) -> list[Saved]:
-        """Of the job's own folder."""
+        """The checkpoints in the job's own folder."""
         settings = self._settings
         store = open_store(settings.checkpoint, _options(settings))
         found: list[Saved] = []
@@ -126,7 +126,7 @@ class Resumption:
                     raise
                 continue
             if checkpoint is not None:
-                if not found:  # an older one is only gone back to, by a job that goes on from the newest
+                if not found:  # older ones serve only as a fallback, for a job that resumes from the newest
                     self._compare_data(checkpoint.manifest, checkpoint.url)
                 found.append(self._entry(checkpoint, name))
         return found
@@ -158,7 +158,7 @@ class Resumption:
         return problems
 
     def _compare_data(self, manifest: Manifest, url: str) -> None:
-        """Refuse other data than the checkpoint was trained on, or, where that is to be ignored, warn of it."""
+        """Refuse other data than the checkpoint was trained on, or warn of it where the difference is to be ignored."""
         ours = {"global_batch_size": self._settings.global_batch_size, "samples": self._data["samples"]}
         ours |= {"micro_batch_size": self._settings.micro_batch_size, "seed": self._settings.seed}
         ours |= {"shuffle": self._data["shuffle"]}
@@ -183,7 +183,7 @@ class Resumption:
             warn(self._channel, Notice.RESUME_DATA, text)
 
     def _next_agreement(self, manifest: Manifest, url: str) -> str:
-        """Of a checkpoint of ours: its settings, or the script's; what gradients are clipped to is the script's."""
+        """Settings with a checkpoint of ours: its own, or the script's; the clipping limits are always the script's."""
         terms: dict[str, Any] = json.loads(manifest.agreement)
         after: dict[str, Any] = terms.get("after", {})
         terms["clip"] = after["clip"] = self._birth["clip"]
@@ -200,7 +200,7 @@ class Resumption:
             terms |= {"groups": self._birth["groups"], "registered": registered, "advance": manifest.step}
             terms["after"] = {"users": after.get("users", {})}
             terms["script"] = self._birth["groups"]
-        elif found and not self._looked_at:  # older ones are looked at too
+        elif found and not self._looked_at:  # older ones are examined, too
             text = (
                 f"the script has other settings than the one that saved {url}: {'; '.join(found[:3])}. The "
                 "checkpoint's go on. To take the script's: --es-resume-hyperparameters=script"
@@ -212,7 +212,7 @@ class Resumption:
         return json.dumps(terms, sort_keys=True)
 
     def _compare_masters(self, manifest: Manifest, url: str) -> None:
-        """Warn where the precision that parameters are stepped in changes."""
+        """Warn if the precision in which parameters are stepped changes."""
         if bool(manifest.dtypes) == bool(self._masters):
             return
         if self._masters:
@@ -224,7 +224,7 @@ class Resumption:
         warn(self._channel, Notice.HYPERPARAMETERS_DIFFER, f"{url} {change}; the numbers change here. {way}")
 
     def _first_agreement(self, step: int) -> str:
-        """Of a checkpoint that another framework wrote: the settings are the script's, the scheduler is stepped up."""
+        """Settings with a checkpoint of another framework: the script's, and the scheduler is stepped up."""
         if step == 0:
             return ""
         unknown: dict[str, Any] = {"loss": None, "norm": None, "scale": None, "layers": {}, "digest": ""}
@@ -233,13 +233,13 @@ class Resumption:
 
 
 def _unscheduled(groups: Any, registered: Mapping[str, Any]) -> Groups:
-    """The settings that no scheduler changes: of a checkpoint that does not tell what its script began with."""
+    """The settings that no scheduler changes, of a checkpoint that does not contain the script's initial ones."""
     scheduled = {"lr", "initial_lr", "momentum", "betas"} if "scheduler" in registered else set()
     return [{name: value for name, value in group.items() if name not in scheduled} for group in unpack(groups)]
 
 
 def differences(there: Groups, here: Groups) -> list[str]:
-    """What differs between the settings of groups, in words."""
+    """The differences between the settings of groups, in words."""
     found = []
     for number, (old, new) in enumerate(zip(there, here, strict=False)):
         for name in sorted(old.keys() & new.keys(), key=lambda name: (name == "initial_lr", name)):
@@ -250,10 +250,11 @@ def differences(there: Groups, here: Groups) -> list[str]:
 
 
 def resolve(manifest: Manifest, room: str, name: str) -> str:
-    """The name under which a parameter is stored: its own, or that of the one it is tied to."""
+    """The name under which a parameter is stored: its own, or that of the parameter it is tied to."""
     if path_of(room, name) in manifest.arrays:
         return name
-    if any("_orig_mod." in path for path in manifest.arrays):  # an older version of ours saved it, compiled
+    # An older version of Everstep saved it, from a compiled model.
+    if any("_orig_mod." in path for path in manifest.arrays):
         compiled = next((n for n in _names_in(manifest, room) if plain_name(n) == name), None)
         if compiled is not None:
             return compiled
@@ -274,7 +275,7 @@ def _options(settings: Settings) -> Mapping[str, Any]:
 
 
 class CheckpointStates:
-    """The states of shards, and the constants, out of a checkpoint. Raises CheckpointError or StoreError."""
+    """The states of shards, and the constants, in a checkpoint. Raises CheckpointError or StoreError."""
 
     def __init__(self, settings: Settings, stack: LayerStack, name: str) -> None:
         self.name = name
@@ -290,11 +291,11 @@ class CheckpointStates:
 
     @property
     def lineage(self) -> Lineage:
-        """Whose checkpoint it is."""
+        """The run that saved the checkpoint."""
         return Lineage.from_json(self._checkpoint.manifest.run)
 
     def state(self, shard: Shard) -> dict[str, Any]:
-        """A shard's parameter values ("value") and optimizer state, as a keeper would give it."""
+        """A shard's parameter values ("value") and optimizer state, in the form of a keeper's record."""
         manifest, spec = self._checkpoint.manifest, self._stack.spec
         parameter = spec.parameters[shard.parameter]
         room = "buffers" if self._stack.averaged(shard.parameter) else "params"
@@ -310,14 +311,14 @@ class CheckpointStates:
 
     def _rows(self, path: str, shard: Shard) -> Tensor:
         array, parameter = self._checkpoint.array(path), self._stack.spec.parameters[shard.parameter]
-        if array.shape != parameter.shape:  # a state of a shape of its own
+        if array.shape != parameter.shape:  # a state whose shape is not the parameter's
             return tensor_of(self._checkpoint.read(path))
         row = max(1, parameter.elements // max(1, parameter.rows))
         part = tensor_of(self._checkpoint.read(path, shard.start // row, -(-shard.stop // row)))
         return part if self._stack.spec.whole else part.reshape(-1)
 
     def load_constants(self) -> None:
-        """Read frozen parameters and buffers into the model; what the checkpoint lacks stays as it was built."""
+        """Read frozen parameters and buffers into the model; those that it lacks keep their initial values."""
         for path, _, tensor in constants(self._stack):
             if path in self._checkpoint.manifest.arrays:
                 with torch.no_grad():
@@ -326,7 +327,7 @@ class CheckpointStates:
 
 @dataclass(frozen=True)
 class _Remembering(Checkpoint):
-    """Keeps the last few chunks: where another framework's are larger than shards, each serves several."""
+    """Caches the last few chunks: another framework's may be larger than shards, and then serve several of them."""
 
     held: dict[tuple[str, int], bytes] = field(default_factory=dict)
 

@@ -1,6 +1,6 @@
-"""Where a shard may be read: this rank's memory, keepers, parity, a checkpoint, the neighbouring layers.
+"""The places from which a shard may be read: this rank's memory, keepers, parity, a checkpoint, neighbouring layers.
 
-The live values of other ranks are read by `elastic/step/exchange.py`. `loading.py` asks all of them in the same way.
+`elastic/step/exchange.py` reads the live values of other ranks. `loading.py` asks all sources in the same way.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .resume import CheckpointStates
 
 @dataclass(frozen=True)
 class OwnMemory:
-    """This rank's snapshots. What is found there counts as written: it need not be copied again."""
+    """This rank's snapshots. A shard that is found there counts as written: it need not be copied again."""
 
     snapshots: Snapshots
 
@@ -38,9 +38,9 @@ class OwnMemory:
 
 @dataclass(frozen=True)
 class KeeperRecords:
-    """The snapshots that keepers guard, nearest keeper first.
+    """The snapshots that keepers hold, nearest keeper first.
 
-    With `replay`, a keeper that lacks a version gives the one before it and the gradient, where it has these.
+    With `replay`, a keeper that lacks a version supplies the one before it and the gradient, if it has both.
     """
 
     keepers: Keepers
@@ -58,7 +58,7 @@ class KeeperRecords:
 
 @dataclass(frozen=True)
 class Stripes:
-    """What can be computed from the other shards of a stripe and its parity, which are in keepers."""
+    """What can be computed from the other shards of a stripe and its parity, both in keepers."""
 
     keepers: Keepers
 
@@ -69,7 +69,7 @@ class Stripes:
 
 @dataclass(frozen=True)
 class SavedShards:
-    """The checkpoint that training goes on from. Raises CheckpointError or StoreError for one that is damaged."""
+    """The checkpoint that training resumes from. Raises CheckpointError or StoreError for a damaged one."""
 
     states: CheckpointStates
     stack: LayerStack
@@ -81,10 +81,10 @@ class SavedShards:
 
 @dataclass(frozen=True)
 class NeighborLayers:
-    """Stand-ins for shards that are gone for good: the average of their neighbours, weighted by the norms of those.
+    """Approximations of shards that are lost everywhere: averages of neighbours, weighted by their gradient norms.
 
-    Lossy, and what the user asked for (on_loss="neighbors"). The optimizer's state starts from nothing. `load` loads
-    other shards from wherever they are; `norms` has the gradient's norm by layer.
+    Lossy, at the user's request (on_loss="neighbors"). The optimizer's state starts from zero. `load` loads other
+    shards from wherever they are; `norms` has the gradient's norm by layer.
     """
 
     optimizer: UserOptimizer

@@ -1,8 +1,8 @@
 """What the user's code may change between steps: the groups' settings, which parameters are frozen, clipping.
 
-That code runs at another time on each rank, and not at all on one that has no micro-batch in a step. So a change is a
-difference from what was agreed last, and every step agrees on all of them: one that is made anywhere counts
-everywhere, and two that contradict each other are an error. A step that is computed again uses what was agreed then.
+That code runs at a different time on each rank, and not at all on a rank without a micro-batch in a step. So a change
+is a difference from the last agreement, and every step agrees on all changes: a change on any rank applies to all, and
+two contradicting ones are an error. A step that is computed again uses the values that were agreed then.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from .user_optimizer import UserOptimizer
 
 Key = tuple[Any, ...]  # ("group", number, setting) | ("frozen", parameter): True | ("clip", "norm" or "value")
 Values = dict[Key, Any]
-NAMES = ("groups", "frozen", "clip")  # of what an agreement holds of them
+NAMES = ("groups", "frozen", "clip")  # the parts of an agreement that concern settings
 
 
 class Adjustments:
-    """The settings in force on one rank, those agreed on, and those of steps that may have to be computed again."""
+    """The settings in force on one rank, the agreed ones, and those of steps that may have to be computed again."""
 
     def __init__(self, optimizer: UserOptimizer, stack: LayerStack) -> None:
         self.clip: dict[str, float | None] = {"norm": None, "value": None}
         self._optimizer = optimizer
-        self._tensors: dict[str, list[Tensor]] = {}  # of a trained parameter: one per layer that has it
+        self._tensors: dict[str, list[Tensor]] = {}  # of a trained parameter: one per layer that holds it
         for layer in stack.layers:
             for held in layer.parameters:
                 if not held.averaged:
@@ -42,9 +42,11 @@ class Adjustments:
         self._untrained = [(name, p) for name, p in stack.model.named_parameters() if not p.requires_grad]
         self._members = self._members_now()
         self._agreed = self.present()
-        self._known: dict[int, dict[str, Any]] = {}  # step -> what was agreed in it
-        self._ahead: tuple[int, Values] | None = None  # of a version that is gone back behind: as the user left it
-        self._entered: Values | None = None  # as this rank joined: what its code sets before the loop is long past
+        self._known: dict[int, dict[str, Any]] = {}  # step -> the agreement of that step
+        # Of a version from which this rank has gone back: as the user's code left the settings.
+        self._ahead: tuple[int, Values] | None = None
+        # When this rank joined: its code sets values before the loop that are long outdated.
+        self._entered: Values | None = None
         self._noticed: tuple[int, Values | None] = (-1, None)  # step -> changes in its last micro-batch here
 
     def _members_now(self) -> list[list[int]]:
@@ -64,7 +66,7 @@ class Adjustments:
         return values
 
     def terms(self, values: Values | None = None) -> dict[str, Any]:
-        """Values (those in force, unless others are given) as an agreement holds them."""
+        """Values (by default those in force) in the form of an agreement."""
         values = self.present() if values is None else values
         groups: list[dict[str, Any]] = [{} for _ in self._optimizer.user.param_groups]
         for key, value in values.items():
@@ -74,7 +76,7 @@ class Adjustments:
         return {"groups": pack(groups), "frozen": frozen, "clip": {kind: values[("clip", kind)] for kind in self.clip}}
 
     def set(self, terms: Mapping[str, Any]) -> None:
-        """Put what an agreement holds in force here."""
+        """Put the values of an agreement in force here."""
         self._optimizer.set_hyper_parameters(unpack(terms["groups"]))
         frozen = set(terms.get("frozen", ()))
         for name, tensors in self._tensors.items():
@@ -119,7 +121,7 @@ class Adjustments:
     # ------------------------------------------------------------ the user's code
 
     def begin(self) -> list[str]:
-        """The loop begins: what a rank that joined has set before it was meant for the start. Returns what that was."""
+        """The loop begins: settings made before it on a joining rank belong to the start. Returns what those were."""
         entered, self._entered = self._entered, None
         if entered is None:
             return []
@@ -128,7 +130,7 @@ class Adjustments:
         return [_name(key) for key in undone]
 
     def notice(self, step: int) -> None:
-        """A micro-batch of the user's loop is done: a step has one set of values, so all of its change the same."""
+        """A micro-batch of the user's loop is done: all of a step's micro-batches have to set the same values."""
         changes, (known_step, before) = self._changes(), self._noticed
         self._noticed = (step, None if step == known_step and before is None else changes)
         if step != known_step or before is None or step in self._known:
@@ -145,13 +147,13 @@ class Adjustments:
     # ------------------------------------------------------------ agreeing
 
     def share(self, step: int) -> dict[str, Any]:
-        """What this rank adds to the agreement of a step."""
+        """This rank's contribution to the agreement of a step."""
         if step in self._known:
             return {"changes": [], "again": self._known[step]}
         return {"changes": [[*key, value] for key, value in self._changes().items()], "again": None}
 
     def merge(self, shares: Mapping[int, Mapping[str, Any]]) -> tuple[dict[str, Any], dict[str, list[int]]]:
-        """What the ranks' shares mean: for the agreement, and for each value that not all ranks changed, who did."""
+        """The meaning of the ranks' shares: for the agreement, and which ranks made changes that not all made."""
         for rank in sorted(shares):
             if shares[rank]["again"] is not None:
                 return dict(shares[rank]["again"]), {}
@@ -169,12 +171,12 @@ class Adjustments:
         return self.terms(values), {_name(key): ranks for key, ranks in made.items() if len(ranks) < len(shares)}
 
     def adopt(self, step: int, terms: Mapping[str, Any]) -> None:
-        """`step` is committed: what was agreed in it is in force. The runtime's schedulers step next, then `settle`."""
+        """`step` is committed: its agreement is in force. Next the runtime steps schedulers, then calls `settle`."""
         self._known[step] = {name: terms[name] for name in NAMES if name in terms}
         self.set(terms)
 
     def settle(self, version: int) -> None:
-        """The values in force now are equal on all ranks at `version`; what the user's code left there follows."""
+        """The values in force now are equal on all ranks at `version`; changes that the user's code left follow."""
         self._agreed = self.present()
         if self._entered is not None:
             clip = any(key[0] == "clip" for key in self._entered)
@@ -184,33 +186,33 @@ class Adjustments:
             self.set(self.terms(values))
 
     def forget(self, before: int) -> None:
-        """Steps before this one are not computed again."""
+        """Steps before this one will not be computed again."""
         for step in [step for step in self._known if step < before]:
             del self._known[step]
 
     # ------------------------------------------------------------ recovery
 
     def leave(self, version: int, back_to: int, *, loops: bool) -> None:
-        """This rank goes back from `version`: unless the user's code runs again, it has left things for it already."""
+        """This rank goes back from `version`: keep the changes for that version, unless the user's code runs again."""
         if (not loops or version == back_to) and (self._ahead is None or self._ahead[0] < version):
             self._ahead = (version, self.present())
 
     def join(self, step: int, *, clip: bool) -> None:
-        """This rank came to a job that is at `step`, with everything in force that is there. See `begin`."""
+        """This rank joined a job at `step`, with the job's settings in force. See `begin`."""
         if step > 0:
             values = self.present()
             self._entered = {key: value for key, value in values.items() if clip or key[0] != "clip"}
 
     def interrupted(self, step: int) -> None:
-        """`step` goes on after a recovery: its micro-batches here may have begun with other values."""
+        """`step` continues after a recovery: its micro-batches here may have begun with other values."""
         self._noticed = (step, None)
 
     def records(self) -> dict[str, Any]:
-        """What was agreed in steps that may be computed again, for a rank that joins."""
+        """The agreements of steps that may be computed again, for a rank that joins."""
         return {str(step): terms for step, terms in self._known.items()}
 
     def take_records(self, records: Mapping[str, Any]) -> None:
-        """The same, on that rank."""
+        """Adopt those, on a rank that joins."""
         self._known = {int(step): dict(terms) for step, terms in records.items()}
 
 

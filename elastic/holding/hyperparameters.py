@@ -1,7 +1,7 @@
-"""The settings of an optimizer's parameter groups (lr, betas, ...) as JSON values, and small where they repeat.
+"""The settings of an optimizer's parameter groups (lr, betas, ...) as JSON values, compact where they repeat.
 
-They travel in every step's agreement, and there may be a thousand groups: each setting is a column of runs of equal
-values, `[[count, value], ...]`, in the order of the groups; `[count]` are groups that lack the setting.
+Every step's agreement contains them, and there may be a thousand groups: each setting is a column of runs of equal
+values, `[[count, value], ...]`, in the order of the groups; `[count]` stands for groups that lack the setting.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _MEMBERS = frozenset({"params", "param_names"})
 
 
 def settings_of(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A group's settings as JSON values; those that are no such values (functions, objects) are the script's alone."""
+    """A group's settings as JSON values; others (functions, objects) remain with the script."""
     found = {name: plain(value) for name, value in group.items() if name not in _MEMBERS}
     return {name: value for name, value in found.items() if _is_json(value)}
 
@@ -57,7 +57,7 @@ def pack(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def unpack(packed: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Groups:
-    """The settings of each group. A list of them, as earlier versions wrote it, is one already."""
+    """The settings of each group. The list that earlier versions wrote is returned as it is."""
     if not isinstance(packed, Mapping):
         return [dict(group) for group in packed]
     groups: Groups = [{} for _ in range(packed["number"])]

@@ -1,8 +1,8 @@
-"""What a rank holds of shards: their values and the optimizer's state of them, and the optimizer run on them (ZeRO-1).
+"""The shards that a rank holds: their values and optimizer state, and the optimizer that runs on them (ZeRO-1).
 
-A shard is a parameter of its own to the optimizer; torch's optimizer code runs on it unchanged, so the state has
-torch's names and the arithmetic torch's bits. Shards are cut by the model alone, never by the layout, so those bits do
-not depend on who owns what. (Rajbhandari et al., 2020.)
+To the optimizer, a shard is a parameter of its own; torch's optimizer code runs on it unchanged, so the state has
+torch's names and the arithmetic torch's bits. The model alone determines how shards are cut, never the layout, so those
+bits do not depend on the ownership. (Rajbhandari et al., 2020.)
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from .user_optimizer import UserOptimizer
 
 
 class ShardStore:
-    """The values and the optimizer state of some shards, in the type that the optimizer steps them in.
+    """The values and the optimizer state of some shards, in the type in which the optimizer steps them.
 
-    `live` gives a shard's elements in the model. Where these are of that type, they are the values: both share their
-    memory. Else the store has memory of its own, and writes the values, rounded, to the model whenever they change.
-    Without `live` the shards are no part of the model (backups, stand-ins).
+    `live` returns a shard's elements in the model. If they are of that type, they are the values: both share their
+    memory. Otherwise the store has its own memory, and writes the rounded values to the model whenever they change.
+    Without `live` the shards are not part of the model (backups, approximations).
     """
 
     def __init__(self, optimizer: UserOptimizer, live: Callable[[Shard], Tensor] | None = None) -> None:
@@ -43,7 +43,7 @@ class ShardStore:
         return tuple(self._shards[index] for index in sorted(self._shards))
 
     def own(self, shards: Iterable[Shard]) -> None:
-        """Own exactly these shards: keep the state of those owned already, drop the others', add the new stateless."""
+        """Own exactly these shards: keep the state of those owned already, drop others, add new ones without state."""
         shards = sorted(shards)
         parameters: dict[int, nn.Parameter] = {}
         for shard in shards:
@@ -51,7 +51,7 @@ class ShardStore:
             if kept is None:
                 kept = nn.Parameter(self._memory(shard), requires_grad=False)
             elif not self.apart(shard):
-                kept.data = self._memory(shard)  # the model's may have moved
+                kept.data = self._memory(shard)  # the model's memory may have moved
             parameters[shard.index] = kept
         for index, parameter in self._parameters.items():
             if index not in parameters:
@@ -66,12 +66,12 @@ class ShardStore:
             group["params"] = members.get(number, [])
 
     def apart(self, shard: Shard) -> bool:
-        """Whether a shard's values lie apart from the model."""
+        """Whether a shard's values have memory apart from the model's."""
         live = self._stack.parameter_of[shard.parameter].dtype
         return self._live is None or live != self.optimizer.dtype_of(shard.parameter)
 
     def _memory(self, shard: Shard) -> Tensor:
-        """Where a shard's values are to lie."""
+        """The memory for a shard's values."""
         shape = self.optimizer.shape_of(shard)
         if self._live is not None and not self.apart(shard):
             return self._live(shard).view(shape)
@@ -79,18 +79,18 @@ class ShardStore:
         return torch.empty(shape, dtype=self.optimizer.dtype_of(shard.parameter), device=device)
 
     def seed(self) -> None:
-        """Take the values of all shards from the model as it was built."""
+        """Copy the values of all shards from the model as it was built."""
         for shard in filter(self.apart, self._shards.values()):
             whole = self._stack.parameter_of[shard.parameter].data.reshape(-1)
             self.load(shard.index, {"value": whole[shard.start : shard.stop].view(self.optimizer.shape_of(shard))})
 
     def update(self, gradients: Mapping[int, Tensor], terms: Mapping[str, Any]) -> None:
-        """One step of the shards named in `gradients` (shard -> one-dimensional gradient), on these agreed terms.
+        """One step of the shards in `gradients` (shard -> one-dimensional gradient), with the agreed settings.
 
-        `scale` is what clipping multiplies gradients with, `clip` has the limit of an element, the parameters in
-        `frozen` are left alone, as torch's optimizers leave those (`idle`, by number) that no micro-batch of the step
-        had a gradient of, and a step that is skipped (`skip`) leaves everything. The tensors given stay as they
-        are.
+        Clipping multiplies gradients with `scale`, and `clip` contains the limit of an element. The parameters in
+        `frozen` do not change; nor do those in `idle` (by number), of which no micro-batch of the step had a gradient,
+        as with torch's optimizers; nor any parameter in a step that is skipped (`skip`). The tensors in `gradients` are
+        not modified.
         """
         if terms.get("skip"):
             return
@@ -133,9 +133,9 @@ class ShardStore:
         return {"value": parameter.data, **self._inner.state.get(parameter, {})}
 
     def load(self, shard: int, state: ShardState) -> None:
-        """Set a shard's values, those in the model too, and its optimizer state, to copies of the tensors given.
+        """Set a shard's values, in the model too, and its optimizer state, to copies of the given tensors.
 
-        Values of another type are converted, and with them the states of that type, element by element.
+        Values of another type are converted, and so are states of that type, element by element.
         """
         parameter = self._parameters[shard]
         parameter.data.copy_(state["value"])
@@ -151,7 +151,7 @@ class ShardStore:
 
     def _placed(self, value: Tensor, shard: int, stored: torch.dtype) -> Tensor:
         parameter = self._parameters[shard]
-        states = value.dtype == stored and value.shape == parameter.shape  # not a step count
+        states = value.dtype == stored and value.shape == parameter.shape  # a step count is not converted
         on_device = self.optimizer.state_on_device(value, self._shards[shard].parameter)
         dtype = parameter.dtype if states else value.dtype
         return value.to(parameter.device if on_device else "cpu", dtype, copy=True)

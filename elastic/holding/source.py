@@ -1,4 +1,4 @@
-"""What every place has in common that a shard's state may be read from."""
+"""The interface of every place from which a shard's state may be read."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from everstep.checkpointing.memory.record import ShardState
 
 
 class Found(NamedTuple):
-    """A shard's state, as a source has it. The tensors may share the source's memory until the next is taken.
+    """A shard's state, as a source holds it. The tensors may share the source's memory until the next one is requested.
 
-    `gradient`, of one dimension: the state is that of the version before, and one step of the optimizer with it leads
-    to the version that was asked for.
+    `gradient`, one-dimensional: the state is that of the version before, and one optimizer step with it leads to the
+    requested version.
     """
 
     shard: int
@@ -23,11 +23,11 @@ class Found(NamedTuple):
 
 
 class ShardSource(Protocol):
-    """A place that shards may be read from."""
+    """A place from which shards may be read."""
 
     def read(self, shards: Sequence[int], version: int) -> Iterator[Found]:
-        """What there is of `shards` at `version`, each once, checked against its checksum; what is missing is left out.
+        """The available ones of `shards` at `version`, each once, verified by checksum; missing ones are left out.
 
-        A source of live values blocks until they come, and raises Aborted when the generation ends.
+        A source of live values blocks until they arrive, and raises Aborted when the generation ends.
         """
         ...

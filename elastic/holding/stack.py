@@ -1,4 +1,4 @@
-"""The user's model as a stack of layers: what each holds, and which of them this worker holds now."""
+"""The user's model as a stack of layers: the parameters of each, and the layers that this worker holds now."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from everstep.resharding.units import ModelSpec, ParameterSpec, Shard
 
 @dataclass
 class Held:
-    """One parameter as one layer holds it. A tied parameter has one per layer, sharing memory where both are held.
+    """One parameter as one layer holds it. A tied parameter has one per layer, with shared memory where both are held.
 
     `averaged` marks a batch-norm statistic: its value after a step is the mean over the step's micro-batches.
     """
@@ -41,7 +41,7 @@ class Layer:
 
 
 class LayerStack:
-    """The layers of a model, cut for pipeline stages where the model allows it.
+    """The layers of a model, cut for pipeline stages where the model allows that.
 
     An `nn.Sequential`, or a module with a method `pipeline_layers()` that returns its layers in order (such that
     applying them one after the other is the model), has a layer per element; any other module is one layer.
@@ -56,7 +56,7 @@ class LayerStack:
         self._names = {id(p): name for name, p in reversed(named)}
         self.aliases = {name: self._names[id(p)] for name, p in named if p.requires_grad and self._names[id(p)] != name}
         self._live: dict[int, Tensor] = {}  # parameter -> the tensor whose memory all layers held here share
-        self._rows: dict[int, Tensor] = {}  # parameter that lies otherwise in memory -> its elements in row-major order
+        self._rows: dict[int, Tensor] = {}  # parameter with another memory order -> its elements in row-major order
         self._averaged = _statistics(model)
         self._index: dict[int, int] = {}
         self._specs: list[tuple[str, Tensor, list[int], bool]] = []
@@ -83,8 +83,10 @@ class LayerStack:
                 seen.add(id(parameter))
                 index = self._register(self._names.get(id(parameter), local), parameter, number, averaged=False)
                 tensor: Tensor = parameter
-                if self._specs[index][2][0] != number:  # tied to an earlier layer: a leaf of its own, so that each
-                    tensor = nn.Parameter(parameter.data)  # layer's gradient is summed by itself
+                # A parameter that is tied to an earlier layer is a leaf of its own, so each layer's gradient is summed
+                # separately.
+                if self._specs[index][2][0] != number:
+                    tensor = nn.Parameter(parameter.data)
                     _replace(module, parameter, tensor)
                 layer.parameters.append(Held(index, tensor, parameter.shape, tensor.stride()))
                 layer.parameters[-1].places = _places(module, tensor)
@@ -122,7 +124,7 @@ class LayerStack:
         return 1.0 + sum(p.tensor.numel() for p in layer.parameters if id(p.tensor) not in tables)
 
     def _tie(self) -> None:
-        """Let the layers held here that share a parameter share its memory: that of the one that was held before."""
+        """Make the layers held here that share a parameter share its memory: that of the layer that was held before."""
         tensors: dict[int, list[Tensor]] = {}
         for number in self.held:
             for held in self.layers[number].parameters:
@@ -146,10 +148,10 @@ class LayerStack:
                 )
 
     def hold(self, start: int, stop: int, *, free: bool = True) -> None:
-        """Hold the layers [start, stop): allocate what is new and, with `free`, give back the memory of the others.
+        """Hold the layers [start, stop): allocate new ones and, with `free`, release the memory of the others.
 
         A parameter that a new layer shares with one that was held keeps its memory and its values: the optimizer and
-        the watch over the script's changes know it by that.
+        the watch over the script's changes identify it by them.
         """
         for layer in self.layers[start:stop]:
             for held in layer.parameters:
@@ -168,20 +170,20 @@ class LayerStack:
     def flat(self, parameter: int) -> Tensor:
         """A parameter held here as one dimension, in row-major order, sharing its memory.
 
-        One that lies otherwise in memory (channels_last, transposed) has a copy in that order, which `refresh` writes
-        to the parameter: its own strides stay, as the kernels that torch chooses depend on them.
+        A parameter with another memory order (channels_last, transposed) has a copy in row-major order, which `refresh`
+        writes to the parameter: its strides stay, because torch chooses kernels by them.
         """
         rows = self._rows.get(parameter)
         return rows if rows is not None else self._live[parameter].data.view(-1)
 
     def refresh(self) -> None:
-        """Write what `flat` gave of parameters that lie otherwise in memory to the parameters."""
+        """Write the row-major copies that `flat` made to their parameters."""
         for index, rows in self._rows.items():
             live = self._live[index]
             live.data.copy_(rows.view(live.shape))
 
     def computed_with(self, shard: Shard) -> Tensor:
-        """A shard's elements as forwards find them."""
+        """A shard's elements as forwards read them."""
         if shard.parameter in self._rows:
             return self._live[shard.parameter].data.reshape(-1)[shard.start : shard.stop].contiguous()
         return self.view(shard)
@@ -198,7 +200,7 @@ class LayerStack:
         return self._specs[parameter][3]
 
     def constants(self) -> Iterator[tuple[str, Tensor]]:
-        """What training does not change: frozen parameters and the persistent buffers that are no statistics."""
+        """What training does not change: frozen parameters, and persistent buffers other than statistics."""
         trained = {name for name, *_ in self._specs} | set(self.aliases)
         self._reading.now = True
         try:
@@ -211,16 +213,16 @@ class LayerStack:
 
     @property
     def reading(self) -> bool:
-        """Whether this thread looks at the model as it lies here, layers of other stages left out."""
+        """Whether this thread reads the model as this rank holds it, without the layers of other stages."""
         return getattr(self._reading, "now", False)
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device of the model."""
         return self._specs[0][1].device
 
     def device_of(self, number: int) -> torch.device:
-        """Where a layer is; one without parameters, where the model is."""
+        """The device of a layer; for one without parameters, that of the model."""
         parameters = self.layers[number].parameters
         return parameters[0].tensor.device if parameters else self.device
 
@@ -269,7 +271,7 @@ def _modules(model: nn.Module, cut: bool) -> Sequence[nn.Module]:
 
 
 def _distinct(modules: Sequence[nn.Module]) -> list[nn.Module]:
-    """A module that stands in the sequence twice gets a second body over the same parameters."""
+    """Give a module that occurs twice in the sequence a second body over the same parameters."""
     seen: set[int] = set()
     result = []
     for module in modules:
@@ -282,7 +284,7 @@ def _distinct(modules: Sequence[nn.Module]) -> list[nn.Module]:
 
 
 def _statistics(model: nn.Module) -> dict[int, str]:
-    """The running statistics of batch norms: buffers that a forward changes in a way that can be averaged."""
+    """The running statistics of batch norms: buffers whose changes in a forward can be averaged."""
     found: dict[int, str] = {}
     for prefix, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:

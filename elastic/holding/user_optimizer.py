@@ -1,4 +1,4 @@
-"""The user's torch optimizer: its groups and their settings, the type it steps in, and what state it keeps of a shard.
+"""The user's torch optimizer: its groups and settings, the type in which it steps, and the state it keeps of a shard.
 
 A parameter of low precision has a *master*: its value in float32, which the optimizer steps with float32 gradients. The
 parameter that forwards compute with is the master, rounded. Without it, updates that are smaller than half a unit in
@@ -31,12 +31,12 @@ from .stack import LayerStack
 _ELEMENTWISE = frozenset(
     {"SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adagrad", "Adadelta", "RMSprop", "ASGD", "Rprop"}
 )
-_PROBE = 7  # elements of the dummy parameter that shows what state an optimizer keeps
-_MARGIN_BYTES = 256  # of a record, beyond what its state takes after the first step
+_PROBE = 7  # elements of the dummy parameter that reveals an optimizer's state
+_MARGIN_BYTES = 256  # of a record, beyond the size of its state after the first step
 
 
 def is_elementwise(optimizer: Optimizer) -> bool:
-    """Whether the optimizer treats every element by itself, so that a parameter may be cut."""
+    """Whether the optimizer treats each element separately, so that a parameter may be cut."""
     kind = type(optimizer)
     return kind.__module__.startswith("torch.optim") and kind.__name__ in _ELEMENTWISE
 
@@ -85,13 +85,13 @@ class UserOptimizer:
         """The same optimizer with no parameters and no state."""
         clone: Optimizer = type(self.user).__new__(type(self.user))
         clone.__dict__.update(self.user.__dict__)
-        clone.__dict__.pop("step", None)  # a scheduler's patch of the user's instance
+        clone.__dict__.pop("step", None)  # a scheduler may have patched the user's instance
         clone.state = defaultdict(dict)
         clone.param_groups = [{**group, "params": []} for group in self.user.param_groups]
         return clone
 
     def group_of(self, parameter: int) -> int | None:
-        """The number of the group that a parameter is in; None if the optimizer does not have it."""
+        """The number of a parameter's group; None if the optimizer does not have the parameter."""
         return self._group[parameter]
 
     def dtype_of(self, parameter: int) -> torch.dtype:
@@ -99,7 +99,7 @@ class UserOptimizer:
         return self._dtype[parameter]
 
     def masters(self) -> dict[str, str]:
-        """Name -> live type, as torch calls it, of the parameters that have a master."""
+        """Name -> live type, by torch's name, of the parameters that have a master."""
         specs = self.stack.spec.parameters
         types = {index: str(dtype).removeprefix("torch.") for index, dtype in self._dtype.items()}
         return {specs[index].name: specs[index].dtype for index, dtype in types.items() if dtype != specs[index].dtype}
@@ -107,11 +107,11 @@ class UserOptimizer:
     # ------------------------------------------------------------ settings
 
     def hyper_parameters(self) -> Groups:
-        """The groups' present settings (lr, betas, ...), as JSON values."""
+        """The current settings of the groups (lr, betas, ...), as JSON values."""
         return [settings_of(group) for group in self.user.param_groups]
 
     def describe(self) -> str:
-        """The optimizer's type and settings, to be compared between ranks."""
+        """The optimizer's type and settings, for comparison between ranks."""
         masters = " with float32 masters" if self.masters() else ""
         return f"{type(self.user).__name__}{masters} {json.dumps(pack(self.hyper_parameters())['settings'])}"
 
@@ -135,12 +135,12 @@ class UserOptimizer:
         return spec.parameters[shard.parameter].shape if spec.whole else (shard.elements,)
 
     def state_on_device(self, state: Tensor, parameter: int) -> bool:
-        """As torch does it: scalar state, such as Adam's step, stays on the CPU unless the kernel reads it."""
+        """As in torch: scalar state, such as Adam's step, stays on the CPU unless the kernel reads it."""
         group = self.user.param_groups[self._group[parameter] or 0]
         return bool(state.dim() or group.get("fused") or group.get("capturable"))
 
     def state_bytes(self, shard: Shard) -> int:
-        """How many bytes the record of a shard's state takes once the optimizer has stepped."""
+        """The size in bytes of the record of a shard's state after the optimizer's first step."""
         like = self.stack.parameter_of[shard.parameter]
         value = torch.empty(self.shape_of(shard), dtype=self._dtype[shard.parameter], device="meta")
         if self.stack.averaged(shard.parameter) or self._group[shard.parameter] is None:
@@ -153,7 +153,8 @@ class UserOptimizer:
                 self._templates[group] = self._probe(
                     torch.zeros(_PROBE, dtype=torch.float32, device=like.device), shard
                 )
-            # The same tensor again, since only sizes count: torch's empty_like of one without memory imports sympy.
+            # The same tensor again, since only sizes matter: torch's empty_like of a tensor without memory imports
+            # sympy.
             state = {
                 name: value if isinstance(item, Tensor) and item.numel() == _PROBE else item
                 for name, item in self._templates[group].items()

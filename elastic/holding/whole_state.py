@@ -1,7 +1,7 @@
-"""What `optimizer.state_dict()` and `model.state_dict()` of a running job return: the whole state, on any rank.
+"""`optimizer.state_dict()` and `model.state_dict()` of a running job: the whole state, on any rank.
 
-A rank has the optimizer state of its own shards, and of several stages only its own layers. By torch's public hooks
-the rest is added from the snapshot keepers, when it is asked for. Loading into a running job is refused.
+A rank holds the optimizer state of its own shards, and of several stages only its own layers. Hooks of torch's public
+interface add the rest from the snapshot keepers, on request. Loading into a running job is refused.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Gather = Callable[[], dict[str, Any]]  # {"model": {name: tensor}, "optimizer": 
 
 
 def complete_optimizer(optimizer: Optimizer, stack: LayerStack, gather: Gather) -> None:
-    """Let the optimizer's `state_dict()` hold what torch's would, and its `load_state_dict()` be refused."""
+    """Make the optimizer's `state_dict()` return what torch's would, and its `load_state_dict()` raise."""
     names = {id(tensor): stack.spec.parameters[index].name for index, tensor in stack.parameter_of.items()}
 
     def add_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -45,12 +45,12 @@ def complete_optimizer(optimizer: Optimizer, stack: LayerStack, gather: Gather) 
 
 
 def complete_model(stack: LayerStack, gather: Gather) -> None:
-    """Let `state_dict()` of the model, and of each of its modules, hold the layers of other stages too."""
+    """Make `state_dict()` of the model, and of each of its modules, include the layers of other stages."""
     whole = {name: tensor.shape for name, tensor in stack.model.named_parameters(remove_duplicate=False)}
 
     def hook_of(path: str) -> Callable[..., None]:
         def add_layers(module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
-            if stack.reading or (path and prefix):  # a module within the one that was asked
+            if stack.reading or (path and prefix):  # a module within the requested one
                 return
             names = {prefix + name.removeprefix(path): name for name in whole if name.startswith(path)}
             lacking = [key for key, name in names.items() if _shape(state_dict.get(key)) not in (None, whole[name])]

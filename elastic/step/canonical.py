@@ -1,10 +1,10 @@
-"""The canonical sum: one binary tree over the micro-batches of a step, whatever ranks computed them.
+"""The canonical sum: one binary tree over the micro-batches of a step, whichever ranks computed them.
 
 Floating-point addition is not associative, so the order of a sum over micro-batches 0..M-1 is fixed once: node
 (level, index) covers the micro-batches [index << level, (index + 1) << level) and is left child + right child; a right
-child that lies wholly beyond M - 1 does not exist, and its parent is its left child. A rank keeps the roots of the
-subtrees it has completed; owners combine the roots of all ranks by the same rule, so the bits of the result do not
-depend on who computed what. See docs/design.md, "The same numbers".
+child entirely beyond M - 1 does not exist, and its parent is its left child. A rank keeps the roots of the subtrees
+that it has completed; owners combine the roots of all ranks by the same rule, so the bits of the result do not depend
+on the distribution of the work. See docs/design.md, "The same numbers".
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def covering(micro_batches: Iterable[int], leaves: int) -> set[TreeNode]:
 class TreeSum:
     """The partial sums that a rank holds of one layer's gradient: per node, one tensor per parameter.
 
-    Leaves may come in any order. A leaf's tensors are taken over, and changed in place; about log2 of the leaves are
-    alive at a time when they come in order.
+    Leaves may arrive in any order. The sum takes over a leaf's tensors and modifies them; when leaves arrive in order,
+    about log2 of their number are alive at a time.
     """
 
     def __init__(self, leaves: int) -> None:
@@ -66,7 +66,7 @@ class TreeSum:
         self.nodes: dict[TreeNode, list[Tensor]] = {}
 
     def add(self, micro_batch: int, gradients: list[Tensor]) -> None:
-        """Add the leaf of a micro-batch. Adding one twice raises ValueError."""
+        """Add the leaf of a micro-batch. Raises ValueError if it has been added already."""
         if any(node.start <= micro_batch < node.stop(self.leaves) for node in self.nodes):
             raise ValueError(f"micro-batch {micro_batch} is in the sum already")
         node, value = promote(TreeNode(0, micro_batch), self.leaves), gradients
@@ -80,12 +80,12 @@ class TreeSum:
         self.nodes[node] = value
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Drop all partial sums."""
         self.nodes.clear()
 
 
 def combine(parts: Mapping[TreeNode, Tensor], leaves: int, out: Tensor) -> None:
-    """Write the canonical sum of the subtree roots `parts` into `out`; the parts are not changed.
+    """Write the canonical sum of the subtree roots `parts` into `out`; the parts are not modified.
 
     All tensors have one shape and dtype. Raises ValueError unless the parts cover every leaf exactly once.
     """

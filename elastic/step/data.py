@@ -1,8 +1,8 @@
-"""Where the samples of a micro-batch come from: the user's dataset, or a DataLoader's, with its workers and collation.
+"""The samples of a micro-batch: from the user's dataset, or from a DataLoader, with its workers and collation.
 
-A DataLoader's worker processes fetch ahead what this rank will compute next, keyed by (step, micro-batch). A change of
-the membership discards what was fetched ahead, and nothing else: the samples of a micro-batch, and the random numbers
-of its augmentation, are a function of (seed, step, micro-batch), whichever process fetches them.
+A DataLoader's worker processes prefetch what this rank will compute next, keyed by (step, micro-batch). A change of the
+membership discards only what was prefetched: the samples of a micro-batch, and the random numbers of its augmentation,
+are a function of (seed, step, micro-batch), whichever process fetches them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from .devices import seed_torch
 from .order import DataOrder, derive_seed
 
 Collate = Callable[[list[Any]], Any]
-Key = tuple[int, int]  # (step, micro-batch); (PROBE, sample) asks for one sample
+Key = tuple[int, int]  # (step, micro-batch); (PROBE, sample) requests one sample
 PROBE = -1
 WORKER_DEATHS = 5  # of a DataLoader's worker processes in a row, without a micro-batch between them
 
@@ -44,13 +44,13 @@ WORKER_DEATHS = 5  # of a DataLoader's worker processes in a row, without a micr
 class DataSource:
     """The samples of a job, by micro-batch.
 
-    `samples` is how many are trained on: `known` where the job has begun with fewer than there are now.
+    `samples` is the number that is trained on: `known` where the job has begun with fewer than the dataset has now.
     """
 
     def __init__(
         self, given: Any, settings: Settings, collate_fn: Collate | None, channel: WarningChannel, known: int = 0
     ) -> None:
-        """Raises UsageError for what cannot be dealt out by micro-batch."""
+        """Raises UsageError for data that cannot be divided into micro-batches."""
         self._loader = given if isinstance(given, DataLoader) else None
         dataset = given.dataset if self._loader is not None else given
         shuffle = True
@@ -82,7 +82,7 @@ class DataSource:
         self.upcoming: Callable[[], Iterable[Key]] = lambda: ()
 
     def load(self, key: Key) -> Any:
-        """What a key stands for, in this process. Random augmentation is seeded by the key."""
+        """The item of a key, fetched in this process. The key seeds random augmentation."""
         step, number = key
         seed = derive_seed("data", self._seed, step, number)
         random.seed(seed)
@@ -101,10 +101,10 @@ class DataSource:
         return self._ahead.take((step, micro_batch))
 
     def digests(self) -> tuple[str, ...]:
-        """Digests of the first, the middle and the last sample; empty if they are not the same when fetched again.
+        """Digests of the first, the middle and the last sample; empty if they differ when fetched again.
 
         The worker processes of a DataLoader fetch them: what a dataset opens at its first use, such as a file, must not
-        be shared by processes that are forked later.
+        be shared with processes that are forked later.
         """
         keys = [(PROBE, index) for index in sorted({0, self.samples // 2, self.samples - 1})]
         twice = [*keys, *keys]
@@ -125,7 +125,7 @@ class DataSource:
         return ()
 
     def described(self) -> dict[str, Any]:
-        """What a checkpoint says of the data, and ranks compare; see `digests`."""
+        """The description of the data in a checkpoint, which ranks also compare; see `digests`."""
         return {"samples": self.samples, "shuffle": self.order.shuffle, "sample_digests": list(self.digests())}
 
     def close(self) -> None:
@@ -136,7 +136,7 @@ class DataSource:
 
 
 class _Ahead:
-    """Takes micro-batches from a DataLoader's worker processes in the order in which they will be wanted."""
+    """Takes micro-batches from a DataLoader's worker processes in the order in which they will be needed."""
 
     def __init__(
         self,
@@ -153,7 +153,7 @@ class _Ahead:
         self._deaths = 0
 
     def take(self, key: Key) -> Any:
-        """This micro-batch. Fetching begins again, from it, where another one was expected."""
+        """Return this micro-batch. If another one was expected, prefetching begins again from this one."""
         while True:
             if self._running is None:
                 self._running = self._start(key)
@@ -171,7 +171,7 @@ class _Ahead:
         return _begin(_worker_loader(self._loader, self._load, _from(key, self._upcoming())))
 
     def _worker_died(self, error: RuntimeError) -> None:
-        """A worker process that was killed is replaced; what it raised is the user's. Raises."""
+        """Handle a failure in fetching: a killed worker process is replaced, an exception of the user's code raised."""
         self.close()
         if "DataLoader worker" not in str(error) or ("killed" not in str(error) and "exited" not in str(error)):
             raise error
@@ -195,21 +195,21 @@ def _from(first: Key, others: Iterable[Key]) -> Iterator[Key]:
 
 
 def _begin(loader: DataLoader[tuple[Key, Any]]) -> Iterator[tuple[Key, Any]]:
-    """Start the worker processes, and have the loss of one raise where their items are taken and nowhere else.
+    """Start the worker processes, and have the loss of one raise only where their items are received.
 
-    The handler that torch has for SIGCHLD, whether one of ours or of the script's DataLoaders installed it, raises
-    wherever the main thread is, in the middle of a commit for instance, when a process that it knows of is lost. It is
-    told to forget these; the iterator itself looks after them every few seconds while it waits.
+    Torch's handler for SIGCHLD, whether one of ours or of the script's DataLoaders installed it, raises wherever the
+    main thread is, even in the middle of a commit, when a process that it knows is lost. This function makes it forget
+    these processes; the iterator itself checks them every few seconds while it waits.
     """
     running = iter(loader)
     if getattr(running, "_worker_pids_set", False):
         torch._C._remove_worker_pids(id(running))
-        running._worker_pids_set = False  # type: ignore[attr-defined]  # it does not ask for it to be done again
+        running._worker_pids_set = False  # type: ignore[attr-defined]  # the iterator shall not repeat it
     return running
 
 
 class _Keyed(Dataset[Any]):
-    """What worker processes fetch: an item per key."""
+    """The dataset of the worker processes: an item per key."""
 
     def __init__(self, load: Callable[[Key], Any]) -> None:
         self._load = load
@@ -219,7 +219,7 @@ class _Keyed(Dataset[Any]):
 
 
 class _Keys:
-    """A sampler of these keys, lazily: torch asks for as many as its workers fetch ahead."""
+    """A lazy sampler of these keys: torch requests as many as its workers prefetch."""
 
     def __init__(self, keys: Iterable[Key]) -> None:
         self._keys = keys
@@ -231,9 +231,10 @@ class _Keys:
 def _worker_loader(
     like: DataLoader[Any], load: Callable[[Key], Any], keys: Iterable[Key], workers: int = 0
 ) -> DataLoader[Any]:
-    """A DataLoader with the processes of another one, for keys instead of samples."""
+    """A DataLoader with the worker settings of another one, for keys instead of samples."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what torch has to say of these settings it said when the script made them
+        # Torch has shown its warnings about these settings when the script created the loader.
+        warnings.simplefilter("ignore")
         return _loader_like(like, load, keys, workers)
 
 
@@ -251,7 +252,7 @@ def _loader_like(
         worker_init_fn=partial(_begin_worker, like.worker_init_fn),
         multiprocessing_context=like.multiprocessing_context,
         prefetch_factor=like.prefetch_factor,
-        generator=torch.Generator(),  # else torch draws a seed from the generator that the script uses
+        generator=torch.Generator(),  # otherwise torch draws a seed from the generator that the script uses
     )
 
 
@@ -266,7 +267,7 @@ def _unchanged(item: Any) -> Any:
 
 
 def _check_loader(loader: DataLoader[Any], settings: Settings, collate_fn: Collate | None) -> bool:
-    """Refuse what cannot be dealt out by micro-batch; returns whether the samples are shuffled."""
+    """Refuse data that cannot be divided into micro-batches; returns whether the samples are shuffled."""
     if collate_fn is not None:
         raise UsageError("collate_fn was given beside a DataLoader, which has one of its own: leave it out")
     if isinstance(loader.dataset, IterableDataset):
@@ -282,7 +283,7 @@ def _check_loader(loader: DataLoader[Any], settings: Settings, collate_fn: Colla
             f"{settings.micro_batch_size}: make them equal, since a turn of the loop is one micro-batch"
         )
     sampler = loader.sampler
-    if isinstance(sampler, DistributedSampler):  # its share of the samples is the runtime's to choose
+    if isinstance(sampler, DistributedSampler):  # the runtime itself assigns samples to ranks
         return bool(sampler.shuffle)
     if type(sampler) is SequentialSampler:
         return False

@@ -1,6 +1,6 @@
-"""The device that a worker computes on: which one it is, its random numbers, and batches brought to it.
+"""The device that a worker computes on, its random numbers, and the transfer of batches to it.
 
-Written for whatever torch calls an accelerator, by `torch.accelerator` and the module of its kind (`torch.cuda`).
+The code works for every kind of accelerator that torch supports, by `torch.accelerator` and its module (`torch.cuda`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _CPU = torch.device("cpu")
 
 
 def own_device(context: WorkerContext | None) -> torch.device:
-    """The accelerator of this worker, made the current one; the CPU where there is none.
+    """Make this worker's accelerator the current one, and return it; the CPU where there is none.
 
     Raises UsageError if there are more workers than accelerators on this node, unless they may share.
     """
@@ -41,13 +41,13 @@ def own_device(context: WorkerContext | None) -> torch.device:
 
 
 def make_current(device: torch.device) -> None:
-    """What is allocated on this kind of device without an index is allocated there."""
+    """Make a device without an index of this kind mean this device."""
     if device.type != "cpu" and device.index is not None:
         torch.get_device_module(device).set_device(device.index)
 
 
 def seed_torch(seed: int) -> None:
-    """Seed the generators in use. `torch.manual_seed` would do, but formats a stack trace for CUDA at every call."""
+    """Seed the generators in use. `torch.manual_seed` would format a stack trace for CUDA at every call."""
     torch.default_generator.manual_seed(seed)
     kind = torch.accelerator.current_accelerator()
     if kind is not None:
@@ -57,10 +57,10 @@ def seed_torch(seed: int) -> None:
 
 
 def to_device(value: Any, device: torch.device) -> Any:
-    """A batch with its tensors on `device`, however they are nested; what is there already is not copied.
+    """A batch with its tensors on `device`, at any depth of nesting; tensors that are there already are not copied.
 
     Mappings, sequences, named tuples and dataclasses keep their type; objects with a method `to(device)`, such as the
-    batches of text and graph libraries, move themselves. For the CPU a batch is what the dataset and collation made.
+    batches of text and graph libraries, move themselves. On the CPU a batch stays as the collation returned it.
     """
     if device.type == "cpu":
         return value
@@ -79,7 +79,7 @@ def to_device(value: Any, device: torch.device) -> Any:
 
 
 def _like(value: Any, moved: Any) -> Any:
-    """`moved` in the type of `value`; where that takes other arguments, as it is."""
+    """`moved` in the type of `value`, or unchanged if that type's constructor takes other arguments."""
     if type(value) is type(moved):
         return moved
     try:

@@ -1,7 +1,7 @@
 """The two exchanges of a step: partial sums to the owners of shards, and new values to the readers of parameters.
 
-Both sides work out from the layout what a message contains, so messages carry bytes and little else. All of one pair
-of ranks in one phase is one message.
+Both sides derive a message's contents from the layout, so a message contains little more than the tensors' bytes. All
+that one rank sends to another in one phase is one message.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Exchange:
             self._combine(shard_index, parts, state.leaves, out)
 
     def _others(self, ranks: Iterable[int]) -> list[int]:
-        """Those of `ranks` that are not this one, beginning after it, so that not all send to the same one first."""
+        """The other ones of `ranks`, beginning after this one, so that not all ranks send to the same one first."""
         return sorted(set(ranks) - {self.comm.rank}, key=lambda rank: (rank < self.comm.rank, rank))
 
     @staticmethod
@@ -118,7 +118,7 @@ class Exchange:
         return accumulation_dtype(dtype)
 
     def _combine(self, index: int, parts: Parts, leaves: int, out: Tensor) -> None:
-        """The tree per layer; the layers of a tied parameter one after the other; divided by the micro-batches."""
+        """The tree per layer; the layers of a tied parameter in sequence; divided by the number of micro-batches."""
         layers = self.stack.spec.parameters[self.stack.spec.shards[index].parameter].layers
         combine(parts[(layers[0], index)], leaves, out)
         for layer in layers[1:]:
@@ -130,7 +130,7 @@ class Exchange:
     # ------------------------------------------------------------ values to readers
 
     def publish(self, version: int, layout: Layout) -> None:
-        """Owners send `version` of their shards to all that compute with them, who write it into their parameters."""
+        """Owners send `version` of their shards to all that compute with them, which write it into their parameters."""
         index, rank = self._index(layout), self.comm.rank
         sent = {reader: index.read_from(rank, reader) for reader in index.readers(rank) if reader != rank}
         self._send(version, sent)
@@ -140,7 +140,7 @@ class Exchange:
         self.stack.refresh()
 
     def send_values(self, version: int, layout: Layout, moves: Iterable[Move]) -> None:
-        """Send the values that these moves name, as far as they are of shards owned here. See `live_values`."""
+        """Send the values that these moves name and that this rank owns. See `live_values`."""
         rank, sent = self.comm.rank, dict[int, list[Shard]]()
         for move in moves:
             if layout.owners[move.shard] == rank:
@@ -150,7 +150,7 @@ class Exchange:
         self._send(version, sent)
 
     def live_values(self, layout: Layout) -> PeerValues:
-        """The values that other ranks send here by `send_values`."""
+        """Receive the values that other ranks send by `send_values`."""
         return PeerValues(self, layout)
 
     def _send(self, version: int, sent: Mapping[int, Sequence[Shard]]) -> None:
@@ -159,7 +159,7 @@ class Exchange:
             self.comm.send(reader, Key(Kind.VALUES, version), values)
 
     def values_received(self, version: int, read: Mapping[int, Sequence[Shard]]) -> Iterator[tuple[Shard, Tensor]]:
-        """The values of shards (owner -> shards) as they come, which share the memory of the message."""
+        """The values of shards (owner -> shards) in order of arrival, sharing the memory of the message."""
         key = Key(Kind.VALUES, version)
         waiting = {(owner, key) for owner in read}
         while waiting:
@@ -177,7 +177,7 @@ class Exchange:
 
 @dataclass(frozen=True)
 class PeerValues:
-    """The live values of other ranks' shards, as a source: these ranks send exactly what is read."""
+    """The live values of other ranks' shards, as a source: these ranks send exactly what this rank reads."""
 
     exchange: Exchange
     layout: Layout

@@ -1,12 +1,12 @@
-"""Notices what a forward leaves behind in a module, and what the script does to buffers and frozen parameters.
+"""Detects state that a forward leaves in a module, and changes of buffers and frozen parameters by the script.
 
-Which rank computes which micro-batch depends on how many ranks there are. So what one forward leaves for the next,
-other than a batch norm's statistics, would make results depend on that, and a replacement would not have it.
+Which rank computes which micro-batch depends on the number of ranks. So state that one forward leaves for the next,
+other than a batch norm's statistics, would make results depend on that number, and a replacement would lack it.
 
-Buffers and frozen parameters are never to change: after each forward, and before each step, their identity, version,
-address and first and last bytes are compared with what they were, and the whole content in turn. Other attributes are
-often rewritten harmlessly, as with an auxiliary loss that the caller reads: they are refused only if a forward changes
-them and another one uses what it finds there. Numbers are warned of, since a counter may serve nothing but a log.
+Buffers and frozen parameters must never change: after each forward, and before each step, their identity, version,
+address and first and last bytes are compared with recorded ones, and their whole contents in turn. Other attributes are
+often rewritten harmlessly, such as an auxiliary loss that the caller reads: they are refused only if a forward changes
+them and another one uses the value that it finds. Numbers only cause a warning, since a counter may serve a log.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from everstep.elastic.contract.errors import UsageError
 from everstep.elastic.holding.stack import LayerStack, plain_name
 from everstep.elastic.holding.watch import bytes_of, content_of, edges_of
 
-EDGE_BYTES = 2 << 10  # of either end of a buffer, which are compared after each forward
-WHOLE_BYTES_PER_STEP = 16 << 20  # of constants whose whole content is compared before a step, in turn
-LOOKED_AT = 1000  # items of a list in an attribute
+EDGE_BYTES = 2 << 10  # at either end of a buffer, compared after each forward
+WHOLE_BYTES_PER_STEP = 16 << 20  # of constants whose whole contents are compared before a step, in turn
+LOOKED_AT = 1000  # number of items of a list attribute that are compared
 _PLAIN = frozenset({bool, int, float, str, type(None)})
-_OF_TORCH = frozenset(vars(nn.Module()))  # what every module has
+_OF_TORCH = frozenset(vars(nn.Module()))  # the attributes that every module has
 
 
 @dataclass
 class _Constant:
-    """A buffer or frozen parameter, in the mapping of its module that it stands in."""
+    """A buffer or frozen parameter, with the module's mapping that contains it."""
 
     where: str
     room: MutableMapping[str, Any]
@@ -51,7 +51,7 @@ class _Constant:
     edges: int = 0
 
     def remember(self) -> None:
-        """Take what it is now as right."""
+        """Record the present contents as right."""
         self.data = bytes_of(self.tensor)
         self.version, self.address = self.tensor._version, self.tensor.data_ptr()
         self.content = self._content()
@@ -61,11 +61,11 @@ class _Constant:
         return xxhash.xxh3_64_intdigest(self.data) if self.data is not None else content_of(self.tensor)
 
     def is_replaced(self) -> bool:
-        """Whether another object stands in its place."""
+        """Whether another object has replaced it."""
         return self.room.get(self.name) is not self.tensor
 
     def is_changed(self, *, thorough: bool) -> bool:
-        """Whether its content is not what was remembered."""
+        """Whether its contents differ from the recorded ones."""
         tensor = self.tensor
         if tensor.data_ptr() != self.address:
             self.data, self.address = bytes_of(tensor), tensor.data_ptr()
@@ -74,33 +74,33 @@ class _Constant:
             return self.data is not None and edges_of(self.data, EDGE_BYTES) != self.edges
         if self._content() != self.content:
             return True
-        self.version = tensor._version  # it was put back
+        self.version = tensor._version  # the old contents were restored
         return False
 
 
 @dataclass
 class _Watched:
-    """A module of the user's, whose attributes (or buffers that are not saved) are compared around a forward."""
+    """A user's module whose attributes (or buffers that are not saved) are compared around a forward."""
 
     where: str
     kind: str  # "attribute" | "buffer"
     room: MutableMapping[str, Any]
-    saved: Callable[[str], bool]  # whether a name is looked after elsewhere
-    compiled: bool  # attributes are not to be stood in for
+    saved: Callable[[str], bool]  # whether a name is compared elsewhere
+    compiled: bool  # observers cannot replace its attributes
     names: tuple[str, ...] = ()
     values: tuple[Any, ...] = ()
     tensors: list[tuple[str, Tensor, int]] = field(default_factory=list)  # attribute, tensor, its state before
-    changes: dict[str, int] = field(default_factory=dict)  # attribute -> forwards that changed it
+    changes: dict[str, int] = field(default_factory=dict)  # attribute -> number of forwards that changed it
     reads: set[str] = field(default_factory=set)  # attributes whose earlier value a forward has used
 
     def unchanged(self) -> bool:
-        """Whether every attribute is the very object that it was."""
+        """Whether every attribute is still the same object."""
         values = self.room.values()
         return len(values) == len(self.values) and all(map(is_, values, self.values))
 
 
 class _Observed(Tensor):
-    """A tensor that notes that it is used."""
+    """A tensor that records its use."""
 
     note: Callable[[], None]
     original: Tensor
@@ -136,7 +136,7 @@ def _flattened(values: Iterable[Any]) -> Iterator[Any]:
 
 
 class Forwards:
-    """The constants and attributes of a stack's layers. `warn` is called with what may matter."""
+    """The constants and attributes of a stack's layers. `warn` is called with possible problems."""
 
     def __init__(self, stack: LayerStack, warn: Callable[[str], None]) -> None:
         self._stack = stack
@@ -144,7 +144,7 @@ class Forwards:
         self._names = {id(module): plain_name(name) for name, module in stack.model.named_modules()}
         self._constants = [list(self._constants_of(number)) for number in range(len(stack.layers))]
         self._watched = [list(self._watched_of(number)) for number in range(len(stack.layers))]
-        self._next = 0  # of all constants, whose whole content is compared
+        self._next = 0  # the next constant whose whole contents are compared
         self.remember()
 
     def _where(self, number: int, module: nn.Module) -> str:
@@ -177,7 +177,7 @@ class Forwards:
             yield _Watched(where, "buffer", module._buffers, partial(_is_saved, module), compiled)
 
     def remember(self) -> None:
-        """The runtime itself has set the constants, or they are as the model was built."""
+        """The runtime itself has set the constants, or the model was just built: record them."""
         for constants in self._constants:
             for constant in constants:
                 constant.remember()
@@ -185,7 +185,7 @@ class Forwards:
     # ------------------------------------------------------------ before a step
 
     def check_constants(self, step: int, registered: Iterable[Any]) -> None:
-        """Raise UsageError if the script has changed a constant that is not registered, and not put it back."""
+        """Raise UsageError if the script has changed a constant that is not registered, and not restored it."""
         everything = [constant for constants in self._constants for constant in constants]
         whole = 0
         turn: set[int] = set()
@@ -224,13 +224,14 @@ class Forwards:
                 watched.tensors = [(name, tensor, _state(tensor)) for name, tensor in self._tensors_of(watched)]
 
     def after(self, number: int) -> None:
-        """The forward has ended. Raises UsageError for what it has left behind that must not be."""
+        """The forward has ended. Raises UsageError for a change that is not allowed."""
         for constant in self._constants[number]:
             if constant.is_replaced():
                 if constant.persistent:
                     raise UsageError(_leaves(constant.where, f"{constant.kind} {constant.name!r}", buffer=True))
                 value = constant.room.get(constant.name)
-                if isinstance(value, Tensor) and type(value) is not _Observed:  # looked after as an attribute is
+                # Compared in the same way as an attribute.
+                if isinstance(value, Tensor) and type(value) is not _Observed:
                     constant.tensor = value
                     constant.remember()
             elif constant.is_changed(thorough=False):
@@ -248,7 +249,7 @@ class Forwards:
         ]
 
     def _compare(self, watched: _Watched) -> None:
-        """Some attribute may be another than before the forward."""
+        """An attribute may differ from before the forward."""
         was = dict(zip(watched.names, watched.values, strict=True))
         held: dict[str, list[int]] = {}
         for name, tensor, state in watched.tensors:
@@ -280,7 +281,7 @@ class Forwards:
 
 
 def _lend(watched: _Watched, name: str) -> None:
-    """Put tensors in an attribute's place that note whether the forward uses them."""
+    """Replace tensor attributes by observers that record whether the forward uses them."""
 
     def note() -> None:
         watched.reads.add(name)
@@ -296,7 +297,7 @@ def _lend(watched: _Watched, name: str) -> None:
 
 
 def _take_back(room: MutableMapping[str, Any], name: str) -> None:
-    """Take the stand-ins away again, wherever the forward has put them."""
+    """Remove the observers again, wherever the forward has stored them."""
     if any(isinstance(tensor, _Observed) for tensor in _tensors(room[name])):
         _each(room, name, _plain)
 
@@ -306,7 +307,7 @@ def _plain(item: Any) -> Any:
 
 
 def _each(room: MutableMapping[str, Any], name: str, change: Callable[[Any], Any]) -> None:
-    """Change an attribute that is a tensor, or the tensors one level down in it; a container stays the same object."""
+    """Replace a tensor attribute, or the tensors one level down in it; a container stays the same object."""
     value = room.get(name)
     if isinstance(value, Tensor):
         room[name] = change(value)
@@ -329,7 +330,7 @@ def _a(constant: _Constant) -> str:
 
 
 def _leaves(where: str, what: str, *, buffer: bool = False) -> str:
-    """What is told the user of something that a forward leaves behind."""
+    """The error text for state that a forward leaves behind."""
     if "_SpectralNorm" in where:
         return (
             f"{where} changes its {what} in forward: spectral norm goes on with the vectors of the forward before, "
@@ -361,7 +362,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _state(tensor: Tensor) -> int:
-    """What changes when a tensor is written to, if by `.data` at either end."""
+    """The values that change when a tensor is written, even by `.data` at either end."""
     data = bytes_of(tensor)
     return hash((tensor._version, tensor.data_ptr(), edges_of(data, EDGE_BYTES) if data is not None else 0))
 
@@ -371,7 +372,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _addresses(registered: Iterable[Any]) -> set[int]:
-    """Where the tensors of registered objects lie."""
+    """The memory of the tensors of registered objects."""
     found: set[int] = set()
 
     def collect(value: Any) -> None:

@@ -1,7 +1,7 @@
-"""Notices that the user's loop changes gradients between backward and `optimizer.step()`.
+"""Detects that the user's loop changes gradients between backward and `optimizer.step()`.
 
-Each turn of that loop has the gradient of one micro-batch. The step's gradient is the mean of all of them, and is put
-together later: what clips or scales between the two does so to each micro-batch, which is something else.
+Each turn of that loop has the gradient of one micro-batch. The step's gradient is the mean of all of them, computed
+later: clipping or scaling between the two would apply to each micro-batch separately, with another result.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from everstep.elastic.holding.stack import Layer, LayerStack
 
 
 class GradientWatch:
-    """The gradients as backward left them, by a hook that torch calls behind each accumulation."""
+    """The gradients as backward left them, recorded by a hook that torch calls after each accumulation."""
 
     def __init__(self, stack: LayerStack) -> None:
         self._stack = stack
@@ -30,7 +30,7 @@ class GradientWatch:
             self._left[id(parameter)] = (parameter.grad, parameter.grad._version)
 
     def check(self, layer: Layer) -> None:
-        """Raise UsageError if a gradient is another than backward left."""
+        """Raise UsageError if a gradient differs from what backward left."""
         left, self._left = self._left, {}
         for held in layer.parameters:
             gradient, known = held.tensor.grad, left.get(id(held.tensor))
@@ -45,5 +45,5 @@ class GradientWatch:
             )
 
     def forget(self) -> None:
-        """The gradients are dropped."""
+        """Forget the gradients, which are being dropped."""
         self._left = {}

@@ -1,8 +1,8 @@
-"""Data order as a function: which samples make up micro-batch (step, micro-batch), with no state to save.
+"""Data order as a function: the samples of micro-batch (step, micro-batch), with no state to save.
 
 Position p of the run (p = step * batch + offset) is sample `permutation(epoch)[p mod n]` of epoch p // n, so that
 every sample is used exactly once an epoch through any history of failures. The permutation is a keyed bijection
-(a four-round Feistel network, walked until it lands below n; Black and Rogaway, 2002), so no list is stored.
+(a four-round Feistel network, iterated until the value is below n; Black and Rogaway, 2002), so no list is stored.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _mix(value: int, key: int, mask: int) -> int:
 
 
 def permuted(index: int, size: int, seed: int, epoch: int) -> int:
-    """Where the seeded permutation of range(size) for `epoch` sends `index`."""
+    """The image of `index` under the seeded permutation of range(size) for `epoch`."""
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1
     keys = _keys(seed, epoch)

@@ -1,7 +1,7 @@
-"""The pipeline executor: runs a rank's segments of a step, forwards and backwards, in whatever order inputs allow.
+"""The pipeline executor: runs a rank's segments of a step, forwards and backwards, in any order that inputs allow.
 
-`StepWork` decides what comes next. The order changes no bits: every micro-batch's gradient is a leaf of the canonical
-sum, and the random numbers of a layer are a function of (seed, step, micro-batch, layer).
+`StepWork` decides the next operation. The order does not affect the result: every micro-batch's gradient is a leaf of
+the canonical sum, and the random numbers of a layer are a function of (seed, step, micro-batch, layer).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Batch = tuple[Any, Any]
 
 
 class Pipeline:
-    """Runs segments for one rank. `fetch(step, micro_batch)` gives (inputs, targets)."""
+    """Runs segments for one rank. `fetch(step, micro_batch)` returns (inputs, targets)."""
 
     def __init__(
         self,
@@ -54,13 +54,13 @@ class Pipeline:
         self.base_statistics: dict[int, list[Tensor]] = {}
 
     def resend(self, state: StepState, started: Iterable[AssignedLeg]) -> None:
-        """After a change of the membership: send again what others need of the work already done here."""
+        """After a change of the membership: send again what others need of the work that is done here."""
         for item in state.resends(started):
             send = self._send_activation if item.kind == "activation" else self._send_gradient
             send(state, item.leg, item.to)
 
     def run(self, state: StepState, depth: int) -> None:
-        """Finish this rank's work of the step. Raises Aborted between two micro-batches when the generation ends."""
+        """Complete this rank's work of the step. Raises Aborted between two micro-batches when the generation ends."""
         while not state.done:
             self.comm.ready(())  # raises Aborted
             gradients = {_key(need, state.step): need for need in state.gradients()}
@@ -134,7 +134,7 @@ class Pipeline:
 
     def restore_statistics(self, number: int) -> None:
         for held, base in zip(self._averaged(number), self.base_statistics.get(number, ()), strict=False):
-            held.data.copy_(base)  # not seen by autograd: a graph in flight does not use the values
+            held.data.copy_(base)  # not seen by autograd: no graph in flight uses the values
 
     def take_statistics(self, number: int) -> list[Tensor]:
         return [
@@ -143,18 +143,18 @@ class Pipeline:
         ]
 
     def begin_step(self) -> None:
-        """Remember the batch-norm statistics that every micro-batch of the step starts from."""
+        """Record the batch-norm statistics from which every micro-batch of the step starts."""
         self.base_statistics = {}
         self.extend_step()
 
     def extend_step(self) -> None:
-        """The same for layers that came to be held in the middle of the step."""
+        """The same for layers that this rank gained in the middle of the step."""
         for number in self.stack.held:
             if number not in self.base_statistics:
                 self.base_statistics[number] = [t.detach().clone() for t in self._averaged(number)]
 
     def end_step(self) -> None:
-        """Put the batch-norm statistics back to the start of the step, before they are updated."""
+        """Reset the batch-norm statistics to the start of the step, before they are updated."""
         for number in self.base_statistics:
             if number in self.stack.held:
                 self.restore_statistics(number)
@@ -174,7 +174,7 @@ class Pipeline:
         self._finish(state, span, state.graphs.pop(span), decode(data, self.stack.device_of(span.stop - 1)))
 
     def _finish(self, state: StepState, span: Leg, graph: Graph, gradients: Sequence[Tensor | None] | None) -> None:
-        """The backward of a span: its gradients become leaves of the sums, the input's goes upstream."""
+        """The backward of a span: its gradients become leaves of the sums, and the input's gradient goes upstream."""
         started_ns = time.monotonic_ns()
         pairs = [
             (output, gradient)
@@ -194,7 +194,7 @@ class Pipeline:
         self.progress.mark(StepPhase.COMPUTE, state.step, finished=len(state.held))
 
     def harvest(self, state: StepState, span: Leg, statistics: dict[int, list[Tensor]]) -> None:
-        """Take the gradients of a micro-batch out of the parameters and into the sums."""
+        """Move the gradients of a micro-batch from the parameters into the sums."""
         for number in range(span.start, span.stop):
             layer = self.stack.layers[number]
             after = iter(statistics.get(number, ()))
@@ -209,7 +209,7 @@ class Pipeline:
         state.finished(span)
 
     def drop_gradients(self, span: Leg) -> None:
-        """Forget the gradients of a micro-batch that is not ours any more."""
+        """Drop the gradients of a micro-batch that is no longer this rank's."""
         for number in range(span.start, span.stop):
             for held in self.stack.layers[number].parameters:
                 held.tensor.grad = None
@@ -239,7 +239,7 @@ def _gradient(tensor: Tensor, stack: LayerStack, index: int) -> Tensor:
 
 
 def tokens_and_samples(inputs: Any) -> tuple[int, float]:
-    """How many tokens (0 if it is no text: whole numbers in two dimensions) and samples a micro-batch's inputs are."""
+    """The number of tokens (0 unless inputs are text: integers in two dimensions) and of samples in a micro-batch."""
     parts = (
         inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, tuple | list) else (inputs,)
     )
@@ -251,7 +251,7 @@ def tokens_and_samples(inputs: Any) -> tuple[int, float]:
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Sums are taken in float32, or in float64 for parameters of that type."""
+    """Sums are in float32, or in float64 for parameters of that type."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

@@ -1,4 +1,4 @@
-"""Learning-rate schedulers that the runtime steps once per committed step: handed over, or found in the user's loop."""
+"""Learning-rate schedulers that the runtime steps once per committed step: passed in, or found in the user's loop."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ANOTHER_RHYTHM = (
 
 
 class ScheduleState:
-    """A scheduler's state, without what the runtime put into it."""
+    """A scheduler's state, without the attributes that the runtime added."""
 
     def __init__(self, scheduler: LRScheduler) -> None:
         self.scheduler = scheduler
@@ -34,14 +34,14 @@ class ScheduleState:
 
 
 class ScheduledRate(ScheduleState):
-    """Takes over a scheduler: `advance` is its step, and the user's own calls of `step()` do nothing any more."""
+    """Takes over a scheduler: `advance` steps it, and the user's own calls of `step()` have no effect any more."""
 
     def __init__(self, scheduler: LRScheduler) -> None:
         super().__init__(scheduler)
         self.advance = scheduler.step
         self.called = False  # by the user's code, since this was last set to False
         optimizer: Any = scheduler.optimizer
-        optimizer._opt_called = True  # shards of it are stepped: torch need not warn that it never was
+        optimizer._opt_called = True  # its shards are stepped instead: suppress torch's warning that it never was
         scheduler.step = self._already_stepped  # type: ignore[method-assign]
 
     def _already_stepped(self, epoch: int | None = None) -> None:
@@ -49,7 +49,7 @@ class ScheduledRate(ScheduleState):
         self.called = True
 
     def check_called(self, step: int) -> None:
-        """A turn of the user's loop is over: the scheduler was found in that loop, so it has been called in it."""
+        """A turn of the user's loop is over: a scheduler that was found in that loop has to have been called in it."""
         if not self.called:
             raise UsageError(
                 f"{type(self.scheduler).__name__} was built on the optimizer, and its step() was not called for a "
@@ -59,7 +59,7 @@ class ScheduledRate(ScheduleState):
 
 
 def check_scheduler(scheduler: Any) -> None:
-    """Raise UsageError for what the runtime cannot step by itself."""
+    """Raise UsageError for a scheduler that the runtime cannot step by itself."""
     if isinstance(scheduler, ReduceLROnPlateau):
         raise UsageError(
             "scheduler=ReduceLROnPlateau: it needs a metric, which the runtime does not have. Leave scheduler= out, "
@@ -74,7 +74,7 @@ def check_scheduler(scheduler: Any) -> None:
 
 
 def schedulers_of(optimizers: Sequence[Optimizer]) -> list[LRScheduler]:
-    """The schedulers built on these optimizers that are not part of another one, in an order equal on all ranks."""
+    """The schedulers built on these optimizers that no other scheduler contains, in an order equal on all ranks."""
     known = {id(optimizer) for optimizer in optimizers}
     holders = gc.get_referrers(*optimizers)
     attributes = [holder for holder in holders if type(holder) is dict and id(holder.get("optimizer")) in known]
@@ -96,7 +96,7 @@ def _described(scheduler: LRScheduler) -> str:
 
 
 def refuse(schedulers: Iterable[LRScheduler], why: str) -> None:
-    """Let the `step` of these schedulers raise UsageError."""
+    """Make the `step` of these schedulers raise UsageError."""
     for scheduler in schedulers:
         name = type(scheduler).__name__
 

@@ -1,4 +1,4 @@
-"""What one rank has of the step it is in: its work, and the tensors that go with it."""
+"""One rank's state of its current step: its work, and the tensors that belong to it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Graph:
 
 @dataclass
 class StepState(StepWork):
-    """Step `step` as this rank sees it: its work, and the tensors that it has of it."""
+    """Step `step` as one rank sees it: its work, and its tensors."""
 
     leaves: int = 0  # of a sum: the micro-batches of the step
     graphs: dict[Leg, Graph] = field(default_factory=dict)  # of running legs
@@ -32,10 +32,10 @@ class StepState(StepWork):
     outputs: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict)  # (boundary, micro-batch)
     input_gradients: dict[tuple[int, int], list[Tensor | None]] = field(default_factory=dict)
     losses: dict[int, float] = field(default_factory=dict)
-    touched: set[int] = field(default_factory=set)  # parameters of which some micro-batch here had a gradient
+    touched: set[int] = field(default_factory=set)  # parameters of which a micro-batch here had a gradient
 
     def resume(self, work: Work, started: Iterable[AssignedLeg]) -> None:
-        """Go on with the work of a plan; what other ranks compute now is dropped."""
+        """Continue with the work of a plan; results that other ranks compute now are dropped."""
         super().resume(work, started)
         self.graphs = {leg: graph for leg, graph in self.graphs.items() if leg in self.running}
         held = {leg.micro_batch for leg in self.held}
@@ -46,5 +46,5 @@ class StepState(StepWork):
         self.sums.setdefault(layer, TreeSum(self.leaves)).add(span.micro_batch, gradients)
 
     def summed(self, parameters: Sequence[Sequence[int]]) -> set[int]:
-        """The parameters of the layers (layer -> its parameters) of which a part of the gradients' sum is here."""
+        """The parameters of the layers (layer -> its parameters) of whose gradients this rank holds a partial sum."""
         return {index for layer in self.sums for index in parameters[layer]}
