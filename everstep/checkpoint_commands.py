@@ -33,7 +33,7 @@ BUDGET_MIB = driver.DEFAULT_BUDGET_BYTES >> 20
 
 
 class _Failed(Exception):
-    """An error for the user."""
+    """An error that is reported to the user."""
 
 
 def _options(text: list[str]) -> dict[str, str]:
@@ -47,7 +47,7 @@ def _options(text: list[str]) -> dict[str, str]:
 
 
 def _run(command: Callable[[list[str]], int], arguments: list[str]) -> int:
-    """Run a command; a user's mistake, or a damaged checkpoint, is one line."""
+    """Run a command; a user's mistake, or a damaged checkpoint, is reported on one line."""
     try:
         status = command(arguments)
         sys.stdout.flush()
@@ -68,7 +68,7 @@ def _tell(kind: str, text: str) -> None:
 
 
 def _line(text: str) -> str:
-    """As one line without control characters: names in checkpoints may have any."""
+    """Text as one line without control characters: names in checkpoints may contain any character."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
@@ -76,7 +76,7 @@ def _line(text: str) -> str:
 
 
 def convert(arguments: list[str]) -> int:
-    """Bring a checkpoint from one format into another."""
+    """Convert a checkpoint from one format to another."""
     return _run(_convert, arguments)
 
 
@@ -181,7 +181,7 @@ def _progress(stream: TextIO | None = None) -> Iterator[WorkWatch]:
 
 
 def inspect(arguments: list[str]) -> int:
-    """What is in a checkpoint of any format: names, shapes, types, sizes, step."""
+    """The contents of a checkpoint of any format: names, shapes, types, sizes, step."""
     return _run(_inspect, arguments)
 
 
@@ -208,7 +208,7 @@ def _inspect(arguments: list[str]) -> int:
     return 0
 
 
-_Branch = dict[str, Any]  # "name." -> what is below it, "name" -> the description of a tensor
+_Branch = dict[str, Any]  # "name." -> its branch, "name" -> the description of a tensor
 
 
 def _nested(tensors: list[dict[str, Any]]) -> _Branch:
@@ -223,7 +223,7 @@ def _nested(tensors: list[dict[str, Any]]) -> _Branch:
 
 
 def _tree(branch: _Branch, indent: str = "  ") -> Iterator[str]:
-    """Lines of a tree; what has only one thing below it shares a line with that."""
+    """Lines of a tree; a node with a single child shares a line with it."""
     for name, below in branch.items():
         if not name.endswith("."):
             yield f"{indent}{name}  {_told(below)}"
@@ -250,7 +250,7 @@ def _add_reading(parser: argparse.ArgumentParser) -> None:
 
 
 def _read(where: str, origin: str, given: argparse.Namespace) -> tuple[str, Content]:
-    """The format of a checkpoint, and what it holds."""
+    """The format of a checkpoint, and its contents."""
     rules, settings = tuple(driver.rule_path(rule) for rule in given.rules), _options(given.set)
     driver.check_settings(settings, [name for names in READ_SETTINGS.values() for name in names])
     origin = driver.format_of(where, origin)
@@ -293,7 +293,7 @@ def _described(where: str, origin: str, content: Content) -> dict[str, Any]:
 
 
 def verify(arguments: list[str]) -> int:
-    """Check every file of a universal checkpoint against its manifest. Exit status 1 if anything is wrong."""
+    """Check every file of a universal checkpoint against its manifest. Exit status 1 if a file is wrong or missing."""
     return _run(_verify, arguments)
 
 
@@ -356,7 +356,7 @@ def _differences(a: Content, b: Content, *, only_params: bool) -> Iterator[dict[
 
 
 def _other_differences(a: Content, b: Content) -> Iterator[dict[str, Any]]:
-    """What is no tensor and differs: the step, numbers of the optimizer, what is tied."""
+    """The differences besides tensors: the step, numbers of the optimizer, tied parameters."""
     if a.step != b.step:
         yield {"path": "step", "equal": False, "why": f"{a.step} and {b.step}"}
     numbers = [

@@ -1,7 +1,7 @@
 """Normalises the environment of a process at its start.
 
-Standard streams are open, output that cannot be written does no harm, signals work, and modules of the working folder
-do not shadow Python's own.
+Standard streams are open, failures to write output are ignored, signals work, and modules of the working folder do not
+shadow Python's own.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ import sys
 
 
 def begin() -> None:
-    """Once, before anything is opened or imported. Raises nothing."""
+    """Call once, before any file is opened or module imported. Raises nothing."""
     _open_streams()
     _forget_first_path()
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, children would vanish before their status is read
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if it were ignored, the kernel would discard the status of children
     signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())
 
 
 def _open_streams() -> None:
-    """Open closed descriptors 0 to 2 on /dev/null: else the next opened file would take their place."""
+    """Open closed descriptors 0 to 2 on /dev/null: otherwise the next opened file would take their place."""
     for fd, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
             os.fstat(fd)
@@ -39,7 +39,7 @@ def _open_streams() -> None:
 
 
 def _forget_first_path() -> None:
-    """The folder that Python puts first is the script's or the working folder: a `queue.py` there is the user's."""
+    """Remove the script's or working folder from the path: a `queue.py` in it belongs to the user."""
     if not sys.flags.safe_path and sys.path:
         del sys.path[0]
 
@@ -77,7 +77,7 @@ def end(status: int) -> int:
     try:
         sys.stdout.flush()
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python writes it out once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes it once more at exit
         if not isinstance(error, BrokenPipeError):
             print(f"everstep: error: standard output: {error.strerror}", file=sys.stderr)
             return status or 2

@@ -14,10 +14,10 @@ ByLayer = Mapping[int, tuple[Shard, ...]]
 
 
 class LayoutIndex:
-    """Who owns, reads and sends what in one layout of one model. See `Layout.index`.
+    """Which rank owns, reads and sends which shards in one layout of one model. See `Layout.index`.
 
-    Built in O(shards + ranks). What concerns one owner is made from its own shards when it is asked for first, so a
-    rank pays for the ranks that it exchanges with, not for all pairs.
+    Built in O(shards + ranks). The tables of an owner are built from its own shards on first use, so a rank pays for
+    the ranks that it exchanges with, not for all pairs.
     """
 
     def __init__(self, layout: Layout, spec: ModelSpec) -> None:
@@ -40,7 +40,7 @@ class LayoutIndex:
         return self._owned.get(rank, ())
 
     def owned_in(self, rank: int) -> ByLayer:
-        """Layer -> the shards in it that a rank owns. A tied parameter's stand in several layers."""
+        """Layer -> the shards in it that a rank owns. Those of a tied parameter are listed in several layers."""
         if rank not in self._by_layer:
             self._by_layer[rank] = _grouped((s, self.spec.parameters[s.parameter].layers) for s in self.owned(rank))
         return self._by_layer[rank]

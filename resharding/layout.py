@@ -15,7 +15,7 @@ from .work import AssignedLeg, Work
 
 
 class LayoutError(ValueError):
-    """A layout that breaks one of its own rules."""
+    """A layout that violates one of its own rules."""
 
 
 class Block(NamedTuple):
@@ -41,7 +41,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Layout:
-    """The three maps, immutable. `home` is the layout of stages the job was started with: what it returns to."""
+    """The three maps, immutable. `home` is the layout of stages the job was started with, to which it returns."""
 
     generation: int
     micro_batches: int
@@ -89,7 +89,7 @@ class Layout:
         return Work(self.segments())
 
     def segments(self) -> tuple[AssignedLeg, ...]:
-        """The work of an undisturbed step, as it travels in plans."""
+        """The work of an undisturbed step, in the form of plans."""
         return tuple(
             AssignedLeg(block.rank, micro_batch, stage.start, stage.stop)
             for stage in self.stages
@@ -98,7 +98,7 @@ class Layout:
         )
 
     def validate(self, spec: ModelSpec) -> None:
-        """Raise LayoutError unless every layer, micro-batch and shard has exactly the places it should have."""
+        """Raise LayoutError unless every layer, micro-batch and shard has exactly the places that it should have."""
         for problem in self._problems(spec):
             raise LayoutError(f"layout of generation {self.generation}: {problem}")
 
@@ -124,7 +124,7 @@ class Layout:
                 yield f"shard {shard.index} is owned by rank {owner}, which does not hold its layer"
 
     def describe(self) -> str:
-        """One line for people: stages with their ranks."""
+        """The stages with their ranks, on one line."""
         return " | ".join(f"layers {s.start}-{s.stop - 1}: ranks {','.join(map(str, s.ranks))}" for s in self.stages)
 
     def to_json(self) -> str:

@@ -1,7 +1,7 @@
-"""Moves: which shards have to come to which ranks, and where each may be read.
+"""Moves: which ranks need which shards, and where each shard may be read.
 
-A lost shard, a rank that joins, a stage that takes over its neighbour's layers, a checkpoint to resume from: they
-differ in their moves and in the sources of these, and in nothing else.
+A lost shard, a rank that joins, a stage that takes over its neighbour's layers, a checkpoint to resume from: these
+cases differ only in their moves and in the sources of the moves.
 """
 
 from __future__ import annotations
@@ -15,29 +15,29 @@ from .units import ModelSpec
 
 
 class What(enum.Enum):
-    """What a rank needs a shard for."""
+    """The purpose for which a rank needs a shard."""
 
     OWN = "own"  # to own it: its values and the optimizer's state
     VALUE = "value"  # to compute with it: its values alone
-    BACKUP = "backup"  # to keep a passive copy of values and state, by the same updates as its owner
+    BACKUP = "backup"  # to keep a passive copy of values and state, updated in the same way as its owner's
 
 
 class SourceKind(enum.Enum):
-    """Where a shard may be read."""
+    """A place from which a shard may be read."""
 
     MEMORY = "memory"  # the rank's own snapshots
-    KEEPER = "keeper"  # a node's keeper has it
-    REPLAY = "replay"  # a keeper has it, or the version before it and the gradient that leads on
-    PARITY = "parity"  # the rest of its stripe, and the parity of it
+    KEEPER = "keeper"  # a node's keeper holds it
+    REPLAY = "replay"  # a keeper holds it, or the version before it and the gradient of its step
+    PARITY = "parity"  # the other shards of its stripe, and their parity
     STORAGE = "storage"  # the plan's checkpoint
-    NEIGHBORS = "neighbors"  # the shards of the neighbouring layers stand in for it: lossy
+    NEIGHBORS = "neighbors"  # an approximation from the shards of the neighbouring layers: lossy
     PEER = "peer"  # its owner's live values
 
 
 class Move(NamedTuple):
     """A shard that the ranks `to` lack. `sources`: the best one first; the next is asked for what that one lacks.
 
-    The owner of a shard may be among those that lack its value: it has it once its own move is done.
+    The owner of a shard may itself lack its value: it has the value once its own move is done.
     """
 
     shard: int
@@ -59,9 +59,9 @@ def own_moves(layout: Layout, shards: Iterable[int], sources: tuple[SourceKind, 
 
 
 def value_moves(spec: ModelSpec, layout: Layout, valid: Mapping[int, range]) -> tuple[Move, ...]:
-    """The moves that bring ranks the values that they compute with, and lack.
+    """The moves that bring ranks the values that they compute with and lack.
 
-    `valid`: rank -> the layers that it has valid values of. Ranks that are not in it have none. A parameter that
+    `valid`: rank -> the layers of which it has valid values. Ranks that are not in it have none. A parameter that
     several layers share moves with any of them.
     """
     lacking: list[tuple[int, ...]] = [()] * spec.layers
@@ -83,7 +83,7 @@ def value_moves(spec: ModelSpec, layout: Layout, valid: Mapping[int, range]) -> 
 
 
 def standing_in(moves: Sequence[Move], layout: Layout, shards: Collection[int]) -> tuple[Move, ...]:
-    """The same moves, but `shards`, which are gone, are made up from neighbours, on ranks that back them up too."""
+    """The same moves, with `shards`, which are lost, approximated from neighbours, also on ranks that back them up."""
     gone = set(shards)
     changed = [m._replace(sources=STAND_IN) if m.what is What.OWN and m.shard in gone else m for m in moves]
     backups = [Move(shard, layout.ranks, What.BACKUP, STAND_IN) for shard in sorted(gone)]
@@ -91,7 +91,7 @@ def standing_in(moves: Sequence[Move], layout: Layout, shards: Collection[int]) 
 
 
 def received(moves: Sequence[Move], rank: int) -> list[Move]:
-    """Those of the moves that come to a rank, in O(moves)."""
+    """The moves to one rank, in O(moves)."""
     meant: dict[int, bool] = {}
     found = []
     for move in moves:
@@ -104,7 +104,7 @@ def received(moves: Sequence[Move], rank: int) -> list[Move]:
 
 
 def to_runs(moves: Sequence[Move]) -> dict[str, Any]:
-    """Moves as JSON values: runs of neighbouring shards that move alike, `[kind, first shard, how many, *ranks]`."""
+    """Moves as JSON values: runs of consecutive shards with equal moves, `[kind, first shard, how many, *ranks]`."""
     kinds: dict[tuple[What, tuple[SourceKind, ...]], int] = {}
     runs: list[list[int]] = []
     before: Move | None = None
@@ -124,7 +124,7 @@ def _alike(one: Move, other: Move) -> bool:
 
 
 def from_runs(raw: Mapping[str, Any]) -> tuple[Move, ...]:
-    """The moves that `to_runs` made JSON values of."""
+    """The moves that `to_runs` turned into JSON values."""
     kinds = [(What(what), tuple(SourceKind(name) for name in sources)) for what, sources in raw["kinds"]]
     known: dict[tuple[int, ...], tuple[int, ...]] = {}
     found: list[Move] = []

@@ -1,7 +1,7 @@
-"""What may stand in for a layer that is gone for good: the nearest layers of the same make on either side.
+"""The layers that can replace a lost layer approximately: the nearest ones of the same structure on either side.
 
-CheckFree's recovery (Blagoev et al., 2025): a lost stage is started again from the average of its neighbours, weighted
-by their gradients' norms. It is lossy, and for the user to allow.
+CheckFree's recovery (Blagoev et al., 2025): a lost stage is initialised with the average of its neighbours, weighted by
+their gradients' norms. It is lossy, and requires the user's consent.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from .units import ModelSpec
 def stand_ins(spec: ModelSpec, lost: Collection[int]) -> dict[int, tuple[int, ...]]:
     """Lost shard -> one or two shards that are not lost: the same rows of the same parameter of the nearest layers.
 
-    Layers are alike where their parameters have the same shapes and types in the same order. Shards that nothing
-    can stand in for are left out.
+    Layers have the same structure if their parameters have the same shapes and types in the same order. Shards without
+    such neighbours are left out.
     """
     gone = set(lost)
-    position: dict[int, tuple[int, int]] = {}  # parameter -> (layer, place among that layer's)
+    position: dict[int, tuple[int, int]] = {}  # parameter -> (layer, its place in that layer)
     of_layer: list[list[int]] = [[] for _ in range(spec.layers)]
     for index, parameter in enumerate(spec.parameters):
         layer = parameter.layers[0]

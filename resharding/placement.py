@@ -1,8 +1,8 @@
-"""Where the erasure code's blocks lie: which shards of which nodes form a stripe, and which nodes hold its parity.
+"""The placement of the erasure code's blocks: which shards form a stripe, and which nodes hold its parity.
 
-A stripe is some shards of as many different nodes, and as many parity rows on other nodes as nodes may be lost at
-once. Any of its blocks can be computed from as many others as it has shards. A row is as long as the longest of its
-shards: shorter ones count as padded with zeros.
+A stripe consists of shards of different nodes, and of as many parity rows on other nodes as nodes may be lost at once.
+Each of its blocks can be computed from as many others as it has shards. A row is as long as the longest of its shards:
+shorter ones are padded with zeros.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 DEFAULT_WIDTH = 8  # shards in a stripe: parity then takes losses / 8 of the state's bytes
-MAX_BLOCKS = 255  # of a stripe: the field of the code has no more elements
-SIMILAR = 0.8  # shards of at least this fraction of the largest one go into one stripe without a second thought
-FRESH_TOLERANCE = 16  # a sixteenth of the mean parity of a node may be given away for better stages
-KEPT_TOLERANCE = 4  # and a quarter to leave stripes as they are
-GROWTH = 1.5  # times the parity bytes of a placement made anew: more than that is not worth keeping stripes for
+MAX_BLOCKS = 255  # of a stripe: the code's field has no more elements
+SIMILAR = 0.8  # shards of at least this fraction of the largest one may share a stripe
+FRESH_TOLERANCE = 16  # a sixteenth of a node's mean parity may be traded for a better choice of stages
+KEPT_TOLERANCE = 4  # a quarter of it may be traded for leaving stripes as they are
+GROWTH = 1.5  # limit of the parity bytes relative to a new placement; beyond it, keeping stripes is not worthwhile
 
 
 class Stripe(NamedTuple):
-    """Shards that are coded together, and where their parity lies.
+    """Shards that are coded together, and the nodes of their parity.
 
     `shards` are the data members in coding order; `nodes` own them, one each, all different; `parity` are the nodes
     that hold the parity rows, row 0 first, different from each other and from `nodes`.
@@ -39,11 +39,11 @@ class Stripe(NamedTuple):
 
 @dataclass(frozen=True)
 class Placement:
-    """All stripes of a job, immutable. A stripe's index means something within one placement only.
+    """All stripes of a job, immutable. A stripe's index has a meaning only within one placement.
 
-    `width`: the largest number of shards in a stripe, 0 without stripes. `losses`: how many nodes may be lost at
-    once, which is the number of parity rows of every stripe; `wanted`: how many the user asked for. `note` says in
-    words why that is less, or why stripes are narrower than asked; it is empty if all is as asked.
+    `width`: the largest number of shards in a stripe, 0 without stripes. `losses`: how many nodes may be lost at once,
+    which is the number of parity rows of every stripe; `wanted`: how many the user asked for. `note` explains why that
+    is less, or why stripes are narrower than requested; it is empty if everything is as requested.
     """
 
     generation: int
@@ -66,7 +66,7 @@ class Placement:
         return self._held.get(node, ())
 
     def to_json(self) -> str:
-        """Compact: every node's name is written once."""
+        """A compact JSON value: every node's name is written once."""
         names = sorted({node for stripe in self.stripes for node in (*stripe.nodes, *stripe.parity)})
         number = {name: i for i, name in enumerate(names)}
         stripes = [[s.shards, [number[n] for n in s.nodes], [number[n] for n in s.parity]] for s in self.stripes]
@@ -99,24 +99,24 @@ def place(
     old: Placement | None = None,
     generation: int = 0,
 ) -> Placement:
-    """Stripes for every shard whose owner is one of `nodes`, so that any `losses` of the nodes may be lost at once.
+    """Stripes for every shard whose owner is one of `nodes`, such that any `losses` of the nodes may be lost at once.
 
     `owners` and `sizes` (bytes, may be 0) are by shard; `nodes` are all live nodes, each of which may hold parity.
-    `width` is the number of shards to a stripe: 1 is replication, 0 means `DEFAULT_WIDTH` or as many as there are
-    nodes for. Too few nodes make stripes narrower, down to replication, then `losses` less; `note` says so. `stages`
-    are those that a node's ranks belong to; where there is a choice, a stripe's blocks lie on nodes of different
-    stages, so that a stage may be lost as a whole.
+    `width` is the number of shards in a stripe: 1 is replication, 0 means `DEFAULT_WIDTH` or as many as the number of
+    nodes allows. With too few nodes, stripes become narrower, down to replication, then `losses` becomes smaller;
+    `note` says so. `stages` are those of a node's ranks; where there is a choice, a stripe's blocks are on nodes of
+    different stages, so that a stage may be lost as a whole.
 
     Balance: let P be the parity bytes on a node. For every row of c > 0 bytes on a node u, and every node v outside
     its stripe, P(u) - P(v) <= 2 c + mean(P) / 16; with `old` it is mean(P) / 4. (A node v that belongs to all the
     stripes whose rows u holds cannot relieve it.)
 
-    With `old`, a stripe stays as it is, and so does its parity, as long as its shards are on different live nodes and
-    its rows on others; of one that has only lost parity nodes, only these are replaced. What else may be changed
-    are rows that have to move for the balance above. When keeping takes more than `GROWTH` times the parity bytes of
-    stripes made anew, all are made anew.
+    With `old`, a stripe and its parity stay as they are, as long as its shards are on different live nodes and its rows
+    on others; where a stripe has lost only parity nodes, only these are replaced. Otherwise, rows change only as far as
+    the balance above requires. If that takes more than `GROWTH` times the parity bytes of a new placement, all stripes
+    are made again.
 
-    Deterministic, and independent of the order of `nodes`. Raises ValueError for arguments that mean nothing.
+    Deterministic, and independent of the order of `nodes`. Raises ValueError for invalid arguments.
     """
     _check(owners, sizes, nodes, losses, width)
     live = tuple(sorted(nodes))
@@ -161,7 +161,7 @@ def _note(nodes: int, losses: int, width: int, achieved: int, used: int) -> str:
 
 @dataclass(frozen=True)
 class _World:
-    """What a placement is made for; `nodes` sorted, `losses` and `width` as they can be had."""
+    """The input of a placement; `nodes` sorted, `losses` and `width` as far as they are possible."""
 
     owners: Sequence[str]
     sizes: Sequence[int]
@@ -180,12 +180,12 @@ class _World:
 
     @cached_property
     def window_bytes(self) -> int:
-        """How much fuller than the emptiest node one of better stages may be: within `FRESH_TOLERANCE` of the mean."""
-        least = sum(self.sizes[i] for i in self.shards) * self.losses // self.width  # no padding, no short stripe
+        """Bytes by which a node of better stages may exceed the emptiest one: within `FRESH_TOLERANCE` of the mean."""
+        least = sum(self.sizes[i] for i in self.shards) * self.losses // self.width  # without padding and short stripes
         return least // (FRESH_TOLERANCE * len(self.nodes))
 
     def least_overlapping(self, nodes: Iterable[str], used: Mapping[int, int]) -> str:
-        """The first of the nodes for which a stripe has the fewest blocks of one of its stages already."""
+        """The first of the nodes for whose stages a stripe has the fewest blocks already."""
         best, least = "", MAX_BLOCKS + 1
         for node in nodes:
             overlap = max((used.get(stage, 0) for stage in self.stages.get(node, ())), default=0)
@@ -198,13 +198,13 @@ class _World:
 
 @dataclass
 class _Open:
-    """A stripe in the making; a parity row without a place is the empty string."""
+    """A stripe under construction; a parity row without a place is the empty string."""
 
     shards: tuple[int, ...]
     nodes: tuple[str, ...]
     parity: list[str]
     cost_bytes: int
-    kept: bool  # as it was, with all its parity
+    kept: bool  # unchanged, with all its parity
 
     def __contains__(self, node: str) -> bool:
         return node in self.nodes or node in self.parity
@@ -212,7 +212,7 @@ class _Open:
 
 @dataclass
 class _Draft:
-    """A placement in the making: its stripes, and the nodes by what they hold of the parity: (bytes, rows, name)."""
+    """A placement under construction: its stripes, and the nodes by the parity they hold: (bytes, rows, name)."""
 
     world: _World
     open: list[_Open] = field(default_factory=list)
@@ -232,7 +232,7 @@ class _Draft:
             yield Stripe(stripe.shards, stripe.nodes, tuple(stripe.parity))
 
     def add(self, shards: tuple[int, ...], parity: Sequence[str] = ()) -> _Open:
-        """A stripe of these shards; `parity` are rows that have their place already, empty strings where not."""
+        """Add a stripe of these shards; `parity` are the rows that have a place already, empty strings for others."""
         rest = [""] * (self.world.losses - len(parity))
         nodes = tuple(self.world.owners[i] for i in shards)
         stripe = _Open(
@@ -245,7 +245,7 @@ class _Draft:
         return stripe
 
     def fill(self, stripe: _Open) -> None:
-        """Find places for the rows that have none: among the emptiest nodes those of the least crowded stages."""
+        """Place the rows that have no node: among the emptiest nodes, on those of the least crowded stages."""
         for number, holder in enumerate(stripe.parity):
             if not holder:
                 emptiest = next(entry[0] for entry in self.order if entry[2] not in stripe)
@@ -254,9 +254,9 @@ class _Draft:
                 self._account(chosen, stripe.cost_bytes, 1)
 
     def even_out(self, tolerance: int) -> None:
-        """Move rows until the bound that `place` promises holds. Every move makes the squares of the loads less."""
+        """Move rows until the bound that `place` promises holds. Every move reduces the sum of the squared loads."""
         allowance = self.total_bytes / (tolerance * len(self.world.nodes))
-        # Rows that have to be computed anyway are moved first, and large ones, so that few have to be.
+        # Move rows first that have to be computed in any case, and large ones, so that few rows move.
         order = sorted(self.open, key=lambda stripe: (stripe.kept, -stripe.cost_bytes))
         moved = True
         while moved:
@@ -276,7 +276,7 @@ class _Draft:
         return bisect_left(self.order, limit, key=lambda entry: entry[0])
 
     def _best(self, stripe: _Open, limit: float) -> str:
-        """The node outside the stripe and with less than `limit` bytes that overlaps least; the emptiest of them."""
+        """The node outside the stripe, with fewer than `limit` bytes, that overlaps least; the emptiest of them."""
         stages = self.world.stages
         used = Counter(s for node in (*stripe.nodes, *stripe.parity) for s in stages.get(node, ())) if stages else {}
         free = (entry[2] for entry in self.order[: self._below(limit)] if entry[2] not in stripe)
@@ -323,9 +323,9 @@ def _sound(world: _World, stripe: Stripe) -> bool:
 
 
 def _groups(draft: _Draft, shards: Iterable[int]) -> Iterator[tuple[int, ...]]:
-    """Shards of different nodes and similar sizes, large ones first, in full stripes as far as it goes.
+    """Group shards of different nodes and similar sizes, large ones first, into full stripes as far as possible.
 
-    What is left of one size joins the next smaller one: a place in a stripe that is paid for is free.
+    The rest of one size joins the next smaller one: a place in a stripe whose parity exists anyway costs nothing.
     """
     sizes, width = draft.world.sizes, draft.world.width
     pool: dict[str, deque[int]] = {}
@@ -342,11 +342,11 @@ def _groups(draft: _Draft, shards: Iterable[int]) -> Iterator[tuple[int, ...]]:
 
 
 def _take(draft: _Draft, pool: dict[str, deque[int]]) -> tuple[int, ...]:
-    """The next stripe's shards, so that as few stripes as possible take the whole pool.
+    """The next stripe's shards, chosen so that as few stripes as possible cover the whole pool.
 
-    No fewer than `rounds` stripes do: nodes with that many shards have to be in every one of them, the others are
-    free to be chosen for their stages. Among equals those with many shards left and much parity come first: who is
-    not in the stripe will hold its parity.
+    At least `rounds` stripes are necessary: nodes with that many shards have to be in each of them, the others may be
+    chosen by their stages. Among equals, nodes with many remaining shards and much parity come first: a node outside
+    the stripe will hold its parity.
     """
     width = draft.world.width
     counts = {node: len(shards) for node, shards in pool.items()}

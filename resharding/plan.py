@@ -1,4 +1,4 @@
-"""A plan: how to get from what survivors report to one agreed state, computing again only what was lost."""
+"""A plan: how to get from the survivors' reports to one agreed state, computing again only what was lost."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ from .work import AssignedLeg, Leg
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What one live worker has, when a generation was aborted.
+    """What one live worker holds when a generation is aborted.
 
     Versions count committed steps: version v is the state before step v. `owned` are the shards it holds at
-    `owned_version`; `values_version` is the version at which it holds every parameter of its layers `[start, stop)`,
-    -1 if they are torn. `agreed` is the last step whose agreement it passed, -1 if none, with what was agreed.
-    `protected` is (generation, version): the newest version that its node's keeper holds, and holds the parity for;
-    `protected_before` what that was in the generation before. `outlives` is the newest version that, as was agreed,
-    outlives nodes, -1 if none.
-    `held`, `started` and `todo` are micro-batches of step `values_version`: gradient held, forward done, neither.
+    `owned_version`; `values_version` is the version at which it holds every parameter of its layers `[start, stop)`, -1
+    if they are torn. `agreed` is the last step whose agreement it passed, -1 if none, with that agreement. `protected`
+    is (generation, version): the newest version that its node's keeper holds together with its parity;
+    `protected_before` is the same for the generation before. `outlives` is the newest version that, by agreement,
+    survives the loss of nodes, -1 if none. `held`, `started` and `todo` are micro-batches of step `values_version`:
+    gradient held, forward done, neither.
     """
 
     rank: int
@@ -75,16 +75,15 @@ class Report:
 class Plan:
     """What all members do to enter `layout.generation`.
 
-    `version`: the state all are brought to; None when it is the version at which the members switch (a join, a leave).
-    `agreement`: what was agreed in step version - 1, for owners that have still to carry it out.
-    `moves`: the shards that ranks lack, and where each is read; those to own first, in the order of shards.
-    `fresh`: ranks of which nothing is used: they have nothing yet, or go back to an older version. The lowest other
-    rank tells them where the job is.
-    `protected`: the newest version that every shard can be read at, -1 if it has not changed.
-    `work`: the segments of the interrupted step that are still to run; `started`: those of them whose forward is done.
-    `kept`: the segments whose gradients are held.
-    `checkpoint`: the name of the checkpoint that everything is read from; empty if it is in memory.
-    `leaving`: ranks that are in the layout before, and agree on the switch, but are no members any more after it.
+    `version`: the state that all are brought to; None if it is the version at which the members switch (a join, a
+    departure). `agreement`: the agreement of step version - 1, for owners that have still to carry it out. `moves`: the
+    shards that ranks lack, and where each is read; those to own first, in the order of shards. `fresh`: ranks whose
+    state is not used: they have none yet, or go back to an older version. The lowest other rank sends them the position
+    of the job. `protected`: the newest version at which every shard can be read, -1 if it has not changed. `work`: the
+    segments of the interrupted step that are still to run; `started`: those of them whose forward is done. `kept`: the
+    segments whose gradients are held. `checkpoint`: the name of the checkpoint from which everything is read; empty if
+    it is in memory. `leaving`: ranks that are in the layout before, and agree on the switch, but are not members after
+    it.
     """
 
     layout: Layout
@@ -107,7 +106,7 @@ class Plan:
         return self._text
 
     @cached_property
-    def _text(self) -> str:  # every rank gets the same one
+    def _text(self) -> str:  # cached: every rank gets the same text
         raw = {item.name: getattr(self, item.name) for item in fields(self)}
         raw |= {"layout": self.layout.to_json(), "moves": to_runs(self.moves)}
         return json.dumps(raw, separators=(",", ":"))
@@ -131,7 +130,7 @@ class Plan:
 
     @property
     def guide(self) -> int | None:
-        """The rank that tells the fresh ones where the job is; None when all are fresh."""
+        """The rank that sends the position of the job to the fresh ones; None when all are fresh."""
         fresh = set(self.fresh)
         return next((rank for rank in self.layout.ranks if rank not in fresh), None)
 
@@ -156,15 +155,15 @@ class Plan:
 
     @cached_property
     def stand_ins(self) -> tuple[int, ...]:
-        """The shards that are gone, and that neighbouring layers' shards stand in for, ascending."""
+        """The lost shards that are approximated from neighbouring layers' shards, ascending."""
         return tuple(sorted({move.shard for move in self.moves if SourceKind.NEIGHBORS in move.sources}))
 
     def standing_in(self, shards: Collection[int]) -> Plan:
-        """The same plan, where `shards` are gone for good, and are made up from neighbouring layers'."""
+        """The same plan, with `shards`, which are lost everywhere, approximated from neighbouring layers'."""
         return replace(self, moves=standing_in(self.moves, self.layout, shards)) if shards else self
 
     def moves_of(self, shards: Iterable[int], rank: int, what: What) -> tuple[Move, ...]:
-        """How `shards` that `rank` lacks come to it, to own them or to back them up.
+        """The moves of `shards` that `rank` lacks, to own them or to back them up.
 
         A shard that no move names is read from where training protects it, or from the checkpoint.
         """
@@ -173,7 +172,7 @@ class Plan:
         return tuple(named.get(shard) or Move(shard, (rank,), what, sources) for shard in shards)
 
     def describe(self) -> str:
-        """One line for people."""
+        """The plan on one line."""
         return (
             f"generation {self.generation}: {self.layout.describe()}; version {self.version}, "
             f"{len(self.gained)} shards to restore, {len(self.work)} segments to run, {len(self.kept)} kept, "
@@ -182,7 +181,7 @@ class Plan:
 
 
 class PlanError(ValueError):
-    """The reports contradict each other: a bug of ours, never a user's mistake."""
+    """The reports contradict each other: a bug of Everstep, never a user's mistake."""
 
 
 def plan_start(layout: Layout) -> Plan:
@@ -191,14 +190,14 @@ def plan_start(layout: Layout) -> Plan:
 
 
 def plan_join(spec: ModelSpec, old: Layout, joiners: Collection[int], generation: int) -> Plan:
-    """The plan by which `joiners` become members at a step boundary, while nobody stops."""
+    """The plan by which `joiners` become members at a step boundary, without a pause in training."""
     return _plan_switch(spec, old, change_layout(spec, old, {*old.ranks, *joiners}, generation))
 
 
 def plan_leave(spec: ModelSpec, old: Layout, leavers: Collection[int], generation: int) -> Plan:
-    """The plan by which `leavers` hand over at a step boundary and are members no more, while nobody stops.
+    """The plan by which `leavers` hand over and leave at a step boundary, without a pause in training.
 
-    Raises LayoutError when nobody would be left.
+    Raises LayoutError when no member would be left.
     """
     return _plan_switch(spec, old, change_layout(spec, old, set(old.ranks) - set(leavers), generation))
 
@@ -219,13 +218,13 @@ def _plan_switch(spec: ModelSpec, old: Layout, layout: Layout) -> Plan:
 def plan_recovery(
     spec: ModelSpec, old: Layout, reports: Sequence[Report], generation: int, known: tuple[int, str] = (-1, "")
 ) -> Plan:
-    """The plan after a loss, from what the live workers report.
+    """The plan after a loss, from the reports of the live workers.
 
     `old` is the newest layout that any of them had entered. All are brought forward to the newest agreed version;
-    gradients of its step that survivors hold are kept, the other micro-batches go to the rank that had them, or, if
-    it is dead, to the least loaded rank of the stage. `known` is the newest step that is known, from before, to have
-    been agreed on, with what was agreed: a survivor may have carried it out although nobody who passed the agreement
-    is left. Raises PlanError when the reports contradict each other.
+    gradients of its step that survivors hold are kept, and the other micro-batches go to the rank that had them, or, if
+    that rank is dead, to the least loaded rank of the stage. `known` is the newest step that was known before to be
+    agreed on, with its agreement: a survivor may have carried it out although no rank that passed the agreement is
+    left. Raises PlanError when the reports contradict each other.
     """
     by_rank = {report.rank: report for report in reports}
     if len(by_rank) != len(reports):
@@ -260,9 +259,9 @@ def plan_recovery(
 def plan_rollback(
     spec: ModelSpec, old: Layout, live: Collection[int], generation: int, version: int, agreement: str
 ) -> Plan:
-    """The plan by which all go back to `version`, which every shard can be had at, and compute again from there.
+    """The plan by which all go back to `version`, at which every shard can be read, and compute again from there.
 
-    `agreement` is what was agreed in step version - 1, empty for version 0. Nothing that anybody holds is used.
+    `agreement` is that of step version - 1, empty for version 0. Nothing that a rank holds in its own memory is used.
     """
     layout = change_layout(spec, old, live, generation)
     return Plan(
@@ -277,7 +276,7 @@ def plan_rollback(
 
 
 def plan_resume(spec: ModelSpec, layout: Layout, version: int, agreement: str, checkpoint: str) -> Plan:
-    """The plan by which all go on from a checkpoint of `version`: every shard is read from it, by its owner."""
+    """The plan by which all resume from a checkpoint of `version`: the owner of every shard reads it from there."""
     return Plan(
         layout=layout,
         version=version,
@@ -321,7 +320,7 @@ def _remaining_work(layout: Layout, kept: Sequence[AssignedLeg], current: Sequen
 
 
 def _gaps(stage: Stage, micro_batch: int, kept: Iterable[AssignedLeg]) -> list[tuple[int, int]]:
-    """The maximal ranges of the stage's layers in which no gradient of the micro-batch is held, of which `kept` are."""
+    """The maximal ranges of the stage's layers in which no gradient of the micro-batch is held (in `kept`)."""
     spans = sorted((s.start, s.stop) for s in kept)
     for (_, left), (right, _) in itertools.pairwise(spans):
         if right < left:

@@ -1,4 +1,4 @@
-"""Planners: pure functions from a model, live ranks and an old layout to a new layout that moves the minimum."""
+"""Planners: pure functions from a model, live ranks and an old layout to a new layout, with minimal moves."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .units import ModelSpec, Shard
 
 
 def partition(costs: Sequence[float], weights: Sequence[float]) -> list[int]:
-    """Cut layers into contiguous stages so that the slowest stage is as fast as can be.
+    """Cut layers into contiguous stages so that the slowest stage is as fast as possible.
 
     `costs`: cost per layer; `weights`: capacity per stage (its number of ranks, or speed). Returns the bounds
     [0, ..., layers]. Every stage gets at least one layer. Dynamic programming, O(stages * layers^2). Raises
@@ -45,7 +45,7 @@ def partition(costs: Sequence[float], weights: Sequence[float]) -> list[int]:
 
 
 def deal_micro_batches(micro_batches: int, ranks: Sequence[int]) -> tuple[Block, ...]:
-    """Contiguous, aligned where possible, sizes within one: the undisturbed step's share of each rank."""
+    """Contiguous ranges, aligned where possible, with sizes that differ by at most one: each rank's share of a step."""
     count = len(ranks)
     bounds = [micro_batches * i // count for i in range(count + 1)]
     return tuple(
@@ -56,7 +56,7 @@ def deal_micro_batches(micro_batches: int, ranks: Sequence[int]) -> tuple[Block,
 
 
 def initial_layout(spec: ModelSpec, ranks: Sequence[int], stages: int, micro_batches: int) -> Layout:
-    """The layout a job starts with: ranks in order over stages, layers by cost, shards dealt per layer."""
+    """The layout of a job's start: ranks in order over stages, layers by cost, shards distributed per layer."""
     if stages > len(ranks):
         raise LayoutError(f"{stages} stages need at least as many workers; there are {len(ranks)}")
     sizes = [len(ranks) * (i + 1) // stages - len(ranks) * i // stages for i in range(stages)]
@@ -72,9 +72,9 @@ def initial_layout(spec: ModelSpec, ranks: Sequence[int], stages: int, micro_bat
 def change_layout(spec: ModelSpec, old: Layout, live: Collection[int], generation: int) -> Layout:
     """The layout for the `live` ranks, nearest to `old`.
 
-    Ranks live at their home stage. A stage without live ranks gives its layers to its neighbours and takes them back
+    Ranks belong to their home stage. A stage without live ranks gives its layers to its neighbours and takes them back
     when one returns; a rank without a home joins the stage with the most work per rank. Shards stay with their owner
-    where they can; loads per layer differ by at most one shard.
+    where possible; loads per layer differ by at most one shard.
     """
     if not live:
         raise LayoutError("no live rank is left")
@@ -133,10 +133,10 @@ def _live_stages(spec: ModelSpec, home: Sequence[Stage], live: frozenset[int]) -
 
 
 def deal_shards(spec: ModelSpec, holders: Mapping[int, Sequence[int]], owners: Sequence[int] = ()) -> tuple[int, ...]:
-    """An owner for every shard, among the ranks that hold its layer, moving as little as balance allows.
+    """An owner for every shard, among the ranks that hold its layer, with as few moves as balance allows.
 
-    Per layer the loads (in elements) differ by at most the layer's largest shard. Without `owners` all are dealt
-    anew. Shards whose owner still holds the layer move only to fill a rank that has too few.
+    Per layer the loads (in elements) differ by at most the layer's largest shard. Without `owners` all shards are
+    distributed. Shards whose owner still holds the layer move only to fill a rank that has too few.
     """
     dealt = list(owners) if owners else [-1] * len(spec.shards)
     total: dict[int, int] = {rank: 0 for ranks in holders.values() for rank in ranks}

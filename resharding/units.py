@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 MAX_SHARD_BYTES = 4 << 20
 MIN_SHARD_BYTES = 64 << 10
-SHARDS_PER_LAYER = 8  # a layer is cut into at least about this many shards, so that it can be dealt evenly
+SHARDS_PER_LAYER = 8  # a layer is cut into at least about this many shards, for an even distribution
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Shard(NamedTuple):
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What planners know of a model. Equal on every rank, or the job does not start.
+    """The description of a model for planners. Equal on every rank, or the job does not start.
 
     `costs` are relative costs of the layers (any unit); `whole` forbids cutting parameters (the optimizer is not
     element-wise).
@@ -102,7 +102,7 @@ class ModelSpec:
         return [(first * row, last * row) for first, last in itertools.pairwise(bounds)]
 
     def home(self, shard: Shard) -> int:
-        """The layer a shard is dealt with: the first that holds its parameter."""
+        """The layer by which a shard is assigned: the first one that holds its parameter."""
         return self.parameters[shard.parameter].layers[0]
 
     def to_json(self) -> str:

@@ -1,4 +1,4 @@
-"""The work of a step: who computes which micro-batch through which layers, with the look-ups that a rank makes."""
+"""The work of a step: which rank computes which micro-batch through which layers, with the look-ups of a rank."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Work:
         return {layer: tuple(ranks) for layer, ranks in found.items()}
 
     def spans_of(self, rank: int) -> tuple[Leg, ...]:
-        """What `rank` is still to run, by micro-batch."""
+        """What `rank` has still to run, by micro-batch."""
         return self._spans.get(rank, ())
 
     def layers_of(self, rank: int) -> tuple[int, ...]:
@@ -92,11 +92,11 @@ class Work:
         return self._contributors.get(layer, ())
 
     def next_segment(self, span: Leg) -> AssignedLeg | None:
-        """The segment still to run that takes a span's output."""
+        """The segment, still to run, whose input is a span's output."""
         return self._starting.get((span.micro_batch, span.stop))
 
     def previous_segment(self, span: Leg) -> AssignedLeg | None:
-        """The segment still to run that waits for a span's input gradient."""
+        """The segment, still to run, that waits for a span's input gradient."""
         return self._stopping.get((span.micro_batch, span.start))
 
     def activation_source(self, span: Leg) -> int:

@@ -1,4 +1,4 @@
-"""`everstep demo`: a job that loses its workers again and again, and the same job left alone; then the comparison."""
+"""`everstep demo`: a job whose workers are killed repeatedly, the same job without faults, and a comparison."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ TIMEOUT_S = 600.0
 FAULTS = (
     Fault(rank=1, step=5, phase="compute", after=2),
     Fault(rank=2, step=9, phase="reduce"),
-    Fault(rank=3, step=14, phase="update", kind="node"),  # agent, keeper and worker at one instant
+    Fault(rank=3, step=14, phase="update", kind="node"),  # agent, keeper and worker at the same instant
     Fault(rank=0, step=20, phase="update"),
     Fault(rank=1, step=26, phase="agree", incarnation=1),  # these two at once,
     Fault(rank=2, step=26, phase="agree", incarnation=1),  # one of each stage
     Fault(rank=0, step=31, phase="commit", incarnation=1),
     Fault(rank=2, step=36, phase="compute", incarnation=2, after=1, kind="node"),
     Fault(rank=1, step=42, phase="compute", incarnation=2, after=1),
-    Fault(rank=0, step=42, phase="recover", incarnation=2),  # while the one before is recovered from
+    Fault(rank=0, step=42, phase="recover", incarnation=2),  # during the recovery from the one before
     Fault(rank=1, step=48, phase="compute", incarnation=3, kind="stop"),  # hangs instead of dying
     Fault(rank=0, step=54, phase="restore", incarnation=3),
     Fault(rank=1, step=54, phase="compute", incarnation=4),
@@ -45,7 +45,7 @@ FAULTS = (
 
 
 class DemoError(Exception):
-    """The demo's job did not run to its end."""
+    """The demo's job failed."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ class _Cluster:
 
 
 def _watch(cluster: _Cluster, console: Console, title: str) -> Iterator[dict[str, Any]]:
-    """Yield the job's events as they come, and show them."""
+    """Yield the job's events as they arrive, and print them."""
     deadline = time.monotonic() + TIMEOUT_S
     with cluster.events.open() as stream, console.status("starting ...") as status:
         while True:
@@ -224,7 +224,7 @@ def _fault(event: dict[str, Any]) -> dict[str, Any]:
         "target": f"node of {ranks}" if event["nodes"] else ranks,
         "phase": event["phase"],
         **{name: round(event[name], 4) for name in _TIMES},
-        # The finished part of a lost node's step is lost with it.
+        # The finished part of a lost node's step is lost, too.
         "redone_micro_batches": None if event["nodes"] else event["redone_micro_batches"],
         "lost_steps": event["lost_steps"],
     }

@@ -28,7 +28,7 @@ CONFIG = GPTConfig(layers=6, width=192, heads=6, context=128, dropout=0.1)
     seed=SEED,
 )
 def train(run: everstep.Run, out: Path) -> None:
-    """Train, and let the lowest rank write the digest of everything that was learned."""
+    """Train; the lowest rank writes the digest of the trained state."""
     model = gpt(CONFIG)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.99)

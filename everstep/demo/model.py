@@ -1,4 +1,4 @@
-"""A byte-level GPT, given as a sequence of layers so that it can be cut into pipeline stages."""
+"""A byte-level GPT as a sequence of layers, so that it can be cut into pipeline stages."""
 
 from __future__ import annotations
 
