@@ -1,4 +1,4 @@
-"""Is the job training, how fast, and what was lost."""
+"""The dashboard of a job: whether it trains, its speed, and its losses."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from .model import Dashboard, Line, Panel, Row, quantiles, stat
 JOB = Dashboard(
     "everstep-job",
     "Everstep: the job",
-    "Is it training, how fast, and what was lost.",
+    "Whether the job trains, its speed, and its losses.",
     (
         Row(
             "Now",
@@ -16,7 +16,7 @@ JOB = Dashboard(
                 stat("Loss", "Mean loss of the last committed step.", "none", "max(everstep_loss)"),
                 stat(
                     "Goodput",
-                    "Share of the time since training began that went into steps that were kept.",
+                    "Share of the time since training began that was spent on steps that were kept.",
                     "percentunit",
                     "min(everstep_goodput_ratio)",
                     ("red", None),
@@ -27,7 +27,7 @@ JOB = Dashboard(
                 stat("Generation", "Rises by one with every change of members.", "none", "max(everstep_generation)"),
                 stat(
                     "Since the last commit",
-                    "Rises while the job stands still.",
+                    "Rises while the job makes no progress.",
                     "s",
                     "max(everstep_commit_age_seconds)",
                 ),
@@ -39,13 +39,13 @@ JOB = Dashboard(
                 Panel("Step time", "From commit to commit.", "s", quantiles("everstep_step_seconds")),
                 Panel(
                     "Loss",
-                    "Of every committed step, as often as it is scraped.",
+                    "Of every committed step, at the scrape interval.",
                     "none",
                     (Line("everstep_loss", "loss"),),
                 ),
                 Panel(
                     "Throughput: tokens",
-                    "Where the inputs are text; else nothing.",
+                    "Only where the inputs are text.",
                     "none",
                     (Line("sum(rate(everstep_tokens_total[$w]))", "tokens/s"),),
                 ),
@@ -57,7 +57,7 @@ JOB = Dashboard(
                 ),
                 Panel(
                     "Goodput over the window",
-                    "Time in steps that were kept, of all time; and what recoveries took.",
+                    "Share of the time spent on steps that were kept, and on recoveries.",
                     "percentunit",
                     (
                         Line(
@@ -74,7 +74,7 @@ JOB = Dashboard(
                 ),
                 Panel(
                     "Phase of the job",
-                    "1 for the phase that it is in.",
+                    "1 for the current phase.",
                     "none",
                     (Line("max by (phase) (everstep_job_phase)", "{{phase}}"),),
                     stacked="normal",

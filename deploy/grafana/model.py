@@ -1,6 +1,6 @@
-"""What a Grafana dashboard is made of, and its JSON. Pure: values in, values out.
+"""The model of a Grafana dashboard, and its JSON. Pure: values in, values out.
 
-Expressions name metrics bare; the selector of the chosen runs is put in. `$w` is the window of rates.
+Expressions contain bare metric names; the selector of the chosen runs is inserted. `$w` is the window of rates.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _SOURCE = {"type": "prometheus", "uid": "${source}"}
 
 @dataclass(frozen=True)
 class Line:
-    """One query of a panel, and what its series are called."""
+    """One query of a panel, and the name of its series."""
 
     expression: str
     legend: str = ""
@@ -35,7 +35,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Panel:
-    """What is drawn. `unit` is Grafana's name of it; `faults` marks recoveries in time."""
+    """A panel. `unit` is Grafana's name of the unit; `faults` marks recoveries on the time axis."""
 
     title: str
     about: str

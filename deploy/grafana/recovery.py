@@ -1,4 +1,4 @@
-"""What failed, what that cost, and what a loss would cost now."""
+"""The dashboard of recoveries: failures, their cost, and the cost of a loss now."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from .model import Dashboard, Line, Panel, Row
 PROTECTION = Dashboard(
     "everstep-recovery",
     "Everstep: recoveries and protection",
-    "What failed, what that cost, and what a loss would cost now.",
+    "Failures, their cost, and the cost of a loss now.",
     (
         Row(
             "Recoveries",
@@ -46,7 +46,7 @@ PROTECTION = Dashboard(
                 ),
                 Panel(
                     "Failures by host",
-                    "A host that comes back here again and again is to be looked at.",
+                    "A host that appears here repeatedly needs attention.",
                     "none",
                     (Line("sum by (host, kind) (everstep_host_failures_total)", "{{host}} {{kind}}"),),
                 ),
@@ -62,14 +62,14 @@ PROTECTION = Dashboard(
                 ),
                 Panel(
                     "Lost time",
-                    "What recoveries and redone steps took, since training began.",
+                    "Time spent on recoveries and redone steps since training began.",
                     "s",
                     (Line("sum(everstep_lost_seconds_total)", "seconds"),),
                     width=8,
                 ),
                 Panel(
                     "Heartbeats",
-                    "How long the quietest node has been silent, and the longest silence shown lately.",
+                    "The current silence of the quietest node, and the longest recent silence.",
                     "s",
                     (
                         Line("max(everstep_heartbeat_silence_seconds)", "silence"),
@@ -85,7 +85,7 @@ PROTECTION = Dashboard(
             (
                 Panel(
                     "Exposure",
-                    "Steps that the loss of a node would take along. Nothing where nodes are not protected from.",
+                    "Steps that the loss of a node would lose. Empty where the loss of nodes is not covered.",
                     "none",
                     (
                         Line("max(everstep_exposure_steps)", "steps"),
@@ -94,7 +94,7 @@ PROTECTION = Dashboard(
                     ),
                 ),
                 Panel(
-                    "Age of the newest version that outlives nodes",
+                    "Age of the newest version that survives the loss of nodes",
                     "",
                     "s",
                     (Line("max(everstep_exposure_seconds)", "age"),),
@@ -111,7 +111,7 @@ PROTECTION = Dashboard(
                 ),
                 Panel(
                     "Copy and parity throughput",
-                    "Bytes a second of the thread that copies, or encodes, while it does.",
+                    "Bytes a second of the thread that copies, or encodes, while it is active.",
                     "Bps",
                     (
                         Line(
@@ -129,7 +129,7 @@ PROTECTION = Dashboard(
                 ),
                 Panel(
                     "Keeper memory",
-                    "Of what it may use.",
+                    "Of its limit.",
                     "percentunit",
                     (
                         Line(
@@ -147,7 +147,7 @@ PROTECTION = Dashboard(
             (
                 Panel(
                     "Age of the newest checkpoint",
-                    "Nothing in a job that saves none.",
+                    "Empty in a job without checkpoints.",
                     "s",
                     (Line("max(everstep_checkpoint_age_seconds)", "age"),),
                     width=8,

@@ -1,4 +1,4 @@
-"""Which rank, link or machine holds the others up."""
+"""The dashboard of workers: which rank, link or machine delays the others."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from .model import Dashboard, Line, Panel, Row
 WORKERS = Dashboard(
     "everstep-workers",
     "Everstep: workers and hosts",
-    "Which rank, link or machine holds the others up.",
+    "Which rank, link or machine delays the others.",
     (
         Row(
-            "Where a step's time goes",
+            "Time of a step by activity",
             (
                 Panel(
                     "Compute per step",
-                    "Forward and backward. The rank that is high here is slow itself; the others wait for it.",
+                    "Forward and backward. A rank with a high value is itself slow; the others wait for it.",
                     "s",
                     (
                         Line(
@@ -26,7 +26,7 @@ WORKERS = Dashboard(
                 ),
                 Panel(
                     "Wait per step",
-                    "For the first byte of others' messages. The rank that is low here is the one waited for.",
+                    "For the first byte of others' messages. A rank with a low value is the one that the others wait for.",
                     "s",
                     (
                         Line(
@@ -38,7 +38,7 @@ WORKERS = Dashboard(
                 ),
                 Panel(
                     "Send and receive per step",
-                    "In calls that send, and from a message's first byte to its last: what a slow link raises.",
+                    "In calls that send, and from a message's first byte to its last: both grow on a slow link.",
                     "s",
                     (
                         Line(
@@ -51,7 +51,7 @@ WORKERS = Dashboard(
                 ),
                 Panel(
                     "All ranks: seconds a second",
-                    "The mean worker's time by activity; what is missing to 1 is sums, agreement and recoveries.",
+                    "The mean worker's time by activity; the remainder to 1 is sums, agreement and recoveries.",
                     "percentunit",
                     (
                         Line(

@@ -15,7 +15,7 @@ RUNBOOK = "docs/runbook.md"
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """How fast alerts are: for people on call by default. Times in seconds unless they are Prometheus durations."""
+    """The timing of alerts, by default for people on call. Times in seconds unless they are Prometheus durations."""
 
     evaluate: str = "15s"
     rate: str = "5m"
@@ -35,7 +35,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class Recording:
-    """A series that is worked out beforehand."""
+    """A recording rule: a precomputed series."""
 
     record: str
     expression: str
@@ -43,7 +43,7 @@ class Recording:
 
 @dataclass(frozen=True)
 class Alert:
-    """A condition that an operator has to look at. `summary` is the line that is read first."""
+    """An alert rule: a condition that needs an operator's attention. `summary` is its headline."""
 
     name: str
     expression: str
@@ -115,14 +115,14 @@ def alerts(speed: Speed) -> Sequence[Alert]:
             s.soon,
             "page",
             "run {{ $labels.run }} has committed no step for {{ $value | humanizeDuration }}",
-            f"That is more than {s.stalled_steps} times what a step takes.",
+            f"That is more than {s.stalled_steps} times the duration of a step.",
         ),
         Alert(
             "EverstepNothingDecided",
             "max by (run) (everstep_coordinator_decides) == 0",
             s.soon,
             "page",
-            "no coordinator of run {{ $labels.run }} decides anything",
+            "no coordinator of run {{ $labels.run }} makes decisions",
             "Training continues, but failures and joins have to wait: the store is down or full, or none leads.",
         ),
         Alert(
@@ -131,7 +131,7 @@ def alerts(speed: Speed) -> Sequence[Alert]:
             s.later,
             "ticket",
             "run {{ $labels.run }} keeps only {{ $value | humanizePercentage }} of its time",
-            "The rest went into recoveries, and into steps that were computed again.",
+            "The rest was spent on recoveries and on steps that were computed again.",
         ),
         Alert(
             "EverstepUnprotected",
@@ -139,7 +139,7 @@ def alerts(speed: Speed) -> Sequence[Alert]:
             s.soon,
             "page",
             "the newest version of run {{ $labels.run }} that outlives a node is {{ $value | humanizeDuration }} old",
-            "A node that is lost now takes all since then along.",
+            "The loss of a node now would lose all steps since then.",
         ),
         Alert(
             "EverstepCheckpointOld",
@@ -147,7 +147,7 @@ def alerts(speed: Speed) -> Sequence[Alert]:
             s.soon,
             "page",
             "the newest checkpoint of run {{ $labels.run }} is {{ $value | humanizeDuration }} old",
-            "Losing the whole job now costs all since then.",
+            "The loss of the whole job now would lose all steps since then.",
         ),
         Alert(
             "EverstepCheckpointFailing",
@@ -162,7 +162,7 @@ def alerts(speed: Speed) -> Sequence[Alert]:
             "everstep_straggler_ranks > 0 or everstep_straggler_links > 0",
             s.later,
             "ticket",
-            "{{ $value }} rank(s) or link(s) of run {{ $labels.run }} hold the others up",
+            "{{ $value }} rank(s) or link(s) of run {{ $labels.run }} delay the others",
             "straggler_found in the event log names them, with the evidence; everstep_straggler_slowdown_ratio too.",
         ),
         Alert(
@@ -170,7 +170,7 @@ def alerts(speed: Speed) -> Sequence[Alert]:
             f"everstep:host_failures:recent >= {s.failures}",
             "0s",
             "ticket",
-            "host {{ $labels.host }} of run {{ $labels.run }} fails again and again",
+            "host {{ $labels.host }} of run {{ $labels.run }} fails repeatedly",
             f"{s.failures} or more workers or agents were lost on it within {s.counting_window}.",
         ),
         Alert(
@@ -178,7 +178,7 @@ def alerts(speed: Speed) -> Sequence[Alert]:
             f"everstep:keeper_memory:ratio > {s.memory:g}",
             s.soon,
             "page",
-            "the keeper at {{ $labels.instance }} holds {{ $value | humanizePercentage }} of what it may",
+            "the keeper at {{ $labels.instance }} uses {{ $value | humanizePercentage }} of its limit",
             "Snapshots and parity have no room for a change of members.",
         ),
         Alert(
@@ -187,7 +187,7 @@ def alerts(speed: Speed) -> Sequence[Alert]:
             "0s",
             "ticket",
             "damaged bytes were found in run {{ $labels.run }} ({{ $labels.where }})",
-            "They were not used, and what they stood for was made good.",
+            "They were not used, and the data was restored from intact copies.",
         ),
         Alert(
             "EverstepHostMemoryTight",
