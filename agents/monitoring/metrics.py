@@ -151,8 +151,8 @@ class JobMetrics(_Metrics):
     def _protection(self) -> None:
         self.interval = self.gauge("everstep_snapshot_interval_steps", "steps between versions that outlive nodes")
         self.losses = self.gauge("everstep_protected_losses_nodes", "nodes that may be lost at once")
-        self.exposure_steps = self.gauge("everstep_exposure_steps", "steps that the loss of a node would take along")
-        self.exposure = self.gauge("everstep_exposure_seconds", "age of the newest version that survives the loss of nodes")
+        self.exposure_steps = self.gauge("everstep_exposure_steps", "steps that the loss of a node would lose")
+        self.exposure = self.gauge("everstep_exposure_seconds", "age of the newest version that survives lost nodes")
         self.unprotected = self.counter("everstep_unprotected_versions", "versions given up on as not whole in time")
         self.corruptions = self.counter("everstep_corruptions", "damaged bytes found, by where they were", "where")
         for where in ("keeper", "parity", "frame", "replica", "backup"):

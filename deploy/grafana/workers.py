@@ -26,7 +26,7 @@ WORKERS = Dashboard(
                 ),
                 Panel(
                     "Wait per step",
-                    "For the first byte of others' messages. A rank with a low value is the one that the others wait for.",
+                    "For the first byte of others' messages. The others wait for a rank with a low value.",
                     "s",
                     (
                         Line(
