@@ -1,4 +1,4 @@
-"""docs/troubleshooting.md lists what the code can say to a user, and nothing that it does not say."""
+"""docs/troubleshooting.md lists every message that the code shows to a user, and no other one."""
 
 from __future__ import annotations
 
@@ -12,11 +12,16 @@ PAGE = ROOT / "docs" / "troubleshooting.md"
 ENTRY = re.compile(r"^- `(?P<text>.*)`$")  # of a list under a heading that says cause and remedy
 
 
+def joined(page: str) -> list[str]:
+    """The lines of a page, with an entry that is broken over several lines on one."""
+    return re.sub(r"^- `[^`]*`$", lambda entry: entry[0].replace("\n  ", " "), page, flags=re.MULTILINE).splitlines()
+
+
 def entries() -> dict[str, str]:
-    """Each text of the page -> the heading that it stands under."""
+    """Each text of the page -> its heading."""
     found: dict[str, str] = {}
     heading = ""
-    for line in PAGE.read_text().splitlines():
+    for line in joined(PAGE.read_text()):
         if line.startswith("#"):
             heading = line.lstrip("# ")
         elif match := ENTRY.match(line):
@@ -26,7 +31,7 @@ def entries() -> dict[str, str]:
 
 
 def shown(text: str) -> str:
-    """A text as it stands in a Markdown code span."""
+    """A text as a Markdown code span shows it."""
     return text.replace("`", "'").replace("\n", " ").strip()
 
 
@@ -52,7 +57,7 @@ def test_every_warning_and_alarm_is_listed() -> None:
 def test_each_list_has_its_cause_and_remedy() -> None:
     text = PAGE.read_text()
     for part in re.split(r"^#+ ", text, flags=re.MULTILINE)[1:]:
-        if any(ENTRY.match(line) for line in part.splitlines()):
+        if any(ENTRY.match(line) for line in joined(part)):
             heading = part.splitlines()[0]
             assert "**Cause.** " in part, f"{heading}: no cause"
             assert "**Remedy.** " in part, f"{heading}: no remedy"
