@@ -57,6 +57,7 @@ class Crew:
         self._modules = preloader.modules
         self._session = os.getsid(0)
         self._orphans = Orphans(self._is_ours)  # of workers whose preloaded process is dead
+        self._bereft = False  # a preloaded process has died: orphans may be reparented to this process
         self._deaths = DeathWatch()
         self._selector.register(self._deaths, selectors.EVENT_READ, self._main_threads_ended)
         self._selector.register(preloader, selectors.EVENT_READ, self._preloader_spoke)
@@ -70,7 +71,8 @@ class Crew:
 
     def sweep(self) -> None:
         """End the orphans of workers whose preloaded process is dead."""
-        self._orphans.sweep()
+        if self._bereft:
+            self._orphans.sweep()
 
     def close(self) -> None:
         """End all processes and their orphans."""
@@ -116,6 +118,7 @@ class Crew:
         status = former.close()
         if not former.ready:
             raise AgentError(f"the process that workers are forked from ended with status {status} before it was ready")
+        self._bereft = True
         self._orphans.expect()
         self._happened(a.PreloaderLost())
 

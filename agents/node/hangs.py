@@ -28,6 +28,7 @@ from . import vitals
 from .workers import WorkerProcess
 
 LOOK_S = 0.4  # time without progress before /proc is read; then the interval of reads, which grows
+USUAL_RATIO = 1.2  # of the longest pause so far: a pause that is not longer needs no look
 LOOK_RATIO, MOST_LOOK_S = 0.05, 5.0  # ... with the time without progress
 WARNED_S = 10.0  # a limit that is shorter strikes without a warning
 STACKS_KEPT = 8192  # letters, for the event log; standard error gets all that were read
@@ -54,17 +55,16 @@ class HangWatch:
         self.states: tuple[pb.RankState, ...] = ()  # what the workers do; read from other threads
         self._states_s = 0.0
 
-    def look(self, workers: Collection[WorkerProcess], now: float) -> None:
-        """Once: read, judge."""
+    def look(self, readings: Collection[tuple[WorkerProcess, Reading]], now: float) -> None:
+        """Judge the workers once, by what their pages show now."""
         slept_s = now - self._looked_s if self._looked_s else 0.0
         self._looked_s = now
-        readings = [(worker, worker.reading()) for worker in workers if worker.pid and not worker.fenced]
-        readings = [(worker, reading) for worker, reading in readings if reading.phase is not StepPhase.AFTER]
-        for worker, reading in readings:
+        trains = [(w, reading) for w, reading in readings if not w.fenced and reading.phase is not StepPhase.AFTER]
+        for worker, reading in trains:
             if slept_s > SLEPT_S:
                 worker.pulse = worker.pulse.slept(slept_s)
             worker.pulse = worker.pulse.read(reading.counter, now, reading.pace)
-        begun = [(worker, reading) for worker, reading in readings if worker.pulse.counter > 0]
+        begun = [(worker, reading) for worker, reading in trains if worker.pulse.counter > 0]
         shared = _stalled(begun, now)
         for worker, reading in begun:
             self._look_at(worker, reading, now, shared=shared)
@@ -82,8 +82,9 @@ class HangWatch:
                 self._happened(WorkerMoved(worker.id))
             worker.moves()
             return
-        self._look_for_life(worker, now)
         patience = Patience(self._patience.floor_s, self._patience.user_s, self._first_s, shared, hangs.times)
+        if now - pulse.changed_s >= patience.usual_s(pulse, USUAL_RATIO):
+            self._look_for_life(worker, now)
         worker.verdict = verdict = judge(worker.pulse, now, patience)
         if verdict.hung:
             stopped = worker.pulse.sign is Sign.STOPPED

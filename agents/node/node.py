@@ -67,6 +67,7 @@ class NodeAgent:
         self._when_over: Callable[[], None] = lambda: None
         self._signal = signal.SIGTERM  # that workers get when the job is stopped: torchrun passes its own on
         self._selector = selectors.DefaultSelector()
+        self._watched_s = 0.0
         self._swept_s = 0.0
         self._stores = TorchStores(config.host)
         self._wait = Wait()
@@ -98,9 +99,10 @@ class NodeAgent:
             self._gatherer.start()
             while self.state.phase is not agent.AgentPhase.ENDED:
                 self.link.alive()
-                for key, _ in self._selector.select(WATCH_S):
+                for key, _ in self._selector.select(max(0.0, self._watched_s + WATCH_S - time.monotonic())):
                     key.data()
-                self._watch()
+                if time.monotonic() - self._watched_s >= WATCH_S:
+                    self._watch()
             outcome = self.state.outcome
             assert outcome is not None
             if not outcome.succeeded and not outcome.detail:
@@ -286,7 +288,7 @@ class NodeAgent:
     # ------------------------------------------------------------ watching
 
     def _watch(self) -> None:
-        now = time.monotonic()
+        now = self._watched_s = time.monotonic()
         unheard_s = now - self.link.heard_s
         self._wait.look(waits_for(self.state, unheard_s, ", ".join(self.link.addresses)))
         if now - self._swept_s > SWEEP_S:
@@ -294,14 +296,14 @@ class NodeAgent:
             self._crew.sweep()
         if self.link.overflowed:
             self._happened(a.OutboxFull())
-        readings = {worker.id: worker.reading() for worker in self._crew.workers.values() if worker.pid}
-        after = any(reading.phase is StepPhase.AFTER for reading in readings.values())
-        steps = tuple((worker, reading.step) for worker, reading in readings.items())
+        readings = [(worker, worker.reading()) for worker in self._crew.workers.values() if worker.pid]
+        after = any(reading.phase is StepPhase.AFTER for _, reading in readings)
+        steps = tuple((worker.id, reading.step) for worker, reading in readings)
         self._happened(a.TimePassed(unheard_s, steps, after))
         if self._keeper.lost():
             self._happened(a.KeeperLost())
         self._crew.look(now)
-        self._hang_watch.look([worker for worker in self._crew.workers.values() if not worker.main_ended_s], now)
+        self._hang_watch.look([(worker, reading) for worker, reading in readings if not worker.main_ended_s], now)
 
     def _from_worker(self, worker: WorkerId, line: bytes) -> None:
         self.link.send(from_worker=pb.FromWorker(worker=proto(worker), json=line.decode()))

@@ -105,6 +105,11 @@ class Patience:
             silent_s = max(silent_s, still_s)
         return Limits(more * silent_s, more * max(silent_s, still_s))
 
+    def usual_s(self, pulse: Pulse, ratio: float) -> float:
+        """How long a worker without progress needs no look: `ratio` of its longest pause, a quarter of its limit."""
+        silent_s = self.limits(pulse.pace, pulse.pauses[pulse.pace], pulse.sign).silent_s
+        return min(ratio * pulse.pauses[pulse.pace], silent_s / 4)
+
 
 @dataclass(frozen=True)
 class Pulse:

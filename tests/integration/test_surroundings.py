@@ -47,6 +47,48 @@ def test_a_job_runs_whatever_it_inherits(tmp_path: Path, line: str) -> None:
     assert len(list(tmp_path.glob("worker-*"))) == 2
 
 
+NOT_INSTALLED = """
+from importlib import metadata
+found = metadata.distribution
+def distribution(name):
+    if name == "everstep":
+        raise metadata.PackageNotFoundError(name)
+    return found(name)
+metadata.distribution = distribution
+"""
+
+
+def test_sources_on_the_path_run_without_being_installed(tmp_path: Path) -> None:
+    """As on a machine without a package index: no package manager knows of everstep there."""
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(NOT_INSTALLED)
+    root = Path(__file__).parents[2]
+    environment = {"PYTHONPATH": os.pathsep.join(map(str, (site, root)))}
+    checkpoint = f"--es-checkpoint={tmp_path}/checkpoint"
+    process = launch(SCRIPT, job(tmp_path / "out"), ["--nproc-per-node=2", checkpoint], environment)
+    output = finish(process)
+    assert process.returncode == 0, output
+    assert list((tmp_path / "checkpoint").iterdir())
+
+
+BROKEN = """
+import os
+from everstep.agents.coordinator import process
+def broken(*arguments):
+    raise ZeroDivisionError("a coordinator with a bug")
+process.serve = broken
+task = process.Task(job="j", host="127.0.0.1", port=0, config=process.Config(), store="")
+process._child(task, os.open(os.devnull, os.O_WRONLY))
+"""
+
+
+def test_a_coordinator_that_cannot_begin_says_why() -> None:
+    done = subprocess.run([sys.executable, "-c", BROKEN], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "ZeroDivisionError: a coordinator with a bug" in done.stderr
+
+
 def test_blocked_signals_still_end_a_job(tmp_path: Path) -> None:
     blocked = (
         "import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals());"

@@ -112,6 +112,18 @@ def test_a_stopped_worker_is_waited_for_as_one_in_a_step() -> None:
     assert struck_s(Pace.FREE, Sign.STOPPED) == 1800.0, "between steps nobody waits for it before long"
 
 
+def test_a_usual_pause_needs_no_look_and_a_look_comes_long_before_the_limit() -> None:
+    for pace in Pace:
+        for pause_s in (0.0, 0.3, 2.0, 60.0, 3600.0):
+            pauses = tuple(pause_s if at is pace else 0.0 for at in Pace)
+            pulse = Pulse(1, 0.0, pace, pauses)
+            usual_s = Patience().usual_s(pulse, 1.2)
+            assert usual_s <= 1.2 * pause_s
+            assert 4 * usual_s <= Patience().limits(pace, pause_s, Sign.NONE).silent_s
+    steady = Pulse(1, 0.0, Pace.STEADY, tuple(2.0 if at is Pace.STEADY else 0.0 for at in Pace))
+    assert Patience().usual_s(steady, 1.2) > 2.0
+
+
 def test_silence_counts_from_the_last_sign_of_life() -> None:
     """It read for 100 s, then something went wrong."""
     pulse = Pulse(1, 0.0, Pace.FETCH).seen(Sign.STORAGE, 100.0).seen(Sign.NONE, 100.5)
