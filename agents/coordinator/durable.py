@@ -52,7 +52,7 @@ class Writer(NamedTuple):
 
 
 def _refuse_another(store: StateStore, rows: Mapping[str, bytes]) -> None:
-    """Raises StoreError for what another everstep has written."""
+    """Raises StateStoreError for what another everstep has written."""
     writer, this = Writer.of(rows), Writer.this()
     if writer[:3] != this[:3]:
         raise StateStoreError(
@@ -89,7 +89,7 @@ class Durable:
 
     @classmethod
     def load(cls, store: StateStore, config: Config, token: str) -> tuple[Durable, State | None, float]:
-        """Load the store: (this object, the state or None for a new job, this clock's offset). Raises StoreError."""
+        """Load the store: (this object, state or None for a new job, this clock's offset). Raises StateStoreError."""
         rows = store.load()
         durable = cls(store, token)
         if "token" not in rows:
@@ -200,7 +200,7 @@ class Durable:
             raise Superseded("another coordinator leads this job: this one stands by again")
 
     def write(self, rows: Mapping[str, bytes | None], *, sync: bool) -> None:
-        """Blocks. Raises Superseded and StoreError; then nothing was written, and this coordinator may do nothing."""
+        """Blocks. Raises Superseded and StateStoreError: then nothing was written, and this coordinator must not act."""
         self._store.commit(rows, sync=sync)
 
     def kept(self, seen: Mapping[str, int]) -> None:

@@ -65,7 +65,7 @@ class EtcdMembers:
     """A cluster's members: a request goes to the member that answered last, then to the others."""
 
     def __init__(self, url: str, security: Security) -> None:
-        """Of `etcd://HOST:PORT,...`; `etcds://` is TLS with this process's certificates. Raises StoreError."""
+        """Of `etcd://HOST:PORT,...`; `etcds://` is TLS with this process's certificates. Raises StateStoreError."""
         try:
             client, self._errors = _library()
         except ImportError:
@@ -88,7 +88,7 @@ class EtcdMembers:
         self._url = url
 
     def ask(self, request: Callable[[Any], Any]) -> Any:
-        """The answer of the first that has one. Raises StoreError."""
+        """The answer of the first that has one. Raises StateStoreError."""
         why = ""
         for client in list(self._clients):
             try:
@@ -102,7 +102,7 @@ class EtcdMembers:
 
 
 def reach(url: str, security: Security) -> None:
-    """See that etcd is there. Raises StoreError."""
+    """See that etcd is there. Raises StateStoreError."""
     EtcdMembers(url, security).ask(lambda client: client.status())
 
 
@@ -112,7 +112,7 @@ class EtcdStore:
     def __init__(
         self, url: str, job: str, security: Security, on_waiting: Callable[[str], None], *, stood_by: bool
     ) -> None:
-        """Wait until this coordinator leads; `on_waiting` gets the reason for the wait. Raises StoreError and JobOver.
+        """Wait until this coordinator leads; `on_waiting` gets the reason. Raises StateStoreError and JobOver.
 
         `stood_by`: it has been a standby or the leader before, so it ends when the job is over.
         """

@@ -107,7 +107,7 @@ class Coordinator:
         return served
 
     async def lead(self, store: StateStore, on_leading: Callable[[], None] = lambda: None) -> None:
-        """Lead the job from the stored state until it ends. Raises StoreError and Superseded.
+        """Lead the job from the stored state until it ends. Raises StateStoreError and Superseded.
 
         `on_leading` is called once it is written that this one leads.
         """

@@ -30,10 +30,10 @@ class StateStore(Protocol):
         """Whether another coordinator is known to lead."""
 
     def load(self) -> dict[str, bytes]:
-        """All rows. Raises StoreError."""
+        """All rows. Raises StateStoreError."""
 
     def commit(self, rows: Mapping[str, bytes | None], *, sync: bool) -> None:
-        """Write rows (None: remove), all or none. Raises Superseded, and StoreError where nothing can be written.
+        """Write rows (None: remove), all or none. Raises Superseded, and StateStoreError where nothing can be written.
 
         With `sync` they outlive a power cut once this returns; without, the death of the process.
         """
@@ -48,7 +48,7 @@ class SqliteStore:
     superseded = False  # the file is ours until this process ends
 
     def __init__(self, path: Path, job: str) -> None:
-        """Open or make it. Raises StoreError."""
+        """Open or make it. Raises StateStoreError."""
         self.path = path
         self.url = str(path)
         try:
