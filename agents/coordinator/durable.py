@@ -200,7 +200,7 @@ class Durable:
             raise Superseded("another coordinator leads this job: this one stands by again")
 
     def write(self, rows: Mapping[str, bytes | None], *, sync: bool) -> None:
-        """Blocks. Raises Superseded and StateStoreError: then nothing was written, and this coordinator must not act."""
+        """Blocks. Raises Superseded and StateStoreError: nothing was written, and this coordinator must not act."""
         self._store.commit(rows, sync=sync)
 
     def kept(self, seen: Mapping[str, int]) -> None:
