@@ -1,8 +1,9 @@
-"""When a worker whose progress counter stands still counts as hung: a table of rules, without a clock.
+"""When a worker whose progress counter stands still counts as hung: a table of limits, without a clock.
 
-Two times are judged, by what the worker is doing (its pace). It *stands still* since its counter last moved. It is
-*silent* since its counter moved or the kernel last showed a sign of life: processor time, bytes or pages read or
-written, a wait for storage. Each has a limit; a dead lock is silent, an endless loop is not.
+Two durations are compared with limits that depend on the worker's activity (its pace). A worker *stands still* since
+its counter last moved. It is *silent* since its counter moved or the kernel last showed a sign of life: processor time,
+bytes or pages read or written, a wait for storage. A deadlock is silent; an endless loop stands still, but is not
+silent.
 """
 
 from __future__ import annotations
@@ -12,17 +13,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-FLOOR_S = 2.0  # `--es-hang-timeout`: never sooner than this
+FLOOR_S = 2.0  # `--es-hang-timeout`: the least limit
 USER_S = 600.0  # `--es-user-timeout`: how long the user's own code may take to show progress
-SHARED = 6.0  # times as long, for storage that stands still for every rank of a node
+SHARED = 6.0  # factor on the limits while all ranks of a node wait for storage
 MOST_DOUBLINGS = 6
-SLEPT_S = 1.0  # between two looks: whoever looks was stopped or starved, and perhaps those it looks at
+SLEPT_S = 1.0  # a longer gap between two looks: the observer was stopped or starved, and perhaps the workers were, too
 
 
 class Pace(enum.IntEnum):
-    """What is to be expected of a worker."""
+    """The activity of a worker, which determines its limits."""
 
-    FREE = 0  # the user's own code between steps, or before them: evaluating, saving, opening files
+    FREE = 0  # the user's own code before, between and after steps: evaluating, saving, opening files
     FIRST = 1  # the first step of a process, or after its layers changed: may compile, allocate, connect
     STEADY = 2  # any other step
     FETCH = 3  # the user's dataset and collation
@@ -33,13 +34,13 @@ class Sign(enum.IntEnum):
     """What the kernel shows of a worker and its descendants since the last look."""
 
     NONE = 0  # every thread waits, for a lock, a socket, a timer
-    WORKS = 1  # it got processor time or is waiting for a processor, or read or wrote
+    WORKS = 1  # it received processor time or waits for a processor, or it read or wrote
     STORAGE = 2  # a thread waits in the kernel for a file
-    STOPPED = 3  # by SIGSTOP: nothing will come of waiting
+    STOPPED = 3  # by SIGSTOP: it cannot continue by itself
 
 
 class Bound(NamedTuple):
-    """A limit: the longest of these times. `pauses`: times the longest pause that was seen at this pace."""
+    """A limit: the longest of these times. `pauses`: a multiple of the longest pause seen at this pace."""
 
     floors: float
     users: float
@@ -50,15 +51,15 @@ class Bound(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """How long a worker may be silent, and stand still, at a pace."""
+    """How long a worker may be silent, and how long it may stand still, at one pace."""
 
-    place: str  # where it is, for people
+    place: str  # the activity, as text
     silent: Bound
     still: Bound
 
 
 STEP = Rule("a step", Bound(1, 0, 10), Bound(5, 0, 50))
-FIRST_STEP = Rule("its first step", Bound(1, 1, 0), Bound(1, 3, 0))  # while no other one is known on this node
+FIRST_STEP = Rule("its first step", Bound(1, 1, 0), Bound(1, 3, 0))  # while the node has no completed one to compare
 RULES = {
     Pace.FREE: Rule("the user's code between steps", Bound(1, 3, 0), Bound(1, 12, 0)),
     Pace.FIRST: FIRST_STEP,
@@ -77,13 +78,13 @@ class Limits(NamedTuple):
 
 @dataclass(frozen=True)
 class Patience:
-    """What the limits depend on beside the worker. `first_s`: the longest pause in first steps done on its host."""
+    """What the limits depend on besides the worker. `first_s`: the longest pause in first steps of its host."""
 
     floor_s: float = FLOOR_S
     user_s: float = USER_S
     first_s: float = 0.0
-    shared: bool = False  # every rank of the node stands still in its dataset, or waits for one that does
-    doublings: int = 0  # its rank was taken for hung so often
+    shared: bool = False  # every rank of the node stands still in its dataset, or waits for a rank that is
+    doublings: int = 0  # how often its rank was considered hung
 
     def limits(self, pace: Pace, pause_s: float, sign: Sign) -> Limits:
         """How long a worker may be silent and stand still; `sign` is the last one that the kernel showed."""
@@ -113,20 +114,20 @@ class Patience:
 
 @dataclass(frozen=True)
 class Pulse:
-    """What is remembered of one worker's counter. Times in seconds, any origin.
+    """The history of one worker's counter. Times in seconds, with any origin.
 
-    A pause counts for the pace that it began in: whoever returns from the user's code was not slow in a step.
+    A pause counts for the pace in which it began: a worker that returns from the user's code was not slow in a step.
     """
 
     counter: int
     changed_s: float
     pace: Pace = Pace.FREE
-    pauses: tuple[float, ...] = (0.0,) * len(Pace)  # the longest at each pace, slowly forgotten
-    alive_s: float = 0.0  # the last sign of life since the counter stands still; 0: none
-    sign: Sign = Sign.NONE  # what was seen last
+    pauses: tuple[float, ...] = (0.0,) * len(Pace)  # the longest at each pace, decaying slowly
+    alive_s: float = 0.0  # the last sign of life since the counter stopped; 0: none
+    sign: Sign = Sign.NONE  # the last sign that the kernel showed
 
     def read(self, counter: int, now: float, pace: Pace) -> Pulse:
-        """The pulse after the counter was read again. Whatever changes the pace also moves the counter."""
+        """The pulse after the counter was read again. Any change of the pace also moves the counter."""
         if counter == self.counter:
             return self
         pauses = [pause * (1.0 if at is Pace.FIRST else 0.999) for at, pause in zip(Pace, self.pauses, strict=True)]
@@ -134,27 +135,27 @@ class Pulse:
         return Pulse(counter, now, pace, tuple(pauses))
 
     def seen(self, sign: Sign, now: float) -> Pulse:
-        """The pulse after a look at what the kernel shows, while the counter stands still."""
+        """The pulse after a look at the kernel's figures, while the counter stands still."""
         lives = sign in (Sign.WORKS, Sign.STORAGE)
         return replace(self, sign=sign, alive_s=now if lives else self.alive_s)
 
     def slept(self, seconds: float) -> Pulse:
-        """The same, when nobody could look for so long: that time does not count."""
+        """The pulse after a gap in observation: the gap does not count as a pause."""
         return replace(self, changed_s=self.changed_s + seconds, alive_s=self.alive_s and self.alive_s + seconds)
 
 
 class Verdict(NamedTuple):
-    """What is to be thought of a worker. Times in seconds."""
+    """The assessment of a worker. Times in seconds."""
 
     hung: bool
-    still_s: float  # how long its counter has stood still
-    silent_s: float  # how long it has shown no sign of life either
-    limit_s: float  # it counts as hung once it has stood still for so long, if it goes on as now
-    lived: bool  # there was a sign of life since its counter stands still
+    still_s: float  # since its counter last moved
+    silent_s: float  # since its last sign of life
+    limit_s: float  # the worker counts as hung once it has stood still for this long, if nothing changes
+    lived: bool  # it has shown a sign of life since its counter stopped
 
 
 def judge(pulse: Pulse, now: float, patience: Patience) -> Verdict:
-    """Whether a worker is hung, and when it will be."""
+    """Whether a worker is hung, and when it will count as hung."""
     limits = patience.limits(pulse.pace, pulse.pauses[pulse.pace], pulse.sign)
     still_s, silent_s = now - pulse.changed_s, now - max(pulse.changed_s, pulse.alive_s)
     hung = silent_s > limits.silent_s or still_s > limits.still_s
@@ -166,34 +167,34 @@ def judge(pulse: Pulse, now: float, patience: Patience) -> Verdict:
 
 @dataclass(frozen=True)
 class Hangs:
-    """A rank's workers that were taken for hung, one after the other, none of which came further than the first did.
+    """The workers of a rank that were considered hung, one after the other, none further than the first.
 
-    Perhaps their host is only so busy that a worker gets no processor; so each is given twice as long as the last one.
+    Their host may only be so busy that a worker gets no processor; so each one is given twice the time of the last one.
     """
 
     times: int = 0
-    step: int = -1  # the furthest in which one was
+    step: int = -1  # the furthest step in which one was considered hung
 
     def read(self, step: int, pace: Pace) -> Hangs:
-        """With a worker that is there now."""
+        """With the rank's current worker."""
         return Hangs() if pace is Pace.STEADY and step > self.step else self
 
     def again(self, step: int) -> Hangs:
-        """One more."""
+        """Count one more hung worker."""
         return Hangs(self.times + 1, max(step, self.step))
 
 
 def stalled_together(standing: Iterable[Pace], others_wait: bool) -> bool:
-    """Whether storage stands still for a whole node, which is no worker's fault.
+    """Whether storage stands still for a whole node, which is the fault of no worker.
 
-    `standing`: the paces of the workers that stand still; `others_wait`: all of the rest wait for a peer.
+    `standing`: the paces of the workers that stand still; `others_wait`: all other workers wait for a peer.
     """
     paces = list(standing)
     return others_wait and len(paces) > 1 and all(pace is Pace.FETCH for pace in paces)
 
 
 def table() -> list[tuple[str, str, str]]:
-    """The rules for people: where a worker is, how long it may be silent, how long it may stand still."""
+    """The table of limits as text: the activity, how long a worker may be silent, how long it may stand still."""
     return [(rule.place, _text(rule.silent), _text(rule.still)) for rule in RULES.values()]
 
 
