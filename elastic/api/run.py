@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler
 
 from everstep.checkpointing.access.client import KeeperLink
 from everstep.checkpointing.access.snapshot import Snapshots
@@ -37,17 +37,12 @@ from everstep.elastic.protocol.protection import state_slots
 from everstep.elastic.step.data import DataSource
 from everstep.elastic.step.devices import make_current, own_device
 from everstep.elastic.step.gradients import GradientWatch
-from everstep.elastic.step.schedule import (
-    ScheduledRate,
-    ScheduleState,
-    check_scheduler,
-    refuse,
-    schedulers_of,
-)
+from everstep.elastic.step.schedule import ScheduleState, check_scheduler
 from everstep.resharding.layout import Layout
-from everstep.resharding.units import Shard
 
+from .full_state import assemble
 from .loop import Batches, ElasticOptimizer
+from .schedulers import Schedulers
 
 Loss = Callable[[Any, Any], Tensor]
 GATHER_TIMEOUT_S = 120.0
@@ -76,9 +71,7 @@ class Run:
         self._registered: dict[str, Any] = {}
         self._batches: Batches | None = None
         self._gradients: GradientWatch | None = None
-        self._optimizers: list[Optimizer] = []  # the user's optimizer, and its replacement in a loop
-        self._schedulers: list[LRScheduler] = []  # known schedulers
-        self._left_in_loop: list[ScheduledRate] = []  # the scheduler that was found, not passed in
+        self._schedulers: Schedulers | None = None
         self.ends = contextlib.ExitStack()  # undone when this run ends
 
     # ------------------------------------------------------------ where we are
@@ -157,14 +150,15 @@ class Run:
             )
         engine = self._set_up(model, optimizer, dataset, collate_fn, _no_loss, scheduler, loops=True)
         assert self._gradients is not None
+        assert self._schedulers is not None
         engine.skip_nonfinite = skip_nonfinite
         batches = self._batches = Batches(
-            engine, self._gradients, self._guarded, self._switch, self._begin, self._left_in_loop
+            engine, self._gradients, self._guarded, self._switch, self._begin, self._schedulers.left_in_loop
         )
         if "module" not in model.__dict__ and "module" not in model._modules:
             model.__dict__["module"] = model  # scripts for DDP write model.module; not a submodule of itself
         prepared = ElasticOptimizer(optimizer, batches)
-        self._optimizers.append(prepared)
+        self._schedulers.add_optimizer(prepared)
         return model, prepared, batches
 
     def steps(
@@ -274,7 +268,7 @@ class Run:
         while True:
             states = self._shard_states(engine)
             if len(states) == len(engine.stack.spec.shards):
-                return _assemble(engine, states)
+                return assemble(engine.stack, states)
             if time.monotonic() > deadline:
                 raise UsageError(
                     f"full_state_dict: {len(engine.stack.spec.shards) - len(states)} shards of version "
@@ -352,10 +346,7 @@ class Run:
         )
         engine.loops = loops
         engine.registered = self._registered
-        self._optimizers.append(optimizer)
-        if scheduler is not None:
-            self._drive(engine, scheduler)
-        self._take_over_schedulers(engine)
+        self._schedulers = Schedulers(engine, optimizer, scheduler)
         engine.checkpoints.link = link
         if context is not None:  # the token is a secret; what it hashes to names the run
             engine.checkpoints.lineage = Lineage(hashlib.sha256(context.token.encode()).hexdigest()[:16])
@@ -429,8 +420,8 @@ class Run:
         """The user's loop begins."""
         engine, recovery = self._trained(), self._recovery
         assert recovery is not None
-        late = any("step" in vars(optimizer) for optimizer in self._optimizers)  # a scheduler wraps it
-        if late and self._take_over_schedulers(engine):
+        assert self._schedulers is not None
+        if self._schedulers.take_over_late():
             recovery.come_up()
         undone = engine.adjustments.begin()
         if engine.version == 0:
@@ -441,40 +432,6 @@ class Run:
                 "checkpoint's values are used. To take the script's: --es-resume-hyperparameters=script"
             )
             warn(self._membership, Notice.HYPERPARAMETERS_DIFFER, text)
-
-    def _take_over_schedulers(self, engine: Engine) -> bool:
-        """Find schedulers that were built on the optimizer and not passed in. Returns whether the runtime steps one.
-
-        In the user's own loop the runtime steps the found scheduler once a step. With `steps` the user's code steps
-        it, at the same steps on all ranks: its state is registered, and the ranks agree on the learning rates anyway.
-        """
-        known = {id(item) for item in self._schedulers}
-        found = [item for item in schedulers_of(self._optimizers) if id(item) not in known]
-        self._schedulers += found
-        plateaus = [item for item in found if isinstance(item, ReduceLROnPlateau)]
-        others = [item for item in found if item not in plateaus]
-        if not engine.loops:
-            for item in found:
-                name = "scheduler" if "scheduler" not in self._registered else f"scheduler {len(self._registered)}"
-                item.optimizer._opt_called = True  # type: ignore[attr-defined]
-                engine.claim(name, ScheduleState(item))
-            return False
-        refuse(plateaus, "the loss of a micro-batch differs between ranks. Use run.steps(...), and step.loss there")
-        if "scheduler" in engine.driven or len(others) > 1:
-            refuse(others, "the runtime steps one scheduler: combine them (SequentialLR, ChainedScheduler) into that")
-        elif others:
-            self._left_in_loop.append(self._drive(engine, others[0]))
-            return True
-        return False
-
-    def _drive(self, engine: Engine, scheduler: LRScheduler) -> ScheduledRate:
-        """Step the scheduler once per committed step."""
-        rate = ScheduledRate(scheduler)
-        self._schedulers.append(scheduler)
-        engine.on_commit.append(rate.advance)
-        engine.driven.add("scheduler")
-        engine.claim("scheduler", rate)
-        return rate
 
     def _guarded(self, action: Callable[..., None], *arguments: Any) -> None:
         """Do something that waits for others; if the generation ends, recover instead."""
@@ -563,43 +520,3 @@ def _too_few_layers(model: nn.Module, stages: int, layers: int) -> str:
         f"{type(model).__name__} cannot be cut into {stages} stages: pass an nn.Sequential, or give the model a method "
         "pipeline_layers() that returns its layers in order"
     )
-
-
-def _assemble(engine: Engine, states: dict[int, dict[str, Any]]) -> dict[str, Any]:
-    spec = engine.stack.spec
-    model: dict[str, Tensor] = {}
-    masters: dict[str, Tensor] = {}
-    optimizer: dict[str, dict[str, Any]] = {}
-    shards_of: dict[int, list[Shard]] = {}
-    for shard in spec.shards:
-        shards_of.setdefault(shard.parameter, []).append(shard)
-    for index, parameter in enumerate(spec.parameters):
-        shards = shards_of[index]
-        columns: dict[str, list[Any]] = {}
-        for shard in shards:
-            for name, value in states[shard.index].items():
-                columns.setdefault(name, []).append(value)
-        joined = {
-            name: _join(values, [s.elements for s in shards], parameter.shape) for name, values in columns.items()
-        }
-        value = joined.pop("value")
-        model[parameter.name] = value.to(getattr(torch, parameter.dtype))
-        if value.dtype != model[parameter.name].dtype:
-            masters[parameter.name] = value
-        if joined:
-            optimizer[parameter.name] = joined
-    for name, tensor in engine.stack.constants():
-        model[name] = tensor.detach().to("cpu", copy=True)
-    for name, original in engine.stack.aliases.items():
-        model[name] = model[original]
-    return {"model": model, "optimizer": optimizer, **({"masters": masters} if masters else {})}
-
-
-def _join(values: list[Any], elements: list[int], shape: tuple[int, ...]) -> Any:
-    """Rows back into a parameter; a state that is one scalar per shard is the same in all of them."""
-    cut = [
-        isinstance(v, Tensor) and v.numel() == count and v.dim() > 0 for v, count in zip(values, elements, strict=True)
-    ]
-    if all(cut):
-        return torch.cat([v.detach().reshape(-1).cpu() for v in values]).view(shape)
-    return values[0].detach().cpu().clone() if isinstance(values[0], Tensor) else values[0]

@@ -1,0 +1,53 @@
+"""The whole state of a model and its optimizer, joined from the states of its shards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from everstep.elastic.holding.stack import LayerStack
+from everstep.resharding.units import Shard
+
+
+def assemble(stack: LayerStack, states: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+    """Shard -> its state ("value", and the optimizer's) as `Run.full_state_dict` returns it."""
+    spec = stack.spec
+    model: dict[str, Tensor] = {}
+    masters: dict[str, Tensor] = {}
+    optimizer: dict[str, dict[str, Any]] = {}
+    shards_of: dict[int, list[Shard]] = {}
+    for shard in spec.shards:
+        shards_of.setdefault(shard.parameter, []).append(shard)
+    for index, parameter in enumerate(spec.parameters):
+        shards = shards_of[index]
+        columns: dict[str, list[Any]] = {}
+        for shard in shards:
+            for name, value in states[shard.index].items():
+                columns.setdefault(name, []).append(value)
+        joined = {
+            name: _join(values, [s.elements for s in shards], parameter.shape) for name, values in columns.items()
+        }
+        value = joined.pop("value")
+        model[parameter.name] = value.to(getattr(torch, parameter.dtype))
+        if value.dtype != model[parameter.name].dtype:
+            masters[parameter.name] = value
+        if joined:
+            optimizer[parameter.name] = joined
+    for name, tensor in stack.constants():
+        model[name] = tensor.detach().to("cpu", copy=True)
+    for name, original in stack.aliases.items():
+        model[name] = model[original]
+    return {"model": model, "optimizer": optimizer, **({"masters": masters} if masters else {})}
+
+
+def _join(values: list[Any], elements: list[int], shape: tuple[int, ...]) -> Any:
+    """Join rows into a parameter; a state that is one scalar per shard has the same value in all of them."""
+    cut = [
+        isinstance(v, Tensor) and v.numel() == count and v.dim() > 0 for v, count in zip(values, elements, strict=True)
+    ]
+    if all(cut):
+        return torch.cat([v.detach().reshape(-1).cpu() for v in values]).view(shape)
+    return values[0].detach().cpu().clone() if isinstance(values[0], Tensor) else values[0]
