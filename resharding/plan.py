@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from .layout import Layout, Stage
+from .lines import Lines, lines_of
 from .moves import (
     PROTECTED,
     SAVED,
@@ -83,7 +84,7 @@ class Plan:
     segments of the interrupted step that are still to run; `started`: those of them whose forward is done. `kept`: the
     segments whose gradients are held. `checkpoint`: the name of the checkpoint from which everything is read; empty if
     it is in memory. `leaving`: ranks that are in the layout before, and agree on the switch, but are not members after
-    it.
+    it. `lines`: which records count; the last fork is this plan's own if other bytes follow its version than before.
     """
 
     layout: Layout
@@ -97,6 +98,7 @@ class Plan:
     protected: int = -1
     checkpoint: str = ""
     leaving: tuple[int, ...] = ()
+    lines: Lines = ()
 
     @property
     def generation(self) -> int:
@@ -126,7 +128,18 @@ class Plan:
             protected=raw["protected"],
             checkpoint=raw["checkpoint"],
             leaving=tuple(raw["leaving"]),
+            lines=lines_of(raw["lines"]),
         )
+
+    @property
+    def forks(self) -> bool:
+        """Whether records of this plan's version that were written before it are of another line than those after."""
+        return bool(self.lines) and self.lines[-1].generation == self.generation
+
+    @property
+    def lines_before(self) -> Lines:
+        """Which records count for reading what the plan goes on from."""
+        return self.lines[:-1] if self.forks else self.lines
 
     @property
     def guide(self) -> int | None:

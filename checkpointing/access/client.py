@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from everstep.checkpointing.memory.segment import Segment
 from everstep.comms.base import addresses
 from everstep.comms.base.security import Security, own
+from everstep.resharding.lines import Lines
 
 from .keeper_protocol import greeting
 
@@ -125,22 +126,26 @@ class KeeperClient:
         self._send(request)
         return self._line()
 
-    def fetch(self, shards: Sequence[int], version: int, *, replay: bool) -> tuple[Iterator[Fetched], list[int]]:
+    def fetch(
+        self, shards: Sequence[int], version: int, *, replay: bool, lines: Lines = ()
+    ) -> tuple[Iterator[Fetched], list[int]]:
         """What this keeper has of the shards, as it comes in, and the damaged ones.
 
-        With `replay`, a shard may come as the version before, with the gradient that leads on. All of it has to be
-        taken before anything else is asked for.
+        With `replay`, a shard may come as the version before, with the gradient that leads on. Only records of `lines`
+        count. All of it has to be taken before anything else is asked for.
         """
-        answer = self.ask({"op": "fetch", "shards": list(shards), "version": version, "replay": replay})
+        request = {"op": "fetch", "shards": list(shards), "version": version, "replay": replay, "lines": lines}
+        answer = self.ask(request)
         return self._records(answer["found"]), answer["damaged"]
 
     def _records(self, found: list[dict[str, Any]]) -> Iterator[Fetched]:
         for item in found:
             yield Fetched(item["shard"], item["version"], [self._bytes(length) for length in item["lengths"]])
 
-    def parity(self, shards: Sequence[int], version: int) -> list[dict[str, Any]]:
+    def parity(self, shards: Sequence[int], version: int, lines: Lines = ()) -> list[dict[str, Any]]:
         """The parity blocks at `version` of stripes that any of these shards belongs to; see `Block.describe`."""
-        blocks: list[dict[str, Any]] = self.ask({"op": "parity", "shards": list(shards), "version": version})["blocks"]
+        answer = self.ask({"op": "parity", "shards": list(shards), "version": version, "lines": lines})
+        blocks: list[dict[str, Any]] = answer["blocks"]
         return blocks
 
     def block(self, number: int) -> bytearray | None:
@@ -149,14 +154,21 @@ class KeeperClient:
         return self._bytes(answer["length"]) if answer["length"] is not None else None
 
     def collect(
-        self, shards: Sequence[int], version: int, generation: int, staging: bytearray, patient: Callable[[], None]
+        self,
+        shards: Sequence[int],
+        version: int,
+        generation: int,
+        staging: bytearray,
+        patient: Callable[[], None],
+        lines: Lines = (),
     ) -> Iterator[tuple[int, int]]:
         """Each shard's state at `version` in turn, written into `staging` as soon as it is sealed: (length, checksum).
 
         `staging` is extended for a longer record; no view of it may be alive when the next one is asked for. Raises
         KeeperRefused when the keeper has gone to a newer generation.
         """
-        self._send({"op": "collect", "shards": list(shards), "version": version, "generation": generation})
+        request = {"op": "collect", "shards": list(shards), "version": version, "generation": generation}
+        self._send({**request, "lines": lines})
         for _ in shards:
             answer = self._line(float("inf"), patient)
             if answer["length"] > len(staging):  # it has grown since the generation began
@@ -274,9 +286,16 @@ class KeeperLink:
                 self._ask({"op": "drop", **self._owner, "segment": number}, [])
             segment.close()
 
-    def enter(self, generation: int, placement: str, addresses: dict[str, str], capacities: Sequence[int]) -> None:
-        """Tell the keeper of a new generation, and of the parity it holds in it."""
-        request = {"op": "enter", "generation": generation, "placement": placement}
+    def enter(
+        self,
+        generation: int,
+        placement: str,
+        addresses: dict[str, str],
+        capacities: Sequence[int],
+        lines: Lines = (),
+    ) -> None:
+        """Tell the keeper of a new generation, of the parity it holds in it, and which records count."""
+        request = {"op": "enter", "generation": generation, "placement": placement, "lines": lines}
         with self._lock:
             self._entered = {**request, "addresses": addresses, "capacities": list(capacities)}
             self._sealed = None

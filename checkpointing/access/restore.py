@@ -5,11 +5,13 @@ What is damaged is passed over and reported; what is missing everywhere is said 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from everstep.checkpointing.memory.segment import checksum_of
+from everstep.resharding.lines import Lines
 
 from .client import Fetched, KeeperClient, KeeperRefused
 from .erasure import Code
@@ -24,6 +26,7 @@ class Keepers:
     addresses: Mapping[str, str]  # node -> host:port; nearest first
     token: str
     on_wait: Callable[[], None]
+    lines: Lines = ()  # which records count
     unreachable: set[str] = field(default_factory=set)
     damage: list[dict[str, Any]] = field(default_factory=list)
     _clients: dict[str, KeeperClient] = field(default_factory=dict)
@@ -55,7 +58,7 @@ class Keepers:
         if client is None:
             return
         try:
-            found, damaged = client.fetch(shards, version, replay=replay)
+            found, damaged = client.fetch(shards, version, replay=replay, lines=self.lines)
             for shard in damaged:
                 self._found_damage("keeper", node, shard, f"version {version}")
             yield from found
@@ -86,12 +89,13 @@ class Keepers:
         """What can be made again from the other members of its stripe and their parity, at exactly `version`."""
         if not shards:
             return
-        stripes: dict[tuple[int, ...], list[tuple[str, dict[str, Any]]]] = {}
+        stripes: dict[tuple[tuple[int, ...], str], list[tuple[str, dict[str, Any]]]] = {}
         for node in self.addresses:
             for block in self._parity(node, shards, version):
-                stripes.setdefault(tuple(block["shards"]), []).append((node, block))
+                made_of = json.dumps(block["members"])  # blocks of two lines do not go together
+                stripes.setdefault((tuple(block["shards"]), made_of), []).append((node, block))
         made: set[int] = set()  # stripes of several placements may have a shard in common
-        for members, blocks in stripes.items():
+        for (members, _), blocks in stripes.items():
             lost = [shard for shard in members if shard in shards and shard not in made]
             for item in self._decode_stripe(members, blocks, lost, version) if lost else ():
                 made.add(item.shard)
@@ -102,7 +106,7 @@ class Keepers:
         if client is None:
             return []
         try:
-            return client.parity(shards, version)
+            return client.parity(shards, version, self.lines)
         except (OSError, ValueError, KeeperRefused):
             self._lose(node)
             return []
@@ -113,7 +117,11 @@ class Keepers:
         described = blocks[0][1]["members"]  # (length, checksum) of each member
         others = [shard for shard in members if shard not in lost]
         present = self.fetch(others, version, replay=False)
-        available: dict[int, bytearray] = {members.index(item.shard): item.parts[0] for item in present}
+        available: dict[int, bytearray] = {}
+        for item in present:
+            member, record = members.index(item.shard), item.parts[0]
+            if [len(record), checksum_of(record, item.shard, version)] == described[member]:
+                available[member] = record
         rows: dict[int, bytearray] = {}
         for node, block in blocks:
             if len(available) + len(rows) >= len(members):

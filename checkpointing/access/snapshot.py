@@ -26,6 +26,7 @@ from torch import Tensor
 
 from everstep.checkpointing.memory.record import ShardRecord, ShardState
 from everstep.checkpointing.memory.segment import Segment, seed_of
+from everstep.resharding.lines import Lines
 from everstep.resharding.placement import Placement
 
 from .client import KeeperLink
@@ -51,6 +52,7 @@ class Snapshots:
         self._link = link
         self._states = states
         self._generation = 0
+        self.lines: Lines = ()  # which records count from this generation on
         self._home: dict[int, tuple[int, Segment]] = {}  # shard -> segment
         self._bytes: dict[int, Tensor] = {}  # segment number -> its memory as uint8
         self._leaving: dict[int, int] = {}  # shard -> the version at which it got another owner
@@ -68,13 +70,20 @@ class Snapshots:
         self.on_copied: Callable[[int, int, float], None] = lambda started_ns, length, busy_s: None
         """Called, in the thread that copies, when a version is sealed: with its bytes, and the time less the pauses."""
 
-    def enter(self, generation: int, placement: Placement, addresses: Mapping[str, str], sizes: list[int]) -> None:
-        """Go to a new generation. `sizes`: bytes of each shard's record at most."""
-        self._generation = generation
+    def enter(
+        self,
+        generation: int,
+        placement: Placement,
+        addresses: Mapping[str, str],
+        sizes: list[int],
+        lines: Lines = (),
+    ) -> None:
+        """Go to a new generation. `sizes`: bytes of each shard's record at most; `lines`: which records count in it."""
+        self._generation, self.lines = generation, lines
         if self._link is not None:
             self._link.ensure()
             capacities = [max(sizes[shard] for shard in stripe.shards) for stripe in placement.stripes]
-            self._link.enter(generation, placement.to_json(), dict(addresses), capacities)
+            self._link.enter(generation, placement.to_json(), dict(addresses), capacities, lines)
 
     def has(self, shard: int) -> bool:
         """Whether there is room for a shard already."""
@@ -135,9 +144,13 @@ class Snapshots:
         if self._link is None:
             return
         self._link.ensure()
-        todo = [shard for shard in shards if self.version.get(shard) != version]
-        for shard in todo:
-            self.version[shard] = version
+        todo, before = [], tuple(fork for fork in self.lines if fork.generation < self._generation)
+        for shard in shards:
+            if self.version.get(shard) == version:  # it is written: from now on it is of this generation
+                self._home[shard][1].renew(shard, version, self._generation, before)
+            else:
+                todo.append(shard)
+                self.version[shard] = version
         assert self._pool is not None
         self._hurry.clear()
         records = {shard: ShardRecord(states(shard)) for shard in todo}
@@ -153,7 +166,7 @@ class Snapshots:
     def _open(self, shard: int, version: int, record: ShardRecord) -> _Begun:
         """Open a slot for a record, and copy its values, so that nobody can change them any more."""
         number, segment = self._home[shard]
-        slot = segment.free_slot(shard, (self.protected, version - 1, self.saving))
+        slot = segment.free_slot(shard, (self.protected, version - 1, self.saving), self.lines)
         start = segment.open_slot(shard, slot, record.length)
         room = self._bytes[number][start : start + segment.entries[shard].state_bytes]
         record.write_values(room.numpy().data)
@@ -174,7 +187,7 @@ class Snapshots:
         total, done, started = sum(begun.record.length for begun in opened), 0, time.monotonic()
         started_ns, paused_s = time.monotonic_ns(), 0.0
         for begun in opened:
-            self._write(version, begun)
+            self._write(generation, version, begun)
             done += begun.record.length
             ahead_s = self.spread_s * done / total - (time.monotonic() - started)
             if ahead_s > 0:
@@ -187,10 +200,10 @@ class Snapshots:
         if then is not None:
             then()
 
-    def _write(self, version: int, begun: _Begun) -> None:
+    def _write(self, generation: int, version: int, begun: _Begun) -> None:
         shard, record, segment, slot, room = begun
         checksum = record.write_rest(room.numpy().data, seed_of(shard, version, record.length))
-        self.checksums[shard] = segment.seal_slot(shard, slot, version, record.length, checksum)
+        self.checksums[shard] = segment.seal_slot(shard, slot, version, record.length, checksum, generation)
 
     def wait(self, on_wait: Callable[[], None] = lambda: None) -> None:
         """Return when everything begun is written; calls `on_wait` every 50 ms, adds the time to `waited_s`."""
@@ -209,15 +222,15 @@ class Snapshots:
         if self._link is None or not self.has(shard):
             return None
         segment = self._home[shard][1]
-        slot = segment.find(shard, version)
+        slot = segment.find(shard, version, self.lines)
         return segment.read(slot) if slot is not None else None
 
-    def resume(self, shard: int, version: int) -> memoryview | None:
-        """`stored`, in place; and what is found counts as written: `begin` need not write it again."""
+    def resume(self, shard: int, version: int, lines: Lines = ()) -> memoryview | None:
+        """`stored` of other `lines`, in place; what is found counts as written: `begin` need not write it again."""
         if self._link is None or not self.has(shard):
             return None
         segment = self._home[shard][1]
-        slot = segment.find(shard, version)
+        slot = segment.find(shard, version, lines)
         data = segment.view(slot) if slot is not None else None
         if slot is not None and data is not None:
             self.version[shard] = version
@@ -229,7 +242,7 @@ class Snapshots:
         if self._link is None or not self.has(shard):
             return None
         segment = self._home[shard][1]
-        slot = segment.find_gradient(shard, step)
+        slot = segment.find_gradient(shard, step, self.lines)
         return segment.read(slot) if slot is not None else None
 
     def discard(self, shard: int, version: int | None = None) -> None:
@@ -265,7 +278,8 @@ class Snapshots:
         """Declare the gradient of `step` complete."""
         if self._link is not None:
             _, segment = self._home[shard]
-            segment.seal_slot(shard, segment.gradient_slot(step), step, elements * dtype.itemsize)
+            length = elements * dtype.itemsize
+            segment.seal_slot(shard, segment.gradient_slot(step), step, length, generation=self._generation)
 
     def leave(self, shards: Iterable[int], version: int) -> None:
         """These shards have another owner from `version` on; what is kept of them is let go by a later `forget`."""

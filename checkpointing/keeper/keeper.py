@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from everstep.checkpointing.memory.segment import Entry, Segment, Stored
+from everstep.resharding.lines import Lines
 from everstep.resharding.placement import Placement
 
 STALE_VERSIONS = 3  # without parity: a dead worker's segment this far behind a live one is obsolete
@@ -28,12 +29,21 @@ class Guarded:
 
 @dataclass(frozen=True)
 class Generation:
-    """A generation as keepers see it. `capacities`: bytes of the largest record of each stripe."""
+    """A generation as keepers see it. `capacities`: bytes of the largest record of each stripe.
+
+    `lines`: which records count in it.
+    """
 
     generation: int
     placement: Placement
     addresses: dict[str, str]
     capacities: tuple[int, ...]
+    lines: Lines = ()
+
+    @property
+    def line(self) -> int:
+        """The generation in which this line of history began."""
+        return self.lines[-1].generation if self.lines else 0
 
 
 class VersionOver(Exception):
@@ -91,14 +101,17 @@ class Keeper:
         with self.changed:
             if self.membership is not None and membership.generation <= self.membership.generation:
                 return False
+            if self.membership is not None and membership.line > self.membership.line:
+                self._protected = -1  # what outlived nodes was of another line
             self.membership = membership
             self.changed.notify_all()
             return True
 
-    def sealed(self, protected: int) -> None:
+    def sealed(self, generation: int, protected: int) -> None:
         """A worker sealed a version of its shards; versions before `protected` are of no more use."""
         with self.changed:
-            self._protected = max(self._protected, protected)
+            if self.membership is None or generation >= self.membership.line:
+                self._protected = max(self._protected, protected)
             self._prune()
             self.changed.notify_all()
 
@@ -123,7 +136,8 @@ class Keeper:
         latest = {g.rank: 0 for g in self._segments.values()}
         for guarded in self._segments.values():
             latest[guarded.rank] = max(latest[guarded.rank], guarded.incarnation)
-        newest = max((g.segment.newest() for g in self._segments.values()), default=-1)
+        lines = self.membership.lines if self.membership is not None else ()
+        newest = max((g.segment.newest(lines) for g in self._segments.values()), default=-1)
         needed = newest - STALE_VERSIONS + 1 if self._protected < 0 else min(self._protected, newest - 1)
         for name, guarded in list(self._segments.items()):
             dead = (guarded.rank, guarded.incarnation) in self._dead or guarded.incarnation < latest[guarded.rank]
@@ -133,17 +147,18 @@ class Keeper:
     # ------------------------------------------------------------ answers
 
     def fetch(
-        self, shards: Sequence[int], version: int, *, replay: bool
+        self, shards: Sequence[int], version: int, *, replay: bool, lines: Lines = ()
     ) -> tuple[list[dict[str, Any]], list[bytes], list[int]]:
         """For each held shard: its state at `version`, or, with `replay`, the previous state and the gradient
-        of step version - 1. Slots whose bytes do not match their checksum are skipped, and their shards listed.
+        of step version - 1. Only records of `lines` count. Slots whose bytes do not match their checksum are skipped,
+        and their shards listed.
         """
         found: list[dict[str, Any]] = []
         blobs: list[bytes] = []
         damaged: list[int] = []
         with self.changed:
             for shard in shards:
-                for held, parts in self._candidates(shard, version, replay):
+                for held, parts in self._candidates(shard, version, replay, lines):
                     data = [segment.read(stored) for segment, stored in parts]
                     sound = [blob for blob in data if blob is not None]
                     if len(sound) == len(data):
@@ -153,35 +168,39 @@ class Keeper:
                     damaged.append(shard)
         return found, blobs, damaged
 
-    def _candidates(self, shard: int, version: int, replay: bool) -> Iterator[tuple[int, list[tuple[Segment, Stored]]]]:
+    def _candidates(
+        self, shard: int, version: int, replay: bool, lines: Lines
+    ) -> Iterator[tuple[int, list[tuple[Segment, Stored]]]]:
         holders = [g.segment for g in self._segments.values() if shard in g.segment.entries]
         for segment in holders:
-            state = segment.find(shard, version)
+            state = segment.find(shard, version, lines)
             if state is not None:
                 yield version, [(segment, state)]
         for segment in holders if replay and version > 0 else ():
-            state = segment.find(shard, version - 1)
-            gradient = segment.find_gradient(shard, version - 1)
+            state = segment.find(shard, version - 1, lines)
+            gradient = segment.find_gradient(shard, version - 1, lines)
             if state is not None and gradient is not None:
                 yield version - 1, [(segment, state), (segment, gradient)]
 
-    def located(self, shard: int, version: int) -> tuple[Segment, Stored] | None:
+    def located(self, shard: int, version: int, lines: Lines = ()) -> tuple[Segment, Stored] | None:
         """The location of a shard's state at `version`. Call with `changed` held."""
         for guarded in self._segments.values():
-            stored = guarded.segment.find(shard, version) if shard in guarded.segment.entries else None
+            stored = guarded.segment.find(shard, version, lines) if shard in guarded.segment.entries else None
             if stored is not None:
                 return guarded.segment, stored
         return None
 
-    def await_shard(self, shard: int, version: int, generation: int, slice_s: float) -> tuple[Segment, Stored] | None:
+    def await_shard(
+        self, shard: int, version: int, generation: int, slice_s: float, lines: Lines = ()
+    ) -> tuple[Segment, Stored] | None:
         """Wait until a version of a shard is sealed, for `slice_s` at most. Raises Superseded in a newer generation."""
         with self.changed:
-            place = self.located(shard, version)
+            place = self.located(shard, version, lines)
             if place is None:
                 if self.membership is not None and self.membership.generation > generation:
                     raise VersionOver
                 self.changed.wait(slice_s)
-                place = self.located(shard, version)
+                place = self.located(shard, version, lines)
             return place
 
     def held(self) -> dict[str, Any]:

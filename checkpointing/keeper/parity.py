@@ -16,6 +16,7 @@ import xxhash
 
 from everstep.checkpointing.access.erasure import Code
 from everstep.checkpointing.memory.segment import seed_of
+from everstep.resharding.lines import Lines, since
 from everstep.resharding.placement import Stripe
 
 ANY_SHARD = -1
@@ -23,7 +24,10 @@ ANY_SHARD = -1
 
 @dataclass
 class ParityBlock:
-    """One parity row of one stripe at one version. `members`: member number -> (length, checksum) once it is in."""
+    """One parity row of one stripe at one version. `members`: member number -> (length, checksum) once it is in.
+
+    `since`: all of them are of this generation or newer.
+    """
 
     number: int
     version: int
@@ -33,6 +37,7 @@ class ParityBlock:
     capacity: int
     members: dict[int, tuple[int, int]] = field(default_factory=dict)
     checksum: int | None = None  # None until sealed
+    since: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -107,18 +112,19 @@ class ParityStore:
         with self._lock:
             return {"encoded_bytes": self._encoded[0], "encode_s": self._encoded[1]}
 
-    def open(self, version: int, stripe: Stripe, row: int, capacity: int) -> ParityBlock:
+    def open(self, version: int, stripe: Stripe, row: int, capacity: int, lines: Lines = ()) -> ParityBlock:
         """The block for this row of a stripe at a version: a sealed or begun one of the same shards, or a new one."""
+        first = since(lines, version)
         with self._lock:
             for block in self._blocks.values():
                 same = block.stripe.shards == stripe.shards and len(block.stripe.parity) == len(stripe.parity)
-                if block.version == version and block.row == row and same:
+                if block.version == version and block.row == row and same and block.since >= first:
                     return block
             capacity = max(capacity, self._largest.get(stripe.shards, 0))
             pool = self._free.get(capacity)
             memory = pool.pop() if pool else mmap.mmap(-1, max(capacity, 1), flags=_FLAGS)
             self._numbers += 1
-            block = ParityBlock(self._numbers, version, stripe, row, memory, capacity)
+            block = ParityBlock(self._numbers, version, stripe, row, memory, capacity, since=first)
             self._blocks[block.number] = block
             return block
 
@@ -141,14 +147,17 @@ class ParityStore:
                 for memory in self._free.pop(capacity):
                     memory.close()
 
-    def covering(self, shards: Iterable[int], version: int) -> list[ParityBlock]:
-        """The sealed blocks at a version that have any of these shards as a member."""
-        wanted = set(shards)
+    def covering(self, shards: Iterable[int], version: int, lines: Lines = ()) -> list[ParityBlock]:
+        """The sealed blocks at a version that have any of these shards as a member, and are of these lines."""
+        wanted, first = set(shards), since(lines, version)
         with self._lock:
             return [
                 block
                 for block in self._blocks.values()
-                if block.version == version and block.checksum is not None and wanted & set(block.stripe.shards)
+                if block.version == version
+                and block.checksum is not None
+                and block.since >= first
+                and wanted & set(block.stripe.shards)
             ]
 
     def block(self, number: int) -> ParityBlock | None:

@@ -61,6 +61,9 @@ class Protector:
         """Start a new generation: drop the requests of the last one; workers repeat them."""
         with self._keeper.changed:
             self._wanted.clear()
+            line = self._keeper.membership.line if self._keeper.membership else 0
+            if line > self._complete[0]:  # nothing that was whole is of this line of history
+                self._protected, self._complete, self._before = -1, (0, -1), (0, -1)
             self._before = self._complete if self._complete[1] >= 0 else self._before
             self._complete = (self._generation(), -1)
             self._keeper.changed.notify_all()
@@ -110,7 +113,8 @@ class Protector:
         blocks: list[tuple[int, ParityBlock]] = []
         for number, row in membership.placement.held_by(self._keeper.node):
             stripe = membership.placement.stripes[number]
-            blocks.append((number, self._store.open(version, stripe, row, capacities[number])))
+            block = self._store.open(version, stripe, row, capacities[number], membership.lines)
+            blocks.append((number, block))
         self._store.trim(block.capacity for _, block in blocks)
         by_flow: dict[tuple[str, int], list[MissingMember]] = {}
         for number, block in blocks:
@@ -134,7 +138,7 @@ class Protector:
         ]
         while not self._given_up(membership, version):
             with self._keeper.changed:
-                if all(self._keeper.located(shard, version) for shard in own):
+                if all(self._keeper.located(shard, version, membership.lines) for shard in own):
                     return True
                 self._keeper.changed.wait(WAIT_SLICE_S)
         return False
@@ -179,7 +183,8 @@ class Protector:
             if self._given_up(membership, version):
                 raise KeeperRefused("this version is no longer needed")
 
-        answers = client.collect([p.shard for p in pieces], version, membership.generation, staging, patient)
+        shards = [piece.shard for piece in pieces]
+        answers = client.collect(shards, version, membership.generation, staging, patient, membership.lines)
         for piece, (length, checksum) in zip(pieces, answers, strict=True):
             yield piece, length, checksum
 

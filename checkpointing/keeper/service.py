@@ -25,6 +25,7 @@ from everstep.checkpointing.saving.saver import Saver
 from everstep.comms.base import addresses
 from everstep.comms.base.process import leave_signals_to_launcher, let_compute_go_first
 from everstep.comms.base.security import Security, SecurityError, own
+from everstep.resharding.lines import lines_of
 from everstep.resharding.placement import Placement
 
 from .keeper import Generation, Keeper, VersionOver
@@ -201,10 +202,11 @@ class KeeperServer:
         elif operation == "enter":
             placement = Placement.from_json(request["placement"])
             capacities = tuple(request["capacities"])
-            if keeper.enter(Generation(request["generation"], placement, request["addresses"], capacities)):
+            lines = lines_of(request["lines"])
+            if keeper.enter(Generation(request["generation"], placement, request["addresses"], capacities, lines)):
                 self.protector.enter()
         elif operation == "sealed":
-            keeper.sealed(request["protected"])
+            keeper.sealed(request["generation"], request["protected"])
             if request["protect"]:
                 self.protector.want(request["generation"], request["version"], request["protected"])
         elif operation == "save":
@@ -225,12 +227,14 @@ class KeeperServer:
     def _remote(self, connection: socket.socket, request: dict[str, Any]) -> None:
         operation = request["op"]
         if operation == "fetch":
-            found, blobs, damaged = self.keeper.fetch(request["shards"], request["version"], replay=request["replay"])
+            found, blobs, damaged = self.keeper.fetch(
+                request["shards"], request["version"], replay=request["replay"], lines=lines_of(request["lines"])
+            )
             _answer(connection, {"found": found, "damaged": damaged})
             for blob in blobs:
                 connection.sendall(blob)
         elif operation == "parity":
-            blocks = self.store.covering(request["shards"], request["version"])
+            blocks = self.store.covering(request["shards"], request["version"], lines_of(request["lines"]))
             _answer(connection, {"blocks": [block.describe() for block in blocks]})
         elif operation == "block":
             block = self.store.block(request["block"])
@@ -244,12 +248,12 @@ class KeeperServer:
 
     def _collect(self, connection: socket.socket, request: dict[str, Any]) -> None:
         """Send each shard as soon as it is sealed, directly from the segment; the receiver verifies the bytes."""
-        version, generation = request["version"], request["generation"]
+        version, generation, lines = request["version"], request["generation"], lines_of(request["lines"])
         for shard in request["shards"]:
             place = None
             while place is None:
                 try:
-                    place = self.keeper.await_shard(shard, version, generation, WAIT_SLICE_S)
+                    place = self.keeper.await_shard(shard, version, generation, WAIT_SLICE_S, lines)
                 except VersionOver:
                     _answer(connection, {"error": f"generation {generation} is over"})
                     return

@@ -3,8 +3,8 @@
 For each shard it has a few state slots, each for one version, and two gradient slots (the reduced gradient of step k
 lies in slot k % 2). A slot's header is cleared before its bytes change and written, with their checksum, after: a torn
 slot is never valid. The checksum covers what the bytes are (shard, version, length) too, so damage to a header is
-noticed as well. The memory is anonymous (memfd): it has no name that could be left behind, and lives as long as the
-worker or the keeper holds it.
+noticed as well; not the generation in which they were written, since a record may count as written again. The memory is
+anonymous (memfd): it has no name that could be left behind, and lives as long as the worker or the keeper holds it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ from typing import NamedTuple
 import xxhash
 from typing_extensions import Buffer
 
-_HEADER = struct.Struct("<qQQ")  # version or step (-1: invalid), length in bytes, checksum
+from everstep.resharding.lines import Lines, since, slot_to_write
+
+_HEADER = struct.Struct("<qQQq")  # version or step (-1: invalid), length in bytes, checksum, generation
+_GENERATION = struct.Struct("<q")
 _SEED = struct.Struct("<qqqq")
 _SLOT_HEADER_BYTES = 32
 _ALIGN = 64
@@ -46,6 +49,7 @@ class Stored:
     length: int
     checksum: int
     gradient: bool = False
+    generation: int = 0  # in which it was written
 
 
 def seed_of(shard: int, version: int, length: int, *, gradient: bool = False) -> int:
@@ -93,7 +97,7 @@ class Segment:
         segment = cls(fd, size, entries, states)
         for entry in entries:
             for slot in range(states + _GRADIENTS):
-                segment._write_header(entry, slot, -1, 0, 0)
+                segment._write_header(entry, slot, -1, 0, 0, 0)
         return segment
 
     # ------------------------------------------------------------ writing
@@ -102,16 +106,10 @@ class Segment:
         """The slot of a step's gradient."""
         return self.states + step % _GRADIENTS
 
-    def free_slot(self, shard: int, keep: Collection[int]) -> int:
-        """The state slot to write next: the one with the oldest version, but for one of each version in `keep`.
-
-        A version may be there twice, when it was made again after going back.
-        """
-        entry = self.entries[shard]
-        versions = [(self._header(entry, slot)[0], slot) for slot in range(self.states)]
-        kept = {version: (version, slot) for version, slot in versions if version in keep and version >= 0}
-        free = [item for item in versions if item not in kept.values()]
-        return min(free or versions)[1]
+    def free_slot(self, shard: int, keep: Collection[int], lines: Lines = ()) -> int:
+        """The state slot to write next; see `slot_to_write`."""
+        held = [self.stored(shard, slot) for slot in range(self.states)]
+        return slot_to_write([(s.version, s.generation) if s is not None else None for s in held], keep, lines)
 
     def open_slot(self, shard: int, slot: int, length: int) -> int:
         """Invalidate a slot that is about to be written; returns the offset of its bytes."""
@@ -120,27 +118,44 @@ class Segment:
             raise ValueError(
                 f"shard {shard} needs {length} bytes in slot {slot}, which was made for {self._capacity(entry, slot)}"
             )
-        self._write_header(entry, slot, -1, 0, 0)
+        self._write_header(entry, slot, -1, 0, 0, 0)
         return self._body(entry, slot)
 
-    def seal_slot(self, shard: int, slot: int, version: int, length: int, checksum: int | None = None) -> int:
-        """Mark a slot as holding `version`; returns its checksum, which is taken here unless it is given."""
+    def seal_slot(
+        self, shard: int, slot: int, version: int, length: int, checksum: int | None = None, generation: int = 0
+    ) -> int:
+        """Mark a slot as holding `version`, written in `generation`.
+
+        Returns its checksum, which is taken here unless it is given.
+        """
         entry = self.entries[shard]
         start = self._body(entry, slot)
         if checksum is None:
             with memoryview(self.memory) as view, view[start : start + length] as body:
                 checksum = checksum_of(body, shard, version, gradient=slot >= self.states)
-        self._write_header(entry, slot, version, length, checksum)
+        self._write_header(entry, slot, version, length, checksum, generation)
         return checksum
 
-    def _write_header(self, entry: Entry, slot: int, version: int, length: int, checksum: int) -> None:
-        _HEADER.pack_into(self.memory, entry.offset + slot * _SLOT_HEADER_BYTES, version, length, checksum)
+    def renew(self, shard: int, version: int, generation: int, lines: Lines) -> None:
+        """A shard's state at `version` counts as written in `generation`."""
+        entry = self.entries[shard]
+        for slot in range(self.states):
+            stored = self.stored(shard, slot)
+            if stored is not None and stored.version == version and stored.generation >= since(lines, version):
+                place = entry.offset + slot * _SLOT_HEADER_BYTES + _HEADER.size - _GENERATION.size
+                _GENERATION.pack_into(self.memory, place, generation)
+
+    def _write_header(self, entry: Entry, slot: int, version: int, length: int, checksum: int, generation: int) -> None:
+        place = entry.offset + slot * _SLOT_HEADER_BYTES
+        _HEADER.pack_into(self.memory, place, version, length, checksum, generation)
 
     # ------------------------------------------------------------ reading
 
-    def _header(self, entry: Entry, slot: int) -> tuple[int, int, int]:
-        version, length, checksum = _HEADER.unpack_from(self.memory, entry.offset + slot * _SLOT_HEADER_BYTES)
-        return version, length, checksum
+    def _header(self, entry: Entry, slot: int) -> tuple[int, int, int, int]:
+        version, length, checksum, generation = _HEADER.unpack_from(
+            self.memory, entry.offset + slot * _SLOT_HEADER_BYTES
+        )
+        return version, length, checksum, generation
 
     def _body(self, entry: Entry, slot: int) -> int:
         start = entry.offset + _aligned((self.states + _GRADIENTS) * _SLOT_HEADER_BYTES)
@@ -154,20 +169,22 @@ class Segment:
     def stored(self, shard: int, slot: int) -> Stored | None:
         """What a slot says it holds, or None if it is empty or torn. The checksum is not compared here."""
         entry = self.entries[shard]
-        version, length, checksum = self._header(entry, slot)
+        version, length, checksum, generation = self._header(entry, slot)
         if version < 0 or length > self._capacity(entry, slot):
             return None
-        return Stored(shard, version, self._body(entry, slot), length, checksum, slot >= self.states)
+        return Stored(shard, version, self._body(entry, slot), length, checksum, slot >= self.states, generation)
 
-    def find(self, shard: int, version: int) -> Stored | None:
-        """The slot that holds a shard's state at `version`."""
+    def find(self, shard: int, version: int, lines: Lines = ()) -> Stored | None:
+        """The slot that holds a shard's state at `version`, of these lines."""
         slots = (self.stored(shard, slot) for slot in range(self.states))
-        return next((s for s in slots if s is not None and s.version == version), None)
+        first = since(lines, version)
+        return next((s for s in slots if s is not None and s.version == version and s.generation >= first), None)
 
-    def find_gradient(self, shard: int, step: int) -> Stored | None:
-        """The slot that holds a shard's reduced gradient of `step`."""
+    def find_gradient(self, shard: int, step: int, lines: Lines = ()) -> Stored | None:
+        """The slot that holds a shard's reduced gradient of `step`, which leads to the version after it."""
         found = self.stored(shard, self.gradient_slot(step))
-        return found if found is not None and found.version == step else None
+        sound = found is not None and found.version == step and found.generation >= since(lines, step + 1)
+        return found if sound else None
 
     def read(self, stored: Stored) -> bytes | None:
         """The bytes of a slot, or None if they do not match their checksum."""
@@ -184,9 +201,9 @@ class Segment:
         sound = checksum_of(data, stored.shard, stored.version, gradient=stored.gradient) == stored.checksum
         return data if sound else None
 
-    def newest(self) -> int:
-        """The greatest state version in the segment, -1 if it has none."""
-        return max((s.version for s in self._states()), default=-1)
+    def newest(self, lines: Lines = ()) -> int:
+        """The greatest state version in the segment that is of these lines, -1 if it has none."""
+        return max((s.version for s in self._states() if s.generation >= since(lines, s.version)), default=-1)
 
     def _states(self) -> Iterator[Stored]:
         for shard in self.entries:

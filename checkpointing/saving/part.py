@@ -30,6 +30,7 @@ from everstep.checkpointing.universal.writer import (
     retain,
     try_commit,
 )
+from everstep.resharding.lines import Lines, lines_of
 
 T = TypeVar("T")
 FIRST_RETRY_S = 0.25  # then twice as long each time
@@ -74,6 +75,7 @@ class SaveRequest:
     manifest: Mapping[str, Any]
     keep: int
     keep_s: float
+    lines: Lines = ()  # which records count
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), separators=(",", ":"))
@@ -84,6 +86,7 @@ class SaveRequest:
         raw["parameters"] = tuple(Parameter(p[0], p[1], tuple(p[2]), p[3]) for p in raw["parameters"])
         raw["pieces"] = tuple(ShardPiece(*piece) for piece in raw["pieces"])
         raw["expected"] = tuple(raw["expected"])
+        raw["lines"] = lines_of(raw["lines"])
         return cls(**raw)
 
 

@@ -22,6 +22,7 @@ from everstep.checkpointing.access.client import KeeperClient, KeeperRefused
 from everstep.checkpointing.universal.manifest import CheckpointError
 from everstep.checkpointing.universal.store import StoreError
 from everstep.comms.base.process import leave_signals_to_launcher, let_compute_go_first, own_command
+from everstep.resharding.lines import Lines
 
 from .part import (
     Gone,
@@ -127,12 +128,12 @@ class Saver:
             return {"results": self._results.pop(writer, []), "open": list(still_s), "still_s": still_s}
 
 
-def _fetcher(address: str, token: str, version: int) -> Any:
+def _fetcher(address: str, token: str, version: int, lines: Lines) -> Any:
     """A function that fetches records at `version` from the keeper, over a separate connection."""
     client = KeeperClient(address, token)
 
     def fetch(shards: Sequence[int]) -> Mapping[int, bytearray]:
-        found, _ = client.fetch(list(shards), version, replay=False)
+        found, _ = client.fetch(list(shards), version, replay=False, lines=lines)
         return {item.shard: item.parts[0] for item in found}
 
     return client, fetch
@@ -142,7 +143,7 @@ def _carry_out(request: SaveRequest, address: str, token: str, moved: Callable[[
     started = time.monotonic()
     result: dict[str, Any] = {"writer": request.writer, "name": request.name, "warnings": []}
     try:
-        client, fetch = _fetcher(address, token, request.version)
+        client, fetch = _fetcher(address, token, request.version, request.lines)
         with contextlib.closing(client):
             result["committed"] = save_part(request, fetch, moved=moved, warned=result["warnings"].append)
         result["bytes"] = saved_bytes(request) if result["committed"] else 0

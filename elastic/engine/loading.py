@@ -15,6 +15,7 @@ from everstep.elastic.holding.shard_store import ShardStore
 from everstep.elastic.holding.source import Found, ShardSource
 from everstep.elastic.holding.stack import LayerStack
 from everstep.elastic.protocol import events as e
+from everstep.resharding.lines import Lines
 from everstep.resharding.moves import PROTECTED, Move, SourceKind, What
 from everstep.resharding.plan import Plan
 
@@ -63,10 +64,12 @@ class Loader:
         self._token = token
         self._node = node
         self._keepers: Mapping[str, str] = {}  # node -> address, this rank's own node first
+        self._lines: Lines = ()  # which records count once all is loaded
         self.checkpoint: CheckpointStates | None = None  # the checkpoint that the generation resumes from
 
-    def enter(self, keepers: Mapping[str, str]) -> None:
-        """Begin a generation with these keepers: node -> address."""
+    def enter(self, keepers: Mapping[str, str], lines: Lines) -> None:
+        """Begin a generation with these keepers: node -> address; `lines`: which of their records count in it."""
+        self._lines = lines
         self._keepers = dict(sorted(keepers.items(), key=lambda item: item[0] != self._node))
         self.checkpoint = None
 
@@ -89,7 +92,7 @@ class Loader:
         started, told, membership = time.monotonic(), False, self._engine.membership
         with self._engine.progress.waiting(f"{len(moves)} shards of version {version} in {_places(moves)}"):
             while True:
-                keepers = Keepers(self._keepers, self._token, self._patient)
+                keepers = Keepers(self._keepers, self._token, self._patient, plan.lines_before)
                 try:
                     for found in self._read(plan, keepers, remaining, version, agreement):
                         if found.gradient is None:
@@ -138,7 +141,7 @@ class Loader:
     def _source(self, plan: Plan, kind: SourceKind, keepers: Keepers, version: int, agreement: str) -> ShardSource:
         engine = self._engine
         if kind is SourceKind.MEMORY:
-            return OwnMemory(engine.snapshots)
+            return OwnMemory(engine.snapshots, plan.lines_before)
         if kind is SourceKind.PARITY:
             return Stripes(keepers)
         if kind is SourceKind.STORAGE:
@@ -158,7 +161,7 @@ class Loader:
 
     def kept(self, shards: Sequence[int], version: int, on_wait: Callable[[], None]) -> dict[int, dict[str, Any]]:
         """The states of `version` that keepers hold now, or that parity reproduces."""
-        keepers = Keepers(self._keepers, self._token, on_wait)
+        keepers = Keepers(self._keepers, self._token, on_wait, self._lines)
         try:
             return {shard: read_record(data) for shard, data in keepers.records(shards, version).items()}
         finally:

@@ -160,7 +160,7 @@ class Recovery:
         self._began, began_ns = time.monotonic(), time.monotonic_ns()
         engine.telemetry.generation = plan.generation
         engine.telemetry.interrupted()
-        self.loader.enter(orders.keepers)
+        self.loader.enter(orders.keepers, plan.lines)
         with engine.progress.waiting(f"links to the other ranks of generation {plan.generation}"):
             engine.comm.edit(plan.generation, orders.peers)
         if engine.membership.superseded(plan.generation):  # the edit of the membership may have cleared an abort
@@ -225,11 +225,16 @@ class Recovery:
         orders = engine.orders[plan.generation]
         joins = plan.version is None and not plan.leaving
         engine.protection.enter(plan.generation, orders.placement, joins=joins)
-        engine.snapshots.protected = -1 if plan.checkpoint else max(engine.snapshots.protected, plan.protected)
+        snapshots = engine.snapshots
+        if plan.checkpoint or plan.forks:  # what outlived nodes was of another line
+            snapshots.protected = -1
+        snapshots.protected = max(snapshots.protected, plan.protected)
+        for shard in plan.stand_ins:
+            snapshots.discard(shard)
         placement = orders.placement
         if engine.settings.protection == "replay":  # under replay the workers hold the copies, not the keepers
             placement = replace(placement, stripes=())
-        engine.snapshots.enter(plan.generation, placement, orders.keepers, engine.record_bytes)
+        snapshots.enter(plan.generation, placement, orders.keepers, engine.record_bytes, plan.lines)
         entering = engine.worker.state.entering
         assert entering is not None
         engine.progress.mark(StepPhase.JOIN if entering.fresh else StepPhase.RESTORE, entering.version)
@@ -259,6 +264,7 @@ class Recovery:
         replay = engine.settings.protection == "replay"
         ranks = backup_ranks(layout, orders.placement, orders.nodes) if replay else {}
         engine.backups.take_places(layout, ranks, anew=it.discard)
+        engine.backups.level.difference_update(it.plan.stand_ins)
         if it.seeded:
             engine.store.seed()
             engine.backups.store.seed()

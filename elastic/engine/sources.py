@@ -18,6 +18,7 @@ from everstep.elastic.holding.source import Found
 from everstep.elastic.holding.stack import LayerStack
 from everstep.elastic.holding.user_optimizer import UserOptimizer
 from everstep.elastic.step.exchange import Exchange
+from everstep.resharding.lines import Lines
 from everstep.resharding.neighbors import stand_ins
 
 from .resume import CheckpointStates
@@ -28,10 +29,11 @@ class OwnMemory:
     """This rank's snapshots. A shard that is found there counts as written: it need not be copied again."""
 
     snapshots: Snapshots
+    lines: Lines = ()
 
     def read(self, shards: Sequence[int], version: int) -> Iterator[Found]:
         for shard in shards:
-            data = self.snapshots.resume(shard, version)
+            data = self.snapshots.resume(shard, version, self.lines)
             if data is not None:
                 yield Found(shard, read_record(data))
 

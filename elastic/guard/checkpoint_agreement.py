@@ -322,6 +322,7 @@ class Checkpoints:
             manifest=self._manifest(waiting.version, agreement, waiting.layout),
             keep=settings.checkpoint_keep,
             keep_s=settings.checkpoint_keep_s,
+            lines=self._snapshots.lines,
         )
 
     def _manifest(self, version: int, agreement: str, layout: Layout) -> dict[str, Any]:

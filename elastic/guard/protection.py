@@ -12,6 +12,7 @@ from everstep.elastic.contract.settings import Settings
 from everstep.elastic.protocol import events as e
 from everstep.elastic.protocol.agreement import Kept, Share
 from everstep.elastic.protocol.protecting import Protecting
+from everstep.resharding.lines import of_this_line
 from everstep.resharding.placement import Placement
 
 from .interval import Interval
@@ -108,5 +109,6 @@ class Protection:
 
     def adopt(self, terms: dict[str, Any]) -> None:
         """Adopt what was agreed."""
-        self._snapshots.protected = max(self._snapshots.protected, terms["protected"])
+        if of_this_line(self._snapshots.lines, terms["step"]):
+            self._snapshots.protected = max(self._snapshots.protected, terms["protected"])
         self._state.every = terms["every"]

@@ -60,6 +60,7 @@ from .outcome import (
     fail,
     with_workers,
 )
+from .protection import committed_protected
 from .quarantine import keep_out
 from .recovering import (
     all_ready,
@@ -183,6 +184,7 @@ def _prepare_switch(state: State, now: float) -> Outcome:
     if any(w.left >= 0 for w in state.members()):
         return begin_recovery(state, None, now)
     plan = plan_join(state.job.model, state.layout, joiners, state.generation + 1)
+    plan = replace(plan, lines=state.lines)
     state = replace(state, generation=plan.generation, join=plan)
     record = e.Record("join_prepared", {"generation": plan.generation, "ranks": joiners})
     state, orders = carry_out(state, plan)
@@ -229,7 +231,7 @@ def _committed(state: State, event: e.WorkerCommitted, now: float) -> Outcome:
     if event.generation < state.rolled_back:
         return state, []  # belongs to steps that a rollback discarded
     workers = {rank: replace(w, deaths=0, hangs=0) for rank, w in state.workers.items()}
-    protected, every = max(state.protected, event.protected), event.every or state.snapshot_every
+    protected, every = committed_protected(state, event), event.every or state.snapshot_every
     state = replace(state, committed=event.step, workers=workers, protected=protected, snapshot_every=every)
     if event.step > state.agreed:
         state = replace(state, agreed=event.step, agreement=event.agreement)

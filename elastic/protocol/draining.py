@@ -65,7 +65,7 @@ def offer_leave(state: State) -> Outcome:
     leavers = [rank for rank in layout.ranks if state.workers[rank].node in state.leaving]
     if ending or not leavers or len(leavers) == len(layout.ranks):
         return state, []
-    plan = plan_leave(job.model, layout, leavers, state.generation + 1)
+    plan = replace(plan_leave(job.model, layout, leavers, state.generation + 1), lines=state.lines)
     record = e.Record("leave_prepared", {"generation": plan.generation, "ranks": leavers})
     state, orders = carry_out(replace(state, generation=plan.generation, join=plan), plan)
     return state, [*orders, record]

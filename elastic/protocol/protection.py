@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from everstep.resharding.layout import Layout
+from everstep.resharding.lines import of_this_line
 from everstep.resharding.neighbors import stand_ins
 from everstep.resharding.placement import Placement, place
 from everstep.resharding.plan import Plan, Report, plan_resume
@@ -130,13 +131,23 @@ def protected_now(state: State, reports: Iterable[tuple[str, Report]]) -> int:
     return max(found)
 
 
-def still_missing(recovery: RecoveryStory, newest: int) -> RecoveryStory:
+def outliving(state: State, reports: Iterable[Report]) -> int:
+    """The newest version that outlives nodes, also by what members say who have entered this line of history."""
+    line = state.lines[-1].generation if state.lines else 0
+    return max([state.protected, *(report.outlives for report in reports if report.generation >= line)])
+
+
+def committed_protected(state: State, event: e.WorkerCommitted) -> int:
+    """The newest version that outlives nodes, also by what was agreed in a step."""
+    return max(state.protected, event.protected) if of_this_line(state.lines, event.step) else state.protected
+
+
+def still_missing(state: State, recovery: RecoveryStory, newest: int) -> RecoveryStory:
     """The recovery without the losses that an earlier plan has repaired: all members had carried that plan out."""
     if not 0 <= recovery.planned < newest:
         return recovery
-    return replace(
-        recovery, losses=tuple(x for x in recovery.losses if not x.planned), ceiling=None, lacking=(), substitutes=()
-    )
+    losses = tuple(loss for loss in recovery.losses if not loss.planned)
+    return replace(recovery, losses=losses, ceiling=None, lacking=(), substitutes=(), lines=state.lines)
 
 
 def target(state: State, recovery: RecoveryStory, newest: int, reports: Sequence[tuple[str, Report]]) -> int:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from everstep.resharding.layout import LayoutError
+from everstep.resharding.lines import forked
 from everstep.resharding.plan import (
     Plan,
     PlanError,
@@ -34,6 +35,7 @@ from .outcome import (
 )
 from .protection import (
     memory_needed,
+    outliving,
     placement_for,
     protected_now,
     resumable,
@@ -224,6 +226,7 @@ def begin_recovery(
         ceiling=earlier.ceiling if earlier else None,
         lacking=earlier.lacking if earlier else (),
         substitutes=earlier.substitutes if earlier else (),
+        lines=earlier.lines if earlier else state.lines,
         awaited=frozenset(w.id for w in asked),
     )
     state = replace(state, phase=Phase.RECOVERING, generation=generation, recovery=recovery, join=None, concluding=None)
@@ -267,8 +270,8 @@ def plan_if_complete(state: State, now: float) -> Outcome:
     # Some members may not have carried out a rollback yet: earlier agreements of theirs were given up.
     newest = max([state.agreed, *(r.agreed for r in reports if r.generation >= state.rolled_back)]) + 1
     by_node = [(state.workers[report.rank].node, report) for report in reports]
-    recovery = still_missing(recovery, newest)
-    state = replace(state, protected=max(state.protected, *(report.outlives for report in reports)))
+    recovery = still_missing(state, recovery, newest)
+    state = replace(state, protected=outliving(state, reports))
     version = target(state, recovery, newest, by_node)
     if version < 0 and job.on_loss == "neighbors":
         version, recovery = stand_in(state, job, recovery, newest)
@@ -282,7 +285,7 @@ def plan_if_complete(state: State, now: float) -> Outcome:
         else:
             plan = _recovery_plan(state, job, recovery, reports, version if version < furthest else None)
         plan = replace(plan, protected=max(plan.protected, min(version, protected_now(state, by_node))))
-        plan = plan.standing_in(recovery.substitutes)
+        state, recovery, plan = _on_its_line(state, recovery, plan.standing_in(recovery.substitutes))
     except (LayoutError, PlanError) as error:
         return fail(
             state,
@@ -316,6 +319,26 @@ def plan_if_complete(state: State, now: float) -> Outcome:
     return state, effects
 
 
+def _on_its_line(state: State, recovery: RecoveryStory, plan: Plan) -> tuple[State, RecoveryStory, Plan]:
+    """The plan with the lines of history, which it forks if other bytes follow its version than before.
+
+    They do if it approximates shards, or goes back to an earlier line. A plan in the same recovery as one that forked
+    forks again: not every record of the version is of that plan's generation yet.
+    """
+    assert plan.version is not None
+    again = recovery.lines != state.lines
+    earlier = bool(state.lines) and (bool(plan.checkpoint) or plan.version < state.lines[-1].version)
+    if not (plan.stand_ins or again or earlier):
+        return state, recovery, replace(plan, lines=state.lines)
+    lines = forked(recovery.lines, plan.version, plan.generation)
+    agreements = {step: text for step, text in state.agreements.items() if step < plan.version}
+    state = replace(state, lines=lines, protected=-1, placements={}, agreements=agreements)
+    if plan.checkpoint:  # all is read from storage: the next plan may read only what was written since, from memory
+        recovery = replace(recovery, lines=lines)
+    protected = -1 if plan.stand_ins or plan.checkpoint else plan.protected
+    return state, recovery, replace(plan, lines=lines, protected=protected)
+
+
 def _recovery_plan(
     state: State, job: e.Job, recovery: RecoveryStory, reports: list[Report], back_to: int | None
 ) -> Plan:
@@ -334,7 +357,11 @@ def _recovery_plan(
         agreement = state.agreements.get(back_to - 1, "")
         return plan_rollback(job.model, old, ranks, state.generation, back_to, agreement)
     if recovery.substitutes:  # approximated shards make it another model: no rank has its values, nor part of a step
-        reports = [replace(r, values_version=-1, held=(), started=(), todo=()) for r in reports]
+        left = [tuple(shard for shard in r.owned if shard not in recovery.substitutes) for r in reports]
+        reports = [
+            replace(r, owned=owned, values_version=-1, held=(), started=(), todo=())
+            for r, owned in zip(reports, left, strict=True)
+        ]
     return plan_recovery(job.model, old, reports, state.generation, (state.agreed, state.agreement))
 
 

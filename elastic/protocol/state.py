@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from everstep.resharding.layout import Layout
+from everstep.resharding.lines import Lines
 from everstep.resharding.placement import Placement
 from everstep.resharding.plan import Plan, Report
 
@@ -167,6 +168,7 @@ class RecoveryStory:
     ceiling: int | None = None  # newer versions were attempted, and could not be restored
     lacking: tuple[int, ...] = ()  # shards of the attempted version that are missing
     substitutes: tuple[int, ...] = ()  # lost shards that are approximated (on_loss="neighbors")
+    lines: Lines = ()  # which records count, before any plan of this recovery
     awaited: frozenset[WorkerId] = frozenset()
     reports: Mapping[WorkerId, Report] = field(default_factory=dict)
     busy_s: float = 0.0
@@ -212,6 +214,7 @@ class State:
     concluding: Concluding | None = None
     lost: tuple[str, ...] = ()  # what a job that continues, or ends, has nevertheless not completed
     rolled_back: int = 0  # the generation of the last return to an older version
+    lines: Lines = ()  # which records count, after the newest plan
 
     def members(self) -> tuple[Worker, ...]:
         return tuple(w for w in self.workers.values() if w.status in (Status.MEMBER, Status.FINISHED))

@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 from everstep.resharding.layout import Layout
+from everstep.resharding.lines import since
 from everstep.resharding.moves import What, received
 from everstep.resharding.plan import Plan
 from everstep.resharding.work import Work
@@ -155,7 +156,8 @@ def _take_places(state: WorkerState, version: int, agreement: str, instructions:
         instructions.append(RunOptimizer(agreement))
         holding = replace(holding, pristine=False)
     current = not discard and holding.values_version == version and not plan.stand_ins
-    seeded = version == 0 and holding.pristine and not plan.checkpoint
+    approximated = since(plan.lines_before, 0) > 0  # version 0 too: what a seed gives is of another line
+    seeded = version == 0 and holding.pristine and not plan.checkpoint and not approximated
     layout = plan.layout
     stage = layout.stage_of(state.rank)
     layers = (stage.start, stage.stop)

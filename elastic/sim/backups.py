@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from everstep.elastic.protocol.backing_up import BackingUp
 from everstep.resharding.layout import Layout
@@ -23,10 +23,13 @@ class Backups:
         self._snapshots = snapshots
         self._gradients: dict[int, str] = {}
 
-    def enter(self, ranks: Mapping[int, tuple[int, ...]], *, discard: bool, seeded: bool) -> None:
-        """Enter a generation and its assignment of backups."""
+    def enter(
+        self, ranks: Mapping[int, tuple[int, ...]], *, discard: bool, seeded: bool, gone: Collection[int]
+    ) -> None:
+        """Enter a generation and its assignment of backups; copies of shards that are `gone` are not used."""
         places = self.places
         places.enter(ranks, discard=discard)
+        places.level.difference_update(gone)
         self.states = {shard: state for shard, state in self.states.items() if shard in places.mine}
         self._gradients = {}
         if seeded:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from everstep.elastic.protocol.events import WorkerId
+from everstep.resharding.lines import Lines, since, slot_to_write
 from everstep.resharding.placement import Placement, Stripe
 
 from .values import ShardState, updated
@@ -16,30 +18,65 @@ STALE_VERSIONS = 3
 RETRY_S = 0.05
 
 
+class StoredState(NamedTuple):
+    """A state at a version, and the generation in which it was written."""
+
+    version: int
+    generation: int
+    state: ShardState
+
+
+class StoredGradient(NamedTuple):
+    """The gradient of a step, and the generation in which it was written."""
+
+    step: int
+    generation: int
+    value: str
+
+
 class Slots:
     """A shard's slots: some for states of any version, two for gradients (step k in k % 2). None: torn or empty."""
 
     def __init__(self, states: int) -> None:
-        self.states: list[tuple[int, ShardState] | None] = [None] * states
-        self.gradients: list[tuple[int, str] | None] = [None, None]
+        self.states: list[StoredState | None] = [None] * states
+        self.gradients: list[StoredGradient | None] = [None, None]
 
-    def free(self, keep: Collection[int]) -> int:
-        """The state slot to write next: the one with the oldest version, sparing one slot of each version in `keep`."""
-        versions = [(state[0] if state else -1, slot) for slot, state in enumerate(self.states)]
-        kept = {version: (version, slot) for version, slot in versions if version in keep and version >= 0}
-        return min([item for item in versions if item not in kept.values()] or versions)[1]
+    def free(self, keep: Collection[int], lines: Lines) -> int:
+        """The state slot to write next; see `slot_to_write`."""
+        return slot_to_write([(r.version, r.generation) if r else None for r in self.states], keep, lines)
 
-    def find(self, version: int) -> ShardState | None:
-        """The state at a version."""
-        return next((state[1] for state in self.states if state is not None and state[0] == version), None)
+    def _record(self, version: int, lines: Lines) -> int | None:
+        """The slot of the state at a version."""
+        first = since(lines, version)
+        slots = enumerate(self.states)
+        return next((i for i, r in slots if r is not None and r.version == version and r.generation >= first), None)
 
-    def replayed(self, version: int) -> ShardState | None:
+    def find(self, version: int, lines: Lines) -> ShardState | None:
+        """The state at a version, of these lines."""
+        slot = self._record(version, lines)
+        record = self.states[slot] if slot is not None else None
+        return record.state if record is not None else None
+
+    def renew(self, version: int, generation: int, lines: Lines) -> None:
+        """The state at a version counts as written in `generation`."""
+        slot = self._record(version, lines)
+        record = self.states[slot] if slot is not None else None
+        if slot is not None and record is not None:
+            self.states[slot] = record._replace(generation=generation)
+
+    def gradient(self, step: int, lines: Lines) -> str | None:
+        """The gradient of a step, which leads to the version after it."""
+        found = self.gradients[step % 2]
+        return found.value if found and found.step == step and found.generation >= since(lines, step + 1) else None
+
+    def replayed(self, version: int, lines: Lines) -> ShardState | None:
         """The state at a version, from the one before it and the gradient between."""
-        before, gradient = self.find(version - 1), self.gradients[(version - 1) % 2]
-        return updated(before, gradient[1]) if before and gradient and gradient[0] == version - 1 else None
+        before, gradient = self.find(version - 1, lines), self.gradient(version - 1, lines)
+        return updated(before, gradient) if before and gradient else None
 
-    def newest(self) -> int:
-        return max((state[0] for state in self.states if state is not None), default=-1)
+    def newest(self, lines: Lines = ()) -> int:
+        records = [record for record in self.states if record is not None]
+        return max((r.version for r in records if r.generation >= since(lines, r.version)), default=-1)
 
 
 Segment = dict[int, Slots]
@@ -52,6 +89,7 @@ class Block:
     version: int
     stripe: Stripe
     row: int
+    since: int  # all its members are of this generation or newer
     members: dict[int, ShardState] = field(default_factory=dict)
 
     @property
@@ -107,6 +145,7 @@ class Keeper:
         self.cut_off = False  # it runs, but no other node reaches it
         self.generation = 0
         self.placement: Placement | None = None
+        self.lines: Lines = ()
         self.segments: dict[tuple[int, int, int], Segment] = {}  # rank, incarnation, number
         self.blocks: list[Block] = []
         self.complete = (0, -1)  # generation, version: the newest that is whole here
@@ -132,18 +171,27 @@ class Keeper:
         self.segments[(*worker, number)] = segment
         self._prune()
 
-    def enter(self, generation: int, placement: Placement) -> None:
+    @property
+    def _line(self) -> int:
+        return self.lines[-1].generation if self.lines else 0
+
+    def enter(self, generation: int, placement: Placement, lines: Lines) -> None:
         """Enter a newer generation: what the last one was waiting for is requested again."""
         if generation > self.generation:
-            self.generation, self.placement = generation, placement
+            line = self._line
+            self.generation, self.placement, self.lines = generation, placement, lines
             self._wanted.clear()
+            if self._line > line:  # nothing that was whole is of this line of history
+                self._protected = self._kept = -1
+                self.complete = self.before = (0, -1)
             self.before = self.complete if self.complete[1] >= 0 else self.before
             self.complete = (generation, -1)
             self._board.changed()
 
     def sealed(self, generation: int, version: int, protected: int, *, protect: bool) -> None:
         """A worker of this node sealed a version of its shards; `protect`: it is to survive the loss of nodes."""
-        self._protected = max(self._protected, protected)
+        if generation >= self._line:
+            self._protected = max(self._protected, protected)
         self._prune()
         if protect and generation == self.generation:
             self._kept = max(self._kept, protected)
@@ -155,7 +203,7 @@ class Keeper:
         latest: dict[int, int] = {}
         for rank, incarnation, _ in self.segments:
             latest[rank] = max(latest.get(rank, 0), incarnation)
-        newest = max(map(_newest, self.segments.values()), default=-1)
+        newest = max((_newest(segment, self.lines) for segment in self.segments.values()), default=-1)
         needed = newest - STALE_VERSIONS + 1 if self._protected < 0 else min(self._protected, newest - 1)
         for name, segment in list(self.segments.items()):
             if name[1] < latest[name[0]] and _newest(segment) < needed:
@@ -163,24 +211,29 @@ class Keeper:
 
     # ------------------------------------------------------------ answers
 
-    def fetch(self, shards: Iterable[int], version: int, *, replay: bool) -> dict[int, ShardState]:
-        """Shards at `version`; with `replay`, also as the version before and the gradient of its step."""
+    def fetch(self, shards: Iterable[int], version: int, *, replay: bool, lines: Lines = ()) -> dict[int, ShardState]:
+        """Shards at `version`; with `replay`, also as the version before and the gradient of its step.
+
+        Only records of `lines` count.
+        """
         found: dict[int, ShardState] = {}
         for shard in shards:
             holders = [segment[shard] for segment in self.segments.values() if shard in segment]
-            states = [slots.find(version) for slots in holders]
-            states += [slots.replayed(version) for slots in holders] if replay and version > 0 else []
+            states = [slots.find(version, lines) for slots in holders]
+            states += [slots.replayed(version, lines) for slots in holders] if replay and version > 0 else []
             state = next((state for state in states if state is not None), None)
             if state is not None:
                 found[shard] = state
         return found
 
-    def covering(self, shards: Collection[int], version: int) -> list[Block]:
-        """The sealed blocks at a version that have any of these shards as a member."""
-        return [b for b in self.blocks if b.version == version and b.sealed and set(shards) & set(b.stripe.shards)]
+    def covering(self, shards: Collection[int], version: int, lines: Lines) -> list[Block]:
+        """The sealed blocks at a version that have any of these shards as a member, and are of these lines."""
+        first, wanted = since(lines, version), set(shards)
+        blocks = [b for b in self.blocks if b.version == version and b.sealed and b.since >= first]
+        return [block for block in blocks if wanted & set(block.stripe.shards)]
 
-    def located(self, shard: int, version: int) -> ShardState | None:
-        return self.fetch([shard], version, replay=False).get(shard)
+    def located(self, shard: int, version: int, lines: Lines) -> ShardState | None:
+        return self.fetch([shard], version, replay=False, lines=lines).get(shard)
 
     # ------------------------------------------------------------ the parity held here
 
@@ -188,7 +241,7 @@ class Keeper:
         while True:
             while not self._wanted:
                 yield None
-            generation, placement, version = self.generation, self.placement, self._wanted[0]
+            generation, placement, lines, version = self.generation, self.placement, self.lines, self._wanted[0]
             assert placement is not None
             kept = {self._kept, self.complete[1], *self._wanted}
             if self.before[1] > self._kept:
@@ -196,8 +249,8 @@ class Keeper:
             self.blocks = [block for block in self.blocks if block.version in kept]
             self._board.on_protect(self.node, version)
             yield 0.0
-            whole = (yield from self._encode(placement, generation, version)) and (
-                yield from self._await_own(placement, generation, version)
+            whole = (yield from self._encode(placement, generation, version, lines)) and (
+                yield from self._await_own(placement, generation, version, lines)
             )
             if version in self._wanted and self.generation == generation:
                 self._wanted.remove(version)
@@ -208,39 +261,42 @@ class Keeper:
     def _given_up(self, generation: int) -> bool:
         return self.generation != generation or len(self._wanted) > 2
 
-    def _open(self, version: int, stripe: Stripe, row: int) -> Block:
+    def _open(self, version: int, stripe: Stripe, row: int, first: int) -> Block:
         for block in self.blocks:
             same = block.stripe.shards == stripe.shards and len(block.stripe.parity) == len(stripe.parity)
-            if block.version == version and block.row == row and same:
+            if block.version == version and block.row == row and same and block.since >= first:
                 return block
-        self.blocks.append(Block(version, stripe, row))
+        self.blocks.append(Block(version, stripe, row, first))
         return self.blocks[-1]
 
-    def _encode(self, placement: Placement, generation: int, version: int) -> Steps[bool]:
+    def _encode(self, placement: Placement, generation: int, version: int, lines: Lines) -> Steps[bool]:
         """Bring the blocks of this node to `version`; whether all are sealed."""
         held = [(placement.stripes[number], row) for number, row in placement.held_by(self.node)]
-        blocks = [(stripe, self._open(version, stripe, row)) for stripe, row in held]
+        blocks = [(stripe, self._open(version, stripe, row, since(lines, version))) for stripe, row in held]
         by_node: dict[str, list[tuple[Block, int]]] = {}
         for stripe, block in blocks:
             for shard, node in zip(stripe.shards, stripe.nodes, strict=True):
                 if shard not in block.members:
                     by_node.setdefault(node, []).append((block, shard))
         pulls = [
-            self._board.run(self, self._pull(generation, version, node, pieces)) for node, pieces in by_node.items()
+            self._board.run(self, self._pull(generation, version, lines, node, pieces))
+            for node, pieces in by_node.items()
         ]
         while not all(pull.ended for pull in pulls):
             yield None
         return all(block.sealed for _, block in blocks)
 
-    def _pull(self, generation: int, version: int, node: str, pieces: list[tuple[Block, int]]) -> Steps[None]:
+    def _pull(
+        self, generation: int, version: int, lines: Lines, node: str, pieces: list[tuple[Block, int]]
+    ) -> Steps[None]:
         for block, shard in pieces:
             yield self._board.delay()
-            while (source := self._board.reach(self.node, node)) is None or not source.located(shard, version):
+            while (source := self._board.reach(self.node, node)) is None or not source.located(shard, version, lines):
                 if self._given_up(generation) or (source is not None and source.generation > generation):
                     self._ended()
                     return
                 yield RETRY_S if source is None else None
-            state = source.located(shard, version)
+            state = source.located(shard, version, lines)
             assert state is not None
             block.members[shard] = state
         self._ended()
@@ -248,10 +304,10 @@ class Keeper:
     def _ended(self) -> None:
         self._board.world.after(0.0, self._board.changed)
 
-    def _await_own(self, placement: Placement, generation: int, version: int) -> Steps[bool]:
+    def _await_own(self, placement: Placement, generation: int, version: int, lines: Lines) -> Steps[bool]:
         own = [shard for stripe in placement.stripes for shard in self._of_ours(stripe)]
         while not self._given_up(generation):
-            if all(self.located(shard, version) for shard in own):
+            if all(self.located(shard, version, lines) for shard in own):
                 return True
             yield None
         return False
@@ -260,8 +316,8 @@ class Keeper:
         return (shard for shard, node in zip(stripe.shards, stripe.nodes, strict=True) if node == self.node)
 
 
-def _newest(segment: Segment) -> int:
-    return max((slots.newest() for slots in segment.values()), default=-1)
+def _newest(segment: Segment, lines: Lines = ()) -> int:
+    return max((slots.newest(lines) for slots in segment.values()), default=-1)
 
 
 def sources_first(nodes: Iterable[str], own: str) -> list[str]:

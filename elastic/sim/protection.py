@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from everstep.elastic.protocol.agreement import Kept
 from everstep.elastic.protocol.protecting import Protecting
+from everstep.resharding.lines import of_this_line
 from everstep.resharding.placement import Placement
 
 from .snapshots import Snapshots
@@ -73,5 +74,6 @@ class Protection:
     def adopt(self, agreement: str) -> None:
         """Adopt what was agreed."""
         terms: dict[str, int] = json.loads(agreement)
-        self._snapshots.protected = max(self._snapshots.protected, terms["protected"])
+        if of_this_line(self._snapshots.lines, terms["step"]):
+            self._snapshots.protected = max(self._snapshots.protected, terms["protected"])
         self._state.every = terms["every"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
+from everstep.resharding.lines import Lines
+
 from .keeper import Block, Board, Keeper
 from .values import ShardState
 from .world import Steps
@@ -14,11 +16,14 @@ UNREACHABLE_S = 0.2  # until a connection counts as failed
 class Sources:
     """The keepers that one rank reaches, in the order in which it asks them; `on_wait` may raise to give up."""
 
-    def __init__(self, board: Board, node: str, nodes: Sequence[str], on_wait: Callable[[], None]) -> None:
+    def __init__(
+        self, board: Board, node: str, nodes: Sequence[str], on_wait: Callable[[], None], lines: Lines
+    ) -> None:
         self._board = board
         self._node = node
         self._nodes = nodes
         self._on_wait = on_wait
+        self._lines = lines
         self.unreachable: set[str] = set()
 
     def fetch(
@@ -30,7 +35,7 @@ class Sources:
         for node in self._nodes:
             keeper = (yield from self._ask(node)) if missing else None
             if keeper is not None:
-                found.update(keeper.fetch(missing, version, replay=replay))
+                found.update(keeper.fetch(missing, version, replay=replay, lines=self._lines))
             missing = [shard for shard in missing if shard not in found]
         if missing and decode:
             found.update((yield from self._decode(missing, version)))
@@ -50,20 +55,21 @@ class Sources:
 
     def _decode(self, shards: Sequence[int], version: int) -> Steps[dict[int, ShardState]]:
         """What can be reconstructed from the other members of its stripe and their parity, at exactly `version`."""
-        stripes: dict[tuple[int, ...], list[tuple[Keeper, Block]]] = {}
+        stripes: dict[tuple[tuple[int, ...], frozenset[tuple[int, ShardState]]], list[tuple[Keeper, Block]]] = {}
         for node in self._nodes:
             keeper = yield from self._ask(node)
-            for block in keeper.covering(shards, version) if keeper is not None else ():
+            for block in keeper.covering(shards, version, self._lines) if keeper is not None else ():
                 assert keeper is not None
-                stripes.setdefault(block.stripe.shards, []).append((keeper, block))
+                made_of = frozenset(block.members.items())  # blocks of two lines do not go together
+                stripes.setdefault((block.stripe.shards, made_of), []).append((keeper, block))
         found: dict[int, ShardState] = {}
-        for members, described in stripes.items():
+        for (members, _), described in stripes.items():
             lost = [shard for shard in members if shard in shards and shard not in found]
             if lost:
                 others = [shard for shard in members if shard not in lost]
                 present = yield from self.fetch(others, version, replay=False, decode=False)
                 blocks = [block for keeper, block in described if keeper.up and block in keeper.blocks]
-                found.update(_decoded(members, blocks, present, lost, passed_over=self._board.made_up))
+                found.update(_decoded(members, blocks, present, lost, alike=not self._board.made_up))
         return found
 
 
@@ -73,21 +79,18 @@ def _decoded(
     present: dict[int, ShardState],
     lost: Iterable[int],
     *,
-    passed_over: bool,
+    alike: bool,
 ) -> dict[int, ShardState]:
-    """The lost members of a stripe, if as many of its blocks are present as it has members.
+    """The lost members of a stripe, if there is as much of it, parity included, as it has members.
 
-    Their checksums reveal parity of other member values: after an approximation it is `passed_over`.
+    A member of which the parity was not made is of no use: it is of another line of history, or (`alike`: no shard was
+    made up) a bug.
     """
-    rows = {block.row for block in blocks}
-    if len(present) + len(rows) < len(members):
-        return {}
     for block in blocks:
-        odd = [shard for shard in members if block.members[shard] != present.get(shard, block.members[shard])]
-        if passed_over and (odd or block.members != blocks[0].members):
-            return {}
-        if odd or block.members != blocks[0].members:
-            raise AssertionError(
-                f"version {block.version} of shards {odd or members} is not what its parity was made of"
-            )
+        odd = [shard for shard, state in present.items() if block.members[shard] != state]
+        if odd and alike:
+            raise AssertionError(f"version {block.version} of shards {odd} is not what its parity was made of")
+        present = {shard: state for shard, state in present.items() if shard not in odd}
+    if len(present) + len({block.row for block in blocks}) < len(members):
+        return {}
     return {shard: blocks[0].members[shard] for shard in lost}

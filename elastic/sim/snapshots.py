@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable
 
 from everstep.elastic.protocol.events import WorkerId
+from everstep.resharding.lines import Lines
 from everstep.resharding.placement import Placement
 
-from .keeper import Keeper, Slots
+from .keeper import Keeper, Slots, StoredGradient, StoredState
 from .values import ShardState
 from .world import Process, Steps, World
 
@@ -22,6 +23,7 @@ class Snapshots:
         self._states = states
         self._woken = woken
         self._generation = 0
+        self.lines: Lines = ()
         self._home: dict[int, tuple[int, Slots]] = {}
         self._leaving: dict[int, int] = {}  # shard -> the version at which it got another owner
         self._numbers = 0
@@ -30,10 +32,10 @@ class Snapshots:
         self._pending: Process | None = None
         self.protected = -1
 
-    def enter(self, generation: int, placement: Placement) -> None:
-        """Enter a new generation."""
-        self._generation = generation
-        self._keeper.enter(generation, placement)
+    def enter(self, generation: int, placement: Placement, lines: Lines) -> None:
+        """Enter a new generation, in which records of `lines` count."""
+        self._generation, self.lines = generation, lines
+        self._keeper.enter(generation, placement, lines)
 
     def has(self, shard: int) -> bool:
         return shard in self._home and shard not in self._leaving
@@ -55,9 +57,13 @@ class Snapshots:
         self, version: int, state: Callable[[int], ShardState], shards: Iterable[int], *, protect: bool = False
     ) -> None:
         """Start copying; the states must not change before `wait` returns."""
-        todo = [shard for shard in shards if self._version.get(shard) != version]
-        for shard in todo:
-            self._version[shard] = version
+        todo, before = [], tuple(fork for fork in self.lines if fork.generation < self._generation)
+        for shard in shards:
+            if self._version.get(shard) == version:  # it is written: from now on it is of this generation
+                self._home[shard][1].renew(version, self._generation, before)
+            else:
+                todo.append(shard)
+                self._version[shard] = version
         copy = self._copy(self._generation, version, state, todo, self._pending, protect=protect)
         self._pending = Process(self._world, copy)
         self._pending.start()
@@ -77,12 +83,12 @@ class Snapshots:
             yield 0.001
         for shard in shards:
             slots = self._home[shard][1]
-            slot = slots.free((self.protected, version - 1))
+            slot = slots.free((self.protected, version - 1), self.lines)
             slots.states[slot] = None
             yield self._world.between(0.0001, 0.002)
             if state(shard) != before[shard]:
                 raise AssertionError(f"shard {shard} of {self._worker} changed while version {version} was copied")
-            slots.states[slot] = (version, before[shard])
+            slots.states[slot] = StoredState(version, generation, before[shard])
         self._keeper.sealed(generation, version, self.protected, protect=protect)
         self._woken()
 
@@ -92,9 +98,9 @@ class Snapshots:
             yield None
         self._pending = None
 
-    def stored(self, shard: int, version: int) -> ShardState | None:
+    def stored(self, shard: int, version: int, lines: Lines) -> ShardState | None:
         """A shard's state at `version` from this worker's own memory; a state that is found counts as written."""
-        state = self._home[shard][1].find(version) if self.has(shard) else None
+        state = self._home[shard][1].find(version, lines) if self.has(shard) else None
         if state is not None:
             self._version[shard] = version
         return state
@@ -103,8 +109,8 @@ class Snapshots:
         """A shard's state at `version`, and the gradient of that step, from this worker's own memory."""
         if not self.has(shard):
             return None, None
-        slots, gradient = self._home[shard][1], self._home[shard][1].gradients[version % 2]
-        return slots.find(version), gradient[1] if gradient is not None and gradient[0] == version else None
+        slots = self._home[shard][1]
+        return slots.find(version, self.lines), slots.gradient(version, self.lines)
 
     def discard(self, shard: int, version: int | None = None) -> None:
         """A shard's state at `version` (None: any) was computed from damaged values: do not use it."""
@@ -121,7 +127,7 @@ class Snapshots:
         self._home[shard][1].gradients[step % 2] = None
 
     def seal_gradient(self, shard: int, step: int, gradient: str) -> None:
-        self._home[shard][1].gradients[step % 2] = (step, gradient)
+        self._home[shard][1].gradients[step % 2] = StoredGradient(step, self._generation, gradient)
 
     def leave(self, shards: Collection[int], version: int) -> None:
         """These shards have another owner from `version` on."""

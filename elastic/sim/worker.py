@@ -304,8 +304,12 @@ class SimWorker:
         yield from ()
         plan, placement = it.plan, self._orders[it.plan.generation].placement
         self.protection.enter(plan.generation, placement, joins=plan.version is None and not plan.leaving)
-        self.snapshots.protected = -1 if plan.checkpoint else max(self.snapshots.protected, plan.protected)
-        self.snapshots.enter(plan.generation, replace(placement, stripes=()) if self.replays else placement)
+        if plan.checkpoint or plan.forks:  # what outlived nodes was of another line
+            self.snapshots.protected = -1
+        self.snapshots.protected = max(self.snapshots.protected, plan.protected)
+        for shard in plan.stand_ins:
+            self.snapshots.discard(shard)
+        self.snapshots.enter(plan.generation, replace(placement, stripes=()) if self.replays else placement, plan.lines)
         self.mark("join" if self.machine.fresh else "restore")
 
     def _forget_since(self, it: w.ForgetSince) -> Steps[None]:
@@ -323,7 +327,7 @@ class SimWorker:
             self._hold(*it.layers, free=not it.seeded)
         orders, before = self._orders[it.plan.generation], self.mine.union(self.backups.places.mine)
         ranks = backup_ranks(it.plan.layout, orders.placement, orders.nodes) if self.replays else {}
-        self.backups.enter(ranks, discard=it.discard, seeded=it.seeded)
+        self.backups.enter(ranks, discard=it.discard, seeded=it.seeded, gone=it.plan.stand_ins)
         self.snapshots.leave(before - it.shards.union(self.backups.places.mine), it.version)
         for shard in self.mine - it.shards:
             self.optimizer.pop(shard, None)
@@ -355,12 +359,13 @@ class SimWorker:
             neighbors = yield from self._fetch(it, stand_ins(self.spec, substitutes)[shard])
             found[shard] = made_up(neighbors)
         for shard in sorted(wanted - found.keys()):
-            state = self.snapshots.stored(shard, it.version)
+            state = self.snapshots.stored(shard, it.version, it.plan.lines_before)
             if state is not None:
                 found[shard] = state
         started, told = self.around.world.now, False
         while missing := sorted(wanted - found.keys()):
-            sources = Sources(self.around.board, self.around.node, self._nodes, self.links.check)
+            lines = it.plan.lines_before
+            sources = Sources(self.around.board, self.around.node, self._nodes, self.links.check, lines)
             found.update((yield from sources.fetch(missing, it.version, replay=True)))
             missing = sorted(wanted - found.keys())
             patience_s = KEEPER_PATIENCE_S if sources.unreachable else ANSWERED_PATIENCE_S

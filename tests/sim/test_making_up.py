@@ -26,6 +26,8 @@ def test_more_is_lost_than_the_promise_allows(name: str) -> None:
         ("made up", 3),  # a survivor computed on with its replica of a shard that another rank had made up
         ("made up", 2),  # a replacement has version 0 from the seed, where others have made it up
         ("made up, seldom", 2),  # the same
+        ("made up", 3019),  # a rank took a newer version of the run as it was before, out of a keeper
+        ("made up", 118),  # a rank that joined had version 0 from the seed, of which a shard had been made up
     ],
 )
 def test_seeds_that_failed(name: str, seed: int) -> None:
