@@ -22,9 +22,10 @@ from .ledger import Ledger, Promise
 from .links import Key
 from .state_store import Decision, StateStore
 from .storage import Storage
+from .surroundings import Surroundings
 from .transcript import brief
 from .values import Reference, ShardState
-from .worker import SimWorker, Surroundings
+from .worker import SimWorker
 from .world import (
     Pipe,
     Process,

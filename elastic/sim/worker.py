@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any
 
 from everstep.elastic.protocol import events as e
 from everstep.elastic.protocol import worker_events as w
@@ -27,14 +27,14 @@ from everstep.resharding.work import Work
 from .backups import Backups
 from .control import Control, JobEnded
 from .exchange import Exchange
-from .keeper import Board, sources_first
-from .links import Aborted, Key, Links
+from .keeper import sources_first
+from .links import Aborted, Links
 from .pipeline import Pipeline, StepState
 from .protection import Protection
 from .replicas import Replicas, flipped
 from .restore import Sources
 from .snapshots import Snapshots
-from .storage import Storage
+from .surroundings import Surroundings
 from .values import (
     ShardState,
     agreement_of,
@@ -43,44 +43,11 @@ from .values import (
     made_up,
     updated,
 )
-from .world import Steps, World
+from .world import Steps
 
 KEEPER_PATIENCE_S = 5.0
 ANSWERED_PATIENCE_S = 1.0
 AGAIN_S = 0.02
-
-
-class Facts(Protocol):
-    """Receives what happens, to check it. See `ledger.Ledger`."""
-
-    def agreed(self, worker: e.WorkerId, step: int, agreement: str) -> None: ...
-    def entered(self, worker: e.WorkerId, plan: Plan, version: int) -> None: ...
-    def owned(self, worker: e.WorkerId, generation: int, version: int, states: dict[int, ShardState]) -> None: ...
-    def went_back(self, worker: e.WorkerId, plan: Plan, since: int) -> None: ...
-
-
-@dataclass(frozen=True)
-class Surroundings:
-    """The environment of a worker."""
-
-    world: World
-    job: e.Job
-    board: Board
-    node: str
-    state_slots: int
-    interval: int
-    send: Callable[[int, e.WorkerId, int, Key, Any], None]  # from rank, to, generation, key, payload
-    tell: Callable[[e.Event], None]
-    mark: Callable[[e.WorkerId, str, int], None]  # worker, phase, step
-    facts: Facts
-    storage: Storage
-    saves_every: int  # interval in versions; 0: only the last one is saved
-    saved: tuple[e.Saved, ...]  # the checkpoints that this worker finds when it starts
-    startup_s: float
-    forward_s: float
-    epilogue_s: float
-    leaves_at: int  # the version at which the user's code leaves the loop; the job's steps: not before its end
-    verify_every: int  # steps between comparisons of replicas; 0: none
 
 
 class SimWorker:
