@@ -1,8 +1,9 @@
 """The communicator: what a training step needs from the network, and nothing else.
 
-A communicator moves *keyed* messages between the ranks of one generation.  A key says what the bytes are (kind,
+A communicator moves *keyed* messages between the ranks of one generation.  A key says what a message is (kind,
 step, micro-batch, index), so a message is an idempotent value, not a position in a stream: after a failure it is
-simply sent again.  Every call that can block is woken by `abort`; after an abort every call raises `Aborted` until
+simply sent again.  Payloads are tensors, taken from the memory in which they lie; bytes are tensors of uint8
+(`tensors.py`).  Every call that can block is woken by `abort`; after an abort every call raises `Aborted` until
 `edit` names the next generation.  Messages of older generations are dropped on arrival, those of newer ones wait.
 """
 
@@ -12,13 +13,14 @@ import abc
 import enum
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from typing_extensions import Buffer
+if TYPE_CHECKING:
+    from torch import Tensor  # processes that never import torch use the names of this module
 
 
 class Kind(enum.IntEnum):
-    """What the bytes of a message are."""
+    """What a message is."""
 
     ACTIVATION = 1  # index = the layer whose input it is
     GRADIENT = 2  # index = the layer with respect to whose input it is
@@ -78,6 +80,8 @@ class Communicator(abc.ABC):
 
     rank: int
     generation: int
+    devices: frozenset[str] = frozenset({"cpu"})
+    """Types of the devices (`torch.device.type`) in whose memory the tensors of a payload may lie."""
 
     def __init__(self, rank: int, on_wait: Callable[[], None] | None = None) -> None:
         self.rank = rank
@@ -96,8 +100,11 @@ class Communicator(abc.ABC):
         """The ranks of this generation, ascending, this one included."""
 
     @abc.abstractmethod
-    def send(self, to: int, key: Key, payload: Sequence[Buffer]) -> None:
-        """Send the concatenation of `payload` to rank `to`; on return the buffers may be changed.
+    def send(self, to: int, key: Key, payload: Sequence[Tensor]) -> None:
+        """Send the elements of all tensors in `payload`, one after the other, to rank `to`.
+
+        They may be of any type, and are read where they lie; on return they may be changed. Neither types nor shapes
+        travel. Raises ValueError for a tensor that is not contiguous or lies on a device that is none of `devices`.
 
         May wait for the receiver to drain earlier messages, stale ones included, which it does in any call of its own;
         takes in this rank's messages while it does. Sending to oneself is allowed. A message to a peer that has died is
@@ -105,12 +112,25 @@ class Communicator(abc.ABC):
         """
 
     @abc.abstractmethod
-    def receive_any(self, wanted: Collection[tuple[int, Key]]) -> tuple[int, Key, memoryview]:
-        """Wait for the first of the `wanted` (source, key) messages; returns it with its bytes, owned by the caller."""
+    def receive_any(self, wanted: Collection[tuple[int, Key]]) -> tuple[int, Key, Tensor]:
+        """Wait for the first of the `wanted` (source, key) messages; returns it with what was sent.
 
-    def receive(self, source: int, key: Key) -> memoryview:
-        """Wait for one message."""
-        return self.receive_any(((source, key),))[2]
+        That is a tensor of uint8 in one dimension, in host memory, which the caller owns.
+        """
+
+    def receive(self, source: int, key: Key, into: Tensor | None = None) -> Tensor:
+        """Wait for one message; returns it as `receive_any` does, or `into`, a tensor that is to take it.
+
+        `into` may lie on any device. It is written once the message is here in full, so an abort leaves it as it was.
+        Raises ValueError for a message of another size.
+        """
+        data = self.receive_any(((source, key),))[2]
+        if into is None:
+            return data
+        if data.nbytes != into.nbytes:
+            raise ValueError(f"{key} from rank {source} has {data.nbytes} bytes, and is to fill {into.nbytes}")
+        into.detach().copy_(data.view(into.dtype).view(into.shape))
+        return into
 
     @abc.abstractmethod
     def ready(self, wanted: Collection[tuple[int, Key]]) -> tuple[int, Key] | None:
@@ -135,49 +155,3 @@ class Communicator(abc.ABC):
     @abc.abstractmethod
     def close(self) -> None:
         """Release every socket, thread and mapping. Idempotent."""
-
-
-def all_gather(comm: Communicator, step: int, index: int, payload: Buffer) -> dict[int, bytes]:
-    """Every member's payload, on every member: gathered by the lowest rank and scattered again. Also a barrier.
-
-    2 (n - 1) messages, two hops. Who returns knows that every member entered.
-    """
-    members = comm.members
-    root = members[0]
-    gather = Key(Kind.GATHER, step, 0, index)
-    scatter = Key(Kind.SCATTER, step, 0, index)
-    if comm.rank != root:
-        comm.send(root, gather, [payload])
-        return _unpack(comm.receive(root, scatter))
-    table = {root: bytes(payload)}
-    waiting = {(rank, gather) for rank in members[1:]}
-    while waiting:
-        source, key, data = comm.receive_any(waiting)
-        table[source] = bytes(data)
-        waiting.discard((source, key))
-    packed = _pack(table)
-    for rank in members[1:]:
-        comm.send(rank, scatter, [packed])
-    return dict(sorted(table.items()))
-
-
-def barrier(comm: Communicator, step: int, index: int) -> None:
-    """Return once every member has entered."""
-    all_gather(comm, step, index, b"")
-
-
-def _pack(table: Mapping[int, bytes]) -> bytes:
-    head = b"".join(part.to_bytes(8, "little") for rank in sorted(table) for part in (rank, len(table[rank])))
-    return len(table).to_bytes(8, "little") + head + b"".join(table[rank] for rank in sorted(table))
-
-
-def _unpack(packed: memoryview) -> dict[int, bytes]:
-    count = int.from_bytes(packed[:8], "little")
-    offset = 8 + 16 * count
-    table = {}
-    for i in range(count):
-        rank = int.from_bytes(packed[8 + 16 * i : 16 + 16 * i], "little")
-        size = int.from_bytes(packed[16 + 16 * i : 24 + 16 * i], "little")
-        table[rank] = bytes(packed[offset : offset + size])
-        offset += size
-    return table

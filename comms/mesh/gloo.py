@@ -13,8 +13,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, ProcessGroupGloo, Store
-from typing_extensions import Buffer
 
 from .communicator import (
     Communicator,
@@ -28,7 +28,8 @@ from .frames import (
     Header,
     ProtocolError,
 )
-from .mailbox import SharedMailbox, byte_view, joined
+from .mailbox import SharedMailbox, joined
+from .tensors import host_bytes, over
 
 _HEADER_TAG = 1
 _PAYLOAD_TAG = 2
@@ -133,10 +134,10 @@ class GlooCommunicator(Communicator):
         """The ranks of this generation, ascending."""
         return tuple(self._group.ranks) if self._group else ()
 
-    def send(self, to: int, key: Key, payload: Sequence[Buffer]) -> None:
+    def send(self, to: int, key: Key, payload: Sequence[Tensor]) -> None:
         """See `Communicator.send`. Returns when gloo has written the message out."""
         self._check((to,))
-        views = [byte_view(buffer) for buffer in payload]
+        views = [host_bytes(tensor) for tensor in payload]
         data = joined(views)  # gloo wants one writable tensor
         if to == self.rank:
             self._mailbox.put(self.generation, to, key, data)
@@ -149,12 +150,13 @@ class GlooCommunicator(Communicator):
         except RuntimeError:
             self._mailbox.check()  # an abort closed the connection; otherwise the peer is dead: dropped
 
-    def receive_any(self, wanted: Collection[tuple[int, Key]]) -> tuple[int, Key, memoryview]:
+    def receive_any(self, wanted: Collection[tuple[int, Key]]) -> tuple[int, Key, Tensor]:
         """See `Communicator.receive_any`."""
         self._check({source for source, _ in wanted})
         if not wanted:
             raise ValueError("no message is wanted: this would wait for ever")
-        return self._mailbox.wait_take(wanted, self.on_wait)
+        source, key, data = self._mailbox.wait_take(wanted, self.on_wait)
+        return source, key, over(data)
 
     def ready(self, wanted: Collection[tuple[int, Key]]) -> tuple[int, Key] | None:
         """See `Communicator.ready`."""

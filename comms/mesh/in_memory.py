@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 
-from typing_extensions import Buffer
+from torch import Tensor
 
 from .communicator import (
     Communicator,
@@ -13,7 +13,8 @@ from .communicator import (
     Key,
     Peer,
 )
-from .mailbox import SharedMailbox, byte_view, joined
+from .mailbox import SharedMailbox, joined
+from .tensors import host_bytes, over
 
 
 class MemoryNetwork:
@@ -66,22 +67,23 @@ class MemoryCommunicator(Communicator):
         """The ranks of this generation, ascending."""
         return tuple(self._peers)
 
-    def send(self, to: int, key: Key, payload: Sequence[Buffer]) -> None:
+    def send(self, to: int, key: Key, payload: Sequence[Tensor]) -> None:
         """See `Communicator.send`."""
         self._check((to,))
-        data = joined([byte_view(buffer) for buffer in payload])
+        data = joined([host_bytes(tensor) for tensor in payload])
         peer = self._peers[to]
         self._links.add((to, peer.incarnation))
         mailbox = self._network.find(to, peer.incarnation)
         if mailbox is not None:
             mailbox.put(self.generation, self.rank, key, data)
 
-    def receive_any(self, wanted: Collection[tuple[int, Key]]) -> tuple[int, Key, memoryview]:
+    def receive_any(self, wanted: Collection[tuple[int, Key]]) -> tuple[int, Key, Tensor]:
         """See `Communicator.receive_any`."""
         self._check({source for source, _ in wanted})
         if not wanted:
             raise ValueError("no message is wanted: this would wait for ever")
-        return self._mailbox.wait_take(wanted, self.on_wait)
+        source, key, data = self._mailbox.wait_take(wanted, self.on_wait)
+        return source, key, over(data)
 
     def ready(self, wanted: Collection[tuple[int, Key]]) -> tuple[int, Key] | None:
         """See `Communicator.ready`."""

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Collection
 
 import numpy as np
-from typing_extensions import Buffer
 
 from .communicator import Aborted, Key
 
@@ -17,14 +16,6 @@ WAIT_SLICE_S = 0.05  # how often a waiting call attends to `on_wait`, at least
 def allocate(size_bytes: int) -> memoryview:
     """Writable bytes that were not zeroed first."""
     return np.empty(size_bytes, dtype=np.uint8).data
-
-
-def byte_view(buffer: Buffer) -> memoryview:
-    """The bytes of a contiguous buffer."""
-    view = memoryview(buffer)
-    if view.nbytes == 0:
-        return memoryview(b"")
-    return view.cast("B")
 
 
 def joined(views: Collection[memoryview]) -> memoryview:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from typing_extensions import Buffer
+from torch import Tensor
 
 from everstep.comms.base import addresses
 from everstep.comms.base.security import Security, own
@@ -44,11 +44,11 @@ from .links import (
 from .mailbox import (
     WAIT_SLICE_S,
     Mailbox,
-    byte_view,
     joined,
 )
 from .poller import Poller
 from .ring import RING_MINIMUM_BYTES, piece_bytes
+from .tensors import host_bytes, over
 from .tls import TlsSocket
 
 INLINE_LIMIT_BYTES = 2048  # up to here the socket is cheaper than the ring
@@ -122,11 +122,11 @@ class MeshCommunicator(Communicator):
         ranks |= {link.hello.source for link in self._in if link.broken and link.hello is not None}
         return tuple(sorted(ranks & self._peers.keys()))
 
-    def send(self, to: int, key: Key, payload: Sequence[Buffer]) -> None:
+    def send(self, to: int, key: Key, payload: Sequence[Tensor]) -> None:
         """See `Communicator.send`."""
         self._check()
         self._check_members((to,))
-        views = [byte_view(buffer) for buffer in payload]
+        views = [host_bytes(tensor) for tensor in payload]
         total = sum(map(len, views))
         if total > MESSAGE_LIMIT_BYTES:
             raise ValueError(f"a message of {total} bytes to rank {to}: the limit is {MESSAGE_LIMIT_BYTES}")
@@ -140,7 +140,7 @@ class MeshCommunicator(Communicator):
         finally:
             link.keep_rest()
 
-    def receive_any(self, wanted: Collection[tuple[int, Key]]) -> tuple[int, Key, memoryview]:
+    def receive_any(self, wanted: Collection[tuple[int, Key]]) -> tuple[int, Key, Tensor]:
         """See `Communicator.receive_any`."""
         self._check()
         if not wanted:
@@ -159,7 +159,7 @@ class MeshCommunicator(Communicator):
         self._wait(arrived)
         assert name is not None
         self.began_ns = self._mailbox.began_ns.pop(name, 0)
-        return (*name, self._mailbox.take(self.generation, name))
+        return (*name, over(self._mailbox.take(self.generation, name)))
 
     def ready(self, wanted: Collection[tuple[int, Key]]) -> tuple[int, Key] | None:
         """See `Communicator.ready`."""

@@ -6,7 +6,7 @@ import time
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from typing_extensions import Buffer
+from torch import Tensor
 
 from everstep.comms.mesh.communicator import Aborted, Key
 from everstep.comms.mesh.mesh import MeshCommunicator
@@ -32,7 +32,7 @@ class TimedMesh(MeshCommunicator):
         since_ns, wanted = self._awaited
         return Waits(since_ns / 1e9, ranks=tuple(sorted({rank for rank, _ in wanted})))
 
-    def send(self, to: int, key: Key, payload: Sequence[Buffer]) -> None:
+    def send(self, to: int, key: Key, payload: Sequence[Tensor]) -> None:
         """See `Communicator.send`."""
         started = time.monotonic_ns()
         self._awaited = started, ((to, key),)
@@ -40,10 +40,10 @@ class TimedMesh(MeshCommunicator):
             super().send(to, key, payload)
         finally:
             self._awaited = None
-        size = sum(memoryview(buffer).nbytes for buffer in payload)
+        size = sum(tensor.nbytes for tensor in payload)
         self._telemetry.span(Spent.SEND, started, micro_batch=key.micro_batch, peer=to, amount=size)
 
-    def receive_any(self, wanted: Collection[tuple[int, Key]]) -> tuple[int, Key, memoryview]:
+    def receive_any(self, wanted: Collection[tuple[int, Key]]) -> tuple[int, Key, Tensor]:
         """See `Communicator.receive_any`."""
         started = time.monotonic_ns()
         telemetry = self._telemetry
@@ -61,5 +61,5 @@ class TimedMesh(MeshCommunicator):
             telemetry.span(Spent.WAIT, started, micro_batch=key.micro_batch, peer=source, end_ns=began)
         else:
             began = started
-        telemetry.span(Spent.RECEIVE, began, micro_batch=key.micro_batch, peer=source, amount=len(data), end_ns=ended)
+        telemetry.span(Spent.RECEIVE, began, micro_batch=key.micro_batch, peer=source, amount=data.nbytes, end_ns=ended)
         return source, key, data

@@ -15,6 +15,7 @@ from everstep.checkpointing.memory.record import ShardState
 from everstep.checkpointing.universal.manifest import CheckpointError
 from everstep.checkpointing.universal.store import StoreError
 from everstep.comms.mesh.communicator import Aborted, Key, Kind
+from everstep.comms.mesh.tensors import host_bytes, of_bytes
 from everstep.elastic.contract.errors import JobEnded
 from everstep.elastic.contract.progress import StepPhase
 from everstep.elastic.contract.stateful import decode
@@ -173,7 +174,7 @@ class Recovery:
 
     def _ask_place(self, it: w.AskPlace) -> w.Event:
         engine = self.engine
-        message = json.loads(bytes(engine.comm.receive(it.rank, _GUIDE)))
+        message = json.loads(bytes(host_bytes(engine.comm.receive(it.rank, _GUIDE))))
         self._after = message["after"]
         engine.adjustments.take_records(message["records"])
         engine.results = [Step(*step) for step in message["unseen"]]
@@ -194,7 +195,7 @@ class Recovery:
         told |= {"left": engine.leave_at, "unseen": self._unseen(version, it.agreement)}
         message = json.dumps({**told, "records": engine.adjustments.records()}).encode()
         for rank in it.ranks:
-            engine.comm.send(rank, _GUIDE, [message])
+            engine.comm.send(rank, _GUIDE, [of_bytes(message)])
 
     def _after_users(self, version: int) -> dict[str, Any]:
         """The state of the user's code here; the settings only if they belong to `version` already."""

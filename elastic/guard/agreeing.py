@@ -13,7 +13,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from everstep.comms.mesh.communicator import Communicator, Key, Kind, all_gather
+from torch import Tensor
+
+from everstep.comms.mesh.communicator import Communicator, Key, Kind
+from everstep.comms.mesh.gather import all_gather
+from everstep.comms.mesh.tensors import host_bytes, of_bytes
 from everstep.elastic.contract.errors import UsageError
 from everstep.elastic.holding.adjustments import Adjustments
 from everstep.elastic.holding.stack import LayerStack
@@ -103,17 +107,17 @@ class Agreeing:
         """Merge the values of all members, up the tree and down it. Raises Aborted."""
         up, down = self._keys()
         steps, answer = exchange(self._comm.rank, self._comm.members, value), None
-        encoded: tuple[object, bytes] = (None, b"")  # caches the encoding of the result, which goes to several ranks
+        encoded: tuple[object, list[Tensor]] = (None, [])  # caches the encoding of the result, which goes to several ranks
         try:
             while True:
                 asked = steps.send(answer)
                 key, answer = up if asked.up else down, None
                 if isinstance(asked, Send):
                     if encoded[0] is not asked.value:
-                        encoded = (asked.value, _checked(encode(asked.value), asked.value))
-                    self._comm.send(asked.to, key, [encoded[1]])
+                        encoded = (asked.value, [of_bytes(_checked(encode(asked.value), asked.value))])
+                    self._comm.send(asked.to, key, encoded[1])
                 else:
-                    answer = decode(type(value), self._comm.receive(asked.source, key))
+                    answer = decode(type(value), host_bytes(self._comm.receive(asked.source, key)))
         except StopIteration as end:
             result: T = end.value
             return result
@@ -121,8 +125,8 @@ class Agreeing:
     def gathered(self, value: T) -> dict[int, T]:
         """Gather the value of each member. Raises Aborted."""
         self._keys()
-        table = all_gather(self._comm, self._step, self._exchanges, encode(value))
-        return {rank: decode(type(value), data) for rank, data in table.items()}
+        table = all_gather(self._comm, self._step, self._exchanges, of_bytes(encode(value)))
+        return {rank: decode(type(value), host_bytes(data)) for rank, data in table.items()}
 
     def _keys(self) -> tuple[Key, Key]:
         self._exchanges += 1

@@ -11,12 +11,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from everstep.checkpointing.access.snapshot import Snapshots
 from everstep.comms.mesh.communicator import Communicator, Key, Kind
-from everstep.comms.mesh.tensors import raw
+from everstep.comms.mesh.tensors import divide, on_host
 from everstep.elastic.holding.shard_store import ShardStore
 from everstep.elastic.holding.user_optimizer import UserOptimizer
 from everstep.elastic.protocol.backing_up import BackingUp
@@ -61,7 +60,7 @@ class Backups:
         """Send the reduced gradients of owned shards to their backups, and receive those of shards backed up here."""
         key = Key(Kind.BACKUP, step)
         for backup, shards in self.places.sends(gradients).items():
-            self._comm.send(backup, key, [raw(gradients[index]) for index in shards])
+            self._comm.send(backup, key, [on_host(gradients[index]) for index in shards])
         by_owner = {
             owner: [self._stack.spec.shards[index] for index in shards]
             for owner, shards in self.places.takes(layout).items()
@@ -73,14 +72,11 @@ class Backups:
             waiting.discard((owner, name))
             self._take(step, by_owner[owner], data)
 
-    def _take(self, step: int, shards: Sequence[Shard], data: memoryview) -> None:
-        offset = 0
-        for shard in shards:
-            dtype = self._exchange.accumulation(shard)
+    def _take(self, step: int, shards: Sequence[Shard], data: Tensor) -> None:
+        parts = [(self._exchange.accumulation(shard), shard.elements) for shard in shards]
+        for shard, (dtype, _), gradient in zip(shards, parts, divide(data, parts), strict=True):
             room = self._snapshots.gradient(shard.index, step, shard.elements, dtype)
-            if shard.elements:
-                room.copy_(torch.frombuffer(data, dtype=dtype, count=shard.elements, offset=offset))
-            offset += shard.elements * dtype.itemsize
+            room.copy_(gradient)
             self._snapshots.seal_gradient(shard.index, step, shard.elements, dtype)
             self._gradients[shard.index] = room
 

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from typing_extensions import Buffer
 
 from everstep.comms.mesh.communicator import Communicator, Key, Kind
-from everstep.comms.mesh.tensors import raw
+from everstep.comms.mesh.tensors import ALIGNMENT_BYTES, divide, host_bytes, of_bytes, on_host
 from everstep.elastic.holding.source import Found
 from everstep.elastic.holding.stack import LayerStack
 from everstep.resharding.index import LayoutIndex
@@ -76,16 +75,17 @@ class Exchange:
         owned = index.owned_in(owner)
         return [layer for layer in state.work.layers_of(source) if layer in owned]
 
-    def _partials(self, state: StepState, index: LayoutIndex, layers: list[int], owner: int) -> Iterator[Buffer]:
-        yield b"".join(
+    def _partials(self, state: StepState, index: LayoutIndex, layers: list[int], owner: int) -> Iterator[Tensor]:
+        head = b"".join(
             struct.pack("<I", len(state.sums[layer].nodes)) + b"".join(_NODE.pack(*n) for n in state.sums[layer].nodes)
             for layer in layers
         )
+        yield of_bytes(head + bytes(-len(head) % ALIGNMENT_BYTES))
         for layer in layers:
             shards = index.owned_in(owner)[layer]
             for tensors in state.sums[layer].nodes.values():
                 for shard in shards:
-                    yield raw(self._slice(tensors, layer, shard))
+                    yield on_host(self._slice(tensors, layer, shard))
 
     def _slice(self, tensors: list[Tensor], layer: int, shard: Shard) -> Tensor:
         return tensors[self._position[layer][shard.parameter]][shard.start : shard.stop]
@@ -95,22 +95,20 @@ class Exchange:
             for node, tensors in state.sums[layer].nodes.items():
                 parts.setdefault((layer, shard.index), {})[node] = self._slice(tensors, layer, shard).cpu()
 
-    def _add_received(self, data: memoryview, layers: list[int], index: LayoutIndex, parts: Parts) -> None:
-        offset = 0
+    def _add_received(self, data: Tensor, layers: list[int], index: LayoutIndex, parts: Parts) -> None:
+        offset, head = 0, host_bytes(data)
         nodes: dict[int, list[TreeNode]] = {}
         for layer in layers:
-            (count,) = struct.unpack_from("<I", data, offset)
+            (count,) = struct.unpack_from("<I", head, offset)
             offset += 4
-            nodes[layer] = [TreeNode(*_NODE.unpack_from(data, offset + i * _NODE.size)) for i in range(count)]
+            nodes[layer] = [TreeNode(*_NODE.unpack_from(head, offset + i * _NODE.size)) for i in range(count)]
             offset += count * _NODE.size
-        for layer in layers:
-            shards = index.owned_in(self.comm.rank)[layer]
-            for node in nodes[layer]:
-                for shard in shards:
-                    dtype = self.accumulation(shard)
-                    tensor = torch.frombuffer(data, dtype=dtype, count=shard.elements, offset=offset)
-                    parts.setdefault((layer, shard.index), {})[node] = tensor
-                    offset += shard.elements * dtype.itemsize
+        owned = index.owned_in(self.comm.rank)
+        contents = [(layer, node, shard) for layer in layers for node in nodes[layer] for shard in owned[layer]]
+        sizes = [(self.accumulation(shard), shard.elements) for _, _, shard in contents]
+        tensors = divide(data, sizes, offset + -offset % ALIGNMENT_BYTES)
+        for (layer, node, shard), tensor in zip(contents, tensors, strict=True):
+            parts.setdefault((layer, shard.index), {})[node] = tensor
 
     def accumulation(self, shard: Shard) -> torch.dtype:
         """The type in which a shard's gradient is summed."""
@@ -155,7 +153,7 @@ class Exchange:
 
     def _send(self, version: int, sent: Mapping[int, Sequence[Shard]]) -> None:
         for reader in self._others(sent):
-            values = [raw(self.stack.view(shard)) for shard in sent[reader]]
+            values = [on_host(self.stack.view(shard)) for shard in sent[reader]]
             self.comm.send(reader, Key(Kind.VALUES, version), values)
 
     def values_received(self, version: int, read: Mapping[int, Sequence[Shard]]) -> Iterator[tuple[Shard, Tensor]]:
@@ -165,14 +163,8 @@ class Exchange:
         while waiting:
             owner, _, data = self.comm.receive_any(waiting)
             waiting.discard((owner, key))
-            offset = 0
-            for shard in read[owner]:
-                dtype = self.stack.view(shard).dtype
-                value = torch.empty(0, dtype=dtype)
-                if shard.elements:
-                    value = torch.frombuffer(data, dtype=dtype, count=shard.elements, offset=offset)
-                yield shard, value
-                offset += shard.elements * dtype.itemsize
+            parts = [(self.stack.view(shard).dtype, shard.elements) for shard in read[owner]]
+            yield from zip(read[owner], divide(data, parts), strict=True)
 
 
 @dataclass(frozen=True)

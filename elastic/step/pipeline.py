@@ -66,7 +66,7 @@ class Pipeline:
             gradients = {_key(need, state.step): need for need in state.gradients()}
             arrived = self.comm.ready(gradients)
             action = state.next(depth, gradients[arrived] if arrived is not None else None)
-            data: memoryview | None = None
+            data: Tensor | None = None
             if isinstance(action, Await):
                 needs = {_key(need, state.step): then for need, then in action.needs.items()}
                 source, key, data = self.comm.receive_any(needs)
@@ -79,7 +79,7 @@ class Pipeline:
             else:
                 self._forward(state, action.leg, data)
 
-    def _forward(self, state: StepState, span: Leg, data: memoryview | None) -> None:
+    def _forward(self, state: StepState, span: Leg, data: Tensor | None) -> None:
         self.progress.mark(StepPhase.COMPUTE, state.step, finished=len(state.held))
         inputs: list[Tensor | None] = []
         value: Any
@@ -169,7 +169,7 @@ class Pipeline:
     def _seed(self, step: int, micro_batch: int, layer: int) -> None:
         seed_torch(derive_seed("forward", self.seed, step, micro_batch, layer))
 
-    def _backward(self, state: StepState, span: Leg, data: memoryview) -> None:
+    def _backward(self, state: StepState, span: Leg, data: Tensor) -> None:
         self.progress.mark(StepPhase.COMPUTE, state.step, finished=len(state.held))
         self._finish(state, span, state.graphs.pop(span), decode(data, self.stack.device_of(span.stop - 1)))
 

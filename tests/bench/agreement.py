@@ -27,6 +27,7 @@ from typing import Any
 
 from everstep.comms.mesh.communicator import Key, Kind
 from everstep.comms.mesh.in_memory import MemoryCommunicator, MemoryNetwork
+from everstep.comms.mesh.tensors import host_bytes, of_bytes
 from everstep.elastic.protocol.agreement import (
     SHARE_BYTES,
     Kept,
@@ -125,12 +126,12 @@ class Ranks:
         def carry_out(rank: int, wish: Send | Receive) -> Send | Receive:
             comm, key = self.comms[rank], Key(Kind.GATHER if wish.up else Kind.SCATTER, number, 0, 1)
             if isinstance(wish, Receive):
-                return running[rank].send(decode(Share, comm.receive(wish.source, key)))
+                return running[rank].send(decode(Share, host_bytes(comm.receive(wish.source, key))))
             if encoded[rank][0] is not wish.value:
                 encoded[rank] = (wish.value, encode(wish.value))
             data = encoded[rank][1]
             self.bytes.append(len(data))
-            comm.send(wish.to, key, [data])
+            comm.send(wish.to, key, [of_bytes(data)])
             return running[rank].send(None)
 
         for rank in range(len(self.comms)):

@@ -26,8 +26,10 @@ from processes import die_with_parent
 from torch._C._distributed_c10d import PrefixStore, ProcessGroupGloo
 from torch.distributed import TCPStore
 
-from everstep.comms.mesh.communicator import Key, Kind, barrier
+from everstep.comms.mesh.communicator import Key, Kind
+from everstep.comms.mesh.gather import barrier
 from everstep.comms.mesh.mesh import MeshCommunicator
+from everstep.comms.mesh.tensors import of_bytes
 
 SIZES = (4, 8, 12)
 GLOO_TIMEOUT = datetime.timedelta(seconds=60)
@@ -54,7 +56,7 @@ def mesh_turn(rank: int, size: int, turn: int, shared_memory: bool, pipe: Connec
         comm.edit(1, peers)
         others = [other for other in range(size) if other != rank]
         for other in others:
-            comm.send(other, Key(Kind.USER, 0), [b"hello"])
+            comm.send(other, Key(Kind.USER, 0), [of_bytes(b"hello")])
         for other in others:
             comm.receive(other, Key(Kind.USER, 0))
         barrier(comm, 0, 0)

@@ -21,8 +21,8 @@ from everstep.comms.mesh.communicator import (
     Communicator,
     EditReport,
     Peer,
-    barrier,
 )
+from everstep.comms.mesh.gather import barrier
 from everstep.comms.mesh.gloo import GlooCommunicator
 from everstep.comms.mesh.in_memory import MemoryCommunicator, MemoryNetwork
 from everstep.comms.mesh.mesh import MeshCommunicator

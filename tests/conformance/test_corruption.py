@@ -9,12 +9,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from backends import MeshBackend, Thread
 from flipping import FlippingProxy, FlippingSocket, flip
+from torch import Tensor
 
 from everstep.comms.mesh.communicator import Aborted, Key, Kind
 from everstep.comms.mesh.frames import HEADER_BYTES, HELLO_BYTES
 from everstep.comms.mesh.links import TCP_PIECE_BYTES
+from everstep.comms.mesh.tensors import of_bytes
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -27,8 +30,9 @@ def key(index: int) -> Key:
     return Key(Kind.USER, 0, 0, index)
 
 
-def payload(generation: int, index: int) -> np.ndarray:
-    return np.random.default_rng((generation, index)).integers(0, 256, SIZES[index], dtype=np.uint8)
+def payload(generation: int, index: int) -> Tensor:
+    rng = np.random.default_rng((generation, index))
+    return torch.from_numpy(rng.integers(0, 256, SIZES[index], dtype=np.uint8))
 
 
 class Pair:
@@ -68,7 +72,7 @@ class Pair:
             if self.receiver.ready([(0, key(received))]):
                 data = self.receiver.receive(0, key(received))
                 expected = payload(generation, received)
-                assert np.array_equal(np.frombuffer(data, np.uint8), expected), f"delivered wrong: {received}"
+                assert torch.equal(data, expected), f"delivered wrong: {received}"
                 received += 1
         if received < len(SIZES):
             self.sender.abort()
@@ -150,7 +154,7 @@ def test_a_flipped_bit_of_a_tcp_stream_is_never_delivered(pair: Pair) -> None:
 def test_a_flipped_bit_of_a_ring_is_never_delivered(pair: Pair) -> None:
     rng = random.Random(SEED)
     for _trial in range(100):
-        pair.sender.send(1, key(99), [b"opens the link"])
+        pair.sender.send(1, key(99), [of_bytes(b"opens the link")])
         ring = pair.sender._out[1].ring
         write, countdown = ring.write, rng.randrange(4)  # parts in the ring: one of 3000 bytes, three of the last
 

@@ -7,11 +7,12 @@ import threading
 import time
 from contextlib import closing, suppress
 
-import numpy as np
 import pytest
+import torch
 from backends import BACKENDS, Cluster, Thread
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from everstep.comms.mesh.communicator import Aborted, Key, Kind
 from everstep.comms.mesh.frames import (
@@ -28,6 +29,7 @@ from everstep.comms.mesh.frames import (
 from everstep.comms.mesh.links import cut
 from everstep.comms.mesh.mesh import MeshCommunicator
 from everstep.comms.mesh.ring import RingReader, RingWriter, piece_bytes
+from everstep.comms.mesh.tensors import host_bytes, of_bytes
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -38,8 +40,8 @@ def key(index: int = 0) -> Key:
     return Key(Kind.USER, 0, 0, index)
 
 
-def noise(size: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8)
+def noise(size: int, seed: int = 0) -> Tensor:
+    return torch.randint(0, 256, (size,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
 
 
 def part(generation=1, source=1, total=10, offset=0, length=10, flags=0, position=0, data=b"0123456789") -> bytes:
@@ -76,7 +78,7 @@ def all_to_all(cluster: Cluster) -> None:
     def exchange(comm):
         others = [rank for rank in cluster.ranks if rank != comm.rank]
         for other in others:
-            comm.send(other, key(50 + comm.rank), [b"hi"])
+            comm.send(other, key(50 + comm.rank), [of_bytes(b"hi")])
         for other in others:
             comm.receive(other, key(50 + other))
 
@@ -119,7 +121,7 @@ def test_an_abort_inside_a_message_keeps_the_stream_in_step(mesh):
         fresh = noise(9 * MIB, generation)
         receiver = Thread(lambda: mesh[1].receive(0, key()))
         mesh[0].send(1, key(), [fresh])
-        assert np.array_equal(np.frombuffer(receiver.result(), np.uint8), fresh)
+        assert torch.equal(receiver.result(), fresh)
         assert sockets(mesh[0]) == before
 
 
@@ -145,14 +147,14 @@ def test_a_newcomer_may_be_ahead_by_several_plans(mesh):
     try:
         final = {**mesh.peers(), 2: newcomer.peer}
         newcomer.edit(3, final)
-        newcomer.send(0, key(1), [b"early"])
+        newcomer.send(0, key(1), [of_bytes(b"early")])
         until(lambda: any(link.hello and link.hello.source == 2 for link in mesh[0]._in), mesh[0])
         assert mesh.edit()[0].kept == 3  # generation 2, which the newcomer is not in
         for rank in (0, 1):
             mesh[rank].edit(3, final)
-        assert bytes(mesh[0].receive(2, key(1))) == b"early"
-        newcomer.send(0, key(2), [b"again"])
-        assert bytes(mesh[0].receive(2, key(2))) == b"again"
+        assert bytes(host_bytes(mesh[0].receive(2, key(1)))) == b"early"
+        newcomer.send(0, key(2), [of_bytes(b"again")])
+        assert bytes(host_bytes(mesh[0].receive(2, key(2)))) == b"again"
     finally:
         newcomer.close()
 
@@ -163,8 +165,8 @@ def test_a_message_to_a_dead_address_is_dropped(mesh):
     for size in (10, 3 * MIB):
         mesh[0].send(2, key(), [noise(size)])
     assert mesh[0].broken == (2,)
-    mesh[0].send(1, key(), [b"fine"])
-    assert bytes(mesh[1].receive(0, key())) == b"fine"
+    mesh[0].send(1, key(), [of_bytes(b"fine")])
+    assert bytes(host_bytes(mesh[1].receive(0, key()))) == b"fine"
 
 
 def test_another_jobs_token_is_refused(mesh):
@@ -174,7 +176,7 @@ def test_another_jobs_token_is_refused(mesh):
         peers = {0: mesh[0].peer, 1: intruder.peer}
         mesh[0].edit(1, peers)
         intruder.edit(1, peers)
-        intruder.send(0, key(), [b"let me in"])
+        intruder.send(0, key(), [of_bytes(b"let me in")])
         until(lambda: intruder.broken == (0,), mesh[0], intruder)
         assert mesh[0].ready([(1, key())]) is None
     finally:
@@ -347,5 +349,5 @@ def test_a_peer_that_dies_while_it_is_connected_to_breaks_the_link(monkeypatch: 
             raise BrokenPipeError
 
         monkeypatch.setattr("socket.send_fds", refuse)
-        first.send(1, Key(Kind.USER, 0), [b"x" * 100_000])
+        first.send(1, Key(Kind.USER, 0), [of_bytes(b"x" * 100_000)])
         assert first.broken == (1,)

@@ -10,8 +10,8 @@ from everstep.comms.mesh.communicator import (
     Key,
     Kind,
     Peer,
-    barrier,
 )
+from everstep.comms.mesh.gather import barrier
 from everstep.comms.mesh.gloo import GlooCommunicator
 
 

@@ -43,7 +43,7 @@ class CountingCommunicator(MemoryCommunicator):
     sent: list[tuple[int, int]]
 
     def send(self, to: int, key: Key, payload: Any) -> None:
-        self.sent.append((key.index, sum(map(len, payload))))
+        self.sent.append((key.index, sum(tensor.nbytes for tensor in payload)))
         super().send(to, key, payload)
 
 
