@@ -6,6 +6,7 @@ import json
 from types import SimpleNamespace
 from typing import Any
 
+from everstep.comms.mesh.tensors import of_bytes
 from everstep.elastic.engine.engine import Step
 from everstep.elastic.engine.recovery import Recovery
 from everstep.elastic.protocol import worker_events as w
@@ -22,7 +23,7 @@ def test_what_a_guide_told_ends_with_its_plan() -> None:
         "unseen": [[29, 1.0, 2.0]],
     }
     records: list[dict[str, Any]] = []
-    comm = SimpleNamespace(receive=lambda rank, key: json.dumps(told).encode())
+    comm = SimpleNamespace(receive=lambda rank, key: of_bytes(json.dumps(told).encode()))
     adjustments = SimpleNamespace(take_records=records.append)
     engine = SimpleNamespace(rank=3, comm=comm, results=[], version=0, turn=None, adjustments=adjustments)
     recovery = Recovery.__new__(Recovery)
