@@ -107,7 +107,7 @@ class Agreeing:
         """Merge the values of all members, up the tree and down it. Raises Aborted."""
         up, down = self._keys()
         steps, answer = exchange(self._comm.rank, self._comm.members, value), None
-        encoded: tuple[object, list[Tensor]] = (None, [])  # caches the encoding of the result, which goes to several ranks
+        encoded: tuple[object, list[Tensor]] = (None, [])  # caches the result, which goes to several
         try:
             while True:
                 asked = steps.send(answer)
