@@ -90,7 +90,7 @@ def elastic(**arguments: Unpack[Arguments]) -> Callable[[Callable[Concatenate[Ru
             membership.declare()
             if context is not None:
                 leave_to_launcher()
-                _watch_collectives(membership, context)
+                _watch_collectives(membership)
             with _reported(membership, context):
                 settings = resolve(declared(arguments))
                 with _run(settings, context, membership) as run:
@@ -231,9 +231,7 @@ def _membership(context: WorkerContext | None) -> Membership:
     return AgentMembership(context.control_fd, e.WorkerId(context.rank, context.incarnation))
 
 
-def _watch_collectives(membership: Membership, context: WorkerContext) -> None:
-    membership.changed = context.incarnation > 0
-
+def _watch_collectives(membership: Membership) -> None:
     def warned(text: str) -> None:
         warn(membership, Notice.COLLECTIVE, text)
 

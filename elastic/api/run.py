@@ -148,10 +148,9 @@ class Run:
             raise UsageError(
                 f"run.prepare drives one stage, and the job has stages={self.settings.stages}: use run.steps(...)"
             )
-        engine = self._set_up(model, optimizer, dataset, collate_fn, _no_loss, scheduler, loops=True)
+        engine = self._set_up(model, optimizer, dataset, collate_fn, _no_loss, scheduler, skip_nonfinite, loops=True)
         assert self._gradients is not None
         assert self._schedulers is not None
-        engine.skip_nonfinite = skip_nonfinite
         batches = self._batches = Batches(
             engine, self._gradients, self._guarded, self._switch, self._begin, self._schedulers.left_in_loop
         )
@@ -179,10 +178,9 @@ class Run:
         `clip_grad_norm` is the largest global gradient norm; `scheduler` is stepped after each step. With
         `skip_nonfinite` a step whose gradient is not finite changes nothing.
         """
-        engine = self._set_up(model, optimizer, dataset, collate_fn, loss_fn, scheduler, loops=False)
+        engine = self._set_up(model, optimizer, dataset, collate_fn, loss_fn, scheduler, skip_nonfinite, loops=False)
         if clip_grad_norm is not None:
             engine.adjustments.clip["norm"] = float(clip_grad_norm)
-        engine.skip_nonfinite = skip_nonfinite
         return self._run(engine)
 
     def _run(self, engine: Engine) -> Iterator[Step]:
@@ -312,6 +310,7 @@ class Run:
         collate_fn: Callable[[list[Any]], Any] | None,
         loss_fn: Loss,
         scheduler: LRScheduler | None,
+        skip_nonfinite: bool,
         *,
         loops: bool,
     ) -> Engine:
@@ -328,8 +327,10 @@ class Run:
         make_current(stack.device)
         if settings.stages > len(stack.layers):
             raise UsageError(_too_few_layers(model, settings.stages, len(stack.layers)))
-        link, slots, context = None, 2, self._context
+        link, lineage, slots, context = None, None, 2, self._context
         if context is not None:
+            # The token is a secret; its hash names the run.
+            lineage = Lineage(hashlib.sha256(context.token.encode()).hexdigest()[:16])
             link = KeeperLink(context.keeper_name, context.token, context.rank, context.incarnation)
             slots = state_slots(settings.protection, context.max_nodes, checkpoints=bool(settings.checkpoint))
         engine = Engine(
@@ -343,13 +344,13 @@ class Run:
             membership=self._membership,
             snapshots=Snapshots(link, slots),
             progress=self._progress,
+            link=link,
+            lineage=lineage,
+            registered=self._registered,
+            loops=loops,
+            skip_nonfinite=skip_nonfinite,
         )
-        engine.loops = loops
-        engine.registered = self._registered
         self._schedulers = Schedulers(engine, optimizer, scheduler)
-        engine.checkpoints.link = link
-        if context is not None:  # the token is a secret; what it hashes to names the run
-            engine.checkpoints.lineage = Lineage(hashlib.sha256(context.token.encode()).hexdigest()[:16])
         engine.birth = {
             **engine.adjustments.terms(),
             "registered": engine.states_of_registered(),

@@ -58,7 +58,7 @@ class Membership(ABC):
         self.on_abort: Callable[[], None] = lambda: None
         self.save_asked = False  # a checkpoint is requested now
         self.lost_group: object | None = None  # that the script had made by then: it cannot be used any more
-        self.changed = False  # members were lost, or came; of a replacement: before it began
+        self.changed = worker.incarnation > 0  # members were lost or joined; for a replacement, before it began
         self.conclusion: Conclusion | None = None  # is due
 
     @abstractmethod

@@ -22,8 +22,10 @@ import torch
 import xxhash
 from torch import Tensor
 
+from everstep.checkpointing.access.client import KeeperLink
 from everstep.checkpointing.access.snapshot import Snapshots
 from everstep.checkpointing.memory.record import ShardState
+from everstep.checkpointing.universal.lineage import Lineage
 from everstep.checkpointing.universal.writer import folder_name
 from everstep.comms.mesh.communicator import Aborted, Communicator
 from everstep.elastic.contract.errors import UsageError
@@ -104,6 +106,11 @@ class Engine:
         membership: Membership,
         snapshots: Snapshots,
         progress: Progress,
+        link: KeeperLink | None,
+        lineage: Lineage | None,
+        registered: dict[str, Any],
+        loops: bool,
+        skip_nonfinite: bool,
     ) -> None:
         self.settings = settings
         self.stack = stack
@@ -128,17 +135,17 @@ class Engine:
         self.replicas = Replicas(self.store, snapshots, self.backups, self.exchange, settings.verify_every)
         whose = {"optimizer": type(optimizer.user).__name__, "data": described}
         whose |= {"settings": pack(optimizer.hyper_parameters()), "dtypes": optimizer.masters()}
-        self.checkpoints = Checkpoints(settings, stack, snapshots, membership, whose)
-        self.registered: dict[str, Any] = {}  # objects with state_dict / load_state_dict
+        self.checkpoints = Checkpoints(settings, stack, snapshots, membership, whose, link, lineage)
+        self.registered = registered  # objects with state_dict / load_state_dict, which the script may add to
         self.unclaimed: dict[str, Any] = {}  # states of other ranks' objects that this rank has not registered yet
-        self.loops = False  # the user's own loop computes the micro-batches
+        self.loops = loops  # the user's own loop computes the micro-batches
         self.record_bytes = [optimizer.state_bytes(shard) for shard in stack.spec.shards]
         self.driven: set[str] = set()  # the registered objects that the runtime itself steps
         self.on_commit: list[Callable[[], None]] = []  # called after each commit: the scheduler's step
         self.adjustments = Adjustments(optimizer, stack)
         guards = (self.protection, self.checkpoints, self.replicas)
         self.agreeing = Agreeing(stack, comm, self.adjustments, *guards)
-        self.skip_nonfinite = False  # whether to skip the update of a step whose gradient is not finite
+        self.skip_nonfinite = skip_nonfinite  # whether to skip the update of a step whose gradient is not finite
         self.worker = Driver(new_worker(comm.rank, stack.spec, settings.steps))
         self.state: StepState | None = None
         self.orders: dict[int, Orders] = {}  # generation -> the plan and addresses known for it

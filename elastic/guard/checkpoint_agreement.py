@@ -73,15 +73,22 @@ class Checkpoints:
     """When this job's state is saved, and this rank's part in it. Does nothing in a job without checkpoints."""
 
     def __init__(
-        self, settings: Settings, stack: LayerStack, snapshots: Snapshots, membership: Membership, run: dict[str, Any]
+        self,
+        settings: Settings,
+        stack: LayerStack,
+        snapshots: Snapshots,
+        membership: Membership,
+        run: dict[str, Any],
+        link: KeeperLink | None = None,
+        lineage: Lineage | None = None,
     ) -> None:
         self._settings = settings
         self._stack = stack
         self._snapshots = snapshots
         self._membership = membership
         self._run = run  # the run that owns the checkpoints, as the manifest names it
-        self.link: KeeperLink | None = None
-        self.lineage = Lineage(secrets.token_hex(8))  # equal on all ranks of a run
+        self.link = link
+        self.lineage = lineage or Lineage(secrets.token_hex(8))  # equal on all ranks of a run
         self.newest = -1  # the newest version that is known to be saved
         self.failures = 0
         self._asked_after: int | None = None  # the newest saved version when a checkpoint was requested
