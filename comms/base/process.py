@@ -75,7 +75,8 @@ def own_command(module: str, *arguments: str) -> list[str]:
     """The command line of a process that runs a module of ours, and finds no others in the working folder."""
     package = sys.modules[__name__.partition(".")[0]]
     root = Path(package.__file__ or "").absolute().parents[1].resolve()
-    found = any(Path(folder).resolve() == root for folder in sys.path if folder)  # else it is the working folder itself
+    # -P hides the working folder from the process, which is wrong only if the package is found nowhere but there.
+    found = root != Path.cwd() or any(Path(folder).resolve() == root for folder in sys.path if folder)
     return [sys.executable, *(["-P"] if found else []), "-m", module, *arguments]
 
 
