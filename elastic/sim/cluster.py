@@ -21,7 +21,7 @@ from .keeper import Board
 from .ledger import Ledger, Promise
 from .links import Key
 from .state_store import Decision, StateStore
-from .storage import Storage
+from .storage import Full, Storage
 from .surroundings import Surroundings
 from .transcript import brief
 from .values import Reference, ShardState
@@ -114,6 +114,7 @@ class Cluster:
         self.verify_every = verify_every
         self.store = StateStore()
         self.storage = Storage(len(job.model.shards), self.saving.damaged, world.seed + 3)
+        self._saved = {begun.name: begun.version} if (begun := self.saving.begun) else {}  # as far as is known
         self.ahead_s = 0.0  # offset of the coordinator's clock, after it was stopped or its machine slept
         self.ledger = Ledger(job, expected, verified=bool(verify_every))
         self.promise = Promise(job.node_losses, replay=job.protection == "replay")
@@ -176,6 +177,18 @@ class Cluster:
             self.happened(e.CoordinatorReturned(LATE_S))
         for event in inbox:
             self.happened(event)
+
+    def disk_fills(self, full_s: float, where: Full) -> None:
+        """The storage of checkpoints is full for a while."""
+        if not self._over() and self.storage.full is None:
+            self.storage.full = where
+            self.happenings["times the checkpoint storage was full"] += 1
+            self.log.append(f"{self.world.now:.4f} the storage is full ({where.value}) for {full_s:.2f} s")
+            self.world.after(full_s, self._disk_has_room)
+
+    def _disk_has_room(self) -> None:
+        self.storage.full = None
+        self.log.append(f"{self.world.now:.4f} the storage has room again")
 
     # ------------------------------------------------------------ nodes
 
@@ -337,6 +350,7 @@ class Cluster:
             self.log.append(f"{self.world.now:.4f} {brief(event)} -> {', '.join(map(brief, effects))}")
         self._check_fence(before, event, effects)
         self._check_drain(before, event)
+        self._check_saved(event, effects)
         self.ledger.told(self.state, effects, broken=self.promise.broken)
         self.board.made_up |= any(isinstance(x, e.CarryOut) and bool(x.plan.stand_ins) for x in effects)
         for effect in effects:
@@ -351,6 +365,30 @@ class Cluster:
             return
         if self.state is not before or effects:
             raise AssertionError(f"{brief(event)} of the lost node {running.node} was acted on")
+
+    def _check_saved(self, event: e.Event, effects: Sequence[e.Effect]) -> None:
+        """Check that what is called saved is whole, and that the newest of it is what training resumes from."""
+        if isinstance(event, e.CheckpointSaved):
+            if not self.storage.is_whole(event.saved.name):
+                raise AssertionError(f"{event.saved.name} is called saved, and is not whole")
+            if event.saved in self.state.saved:
+                self._saved[event.saved.name] = event.saved.version
+        elif isinstance(event, e.CheckpointUnreadable) and event.name not in {item.name for item in self.state.saved}:
+            self._saved.pop(event.name, None)
+        plans = {x.plan.generation: x.plan for x in effects if isinstance(x, e.CarryOut) and x.plan.checkpoint}
+        for plan in plans.values():
+            self.happenings["resumes from a checkpoint"] += 1
+            if plan.version != max(self._saved.values()):
+                raise AssertionError(f"training resumes from version {plan.version}, and there are {self._saved}")
+
+    def check_lost(self) -> None:
+        """Check what is said of the last checkpoint at the end of a job that succeeded."""
+        assert self.outcome is not None
+        unsaved = self.job.checkpoints and not self.storage.has(self.state.committed + 1)
+        if self.outcome.lost and not (unsaved and self.storage.refused):
+            raise AssertionError(f"the job lost {self.outcome.lost}")
+        if unsaved and not self.outcome.lost:
+            raise AssertionError(f"version {self.state.committed + 1} is not saved, and the job does not say so")
 
     def _check_drain(self, before: State, event: e.Event) -> None:
         """Check that a departure neither aborts nor ends anything, as long as another node can take over."""

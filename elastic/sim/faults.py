@@ -10,6 +10,7 @@ from everstep.elastic.protocol.events import WorkerId
 from everstep.elastic.protocol.state import Phase, Status
 
 from .cluster import Cluster
+from .storage import Full
 
 PHASES = ("compute", "reduce", "agree", "update", "commit", "recover", "restore", "join", "end")
 DRAIN_PHASES = (*PHASES, "leave")
@@ -68,6 +69,14 @@ class StoreFault(Fault):
     away_s: float = 0.1
     replaced: bool = False
     written: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiskFault(Fault):
+    """The storage of checkpoints is full for `full_s`: saves fail `where`."""
+
+    full_s: float
+    where: Full
 
 
 def draw(rng: random.Random, workers: int, horizon_s: float) -> list[Fault]:
@@ -155,6 +164,16 @@ def draw_store_faults(rng: random.Random, horizon_s: float) -> list[Fault]:
     return faults
 
 
+def draw_disk_faults(rng: random.Random, horizon_s: float) -> list[Fault]:
+    """Times at which the storage of checkpoints is full, some of them longer than the job."""
+    faults: list[Fault] = []
+    for _ in range(rng.choice((1, 1, 2, 3))):
+        at_s, phase, after = _occasion(rng, PHASES, horizon_s)
+        full_s, where = rng.choice((0.05, 0.3, 1.0, 60.0)), rng.choice(list(Full))
+        faults.append(DiskFault(victims=0, at_s=at_s, phase=phase, after=after, full_s=full_s, where=where))
+    return faults
+
+
 def _occasion(rng: random.Random, phases: tuple[str, ...], horizon_s: float) -> tuple[float, str, int]:
     if rng.random() < 0.5:
         return rng.uniform(0.0, horizon_s), "", 0
@@ -197,6 +216,9 @@ class Injector:
         if isinstance(fault, StoreFault):
             self.last_s = max(self.last_s, self._world.now + fault.away_s + 10.0)  # a lost node shows by its silence
             self._cluster.store_fails(fault.away_s, replaced=fault.replaced, written=fault.written)
+            return
+        if isinstance(fault, DiskFault):
+            self._cluster.disk_fills(fault.full_s, fault.where)
             return
         alive = self._cluster.alive()
         self._world.random.shuffle(alive)

@@ -20,6 +20,7 @@ from .faults import (
     Fault,
     Injector,
     draw,
+    draw_disk_faults,
     draw_drains,
     draw_flips,
     draw_joiners,
@@ -60,6 +61,7 @@ class Shape:
     on_loss: str = "checkpoint"
     flips: tuple[str, ...] = ()  # bits flip in values of these kinds: owned, read, backup; all replicas are compared
     store_fails: bool = False  # the coordinator's store fails now and then
+    disk_fills: bool = False  # the storage of checkpoints is full now and then
     joiners_die: bool = False  # joiners die while reports of joins are late
 
 
@@ -118,6 +120,21 @@ SHAPES = {
     ),
     "joining": Shape(workers=1, late_slots=4, steps=40, joiners_die=True),
     "full disk": Shape(stages=2, workers=4, late_slots=1, steps=8, store_fails=True),
+    "full checkpoint storage": Shape(
+        stages=2, workers=4, late_slots=1, steps=12, saves=True, saves_every=2, disk_fills=True
+    ),
+    "full checkpoint storage, 3 nodes": Shape(
+        workers=3,
+        nodes=3,
+        steps=14,
+        interval=3,
+        loses_nodes=True,
+        reckless=True,
+        saves=True,
+        saves_every=3,
+        resumes_at=2,
+        disk_fills=True,
+    ),
     "full disk, 4 nodes": Shape(workers=4, nodes=4, steps=9, losses=2, drains=True, loses_nodes=True, store_fails=True),
 }
 
@@ -137,6 +154,7 @@ class Outcome:
     happenings: Counter[str]  # other faults, by kind
     virtual_s: float
     generations: int
+    lost: tuple[str, ...]  # what a job that succeeded has not completed
     events: tuple[tuple[float, e.Event], ...]
     log: tuple[str, ...]
 
@@ -288,6 +306,7 @@ def run(seed: int, shape: Shape, around: Circumstances) -> Outcome:
         happenings=_happenings(cluster),
         virtual_s=world.now,
         generations=cluster.state.generation,
+        lost=cluster.outcome.lost,
         events=tuple(cluster.events),
         log=tuple(cluster.log),
     )
@@ -300,6 +319,7 @@ def _happenings(cluster: Cluster) -> Counter[str]:
         "versions that were not whole": events[e.WorkerLacking],
         "damaged checkpoints": events[e.CheckpointUnreadable],
         "checkpoints saved": events[e.CheckpointSaved],
+        "saves that failed": cluster.storage.refused,
         "shards made up": cluster.ledger.substituted,
     }
     return cluster.happenings + Counter(counted)
@@ -310,6 +330,7 @@ def _faults(rng: random.Random, shape: Shape, horizon_s: float) -> list[Fault]:
     if shape.joiners_die:
         return [*draw_joiners(rng), *draw(rng, shape.workers, horizon_s)[:1]]
     drains += draw_store_faults(rng, horizon_s) if shape.store_fails else []
+    drains += draw_disk_faults(rng, horizon_s) if shape.disk_fills else []
     if shape.flips:  # a few deaths at a time, so that correct replicas are in the majority
         deaths = [replace(fault, victims=1) for fault in draw(rng, shape.workers, horizon_s)[:2]]
         return [*draw_flips(rng, horizon_s, shape.flips), *deaths]
@@ -340,8 +361,7 @@ def _run(world: World, cluster: Cluster, injector: Injector, horizon_s: float) -
             str(w): (r.worker.version, r.worker.links.generation) for w, r in cluster.running.items() if not r.dead
         }
         raise AssertionError(f"no end within {BOUND_S:g} s after the last fault; {cluster.state.phase}, {where}")
-    if cluster.outcome.lost:
-        raise AssertionError(f"the job lost {cluster.outcome.lost}")
+    cluster.check_lost()
     layout = cluster.state.layout
     assert layout is not None
     members = [cluster.running[cluster.state.workers[rank].id] for rank in layout.ranks]

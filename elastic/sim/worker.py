@@ -34,6 +34,7 @@ from .protection import Protection
 from .replicas import Replicas, flipped
 from .restore import Sources
 from .snapshots import Snapshots
+from .storage import NoSpace
 from .surroundings import Surroundings
 from .values import (
     ShardState,
@@ -198,10 +199,10 @@ class SimWorker:
         if self.version != conclusion.version:
             raise AssertionError(f"{self.id} is at {self.version}, and is to save {conclusion.version}")
         yield from self.snapshots.wait()
-        if self.layout is not None and self.rank == self.layout.ranks[0]:
-            saved = e.Saved(self.version, conclusion.name, self.machine.agreement)
-            self.around.tell(e.CheckpointSaved(self.id, saved, {}))
-        self.around.tell(e.WorkerConcluded(self.id, conclusion.name))
+        saved = e.Saved(self.version, conclusion.name, self.machine.agreement)
+        states = {shard: self.shard_state(shard) for shard in self.owned}
+        yield self.around.storage.write_s()
+        self.around.tell(e.WorkerConcluded(self.id, conclusion.name, self._why_unsaved(saved, states)))
 
     def _guarded(self, event: w.Event) -> Steps[None]:
         """Run an operation that waits for others; if the generation ends, recover instead."""
@@ -518,13 +519,26 @@ class SimWorker:
             saved = e.Saved(self.version, f"v{self.version}-g{it.layout.generation}", it.agreement)
             states = {shard: self.shard_state(shard) for shard in self.owned}
             delay_s = self.around.world.between(0.001, 0.3)
-            self.around.world.after(delay_s, lambda: self._saved(saved, states))
+            self.around.world.after(delay_s, lambda: self._save(saved, states))
         yield from self._tell_committed(w.TellCommitted(it.agreement, it.layout.generation))
 
-    def _saved(self, saved: e.Saved, states: dict[int, ShardState]) -> None:
-        """This node's saver has written a part, unless the node is down; workers may have ended meanwhile."""
-        if self.around.board.keepers[self.around.node].up and self.around.storage.put(saved, states):
+    def _save(self, saved: e.Saved, states: dict[int, ShardState]) -> None:
+        """This node's saver writes a part, unless the node is down; workers may have ended meanwhile."""
+        self._why_unsaved(saved, states)
+
+    def _why_unsaved(self, saved: e.Saved, states: dict[int, ShardState]) -> str:
+        """Write a part; returns why that was not possible, empty if it was."""
+        if not self.around.board.keepers[self.around.node].up:
+            return "the node is lost"
+        try:
+            whole = self.around.storage.put(saved, states)
+        except NoSpace as error:
+            fields = {"version": saved.version, "name": saved.name, "why": str(error)}
+            self.around.tell(e.WorkerNoted(self.id, "checkpoint_failed", fields))
+            return str(error)
+        if whole:
             self.around.tell(e.CheckpointSaved(self.id, saved, {}))
+        return ""
 
     def _tell_committed(self, it: w.TellCommitted) -> Steps[None]:
         """Report to the coordinator that a step is committed."""
