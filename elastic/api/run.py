@@ -358,7 +358,7 @@ class Run:
         self._engine = engine
         token, node = (context.token, context.node) if context else ("", "")
         self._recovery = Recovery(engine, token, node)
-        engine.committed = self._recovery.committed
+        engine.damage.committed = self._recovery.committed
         values = state_digest(model.state_dict())
         self._note_replacement(engine, values)
         job = Job(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
 import sys
 import time
@@ -27,7 +26,7 @@ from everstep.checkpointing.access.snapshot import Snapshots
 from everstep.checkpointing.memory.record import ShardState
 from everstep.checkpointing.universal.lineage import Lineage
 from everstep.checkpointing.universal.writer import folder_name
-from everstep.comms.mesh.communicator import Aborted, Communicator
+from everstep.comms.mesh.communicator import Communicator
 from everstep.elastic.contract.errors import UsageError
 from everstep.elastic.contract.membership import Membership, Orders
 from everstep.elastic.contract.notices import Notice, warn
@@ -44,7 +43,7 @@ from everstep.elastic.guard.agreeing import Agreeing, Own, Settled
 from everstep.elastic.guard.backups import Backups
 from everstep.elastic.guard.checkpoint_agreement import Checkpoints
 from everstep.elastic.guard.protection import Protection
-from everstep.elastic.guard.replicas import Replicas, digest
+from everstep.elastic.guard.replicas import Replicas
 from everstep.elastic.holding.adjustments import Adjustments
 from everstep.elastic.holding.hyperparameters import pack
 from everstep.elastic.holding.shard_store import ShardStore
@@ -52,14 +51,12 @@ from everstep.elastic.holding.stack import LayerStack
 from everstep.elastic.holding.user_optimizer import UserOptimizer
 from everstep.elastic.holding.watch import (
     Change,
-    Changed,
     ParameterWatch,
     describe,
-    differing_bits,
 )
 from everstep.elastic.protocol import events as e
 from everstep.elastic.protocol import worker_events as w
-from everstep.elastic.protocol.replicas import Digests, Made, Odd, decide, disputed, odd_ones
+from everstep.elastic.protocol.replicas import disputed
 from everstep.elastic.protocol.worker import offered
 from everstep.elastic.protocol.worker_state import new_worker
 from everstep.elastic.step.data import DataSource, Key
@@ -71,13 +68,13 @@ from everstep.resharding.plan import Plan
 from everstep.resharding.units import Shard
 from everstep.resharding.work import Work
 
+from .damage import Damage
 from .driver import Driver
 
 # What a rank waits for, apart from other ranks, in words that follow "waits for".
 SNAPSHOT = "its snapshot to be copied to keeper memory"
 PARITY = "the keepers of its parity group to hold the last version"
 SAVES = "checkpoints that are being saved"
-DECISION = "the coordinator to begin a new generation"
 PACE = 0.3  # share of a step's duration over which its snapshot is spread
 
 
@@ -122,7 +119,6 @@ class Engine:
         self.membership = membership
         self.snapshots = snapshots
         self.progress = progress
-        progress.damage = self._damage
         self.telemetry = progress.telemetry
         snapshots.on_copied = self._copied
         self.pipeline = Pipeline(stack, comm, progress, settings.seed, data.fetch, loss_fn, self._warn_of_attribute)
@@ -130,8 +126,8 @@ class Engine:
         self.protection = Protection(settings, snapshots, membership)
         self.backups = Backups(optimizer, comm, snapshots, self.exchange)
         self.watch = ParameterWatch(stack)
-        self.suspects: dict[int, int] = {}  # shard that may be damaged here -> digest of its committed value
-        self.committed: Callable[[list[int]], dict[int, ShardState]] = lambda shards: {}  # what keepers hold of shards
+        self.damage = Damage(self)
+        progress.damage = self.damage.inject
         self.replicas = Replicas(self.store, snapshots, self.backups, self.exchange, settings.verify_every)
         whose = {"optimizer": type(optimizer.user).__name__, "data": described}
         whose |= {"settings": pack(optimizer.hyper_parameters()), "dtypes": optimizer.masters()}
@@ -282,13 +278,13 @@ class Engine:
         began_ns = time.monotonic_ns()
         waiting = self.progress.waiting
         with waiting(SNAPSHOT):
-            self.snapshots.wait(self._patient)
+            self.snapshots.wait(self.patient)
         with waiting(PARITY):
-            self.protection.wait(state.step, self._patient)
+            self.protection.wait(state.step, self.patient)
         self.telemetry.span(Spent.BLOCKED, began_ns)
         if it.last:
             with waiting(SAVES):
-                self.checkpoints.conclude(self._patient)  # so that there is room for the last checkpoint
+                self.checkpoints.conclude(self.patient)  # so that there is room for the last checkpoint
         proposal = self.offered(last=it.last)
         own = Own(
             step=state.step,
@@ -300,12 +296,12 @@ class Engine:
             digest=self._owned_digest(),
             skip_nonfinite=self.skip_nonfinite,
             join=proposal.generation if proposal else 0,
-            suspects=self.suspects,
+            suspects=self.damage.suspects,
         )
         merged, replicas = self.agreeing.begin(own, layout)
         if disputed(replicas):
-            self._distrust(state.step, replicas)
-        self.suspects = {}
+            self.damage.distrust(state.step, replicas)
+        self.damage.suspects = {}
         settled = self.agreeing.settle(own, merged)
         if settled.partly and not self.loops and self.rank == min(self.comm.members):
             self._warn_of_partial(state.step, settled.partly)
@@ -354,39 +350,6 @@ class Engine:
             check_size(agreement["registered"])
         return w.Agreed(text, proposal, wanted)
 
-    def _distrust(self, step: int, replicas: dict[int, Digests]) -> None:
-        """Replicas differ: no rank passes this agreement. The wrong ones are discarded, and all ranks recover.
-
-        All results of the step are dropped: what a wrong replica computed went into the gradients of other ranks.
-        """
-        layout, _ = self.current()
-        self.state = self._fresh_step(step, layout.work)
-        terms = json.loads(self.agreement)
-        mine = [shard for shard in disputed(replicas) if layout.owners[shard] == self.rank]
-        made = self.agreeing.gathered(Made({shard: self.replicas.made_again(shard, step, terms) for shard in mine}))
-        truth = decide(replicas, {shard: value for said in made.values() for shard, value in said.digests.items()})
-        odd = odd_ones(replicas, truth)
-        for shard in mine:
-            if self.replicas.record_differs(shard, step, truth[shard]):
-                self.snapshots.discard(shard, step)  # the version before it and the gradient reproduce it
-        self._forget_odd([item for item in odd if item.rank == self.rank])
-        # No rank reports the difference before all ranks know of it: the abort that follows cancels messages in
-        # transit.
-        self.agreeing.gathered(Made({}))
-        if self.rank == min(self.comm.members):
-            self._name_odd(step, layout.generation, odd)
-        evicted = self.settings.on_corruption == "evict" and any(item.rank == self.rank for item in odd)
-        with self.progress.waiting(DECISION):
-            try:
-                while True:
-                    self._patient()
-                    time.sleep(0.01)
-            except Aborted:
-                # Not earlier: the abort that follows a death cancels messages that others have yet to receive.
-                if evicted:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                raise
-
     def _warn_of_attribute(self, text: str) -> None:
         warn(self.membership, Notice.ATTRIBUTE_CHANGED, text, rank=self.rank, step=self.version)
 
@@ -397,59 +360,13 @@ class Engine:
         """
         found = self.watch.changed(thorough=thorough)
         for changed in found:
-            if changed.how is Change.SILENT and len(found) == 1 and self._is_damage(changed):
+            if changed.how is Change.SILENT and len(found) == 1 and self.damage.explains(changed):
                 continue
             name = self.stack.spec.parameters[changed.held.index].name
             raise UsageError(describe(name, self.version, within=thorough, replaced=changed.how is Change.REPLACED))
 
-    def _is_damage(self, changed: Changed) -> bool:
-        """Whether a value differs from the committed one by a single bit: memory fails like that, no script does."""
-        index = changed.held.index
-        shards = [shard for shard in self.stack.spec.shards if shard.parameter == index]
-        committed = self.committed([shard.index for shard in shards])
-        flat = changed.held.tensor.detach().reshape(-1)
-        if len(committed) < len(shards):
-            return False
-        values = {s.index: self.stack.as_live(s.index, committed[s.index]["value"]) for s in shards}
-        if sum(differing_bits(flat[s.start : s.stop], values[s.index]) for s in shards) > 1:
-            return False
-        self.suspects.update({index: digest(value) for index, value in values.items()})
-        return True
-
-    def _forget_odd(self, odd: list[Odd]) -> None:
-        """Values on this rank are wrong: its reports no longer list them as held."""
-        for item in odd:
-            if item.backup:
-                self.backups.level.discard(item.shard)
-                self.snapshots.discard(item.shard)  # earlier versions come from the same copy: the owner has other ones
-        wrong = frozenset(item.shard for item in odd if not item.backup)
-        self.worker.happened(w.Distrusted(wrong, values=bool(wrong)))
-
-    def _name_odd(self, step: int, generation: int, odd: list[Odd]) -> None:
-        """Report one shard of each wrong replica to the coordinator, which begins a new generation."""
-        detail = f"steps {self.replicas.since(step)} to {step} may have been computed with other values than replicas"
-        for item in {(item.rank, item.backup): item for item in reversed(odd)}.values():
-            where = "backup" if item.backup else "replica"
-            worker = self.membership.worker
-            found = e.CorruptionFound(worker, generation, where, rank=item.rank, shard=item.shard, detail=detail)
-            self.membership.tell(found)
-
-    def _damage(self, kind: str) -> None:
-        """An injected fault: flip one bit of a frame, or of a value that this rank owns, only reads, or backs up."""
-        layout, _ = self.current()
-        if kind == "flip-frame":
-            self.comm.damage()
-            return
-        if kind == "flip-backup":
-            self.backups.store.state(self.backups.shards[-1].index)["value"][:1].view(torch.uint8)[1] ^= 16
-            return
-        for layer in reversed(self.stack.held):
-            for shard in reversed(self.stack.spec.shards_of_layer[layer]):
-                if shard.elements > 1000 and (layout.owners[shard.index] == self.rank) == (kind == "flip-owned"):
-                    self.stack.view(shard)[:1].view(torch.uint8)[1] ^= 16
-                    return
-
-    def _patient(self) -> None:
+    def patient(self) -> None:
+        """Call this while waiting for others: reports progress. Raises Aborted when the generation ends."""
         self.progress.tick()
         self.comm.ready(())  # raises Aborted
 
@@ -563,6 +480,11 @@ class Engine:
         self.state = self._fresh_step(it.version, it.work)
         self.pipeline.begin_step()
 
+    def start_over(self) -> None:
+        """Drop all results of the current step."""
+        layout, state = self.current()
+        self.state = self._fresh_step(state.step, layout.work)
+
     def _fresh_step(self, step: int, work: Work) -> StepState:
         state = StepState.begin(step, self.rank, work)
         state.leaves = self.settings.micro_batches
@@ -610,7 +532,7 @@ class Engine:
         self.membership.save_asked = True
 
     def _end_saved(self, number: signal.Signals) -> NoReturn:
-        self.checkpoints.conclude(self._patient)
+        self.checkpoints.conclude(self.patient)
         saved = self.checkpoints.newest == self.version
         state = f"its state after {self.version} steps is saved" if saved else "no checkpoint could be saved"
         print(f"everstep: stopped by {number.name}; {state}", file=sys.stderr, flush=True)
@@ -644,11 +566,11 @@ class Engine:
         if it.protect:
             self.protect(anyway=True)
         with self.progress.waiting(SNAPSHOT):
-            self.snapshots.wait(self._patient)
+            self.snapshots.wait(self.patient)
         with self.progress.waiting(PARITY):
-            self.protection.wait(self.version + 1, self._patient)
+            self.protection.wait(self.version + 1, self.patient)
         with self.progress.waiting(SAVES):
-            self.checkpoints.conclude(self._patient)
+            self.checkpoints.conclude(self.patient)
         return w.Concluded()
 
     def save_last(self, version: int, name: str, on_wait: Callable[[], None]) -> str:

@@ -28,8 +28,8 @@ from everstep.resharding.moves import What, received
 from everstep.resharding.plan import Report
 from everstep.resharding.work import Work
 
+from .damage import DECISION
 from .engine import (
-    DECISION,
     SAVES,
     Engine,
     Step,
