@@ -1,4 +1,4 @@
-"""The node agent's machine: what it does at every event, and what no order of events makes it do."""
+"""The node agent's machine: its reaction to every event, and what no order of events may lead to."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def w(rank: int, incarnation: int = 0) -> WorkerId:
 
 
 class Agent:
-    """A machine that is told one event after the other; what always holds is checked after each."""
+    """A machine that receives one event after the other; the invariants are checked after each."""
 
     def __init__(self, config: agent.AgentConfig = CONFIG) -> None:
         self.state = agent.new_agent(config)
@@ -35,7 +35,7 @@ class Agent:
         return instructions
 
     def serve(self, *workers: WorkerId) -> None:
-        """Into the job, with these workers running."""
+        """Join the job, with these workers running."""
         self(a.PreloaderReady())
         self(a.Welcomed())
         self(a.HealthChecked())
@@ -51,7 +51,7 @@ def serving(*workers: WorkerId) -> Agent:
 
 
 def in_phase(phase: P) -> Agent:
-    """An agent in a phase, with workers 0.0 and 1.0 where there may be some."""
+    """An agent in a phase, with workers 0.0 and 1.0 where the phase allows workers."""
     one = Agent()
     if phase in agent.RUNS:
         one.serve(w(0), w(1))
@@ -134,7 +134,7 @@ def test_a_fenced_node_kills_its_workers_and_asks_again_when_they_are_gone() -> 
     say, *rest = one(a.FenceOrdered("it was silent"))
     assert isinstance(say, a.Say)
     assert rest == [a.KillWorker(w(0), agent.NODE_LOST), a.KillWorker(w(1), agent.NODE_LOST), a.EndKeeper()]
-    assert one(a.StartOrdered((w(0, 1),))) == []  # of before it was fenced
+    assert one(a.StartOrdered((w(0, 1),))) == []  # it arrived before the node was fenced
     assert one(a.WorkerGone(w(1))) == []
     assert one(a.WorkerGone(w(0))) == [a.JoinAgain("n-2")]
     one(a.Welcomed())
@@ -173,7 +173,7 @@ def test_a_node_that_was_to_stop_does_not_come_back() -> None:
 
 def test_a_node_without_coordinator_and_progress_fences_itself() -> None:
     one = serving(w(0))
-    for step in range(3):  # it trains on
+    for step in range(3):  # it continues to train
         assert one(a.TimePassed(10.0, ((w(0), step),)), after_s=299.0) == []
     assert one(a.TimePassed(900.0, ((w(0), 2),)), after_s=300.0) == []
     found = one(a.TimePassed(901.0, ((w(0), 2),)), after_s=0.1)
@@ -214,7 +214,7 @@ def test_a_restart_ends_all_workers_first() -> None:
     one = serving(w(0), w(1))
     found = one(a.KillOrdered((w(0), w(1))))
     assert found == [a.ForgetFailures(), a.TerminateWorker(w(0)), a.TerminateWorker(w(1))]
-    assert one(a.WorkerGone(w(0))) == []  # no news
+    assert one(a.WorkerGone(w(0))) == []  # not reported
     assert len(one(a.StartOrdered((w(0, 1), w(1, 1))))) == 2  # prepared only
     assert one(a.TimePassed(), after_s=30.0) == []
     assert one(a.TimePassed(), after_s=0.1) == [a.KillWorker(w(1), "it did not end when asked to")]
@@ -253,7 +253,7 @@ def test_the_stacks_of_a_hung_worker_are_taken_before_it_is_killed() -> None:
     one(a.WorkerMoved(w(0)))
     assert one(a.WorkerHung(w(0)), after_s=9.0) == [a.AskStacks(w(0))]
     assert one(a.WorkerHung(w(0), stacks=True), after_s=0.1) == [a.KillHung(w(0))]
-    assert one(a.WorkerHung(w(0)), after_s=2.0) == []  # once
+    assert one(a.WorkerHung(w(0)), after_s=2.0) == []  # only once
 
 
 @pytest.mark.parametrize("event", [a.WorkerHung(w(0), stopped=True), a.WorkerHung(w(0))], ids=["stopped", "mute"])
@@ -318,17 +318,18 @@ def test_a_node_that_nobody_listens_to_ends() -> None:
 
 
 class Machine:
-    """A node whose processes do as its agent says, and otherwise what they like; what may not be is checked."""
+    """A node whose processes follow the agent's orders and otherwise act at random; violations are detected."""
 
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
         self.agent = Agent()
         self.preloader = True  # it exists, ready or not
-        self.asked: list[WorkerId] = []  # to be forked
+        self.asked: list[WorkerId] = []  # waiting to be forked
         self.alive: dict[WorkerId, int] = {}  # processes -> local rank
         self.prepared: dict[WorkerId, int] = {}
         self.doomed: set[WorkerId] = set()  # SIGKILL has been sent
-        self.unwanted: set[WorkerId] = set()  # may be killed: by order, for what they do, or for what befalls the node
+        # Killing them is allowed: by order, for their behaviour, or because of the node.
+        self.unwanted: set[WorkerId] = set()
         self.replaced: set[WorkerId] = set()  # by order of the coordinator
         self.reported: Counter[WorkerId] = Counter()
         self.next: Counter[int] = Counter()  # rank -> its next incarnation
@@ -377,14 +378,14 @@ class Machine:
         self.unwanted |= self.prepared.keys()
 
     def anything(self) -> None:
-        """Something that can happen now does."""
+        """One of the possible events occurs."""
         rng = self.rng
         choices = [self.coordinator, self.coordinator, self.processes, self.processes, self.processes, self.preloads]
         choices += [self.time, self.user] if rng.random() < 0.2 else [self.time]
         rng.choice(choices)()
 
     def coordinator(self) -> None:
-        """It knows what was reported to it, and orders what it may."""
+        """The coordinator acts on what was reported to it, within its rules."""
         rng, phase = self.rng, self.agent.state.phase
         if phase in (P.JOINING, P.REJOINING):
             self.happens(a.Welcomed())
@@ -462,7 +463,7 @@ class Machine:
         self.happens(ask("asked to"))
 
     def comes_to_its_end(self) -> None:
-        """The job is over, and all processes do as they are told: nothing is left of the node."""
+        """The job is over, and all processes follow orders: the node ends with nothing left."""
         self.all_unwanted()
         self.happens(a.EndOrdered(FAILED))
         self.happens(a.TimePassed(), after_s=31.0)

@@ -1,4 +1,4 @@
-"""A step's agreement between ranks that run as threads: what all say, what some say, and replicas that differ."""
+"""A step's agreement between ranks that run as threads: equal shares, differing shares, and replicas that differ."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ STEP = 3
 
 
 class CountingCommunicator(MemoryCommunicator):
-    """Remembers how large its messages were, by exchange."""
+    """Records the sizes of its messages, by exchange."""
 
     sent: list[tuple[int, int]]
 
@@ -48,7 +48,7 @@ class CountingCommunicator(MemoryCommunicator):
 
 
 class Rank:
-    """A rank's model, and all that it agrees with."""
+    """A rank's model, and everything that it agrees with."""
 
     def __init__(self, rank: int, network: MemoryNetwork, settings: Settings) -> None:
         torch.manual_seed(0)
@@ -101,7 +101,7 @@ class Job:
             rank.own = replace(rank.own, norms=norms, losses=losses)
 
     def each(self, act: Callable[[Rank], Any]) -> list[Any]:
-        """What `act` returns on every rank, all at once; raises what any of them raises."""
+        """The results of `act` on all ranks, run concurrently; raises what any of them raises."""
         results: dict[int, Any] = {}
 
         def run(rank: Rank) -> None:
@@ -130,7 +130,7 @@ class Job:
         return self.each(act)
 
     def exchanges(self) -> int:
-        """How many there were; on all ranks as many."""
+        """The number of exchanges, equal on all ranks."""
         (count,) = {rank.agreeing._exchanges for rank in self.ranks}
         return count
 
@@ -301,7 +301,7 @@ def test_all_of_a_ranks_memory_is_wrong(job: Callable[..., Job]) -> None:
 
 
 def test_a_value_that_is_not_what_was_committed(job: Callable[..., Job]) -> None:
-    """Whether replicas are due in the step or not, and also where no other rank has the value."""
+    """Whether or not replicas are due in the step, and also where no other rank has the value."""
     for size in (1, 3):
         found = job(size, replace(SETTINGS, verify_every=0))
         rank = found.ranks[size - 1]
@@ -320,7 +320,7 @@ def test_a_value_that_is_not_what_was_committed(job: Callable[..., Job]) -> None
 
 
 def test_a_backup_is_compared_with_the_master_and_readers_with_the_parameter() -> None:
-    """Two masters that differ may be one number when rounded; and a master is another number than the parameter."""
+    """Two masters that differ may round to one value; and a master is not the same number as the parameter."""
     same = {0: Digests(live={5: 1}, master={5: 10}), 1: Digests(live={5: 1}, backup={5: 10})}
     assert disputed(same) == []
     found = {0: Digests(live={5: 1}, master={5: 10}), 1: Digests(live={5: 1}, backup={5: 11})}

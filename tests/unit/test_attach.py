@@ -1,4 +1,4 @@
-"""What an agent keeps while there is no coordinator."""
+"""What an agent queues while no coordinator can be reached."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_what_is_kept_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
             assert not link.overflowed, number
             link.send(stop=pb.StopRequest(why="enough"))
         assert link.overflowed
-        link.rename("another")  # what was to be said under the former name is nobody's concern
+        link.rename("another")  # messages under the former name are discarded
         assert not link.overflowed
     finally:
         link.close()

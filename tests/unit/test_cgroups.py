@@ -1,4 +1,4 @@
-"""Memory limits of control groups, and who was killed for them."""
+"""Memory limits of control groups, and the processes killed because of them."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_the_tightest_of_nested_limits_counts(tmp_path: Path) -> None:
 
 
 def test_version_1(tmp_path: Path) -> None:
-    """As it is mounted beside version 2, with its way of having no limit."""
+    """Version 1, mounted beside version 2, with its own value for "no limit"."""
     root = tmp_path / "fs"
     v1(root / "memory", 9223372036854771712, 900 * MIB)
     v1(root / "memory" / "job", 100 * MIB, 60 * MIB, inactive=10 * MIB)

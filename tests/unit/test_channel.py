@@ -1,4 +1,4 @@
-"""The agent's end of a worker's channel: messages of any size, however they are cut, and never a wait."""
+"""The agent's end of a worker's channel: messages of any size, split in any way, without blocking."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def channel() -> Iterator[WorkerChannel]:
 
 
 def received(channel: WorkerChannel, count: int) -> list[bytes]:
-    """Read until so many messages have come, as an agent does: only when something is there."""
+    """Read this many messages as an agent does: only when data is available."""
     lines: list[bytes] = []
     while len(lines) < count:
         assert select.select([channel], [], [], 20)[0], f"{len(lines)} of {count} messages came"
@@ -54,7 +54,7 @@ def test_lines_may_be_cut_anywhere(channel: WorkerChannel) -> None:
 def test_who_does_not_read_holds_nobody_up_and_misses_nothing(channel: WorkerChannel) -> None:
     lines = [b"1", LARGE, b"2", LARGE[:MIB], b"3"]
     for line in lines:
-        channel.send(line)  # returns, though nobody reads
+        channel.send(line)  # returns, although the other end does not read
     assert channel.waits_to_send
     found: list[bytes] = []
 

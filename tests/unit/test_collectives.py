@@ -1,4 +1,4 @@
-"""The script's own collectives after a worker was lost: where it waits in one, and when that is said."""
+"""The script's own collectives after a worker was lost: detection and timing of the warning."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def wrapper(what):
 
 @pytest.fixture
 def torch_like() -> ModuleType:
-    """A module that lies where torch's collectives do."""
+    """A module whose file is in the folder of torch's collectives."""
     module = ModuleType("like_torch")
     exec(compile(WRAPPED, "/somewhere/torch/distributed/distributed_c10d.py", "exec"), module.__dict__)
     return module

@@ -1,4 +1,4 @@
-"""Torch's compiler is imported when it is needed, and then is what it always is."""
+"""Torch's compiler is imported on first use, and then behaves as usual."""
 
 from __future__ import annotations
 
@@ -62,13 +62,14 @@ importlib.machinery.SourceFileLoader.exec_module = spy
 NEEDS = [
     "torch.compile(lambda x: x, backend='eager')(torch.ones(1))",
     "import torch._dynamo.utils; torch._dynamo.utils.counters",
-    "import torch._dynamo.testing as testing; assert torch._dynamo.testing is testing",  # comes not with the whole
+    # Not loaded by the import of the whole.
+    "import torch._dynamo.testing as testing; assert torch._dynamo.testing is testing",
     "from torch._dynamo import config; torch._dynamo.mine = 1",
     "assert torch._dynamo.disable(real)()",
     "from threading import Thread; use = lambda: torch._dynamo.utils.get_optimize_ddp_mode()\n"
     "threads = [Thread(target=use) for _ in range(4)]; [t.start() for t in threads]; [t.join() for t in threads]",
 ]
-# What is needed first, in a fork each of a process that has trained.
+# The first use, each in a fork of a process that has trained.
 EACH = """
 import os, traceback
 for need in sys.argv[1:]:

@@ -1,4 +1,4 @@
-"""Who gets the coordinator's address, when several launchers on a host try at the same moment."""
+"""Which launcher gets the coordinator's address, when several on a host try at the same moment."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROUNDS = 300
 
 
 def test_one_of_two_gets_the_address() -> None:
-    """Never neither of them: both would go on to look for the other's coordinator."""
+    """At least one of them: otherwise both would wait for the other's coordinator."""
     port = free_port()
     winners = []
     barrier = threading.Barrier(2)

@@ -1,4 +1,4 @@
-"""Copies with a checksum: what arrives, what the checksum is of, and what is refused."""
+"""Copies with a checksum: their contents, their checksum, and invalid arguments."""
 
 from __future__ import annotations
 

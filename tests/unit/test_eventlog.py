@@ -1,4 +1,4 @@
-"""The file of the event log: whole lines, also on a disk that is full for a while."""
+"""The file of the event log: whole lines, even on a disk that is temporarily full."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from everstep.agents.coordinator.eventlog import (
     newest_number,
 )
 
-# Run with a file's name: no file may be larger than 1000 bytes, for a while.
+# Run with a file name: no file may exceed 1000 bytes for a while.
 FULL = """
 import resource, sys
 from pathlib import Path

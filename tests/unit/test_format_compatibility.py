@@ -1,4 +1,4 @@
-"""Checkpoints of earlier versions are read for ever: `tests/data/universal-v1` was written when version 1 was made."""
+"""Checkpoints of earlier versions remain readable: `tests/data/universal-v1` was written when version 1 was made."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What forwards may leave behind, and what they may not."""
+"""Which state a forward may leave behind, and which not."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def frozen(m: Any, x: Tensor) -> None:
     [(assign, "buffer 'mean'"), (write_data, "buffer 'mean'"), (in_place, "buffer 'mean'"), (frozen, "'frozen'")],
 )
 def test_a_buffer_that_a_forward_changes(action: Callable[[Any, Tensor], Any], name: str) -> None:
-    """At the first forward, in whatever way."""
+    """At the first forward, by whatever method."""
     with pytest.raises(UsageError, match=f"{name} in forward"):
         Trial(action).forward()
 
@@ -193,7 +193,7 @@ def nothing(m: Any, x: Tensor) -> None:
 
 @pytest.mark.parametrize("name", ["mean", "passing", "frozen"])
 def test_between_steps(name: str) -> None:
-    """Put back it is harmless, left it is an error, registered it is the script's own business."""
+    """Restored it is harmless, left changed it is an error, registered it is the script's responsibility."""
     trial = Trial(nothing)
     tensor = getattr(trial.module, name)
     kept = tensor.detach().clone()

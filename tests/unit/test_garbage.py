@@ -1,4 +1,4 @@
-"""What a rush of objects leaves behind is not looked at again and again, and yet no garbage stays for good."""
+"""A burst of new objects is not scanned repeatedly, and yet no garbage stays for good."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from everstep.agents.coordinator.gc_tuning import LongLived
 
 
 class Knot:
-    """Refers to itself."""
+    """An object that refers to itself."""
 
     def __init__(self) -> None:
         self.itself = self

@@ -1,4 +1,4 @@
-"""What an agent reads of its workers and its host, and what it tells of it: bounded, whatever there is."""
+"""What an agent reads of its workers and its host, and reports: bounded, whatever their number."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_the_host_is_what_psutil_says(node) -> None:
 
 
 def test_gpus_are_read_by_nvml(monkeypatch) -> None:
-    """No device is needed: a library of the same calls stands in, with one device that answers half of them."""
+    """No device is needed: a library with the same calls replaces NVML, with one device that answers half of them."""
     nvml = types.ModuleType("pynvml")
 
     class NVMLError(Exception):

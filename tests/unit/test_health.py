@@ -1,4 +1,4 @@
-"""The health check of a node that wants to join: what is measured, and what is made of it."""
+"""The health check of a node that joins: its measurements, and their evaluation."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_the_reference_is_the_exact_product(extent: checkup.Extent) -> None:
 
 
 def test_one_wrong_bit_in_one_of_several_products_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Flaky hardware is wrong now and then."""
+    """Faulty hardware is wrong only now and then."""
     digests = iter([checkup.QUICK.digest, checkup.QUICK.digest ^ 1, checkup.QUICK.digest, checkup.QUICK.digest])
     monkeypatch.setattr(checkup, "digest_of", lambda product: next(digests))
     figures = checkup.measure("quick", "127.0.0.1", 0.0)
@@ -144,7 +144,7 @@ def test_what_is_no_policy(text: str) -> None:
 
 
 def test_the_products_for_gpus_are_exact_in_both_types() -> None:
-    """On the processor here; and where there is no device there is nothing to say."""
+    """On the processor here; without a device the check reports nothing."""
     import torch
 
     from everstep.agents.node.gpu_checkup import check

@@ -1,4 +1,4 @@
-"""A store whose files are deleted while its coordinator runs, and when that is killed."""
+"""A store whose files are deleted while its coordinator runs, and after it was killed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who waits for whom, and when it is said."""
+"""Which process waits for which, and when the wait is reported."""
 
 from __future__ import annotations
 

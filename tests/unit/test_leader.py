@@ -1,4 +1,4 @@
-"""A coordinator that leads: what it makes of messages before anything is written."""
+"""A coordinator that leads: how it treats messages before anything is written."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_a_node_that_says_what_cannot_be_is_expelled_and_the_job_goes_on(leader:
 
 
 def test_a_node_that_returns_keeps_what_is_not_written(leader: Leader) -> None:
-    """Should this coordinator end before it has written that, the next one has to hear it."""
+    """If this coordinator ends before it has written that, the next one must receive it again."""
     leader._take(greeted(leader), READY)
     (welcome,) = answers(greeted(leader, returning=True))
     assert welcome.welcome.received == 0

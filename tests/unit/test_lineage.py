@@ -1,4 +1,4 @@
-"""Whose checkpoints those in a folder are: this run's, its ancestors', or a stranger's, which nobody touches."""
+"""Which run saved the checkpoints in a folder: this run, an ancestor, or another run, whose files are left alone."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def saved(store: Store, lineage: Lineage, step: int, at_s: float) -> str:
 
 
 def test_a_run_owns_what_it_goes_on_from(tmp_path: Path) -> None:
-    """And nothing that its ancestor's job has saved since: that is another branch."""
+    """But no checkpoint that the ancestor's job has saved since: that is another branch."""
     store, first = open_store(str(tmp_path)), Lineage(FIRST)
     names = [saved(store, first, step, 1000.0 + step) for step in (1, 2)]
     second = first.continued(SECOND, begun_s(names[1]))
@@ -46,7 +46,7 @@ def test_lineage_survives_the_manifest(tmp_path: Path) -> None:
 
 
 def test_retention_leaves_strangers_alone(tmp_path: Path) -> None:
-    """Their checkpoints, whole or not; only what has this run's name is cleared away."""
+    """Other runs' checkpoints are kept, whole or not; only those under this run's name are deleted."""
     store, own, other = open_store(str(tmp_path)), Lineage(FIRST), Lineage(OTHER)
     mine = [saved(store, own, step, 1000.0 + step) for step in (1, 2, 3)]
     theirs = [saved(store, other, step, 1000.5 + step) for step in (1, 2)]

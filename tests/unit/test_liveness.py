@@ -35,7 +35,7 @@ LOOK_S = 0.5
 
 
 def stand(pulse: Pulse, sign: Sign, seconds: float, patience: Patience | None = None) -> Verdict:
-    """What is thought of a worker that stands still for so long, and shows this sign at every look until it is hung."""
+    """The verdict on a worker that stands still for so long, and shows this sign at every look until it is hung."""
     patience, now = patience or Patience(), pulse.changed_s
     while True:
         now += LOOK_S
@@ -46,7 +46,7 @@ def stand(pulse: Pulse, sign: Sign, seconds: float, patience: Patience | None = 
 
 
 def struck_s(pace: Pace, sign: Sign, patience: Patience | None = None, pause_s: float = 0.0) -> float:
-    """After how long a worker is taken for hung."""
+    """The time after which a worker counts as hung."""
     pauses = tuple(pause_s if at is pace else 0.0 for at in Pace)
     verdict = stand(Pulse(1, 100.0, pace, pauses), sign, 1e6, patience)
     assert verdict.hung
@@ -54,7 +54,7 @@ def struck_s(pace: Pace, sign: Sign, patience: Patience | None = None, pause_s: 
 
 
 def read_regularly(pulse: Pulse, times: int, every_s: float, pace: Pace = Pace.STEADY) -> Pulse:
-    """The pulse after a counter moved that often."""
+    """The pulse after a counter has moved this often."""
     now = pulse.changed_s
     for _ in range(times):
         now += every_s
@@ -91,7 +91,7 @@ def test_an_evaluation_may_take_longer_than_ten_minutes() -> None:
 
 
 def test_a_wait_for_storage_in_a_step_is_no_hang() -> None:
-    """Weights or samples that are mapped, not read."""
+    """Weights or samples that are memory-mapped, not read."""
     assert struck_s(Pace.STEADY, Sign.STORAGE) == USER_S
 
 
@@ -125,7 +125,7 @@ def test_a_usual_pause_needs_no_look_and_a_look_comes_long_before_the_limit() ->
 
 
 def test_silence_counts_from_the_last_sign_of_life() -> None:
-    """It read for 100 s, then something went wrong."""
+    """It read for 100 s, then it hung."""
     pulse = Pulse(1, 0.0, Pace.FETCH).seen(Sign.STORAGE, 100.0).seen(Sign.NONE, 100.5)
     verdict = judge(pulse, 219.0, Patience())
     assert (verdict.hung, verdict.lived, verdict.silent_s, verdict.limit_s) == (False, True, 119.0, 220.0)
@@ -166,7 +166,7 @@ def test_who_hangs_again_and_again_is_given_longer() -> None:
 
 
 def test_pauses_count_for_the_pace_they_began_in() -> None:
-    """Whoever returns from the user's code was not slow in a step."""
+    """A worker that returns from the user's code was not slow in a step."""
     pulse = read_regularly(Pulse(0, 0.0, Pace.STEADY), 1, 0.5)
     pulse = pulse.read(2, 0.6, Pace.FREE).read(3, 60.0, Pace.STEADY)
     assert 0.4 < pulse.pauses[Pace.STEADY] <= 0.5
@@ -184,7 +184,7 @@ def test_the_table_in_the_docs_is_that_of_the_code() -> None:
 
 
 def test_the_pace_of_a_worker() -> None:
-    """As its agent reads it from the page, through two steps, the user's code in them and between, and a recovery."""
+    """As the agent reads it from the page, through two steps, the user's code in and between them, and a recovery."""
     progress = Progress(create_page(), 0, 0, [])
 
     def pace() -> Pace:

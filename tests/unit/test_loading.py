@@ -1,4 +1,4 @@
-"""The loader: sources in order of preference, and a replay that nothing interrupts."""
+"""The loader: sources in order of preference, and a replay that no abort interrupts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PLAN = Plan(layout=Layout(3, 1, (), (), ()), version=VERSION)
 
 
 class Fake(ShardSource):
-    """Has some shards; those in `behind` as the version before and a gradient."""
+    """A source with some shards; those in `behind` as the version before and a gradient."""
 
     def __init__(self, asked: list[Any], name: str, shards: Sequence[int], behind: Sequence[int] = ()) -> None:
         self.asked, self.name, self.shards, self.behind = asked, name, list(shards), behind
@@ -41,13 +41,13 @@ class Fake(ShardSource):
 
 
 class Job:
-    """A loader with sources of our own, and all that happened to its target and its coordinator."""
+    """A loader with test sources, and a record of all calls of its target and its coordinator."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, **sources: tuple[Sequence[int], Sequence[int]]) -> None:
         self.asked: list[Any] = []
         self.happened: list[Any] = []
         self.told: list[Any] = []
-        self.aborts_after = 1000  # looks at the communicator
+        self.aborts_after = 1000  # number of looks at the communicator before it aborts
         self.now = 0.0
         comm = SimpleNamespace(ready=self._ready)
         progress = SimpleNamespace(waiting=lambda what: contextlib.nullcontext(), tick=lambda: None)
@@ -101,7 +101,7 @@ def test_shards_that_are_a_version_behind_are_brought_forward_together(monkeypat
 
 @pytest.mark.parametrize("looks", range(5))
 def test_an_abort_leaves_no_value_of_the_version_before(monkeypatch: pytest.MonkeyPatch, looks: int) -> None:
-    """A rank may report values as valid that a replay writes to: all of it is written, or nothing."""
+    """A rank may report values as valid that a replay writes to: so it writes all of them, or none."""
     job = Job(monkeypatch, replay=([1, 2, 3], [1, 3]))
     job.aborts_after = looks
     with contextlib.suppress(Aborted):

@@ -1,4 +1,4 @@
-"""Every rank of a node has a slot of its own, whatever ranks the node was given."""
+"""Every rank of a node has its own slot, whatever ranks the node was given."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_a_replacement_has_the_slot_of_its_predecessor() -> None:
 
 
 def test_vacant_ranks_are_no_range() -> None:
-    """Of nodes with 1, 2 and 1 slots the first and the last are lost, and one of two slots comes."""
+    """Of nodes with 1, 2 and 1 slots the first and the last are lost, and a node joins with one of two slots."""
     slots = LocalRanks(2)
     slots = slots.give([0, 3], running=())
     assert (slots[0], slots[3]) == (0, 1)

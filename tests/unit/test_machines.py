@@ -25,7 +25,7 @@ PLAN = plan_start(initial_layout(SPEC, [0, 1], 2, 4))
 
 @pytest.fixture(scope="module")
 def machines() -> ModuleType:
-    """docs/machines.py, which is a script and in no package."""
+    """docs/machines.py, a script outside any package."""
     spec = importlib.util.spec_from_file_location("machines", ROOT / "docs" / "machines.py")
     assert spec is not None
     assert spec.loader is not None
@@ -50,7 +50,7 @@ def test_everything_on_the_page_is_described(machines) -> None:
 
 
 def test_the_coordinators_table_is_sound() -> None:
-    """Every event acts in some phase, nothing acts after the end, and nothing is both handled and illegal."""
+    """Every event acts in some phase, no event acts after the end, and none is both handled and illegal."""
     handled, illegal = coordinator.HANDLED.keys(), coordinator.ILLEGAL
     assert {kind for _, kind in handled} == set(events.Event.__args__)
     assert not handled & illegal
@@ -109,7 +109,7 @@ def test_a_step() -> None:
 
 
 def test_what_was_not_completed_is_not_believed() -> None:
-    """An abort while values are on their way: the agreement is passed, the version is not committed."""
+    """An abort while values are in transit: the agreement is passed, the version is not committed."""
     state, _ = drive(started(), w.StepDue(), w.Computed(), w.Reduced(), w.Agreed('{"step": 0}'))
     state, instructions = drive(state, w.Interrupted())
     assert names(instructions) == ["SendReport", "AwaitPlan"]
@@ -132,7 +132,7 @@ def test_what_cannot_happen_is_named_with_its_story() -> None:
 
 
 def test_the_table_is_sound() -> None:
-    """Every event is handled somewhere, every phase but the first can be aborted, and nothing is both."""
+    """Every event is handled somewhere, every phase but the first can be aborted, and none is both."""
     assert {kind for _, kind in HANDLED} == set(w.Event.__args__)
     assert not LATE & HANDLED.keys()
     for phase in WorkerPhase:

@@ -1,4 +1,4 @@
-"""Metrics, dashboards, rules and docs speak of the same things; what is generated is what its code generates."""
+"""Metrics, dashboards, rules and docs name the same things, and the checked-in files match their generators."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def fetched(url: str, **headers: str) -> tuple[int, str, Mapping[str, str]]:
 
 
 def test_pages_are_for_who_has_the_token() -> None:
-    """As Prometheus shows it, and as a browser does after it has asked its user."""
+    """As Prometheus presents it, and as a browser does after it has asked its user."""
     server = PageServer("127.0.0.1:0", {"/": lambda: Page(CONTENT_TYPE, b"there\n")}, Security(token="söcret"))
 
     def basic(text: str) -> str:
@@ -173,7 +173,7 @@ def test_pages_are_for_who_has_the_token() -> None:
 
 
 def test_a_name_that_somebody_gave_to_loopback_is_not_answered() -> None:
-    """Or a page elsewhere would read ours in the user's browser, by a name of its own for our address."""
+    """Otherwise another page could read ours in the user's browser, under its own name for our address."""
     server = PageServer("127.0.0.1:0", {"/": lambda: Page(CONTENT_TYPE, b"there\n")}, Security())
     try:
         for host in ("localhost:80", "127.0.0.1", "[::1]:80", "LOCALHOST", ""):

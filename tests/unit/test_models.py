@@ -1,4 +1,4 @@
-"""Which models are taken, how their parameters lie in memory, and under which names."""
+"""Which models are accepted, their parameters' memory layout, and their names."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_what_is_refused(build: Callable[[], nn.Module], name: str, what: str) -
 
 
 def test_a_parameter_that_lies_otherwise_in_memory() -> None:
-    """Shards are row-major; the parameter's strides stay, also when its layer was given away and comes back."""
+    """Shards are row-major; the parameter keeps its strides, even when its layer was given away and returns."""
     model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Linear(4, 4)).to(memory_format=torch.channels_last)
     stack = LayerStack(model, cut=True)
     weight, stride = model[0].weight, model[0].weight.stride()
@@ -84,7 +84,7 @@ def test_a_loss_that_depends_on_nothing() -> None:
 
 
 def test_parameters_that_are_summed_here() -> None:
-    """Of the layers that were computed here only."""
+    """Of the layers that this rank computed only."""
     state = StepState.begin(0, 0, Work(()))
     state.sums = {0: None, 2: None}  # type: ignore[dict-item]
     assert state.summed([[0, 1], [2, 3], [4, 5]]) == {0, 1, 4, 5}

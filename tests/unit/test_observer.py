@@ -1,4 +1,4 @@
-"""What the observer makes of a job's event log and its agents' telemetry."""
+"""How the observer evaluates a job's event log and its agents' telemetry."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from everstep.resharding.units import ModelSpec, ParameterSpec
 
 
 class Job:
-    """A log that a test writes, with a clock that it sets."""
+    """A log that a test writes, with a clock that the test sets."""
 
     def __init__(self, ranks: int = 2) -> None:
         self.now = 100.0
@@ -122,7 +122,7 @@ def test_goodput_sinks_while_the_job_stands_still() -> None:
     job.line("started", generation=1)
     for _ in range(10):
         job.commit(1.0)
-    job.now += 0.9  # in the middle of a step that is like others
+    job.now += 0.9  # in the middle of an ordinary step
     assert job.value("everstep_goodput_ratio") == pytest.approx(1.0)
     job.now += 9.1
     assert job.value("everstep_goodput_ratio") == pytest.approx(10 / 19)
@@ -158,7 +158,7 @@ def test_every_reason_of_a_recovery_has_series_from_the_start() -> None:
 
 @pytest.mark.parametrize(("hang", "kind"), [("", "worker_died"), ("silent", "worker_hung"), ("alive", "worker_hung")])
 def test_a_death_counts_as_a_hang_by_its_field_alone(hang: str, kind: str) -> None:
-    """A script may well say that something hung; that is text."""
+    """A script may print that something hung; that is only text."""
     job = Job()
     job.line("node_joined", node="n0", host="h")
     job.line("worker_died", rank=1, node="n0", cause="failed: the queue hung", hang=hang)
@@ -176,13 +176,13 @@ def test_telemetry_gives_series_tokens_and_targets() -> None:
     job = Job()
     job.line("started", generation=1)
     job.commit(1.0)
-    assert job.value("everstep_tokens_total") == 0  # how many there are is not known yet
+    assert job.value("everstep_tokens_total") == 0  # the number of tokens is not known yet
     told = pb.Telemetry(at_s=5.0, unix_s=1000.0, steps=[*steps(0, 0, 3, 0.05), *steps(1, 0, 3, 0.05)], metrics="h:1")
     job.observer.told("n0", told)
     job.commit(1.0)
     assert job.value("everstep_tokens_total") == 2 * 8 * 16
     assert job.value("everstep_samples_total") == 16
-    assert json.loads(job.observer.targets().body) == []  # the node is not in the job
+    assert json.loads(job.observer.targets().body) == []  # the node is not part of the job
     view = job.observer.view(rank_steps=2)
     json.dumps(view, allow_nan=False)
     assert [len(worker["steps"]) for worker in view["workers"]] == [2, 2]
@@ -203,7 +203,7 @@ def test_memory_is_bounded() -> None:
     assert len(job.observer.series.commit_times) == series_module.STEPS_KEPT
     job.state = replace(job.state, workers={1: job.state.workers[1]})
     job.observer.told("n0", pb.Telemetry())
-    assert list(job.observer.ranks) == []  # of ranks that are gone
+    assert list(job.observer.ranks) == []  # no series of lost ranks
 
 
 def test_a_slow_rank_is_called_a_straggler_and_no_longer_when_it_is_level() -> None:
@@ -233,7 +233,7 @@ def polled(job: Job) -> list[Any]:
 
 
 def test_what_is_found_is_said_once_and_again_after_a_while() -> None:
-    """As events for the machine, with the evidence; the view has it as long as it lasts."""
+    """As events for programs, with the evidence; the view contains it as long as it lasts."""
     job = Job(ranks=3)
     first = 0
 

@@ -15,7 +15,7 @@ STRIPE = Stripe(shards=(3, 4, 5), nodes=("a", "b", "c"), parity=("d", "e"))
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 2, 0)])
 def test_a_block_grows_with_its_members(order: tuple[int, ...]) -> None:
-    """In whatever order they come: the parity is that of all of them, padded with zeros."""
+    """In any order of arrival: the parity is that of all records, padded with zeros."""
     rng = random.Random(1)
     store = ParityStore()
     for version, lengths in enumerate([(40, 64, 7), (300, 64, 200)]):

@@ -1,4 +1,4 @@
-"""What is imported before workers are forked leaves them able to compute, and to use a device."""
+"""Imports before the fork leave workers able to compute, and to use a device."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from everstep.agents.node.environment import variables
 from everstep.agents.node.forkable import in_a_fork
 from everstep.agents.node.preloader import Preloader
 
-# A device that torch takes for the machine's accelerator: autograd starts a thread for it, as it does for a GPU.
+# A device that torch considers the machine's accelerator: autograd starts a thread for it, as it does for a GPU.
 ACCELERATOR = """
 import torch
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
@@ -50,7 +50,7 @@ def train():
     model(torch.ones(1, 64)).sum().backward()
     torch.optim.AdamW(model.parameters()).step()
 """
-# Prints what a fork of this process ends with; "hung" after 20 s.
+# Prints the exit status of a fork of this process; "hung" after 20 s.
 FORK = """
 import os, select, signal
 def fork(action):
@@ -83,7 +83,7 @@ def outcome(*parts: str, path: Path | None = None) -> str:
 
 
 def answer(modules: list[str], environment: dict[str, str]) -> dict[str, object]:
-    """What a preloaded process says first."""
+    """The first message of a preloaded process."""
     with variables(environment):
         preloader = Preloader.start(modules)
     try:
@@ -107,7 +107,7 @@ def test_forks_train_where_there_is_an_accelerator() -> None:
 
 
 def test_an_import_that_computes_leaves_forks_that_compute(tmp_path: Path) -> None:
-    """On one thread: a fork has no pool of threads, and waits for one for ever if its parent had one."""
+    """On one thread: a fork has no thread pool, and would wait forever for one that its parent had."""
     (tmp_path / "parallel.py").write_text(PARALLEL)
     work = "def work():\n    torch.set_num_threads(2)\n    torch.ones(1 << 22).sum()"
     two = "import torch\ntorch.set_num_threads(2)"
@@ -163,7 +163,7 @@ def test_devices_are_counted_in_another_process(tmp_path: Path, monkeypatch: pyt
 
 
 def test_torch_finds_no_device_without_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What torch's launcher asks while no device is visible reaches neither CUDA nor its management library."""
+    """What torch's launcher queries while no device is visible loads neither CUDA nor its management library."""
 
     def asked(*arguments: object) -> int:
         raise AssertionError("a device was asked for")

@@ -1,4 +1,4 @@
-"""What a worker that has nothing of the job yet believes of what it was told."""
+"""Which messages a worker without any state of the job accepts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from everstep.elastic.protocol import worker_events as w
 
 
 def test_what_a_guide_told_ends_with_its_plan() -> None:
-    """The plan it belonged to is aborted, and the next one goes back to an older version, with other settings."""
+    """The message's plan is aborted, and the next plan goes back to an older version, with other settings."""
     told = {
         "version": 30,
         "agreement": "{}",

@@ -1,4 +1,4 @@
-"""The map of rooms in CONTRIBUTING.md is what the imports give."""
+"""The map of rooms in CONTRIBUTING.md matches the imports."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def rooms() -> ModuleType:
-    """docs/rooms.py, which is a script and in no package."""
+    """docs/rooms.py, a script outside any package."""
     spec = importlib.util.spec_from_file_location("rooms", ROOT / "docs" / "rooms.py")
     assert spec is not None
     assert spec.loader is not None

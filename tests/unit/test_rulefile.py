@@ -1,4 +1,4 @@
-"""Mistakes in a rule file: each is named with the file, the rule and what was meant."""
+"""Mistakes in a rule file: each error names the file, the rule and the intention."""
 
 from __future__ import annotations
 

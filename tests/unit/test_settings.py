@@ -1,4 +1,4 @@
-"""Settings: where they come from, which wins, and what is refused."""
+"""Settings: their sources, the precedence of these, and invalid values."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_environment_over_file_over_decorator(tmp_path, monkeypatch) -> None:
     assert resolve(DECLARED) == Settings(steps=30, global_batch_size=8, micro_batch_size=2, seed=5)
 
 
-# name, type, default, choices: what users have in their scripts. The flag and the variable are made of the name.
+# name, type, default, choices: as users' scripts have them. The flag and the variable follow from the name.
 FROZEN = """
 steps int required
 global_batch_size int required
@@ -70,7 +70,7 @@ resume_hyperparameters str 'checkpoint' checkpoint|script
 on_damage str 'stop' stop|older
 resume_data str 'check' check|ignore
 """
-GIVEN = {  # another value than the default for each, as text and as a value
+GIVEN = {  # a value other than the default for each setting, as text and as a value
     "steps": ("3", 3),
     "global_batch_size": ("12", 12),
     "micro_batch_size": ("3", 3),
@@ -98,7 +98,7 @@ GIVEN = {  # another value than the default for each, as text and as a value
 
 
 def test_the_settings_are_these() -> None:
-    """What is frozen here is public: a change of it breaks the scripts and command lines of users."""
+    """These are public: a change breaks the scripts and command lines of users."""
     lines = []
     for known in SETTINGS:
         default = "required" if known.argument is dataclasses.MISSING else repr(known.argument)
@@ -109,7 +109,7 @@ def test_the_settings_are_these() -> None:
 
 
 def test_a_setting_is_given_by_variable_flag_file_and_decorator(tmp_path, monkeypatch) -> None:
-    """Each of them, each way: all come to the same."""
+    """Each setting, from each source: the result is the same."""
     expected = Settings(**{name: value for name, (_, value) in GIVEN.items()})
     assert {known.name for known in SETTINGS} == set(GIVEN)
     assert not [known.name for known in SETTINGS if getattr(expected, known.name) == known.default]
@@ -160,7 +160,7 @@ def test_a_misspelled_argument_of_the_decorator_is_pythons_error() -> None:
 
 
 def test_what_a_worker_says_of_its_settings_has_their_defaults() -> None:
-    """`Job` is how the coordinator hears of them."""
+    """The coordinator learns them by `Job`."""
     same = {known.name: known.default for known in SETTINGS}
     found = [field for field in dataclasses.fields(Job) if field.name in same]
     fields = [field for field in found if field.default is not dataclasses.MISSING]
@@ -170,7 +170,7 @@ def test_what_a_worker_says_of_its_settings_has_their_defaults() -> None:
 
 @pytest.fixture(scope="module")
 def page() -> ModuleType:
-    """docs/settings.py, which is a script and in no package."""
+    """docs/settings.py, a script outside any package."""
     path = Path(__file__).parents[2] / "docs" / "settings.py"
     spec = importlib.util.spec_from_file_location("settings_page", path)
     assert spec is not None

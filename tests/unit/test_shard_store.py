@@ -1,4 +1,4 @@
-"""A store of shards: the optimizer's arithmetic on them, in the model or apart from it, is torch's on the whole."""
+"""A store of shards: the optimizer's arithmetic on them, in the model or apart from it, equals torch's on the whole."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Trained:
         self.store.seed()
 
     def terms(self, **more: Any) -> dict[str, Any]:
-        """What a step is agreed on."""
+        """The agreed terms of a step."""
         return {"scale": None, "groups": pack(self.optimizer.hyper_parameters()), **more}
 
     def live(self) -> list[Tensor]:
@@ -161,7 +161,7 @@ def test_the_optimizer_steps_masters_and_the_model_has_them_rounded(dtype: torch
 
 
 def test_updates_too_small_for_bfloat16_add_up_in_a_master() -> None:
-    """One is followed by 1.0078 in bfloat16: eight steps of 0.001 are nothing there, one by one."""
+    """In bfloat16, 1 is followed by 1.0078: eight separate steps of 0.001 have no effect there."""
     ends = {}
     for masters in ("float32", "none"):
         trained = Trained(torch.bfloat16, masters, lr=0.001)
@@ -201,7 +201,7 @@ def test_a_state_without_masters_is_taken_up_with_them_and_the_other_way_round()
     assert all(torch.equal(taken[name], stored[name].float()) for name in taken)
     assert torch.equal(high.stack.view(high.shards[0]), stored["value"])
     taken = copy.deepcopy(taken)
-    taken["step"] = torch.tensor(257.0)  # no number of bfloat16
+    taken["step"] = torch.tensor(257.0)  # not representable in bfloat16
     low.store.load(0, taken)
     back = low.store.state(0)
     assert (back["value"].dtype, back["exp_avg"].dtype, back["step"].dtype) == (
@@ -214,7 +214,7 @@ def test_a_state_without_masters_is_taken_up_with_them_and_the_other_way_round()
 
 
 def test_statistics_of_a_batch_norm_are_their_own_values() -> None:
-    """Every micro-batch starts from those in the model; there is nothing to add up."""
+    """Every micro-batch starts from those in the model; nothing is summed."""
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).to(torch.bfloat16)
     stack = LayerStack(model, cut=True)
     optimizer = UserOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), stack, "float32")

@@ -1,4 +1,4 @@
-"""Who is slow itself and who only waits, from series made up; compute and links."""
+"""Which ranks are slow themselves and which only wait, from synthetic series; compute and links."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from everstep.agents.analysis.stragglers import (
     Stragglers,
 )
 
-SLOW_WITHIN = WINDOW_STEPS // 2 + LIMITS.patience + 2  # steps until what is slow is called so, and back
+SLOW_WITHIN = WINDOW_STEPS // 2 + LIMITS.patience + 2  # steps until a slow rank is reported, and until it is cleared
 
 Stage = tuple[tuple[int, int], Sequence[int]]
 
 
 class Job:
-    """Steps of a synthetic job: `cost(rank, step)` is its compute of a micro-batch."""
+    """Steps of a synthetic job: `cost(rank, step)` is the compute time of a micro-batch."""
 
     def __init__(self, *stages: Stage, looks_every: int = 1) -> None:
         self.stages, self.stragglers = list(stages), Stragglers()
@@ -105,7 +105,7 @@ def test_a_job_of_one_rank_has_no_straggler() -> None:
 
 
 def test_pauses_do_not_count() -> None:
-    """Three steps in a row take ten times as long, again and again."""
+    """Three steps in a row take ten times as long, repeatedly."""
     job = Job(((0, 4), (0, 1, 2)))
     for _ in range(10):
         assert not job.train(9, flat())
@@ -143,7 +143,7 @@ def test_between_the_thresholds_it_stays_what_it_is() -> None:
 
 
 def test_a_changed_layout() -> None:
-    """More layers than before are no slowness; who is slow in company is so in the new place until it is measured."""
+    """More layers than before are no slowness; a slow rank stays slow in its new place until it is measured there."""
     job = Job(((0, 2), (0,)), ((2, 4), (1, 2)))
     job.train(30, flat())
     assert job.train(SLOW_WITHIN, flat({2: 2.0})) == {2}
@@ -165,7 +165,7 @@ def test_a_changed_layout() -> None:
     data=st.data(),
 )
 def test_whoever_is_slow_is_found_and_nobody_else(stages, factor, seed, looks_every, data) -> None:
-    """Any layout, any rank, noise of a quarter: found while it lasts, and not before or after."""
+    """Any layout, any rank, noise of a quarter: reported while it lasts, and not before or after."""
     first, layout = 0, []
     for number, count in enumerate(stages):
         layout.append(((number, number + 1), range(first, first + count)))
@@ -246,7 +246,7 @@ def test_a_single_path_blames_nobody() -> None:
 
 
 def test_when_it_becomes_clear_which_end_it_is_that_is_said() -> None:
-    """First one link is slow, then all that its sender has."""
+    """First one link is slow, then all links of its sender."""
     wires = Wires(4)
     wires.run(10)
     assert wires.run(WITHIN, lambda *ends: 1e7 if ends == (2, 0) else 1e8) == {("between", "n2", "n0")}

@@ -1,4 +1,4 @@
-"""The two streams of `make test` run every test once, whichever takes it."""
+"""The two streams of `make test` run every test once, whichever of them does."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def stream(folder: Path, *flags: str) -> subprocess.Popen[str]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """With six files of five tests each, which write to `log` what has run."""
+    """With six files of five tests each, which append to `log` when they run."""
     for name in ("tests", "claims"):
         (tmp_path / name).mkdir()
     for name in "abcdef":

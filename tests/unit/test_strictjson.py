@@ -1,4 +1,4 @@
-"""JSON that a strict parser reads."""
+"""JSON that a strict parser accepts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from everstep.agents.coordinator.eventlog import EventLog, Listeners
 
 
 def strictly(text: str) -> Any:
-    """Parsed, or an error for what is no JSON by the standard."""
+    """Parse a text, or raise for text that the standard does not allow."""
 
     def refuse(word: str) -> Any:
         raise AssertionError(f"{word} is no JSON: {text[:200]}")
@@ -42,7 +42,7 @@ def test_an_event_log_with_a_loss_that_is_none(tmp_path) -> None:
 
 
 def test_nothing_writes_json_for_others_without_it() -> None:
-    """Files and answers that other programs read are written by one encoder."""
+    """One encoder writes all files and answers that other programs read."""
     import inspect
 
     from everstep.agents.coordinator import eventlog

@@ -1,4 +1,4 @@
-"""What may import what, what is public, and that generated code is what its sources generate."""
+"""Which room may import which, what is public, and that generated code matches its sources."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ ROOMS = {  # from the bottom up: each with the rooms it may import
 
 
 def room_of(module: str) -> str:
-    """The room of a module named without `everstep.`; the longest that fits."""
+    """The room of a module named without `everstep.`; the longest that matches."""
     fitting = [room for room in ROOMS if module == room or module.startswith(room + ".")]
     return max(fitting, key=len, default="everstep")
 
@@ -75,7 +75,7 @@ def sources(room: str) -> Iterator[Path]:
 
 
 def imported(path: Path) -> Iterator[str]:
-    """Every module that a file imports, wherever in it, in full; ours without `everstep.`."""
+    """Every module that a file imports, anywhere in it, by its full name; ours without `everstep.`."""
     package = list(path.relative_to(ROOT).parent.parts)
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -117,7 +117,7 @@ def test_modules_that_never_import_torch(module: str) -> None:
 
 
 _STANDS_IN = "the simulator's, in place of it"
-SAME_NAMES = {  # of public classes that stand twice: why that is right; everything else has a name of its own
+SAME_NAMES = {  # public classes that share a name: why; every other name is unique
     "Aborted": _STANDS_IN,
     "Backups": _STANDS_IN,
     "Block": f"of parity: {_STANDS_IN}",
@@ -150,7 +150,7 @@ def public_classes() -> dict[str, list[str]]:
 
 
 def test_no_two_public_classes_share_a_name() -> None:
-    """In a stack trace, a search or an import, a name is to be enough. The simulator's stand-ins may share one."""
+    """In a stack trace, a search or an import, a name should suffice. The simulator's classes may share one."""
     classes = public_classes()
     assert len(classes) > 500
     twice = {name: paths for name, paths in classes.items() if len(paths) > 1}

@@ -1,4 +1,4 @@
-"""The ring of spans: nothing torn is read, what is lost is counted, and a step's sums are the sums of its spans."""
+"""The ring of spans: torn spans are not read, lost ones are counted, and a step's sums are the sums of its spans."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_a_reader_that_comes_late_misses_the_oldest_and_counts_them(writer, read
 
 
 def test_nothing_torn_is_ever_read(page, reader) -> None:
-    """A process writes as fast as it can, many times round the ring, all fields alike."""
+    """A process writes at full speed, many times round the ring, with all fields of a span alike."""
     count = 200_000
     os.set_inheritable(page, True)
     process = subprocess.Popen([sys.executable, "-c", WRITER, str(page), str(count)], pass_fds=[page])
@@ -122,7 +122,7 @@ def test_a_span_costs_about_a_microsecond(writer) -> None:
 def test_steps_are_the_sums_of_their_spans(writer, reader) -> None:
     sums = StepSums(rank=3)
     writer.step, writer.generation = 0, 1
-    writer.committed(2.0, 16)  # when the first step began is not known
+    writer.committed(2.0, 16)  # the start of the first step is not known
     assert sums.add(reader.read()) == []
     writer.step = 1
     writer.span(Spent.FETCH, 0, micro_batch=0, amount=64, value=2.0, end_ns=10**6)

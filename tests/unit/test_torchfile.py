@@ -1,4 +1,4 @@
-"""Reading files of torch.save without torch: every kind of tensor back bit for bit, and nothing of a stranger's run."""
+"""Reading files of torch.save without torch: every kind of tensor bit for bit, and no code of the file is run."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ def text(value: str) -> bytes:
 
 
 def hostile(canary: Path) -> dict[str, bytes]:
-    """Pickles that would make the file `canary`, if anything in them were run."""
+    """Pickles that would create the file `canary`, if any of their code were run."""
     command = f"touch {canary}"
     code = f"__import__('pathlib').Path({str(canary)!r}).touch()"
     record_class = b"cargparse\nNamespace\n"
@@ -249,7 +249,7 @@ def test_a_pickle_that_would_run_code_is_refused(name: str, tmp_path: Path) -> N
 
 
 def test_the_pickles_above_do_run_where_they_are_trusted(tmp_path: Path) -> None:
-    """Or the test above would prove nothing."""
+    """Otherwise the test above would prove nothing."""
     for name in ("os.system", "eval", "exec", "stack global", "inst"):
         canary = tmp_path / name.replace(" ", "-")
         pickle.loads(hostile(canary)[name])

@@ -1,4 +1,4 @@
-"""Files written without torch: torch reads them, and so do we."""
+"""Files written without torch can be read by torch and by Everstep."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The universal checkpoint: what is written is read, by us and by zarr-python, from every kind of store."""
+"""The universal checkpoint: Everstep and zarr-python read what was written, from every kind of store."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def test_retention_keeps_the_newest_and_the_young_and_clears_what_was_never_fini
     names = [folder_name(step, 1000.0 + step, "abcd") for step in range(6)]
     for step, name in enumerate(names):
         if step in (2, 5):
-            store.inside(name).put("params/half", [b"1"])  # 2 was given up, 5 is being written
+            store.inside(name).put("params/half", [b"1"])  # 2 was abandoned, 5 is being written
         else:
             save(store.inside(name), {"params/a": noise((3,), "float32")}, step=step)
     assert committed(store) == [names[4], names[3], names[1], names[0]]

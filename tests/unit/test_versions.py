@@ -1,4 +1,4 @@
-"""What another version of everstep wrote or says is read, or refused by an error that says what to do."""
+"""Data and messages of another version are read, or refused by an error that says what to do."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_store_of_another_version_is_refused(tmp_path, changed: dict[str, obje
 
 
 def test_every_class_of_the_state_counts(monkeypatch) -> None:
-    """A field more, anywhere in it, is another version."""
+    """One more field, anywhere in the state, makes another version."""
     before = codec.schema()
     seen: dict[str, object] = {}
     codec._describe(State, seen)
@@ -172,7 +172,7 @@ def test_a_keeper_that_speaks_the_same_version_answers(server) -> None:
 
 
 def test_a_keeper_that_an_earlier_version_left_is_not_taken_over() -> None:
-    """It would take what a new worker hands it for what it knows."""
+    """It would misread what a new worker passes to it."""
     name = f"everstep-test-{uuid.uuid4().hex}"
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind("\0" + name)

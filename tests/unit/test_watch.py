@@ -1,4 +1,4 @@
-"""What the watch notices of parameters that somebody else writes to."""
+"""What the watch detects of writes to parameters by the script."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_a_write_through_data(model: nn.Module, watch: ParameterWatch, thorough:
 
 
 def test_the_middle_of_a_large_parameter(model: nn.Module, watch: ParameterWatch) -> None:
-    """It is compared before gradients are exchanged; if autograd saw the write, before the step already."""
+    """It is compared before gradients are exchanged; if autograd saw the write, already before the step."""
     weight = model[1].weight
     weight.data[0, BIG // 2] += 1
     assert not watch.changed(thorough=False)
@@ -88,7 +88,7 @@ def test_another_parameter_type_or_layout(model: nn.Module, watch: ParameterWatc
 
 
 def test_only_new(model: nn.Module) -> None:
-    """A recovery within a step adds the layers that came; what is remembered of the others stays."""
+    """A recovery within a step adds the gained layers; the marks of the others stay."""
     stack = LayerStack(model, cut=True)
     watch = ParameterWatch(stack)
     stack.hold(0, 2)

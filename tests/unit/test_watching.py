@@ -1,4 +1,4 @@
-"""What views, screens, the page's data and traces are made of, without a job: any phase, any size, any line."""
+"""Views, screens, the page's data and traces, without a job: any phase, any size, any line."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ from everstep.resharding.units import ModelSpec, ParameterSpec
 
 
 class Job:
-    """An observer of as many ranks as a test wants, 8 to a node, in two stages."""
+    """An observer of any number of ranks, 8 to a node, in two stages."""
 
     def __init__(self, ranks: int = 0) -> None:
         self.now = 100.0
@@ -232,7 +232,7 @@ def test_every_event_has_words_and_steps_have_none() -> None:
     again = tell({"event": "committed_again", "step": 1, "same": False})
     assert again is not None
     assert again.grade is Grade.ALARM
-    for event in story_module._WORDS:  # of another version: fields that are not there
+    for event in story_module._WORDS:  # of another version: some fields are missing
         told = tell({"event": event, "at_s": 1.0, "rank": 3})
         assert told is None or told.text
     unknown = tell({"event": "quarantined", "node": "n1", "failures": 3, "at_s": 5.0})
@@ -320,7 +320,7 @@ def test_an_agent_answers_in_bounded_pieces() -> None:
 
 
 class Nodes:
-    """Answer a collector, as far as they are told to."""
+    """Answer a collector, except for the silent nodes."""
 
     def __init__(self, silent: set[str] = frozenset(), gone: set[str] = frozenset()) -> None:  # type: ignore[assignment]
         self.silent, self.gone = silent, gone
@@ -367,7 +367,7 @@ def test_one_trace_at_a_time_and_the_next_one_after_it() -> None:
 
 
 def answer(nodes: dict[str, list[tuple[int, Any, float, float]]], **tail: Any) -> list[pb.GetTraceResponse]:
-    """What a coordinator answers: node -> (rank, records, its monotonic clock, the world's)."""
+    """The answer of a coordinator: node -> (rank, records, its monotonic clock, the world's)."""
     head = {"job": "unit", "nodes": dict.fromkeys(nodes, "host"), "at_s": 50.0, "unix_s": 1050.0}
     parts = [pb.GetTraceResponse(head=json.dumps(head))]
     for name, ranks in nodes.items():
@@ -440,7 +440,7 @@ def test_a_trace_of_nothing_is_one() -> None:
 
 
 class Shell:
-    """A coordinator that is asked; `why` it refuses."""
+    """A coordinator that receives requests; `why`: the reason for its refusal."""
 
     def __init__(self, why: str = "", busy: bool = False) -> None:
         self.why, self.busy = why, busy
@@ -462,7 +462,7 @@ class Shell:
 
 @pytest.fixture
 def serve() -> Iterator[Callable[[Shell], str]]:
-    """Serves shells from a thread; each has an address."""
+    """Serves shells from a thread, each at its own address."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()

@@ -1,4 +1,4 @@
-"""What workers and the coordinator say to each other arrives as it was said."""
+"""Messages between workers and the coordinator arrive as they were sent."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_what_a_worker_hears(message: ToWorker) -> None:
 
 
 def test_the_channel_names_the_worker() -> None:
-    """Not the message: no worker speaks for another."""
+    """Not the message: no worker sends for another."""
     assert "worker" not in json.loads(write(e.WorkerIdled(ME, 6)))
     assert read_event(e.WorkerId(0, 0), write(e.WorkerIdled(ME, 6))) == e.WorkerIdled(e.WorkerId(0, 0), 6)
     with pytest.raises(Unreadable, match=r"these came: .*'worker'"):
