@@ -270,7 +270,7 @@ _WORDS: dict[str, tuple[Grade, Callable[[Line], str]]] = {
     "node_refused": (Grade.WARNING, lambda x: f"node {x['node']} ({x['host']}) may not join: {x['why']}"),
     "planned": (Grade.NEWS, lambda x: f"continuing: {x['summary']}"),
     "recovered": (Grade.WARNING, _recovered),
-    "join_prepared": (Grade.NEWS, lambda x: f"a plan that takes in {_one(x['ranks'])} is ready"),
+    "join_prepared": (Grade.NEWS, lambda x: f"a plan that adds {_one(x['ranks'])} is ready"),
     "joined": (Grade.NEWS, lambda x: f"{_one(x['ranks'])} joined; now {x['layout']}"),
     "started": (Grade.NEWS, _started),
     "restarted": (Grade.WARNING, lambda x: f"all workers start again, for the {x['restart']}. time: {x['cause']}"),

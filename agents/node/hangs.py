@@ -141,7 +141,7 @@ def no_progress(worker: WorkerProcess, reading: Reading, verdict: Verdict) -> st
     signs = {Sign.WORKS: "it works", Sign.STORAGE: "it waits for storage", Sign.STOPPED: "it is stopped"}
     sign = signs.get(worker.pulse.sign, "no sign of life")
     return (
-        f"no progress for {verdict.still_s:.0f} s in {place_of(reading)} ({sign}); taken for hung after "
+        f"no progress for {verdict.still_s:.0f} s in {place_of(reading)} ({sign}); considered hung after "
         f"{verdict.limit_s:.0f} s"
     )
 

@@ -34,7 +34,7 @@ class Endpoints:
         except addresses.BadAddress as error:
             raise NoAnswer(str(error), away=False) from None
         if any(addresses.parse(address).port == 0 for address in self.addresses):
-            raise NoAnswer(f"{text!r} is no HOST:PORT: 0 is no port", away=False)
+            raise NoAnswer(f"{text!r} is not HOST:PORT: 0 is not a port", away=False)
         self.leader = ""  # that answered last
         self._security = security
         self._timeout_s = timeout_s

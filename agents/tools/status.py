@@ -92,7 +92,7 @@ def _of_file(path: Path) -> Iterator[tuple[Mapping[str, Any], float]]:
                 line = json.loads(text)
                 lines.append({**line, "at_s": float(line["at_s"]), "event": str(line["event"])})
             except (ValueError, KeyError, TypeError):
-                raise NoAnswer(f"{path}: line {number} is no event", away=False) from None
+                raise NoAnswer(f"{path}: line {number} is not an event", away=False) from None
     offset_s = path.stat().st_mtime - lines[-1]["at_s"] if lines else 0.0
     for line in lines:
         yield line, line["at_s"] + offset_s

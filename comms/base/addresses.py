@@ -14,7 +14,7 @@ DEFAULT_PORT = 29400  # of a job's coordinator; torchrun's, too
 
 
 class BadAddress(ValueError):
-    """A text that is no HOST:PORT."""
+    """A text that is not HOST:PORT."""
 
 
 class Address(NamedTuple):
@@ -36,7 +36,7 @@ def parse(text: str, *, port: int | None = None, host: str = "") -> Address:
     if closing:
         named, given = bracketed.removeprefix("["), rest
         if not bracketed.startswith("[") or not _is_v6(named) or (given and not given.startswith(":")):
-            raise BadAddress(f"{text!r} is no [IPv6 ADDRESS]:PORT, and no HOST:PORT")
+            raise BadAddress(f"{text!r} is not [IPv6 ADDRESS]:PORT, and not HOST:PORT")
         number = given[1:] if given else None
     else:
         named, colon, given = text.rpartition(":")
@@ -47,9 +47,9 @@ def parse(text: str, *, port: int | None = None, host: str = "") -> Address:
         number = str(port)
     named = named or host
     if number is None or not named or not (number.isascii() and number.isdigit()) or int(number) > 65535:
-        raise BadAddress(f"{text!r} is no HOST:PORT")
+        raise BadAddress(f"{text!r} is not HOST:PORT")
     if ":" in named and not _is_v6(named):
-        raise BadAddress(f"{text!r} is no HOST:PORT; an IPv6 address stands in brackets: [::1]:{number}")
+        raise BadAddress(f"{text!r} is not HOST:PORT; an IPv6 address stands in brackets: [::1]:{number}")
     return Address(named, int(number))
 
 

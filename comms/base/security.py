@@ -173,7 +173,7 @@ def _check(folder: Path) -> None:
         try:
             certificate = x509.load_pem_x509_certificate((folder / name).read_bytes())
         except ValueError as error:
-            raise SecurityError(f"{folder / name} is no certificate in PEM form: {error}") from None
+            raise SecurityError(f"{folder / name} is not a certificate in PEM form: {error}") from None
         now, until = datetime.datetime.now(datetime.UTC), certificate.not_valid_after_utc
         if now > until:
             renew = "renew it (everstep certs DIR, on the machine that has ca-key.pem)"

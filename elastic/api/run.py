@@ -500,7 +500,7 @@ class Run:
         """More was lost than the last version outlived: it is computed again."""
         if engine.loops:
             raise UsageError(
-                "a lost node took the last steps with it after the training loop had ended: only the loop "
+                "the last steps were lost with a node after the training loop had ended: only the loop "
                 "can compute them again; use run.steps(...), or protect every step (snapshot_every=1)"
             )
         self._guarded(engine.run_step)

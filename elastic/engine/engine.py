@@ -454,8 +454,8 @@ class Engine:
         if loss is not None and not math.isfinite(loss) and self._loss_trusted and self.rank == min(layout.ranks):
             self._loss_trusted = False
             text = (
-                f"the loss is {loss}, and so will be the parameters: look at the learning rate and the data, and go on "
-                "from a checkpoint before that"
+                f"the loss is {loss}, and so will be the parameters: look at the learning rate and the data, and "
+                "resume from an earlier checkpoint"
             )
             warn(self.membership, Notice.LOSS_NOT_FINITE, text, step=step)
 

@@ -171,8 +171,8 @@ class Resumption:
         digests, theirs = self._data["sample_digests"], former.get("sample_digests", [])
         if changed and self._settings.resume_data == "check":
             raise UsageError(
-                f"{url} does not continue this job: {changed[0]}: the data would come in another order (to continue "
-                "all the same, with the order of the new data from here on: --es-resume-data=ignore, or "
+                f"{url} does not continue this job: {changed[0]}: the order of the data would change (to continue "
+                "anyway, with the order of the new data from here on: --es-resume-data=ignore, or "
                 'resume_data="ignore")'
             )
         if changed:
@@ -193,7 +193,7 @@ class Resumption:
             if "scheduler" in {**terms["registered"], **after.get("users", {})} and "scheduler" not in self._driven:
                 raise UsageError(
                     "resume_hyperparameters=script: the rates come from a scheduler that the script steps by itself; "
-                    "hand it over, so that it can be stepped anew: run.steps(..., scheduler=scheduler)"
+                    "hand it over, so that it can be stepped again: run.steps(..., scheduler=scheduler)"
                 )
             driven = {name: state for name, state in self._birth["registered"].items() if name in self._driven}
             registered = {**terms["registered"], **driven}
@@ -285,7 +285,7 @@ class CheckpointStates:
         else:
             found = load(open_store(settings.checkpoint, _options(settings)).inside(name))
             if found is None:
-                raise CheckpointError(f"{settings.checkpoint}/{name}: there is no manifest any more")
+                raise CheckpointError(f"{settings.checkpoint}/{name}: the manifest no longer exists")
             self._checkpoint = found
         self._checkpoint = _Remembering(self._checkpoint.store, self._checkpoint.manifest)
 

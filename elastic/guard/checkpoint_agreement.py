@@ -379,7 +379,7 @@ class Checkpoints:
                 if name in told["still_s"]:
                     self._moved_s[writer] = time.monotonic() - told["still_s"][name]
                 if not known and name not in told["open"] and name == handed_over:
-                    lost = "the snapshot keeper that had it saved was lost"
+                    lost = "the snapshot keeper that was saving it was lost"
                     results.append({"writer": writer, "name": name, "error": lost, "lost": True})
         ended = {(result["writer"], result["name"]) for result in results}
         results += [self._given_up(*item) for item in self._open.items() if item not in ended and self._stalls(*item)]
@@ -396,8 +396,8 @@ class Checkpoints:
         if still_s > min(STALLS_S, limit_s / 2) and name in self._terms:
             version = self._terms[name][0]
             text = (
-                f"the storage has taken nothing of the checkpoint of {version} steps for a while: after {limit_s:g} s "
-                "without progress it is given up (checkpoint_timeout)"
+                f"the storage has accepted nothing of the checkpoint of {version} steps for a while: after {limit_s:g}"
+                " s without progress it is given up (checkpoint_timeout)"
             )
             warn(self._membership, Notice.SAVE_STALLS, text, version=version, name=name)
         return still_s > limit_s

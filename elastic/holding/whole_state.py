@@ -36,8 +36,8 @@ def complete_optimizer(optimizer: Optimizer, stack: LayerStack, gather: Gather) 
     def refuse(optimizer: Optimizer, state_dict: dict[str, Any]) -> NoReturn:
         raise UsageError(
             "optimizer.load_state_dict() was called after run.prepare or run.steps: the state of a running job is "
-            "shared among its ranks. To go on from a checkpoint, let the job resume (checkpoint=, resume=; everstep "
-            "convert reads torch's); to change a rate, set it in optimizer.param_groups"
+            "shared among its ranks. To resume from a checkpoint, let the job resume it (checkpoint=, resume=; "
+            "everstep convert reads torch's); to change a rate, set it in optimizer.param_groups"
         )
 
     optimizer.register_state_dict_post_hook(add_state)

@@ -58,10 +58,10 @@ def died(state: State, event: e.WorkerDied, now: float) -> Outcome:
         return state, []
     state = with_workers(state, replace(worker, status=Status.EXITED))
     if not event.clean and state.stopping is None:
-        why = f"training is done, but what comes after it failed: {event.cause}"
+        why = f"training is done, but the code after it failed: {event.cause}"
         return fail(state, Ending.AFTER_TRAINING, why, rank=worker.id.rank)
     if not event.clean:
-        cut = f"what comes after training was cut off on rank {worker.id.rank}: {event.cause}"
+        cut = f"the code after training was interrupted on rank {worker.id.rank}: {event.cause}"
         state = replace(state, lost=(*state.lost, cut))
     return _end_when_all_have(state)
 
@@ -78,7 +78,7 @@ def stop_requested(state: State, event: e.StopRequested | e.DrainRequested, now:
     if state.stopping is not None:
         return state, []
     why, grace_s = event.why, state.config.stop_grace_s
-    text = f"{why}: training is done; what comes after it has {grace_s:g} s to end"
+    text = f"{why}: training is done; the code after it has {grace_s:g} s to end"
     state = replace(state, stopping=e.Stopping(why, state.committed, now + grace_s))
     record = e.Record("stopping", {"why": why, "committed": state.committed})
     return state, [record, *(e.TellNode(node, text) for node in state.nodes)]
@@ -91,7 +91,7 @@ def ticked(state: State, event: e.Ticked, now: float) -> Outcome:
         return silent_node(state, now, node_lost)
     ranks = [w.id.rank for w in state.workers.values() if w.status is Status.AFTER]
     why = f"{stopping.why}; it had not ended after {state.config.stop_grace_s:g} s"
-    lost = (*state.lost, f"what comes after training was cut off on {ranks_text(ranks)}: {why}")
+    lost = (*state.lost, f"the code after training was interrupted on {ranks_text(ranks)}: {why}")
     return replace(state, phase=Phase.DONE), [e.EndJob(True, lost=lost)]
 
 
@@ -110,7 +110,7 @@ def node_lost(state: State, event: e.NodeLost, now: float) -> Outcome:
         gone, effects = fail(
             gone,
             Ending.AFTER_TRAINING,
-            f"training is done, but what comes after it was lost on {ranks_text(running)}: {where}",
+            f"training is done, but the code after it was lost on {ranks_text(running)}: {where}",
         )
     else:
         gone, effects = _end_when_all_have(gone)
@@ -119,7 +119,7 @@ def node_lost(state: State, event: e.NodeLost, now: float) -> Outcome:
 
 def node_joined(state: State, event: e.NodeJoined, now: float) -> Outcome:
     """Refuse the node: no work is left for it."""
-    return state, [e.RefuseNode(event.node, "the job has trained already")]
+    return state, [e.RefuseNode(event.node, "the job has finished training already")]
 
 
 def saved(state: State, event: e.CheckpointSaved, now: float) -> Outcome:
@@ -139,7 +139,7 @@ def raised(state: State, event: e.WorkerRaised, now: float) -> Outcome:
     return fail(
         state,
         Ending.AFTER_TRAINING,
-        f"training is done, but what comes after it failed: {event.message}",
+        f"training is done, but the code after it failed: {event.message}",
         event.traceback,
         event.worker.rank,
     )

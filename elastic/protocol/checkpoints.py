@@ -48,7 +48,7 @@ def unreadable(state: State, event: e.CheckpointUnreadable, now: float) -> Outco
         advice = (
             "there is no older one"
             if job.on_damage == "older"
-            else "on_damage='older' would go on from the one before it"
+            else "on_damage='older' would resume from the one before it"
         )
         state, effects = fail(state, Ending.CHECKPOINT_DAMAGED, f"{event.why} ({advice})")
         return state, [record, *effects]

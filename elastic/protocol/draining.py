@@ -121,7 +121,7 @@ def let_go(state: State, node: str) -> Outcome:
         if all(node not in (*stripe.nodes, *stripe.parity) for stripe in placement.stripes)
     }
     record = e.Record("node_left", {"node": node, "host": host, "ranks": ranks, "why": why})
-    return replace(state, placements=placements), [record, e.ReleaseNode(node, f"{why}; the others go on")]
+    return replace(state, placements=placements), [record, e.ReleaseNode(node, f"{why}; the others continue")]
 
 
 def cannot_leave(state: State, now: float) -> Outcome:

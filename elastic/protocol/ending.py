@@ -31,8 +31,8 @@ from .state import (
 
 ALONE_S = 1.0  # until a rank that left its loop alone is an error: it may be about to report an exception
 ALL_LEAVE = (
-    "all ranks have to leave the loop at the same step: decide it by what is equal on all of them, such as the step's "
-    "loss, or agree on it"
+    "all ranks have to leave the loop at the same step: base the decision on values that are equal on all of them, "
+    "such as the step's loss, or agree on it"
 )
 
 
@@ -87,7 +87,7 @@ def went_on_alone(state: State, now: float) -> Outcome:
     leavers, stayers = ([w.id.rank for w in some] for some in ([w for w in gone if w.left == version], others))
     where = f"after step {version - 1}" if version else "before the first step"
     alone = f"{ranks_text(leavers)} left the training loop {where} of {state.job.steps}"
-    alone = f"{alone}, and {ranks_text(stayers)} went on: {ALL_LEAVE}"
+    alone = f"{alone}, and {ranks_text(stayers)} continued: {ALL_LEAVE}"
     state = replace(state, concluding=Concluding(version, "", 0.0, alone))
     record = e.Record("left_alone", {"ranks": leavers, "others": stayers, "step": version - 1})
     state, effects = _conclude(state, version, now)

@@ -46,4 +46,4 @@ def still_needed(state: State, worker: Worker) -> bool:
 def nobody_left(state: State) -> str:
     """Why a job ends whose nodes all leave or are lost."""
     why = next((leaving.why for leaving in state.leaving.values()), "all members are lost")
-    return f"{why}, and no node is left to go on"
+    return f"{why}, and no node is left to continue"

@@ -47,23 +47,23 @@ def difference(state: State, theirs: e.Job, rank: int) -> str:
         others = [p.name for p in theirs.model.parameters]
         odd = sorted(set(names) ^ set(others))[:3]
         shown = f" (for example {', '.join(odd)})" if odd else ""
-        return f"rank {rank} built another model than the others{shown}: build the same model on every rank"
+        return f"rank {rank} built a different model than the others{shown}: build the same model on every rank"
     if ours.optimizer != theirs.optimizer:
         return (
-            f"rank {rank} built another optimizer than the others ({theirs.optimizer}, not {ours.optimizer}): "
+            f"rank {rank} built a different optimizer than the others ({theirs.optimizer}, not {ours.optimizer}): "
             "build the same one on every rank"
         )
     if ours.constants != theirs.constants:
         return (
-            f"rank {rank} has other values in frozen parameters or buffers than the others: use the same seed (or load "
+            f"rank {rank} has different values in frozen parameters or buffers: use the same seed (or load "
             "the same weights) on every rank"
         )
     if ours.values != theirs.values:
         return (
-            f"rank {rank} initialised its model with other values than the others: use the same seed (or load the same "
-            "weights) on every rank"
+            f"rank {rank} initialised its model with different values than the others: use the same seed (or load the "
+            "same weights) on every rank"
         )
-    return f"rank {rank} has other settings of protection or checkpoints than the others: give every rank the same"
+    return f"rank {rank} has different settings of protection or checkpoints: give every rank the same"
 
 
 def refused(state: State, worker: Worker, why: str) -> Outcome:

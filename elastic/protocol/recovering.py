@@ -81,7 +81,7 @@ def died(state: State, event: e.WorkerDied, now: float) -> Outcome:
         return state, [record, *effects]
     worker = _counted(worker, event)
     if worker.deaths >= state.config.crash_limit or worker.hangs >= state.config.hang_limit:
-        times = f"died {worker.deaths} times" if event.hang != "alive" else f"was taken for hung {worker.hangs} times"
+        times = f"died {worker.deaths} times" if event.hang != "alive" else f"was considered hung {worker.hangs} times"
         why = f"rank {worker.id.rank} {times} without a committed step between ({event.cause}): giving up"
         state, effects = fail(state, Ending.WORKER_FAILED, why, rank=worker.id.rank)
         return state, [record, *effects]
@@ -380,10 +380,10 @@ def _everything_gone(state: State, recovery: RecoveryStory, newest: int) -> str:
         "checkpoint": "; on_loss='checkpoint': no checkpoint of the job has been saved yet"
         if state.job.checkpoints
         else "; on_loss='checkpoint': the job saves none (checkpoint=URL)",
-        "neighbors": "; on_loss='neighbors' could not stand in for them",
+        "neighbors": "; on_loss='neighbors' could not replace them",
     }.get(state.job.on_loss, "")
     return (
-        f"shard(s) {named} of version {newest} are gone: they were held by {where}, and {kept}{policy}. More nodes "
+        f"shard(s) {named} of version {newest} are lost: they were held by {where}, and {kept}{policy}. More nodes "
         "were lost at once than node_losses protects"
     )
 

@@ -269,12 +269,12 @@ def _unchanged(item: Any) -> Any:
 def _check_loader(loader: DataLoader[Any], settings: Settings, collate_fn: Collate | None) -> bool:
     """Refuse data that cannot be divided into micro-batches; returns whether the samples are shuffled."""
     if collate_fn is not None:
-        raise UsageError("collate_fn was given beside a DataLoader, which has one of its own: leave it out")
+        raise UsageError("collate_fn was passed together with a DataLoader, which has its own: leave it out")
     if isinstance(loader.dataset, IterableDataset):
         raise UsageError(_stream(loader.dataset))
     if loader.batch_size is None or type(loader.batch_sampler) is not BatchSampler:
         raise UsageError(
-            "the DataLoader has no fixed batch size, or a batch sampler of its own: give it batch_size="
+            "the DataLoader has no fixed batch size, or has its own batch sampler: give it batch_size="
             f"{settings.micro_batch_size} (the job's micro_batch_size)"
         )
     if loader.batch_size != settings.micro_batch_size:

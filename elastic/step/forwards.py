@@ -333,13 +333,13 @@ def _leaves(where: str, what: str, *, buffer: bool = False) -> str:
     """The error text for state that a forward leaves behind."""
     if "_SpectralNorm" in where:
         return (
-            f"{where} changes its {what} in forward: spectral norm goes on with the vectors of the forward before, "
+            f"{where} changes its {what} in forward: spectral norm continues with the vectors of the forward before, "
             "which depends on which rank computed it. Use torch.nn.utils.parametrizations.weight_norm or orthogonal, "
             "which keep nothing"
         )
     return (
-        f"{where} changes its {what} in forward: only batch-norm statistics can be kept equal whatever rank computes a "
-        "micro-batch. Take averages of activations from a torch.nn.BatchNorm; change everything else between steps, "
+        f"{where} changes its {what} in forward: only batch-norm statistics can be kept equal whichever rank computes "
+        "a micro-batch. Take averages of activations from a torch.nn.BatchNorm; change everything else between steps, "
         f"in the same way on every rank, and keep it with run.register_state(name, {'module' if buffer else 'object'})"
     )
 

@@ -185,7 +185,7 @@ def test_a_damaged_checkpoint_ends_the_job_and_is_named(two_checkpoints, tmp_pat
     result = run_job(nproc=2, steps=STEPS, flags=checkpointing(folder))
     assert result.status != 0
     assert f"{chunk} is damaged: its checksum is " in result.output
-    assert "on_damage='older' would go on from the one before it" in result.output
+    assert "on_damage='older' would resume from the one before it" in result.output
     assert "Traceback" not in result.output
 
 

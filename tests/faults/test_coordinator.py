@@ -130,7 +130,7 @@ def test_a_node_that_cannot_keep_what_it_has_to_say_ends(tmp_path: Path) -> None
         finally:
             coordinator.kill()
     assert launcher.returncode == 1
-    why = "no coordinator took in what this node had to say, and it is more than can be kept"
+    why = "no coordinator has accepted the messages of this node, and their queue is full"
     assert output.splitlines()[-1] == f"everstep: error: {why}"
 
 

@@ -39,7 +39,7 @@ class Draining(Cluster):
         launcher = self.hosts.launchers[host]
         output = finish(launcher, 60)
         assert launcher.returncode == 0, output
-        assert "everstep: stopped by SIGTERM; the others go on" in output
+        assert "everstep: stopped by SIGTERM; the others continue" in output
         wait_until(lambda: not self.hosts.pids(host), 10, "nothing of it is left")
 
     def check_undisturbed(self) -> None:

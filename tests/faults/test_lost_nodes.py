@@ -180,7 +180,7 @@ def test_more_is_lost_than_was_protected(protection: str, lost: tuple[int, ...],
     for output in outputs:
         assert "Traceback" not in output
         (line,) = [line for line in output.splitlines() if line.startswith("everstep: error: ")]
-        assert re.search(r"shard\(s\) \d+(, \d+)*( and \d+ more)? of version \d+ are gone: they were held by ", line), (
+        assert re.search(r"shard\(s\) \d+(, \d+)*( and \d+ more)? of version \d+ are lost: they were held by ", line), (
             line
         )
         assert all(name in line for name in names), line

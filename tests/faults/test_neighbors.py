@@ -33,7 +33,7 @@ def test_a_lost_stage_without_protection(rank: int, dtype: str, tmp_path: Path) 
     (ended,) = job.events("ended")
     if rank == 0:
         assert not ended["succeeded"]
-        assert "on_loss='neighbors' could not stand in for them" in ended["why"]
+        assert "on_loss='neighbors' could not replace them" in ended["why"]
         assert sum("everstep: error: " in output for output in outputs) == 2
         return
     assert ended["succeeded"], ended

@@ -83,7 +83,7 @@ def test_storage_that_stands_still_for_all_ranks_is_no_hang(tmp_path: Path, quie
     result = job.result()
     assert result.named("worker_died") == []
     assert ledger(result) == quiet["steps"]
-    assert "taken for hung after 18 s" in result.output, result.output
+    assert "considered hung after 18 s" in result.output, result.output
 
 
 def test_a_rank_that_alone_waits_for_storage_is_killed_in_the_end(tmp_path: Path, quiet: Ledgers) -> None:
@@ -159,7 +159,7 @@ def test_the_rank_that_the_others_wait_for_is_named(tmp_path: Path, quiet: Ledge
     assert line["ranks"] == [0]
     assert line["text"].startswith("rank 0 waits for rank 1 in ")
     assert "rank 1: no progress for " in line["text"]
-    assert "in the user's code between steps (it waits for storage); taken for hung after 7200 s" in line["text"]
+    assert "in the user's code between steps (it waits for storage); considered hung after 7200 s" in line["text"]
     status = job.status()
     assert "rank 0 waits for rank 1 in " in status
     assert "rank 1: no progress for " in status

@@ -78,7 +78,7 @@ def test_one_rank_leaves_alone(tmp_path: Path, how: str, loop: bool) -> None:
         assert "ended its process with exit status 0 inside the training function" in line
         assert saved(tmp_path)[0] > AT
     else:
-        assert f"rank 1 left the training loop after step {AT} of 30, and rank 0 went on" in line
+        assert f"rank 1 left the training loop after step {AT} of 30, and rank 0 continued" in line
         assert saved(tmp_path) == [AT + 1]
     assert not list(tmp_path.glob("done-*"))
 
@@ -121,7 +121,7 @@ def test_what_comes_after_training_fails(tmp_path: Path, after: str, cause: str)
     """Training is done, and the job has failed: nobody trains again."""
     ended = job(tmp_path, after=after, steps=4)
     assert ended.status == 1, ended.stderr
-    assert f"training is done, but what comes after it failed: {cause} (rank " in ended.stderr
+    assert f"training is done, but the code after it failed: {cause} (rank " in ended.stderr
     assert ("ValueError: the evaluation failed" in ended.stderr) == (after == "raise")
     assert saved(tmp_path) == [4]
 
@@ -143,8 +143,8 @@ def test_stopped_after_training(tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 3, output
-    assert "stopped by SIGTERM: training is done; what comes after it has 1 s to end" in output
-    assert "everstep: error: what comes after training was cut off on ranks 0, 1: stopped by SIGTERM" in output
+    assert "stopped by SIGTERM: training is done; the code after it has 1 s to end" in output
+    assert "everstep: error: the code after training was interrupted on ranks 0, 1: stopped by SIGTERM" in output
 
 
 @pytest.mark.soak

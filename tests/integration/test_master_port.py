@@ -71,7 +71,7 @@ def test_the_coordinator_is_there_as_well(tmp_path: Path) -> None:
     finally:
         process.terminate()
         output = finish(process)
-    assert "was lost to the job" not in output
+    assert "was declared lost" not in output
 
 
 def stepped(at: str) -> int:

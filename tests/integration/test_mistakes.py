@@ -53,10 +53,10 @@ ANYWHERE = {
 }
 IN_A_JOB = {
     "workers": "3 stages need at least as many workers; there are 2",
-    "models_differ": "built another model than the others (for example 3.bias, 3.weight)",
-    "values_differ": "initialised its model with other values than the others",
+    "models_differ": "built a different model than the others (for example 3.bias, 3.weight)",
+    "values_differ": "initialised its model with different values than the others",
     "settings_differ": "give every rank the same settings",
-    "optimizers_differ": "built another optimizer than the others",
+    "optimizers_differ": "built a different optimizer than the others",
     "rate_of_each_rank": "rank 0 set lr of parameter group 0 to 0.3 and rank 1 to 0.15: work it out from what is equal",
 }
 

@@ -426,7 +426,7 @@ def test_the_page_in_a_browser(tmp_path: Path) -> None:
 def test_what_cannot_be_asked_is_one_line(command: str) -> None:
     (unused,) = free_ports(1)
     for endpoint, said in (
-        ("nowhere", "'nowhere' is no HOST:PORT"),
+        ("nowhere", "'nowhere' is not HOST:PORT"),
         (f"127.0.0.1:{unused}", f"no coordinator answers at 127.0.0.1:{unused}"),
     ):
         ended = everstep(command, endpoint)

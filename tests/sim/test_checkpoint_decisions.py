@@ -63,7 +63,7 @@ def test_a_damaged_checkpoint_is_passed_over_only_if_that_is_allowed(on_loss):
     assert ends(s(e.CheckpointUnreadable(w(0), "step-4", "chunk 5 is damaged")))[0].why.startswith("chunk 5 is damaged")
     s = script(saved=SAVED, on_damage="stop")
     (end,) = ends(s(e.CheckpointUnreadable(w(1), "step-6", "chunk 3 is damaged")))
-    assert end.why == "chunk 3 is damaged (on_damage='older' would go on from the one before it)"
+    assert end.why == "chunk 3 is damaged (on_damage='older' would resume from the one before it)"
 
 
 def _lose_a_node(s: Script) -> list[e.Effect]:

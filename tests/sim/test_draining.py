@@ -148,7 +148,7 @@ def test_a_node_that_leaves_before_training_holds_nothing() -> None:
     s = Script(workers=1, min_nodes=1, max_nodes=3)
     s.node("n0")
     s.node("n1")
-    assert e.ReleaseNode("n1", "stopped by SIGTERM; the others go on") in drain(s, "n1")
+    assert e.ReleaseNode("n1", "stopped by SIGTERM; the others continue") in drain(s, "n1")
     assert list(s.state.nodes) == ["n0"]
 
 

@@ -53,7 +53,7 @@ def test_one_goes_on() -> None:
     assert not s(e.WorkerWentOn(w(0), 3), after_s=ALONE_S / 2)
     (end,) = of(s(e.Ticked(), after_s=ALONE_S), e.EndJob)
     assert end.lost == (end.why,)
-    assert end.why.startswith("rank 1 left the training loop after step 2 of 8, and rank 0 went on: all ranks have to ")
+    assert end.why.startswith("rank 1 left the training loop after step 2 of 8, and rank 0 continued: all ranks ")
 
 
 def test_an_exception_is_told_instead() -> None:
@@ -160,7 +160,7 @@ def test_a_failure_after_training_ends_the_job() -> None:
     """Nobody is replaced, and nothing trained again."""
     s = after_training(trained())
     effects = s(e.WorkerDied(w(1), "killed by SIGKILL"))
-    why = "training is done, but what comes after it failed: killed by SIGKILL"
+    why = "training is done, but the code after it failed: killed by SIGKILL"
     assert effects == [e.EndJob(False, why, rank=1, ending=Ending.AFTER_TRAINING)]
 
 
@@ -182,20 +182,20 @@ def test_a_node_lost_after_training() -> None:
             assert not found
             assert s.state.phase is Phase.AFTER
         else:
-            assert "training is done, but what comes after it was lost on ranks 2, 3" in found[0].why
+            assert "training is done, but the code after it was lost on ranks 2, 3" in found[0].why
 
 
 def test_a_stop_after_training_has_its_grace() -> None:
     s = after_training(trained(stop_grace_s=20.0))
     told = s(e.StopRequested("stopped by SIGTERM"))
-    assert "training is done; what comes after it has 20 s to end" in of(told, e.TellNode)[0].text
+    assert "training is done; the code after it has 20 s to end" in of(told, e.TellNode)[0].text
     s(e.WorkerDied(w(0), "exit status 0", clean=True), after_s=15.0)
     s(e.HeartbeatsReceived(("n0",)), after_s=4.0)
     assert not s(e.Ticked(), after_s=0.0)
     (end,) = s(e.Ticked(), after_s=2.0)
     assert end.succeeded
     assert end.lost == (
-        "what comes after training was cut off on rank 1: stopped by SIGTERM; it had not ended after 20 s",
+        "the code after training was interrupted on rank 1: stopped by SIGTERM; it had not ended after 20 s",
     )
 
 
@@ -221,4 +221,4 @@ def test_nobody_joins_after_training() -> None:
     s.committed(w(0), 2)
     after_training(s)
     (refused,) = s(e.NodeJoined("n9", "host-n9", 2, "n9:1"))
-    assert refused == e.RefuseNode("n9", "the job has trained already")
+    assert refused == e.RefuseNode("n9", "the job has finished training already")

@@ -52,7 +52,7 @@ def test_a_chain_of_waits_leads_to_its_end() -> None:
     stands = does(3, place="the dataset in step 17", still_s=40.0, limit_s=600.0, sign="storage")
     assert said(does(0, 1), does(1, 2), does(2, 3), stands) == [
         "ranks 0-2 wait for rank 3 in reduce of step 17; rank 3: no progress for 40 s in the dataset in step 17 (it "
-        "waits for storage); taken for hung after 600 s"
+        "waits for storage); considered hung after 600 s"
     ]
 
 
@@ -152,7 +152,7 @@ def test_status_says_who_stands_still_before_a_limit_strikes() -> None:
     place = "the user's code between steps"
     holdups.take([does(3, place=place, still_s=40.0, limit_s=1800.0, sign="none")], 0.0)
     assert holdups.shown(job(), 0.0) == [
-        f"rank 3: no progress for 40 s in {place} (no sign of life); taken for hung after 1800 s"
+        f"rank 3: no progress for 40 s in {place} (no sign of life); considered hung after 1800 s"
     ]
 
 

@@ -511,6 +511,6 @@ def test_why_there_is_no_trace_is_told(serve: Callable[[Shell], str]) -> None:
 
 @pytest.mark.parametrize("text", ["nowhere", "host:", ":1", "host:70000", "host:1,", "", "host:1x"])
 def test_what_is_no_address_is_said(text: str) -> None:
-    with pytest.raises(NoAnswer, match="is no HOST:PORT") as error:
+    with pytest.raises(NoAnswer, match="is not HOST:PORT") as error:
         Endpoints(text, Security())
     assert not error.value.away

@@ -204,7 +204,7 @@ def _plan(conversion: Conversion, content: Content) -> None:
         try:
             universal.manifest_of(content).to_bytes()
         except TypeError as error:
-            raise ConversionError(f"{conversion.source}: what it holds beside tensors is no JSON: {error}") from error
+            raise ConversionError(f"{conversion.source}: what it holds besides tensors is not JSON: {error}") from error
         return
     with contextlib.suppress(Planned):
         load(conversion.to).write(content, _target(conversion), conversion.options, PlannedWork())

@@ -51,7 +51,7 @@ def check_free(target: Path, *, force: bool) -> None:
             detect(target)
         except ConversionError:
             raise ConversionError(
-                f"{target} is a folder that is no checkpoint of any known format: --force replaces only those; remove "
+                f"{target} is a folder, but not a checkpoint of a known format: --force replaces only those; remove "
                 "it yourself"
             ) from None
 

@@ -79,7 +79,7 @@ class FileTensor:
     def view(self, *shape: int) -> FileTensor:
         """The same elements in another shape. Raises ConversionError if their number differs, or they are strided."""
         if int(np.prod(shape, dtype=np.int64)) != self.elements or not self.is_contiguous:
-            raise ConversionError(f"{self.path}: a tensor of shape {list(self.shape)} is no view of {list(shape)}")
+            raise ConversionError(f"{self.path}: a tensor of shape {list(self.shape)} is not a view of {list(shape)}")
         return replace(self, shape=shape, strides=contiguous(shape))
 
     def read(self) -> np.ndarray:

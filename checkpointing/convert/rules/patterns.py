@@ -44,7 +44,7 @@ def template(source: str) -> Pattern:
     for found in _PLACEHOLDER.finditer(source):
         name = found[1].removesuffix("*")
         if not _NAME.fullmatch(name):
-            raise ConversionError(f"{source!r}: {found[0]!r} is no placeholder; expected {{name}} or {{name*}}")
+            raise ConversionError(f"{source!r}: {found[0]!r} is not a placeholder; expected {{name}} or {{name*}}")
         parts.append(re.escape(source[end : found.start()]))
         if name in names:
             parts.append(f"(?P={name})")
@@ -66,7 +66,7 @@ def regex(source: str, *, whole: bool = True) -> Pattern:
         inner = re.compile(source)
         expression = inner if whole else re.compile(f"(?:{source})(?s:.*)")
     except re.error as error:
-        raise ConversionError(f"{source!r} is no regular expression: {error}") from error
+        raise ConversionError(f"{source!r} is not a regular expression: {error}") from error
     return Pattern(source, expression, tuple(inner.groupindex))
 
 

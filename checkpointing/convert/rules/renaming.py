@@ -337,7 +337,7 @@ def _members(groups: list[_Group], names: list[str]) -> list[str]:
     for name in names:
         group = of.get(name)
         if group is None:
-            raise ConversionError(f"{name} is in a group of the optimizer, and is no parameter of the checkpoint")
+            raise ConversionError(f"{name} is in a group of the optimizer, and is not a parameter of the checkpoint")
         if not set(group.sources) <= set(names):
             raise ConversionError(f"{group.note}: they are in different groups of the optimizer")
         made.update(dict.fromkeys(group.targets))

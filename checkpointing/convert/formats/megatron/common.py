@@ -79,7 +79,7 @@ def read_common(folder: Path, index: Index) -> Common:
     if not isinstance(values, dict):
         raise ConversionError(f"{folder}: its common state is a {type(values).__name__}; expected a dictionary")
     if not all(isinstance(key, str) for key in values):
-        raise ConversionError(f"{folder}: its common state has keys that are no names: {list(values)[:4]}")
+        raise ConversionError(f"{folder}: its common state has keys that are not names: {list(values)[:4]}")
     return _checked(folder, values)
 
 
