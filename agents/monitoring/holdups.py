@@ -93,7 +93,7 @@ def _stands(told: Told) -> str:
     signs = {"works": "it works", "storage": "it waits for storage", "stopped": "it is stopped"}
     one = told.state
     return (
-        f"no progress for {one.still_s:.0f} s in {one.place} ({signs.get(one.sign, 'no sign of life')}); taken for "
+        f"no progress for {one.still_s:.0f} s in {one.place} ({signs.get(one.sign, 'no sign of life')}); considered "
         f"hung after {one.limit_s:.0f} s"
     )
 

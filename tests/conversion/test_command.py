@@ -276,7 +276,7 @@ def test_what_is_there_is_not_replaced(model: Path, tmp_path: Path, run: Command
     diary.parent.mkdir()
     diary.write_text("dear diary")
     message = run("convert", model, diary.parent, "--to", "hf", "--force").error()
-    assert "no checkpoint of any known format: --force replaces only those" in message
+    assert "not a checkpoint of a known format: --force replaces only those" in message
     assert diary.read_text() == "dear diary"
 
 

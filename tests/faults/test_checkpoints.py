@@ -202,7 +202,7 @@ def test_what_does_not_fit_is_refused_in_one_line(two_checkpoints, tmp_path):
     arguments = json.dumps({"out": str(tmp_path), "steps": 8, "stages": 1})
     script = str(JOBS / "gpt_job.py")
     ended = everstep("run", *flags, "--es-seed=8", script, arguments)
-    assert "does not continue this job: seed was 7, and is 8 now: the data would come in another order" in ended.error()
+    assert "does not continue this job: seed was 7, and is 8 now: the order of the data would change" in ended.error()
     arguments = json.dumps({"out": str(tmp_path), "steps": 8, "stages": 1, "layers": 3})
     ended = everstep("run", *flags, script, arguments)
     assert "does not continue this job: it has no params/" in ended.error() or "has the shape" in ended.error()

@@ -118,4 +118,4 @@ def test_a_port_that_is_taken_is_one_line(tmp_path: Path) -> None:
             assert ended.status == 2, ended
             assert f"{flag} 127.0.0.1:{port}: Address already in use" in ended.error()
     ended = everstep("run", "--es-metrics=nowhere", str(JOBS / "gpt_job.py"), "{}")
-    assert (ended.status, "no HOST:PORT" in ended.error()) == (2, True)
+    assert (ended.status, "not HOST:PORT" in ended.error()) == (2, True)

@@ -32,7 +32,7 @@ def test_what_is_read(text: str, host: str, port: int) -> None:
     ["", ":29", "node1:", "node1:x", "node1:65536", "node1:²", "[::1]29", "[node1]:29", "a:b:29", "::1]:29", "[]:1"],
 )
 def test_what_is_no_address(text: str) -> None:
-    with pytest.raises(BadAddress, match="no HOST:PORT"):
+    with pytest.raises(BadAddress, match="not HOST:PORT"):
         parse(text, port=7)
 
 
