@@ -37,11 +37,11 @@ class Member(Protocol):
 
 
 class Backend:
-    """How to make one kind of communicator, and what the suite may expect of it."""
+    """How to create one kind of communicator, and what the suite may expect of it."""
 
     name: str
     collective_edit = False  # edit returns only when every member has called it
-    send_can_block = True  # a send waits for a receiver who is in no call
+    send_can_block = True  # a send waits for a receiver that is in no call
     keeps_links = True  # an edit leaves the links between survivors alone
 
     def make(self, rank: int, incarnation: int) -> Any:
@@ -80,7 +80,7 @@ class MeshBackend(Backend):
 class GlooBackend(Backend):
     name = "gloo"
     collective_edit = True
-    send_can_block = False  # a thread of the receiver's always takes what comes
+    send_can_block = False  # a thread of the receiver always accepts what arrives
     keeps_links = False
 
     def __init__(self) -> None:
@@ -116,7 +116,7 @@ BACKENDS: Mapping[str, Callable[[], Backend]] = {
 
 
 class Thread(threading.Thread):
-    """A thread whose result, or whose exception, `result` hands over."""
+    """A thread whose result, or whose exception, `result` returns or raises."""
 
     def __init__(self, function: Callable[[], Any]) -> None:
         super().__init__(daemon=True)
@@ -165,7 +165,7 @@ class Cluster:
         return {rank: comm.peer for rank, comm in self.ranks.items()}
 
     def edit(self, extra: Mapping[int, Peer] | None = None) -> dict[int, EditReport]:
-        """Take all ranks to the next generation, with `extra` members that are elsewhere."""
+        """Move all ranks to the next generation, with `extra` members that run elsewhere."""
         self.generation += 1
         peers = {**self.peers(), **(extra or {})}
         return self.everywhere(lambda comm: comm.edit(self.generation, peers))
@@ -191,7 +191,7 @@ class Cluster:
 
 
 class Victim:
-    """A member in a process of its own: it enters one barrier, then waits for a message that nobody sends."""
+    """A member in a process of its own: it enters one barrier, then waits for a message that is never sent."""
 
     def __init__(self, arguments: Mapping[str, Any], rank: int) -> None:
         self._process = subprocess.Popen(
@@ -203,7 +203,7 @@ class Victim:
         self.peer = Peer(**json.loads(self._line()))
 
     def join(self, generation: int, peers: Mapping[int, Peer]) -> None:
-        """Tell it the plan; it follows on its own."""
+        """Send it the plan; it carries it out by itself."""
         assert self._process.stdin is not None
         plan = {"generation": generation, "peers": [asdict(peer) for peer in peers.values()]}
         print(json.dumps(plan), file=self._process.stdin, flush=True)
@@ -227,7 +227,7 @@ class Victim:
 
 
 def die_with_parent() -> None:
-    """Let the kernel kill this process when its parent goes."""
+    """Have the kernel kill this process when its parent ends."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     if os.getppid() == 1:
         os._exit(1)

@@ -1,4 +1,4 @@
-"""What every communicator must do; the mesh, the gloo yardstick and the in-memory fake all pass."""
+"""The contract of every communicator; the mesh, the gloo yardstick and the in-memory fake all pass."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.timeout(60)
 
 MIB = 1 << 20
 SIZES = [0, 1, 2048, 2049, 65_537, MIB, RING_BYTES, 9 * MIB + 7]
-WAKE_LIMIT_S = 1.0  # what is asked for is 20 ms; a loaded machine must not fail the suite
+WAKE_LIMIT_S = 1.0  # the requirement is 20 ms; a loaded machine must not fail the suite
 
 
 def key(index: int = 0, step: int = 0) -> Key:
@@ -105,7 +105,7 @@ def test_tensors_without_elements_and_without_dimensions(cluster, shape):
 
 
 def test_a_tensor_is_read_and_written_where_it_lies(cluster):
-    """A part of another tensor, and one that autograd watches."""
+    """A part of another tensor, and a tensor that autograd tracks."""
     cluster.start(2)
     weight = torch.nn.Parameter(torch.arange(24.0).view(6, 4))
     cluster[0].send(1, key(), [weight[2:4]])
@@ -149,7 +149,7 @@ def test_a_message_of_another_size_is_not_received_into_a_tensor(cluster):
 def test_an_abort_leaves_the_tensor_as_it_was(cluster):
     cluster.start(2)
     into = torch.zeros(5 * MIB)
-    if cluster.backend.send_can_block:  # a part of the message is here when the generation ends
+    if cluster.backend.send_can_block:  # a part of the message has arrived when the generation ends
         sender = Thread(lambda: cluster[0].send(1, key(), [torch.ones(5 * MIB)]))
         cluster[1].ready([(0, key(1))])
     waiting = threading.Event()
@@ -501,13 +501,13 @@ def test_nothing_is_left_after_close(name):
         finally:
             cluster.close()
 
-    live()  # what libraries keep for ever, they have kept after this
+    live()  # what libraries keep forever exists after this
     fds, shm, threads = open_fds(), ours_in_shm(), threading.active_count()
     live()
     deadline = time.monotonic() + 10
     while len(open_fds()) > len(fds) and time.monotonic() < deadline:
         os.sched_yield()  # gloo closes in a thread of its own
-    # Fewer is well: a library may still have been closing, in a thread of its own, when they were counted first.
+    # Fewer is fine: a library may still have been closing some, in a thread of its own, at the first count.
     assert len(open_fds()) <= len(fds), (fds, open_fds())
     assert ours_in_shm() == shm
     assert threading.active_count() == threads

@@ -1,4 +1,4 @@
-"""One bit changes between two ranks, anywhere: it is noticed, nothing wrong is delivered, and a new link works."""
+"""One bit changes between two ranks, anywhere: it is detected, nothing wrong is delivered, and a new link works."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def payload(generation: int, index: int) -> Tensor:
 
 
 class Pair:
-    """Ranks 0 and 1, of which rank 0 sends; both say what they found corrupt."""
+    """Ranks 0 and 1, of which rank 0 sends; both record what they found corrupt."""
 
     def __init__(self, shared_memory: bool) -> None:
         backend = MeshBackend(shared_memory)
@@ -49,7 +49,7 @@ class Pair:
         self.edit()
 
     def edit(self) -> None:
-        """Go to the next generation. Rank 0 reaches rank 1 through the proxy, if by TCP."""
+        """Enter the next generation. Over TCP, rank 0 reaches rank 1 through the proxy."""
         peers = {0: self.sender.peer, 1: replace(self.receiver.peer, address=self.proxy.address)}
         for comm in self.ranks:
             comm.edit(comm.generation + 1, peers if comm is self.sender else {**peers, 1: comm.peer})
@@ -57,7 +57,7 @@ class Pair:
             found.clear()
 
     def exchange(self, done: Callable[[], bool] = lambda: False) -> int:
-        """Rank 0 sends until rank 1 has everything or `done` holds; returns how much came, all of it right."""
+        """Rank 0 sends until rank 1 has everything or `done` holds; returns how much arrived, all of it right."""
         generation = self.sender.generation
 
         def send() -> None:
@@ -83,11 +83,11 @@ class Pair:
         return received
 
     def both_know(self) -> None:
-        """Both ends said it, once, and named each other."""
+        """Both ends reported it, once, and named each other."""
         deadline = time.monotonic() + 30
         while not self.reports[0]:
             assert time.monotonic() < deadline
-            self.sender._poller.poll(0.01)  # it may be aborted; what is asked is what its link finds
+            self.sender._poller.poll(0.01)  # it may be aborted; the question is what its link finds
         assert [rank for rank, _ in self.reports[0]] == [1]
 
     def close(self) -> None:
@@ -108,7 +108,7 @@ shm = pytest.mark.parametrize("pair", [True], ids=["shm"], indirect=True)
 
 
 def chosen_byte(rng: random.Random, fresh: bool) -> int:
-    """Half of all flips are in what is no payload: in a hello or in a header."""
+    """Half of all flips are outside payloads: in a hello or in a header."""
     hello = HELLO_BYTES if fresh else 0
     if rng.random() < 0.5:
         return rng.randrange(hello + STREAM_BYTES)

@@ -1,4 +1,4 @@
-"""What only the mesh promises: its links, its sockets, and strangers who knock on them."""
+"""The contract of the mesh alone: its links, its sockets, and connections of strangers."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ def test_another_jobs_token_is_refused(mesh):
 
 
 def knock(comm, data: bytes) -> None:
-    """Send `data` to each listener as a stranger, and let the communicator deal with it."""
+    """Send `data` to each listener as a stranger, and let the communicator handle it."""
     host, _, port = comm.peer.address.rpartition(":")
     targets = [(socket.AF_INET, (host, int(port)))]
     if comm.peer.local_name:
@@ -340,7 +340,7 @@ def test_a_ring_never_stalls_and_never_mixes(steps):
 
 
 def test_a_peer_that_dies_while_it_is_connected_to_breaks_the_link(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its kernel accepts, and it is gone before the ring is handed over: no error of the sender's."""
+    """Its kernel accepts, and it ends before the ring is handed over: no error of the sender's."""
     first, second = (MeshCommunicator(rank, 0, host_id="here", token="job") for rank in (0, 1))
     with closing(first), closing(second):
         first.edit(1, {0: first.peer, 1: second.peer})

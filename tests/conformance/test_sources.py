@@ -1,4 +1,4 @@
-"""What every source of shards promises, and the loader that asks them one after the other."""
+"""The contract of every source of shards, and the loader that asks them one after the other."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_shards_are_read_in_any_order_and_again(place: Place) -> None:
 
 @pytest.mark.parametrize("place", NAMES, indirect=True)
 def test_what_was_loaded_is_a_copy(place: Place) -> None:
-    """Training changes it in place, and the source stays what it is."""
+    """Training modifies it in place, and the source does not change."""
     shard = held(place)[0]
     target = place.rank.empty([shard])
     for found in place.source.read([shard], VERSION):

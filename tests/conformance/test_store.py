@@ -1,4 +1,4 @@
-"""What every place of a coordinator's rows has to do; and what a user is told of one that cannot be used."""
+"""The contract of every store of a coordinator, and the errors for one that cannot be used."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(params=["sqlite", "etcd"])
 def opener(request: pytest.FixtureRequest, tmp_path: Path) -> Opener:
-    """Opens the same place again and again."""
+    """Opens the same store repeatedly."""
     if request.param == "sqlite":
         return lambda: SqliteStore(tmp_path / "a folder" / "store.sqlite", "job")
     url, job = request.getfixturevalue("cluster"), f"job of {tmp_path.name}"
@@ -80,7 +80,7 @@ def test_rows_stay(opener: Opener) -> None:
 
 
 def test_many_and_large(opener: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More commits than are kept singly, rows of more than one part; the place does not grow with their number."""
+    """More commits than are kept separately, rows of more than one part; the store does not grow with their number."""
     monkeypatch.setattr(etcd, "SNAPSHOT_COMMITS", 7)
     monkeypatch.setattr(etcd, "PART_BYTES", 1000)
     store = opener()
@@ -104,7 +104,7 @@ def test_many_and_large(opener: Opener, monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.soak
 def test_a_row_of_16_mib(opener: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
-    """That nothing compresses; as it is written, and as a snapshot."""
+    """Incompressible rows: as they are written, and as a snapshot."""
     monkeypatch.setattr(etcd, "SNAPSHOT_COMMITS", 2)
     rows = {f"row {i}": random.Random(i).randbytes(16 << 20) for i in range(2)}
     store = opener()
@@ -121,7 +121,7 @@ def test_a_row_of_16_mib(opener: Opener, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_history_of_etcd_is_compacted(
     cluster: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """By whoever leads, but for what is young; that others did so already is no harm."""
+    """By the leader, except for young keys; keys that another process has removed already do no harm."""
     monkeypatch.setattr(etcd, "SNAPSHOT_COMMITS", 5)
     store = EtcdStore(cluster, "history", Security(), lambda why: None, stood_by=False)
     store.load()
@@ -242,7 +242,7 @@ def test_places_that_are_none(tmp_path: Path) -> None:
 
 
 def test_who_stood_by_is_not_elected_for_a_job_that_ends_just_then(cluster: str) -> None:
-    """It has looked whether the job is over; then the job ends, and nobody leads any more."""
+    """It has seen that the job is not over; then the job ends, and no coordinator leads any more."""
     leader = EtcdStore(cluster, "ends", Security(), lambda why: None, stood_by=False)
 
     class Late(EtcdStore):

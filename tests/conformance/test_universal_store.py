@@ -1,4 +1,4 @@
-"""What every store of checkpoints does, whatever is under it: a local folder, an S3 bucket, memory."""
+"""The contract of every store of checkpoints, whatever is under it: a local folder, an S3 bucket, memory."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ LARGE = 104 << 20  # an object store may write it in parts
 class Backend:
     """A kind of store, and what its suite needs beside it."""
 
-    url: Callable[[], str]  # of a folder that is not there yet
+    url: Callable[[], str]  # of a folder that does not exist yet
     failing: Callable[[], contextlib.AbstractContextManager[None]] | None  # while writes fail
     opened: list[Store] = field(default_factory=list)
 
@@ -169,7 +169,7 @@ def test_large_values(store) -> None:
 
 @pytest.mark.parametrize("name", ODD, ids=range(len(ODD)))
 def test_names_with_odd_characters(store, name: str) -> None:
-    """Each is itself: no pattern, no query, no escape. Its neighbours stay when it goes."""
+    """Each is literal: no pattern, no query, no escape. Deleting it leaves its neighbours alone."""
     store.commit("star-and-more", b"kept")
     store.commit("brackets0", b"kept")
     store.put(f"{name}/{name}", [b"inner"])
@@ -255,7 +255,7 @@ def test_removing(store) -> None:
 
 
 def test_a_folder_that_somebody_removed_is_made_again(store) -> None:
-    """Also by the store that made it before, which cannot know."""
+    """Also by the store that created it before, which cannot know."""
     inner = store.inside("folder")
     inner.put("deep/a", [b"1"])
     inner.commit("b", b"2")
@@ -276,7 +276,7 @@ def test_to_flush_what_was_removed_is_nothing(store) -> None:
 
 
 def test_a_put_that_ends_in_the_middle(store) -> None:
-    """Whatever the pieces raise is a StoreError that says where; the file is there in part, or not at all."""
+    """Whatever the pieces raise becomes a StoreError that names the place; the file exists in part, or not at all."""
 
     def pieces() -> Iterator[Buffer]:
         yield b"begun"
@@ -293,7 +293,7 @@ def test_a_put_that_ends_in_the_middle(store) -> None:
 
 @pytest.mark.parametrize("backend", ["local", "s3"], indirect=True)  # memory does not fail
 def test_a_commit_that_fails_changes_nothing(backend) -> None:
-    """A full disk, a server that is away: what was there is there, nothing else is, and the error says where."""
+    """A full disk, an unreachable server: earlier files are intact, no other exists, and the error names the place."""
     store = backend.open()
     store.commit("a/manifest", b"before")
     with backend.failing(), pytest.raises(StoreError, match=r"cannot write .*/a/manifest: \S"):

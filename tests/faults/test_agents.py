@@ -1,4 +1,4 @@
-"""A node's agent is killed and started again: its keeper, and what that holds, is still there, and is taken over."""
+"""A node's agent is killed and started again: it takes over the keeper, which still holds its segments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The universal checkpoint against what storage does to it: writers killed at any byte, and every kind of damage."""
+"""The universal checkpoint under faults of storage: writers killed at any byte, and every kind of damage."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def whole(tmp_path_factory):
 
 @pytest.mark.soak
 def test_every_damaged_file_is_found_and_named(whole, tmp_path):
-    """1,000 random damages of random files: none is read as if nothing had happened."""
+    """1,000 random damages of random files: none is read without an error."""
     rng = random.Random(SEED)
     copy = tmp_path / "copy"
     counts = dict.fromkeys(DAMAGE, 0)
@@ -175,7 +175,7 @@ def test_every_damaged_file_is_found_and_named(whole, tmp_path):
 
 
 def _noticed(copy: Path, name: Path, kind: str) -> bool:
-    """Whether the damage is found: on reading, if it is of what is read, and by `verify` in any case, by name."""
+    """Whether the damage is found: on reading, if it concerns what is read, and by `verify` in any case, by name."""
     try:
         checkpoint = open_checkpoint(str(copy))
     except CheckpointError as error:
@@ -186,14 +186,14 @@ def _noticed(copy: Path, name: Path, kind: str) -> bool:
     if name.name == "zarr.json":
         return True  # not needed for reading
     path = "/".join(name.parts[: 3 if name.parts[0] == "optimizer" else 2])
-    named = path if kind == "_swap" else name.as_posix()  # of two that were swapped, either may be met first
+    named = path if kind == "_swap" else name.as_posix()  # of two that were swapped, the reader may meet either first
     with pytest.raises(CheckpointError, match=named):
         checkpoint.read(path)
     return True
 
 
 def test_a_manifest_that_was_edited_with_care_names_what_it_no_longer_fits(whole, tmp_path):
-    """Even one whose own checksum was made to match: a changed shape, type or checksum does not fit the files."""
+    """Even with a matching checksum of its own: a changed shape, type or checksum does not fit the files."""
     rng = random.Random(SEED)
     for _ in range(50):
         copy = tmp_path / "copy"
@@ -220,7 +220,7 @@ def test_a_manifest_that_was_edited_with_care_names_what_it_no_longer_fits(whole
 
 
 def test_parts_of_two_attempts_are_never_mixed(tmp_path):
-    """What an interrupted save has left stays in its own folder, and no reader looks there."""
+    """The files of an interrupted save stay in its own folder, which no reader opens."""
     store = open_store(str(tmp_path))
     save(tmp_path, 3, 3.0)
     half = store.inside(folder_name(4, 4.0, "dead"))

@@ -1,4 +1,4 @@
-"""More nodes are lost than are protected from: the job goes on from its newest checkpoint, and ends the same."""
+"""More nodes are lost than are protected: the job resumes from its newest checkpoint, and ends with the same state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A job is stopped and goes on, in another layout, from a checkpoint: as if it had never been stopped."""
+"""A job is stopped and resumed, in another layout, from a checkpoint: with the numbers of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def trained(name: str, folder: Path, steps: int) -> Result:
 
 
 def assert_continues(result: Result, first: int, steps: int) -> None:
-    """What was trained from step `first` on is the uninterrupted run's, in every loss, digest and byte."""
+    """From step `first` on, every loss, digest and byte is that of the uninterrupted run."""
     assert result.status == 0, result.output[-4000:]
     expected = reference(steps)
     assert result.losses() == {step: loss for step, loss in expected.losses().items() if step >= first}
@@ -114,14 +114,14 @@ def _steps(out: Path) -> int:
 
 
 def assert_trained_unsaved(result: Result) -> None:
-    """The undisturbed run; that its last checkpoint is lost is said, and is its exit status."""
+    """The undisturbed run; the loss of its last checkpoint is reported, also by its exit status."""
     assert result.status == 3, result.output[-4000:]
     assert f"everstep: error: the state after {STEPS} steps is not saved (" in result.output
     assert_same_run(replace(result, status=0), reference(STEPS))
 
 
 def test_a_save_that_fails_never_stops_training(tmp_path):
-    """First the storage is no folder, then the saver is killed over and over; training is the undisturbed one."""
+    """First the storage is not a folder, then the saver is killed repeatedly; training is the undisturbed one."""
     (tmp_path / "file").write_text("")
     flags = [f"--es-checkpoint={tmp_path}/file/checkpoints", "--es-checkpoint-every=2", "--es-resume=never"]
     result = run_job(nproc=2, steps=STEPS, flags=flags)
@@ -212,7 +212,7 @@ def test_what_does_not_fit_is_refused_in_one_line(two_checkpoints, tmp_path):
 
 @pytest.mark.soak
 def test_lost_workers_and_checkpoints_do_not_disturb_each_other(tmp_path):
-    """Workers die while checkpoints are saved: what is saved is what an undisturbed run has after as many steps."""
+    """Workers die while checkpoints are saved: a checkpoint is what an undisturbed run has after as many steps."""
     places = [
         *((0, 0, "agree"), (1, 0, "update"), (2, 0, "commit"), (3, 0, "compute")),
         *((0, 1, "commit"), (1, 1, "compute"), (2, 1, "reduce"), (3, 1, "update")),

@@ -1,6 +1,6 @@
-"""The coordinator is killed: in every phase of a step and of a recovery, with others, and while nobody is there to see.
+"""The coordinator is killed: in every phase of a step and of a recovery, together with workers, and unobserved.
 
-Training goes on, no step is lost, and what failed meanwhile is handled by the coordinator that comes after it.
+Training continues, no step is lost, and the next coordinator handles what failed meanwhile.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.jobs.ports import free_ports
 
 STEPS = 40
 MOST_DEATHS = 60
-PATIENT = ["--es-hang-timeout=60"]  # who kills a coordinator stands still until there is one
+PATIENT = ["--es-hang-timeout=60"]  # a worker that kills a coordinator stands still until another one runs
 STEP_PHASES = ("compute", "reduce", "agree", "update", "commit")
 RECOVERY_PHASES = ("recover", "restore", "join")
 
@@ -41,7 +41,7 @@ def run(faults: list[dict[str, Any]], *, nproc: int = 2, stages: int = 1, steps:
 
 
 def test_in_every_phase_of_a_step() -> None:
-    """Nobody is lost for it, and no generation ends."""
+    """No worker is lost because of it, and no generation ends."""
     result = run([kill_coordinator(0, phase, 3 + 7 * i) for i, phase in enumerate(STEP_PHASES)])
     assert len(result.named("coordinator_returned")) == len(STEP_PHASES)
     assert {event["generation"] for event in result.named("committed")} == {1}
@@ -50,7 +50,7 @@ def test_in_every_phase_of_a_step() -> None:
 
 @pytest.mark.soak
 def test_in_every_phase_of_a_recovery() -> None:
-    """Rank 1 dies again and again, and each time the coordinator does, in what follows from it."""
+    """Rank 1 dies repeatedly, and each time the coordinator dies during the decisions that follow."""
     faults = []
     for life, phase in enumerate(RECOVERY_PHASES):
         faults.append({"rank": 1, "phase": "compute", "step": 4 + 9 * life, "incarnation": life})
@@ -63,7 +63,7 @@ def test_in_every_phase_of_a_recovery() -> None:
 
 @pytest.mark.soak
 def test_together_with_a_worker() -> None:
-    """The worker dies while there is no coordinator; the next one handles it. In every phase of a step."""
+    """The worker dies while no coordinator runs; the next one handles it. In every phase of a step."""
     faults = []
     for life, phase in enumerate(STEP_PHASES):
         place = {"phase": phase, "step": 4 + 7 * life, "incarnation": life}
@@ -76,7 +76,7 @@ def test_together_with_a_worker() -> None:
 
 @pytest.mark.soak
 def test_again_and_again_with_stages() -> None:
-    """Every few steps, in whatever phase it is, in a pipeline that loses workers too."""
+    """Every few steps, in whatever phase the step is, in a pipeline that loses workers, too."""
     faults = [kill_coordinator(0, STEP_PHASES[i % 5], 2 * i) for i in range(16)]
     faults += [{"rank": rank, "phase": "compute", "step": 6 + 8 * rank} for rank in (1, 2, 3)]
     result = run(faults, nproc=4, stages=2)
@@ -112,7 +112,7 @@ def test_at_every_decision(tmp_path: Path) -> None:
 
 
 def test_a_node_that_cannot_keep_what_it_has_to_say_ends(tmp_path: Path) -> None:
-    """The coordinator is stopped for good. What the node keeps is bounded; when that is full it says so, and ends."""
+    """The coordinator is stopped for good. The node's queue is bounded; when full, the node reports that and ends."""
     (port,) = free_ports(1)
     where = [f"--bind=127.0.0.1:{port}", "--rdzv-id=mute", "--nnodes=1", f"--es-store={tmp_path}/store"]
     where.append(f"--es-events={tmp_path}/events.jsonl")
@@ -136,7 +136,7 @@ def test_a_node_that_cannot_keep_what_it_has_to_say_ends(tmp_path: Path) -> None
 
 @pytest.fixture
 def job(tmp_path: Path) -> Iterator[Cluster]:
-    """Three nodes that train, and a coordinator by itself."""
+    """Three nodes that train, and a coordinator in a process of its own."""
     with Hosts(3) as hosts:
         cluster = Cluster(hosts, tmp_path, steps=60)
         cluster.start()
@@ -151,7 +151,7 @@ def coordinator_dies(job: Cluster) -> None:
 
 @pytest.mark.soak
 def test_a_node_is_lost_while_there_is_no_coordinator(job: Cluster) -> None:
-    """`everstep coordinator`, started again by the same command, finds what it knew, and that a node is missing."""
+    """`everstep coordinator`, restarted by the same command, loads its state, and notices that a node is missing."""
     with job.slowly():
         job.until(job.whole, 60, "the job is whole")
         coordinator_dies(job)
@@ -170,7 +170,7 @@ def test_a_node_is_lost_while_there_is_no_coordinator(job: Cluster) -> None:
 
 @pytest.mark.soak
 def test_a_coordinator_that_was_only_stopped_meets_its_successor(job: Cluster) -> None:
-    """SIGSTOP, and another one for the same store: the store is in use, which is said, and nothing is harmed."""
+    """SIGSTOP, and another one for the same store: it reports that the store is in use, and nothing is damaged."""
     with job.slowly():
         job.until(job.whole, 60, "the job is whole")
         job.hosts.stop(COORDINATOR)

@@ -1,4 +1,4 @@
-"""Three coordinators that stand by for one another in etcd: the leader killed, stopped, cut off; etcd itself away."""
+"""Three coordinators that share an etcd: the leader killed, stopped, partitioned; etcd itself unreachable."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from tests.jobs.object_store import Line
 from tests.jobs.ports import free_ports
 
 STEPS = 60
-AWAY_S = 2.0  # etcd, in which nothing can be decided: less than a lease lasts
+AWAY_S = 2.0  # how long etcd is away, so nothing can be decided: less than a lease lasts
 
 
 @dataclass
 class Coordinator:
-    """One of three, with a line of its own to etcd."""
+    """One of three, with a connection of its own to etcd."""
 
     process: subprocess.Popen[str]
     address: str
@@ -44,7 +44,7 @@ class Coordinator:
 
 @dataclass
 class Job:
-    """A job of two workers, and what coordinates it."""
+    """A job of two workers, and its coordinators."""
 
     out: Path
     etcd: int
@@ -67,7 +67,7 @@ class Job:
         return coordinator
 
     def leader(self, *, but: Coordinator | None = None) -> Coordinator:
-        """Who leads, as soon as somebody does."""
+        """The leader, as soon as there is one."""
         found: list[Coordinator] = []
 
         def one_leads() -> bool:
@@ -88,12 +88,12 @@ class Job:
         return max((event["step"] for event in self.events("committed")), default=-1)
 
     def advances(self) -> None:
-        """Some coordinator hears of more steps."""
+        """Wait until a coordinator learns of more steps."""
         goal = self.committed() + 2
         wait_until(lambda: self.committed() >= goal, 30, f"step {goal} is in the ledger")
 
     def loses_a_worker(self, count: int) -> None:
-        """Kill one, by the fault that rank 1 suffers when it finds a file; see to it that the job recovers from it."""
+        """Kill one, by a fault that rank 1 suffers when it finds a file; check that the job recovers from it."""
         pids = [int(pid.name) for pid in Path("/proc").iterdir() if pid.name.isdigit() and self._is_worker(pid)]
         os.kill(max(pids), signal.SIGKILL)
         wait_until(lambda: len(self.events("recovered")) >= count, 30, "the job has recovered")
@@ -156,13 +156,13 @@ def job(tmp_path: Path) -> Iterator[Job]:
 
 @pytest.mark.soak
 def test_leaders_come_and_go(job: Job) -> None:
-    """Each goes another way, with a worker lost before the next one is there; what was a leader can do nothing."""
+    """Each is lost in another way, with a worker lost before the next one leads; a former leader can do nothing."""
     killed = job.leader()
     killed.process.kill()
     job.loses_a_worker(1)
     second = job.leader(but=killed)
     job.advances()
-    job.stand(int(killed.address.rpartition(":")[2]))  # again, where it was
+    job.stand(int(killed.address.rpartition(":")[2]))  # again, at the same address
 
     os.kill(second.process.pid, signal.SIGSTOP)
     job.loses_a_worker(2)
@@ -180,7 +180,7 @@ def test_leaders_come_and_go(job: Job) -> None:
     wait_until(lambda: not third.leads(), 20, "the leader that was cut off finds that it is none")
 
     os.kill(job.etcd_process.pid, signal.SIGSTOP)
-    time.sleep(AWAY_S)  # how long the fault lasts; nothing waits here for anything
+    time.sleep(AWAY_S)  # the duration of the fault; nothing waits for a condition here
     os.kill(job.etcd_process.pid, signal.SIGCONT)
     job.loses_a_worker(4)
     assert fourth.process.poll() is None

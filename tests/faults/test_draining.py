@@ -1,4 +1,4 @@
-"""SIGTERM to a node: it hands over and leaves with status 0, and nobody else notices."""
+"""SIGTERM to a node: it hands over and leaves with status 0, without effect on the other nodes."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ STEPS = 30
 
 
 class Draining(Cluster):
-    """A job of which a few nodes may go."""
+    """A job in which a few nodes may leave."""
 
     def __init__(self, hosts: Hosts, out: Path, *, least: int, **config: Any) -> None:
         super().__init__(hosts, out, steps=STEPS, least=least, **config)
 
     def start_coordinator(self) -> subprocess.Popen[str]:
-        """With a store, so that it can be started again."""
+        """With a store, so that it can be restarted."""
         flags = [f"--es-events={self.out}/events.jsonl", f"--es-store={self.out}/store.sqlite"]
         self.coordinator = self.hosts.coordinator(self._nnodes, *flags)
         return self.coordinator
@@ -35,7 +35,7 @@ class Draining(Cluster):
             os.kill(self.hosts.launchers[host].pid, signal.SIGTERM)
 
     def has_left(self, host: int) -> None:
-        """The node of a host ended by itself, with success, and said why."""
+        """The node of a host ended by itself, with success, and printed the reason."""
         launcher = self.hosts.launchers[host]
         output = finish(launcher, 60)
         assert launcher.returncode == 0, output
@@ -51,7 +51,7 @@ class Draining(Cluster):
 
 
 def test_nodes_hand_over_and_leave(tmp_path: Path) -> None:
-    """One, with stages, then two at once, while the coordinator dies: 4 nodes, 3, and at last 1, which has it all."""
+    """One, with stages, then two at once, while the coordinator dies: 4 nodes, 3, and at last 1, which holds all."""
     with Hosts(4) as hosts:
         job = Draining(hosts, tmp_path, least=1, stages=2)
         job.start()
@@ -74,7 +74,7 @@ def test_nodes_hand_over_and_leave(tmp_path: Path) -> None:
 
 @pytest.mark.soak
 def test_what_happens_to_who_leaves(tmp_path: Path) -> None:
-    """It is killed while it hands over: a loss like any other. One that leaves meanwhile is let go; another comes."""
+    """It is killed while it hands over: a loss like any other. One that leaves meanwhile is released; another joins."""
     with Hosts(3) as hosts:
         job = Draining(hosts, tmp_path, least=1)
         job.launch(0, flags=job.flags, faults=[{"rank": r, "phase": "leave", "kind": "node"} for r in range(3)])

@@ -1,4 +1,4 @@
-"""Optimizer state that appears in the middle of training: records outgrow the room that was made for them."""
+"""Optimizer state that appears in the middle of training: records outgrow their slots."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LATE: dict[str, Any] = {"momentum_from": 2}  # plain SGD, and from step 3 on SGD
 
 
 def test_workers_killed_around_the_step_in_which_it_appears() -> None:
-    """Before it is there, in the step that makes it (replayed from a smaller record and the gradient), and after."""
+    """Before it exists, in the step that creates it (replayed from a smaller record and the gradient), and after."""
     steps = 8
     faults = [
         {"rank": 0, "phase": "reduce", "step": 3},
@@ -54,7 +54,8 @@ def test_lost_nodes(protection: str, tmp_path: Path) -> None:
         job.await_whole()
         for lost, host in enumerate((1, 2), start=1):
             hosts.kill(host)
-            job.until(lambda lost=lost: len(job.events("node_lost")) == lost, 30, "the loss is seen")  # or it is whole
+            # Or the job is already whole again.
+            job.until(lambda lost=lost: len(job.events("node_lost")) == lost, 30, "the loss is seen")
             job.await_whole()
         job.see_to_the_end(120)
         result = job.check()

@@ -1,4 +1,4 @@
-"""Whole nodes are lost: agent, keeper and workers at one instant. The run must be the undisturbed one, bit for bit."""
+"""Whole nodes are lost: agent, keeper and workers at one instant. The run equals the undisturbed one, bit for bit."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from tests.jobs.hosts import Hosts
 
 PHASES = ("compute", "reduce", "agree", "update", "commit", "recover", "restore", "join")
 PERIOD = 30
-STEPS = 120  # where the test waits for nodes: 35 at most for each time
+STEPS = 120  # while the test waits for nodes: at most 35 each time
 
 
 def node_fault(rank: int, life: int, phase: str) -> dict[str, object]:
-    """Nodes come back when they can, and each dies in steps of its own: one at a time is what is protected here."""
+    """Nodes return when they can, and each dies in steps of its own: one node at a time is protected here."""
     place = {"recover": 20, "restore": 25, "join": 0}.get(phase, 5 * (rank - 1))
     period = 0 if phase == "join" else PERIOD
     return {
@@ -30,7 +30,7 @@ def node_fault(rank: int, life: int, phase: str) -> dict[str, object]:
 
 
 def worker_faults(count: int) -> list[dict[str, object]]:
-    """The only worker of rank 0 dies again and again, in the steps where others die in recoveries."""
+    """The only worker of rank 0 dies repeatedly, in the steps where others die in recoveries."""
     return [
         {"rank": 0, "incarnation": i, "phase": "compute", "step": 25 + 5 * (i % 2), "period": PERIOD}
         for i in range(count)
@@ -40,7 +40,7 @@ def worker_faults(count: int) -> list[dict[str, object]]:
 @pytest.mark.soak
 @pytest.mark.parametrize("stages", [1, 2])
 def test_a_node_dies_in_every_phase(stages: int, tmp_path: Path) -> None:
-    """Five nodes; each life of the last four ends in another phase. Workers of the first one die too, which all see."""
+    """Five nodes; each life of the last four ends in another phase. Workers of the first one die, too."""
     rng = random.Random(stages)
     lives = [(rank, life) for life in (0, 1) for rank in (1, 2, 3, 4)]
     first, again = list(PHASES[:5]), list(PHASES[5:])
@@ -72,9 +72,9 @@ def pair(ranks: tuple[int, int], phases: tuple[str, str], step: int, life: int =
     ids=["parity", "replicate"],
 )
 def test_two_nodes_at_once(protection: str, rounds: list[tuple[int, int]], tmp_path: Path) -> None:
-    """Six nodes, of which any two may be lost: at one instant, in different phases, or one while the other is made up.
+    """Six nodes, of which any two may be lost: at one instant, in different phases, or one while the other is recovered.
 
-    In the latter case the second is lost before any version outlives nodes that was made without the first.
+    In the latter case the second is lost before any version is protected that was made without the first.
     """
     rng = random.Random(6)
     faults = pair((1, 2), ("compute", "reduce"), 4) + pair((3, 4), ("agree", "update"), 12)
@@ -101,7 +101,7 @@ def test_two_nodes_at_once(protection: str, rounds: list[tuple[int, int]], tmp_p
 
 @pytest.mark.soak
 def test_settings_by_hand_in_steps_computed_again(tmp_path: Path) -> None:
-    """Versions outlive nodes every five steps: a lost node takes steps along, and the loop does not show them again."""
+    """Versions are protected every five steps: a lost node takes steps with it, and the loop returns none twice."""
     faults = [{"rank": 1, "phase": "compute", "step": 13, "kind": "node"}]
     faults += [{"rank": 2, "phase": "update", "step": 28, "kind": "node"}]
     with Hosts(3) as hosts:
@@ -166,7 +166,7 @@ def test_a_node_gets_ranks_that_are_no_range(tmp_path: Path) -> None:
     ids=["parity", "none"],
 )
 def test_more_is_lost_than_was_protected(protection: str, lost: tuple[int, ...], tmp_path: Path) -> None:
-    """The job ends, and says in one line what is gone, who had it, and what was protected."""
+    """The job ends, and one line names what is lost, which node held it, and what was protected."""
     with Hosts(4) as hosts:
         job = Cluster(hosts, tmp_path, steps=100_000, flags=[f"--es-protection={protection}"])
         job.start()

@@ -26,7 +26,7 @@ def states_of(result: Result) -> list[dict[str, Any]]:
 
 
 def assert_has_masters(state: dict[str, Any]) -> None:
-    """float32 masters and moments, a bfloat16 model that is the masters, rounded, and is not all there is to them."""
+    """float32 masters and moments; the bfloat16 model is the rounded masters, which contain more than it does."""
     assert state["masters"].keys() == state["model"].keys() == state["optimizer"].keys()
     for name, live in state["model"].items():
         master = state["masters"][name]
@@ -129,7 +129,7 @@ def test_other_frameworks_get_what_they_compute_in_or_the_masters(
 
 @pytest.mark.soak
 def test_a_job_without_masters_goes_on_without_them(tmp_path: Path) -> None:
-    """And one that is given them, or has them no more, says so."""
+    """A job that gains masters, or loses them, warns of it."""
     flags = [f"--es-checkpoint={tmp_path / 'saved'}", "--es-checkpoint-every=4", "--es-master-dtype=none"]
     first = run_job(nproc=2, steps=4, flags=flags, **BFLOAT16)
     assert first.status == 0, first.output
@@ -154,7 +154,7 @@ def test_a_job_without_masters_goes_on_without_them(tmp_path: Path) -> None:
 @pytest.mark.soak
 @pytest.mark.parametrize("protection", ["parity", "replay"])
 def test_a_lost_node_and_the_one_that_takes_its_place(protection: str, tmp_path: Path) -> None:
-    """Its masters come from parity, or from a backup that ran the optimizer; the newcomer takes over others'."""
+    """Its masters come from parity, or from a backup that ran the optimizer; the newcomer takes over other ones."""
     steps = 40
     with Hosts(3) as hosts:
         job = Cluster(hosts, tmp_path, steps=steps, flags=[f"--es-protection={protection}"], **BFLOAT16)

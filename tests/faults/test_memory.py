@@ -1,4 +1,4 @@
-"""Fifty recoveries leave memory, shared memory, descriptors and threads of every process that lived through them."""
+"""Fifty recoveries leave memory, shared memory, descriptors and threads of every surviving process unchanged."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LIMITS = {"private_bytes": 12 << 20, "shared_bytes": 4 << 20, "descriptors": 12,
 
 @dataclass(frozen=True)
 class Usage:
-    """What a process holds: its own memory that is resident, shared memory that it has mapped, descriptors, threads."""
+    """The resources of a process: its resident memory, mapped shared memory, descriptors, threads."""
 
     what: str
     private_bytes: int
@@ -67,7 +67,7 @@ def usages(job: Cluster) -> dict[int, Usage]:
     return found
 
 
-# Run on a keeper's host, with its process id: prints what it says that it holds.
+# Run on a keeper's host, with its process id: prints the keeper's report of what it holds.
 HELD = """
 import json, pathlib, psutil, sys
 from everstep.checkpointing.access.client import KeeperClient
@@ -80,7 +80,7 @@ print(json.dumps(KeeperClient(f"{address.ip}:{address.port}", token).ask({"op": 
 
 
 def held(job: Cluster) -> list[dict[str, int]]:
-    """What each host's keeper says that it holds."""
+    """What each host's keeper reports to hold."""
     answers = []
     for host in job.hosts.hosts:
         (keeper,) = saying(job.hosts.pids(host), KEEPER)
@@ -129,11 +129,11 @@ def test_fifty_recoveries_leave_nothing(tmp_path: Path) -> None:
     kinds = [f"{kind} of host {host}" for host in (0, 1) for kind in ("launcher", "preloaded process", "keeper")]
     assert survivors.keys() == {*kinds, "worker of host 0", f"coordinator of host {COORDINATOR}"}
 
-    needed = sum(job.events("protection")[-1]["bytes"].values())  # what the coordinator says that all this takes
+    needed = sum(job.events("protection")[-1]["bytes"].values())  # the coordinator's estimate of what all this takes
     for answers in (held_before, held_after):
         total = sum(answer["bytes"] + answer["parity_bytes"] for answer in answers)
         print(f"keepers hold {total:,} bytes of {needed:,}, in {[answer['segments'] for answer in answers]} segments")
-        # Shards that moved are held by the former owner too, until a version of the new one outlives nodes.
+        # Former owners hold shards that moved, too, until a version of the new owner is protected.
         assert total < 2 * needed
         assert max(answer["segments"] for answer in answers) <= 12
     assert not job.events("unprotected"), "training waited for protection in vain"

@@ -1,4 +1,4 @@
-"""on_loss="neighbors": what is gone for good is made up from the layers beside it. Lossy, and said to be."""
+"""on_loss="neighbors": lost layers are approximated from the layers beside them. Lossy, and reported."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STEPS = 40
     ],
 )
 def test_a_lost_stage_without_protection(rank: int, dtype: str, tmp_path: Path) -> None:
-    """The middle stage has layers of its kind on both sides; the first one has the embedding, which nothing is like."""
+    """The middle stage has similar layers on both sides; the first one has the embedding, which no layer resembles."""
     faults = [{"rank": rank, "phase": "compute", "step": 20, "kind": "node"}]
     flags = ["--es-protection=none", "--es-on-loss=neighbors", f"--log-dir={tmp_path}/logs"]
     with Hosts(3) as hosts:
@@ -75,7 +75,7 @@ def _approximated(folder: Path, faults: list[dict[str, object]]) -> dict[str, An
 
 
 def test_a_worker_dies_before_the_next_version(tmp_path: Path) -> None:
-    """Its keeper has version 5 of the former run. It is not taken: to lose a worker changes no byte."""
+    """Its keeper holds version 5 of the former line. It is not used: the loss of a worker changes no byte."""
     undisturbed = _approximated(tmp_path / "undisturbed", [])
     fault = {"rank": 0, "phase": "update", "step": 4, "after": 2}  # it runs step 4 for the second time
     state = _approximated(tmp_path / "killed", [fault])

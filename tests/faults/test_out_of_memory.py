@@ -1,4 +1,4 @@
-"""A memory limit that is too low: the kernel kills, and what is printed says so."""
+"""A memory limit that is too low: the kernel kills processes, and the messages name the cause."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Nodes that fall silent and come back: cut off, stopped, without power, on a bad cable; and the coordinator stopped.
+"""Nodes that fall silent and return: partitioned, stopped, without power, on a bad cable; and the coordinator stopped.
 
-Silence is a loss. Who was declared lost stops by itself what it runs, and comes again as a new node.
+Silence counts as a loss. A node that was declared lost stops its workers by itself, and returns as a new node.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tests.jobs.cluster import Cluster
 from tests.jobs.hosts import COORDINATOR, Hosts
 
 STEPS = 120
-BAD_S = 10.0  # TCP waits 0.2 s and more for each lost packet, and a step sends dozens, one after the other
+BAD_S = 10.0  # TCP waits 0.2 s and more for each lost packet, and a step sends dozens in sequence
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def is_declared_lost(job: Cluster, node: str) -> Callable[[], bool]:
 
 
 def comes_back(job: Cluster, host: int, node: str) -> None:
-    """As a new node, with the rank that the lost one had; then all is well until the end."""
+    """As a new node, with the rank of the lost one; then nothing fails until the end."""
     (lost,) = [event for event in job.events("node_lost") if event["node"] == node]
     job.await_whole()
     address = job.hosts.address(host)
@@ -46,7 +46,7 @@ def comes_back(job: Cluster, host: int, node: str) -> None:
 
 @pytest.mark.soak
 def test_a_node_is_cut_off(job: Cluster) -> None:
-    """It stops its workers while nobody can reach it, and joins again when it is reached."""
+    """It stops its workers while it cannot be reached, and joins again afterwards."""
     hosts, node = job.hosts, job.nodes()[job.hosts.address(1)]
     assert len(hosts.pids(1)) == 4  # launcher, preloaded process, keeper, worker
     hosts.partition(1)
@@ -63,7 +63,7 @@ def test_a_node_is_cut_off(job: Cluster) -> None:
 
 
 def test_a_node_stands_still(job: Cluster) -> None:
-    """Its sockets live; when it goes on, it is told that it was lost."""
+    """Its sockets live; when it continues, it learns that it was declared lost."""
     hosts, node = job.hosts, job.nodes()[job.hosts.address(2)]
     hosts.stop(2)
     job.until(is_declared_lost(job, node), 30, "the node is declared lost")
@@ -90,7 +90,7 @@ def test_a_power_cut(job: Cluster) -> None:
 
 @pytest.mark.soak
 def test_a_bad_cable(job: Cluster) -> None:
-    """A fifth of all packets is lost for a while, which costs time; a false alarm may be raised, and nothing else."""
+    """A fifth of all packets is lost for a while, which costs time; it may cause a false alarm, and nothing else."""
     hosts = job.hosts
     started_s, before = time.monotonic(), job.committed()
     hosts.degrade(1, loss=0.2)
@@ -107,13 +107,13 @@ def test_a_bad_cable(job: Cluster) -> None:
 
 @pytest.mark.soak
 def test_the_coordinator_stands_still(job: Cluster) -> None:
-    """Training goes on without it, and nobody is lost for what it slept through."""
+    """Training continues without it, and no node is declared lost because of its sleep."""
     hosts, started_s = job.hosts, time.monotonic()
     hosts.stop(COORDINATOR)
     job.until(lambda: time.monotonic() - started_s > 3, 10, "three seconds are over")
     hosts.cont(COORDINATOR)
     job.advance(3)
-    hosts.kill(1)  # and those who are lost then are
+    hosts.kill(1)  # nodes that are lost afterwards are detected
     job.until(lambda: job.events("node_lost"), 30, "the killed node is lost")
     job.await_whole()
     job.see_to_the_end(60)

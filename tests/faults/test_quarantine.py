@@ -1,4 +1,4 @@
-"""A worker that is slow itself is found, and its node handed over; a host that dies again and again is kept out."""
+"""A worker that is slow itself is found, and its node drained; a host whose workers die repeatedly is kept out."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ class Watched(Cluster):
         return self.nodes()[self.hosts.address(host)]
 
     def ended(self, host: int, timeout_s: float = 60) -> str:
-        """What the launcher of a host that has ended by itself said."""
+        """The output of the launcher of a host that has ended by itself."""
         return finish(self.hosts.launchers[host], timeout_s)
 
 
 @contextlib.contextmanager
 def throttled(pids: list[int]) -> Iterator[None]:
-    """These processes run an eighth of the time only."""
+    """These processes run for only an eighth of the time."""
     over = threading.Event()
 
     def send(number: signal.Signals) -> None:
@@ -94,7 +94,7 @@ def test_a_slow_worker_is_found_and_its_node_hands_over(tmp_path: Path) -> None:
 
 @pytest.mark.soak
 def test_a_host_that_fails_again_and_again_is_kept_out(tmp_path: Path) -> None:
-    """Its worker dies, then all of it, and it comes back by another name. One that is not fit does not get in."""
+    """Its worker dies, then the whole host, which returns under another name. An unfit one may not join."""
     with Hosts(3) as hosts:
         job = Watched(hosts, tmp_path, policy="2/600", least=2)
         job.launch(2, flags=job.flags, faults=[{"kind": "unhealthy", "figures": {"copy_wrong": 1.0}}])

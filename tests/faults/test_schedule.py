@@ -11,7 +11,7 @@ from tests.jobs import assert_same_run, reference, run_job
 PHASES = ("compute", "reduce", "agree", "update", "commit", "recover", "restore", "join")
 LAYOUTS = {"1x4": (1, 4), "2x2": (2, 4), "4x1": (4, 4), "uneven": (2, 3)}
 SEED = 20
-PATIENT = ["--es-hang-timeout=60"]  # a busy machine is no hang, which would take the place of a kill
+PATIENT = ["--es-hang-timeout=60"]  # a busy machine must not cause a hang, which would take the place of a kill
 
 
 def schedule(workers: int, seed: int) -> list[dict[str, object]]:
@@ -30,7 +30,7 @@ def schedule(workers: int, seed: int) -> list[dict[str, object]]:
     return faults
 
 
-# One layout is enough of each change; the one whose stages share a parameter has most to get wrong.
+# One layout is enough for each change; the one whose stages share a parameter is the most delicate.
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name == "2x2" else pytest.mark.soak) for name in LAYOUTS]
 )

@@ -1,4 +1,4 @@
-"""Two hundred random kills in one job, several at once among them, and all at once; a hundred faults of all kinds."""
+"""Two hundred random kills in one job, several or all at once among them; a hundred faults of all kinds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ KILLS = 200
 
 
 def random_faults(workers: int, kills: int, seed: int) -> list[dict[str, object]]:
-    """Every incarnation dies in a random phase, some steps after the last one did."""
+    """Every incarnation dies in a random phase, some steps after the death of the last one."""
     rng = random.Random(seed)
     faults: list[dict[str, object]] = []
     for rank in range(workers):
@@ -48,7 +48,7 @@ def test_two_hundred_random_kills() -> None:
 
 
 def test_all_workers_at_once() -> None:
-    """Nobody is left who was training: the replacements start from what the keepers hold."""
+    """No member is left: the replacements start from what the keepers hold."""
     faults = [{"rank": rank, "phase": "compute", "step": 3} for rank in range(2)]
     faults += [{"rank": rank, "phase": "update", "step": 6, "incarnation": 1} for rank in range(2)]
     result = run_job(nproc=2, stages=2, steps=8, faults=faults)
@@ -67,7 +67,7 @@ WORKER_FAULTS = {"worker killed": 73, "worker stopped": 12}
 
 
 class Soak:
-    """Strikes a job with faults, one node at a time, and in between and meanwhile the workers that are there."""
+    """Injects faults into a job, one node at a time, and workers in between and meanwhile."""
 
     def __init__(self, job: Cluster, seed: int) -> None:
         self.job, self.hosts = job, job.hosts
@@ -94,7 +94,7 @@ class Soak:
         return kinds
 
     def _strike_node(self, kind: str, host: int) -> None:
-        """The host is lost; a stopped one goes on as soon as it has been declared so."""
+        """The host is lost; a stopped one continues as soon as it has been declared lost."""
         node = self.job.nodes()[self.hosts.address(host)]
         {"node killed": self.hosts.kill, "node stopped": self.hosts.stop, "node cut off": self.hosts.partition}[kind](
             host
@@ -105,7 +105,7 @@ class Soak:
         self.struck[kind] += 1
 
     def _strike_worker(self, kind: str, lost: int) -> None:
-        """A worker of a host that is not lost. A stopped one is taken for hung, unless it was in the user's code."""
+        """A worker of a live host. A stopped one counts as hung, unless it was in the user's code."""
         others = [host for host in self.hosts.hosts if host != lost]
         found: dict[int, object] = {}
         self.job.until(lambda: found.update(self.job.workers_of(*others)) or found, 30, "there is a worker")
@@ -120,7 +120,7 @@ class Soak:
 
 @pytest.mark.soak
 def test_a_hundred_faults_of_all_kinds(tmp_path: Path) -> None:
-    """Worker and node, kill and stop and cable, while training goes on; the bytes are those of a quiet run."""
+    """Workers and nodes are killed, stopped and unplugged in training; the bytes are those of a quiet run."""
     with Hosts(4) as hosts:
         hosts.require("partition")
         job = Cluster(hosts, tmp_path, steps=700, flags=["--es-hang-timeout=1"], global_batch_size=8)

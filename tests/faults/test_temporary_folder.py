@@ -1,4 +1,4 @@
-"""A temporary folder that is cleaned under a running job, whose coordinator is killed then."""
+"""The temporary folder is cleaned under a running job, whose coordinator is then killed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STEPS = 14
 
 @pytest.mark.soak
 def test_the_store_of_a_killed_coordinator_was_deleted(tmp_path: Path) -> None:
-    """The job goes on as if it had been there, with the same bytes."""
+    """The job continues as if the folder were complete, with the same bytes."""
     out, temporary = tmp_path / "out", tmp_path / "temporary"
     out.mkdir()
     temporary.mkdir()

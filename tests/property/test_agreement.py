@@ -40,7 +40,7 @@ versions = st.integers(-1, 1 << 40)
 
 
 def nearest(values: list[float]) -> float:
-    """The correctly rounded sum, by fractions; math.fsum gives up where a partial sum is too large."""
+    """The correctly rounded sum, by fractions; math.fsum fails where a partial sum is too large."""
     special = {value for value in values if not math.isfinite(value)}
     if special:
         return special.pop() if len(special) == 1 else math.nan
@@ -84,7 +84,7 @@ def test_a_sum_is_the_correctly_rounded_one_in_any_order_and_tree(values: list[f
 
 @given(st.lists(anything, max_size=20), st.randoms(use_true_random=False))
 def test_what_is_no_number(values: list[float], rng: random.Random) -> None:
-    """As IEEE 754 has it, also in any order: infinities of both signs, and NaN, make NaN."""
+    """As IEEE 754 defines it, in any order: infinities of both signs, and NaN, make NaN."""
     expected = math.nan if any(map(math.isnan, values)) else nearest(values)
     total = in_any_tree([Sums((ExactSum.of([value]),)) for value in [*values, 0.0]], rng)
     assert same(total.sums[0].rounded(), expected)
@@ -133,7 +133,7 @@ details = st.builds(
 
 
 def with_ranks_apart(found: list[Any]) -> list[Any]:
-    """What is of the lowest rank is told apart by the rank, which no two members share."""
+    """Fields of the lowest rank are distinguished by the rank, which no two members share."""
     if isinstance(found[0], Details):
         return [replace(item, ancestors=(n, item.ancestors[1])) for n, item in enumerate(found)]
     return [
@@ -180,7 +180,7 @@ def test_what_each_field_means(found: list[Share]) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_share_of_any_number_of_shards_is_small(seed: int) -> None:
-    """The worst that sums can be: 65,536 addends over the whole range of floats."""
+    """The largest possible sums: 65,536 addends over the whole range of floats."""
     rng = random.Random(seed)
     values = [
         math.ldexp(rng.uniform(0.5, 1.0), rng.randint(-1073, 1023)) * rng.choice([1, -1]) for _ in range(1 << 16)
@@ -234,7 +234,7 @@ def test_the_tree(size: int) -> None:
 
 
 def hops(size: int) -> int:
-    """How many messages of an exchange lie behind one another on the longest way; a rank sends one at a time."""
+    """The number of messages on the longest path of an exchange; a rank sends one at a time."""
     members = list(range(size))
     ready = dict.fromkeys(members, 0)
     running = {rank: exchange(rank, members, Sums(())) for rank in members}
@@ -264,7 +264,7 @@ def test_an_exchange_takes_logarithmically_many_hops(size: int) -> None:
 
 @given(st.lists(shares, min_size=1, max_size=12), st.sets(st.integers(0, 99), min_size=12, max_size=12), st.integers())
 def test_an_exchange_gives_all_the_same_and_is_a_barrier(found: list[Share], named: set[int], seed: int) -> None:
-    """Ranks go on in any order; no rank has the result before every rank has begun."""
+    """Ranks proceed in any order; no rank has the result before every rank has begun."""
     rng = random.Random(seed)
     members = sorted(named)[: len(found)]
     of = dict(zip(members, with_ranks_apart(found), strict=True))

@@ -1,4 +1,4 @@
-"""The canonical sum: the same bits for any ownership and any order, as a dumb recursive tree gives them."""
+"""The canonical sum: the same bits for any ownership and any order as by a simple recursive tree."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The erasure code against a second implementation that is slow and has nothing in common with it."""
+"""The erasure code against an independent, slow implementation."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_pieces_in_any_order_make_the_same_parity(stripe: tuple[list[bytes], int
     others = [row for row in range(parity) if row not in some]
     code = Code(len(members), parity)
     for number, start, stop in data.draw(st.permutations(pieces)):
-        for group in (some, others):  # the rows of a stripe lie on different nodes: each updates its own
+        for group in (some, others):  # the rows of a stripe are on different nodes: each updates its own
             views = [memoryview(rows[row])[start:] for row in group]
             code.update(number, memoryview(members[number])[start:stop], views, group)
     assert [bytes(row) for row in rows] == encode(members, parity)

@@ -1,4 +1,4 @@
-"""Rules of liveness that hold for any worker: more life never means less time, and everything ends."""
+"""Properties of the limits for any worker: more signs of life never mean less time, and every wait ends."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_longer_pauses_patience_and_hangs_never_shorten_a_limit(
 def test_a_verdict_says_when_it_will_strike(
     patience: Patience, pace: Pace, pause_s: float, looks: list[tuple[float, Sign]]
 ) -> None:
-    """Whatever was seen before: if nothing is seen from now on, it is hung at the limit that was said, not before."""
+    """Whatever was seen before: if nothing is seen from now on, it is hung at the stated limit, not before."""
     pulse, now = Pulse(1, 100.0, pace, tuple(pause_s if at is pace else 0.0 for at in Pace)), 100.0
     lived = False
     for after_s, sign in looks:

@@ -1,4 +1,4 @@
-"""What comes from outside and is not what it should be: refused, by the error that says so, and by no other."""
+"""Malformed input from outside is refused, by the documented error, and by no other."""
 
 from __future__ import annotations
 
@@ -66,12 +66,12 @@ def test_greetings(data: bytes) -> None:
 @settings(max_examples=300)
 @given(kind=st.sampled_from(KINDS), body=st.dictionaries(st.text(max_size=12), JSON, max_size=5))
 def test_what_workers_say(kind: str, body: dict[str, object]) -> None:
-    """It cannot be read, which is the node's fault; or it is of a worker that nobody knows, and nothing changes."""
+    """It cannot be read, which is the node's fault; or it concerns an unknown worker, and nothing changes."""
     text = json.dumps({**body, "kind": kind})
     message = pb.AttachRequest(number=1, from_worker=pb.FromWorker(worker=pb.WorkerId(rank=0), json=text))
     try:
         event = agent_event("node", message, lambda stamp: stamp)
-    except Exception:  # whatever it is, the node is expelled for it
+    except Exception:  # the node is expelled for any exception
         return
     state = coordinator.initial_state(Config(), 0.0)
     with contextlib.suppress(coordinator.IllegalJobEvent):  # expelled for this, too
@@ -89,7 +89,7 @@ def test_what_workers_hear(kind: str, body: dict[str, object]) -> None:
 
 @given(message=st.sampled_from(SAID), data=st.data())
 def test_what_workers_say_with_one_value_changed(message: FromWorker, data: st.DataObject) -> None:
-    """It is read as a message of that kind, or refused by the error that says so."""
+    """It is read as a message of that kind, or refused by the documented error."""
     fields = json.loads(write(message))
     name = data.draw(st.sampled_from(sorted(fields)))
     with contextlib.suppress(Unreadable):

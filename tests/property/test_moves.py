@@ -1,4 +1,4 @@
-"""Moves: they bring every rank what it lacks and no more, and a plan says what changed, not what there is."""
+"""Moves bring every rank what it lacks and no more, and a plan contains what changed, not the whole state."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_going_back_and_resuming_move_everything(world: tuple[ModelSpec, list[La
         assert {m.sources for m in plan.gained} <= {sources}
         for rank in plan.layout.ranks:
             assert {m.shard for m in received(plan.values, rank)} == reads(spec, plan.layout, rank)
-    for plan, sources in ((back, PROTECTED), (saved, SAVED)):  # of a backup, which no plan knows of
+    for plan, sources in ((back, PROTECTED), (saved, SAVED)):  # for backups, which no plan names
         assert plan.moves_of([0], 0, What.BACKUP) == (Move(0, (0,), What.BACKUP, sources),)
 
 
@@ -150,7 +150,7 @@ def large(layers: int) -> tuple[ModelSpec, Layout]:
 
 
 def test_a_plan_says_what_changed() -> None:
-    """Its moves grow with the shards that were lost, not with those that there are; values travel by runs of shards."""
+    """Its moves grow with the lost shards, not with all shards; values are encoded as runs of shards."""
     spec, layout = large(32)
     reports = [
         Report(

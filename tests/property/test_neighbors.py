@@ -1,4 +1,4 @@
-"""Stand-ins for lost layers: of the same make, nearest, never lost themselves."""
+"""Substitutes for lost layers: of the same structure, nearest, and not lost themselves."""
 
 from __future__ import annotations
 

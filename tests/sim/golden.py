@@ -1,4 +1,4 @@
-"""Golden transcripts: what happens to a coordinator, and what it answers, as readable text."""
+"""Golden transcripts: a coordinator's events, and its effects, as readable text."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def joiner_dies() -> Script:
 
 
 def join_of_an_older_generation() -> Script:
-    """A ready worker was sent a join plan; then a member dies, and the join is off."""
+    """A ready worker was sent a join plan; then a member dies, and the join is cancelled."""
     s = plain_loss()
     s.lines = ["... until the others have recovered from the loss of rank 1"]
     s.ready(w(1, 1))
@@ -178,7 +178,7 @@ def crash_loop() -> Script:
 
 
 def death_after_the_last_step() -> Script:
-    """Rank 0 dies in what the user's function does after the last step: the job waits for its replacement."""
+    """Rank 0 dies in the user's function after the last step: the job waits for its replacement."""
     s = Script(workers=2)
     s.train()
     s.committed(w(0), 7)
@@ -216,7 +216,7 @@ SCRIPTS = (
 )
 
 
-if __name__ == "__main__":  # writes them anew; read the difference before committing it
+if __name__ == "__main__":  # writes them; read the difference before you commit it
     FOLDER.mkdir(exist_ok=True)
     for script in SCRIPTS:
         (FOLDER / f"{script.__name__}.txt").write_text(script().text())

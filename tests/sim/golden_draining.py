@@ -22,7 +22,7 @@ def trained(nodes: int, *, min_nodes: int) -> Script:
 
 
 def node_leaves() -> Script:
-    """It is asked to go, the others enter a generation without it, and it is let go when they need it no more."""
+    """It is asked to leave, the others enter a generation without it, and it is released when they need it no more."""
     s = trained(3, min_nodes=1)
     s(e.DrainRequested("n1", "stopped by SIGTERM"))
     s.committed(w(0), 3)
@@ -36,7 +36,7 @@ def node_leaves() -> Script:
 
 
 def worker_dies_before_its_node_has_left() -> Script:
-    """An ordinary loss, but that nobody takes its place; its node is let go later."""
+    """An ordinary loss, except that no worker replaces it; its node is released later."""
     s = trained(3, min_nodes=1)
     s(e.DrainRequested("n1", "stopped by SIGTERM"))
     s.died(w(1))

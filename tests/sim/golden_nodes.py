@@ -1,4 +1,4 @@
-"""Golden transcripts of nodes that are lost, fall silent, and come."""
+"""Golden transcripts of nodes that are lost, fall silent, and join."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .script import Script, w
 
 
 def _trained(nodes: int = 3, *, losses: int = 1) -> Script:
-    """One worker on each node, at version 3; version 2 outlives nodes, and version 3 is whole at no node yet."""
+    """One worker on each node, at version 3; version 2 survives lost nodes, and version 3 is whole on no node yet."""
     s = Script(workers=1, losses=losses, min_nodes=nodes, max_nodes=nodes)
     for number in range(nodes):
         s.node(f"n{number}")
@@ -27,7 +27,7 @@ def _lost(s: Script, node: str) -> None:
 
 
 def node_lost_in_training() -> Script:
-    """All go back to the version that outlives it; a node that comes takes its ranks."""
+    """All go back to the version that survives it; a node that joins takes its ranks."""
     s = _trained()
     _lost(s, "n1")
     s.reported(w(0))
@@ -40,7 +40,7 @@ def node_lost_in_training() -> Script:
 
 
 def node_lost_when_the_newest_version_is_whole() -> Script:
-    """Nothing is computed again: all keepers say that they have it, although nobody has agreed on that."""
+    """Nothing is computed again: all keepers report to hold it, although the members have not agreed on that."""
     s = _trained()
     s.whole = dict.fromkeys(("n0", "n2"), (1, 3))
     _lost(s, "n1")
@@ -50,7 +50,7 @@ def node_lost_when_the_newest_version_is_whole() -> Script:
 
 
 def node_falls_silent() -> Script:
-    """It is declared lost; what it says afterwards is nobody's business, and it is fenced."""
+    """It is declared lost; its later messages are ignored, and it is fenced."""
     s = _trained()
     while "n1" in s.state.nodes:
         for node in ("n0", "n2"):
@@ -64,7 +64,7 @@ def node_falls_silent() -> Script:
 
 
 def second_node_lost_before_all_have_gone_back() -> Script:
-    """One member carried out the rollback, the other did not: what that agreed on before does not count."""
+    """One member carried out the rollback, the other did not: its earlier agreement does not count."""
     s = _trained(4, losses=2)
     _lost(s, "n1")
     for rank in (0, 2, 3):
@@ -77,7 +77,7 @@ def second_node_lost_before_all_have_gone_back() -> Script:
 
 
 def losses_made_good_are_forgotten() -> Script:
-    """A worker dies after a node was lost and training went on: nothing is gone back to for the node."""
+    """A worker dies after a node was lost and training continued: the loss of the node causes no second rollback."""
     s = _trained()
     _lost(s, "n1")
     s.reported(w(0))
@@ -100,7 +100,7 @@ def more_lost_than_protected() -> Script:
 
 
 def the_others_had_finished() -> Script:
-    """Those who had still to finish are lost: the job ends when the others have recovered from that."""
+    """The ranks that had still to finish are lost: the job ends when the others have recovered from that."""
     s = _trained()
     for step in range(3, 8):
         s.protected = step
@@ -118,7 +118,7 @@ def the_others_had_finished() -> Script:
 
 
 def node_lost_while_another_is_let_in() -> Script:
-    """A join is offered, to which nobody has switched: what the keepers say is of the generation before."""
+    """A join is offered that no member has entered: the keepers' reports are of the generation before."""
     s = _trained()
     _lost(s, "n1")
     s.reported(w(0))

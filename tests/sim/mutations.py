@@ -1,8 +1,8 @@
 """Deliberate faults in the state machines, and whether the simulator finds them: `python -m tests.sim.mutations`.
 
-Each mutation changes one line of the worker's machine or of the coordinator's recovery, as a slip would: a guard is
-gone, two instructions are swapped, a version is off by one. The package with that change is simulated, seed after seed,
-until something does not hold. A mutation that no seed finds is a hole in the simulator.
+Each mutation changes one line of the worker's machine or of the coordinator's recovery, as a mistake would: a guard is
+removed, two instructions are swapped, a version is off by one. The simulator runs the package with that change, seed
+after seed, until a check fails. A mutation that no seed finds is a gap in the simulator.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ sys.exit(1)
 
 
 class Mutation(NamedTuple):
-    """One line of a file changed: `old` stands there exactly once."""
+    """One changed line of a file, in which `old` occurs exactly once."""
 
     name: str
     file: str  # in elastic/protocol
@@ -228,7 +228,7 @@ MUTATIONS = (
 
 @contextmanager
 def mutated(mutation: Mutation | None) -> Iterator[Path]:
-    """A folder from which the pure rooms of everstep can be imported, with a mutation in them."""
+    """A folder from which the pure rooms of Everstep can be imported, with a mutation in them."""
     with tempfile.TemporaryDirectory(prefix="everstep-mutation-") as name:
         package = Path(name) / "everstep"
         (package / "elastic").mkdir(parents=True)
@@ -262,7 +262,7 @@ def hunt(mutation: Mutation | None, seeds: int = SEEDS) -> Caught | None:
 
 
 def main() -> int:
-    """Hunt all mutations, or those whose name contains a text; the status is the number that were not found."""
+    """Try all mutations, or those whose name contains a text; the status is the number that were not found."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("text", nargs="?", default="", help="only mutations whose name contains this")
     parser.add_argument("--seeds", type=int, default=SEEDS)

@@ -1,4 +1,4 @@
-"""A coordinator, told what happens by a script, and its answers as readable text."""
+"""A coordinator that receives the events of a script, and its answers as readable text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from everstep.resharding.work import Leg
 
 
 class Script:
-    """Feeds events to a coordinator and writes down both sides."""
+    """Sends events to a coordinator and records both sides."""
 
     def __init__(self, *, workers: int = 2, stages: int = 1, losses: int = 1, **config: object) -> None:
         self.job = e.Job(
@@ -27,8 +27,8 @@ class Script:
         self.now = 0.0
         self.lines: list[str] = []
         self.workers = workers
-        self.protected = -1  # what the members have agreed outlives nodes
-        self.whole: dict[str, tuple[int, int]] = {}  # node -> what its keeper has: generation, version
+        self.protected = -1  # the protected version, as agreed by the members
+        self.whole: dict[str, tuple[int, int]] = {}  # node -> what its keeper holds: generation, version
 
     def __call__(self, event: e.Event, after_s: float = 0.1) -> list[e.Effect]:
         self.now += after_s
@@ -62,7 +62,7 @@ class Script:
         self(e.WorkerDied(worker, "killed by SIGKILL", step=step, phase="compute"))
 
     def reported(self, worker: e.WorkerId, *, held: int = 0, fresh: bool = False, agreed: int | None = None) -> None:
-        """A survivor reports, from the step after the last that was `agreed` on.
+        """A survivor reports, from the step after the last that was `agreed`.
 
         It holds the gradients of the first `held` of its micro-batches.
         """

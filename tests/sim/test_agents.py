@@ -1,4 +1,4 @@
-"""The simulator has the product's agents: fenced by order or by themselves, back again, early to see deaths."""
+"""The simulator runs the product's agents: fenced by order or by themselves, rejoining, early to notice deaths."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from everstep.elastic.sim.cluster import Timing
 from everstep.elastic.sim.faults import Fault, NodeFault
 from everstep.elastic.sim.run import SHAPES, simulate
 
-SHAPE = replace(SHAPES["3 nodes"], steps=500)  # long enough to come back to
+SHAPE = replace(SHAPES["3 nodes"], steps=500)  # long enough to rejoin
 QUICK = Timing(slow=0.0, duplicates=0.0, forward_s=0.0005)
 SEEDS = range(2)
 
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, str]]:
-    """What happened to agents: (phase, event), and how often they went to each phase."""
+    """The events of agents: (phase, event), and how often they entered each phase."""
     counted: Counter[tuple[str, str]] = Counter()
     real = agent.step
 

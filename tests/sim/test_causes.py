@@ -1,4 +1,4 @@
-"""Causes are values: what the texts beside them say steers nothing."""
+"""Causes are values: the texts beside them affect no decision."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .script import Script, w
 
 
 def recovered(s: Script) -> dict:
-    """The line of the recovery that is under way, once all of it is done."""
+    """The log line of the current recovery, once it is complete."""
     for worker in [member.id for member in s.state.members()]:
         s.reported(worker)
     (line,) = [effect.fields for effect in _finish(s) if isinstance(effect, e.Record) and effect.event == "recovered"]
@@ -66,7 +66,7 @@ def test_shards_that_are_found_nowhere() -> None:
 
 
 def test_an_operator_who_writes_quarantine_is_obeyed() -> None:
-    """The node that its operator drains stays out although the others are lost; one in quarantine would be kept."""
+    """The node that its operator drains leaves although the others are lost; one in quarantine would be kept."""
     s = trained(2, min_nodes=1)
     s(e.DrainRequested("n1", "quarantine: the rack is serviced"))
     assert s.state.leaving["n1"].departure is Departure.ASKED

@@ -1,4 +1,4 @@
-"""What the coordinator decides about checkpoints: which one a job starts from, or goes back to, and when it stops."""
+"""The coordinator's decisions about checkpoints: which one a job starts from, or goes back to, and when it stops."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_job_starts_from_the_newest_checkpoint():
     assert (plan.version, plan.agreement, plan.checkpoint) == (6, "a5", "step-6")
     assert plan.fresh == plan.receivers == (0,)
     assert s.state.committed == 5
-    s.committed(w(0), 5)  # told again by who resumes
+    s.committed(w(0), 5)  # reported again by a rank that resumes
     assert s.state.recorded == -1, "it is no line of this run's ledger"
     s.committed(w(0), 6)
     assert s.state.recorded == 6
@@ -54,7 +54,7 @@ def test_a_damaged_checkpoint_is_passed_over_only_if_that_is_allowed(on_loss):
     s = script(saved=SAVED, on_damage="older", on_loss=on_loss)
     s(e.CheckpointUnreadable(w(1), "step-6", "chunk 3 is damaged"))
     assert s.state.phase is Phase.RECOVERING
-    s(e.CheckpointUnreadable(w(0), "step-6", "chunk 4 is damaged"))  # the other one found it, too
+    s(e.CheckpointUnreadable(w(0), "step-6", "chunk 4 is damaged"))  # the other rank found it, too
     for rank in (0, 1):
         s.reported(w(rank), fresh=True)
     assert s.state.phase is Phase.RUNNING

@@ -1,4 +1,4 @@
-"""The coordinator against golden transcripts, against a simulated cluster with faults, and against arbitrary orders."""
+"""The coordinator against golden transcripts, a simulated cluster with faults, and arbitrary orders of messages."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ WORKERS_ONLY = [name for name, shape in SHAPES.items() if not (shape.loses_nodes
 
 @pytest.mark.parametrize("script", golden.SCRIPTS, ids=lambda script: script.__name__)
 def test_transcript(script) -> None:
-    """`python -m tests.sim.golden` writes them anew."""
+    """`python -m tests.sim.golden` writes them."""
     expected = (golden.FOLDER / f"{script.__name__}.txt").read_text()
     assert script().text() == expected
 
@@ -47,14 +47,14 @@ def test_seeds(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "seed"),
     [
-        ("1x4", 184),  # who passed the agreement dies after others carried it out: never behind it again
+        ("1x4", 184),  # a rank that passed the agreement dies after others carried it out: they never go back behind it
         ("uneven", 33),  # the same
         ("1x4", 10),  # an abort between the arrival of a plan and the edit
         ("2x2", 79),  # the same
         ("2x2", 15),  # an abort between the last commit and the wait for the end
         ("uneven", 37),  # a joiner finishes before any member says that it switched
         ("growing", 1153),  # the same, with another worker ready
-        ("growing", 19),  # a node comes while shards are fetched
+        ("growing", 19),  # a node joins while shards are fetched
         ("4x1", 911),  # the end during a recovery
     ],
 )
@@ -75,7 +75,7 @@ def test_a_death_in_every_phase(name: str, phase: str) -> None:
 
 @pytest.mark.parametrize("stages", [1, 2])
 def test_ready_while_recovering(stages: int) -> None:
-    """Replacements are ready before slow survivors have reported: the plan has fresh members, and goes on."""
+    """Replacements are ready before slow survivors have reported: the plan includes fresh members."""
     timing = Timing(startup_s=(0.0005, 0.004), forward_s=0.1, slow=0.3)
     shape = Shape(stages=stages, steps=4)
     fresh = 0
@@ -146,7 +146,7 @@ def test_a_seed_replays() -> None:
 
 
 def test_the_simulator_sees_wrong_bytes(monkeypatch) -> None:
-    """A worker that adds a leaf of its own making is noticed, and the failure names the seed."""
+    """A worker that adds an invented leaf is detected, and the failure names the seed."""
     run = SimWorker._run_optimizer
 
     def wrong(self: SimWorker, it: w.RunOptimizer) -> Steps[None]:

@@ -1,4 +1,4 @@
-"""Nodes that hand over and leave: nothing is aborted or computed again, whatever else happens meanwhile."""
+"""Nodes that hand over and leave: nothing is aborted or computed again, whatever else fails meanwhile."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ def test_seeds(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "seed"),
     [
-        ("3 nodes, leaving", 2),  # the offer came twice, and was entered twice
-        ("3 nodes, leaving", 391),  # who left died before a member had its last values
-        ("3 nodes, leaving", 113),  # a rank of a leaving node has the end still to do
-        ("4 nodes, leaving", 29),  # all who were to go on are lost
-        ("3 nodes, leaving", 1097),  # the last one that a recovery waits for dies, and has no heir
-        ("4 nodes, leaving", 804),  # what is protected was so with the help of the node that goes
-        ("4 nodes, leaving", 122),  # the first version that outlives nodes is known two steps later
+        ("3 nodes, leaving", 2),  # the offer arrived twice, and was entered twice
+        ("3 nodes, leaving", 391),  # a leaver died before a member had its last values
+        ("3 nodes, leaving", 113),  # a rank of a leaving node has still to finish
+        ("4 nodes, leaving", 29),  # all nodes that were to continue are lost
+        ("3 nodes, leaving", 1097),  # the last worker that a recovery waits for dies, without a replacement
+        ("4 nodes, leaving", 804),  # the protection depends on the node that leaves
+        ("4 nodes, leaving", 122),  # the first protected version is known two steps later
     ],
 )
 def test_seeds_that_fail_when_a_guard_is_missing(name: str, seed: int) -> None:
-    """Each once failed, for want of what its comment names."""
+    """Each once failed, without what its comment names."""
     simulate(seed, SHAPES[name])
 
 
@@ -67,7 +67,7 @@ def test_a_departure_stops_nobody(name: str) -> None:
 
 @pytest.mark.parametrize("phase", ["agree", "update", "commit", "restore", "leave"])
 def test_who_leaves_is_lost(phase: str) -> None:
-    """Before it has handed over, and after: as if it had not been about to leave."""
+    """Before it has handed over, and after: as if it had not been asked to leave."""
     for name, after in (("4 nodes", 6), ("5 nodes, leaving", 9), ("4 nodes, leaving", 2)):
         shape = dataclasses.replace(SHAPES[name], drains=True, steps=14)
         drain = Drain(victims=1, phase="commit", after=shape.workers * 3)
@@ -153,7 +153,7 @@ def test_a_node_that_leaves_before_training_holds_nothing() -> None:
 
 
 def test_nobody_leaves_with_the_last_step() -> None:
-    """The end, which is near, lets it go; an offer that was not entered in time is withdrawn."""
+    """The end, which is near, releases it; an offer that was not entered in time is withdrawn."""
     s = trained(3, min_nodes=1)
     for step in range(3, 6):
         s.committed(w(0), step)
@@ -175,7 +175,7 @@ def test_nobody_leaves_with_the_last_step() -> None:
 
 
 def test_a_node_may_come_in_place_of_one_that_leaves() -> None:
-    """Although it is still there."""
+    """Although it is still present."""
     s = trained(3, min_nodes=1)
     drain(s, "n1")
     s.node("n3")
@@ -185,7 +185,7 @@ def test_a_node_may_come_in_place_of_one_that_leaves() -> None:
 
 
 def test_what_a_leave_moves() -> None:
-    """What the leaver owned, and no more; readers get values only where they lack some."""
+    """What the leaver owned, and no more; readers receive values only where they lack some."""
     spec = Script().job.model
     old = initial_layout(spec, [0, 1, 2, 3], 2, 4)
     plan = plan_leave(spec, old, [1], 2)

@@ -1,4 +1,4 @@
-"""Who leaves the training loop, with whom and at which step; the last checkpoint; and what comes after training."""
+"""Which ranks leave the training loop, and at which step; the last checkpoint; and the code after training."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def of(effects: list[e.Effect], kind: type[e.Effect]) -> list[e.Effect]:
 
 
 def after_training(s: Script) -> Script:
-    """All leave after step 2, and nothing is to be saved."""
+    """All leave after step 2, and no checkpoint is due."""
     for rank in range(s.workers):
         s(e.WorkerFinished(w(rank), 3, "n"))
     assert s.state.phase is Phase.AFTER
@@ -47,7 +47,7 @@ def test_all_leave_at_one_step() -> None:
 
 
 def test_one_goes_on() -> None:
-    """It says so, and that is an error which names both; but not at once: the loop may end by an exception."""
+    """That is an error which names both; but not at once: the rank may be about to report an exception."""
     s = trained(3)
     s(e.WorkerLeft(w(1), 3, "n1"), after_s=0.0)
     assert not s(e.WorkerWentOn(w(0), 3), after_s=ALONE_S / 2)
@@ -85,7 +85,7 @@ def test_what_all_have_is_saved_before_that_ends() -> None:
 
 @pytest.mark.parametrize("why", ["", "read-only file system"])
 def test_the_last_checkpoint_is_tried_once_more(why: str) -> None:
-    """If it is not saved then, the job goes on without, and says so at its end."""
+    """If it is not saved then, the job continues without it, and reports that at its end."""
     s = trained(saves=True)
     s(e.WorkerFinished(w(0), 3, "n0"))
     (first, second) = of(s(e.WorkerFinished(w(1), 3, "n1")), e.Conclude)
