@@ -72,7 +72,7 @@ def pair(ranks: tuple[int, int], phases: tuple[str, str], step: int, life: int =
     ids=["parity", "replicate"],
 )
 def test_two_nodes_at_once(protection: str, rounds: list[tuple[int, int]], tmp_path: Path) -> None:
-    """Six nodes, of which any two may be lost: at one instant, in different phases, or one while the other is recovered.
+    """Six nodes, of which any two may be lost: at one instant, in different phases, or one while the other recovers.
 
     In the latter case the second is lost before any version is protected that was made without the first.
     """

@@ -1,4 +1,4 @@
-"""Every test here starts real processes, and leaves none, and nothing of theirs, also when it fails."""
+"""Every test here starts real processes, and leaves no process or resource behind, even when it fails."""
 
 from tests.jobs.leftovers import nothing_left
 

@@ -1,4 +1,4 @@
-"""Hosts by IPv6 addresses, by names that have no other, and by names that are a loopback address to themselves."""
+"""Hosts with IPv6 addresses only, with names for these only, and with a loopback address for their own name."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6
 
 
 def named(tmp_path: Path, hosts: str) -> list[str]:
-    """What precedes a command for which /etc/hosts has these lines; skips the test where that cannot be."""
+    """The prefix of a command for which /etc/hosts has these lines; skips the test where that is impossible."""
     file = tmp_path / "hosts"
     file.write_text(hosts)
     inside = ["unshare", "-m", "sh", "-c", f'mount --bind {file} /etc/hosts && exec "$@"', "sh"]
@@ -47,7 +47,7 @@ def test_an_ipv6_endpoint_is_where_the_nodes_meet(tmp_path: Path, form: str) -> 
     endpoint = form.replace("PORT", str(free_port()))
     flags = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-id=six", "--es-tcp", f"--rdzv-endpoint={endpoint}"]
     events = tmp_path / "events"
-    flags.append(f"--es-events={events}")  # written by the one that has the coordinator
+    flags.append(f"--es-events={events}")  # written by the node that has the coordinator
     first, second = launch(SCRIPT, job(tmp_path), flags), launch(SCRIPT, job(tmp_path, "other"), flags)
     outputs = [finish(first), finish(second)]
     assert (first.returncode, second.returncode) == (0, 0), outputs
@@ -106,7 +106,7 @@ def test_an_address_of_this_node_in_brackets(tmp_path: Path) -> None:
 
 
 def test_a_host_that_is_a_loopback_address_to_itself(tmp_path: Path) -> None:
-    """Debian's 127.0.1.1: the coordinator goes where others reach it, or it is said that they do not."""
+    """Debian's 127.0.1.1: the coordinator listens where others can reach it, or a message says that they cannot."""
     if not addresses.outward():
         pytest.skip("this machine has no address that others reach")
     inside = named(tmp_path, "127.0.0.1 localhost\n127.0.1.1 box\n")

@@ -1,4 +1,4 @@
-"""What the script does to the parameters between two steps: put back, it is harmless; left, it is an error by name."""
+"""The script changes parameters between two steps: restored, that is harmless; otherwise it is an error by name."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def undisturbed(loop: str) -> Result:
 @pytest.mark.parametrize("how", ["in_place", "through_data", "other_storage", "state_dict"])
 @pytest.mark.parametrize("loop", ["steps", "prepare"])
 def test_weights_put_in_for_an_evaluation(loop: str, how: str) -> None:
-    """A rank dies while they are in the model: recovery has the weights that were committed."""
+    """A rank dies while they are in the model: the recovery uses the committed weights."""
     result = run_job(nproc=3, steps=STEPS, script="swapping_job.py", loop=loop, how=how, kill=1)
     assert result.status == 0, result.output
     assert len(result.named("worker_died")) == 1
@@ -30,7 +30,7 @@ def test_weights_put_in_for_an_evaluation(loop: str, how: str) -> None:
 
 
 def test_the_state_is_asked_for_while_they_are_in() -> None:
-    """`full_state_dict` gives the committed version, and another rank dies meanwhile."""
+    """`full_state_dict` returns the committed version, and another rank dies meanwhile."""
     result = run_job(
         nproc=3, steps=STEPS, script="swapping_job.py", loop="prepare", how="through_data", kill=1, asked=True
     )
@@ -49,7 +49,7 @@ def test_the_state_is_asked_for_while_they_are_in() -> None:
     ],
 )
 def test_a_change_that_stays(loop: str, how: str, rank: int, name: str, verb: str) -> None:
-    """On whichever rank: the one that owns the parameter, and the one that only reads it."""
+    """On either rank: the one that owns the parameter, and the one that only reads it."""
     result = run_job(nproc=2, steps=STEPS, script="swapping_job.py", loop=loop, how=how, left=rank)
     assert result.status == 1, result.output
     assert f"parameter {name!r} was {verb} by the script" in result.output

@@ -1,6 +1,6 @@
-"""What a script changes while it trains, in both loops: the same bytes on one process and on workers that are killed.
+"""Changes that a script makes while it trains, in both loops: the same bytes on one process and on killed workers.
 
-And what cannot be kept equal: one line that names it, and what to write instead.
+And changes that cannot be kept equal: one line that names the change, and what to write instead.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def equal(found: Any, expected: Any) -> bool:
 
 
 def close(found: Any, expected: Any) -> bool:
-    """The same as plain torch, but for the order in which a mean is summed."""
+    """The same as plain torch, except for the order in which a mean is summed."""
     if isinstance(expected, dict):
         return found.keys() == expected.keys() and all(close(found[key], expected[key]) for key in expected)
     if isinstance(expected, list | tuple):
@@ -81,7 +81,7 @@ def test_changes(name: str, tmp_path: Path) -> None:
 
 
 def test_a_scheduler_built_on_the_prepared_optimizer() -> None:
-    """More workers than micro-batches, so that one never has a turn; and another number of workers."""
+    """More workers than micro-batches, so that one never computes; and another number of workers."""
     config: dict[str, Any] = {"loop": "prepare", "changes": ["decay"], "micro": 3, "late": True}
     killed = [fault for fault in KILLS if fault["rank"] == 0]
     results = [
@@ -97,7 +97,7 @@ def test_a_scheduler_built_on_the_prepared_optimizer() -> None:
 
 
 def resumed(folder: Path, steps: int, rate: float, *flags: str, **config: Any) -> tuple[float, str]:
-    """The rate that a job ends with that goes on from this folder, and what it says on standard error."""
+    """The final rate of a job that resumes from this folder, and its standard error."""
     config = {"out": str(folder), "steps": steps, "loop": "steps", "changes": [], "rate": rate, **config}
     folder.mkdir(exist_ok=True)
     flags = (f"--es-checkpoint={folder / 'saved'}", *flags)

@@ -1,4 +1,4 @@
-"""Data as scripts have it: DataLoaders with worker processes, data that changes while a job runs, replacements."""
+"""Data in the form that scripts use: DataLoaders with worker processes, data that changes, replacements."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class Told:
 
 
 def test_a_killed_worker_process_interrupts_nothing_but_the_fetch() -> None:
-    """Not what the rank does meanwhile, such as a commit; also where the script has a DataLoader of its own running."""
+    """Not in what the rank does meanwhile, such as a commit; also while the script's own DataLoader runs."""
     settings = Settings(steps=5, global_batch_size=8, micro_batch_size=2)
     told = Told()
     numbers = Numbers()
@@ -137,7 +137,7 @@ def test_a_killed_worker_process_interrupts_nothing_but_the_fetch() -> None:
 def test_without_shuffling_samples_come_in_their_order(folder: Path, tmp_path: Path) -> None:
     reference = alone(tmp_path / "alone", folder, loader={"batch_size": 2, "shuffle": False})
     fetched = [int(line.split()[1]) for line in (reference.out / "fetched-0").read_text().splitlines()]
-    trained = fetched[-8 * STEPS :]  # the first ones were looked at before training
+    trained = fetched[-8 * STEPS :]  # the first samples were read before training, for their digests
     assert trained == [index % 40 for index in range(8 * STEPS)]
 
 
@@ -171,7 +171,7 @@ def test_data_that_grew_at_its_end_is_used_as_far_as_the_others_know_it(folder: 
 
 @pytest.mark.soak
 def test_a_replacement_that_sees_other_data_is_left_out(folder: Path, tmp_path: Path) -> None:
-    """New files stand between the old ones: every index after them is another sample."""
+    """New files are sorted between the old ones: every index after them is another sample."""
     reference = alone(tmp_path / "alone", folder, steps=MANY)
     grows = {f"100-{number}": 0 for number in range(5)}
     result = run_job(

@@ -1,6 +1,6 @@
-"""A worker's death is seen before its process is gone, and nothing else is taken for one.
+"""A worker's death is detected before its process is gone, and nothing else is mistaken for a death.
 
-What is compared is the order of things, never their times.
+The tests compare the order of events, never their times.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tests.jobs.threads import end_this_thread, held_at_its_end
 
 
 class Holder:
-    """A process that holds the mutex of its page, and does then what it is made for."""
+    """A process that holds the mutex of its page, and then does what the test asks."""
 
     def __init__(self, then: Callable[[], None], mib: int = 0) -> None:
         page = create_page()
@@ -84,7 +84,7 @@ def sleep() -> None:
 
 
 def test_a_death_is_seen_while_the_kernel_frees_the_memory(holder: Callable[..., Holder]) -> None:
-    """With a gigabyte it takes long. This process may be held up even longer, but not three times."""
+    """With a gigabyte the kernel takes long. This process may be delayed even longer, but not three times."""
     seen_first = False
     for _ in range(3):
         victim = holder(sleep, mib=1024)
@@ -137,7 +137,7 @@ def test_a_process_that_becomes_another_program_lives(holder: Callable[..., Hold
 
 
 def test_what_it_forks_does_not_hold_it(holder: Callable[..., Holder]) -> None:
-    """Its child ends, and nothing is seen; it is killed, which is seen though another child lives."""
+    """Its child ends, which is no death; it is killed, which is one, although another child lives."""
     reads, writes = os.pipe()
 
     def fork_two() -> None:
@@ -167,7 +167,7 @@ def test_a_stopped_process_holds_it(holder: Callable[..., Holder]) -> None:
 
 
 def waiting_ends(victim: Holder) -> bool:
-    """Whether waiting for its mutex ends before it is killed. Then it has to."""
+    """Whether the wait for its mutex ends before it is killed; then the wait has to end."""
     seen: list[bool] = []
     waiter = threading.Thread(target=lambda: seen.append(victim.mutex.wait()))
     waiter.start()
@@ -210,7 +210,7 @@ class Job:
 
 
 def test_training_goes_on_before_a_dead_worker_is_gone_and_its_heir_waits(tmp_path: Path) -> None:
-    """What the dead worker has, memory, ports, devices, is free for another one only when it is gone."""
+    """The memory, ports and devices of a dead worker are free for another one only when its process is gone."""
     job = Job(tmp_path)
     wait_until(lambda: job.events("committed"), 90, "they train")
     before = job.workers()
@@ -279,7 +279,7 @@ def test_a_worker_that_ends_during_its_start_is_reported(tmp_path: Path) -> None
 
 @pytest.mark.soak
 def test_without_robust_mutexes_the_pidfd_tells(tmp_path: Path) -> None:
-    """And the node says so, once."""
+    """And the node reports it, once."""
     arguments = [json.dumps({"out": str(tmp_path), "steps": 8, "stages": 1})]
     faults = {"EVERSTEP_FAULTS": json.dumps([{"rank": 1, "phase": "compute", "step": 3}])}
     flags = ["--nproc-per-node=2", f"--es-events={tmp_path}/events.jsonl"]

@@ -1,4 +1,4 @@
-"""`everstep demo`, as the README shows it: faults are survived, and the bytes are those of a run without any."""
+"""`everstep demo`, as the README shows it: faults are survived, and the bytes are those of a run without faults."""
 
 from __future__ import annotations
 

@@ -17,13 +17,13 @@ WORKERS = 4
 
 
 def limited(soft: int, hard: int) -> list[str]:
-    """What precedes a command that may have so many open files."""
+    """The prefix of a command that may have this many open files."""
     return ["sh", "-c", f'ulimit -Sn {soft} && ulimit -Hn {hard} && exec "$@"', "sh"]
 
 
 @pytest.mark.parametrize("soft", [64, 128, 240, 256])
 def test_a_job_runs_where_little_is_allowed(tmp_path: Path, soft: int) -> None:
-    """Also where what its workers inherit would stand above the limit."""
+    """Even where what its workers inherit would be above the limit."""
     arguments = [json.dumps({"out": str(tmp_path), "steps": 3, "stages": 1})]
     process = launch(SCRIPT, arguments, [f"--nproc-per-node={WORKERS}"], inside=limited(soft, soft))
     output = finish(process)
@@ -57,7 +57,7 @@ def test_too_few_are_named(tmp_path: Path) -> None:
 
 @pytest.mark.soak
 def test_what_a_worker_inherits_lies_out_of_the_way(tmp_path: Path) -> None:
-    """A shell that opens descriptor 3 for itself does not cut the worker off."""
+    """A shell that opens descriptor 3 for itself does not disconnect the worker."""
     script = tmp_path / "train.sh"
     job = json.dumps({"out": str(tmp_path), "steps": 3, "stages": 1})
     script.write_text(

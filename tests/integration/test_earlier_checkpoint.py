@@ -1,4 +1,4 @@
-"""A checkpoint of an earlier version is resumed from, and the numbers are those of that version."""
+"""A job resumes from a checkpoint of an earlier version, with the numbers of that version."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Every port of a job that trains gets ten thousand malformed inputs: nobody dies, nothing leaks, and the numbers stay.
+"""Every port of a training job gets ten thousand malformed inputs: no process dies or leaks, and the numbers stay.
 
-What is sent is made of valid pieces (greetings, frames, requests, beats), cut, joined, repeated, enlarged and with
-bytes changed; by a seed that is printed. Keepers and the coordinator get it with the right token too.
+The inputs are made of valid pieces (greetings, frames, requests, beats), cut, joined, repeated, enlarged and with
+changed bytes, from a seed that is printed. Keepers and the coordinator also get them with the right token.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ SEED = int(os.environ.get("EVERSTEP_FUZZ_SEED", "1"))
 
 
 def pieces(token: str) -> list[bytes]:
-    """What a well-meaning peer may say on one or another port."""
+    """Valid messages of a peer for the various ports."""
     hello = Hello(token_digest("wrong"), 0, 0, 1, 0, 1, 0).pack()
     keeper = [
         {"token": token},
@@ -69,7 +69,7 @@ def pieces(token: str) -> list[bytes]:
 
 
 def malformed(rng: random.Random, known: list[bytes]) -> bytes:
-    """Valid pieces, treated badly."""
+    """Valid pieces, corrupted."""
     data = bytearray(b"".join(rng.choices(known, k=rng.randint(1, 4))))
     for _ in range(rng.choice([0, 1, 3, 30])):
         data[rng.randrange(len(data))] = rng.randrange(256)
@@ -84,7 +84,7 @@ def malformed(rng: random.Random, known: list[bytes]) -> bytes:
 
 
 def throw(place: Place, data: bytes, *, reset: bool) -> None:
-    """Say it, and hang up without listening: by a reset, or with a last word."""
+    """Send it, and hang up without reading: by a reset, or with a last message."""
     with contextlib.suppress(OSError), socket.socket(AF_INET if isinstance(place, int) else AF_UNIX) as connection:
         connection.settimeout(5.0 if isinstance(place, int) else None)  # else a queue that is full is no reason to wait
         connection.connect((HOST, place) if isinstance(place, int) else place)
@@ -112,7 +112,7 @@ def datagrams(port: int, rng: random.Random) -> Iterator[bytes]:
 
 
 def attach_badly(port: int, rng: random.Random, count: int) -> None:
-    """Streams of the right token, that say what no agent says."""
+    """Streams with the right token and messages that no agent sends."""
     texts = [
         "",
         "null",
@@ -209,7 +209,7 @@ def test_ten_thousand_malformed_inputs_a_port(tmp_path: Path) -> None:
 
 
 def assault(rng: random.Random, ports: set[tuple[str, Place]], coordinator: int, inputs: int) -> None:
-    """So many malformed inputs for each place where somebody listens, and for the coordinator's beats."""
+    """Malformed inputs for each place where a process listens, and for the coordinator's heartbeats."""
     known = pieces("wrong") + pieces(TOKEN)
     seeds = [rng.randrange(2**32) for _ in ports]
     with ThreadPoolExecutor(len(ports)) as pool:
@@ -224,7 +224,7 @@ def assault(rng: random.Random, ports: set[tuple[str, Place]], coordinator: int,
 
 
 def throw_all(port: tuple[str, Place], rng: random.Random, known: list[bytes], inputs: int) -> None:
-    """All that one of them gets, in the order of a seed."""
+    """All inputs of one place, in the order of a seed."""
     begun = time.monotonic()
     for number in range(inputs):
         throw(port[1], malformed(rng, known), reset=number % 4 == 0)
@@ -241,7 +241,7 @@ def leaks(before: dict[int, tuple[int, int]], after: dict[int, tuple[int, int]])
 
 
 def test_ten_thousand_malformed_inputs_for_a_rank() -> None:
-    """Two ranks pass messages to and fro, while one of them is talked to by strangers."""
+    """Two ranks exchange messages, while strangers send to one of them."""
     rng = random.Random(SEED)
     known = pieces("wrong")
     stop = threading.Event()

@@ -1,4 +1,4 @@
-"""What scripts have around their loop, and the loops that the README shows: killed on the way, and equal at the end."""
+"""The usual code around a training loop, and the loops that the README shows: killed on the way, equal at the end."""
 
 from __future__ import annotations
 

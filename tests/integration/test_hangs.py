@@ -1,4 +1,4 @@
-"""What is taken for hung, and what is not: real workers that stand still in their data, their code, or a lock."""
+"""What counts as a hang, and what does not: real workers that stand still in their data, their code, or a lock."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PATIENT = ["--es-hang-timeout=1", "--es-user-timeout=100"]
 
 
 class Job:
-    """A job of two workers, one of which, or both, stand still in a step."""
+    """A job of two workers, one or both of which stand still in a step."""
 
     def __init__(self, out: Path, flags: list[str], **config: Any) -> None:
         self.out = out
@@ -41,7 +41,7 @@ class Job:
         return [line for line in self.events("warning") if line["notice"] == notice]
 
     def release(self, readers: int) -> None:
-        """The storage goes on: for so many who wait for it."""
+        """The storage continues: for this many processes that wait for it."""
         opened = [os.open(self.out / "pipe", os.O_RDWR)]
         wait_until(lambda: len(list(self.out.glob("stall-*"))) >= readers, 60, "all have come to wait")
         for fd in opened:
@@ -56,7 +56,7 @@ class Job:
 
 @pytest.fixture(scope="module")
 def quiet() -> dict[str, list[tuple[int, float, str]]]:
-    """The ledgers of undisturbed jobs, by the loop they have."""
+    """The ledgers of undisturbed jobs, by the kind of loop."""
     found = {}
     for loop in ("steps", "loop"):
         with tempfile.TemporaryDirectory() as folder:
@@ -74,7 +74,7 @@ Ledgers = dict[str, list[tuple[int, float, str]]]
 
 @pytest.mark.soak
 def test_storage_that_stands_still_for_all_ranks_is_no_hang(tmp_path: Path, quiet: Ledgers) -> None:
-    """Longer than any worker alone might; a warning says until when, and then it goes on."""
+    """Longer than any worker alone might; a warning says until when, and then it continues."""
     job = Job(tmp_path, QUICK, place="fetch", how="storage", ranks=[0, 1])
     wait_until(lambda: len(job.warned("no-progress")) >= 2, 90, "both ranks are warned of")
     assert all("in the dataset in step" in line["text"] for line in job.warned("no-progress"))
@@ -111,7 +111,7 @@ def test_a_dead_lock_in_a_step_is_found_and_shown(tmp_path: Path, quiet: Ledgers
 
 
 def test_an_endless_loop_in_a_step_is_found_though_it_works(tmp_path: Path, quiet: Ledgers) -> None:
-    """Its interpreter never lets go; the stacks are had all the same."""
+    """Its interpreter never releases the lock; the agent still gets the stacks."""
     job = Job(tmp_path, ["--es-hang-timeout=1"], place="forward", how="spin")
     result = job.result()
     (died,) = result.named("worker_died")
@@ -122,7 +122,7 @@ def test_an_endless_loop_in_a_step_is_found_though_it_works(tmp_path: Path, quie
 
 
 def test_work_in_the_middle_of_a_step_of_the_users_loop_is_no_hang(tmp_path: Path, quiet: Ledgers) -> None:
-    """Between a micro-batch and `optimizer.step()`: for longer than a step may stand still, and without a sign."""
+    """Between a micro-batch and `optimizer.step()`: longer than a step may stand still, and without a sign of life."""
     job = Job(tmp_path, PATIENT, place="loop", how="sleep", seconds=5)
     result = job.result()
     assert result.named("worker_died") == []
@@ -139,7 +139,7 @@ def test_a_heartbeat_is_progress(tmp_path: Path, quiet: Ledgers) -> None:
 
 
 def test_without_one_it_is_killed_once_and_then_given_longer(tmp_path: Path, quiet: Ledgers) -> None:
-    """The job goes on, however often: each worker has twice as long as the one before."""
+    """The job continues, however often: each worker has twice the time of the one before."""
     flags = ["--es-hang-timeout=1", "--es-user-timeout=1"]
     result = Job(tmp_path, flags, place="fetch", how="sleep", seconds=2.5, again=True, at=STEPS - 1).result()
     died = result.named("worker_died")
@@ -152,7 +152,7 @@ def test_without_one_it_is_killed_once_and_then_given_longer(tmp_path: Path, qui
 
 @pytest.mark.soak
 def test_the_rank_that_the_others_wait_for_is_named(tmp_path: Path, quiet: Ledgers) -> None:
-    """In a warning and in status, with where it is and until when it may be there."""
+    """In a warning and in status, with the place and the limit."""
     job = Job(tmp_path, [], place="between", how="storage")
     wait_until(lambda: job.warned("waiting"), 90, "a line says who waits for whom")
     (line, *_) = job.warned("waiting")
@@ -191,7 +191,7 @@ def test_a_node_says_that_it_looks_for_a_coordinator(tmp_path: Path) -> None:
 
 @pytest.mark.soak
 def test_collectives_of_the_script_end_with_a_lost_worker_in_an_error_that_helps(tmp_path: Path) -> None:
-    """As long as none is lost they work."""
+    """They work as long as no worker is lost."""
     script = "collective_job.py"
     calm = run_job(nproc=2, steps=6, script=script)
     assert calm.status == 0, calm.output

@@ -1,4 +1,4 @@
-"""Nodes on hosts of their own, with a network between them, and what a test can do to such hosts."""
+"""Nodes on separate hosts, with a network between them, and the faults that a test can inject into such hosts."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ KINDS = pytest.mark.parametrize(
 
 @KINDS
 def test_three_hosts_lose_a_worker(tmp_path: Path, namespaces: bool) -> None:
-    """The run is that of one host, bit for bit; nobody but the lost worker is replaced."""
+    """The run is that of one host, bit for bit; only the lost worker is replaced."""
     with Hosts(3, namespaces=namespaces) as hosts:
         job = HostJob(hosts, tmp_path, nnodes="3", steps=STEPS)
         job.launch(0, 2)
         job.launch(1, faults=[{"rank": rank, "phase": "compute", "step": 5} for rank in range(3)])
         wait_until(lambda: job.events("worker_died"), 60, "the worker is lost")
-        with slowly(tmp_path):  # there are steps left for the replacement
+        with slowly(tmp_path):  # so that steps are left for the replacement
             wait_until(lambda: job.events("joined"), 60, "its replacement trains")
         result = job.result()
         assert job.coordinator.wait(timeout=10) == 0
@@ -42,7 +42,7 @@ def test_three_hosts_lose_a_worker(tmp_path: Path, namespaces: bool) -> None:
     assert sorted(len({line["pid"] for line in lines}) for lines in result.workers.values()) == [1, 1, 1, 1]
 
 
-# Sends back what it gets, one connection after the other, with a helper process beside it.
+# Sends back what it receives, one connection after the other, with a helper process beside it.
 ECHO = """
 import socket, subprocess, sys
 server = socket.create_server((sys.argv[1], 0))
@@ -67,7 +67,7 @@ for line in sys.stdin:
         print(type(error).__name__, flush=True)
 """
 
-# Counts the datagrams that come until none has for a while.
+# Counts the datagrams that arrive until none has for a while.
 COUNT = """
 import socket, sys
 with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
@@ -225,7 +225,7 @@ def test_what_a_killed_run_left_is_removed() -> None:
 
 
 def test_hosts_are_different_to_the_links() -> None:
-    """Abstract unix sockets end at a namespace's border, so its processes must not look for each other's beyond."""
+    """Abstract unix sockets end at a namespace's border, so its processes must not look for others beyond it."""
     with Hosts(2, namespaces=True) as hosts:
         script = "from everstep.comms.base.process import host_id; print(host_id())"
         ids = [line_of(python(hosts, host, script)) for host in (0, 0, 1)]

@@ -1,4 +1,4 @@
-"""Every way between processes of ours carries 16 MiB; what has to stay small says so, with its limit."""
+"""Every channel between processes of Everstep carries 16 MiB; a message with a lower limit is refused by name."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ TOKEN = "a job's token"
 
 
 class Echo:
-    """A coordinator that welcomes who comes, and sends back to workers what they say."""
+    """A coordinator that welcomes every node, and sends messages of workers back to them."""
 
     def refusal(self) -> str:
         return ""
@@ -153,7 +153,7 @@ sys.exit(1)
 
 
 def test_a_worker_and_its_agent() -> None:
-    """16 MiB each way; more than the limit is refused where it is said, by name."""
+    """16 MiB each way; more than the limit is refused by the sender, by name."""
     channel = WorkerChannel()
     fd = channel.theirs.fileno()
     worker = subprocess.Popen([sys.executable, "-c", WORKER, str(fd)], pass_fds=[fd])
@@ -263,11 +263,11 @@ def test_what_is_too_large_for_a_keeper_is_said_where_it_is_said(
 
 
 def test_a_saver_is_asked_with_16_mib(tmp_path: Path) -> None:
-    """By its keeper, through a pipe; and what it answers is as long."""
+    """By its keeper, through a pipe; its answer is as long."""
     request = SaveRequest(
         url=str(tmp_path),
         options={},
-        name=LARGE,  # a name that no file can have: the error has it
+        name=LARGE,  # a name that no file can have: the error contains it
         writer="rank-0",
         writers=1,
         version=1,
@@ -322,7 +322,7 @@ def test_a_model_of_3000_parameters_survives_a_kill() -> None:
 
 @pytest.mark.soak
 def test_registered_states_have_a_limit() -> None:
-    """What is below it works, kills included; what is above is refused at the call, or when it grows, by name."""
+    """Below the limit all works, kills included; what exceeds it is refused at the call, or when it grows, by name."""
     settings = {"script": "many_parameters_job.py", "nproc": 2, "steps": 5}
     kill = [{"rank": 1, "phase": "compute", "step": 3}]
     below = run_job(registered_kib=[400, 500], faults=kill, **settings)

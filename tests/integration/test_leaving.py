@@ -1,4 +1,4 @@
-"""The end of training: everybody leaves the loop, or somebody does alone; what comes after it; the last checkpoint."""
+"""The end of training: all ranks leave the loop, or one does alone; the code after it; the last checkpoint."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def state(out: Path, rank: int = 0) -> dict[str, object]:
 
 @pytest.mark.parametrize("loop", [False, True], ids=["steps", "loop"])
 def test_everybody_leaves_at_one_step(tmp_path: Path, loop: bool) -> None:
-    """The last checkpoint is saved, what comes after training runs, and the job has succeeded; killed or not."""
+    """The last checkpoint is saved, the code after training runs, and the job has succeeded; killed or not."""
     plain, killed = tmp_path / "plain", tmp_path / "killed"
     ended = job(plain, how="break", loop=loop)
     assert ended.status == 0, ended.stderr
@@ -60,7 +60,7 @@ def test_everybody_leaves_at_one_step(tmp_path: Path, loop: bool) -> None:
 
 @pytest.mark.parametrize(("how", "loop"), [("return", False), ("return", True), ("exit", False), ("exit", True)])
 def test_ways_to_leave(tmp_path: Path, how: str, loop: bool) -> None:
-    """A return from the training function goes on with the script; sys.exit(0) ends it, with success."""
+    """A return from the training function continues with the script; sys.exit(0) ends it, with success."""
     ended = job(tmp_path, how=how, loop=loop)
     assert ended.status == 0, ended.stderr
     assert saved(tmp_path) == [AT + 1]
@@ -69,7 +69,7 @@ def test_ways_to_leave(tmp_path: Path, how: str, loop: bool) -> None:
 
 @pytest.mark.parametrize(("how", "loop"), [("break", False), ("break", True), ("exit", False), ("vanish", True)])
 def test_one_rank_leaves_alone(tmp_path: Path, how: str, loop: bool) -> None:
-    """It is named with its step, nobody waits for it, and what all had done is saved."""
+    """The error names the step, no rank waits for it, and what all had done is saved."""
     ended = job(tmp_path, how=how, loop=loop, alone=1)
     assert ended.status == 3, ended.stderr
     line = ended.stderr.strip().splitlines()[-1]
@@ -84,14 +84,14 @@ def test_one_rank_leaves_alone(tmp_path: Path, how: str, loop: bool) -> None:
 
 
 def test_the_last_step_may_be_left_too(tmp_path: Path) -> None:
-    """Leaving at the last step is the end of training, whoever else leaves in whatever way."""
+    """Leaving at the last step is the end of training, however the other ranks leave."""
     ended = job(tmp_path, how="break", loop=True, steps=AT + 1)
     assert ended.status == 0, ended.stderr
     assert saved(tmp_path) == [AT + 1]
 
 
 def test_after_training(tmp_path: Path) -> None:
-    """It takes as long as it likes, and `status` says so."""
+    """It takes as long as it needs, and `status` shows it."""
     out, port = tmp_path / "out", free_port()
     out.mkdir()
     endpoint = f"127.0.0.1:{port}"
@@ -118,7 +118,7 @@ def test_after_training(tmp_path: Path) -> None:
     [("raise", "exit status 1"), ("exit", "exit status 7"), ("kill", "killed by SIGKILL")],
 )
 def test_what_comes_after_training_fails(tmp_path: Path, after: str, cause: str) -> None:
-    """Training is done, and the job has failed: nobody trains again."""
+    """Training is done, and the job has failed: no rank trains again."""
     ended = job(tmp_path, after=after, steps=4)
     assert ended.status == 1, ended.stderr
     assert f"training is done, but the code after it failed: {cause} (rank " in ended.stderr
@@ -133,7 +133,7 @@ def test_a_second_training_is_refused(tmp_path: Path) -> None:
 
 
 def test_stopped_after_training(tmp_path: Path) -> None:
-    """What comes after training has the grace of a stop, and is then cut off: a line, and a status of its own."""
+    """The code after training has the grace of a stop, and is then interrupted: a line, and a status of its own."""
     process = launch(
         SCRIPT,
         [json.dumps({"out": str(tmp_path), "after": "wait", "steps": 4})],
@@ -149,7 +149,7 @@ def test_stopped_after_training(tmp_path: Path) -> None:
 
 @pytest.mark.soak
 def test_the_last_checkpoint_is_lost(tmp_path: Path) -> None:
-    """Said when it happens, and at the end, with a status of its own; by a script that runs alone too."""
+    """Reported when it happens, and at the end, with a status of its own; also by a script without the launcher."""
     launched, alone = tmp_path / "launched", tmp_path / "alone"
     ended = job(launched, "--es-checkpoint-every=2", spoil=3, steps=6)
     assert ended.status == 3, ended.stderr
@@ -168,7 +168,7 @@ def test_the_last_checkpoint_is_lost(tmp_path: Path) -> None:
 
 
 def test_a_save_that_hangs_is_given_up(tmp_path: Path) -> None:
-    """Its process stands still: that is said, it is ended in time, and the next save gets another one."""
+    """Its process stands still: that is reported, the process is ended in time, and the next save gets another one."""
     arguments, events = {"out": str(tmp_path), "steps": 10**6}, tmp_path / "events"
     flags = [f"--es-checkpoint={tmp_path}/checkpoints", "--es-checkpoint-every=2", "--es-checkpoint-timeout=3"]
     process = launch(SCRIPT, [json.dumps(arguments)], ["--nproc-per-node=2", *flags, f"--es-events={events}"])
@@ -199,7 +199,7 @@ def test_a_save_that_hangs_is_given_up(tmp_path: Path) -> None:
 
 @pytest.mark.soak
 def test_two_jobs_in_one_folder_are_told_apart(tmp_path: Path) -> None:
-    """Neither removes the other's checkpoints; a job that would have to guess which to go on from asks."""
+    """Neither removes the other's checkpoints; a job that would have to guess which to resume from asks."""
     folder = tmp_path / "checkpoints"
     assert job(tmp_path, steps=4).status == 0
     (first,) = committed(open_store(str(folder), {}))

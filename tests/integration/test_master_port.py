@@ -47,7 +47,7 @@ def test_a_script_meets_at_the_master_port(meeting: Path, method: str, host: str
 
 @pytest.mark.soak
 def test_two_nodes_meet_there_and_again_after_a_failure(meeting: Path) -> None:
-    """Each attempt finds an empty store, though it is at the same place."""
+    """Each attempt finds an empty store, although it has the same address."""
     port = free_port()
     flags = ["--nnodes=2", "--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={port}", "--max-restarts=1"]
     url = f"tcp://127.0.0.1:{port}"
@@ -58,7 +58,7 @@ def test_two_nodes_meet_there_and_again_after_a_failure(meeting: Path) -> None:
 
 
 def test_the_coordinator_is_there_as_well(tmp_path: Path) -> None:
-    """It is asked there, and replaces a worker through there."""
+    """It gets its requests there, and replaces a worker through it."""
     port = free_port()
     at = f"127.0.0.1:{port}"
     flags = ["--nproc-per-node=2", "--master-addr=127.0.0.1", f"--master-port={port}"]

@@ -1,4 +1,4 @@
-"""What a user can get wrong: one line that says what to change, once, and nothing is left running."""
+"""Mistakes of users: one line that says what to change, once, and nothing is left running."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_alone() -> None:
 
 @pytest.mark.soak
 def test_in_a_job() -> None:
-    """The same under the launcher, on two ranks; and what only ranks that differ can get wrong."""
+    """The same under the launcher, on two ranks; and mistakes that require ranks to differ."""
     cases = {
         case: ANYWHERE[case] for case in ("batch_size", "uncuttable", "nothing", "scheduler", "no_step")
     } | IN_A_JOB
@@ -186,14 +186,14 @@ SETTINGS = {
 
 @pytest.mark.parametrize(("name", "text"), SETTINGS, ids=lambda value: value)
 def test_settings(name: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the flags become in a worker; some of them went all the way in the command lines above."""
+    """What the flags become in a worker; some of them are passed through the command lines above."""
     monkeypatch.setenv(f"EVERSTEP_{name}", text)
     with pytest.raises(UsageError, match=f"^{re.escape(SETTINGS[name, text])}$"):
         resolve(Settings(steps=1, global_batch_size=2, micro_batch_size=1))
 
 
 def test_a_keeper_too_small_for_the_job(tmp_path: Path) -> None:
-    """It is said before the first step: which node, what it would take, and what it may use."""
+    """Before the first step, an error names the node, the memory it would need, and its limit."""
     arguments = json.dumps({"out": str(tmp_path), "steps": 4, "stages": 1})
     ended = everstep("run", "--es-keeper-memory=1.5MiB", str(JOBS / "gpt_job.py"), arguments)
     assert ended.status == 1

@@ -80,7 +80,7 @@ def preloaded_of(launcher: subprocess.Popen[str]) -> psutil.Process:
 
 @pytest.mark.soak
 def test_two_nodes_lose_a_worker_each(tmp_path: Path) -> None:
-    """They meet by c10d; `status` knows the job; each loses a worker by kill -9. What nodes may be lost is said."""
+    """They meet by c10d; `status` shows the job; each loses a worker by kill -9. The covered losses are printed."""
     job, port = Job(tmp_path, {"steps": 14}), free_port()
     flags = ["--nnodes=2", "--nproc-per-node=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}"]
     flags.append("--es-node-losses=5")  # more than there are
@@ -140,7 +140,7 @@ def test_a_separate_coordinator_and_a_node_that_joins(tmp_path: Path) -> None:
 
 @pytest.mark.soak
 def test_a_node_without_its_coordinator_ends(tmp_path: Path) -> None:
-    """A lost node costs nothing. The one that has the coordinator takes it along; the other waits a while, and ends."""
+    """A lost node costs nothing. The coordinator is lost with its node; the other waits a while, and ends."""
     job, port = Job(tmp_path, {"steps": 100_000}), free_port()
     flags = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}"]
     flags += [f"--log-dir={tmp_path}/logs", "--rdzv-conf=join_timeout=8", "--es-coordinator-wait=1"]
@@ -189,7 +189,7 @@ def test_a_launcher_that_is_stopped_takes_all_with_it(number: signal.Signals, tm
 
 @pytest.mark.soak
 def test_shared_memory_needs_no_room_in_dev_shm(tmp_path: Path) -> None:
-    """Containers often have 64 KiB there, or a little more: nothing of ours lies in it."""
+    """Containers often have 64 KiB there, or a little more: nothing of Everstep uses it."""
     if os.geteuid() != 0 or shutil.which("unshare") is None:
         pytest.skip("only root may mount, and by unshare (Debian: util-linux)")
     small = 'mount -t tmpfs -o size=64k none /dev/shm && exec "$@"'
@@ -208,7 +208,7 @@ def test_shared_memory_needs_no_room_in_dev_shm(tmp_path: Path) -> None:
 
 
 def disturbed(tmp_path: Path, disturb: Callable[[subprocess.Popen[str]], None], steps: int) -> Result:
-    """A job of two workers to which something is done from outside after step 3."""
+    """A job of two workers into which a fault is injected from outside after step 3."""
     job = Job(tmp_path, {"steps": steps})
     launcher = job.node("--nproc-per-node=2", f"--log-dir={tmp_path}/logs")
     wait_until(lambda: job.committed(3), 60, "four steps")
@@ -219,7 +219,7 @@ def disturbed(tmp_path: Path, disturb: Callable[[subprocess.Popen[str]], None], 
 
 @pytest.mark.soak
 def test_the_keeper_is_killed_and_then_a_worker(tmp_path: Path) -> None:
-    """It comes back, the workers hand it their segments again, and a replacement finds its shards there."""
+    """It restarts, the workers pass it their segments again, and a replacement finds its shards there."""
 
     def disturb(launcher: subprocess.Popen[str]) -> None:
         (keeper,) = children(launcher, KEEPER)
@@ -256,7 +256,7 @@ def test_the_preloaded_process_is_killed(tmp_path: Path) -> None:
 
 @pytest.mark.soak
 def test_the_preloaded_process_gets_no_processor(tmp_path: Path) -> None:
-    """How a worker ended is known without it, and at once."""
+    """The agent learns without it, and at once, how a worker ended."""
 
     def disturb(launcher: subprocess.Popen[str]) -> None:
         preloaded = preloaded_of(launcher)
@@ -273,7 +273,7 @@ def test_the_preloaded_process_gets_no_processor(tmp_path: Path) -> None:
 
 @pytest.mark.soak
 def test_an_event_log_that_cannot_be_written_holds_nothing_up(tmp_path: Path) -> None:
-    """No space left on its device; nor is there later. A worker is lost all the same, and comes back."""
+    """No space is left on its device; nor is there later. A worker is lost nevertheless, and replaced."""
     arguments = [json.dumps({"out": str(tmp_path), "stages": 1, "steps": 12})]
     faults = {"EVERSTEP_FAULTS": json.dumps([{"rank": 1, "phase": "compute", "step": 4}])}
     flags = ["--nproc-per-node=2", "--es-events=/dev/full", "--es-log=text"]

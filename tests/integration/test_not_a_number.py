@@ -1,4 +1,4 @@
-"""A loss that is no number: whatever is shown of it is JSON, and something says so."""
+"""A loss that is not finite: all outputs of it are JSON, and a warning names it."""
 
 from __future__ import annotations
 

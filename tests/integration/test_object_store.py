@@ -1,4 +1,4 @@
-"""Checkpoints in an S3 bucket, over real sockets; also while the server goes away and comes back."""
+"""Checkpoints in an S3 bucket, over real sockets; also while the server is down and returns."""
 
 from __future__ import annotations
 

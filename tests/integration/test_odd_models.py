@@ -1,4 +1,4 @@
-"""Models that lie otherwise in memory, or have odd parameters: what plain torch makes of them, with kills too."""
+"""Models with unusual memory layouts or parameters: the results of plain torch, with kills too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What workers start ends with them: after each recovery, after the job, and whatever is killed."""
+"""What workers start ends with them: after each recovery, after the job, and whichever process is killed."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_helpers_end_with_their_worker_and_do_not_pile_up(family: Family) -> Non
 
 
 def test_helpers_end_with_the_job(tmp_path: Path) -> None:
-    """And the launcher says what it had to end."""
+    """And the launcher reports what it had to end."""
     family = Family(tmp_path, steps=3)
     output = finish(family.launcher)
     assert family.launcher.returncode == 0, output
@@ -113,7 +113,7 @@ def test_helpers_end_when_their_launcher_is_killed(family: Family) -> None:
 
 
 def test_helpers_end_when_the_preloaded_process_is_killed(family: Family) -> None:
-    """Then they come to the launcher; training goes on with a new one, and new workers."""
+    """Then the launcher inherits them; training continues with a new one, and new workers."""
     family.await_daemons(2)
     former = family.preloaded()
     everything = [former, *descendants(former)]
@@ -125,7 +125,7 @@ def test_helpers_end_when_the_preloaded_process_is_killed(family: Family) -> Non
 
 @pytest.mark.soak
 def test_helpers_end_when_launcher_and_group_are_killed_while_stopped(family: Family) -> None:
-    """A stopped preloaded process wakes when its launcher dies, and does its work."""
+    """A stopped preloaded process wakes when its launcher dies, and cleans up."""
     family.await_daemons(2)
     former = family.preloaded()
     everything = [former, *descendants(former)]
@@ -168,7 +168,7 @@ def test_an_ordinary_scripts_helpers_end_with_it(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a namespace of processes needs root")
 def test_as_the_first_process_it_reaps_and_hears_signals(tmp_path: Path) -> None:
-    """In a namespace of processes, as in a container: no zombie stays, SIGTERM is heard, the status is the job's."""
+    """In a PID namespace, as in a container: no zombie stays, SIGTERM is handled, the status is the job's."""
     unshare = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
     family = Family(tmp_path, inside=unshare)
     try:

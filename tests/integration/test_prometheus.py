@@ -16,7 +16,7 @@ from tests.jobs import JOBS, everstep
 from tests.jobs.watched import CONFIGURATIONS, FAST, STEPS, WatchedJob, needs_prometheus, watched
 
 WINDOW = "10s"
-WITHOUT_GPU = "everstep_gpu_"  # nothing says anything where there is no GPU; the names are checked elsewhere
+WITHOUT_GPU = "everstep_gpu_"  # no value exists without a GPU; the names are checked elsewhere
 NOT_FIRING: set[str] = set()
 
 

@@ -1,4 +1,4 @@
-"""Going on from checkpoints: without the launcher, with states of the user's own, from another framework's."""
+"""Resuming from checkpoints: without the launcher, with states of the user's own, from another framework's."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ train()
 @pytest.mark.soak
 @pytest.mark.parametrize("workers", [1, 3])
 def test_a_job_starts_from_a_checkpoint_of_torch(tmp_path, workers):
-    """What plain torch trained and saved is, converted, where the job begins: values, moments, step, rate."""
+    """The job begins with what plain torch trained and saved, converted: values, moments, step, rate."""
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(6, 40), nn.Tanh(), nn.Linear(40, 2))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
@@ -134,7 +134,7 @@ def test_an_unwritable_state_is_refused_by_name(tmp_path):
 
 
 def test_results_of_a_job_alone_and_of_one_under_the_launcher_meet_in_one_folder(tmp_path):
-    """The same names for the same folder: a relative path is the user's, whoever writes."""
+    """The same names for the same folder: a relative path is the user's, whichever process writes."""
     assert (
         run_job(nproc=2, steps=2, flags=[f"--es-checkpoint={tmp_path}/x/../x", "--es-checkpoint-every=1"]).status == 0
     )

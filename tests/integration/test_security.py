@@ -1,4 +1,4 @@
-"""Certificates and tokens: what they let pass, what they keep out, and what a user is told."""
+"""Certificates and tokens: which connections they accept and refuse, and the messages to the user."""
 
 from __future__ import annotations
 
@@ -66,19 +66,19 @@ def listening(*launchers: subprocess.Popen[str]) -> Iterator[int]:
 
 
 def takes_plain_bytes(port: int) -> bool:
-    """Whether a port answers somebody who speaks no TLS."""
+    """Whether a port answers a client that does not speak TLS."""
     try:
         with socket.create_connection((LOOPBACK, port), 5) as connection:
             connection.settimeout(1.0)
             connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" + bytes(4096))
             answer = connection.recv(64)
-    except OSError:  # hangs up, or says nothing to a stranger; or its process was replaced meanwhile
+    except OSError:  # it hangs up, or does not answer a stranger; or its process was replaced meanwhile
         return False
     return bool(answer) and answer[0] != 0x15  # a TLS alert
 
 
 def takes_no_certificate(port: int, authority: Path) -> bool:
-    """Whether a port talks to a client that shows none."""
+    """Whether a port accepts a client without a certificate."""
     context = ssl.create_default_context(cafile=str(authority))
     try:
         with socket.create_connection((LOOPBACK, port), 5) as plain:
@@ -92,7 +92,7 @@ def takes_no_certificate(port: int, authority: Path) -> bool:
 
 @pytest.mark.soak
 def test_everything_is_encrypted(certificates: Path, tmp_path: Path, launched: list[subprocess.Popen[str]]) -> None:
-    """Two nodes with certificates and a token, no shared memory; a worker is lost. No port talks to strangers."""
+    """Two nodes with certificates and a token, no shared memory; a worker is lost. No port answers strangers."""
     (port,) = free_ports(1)
     faults = json.dumps([{"rank": 1, "phase": "compute", "step": 4}])
     secrets = {"EVERSTEP_CERTS": str(certificates), "EVERSTEP_JOB_TOKEN": "the job's own token"}
@@ -122,7 +122,7 @@ def test_everything_is_encrypted(certificates: Path, tmp_path: Path, launched: l
 
 @pytest.mark.soak
 def test_who_is_kept_out(certificates: Path, tmp_path: Path, launched: list[subprocess.Popen[str]]) -> None:
-    """A wrong token; no certificates; those of another authority: one line each, and the job does not mind."""
+    """A wrong token; no certificates; those of another authority: one line each, without effect on the job."""
     other = tmp_path / "other"
     make(other, 1.0)
     (port,) = free_ports(1)

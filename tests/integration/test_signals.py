@@ -1,4 +1,4 @@
-"""What asks a job to end, whoever of its processes gets it: the job saves, and ends; and what is none of that."""
+"""Signals that ask a job to end, whichever of its processes gets them: the job saves, and ends; and other signals."""
 
 from __future__ import annotations
 
@@ -68,12 +68,12 @@ class Job:
         return [path for path in self.out.glob(f"{name}-*") if path.suffix != ".new"]
 
     def saved(self) -> int:
-        """How many steps the newest checkpoint has; 0 if there is none."""
+        """The number of steps of the newest checkpoint; 0 if there is none."""
         names = committed(open_store(str(self.checkpoints))) if self.checkpoints.exists() else []
         return int(str(names[0]).split("-")[1]) if names else 0
 
     def assert_said(self, output: str, number: signal.Signals) -> None:
-        """That the state is saved with which the job ended; the folder has it."""
+        """Check that the state with which the job ended is saved in the folder."""
         said = re.search(rf"stopped by {number.name}; its state after (\d+) steps is saved", output)
         assert said, output
         names = committed(open_store(str(self.checkpoints)))
@@ -114,7 +114,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def each_stop() -> list[Any]:
-    """The first two of them always, the others where there is time."""
+    """The first two of them always, the others if time permits."""
     return [
         pytest.param(number, id=number.name, marks=pytest.mark.soak if i > 1 else ()) for i, number in enumerate(STOPS)
     ]
@@ -135,7 +135,7 @@ def test_a_signal_to_every_process_saves_the_job(number: signal.Signals, tmp_pat
 
 
 def test_processes_that_fetch_data_outlive_it(tmp_path: Path) -> None:
-    """They are told to end, too, while their workers still need them for a step."""
+    """They receive it, too, while their workers still need them for a step."""
     job = Job(tmp_path, loader=True, prepared=True)
     launcher = job.start()
     job.await_step()
@@ -148,7 +148,7 @@ def test_processes_that_fetch_data_outlive_it(tmp_path: Path) -> None:
 
 @pytest.mark.soak
 def test_what_was_saved_so_is_gone_on_from(tmp_path: Path, undisturbed: dict[str, Any]) -> None:
-    """A shell's, a terminal's, timeout's way: to the group of the launcher; and timeout sends its signal twice."""
+    """As a shell, a terminal and timeout do: to the group of the launcher; and timeout sends its signal twice."""
     job = Job(tmp_path)
     timeout = job.start(inside=["timeout", "1000"])
     job.await_step()
@@ -163,7 +163,7 @@ def test_what_was_saved_so_is_gone_on_from(tmp_path: Path, undisturbed: dict[str
 
 
 def test_nohup(tmp_path: Path) -> None:
-    """A connection that drops ends nothing: neither the launcher nor any other process."""
+    """A dropped connection ends nothing: neither the launcher nor any other process."""
     job = Job(tmp_path)
     launcher = job.start(inside=["nohup"])
     job.await_step()
@@ -226,7 +226,7 @@ def test_a_coordinator_by_itself_stays_until_all_is_saved(tmp_path: Path) -> Non
 
 
 def test_a_scripts_own_handlers_are_left_alone(tmp_path: Path) -> None:
-    """Also what it starts ends when it says so, though its workers themselves heed no signal."""
+    """What it starts ends with it, too, even though its workers themselves ignore the signal."""
     job = Job(tmp_path, handles=True, ends_children=True)
     launcher = job.start()
     job.await_step()
@@ -246,7 +246,7 @@ def test_a_scripts_own_handlers_are_left_alone(tmp_path: Path) -> None:
 
 @pytest.mark.soak
 def test_an_ordinary_script_hears_a_signal_to_its_group_by_its_launcher(tmp_path: Path) -> None:
-    """As under torchrun: a worker has a session of its own, and the launcher passes on what it gets."""
+    """As under torchrun: a worker has a session of its own, and the launcher forwards its signals."""
     launcher = launch(JOBS / "environment_job.py", ["wait"], ["--nproc-per-node=2"], {"OUT": str(tmp_path)})
     wait_until(lambda: len(list(tmp_path.glob("*.waits"))) == 2, 60, "both workers wait")
     (tmp_path / "shutdown").touch()

@@ -1,4 +1,4 @@
-"""deploy/slurm under a real Slurm: a node of the allocation is lost, with its slurmd, and the job goes on."""
+"""deploy/slurm under a real Slurm: a node of the allocation is lost, with its slurmd, and the job continues."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ def job(out: Path, steps: int = 3) -> list[str]:
 
 
 def shell(line: str) -> list[str]:
-    """What precedes a command that a shell starts like this; `"$@"` stands for the command."""
+    """The prefix of a command that a shell starts like this; `"$@"` stands for the command."""
     return ["sh", "-c", line, "sh"]
 
 
@@ -59,7 +59,7 @@ metadata.distribution = distribution
 
 
 def test_sources_on_the_path_run_without_being_installed(tmp_path: Path) -> None:
-    """As on a machine without a package index: no package manager knows of everstep there."""
+    """As on a machine without a package index: no package manager has everstep there."""
     site = tmp_path / "site"
     site.mkdir()
     (site / "sitecustomize.py").write_text(NOT_INSTALLED)
@@ -102,7 +102,7 @@ def test_blocked_signals_still_end_a_job(tmp_path: Path) -> None:
 
 
 def test_who_reads_the_log_may_go(tmp_path: Path) -> None:
-    """Standard error is a pipe that nobody reads any more: a replaced worker is still replaced."""
+    """Standard error is a pipe without a reader: a replaced worker is still replaced."""
     events = tmp_path / "events"
     faults = json.dumps([{"rank": 1, "phase": "compute", "step": 2}])
     flags = ["--nproc-per-node=2", "--es-log=text", f"--es-events={events}"]
@@ -176,7 +176,7 @@ SHADOWS = ("queue", "random", "types", "signal", "socket", "json", "select", "lo
 
 @pytest.mark.soak
 def test_files_named_like_standard_modules(tmp_path: Path) -> None:
-    """In the working folder: helper processes, also those that are started again, do not take them for Python's."""
+    """In the working folder: helper processes, also restarted ones, do not mistake them for Python's."""
     here = tmp_path / "here"
     here.mkdir()
     for name in SHADOWS:

@@ -1,4 +1,4 @@
-"""Plain torchrun, whose agents meet at our coordinator: `torchrun --rdzv-backend=everstep`."""
+"""Plain torchrun, whose agents use our rendezvous: `torchrun --rdzv-backend=everstep`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CONF = "last_call_timeout=1,keep_alive_interval=0.3,keep_alive_max_attempt=6,joi
 
 
 class Meeting:
-    """A coordinator by itself, and agents of torchrun that meet there."""
+    """A coordinator, and agents of torchrun that use its rendezvous."""
 
     def __init__(self, out: Path) -> None:
         self.out = out
@@ -68,7 +68,7 @@ class Meeting:
         return len({r["rank"] for r in found}) == world_size and len({r["group"] for r in found}) == groups
 
     def close(self) -> None:
-        """Nothing of it stays: torchrun's workers are in sessions of their own, and may outlive its agents."""
+        """Kill all of it: torchrun's workers are in sessions of their own, and may outlive its agents."""
         for worker in psutil.process_iter(["cmdline"]):
             if str(self.out) in (worker.info["cmdline"] or ()):
                 with contextlib.suppress(psutil.NoSuchProcess):

@@ -1,4 +1,4 @@
-"""Every flag of torch's own parser: heeded, or refused with a reason; and the table of docs/torchrun.md."""
+"""Every flag of torch's own parser: implemented, or refused with a reason; and the table of docs/torchrun.md."""
 
 from __future__ import annotations
 

@@ -36,11 +36,11 @@ from tests.jobs.ports import free_ports
 from tests.jobs.processes import disk_full, named
 from tests.jobs.watched import CONFIGURATIONS, Prometheus, needs_prometheus
 
-STEPS = 100_000  # more than there is time for
+STEPS = 100_000  # more than the test has time for
 
 
 class Job:
-    """Some nodes of two workers each, and what they say on standard error."""
+    """Some nodes of two workers each, and their standard error."""
 
     def __init__(self, out: Path, nodes: int, token: str = "") -> None:
         self.out = out
@@ -81,7 +81,7 @@ class Job:
         wait_until(lambda: len(self.events("committed")) >= goal, 60, f"{goal} steps")
 
     def lose_a_worker(self, rank: int) -> None:
-        """Kill one, and wait until its rank is back."""
+        """Kill one, and wait until its rank is replaced."""
         joined = len(self.events("joined"))
         self.kill(rank)
         with self.explained():
@@ -169,7 +169,7 @@ def _status_is_one_screen(job: Job) -> None:
 
 
 def _the_story_is_told(job: Job) -> None:
-    """By the coordinator, by its log and by the file of events: each the same, sparse, in order."""
+    """By the coordinator, by its log and by the file of events: the same, sparse, in order."""
     told = everstep("events", job.endpoint).stdout.splitlines()
     names = [line.split()[2].rstrip(":") for line in told]
     story = [name for name in names if name in ("worker_died", "planned", "recovered", "joined")]
@@ -229,7 +229,7 @@ class Terminal:
 
     def _take(self) -> None:
         die_with_parent()
-        fcntl.ioctl(self.follower, termios.TIOCSCTTY, 0)  # Ctrl-C is a signal to whoever has the terminal
+        fcntl.ioctl(self.follower, termios.TIOCSCTTY, 0)  # Ctrl-C is a signal to the processes of the terminal
 
     def until(self, pattern: str, timeout_s: float = 20.0) -> None:
         """Read until it shows something that it has not shown before."""
@@ -267,7 +267,7 @@ class Terminal:
 
 
 def _nothing_can_be_decided(job: Job) -> None:
-    """While the coordinator's disk is full; a worker that is lost meanwhile is dealt with afterwards."""
+    """While the coordinator's disk is full; the loss of a worker meanwhile is handled afterwards."""
     (coordinator,) = job.coordinators()
     with disk_full(coordinator):
         joined = len(job.events("joined"))
@@ -361,7 +361,7 @@ def _the_trace_has_the_recovery(job: Job, folder: Path) -> None:
 
 
 def _the_trace_adds_up(job: Job, folder: Path) -> None:
-    """Undisturbed steps are made of their spans: what lies directly in a step is most of it, and never more."""
+    """Undisturbed steps consist of their spans: those directly in a step make up most of it, and never more."""
     trace = _trace(job, folder / "steps.json", 8)
     steps = [event for event in _slices(trace) if event["name"].startswith("step ") and event["pid"] > 0]
     ranks = {event["tid"] // 16 for event in steps}
