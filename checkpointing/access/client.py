@@ -127,15 +127,16 @@ class KeeperClient:
         return self._line()
 
     def fetch(
-        self, shards: Sequence[int], version: int, *, replay: bool, lines: Lines = ()
+        self, shards: Sequence[int], version: int, *, replay: bool, lines: Lines = (), agreed_in: int = 0
     ) -> tuple[Iterator[Fetched], list[int]]:
         """What this keeper has of the shards, as it comes in, and the damaged ones.
 
         With `replay`, a shard may come as the version before, with the gradient that leads on. Only records of `lines`
-        count. All of it has to be taken before anything else is asked for.
+        count, and gradients of generation `agreed_in`, in which their step was agreed, or newer. All of it has to be
+        taken before anything else is asked for.
         """
         request = {"op": "fetch", "shards": list(shards), "version": version, "replay": replay, "lines": lines}
-        answer = self.ask(request)
+        answer = self.ask({**request, "agreed_in": agreed_in})
         return self._records(answer["found"]), answer["damaged"]
 
     def _records(self, found: list[dict[str, Any]]) -> Iterator[Fetched]:

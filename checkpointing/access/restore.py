@@ -27,6 +27,7 @@ class Keepers:
     token: str
     on_wait: Callable[[], None]
     lines: Lines = ()  # which records count
+    agreed_in: int = 0  # the generation in which the last step was agreed; older gradients do not count
     unreachable: set[str] = field(default_factory=set)
     damage: list[dict[str, Any]] = field(default_factory=list)
     _clients: dict[str, KeeperClient] = field(default_factory=dict)
@@ -58,7 +59,7 @@ class Keepers:
         if client is None:
             return
         try:
-            found, damaged = client.fetch(shards, version, replay=replay, lines=self.lines)
+            found, damaged = client.fetch(shards, version, replay=replay, lines=self.lines, agreed_in=self.agreed_in)
             for shard in damaged:
                 self._found_damage("keeper", node, shard, f"version {version}")
             yield from found

@@ -147,7 +147,7 @@ class Keeper:
     # ------------------------------------------------------------ answers
 
     def fetch(
-        self, shards: Sequence[int], version: int, *, replay: bool, lines: Lines = ()
+        self, shards: Sequence[int], version: int, *, replay: bool, lines: Lines = (), agreed_in: int = 0
     ) -> tuple[list[dict[str, Any]], list[bytes], list[int]]:
         """For each held shard: its state at `version`, or, with `replay`, the previous state and the gradient
         of step version - 1. Only records of `lines` count. Slots whose bytes do not match their checksum are skipped,
@@ -158,7 +158,7 @@ class Keeper:
         damaged: list[int] = []
         with self.changed:
             for shard in shards:
-                for held, parts in self._candidates(shard, version, replay, lines):
+                for held, parts in self._candidates(shard, version, replay, lines, agreed_in):
                     data = [segment.read(stored) for segment, stored in parts]
                     sound = [blob for blob in data if blob is not None]
                     if len(sound) == len(data):
@@ -169,7 +169,7 @@ class Keeper:
         return found, blobs, damaged
 
     def _candidates(
-        self, shard: int, version: int, replay: bool, lines: Lines
+        self, shard: int, version: int, replay: bool, lines: Lines, agreed_in: int
     ) -> Iterator[tuple[int, list[tuple[Segment, Stored]]]]:
         holders = [g.segment for g in self._segments.values() if shard in g.segment.entries]
         for segment in holders:
@@ -178,7 +178,7 @@ class Keeper:
                 yield version, [(segment, state)]
         for segment in holders if replay and version > 0 else ():
             state = segment.find(shard, version - 1, lines)
-            gradient = segment.find_gradient(shard, version - 1, lines)
+            gradient = segment.find_gradient(shard, version - 1, lines, agreed_in)
             if state is not None and gradient is not None:
                 yield version - 1, [(segment, state), (segment, gradient)]
 

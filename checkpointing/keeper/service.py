@@ -228,7 +228,11 @@ class KeeperServer:
         operation = request["op"]
         if operation == "fetch":
             found, blobs, damaged = self.keeper.fetch(
-                request["shards"], request["version"], replay=request["replay"], lines=lines_of(request["lines"])
+                request["shards"],
+                request["version"],
+                replay=request["replay"],
+                lines=lines_of(request["lines"]),
+                agreed_in=request["agreed_in"],
             )
             _answer(connection, {"found": found, "damaged": damaged})
             for blob in blobs:

@@ -180,10 +180,14 @@ class Segment:
         first = since(lines, version)
         return next((s for s in slots if s is not None and s.version == version and s.generation >= first), None)
 
-    def find_gradient(self, shard: int, step: int, lines: Lines = ()) -> Stored | None:
-        """The slot that holds a shard's reduced gradient of `step`, which leads to the version after it."""
+    def find_gradient(self, shard: int, step: int, lines: Lines = (), agreed_in: int = 0) -> Stored | None:
+        """The slot that holds a shard's reduced gradient of `step`, which leads to the version after it.
+
+        One from before the generation in which the step was agreed may have been computed with damaged values.
+        """
         found = self.stored(shard, self.gradient_slot(step))
-        sound = found is not None and found.version == step and found.generation >= since(lines, step + 1)
+        first = max(agreed_in, since(lines, step + 1))
+        sound = found is not None and found.version == step and found.generation >= first
         return found if sound else None
 
     def read(self, stored: Stored) -> bytes | None:

@@ -332,6 +332,7 @@ class Engine:
         neighbors = self.settings.on_loss == "neighbors"
         agreement = {
             "step": step,
+            "generation": self.current()[0].generation,
             "loss": share.loss.rounded() / share.losses if share.losses else None,
             "norm": norm,
             "scale": None if limit is None else min(1.0, limit / (norm + 1e-6)),

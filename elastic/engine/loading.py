@@ -90,9 +90,10 @@ class Loader:
         # Stored last, when nothing can interrupt any more: the target is a version ahead of them.
         behind: list[Found] = []
         started, told, membership = time.monotonic(), False, self._engine.membership
+        agreed_in: int = json.loads(agreement).get("generation", 0) if agreement else 0
         with self._engine.progress.waiting(f"{len(moves)} shards of version {version} in {_places(moves)}"):
             while True:
-                keepers = Keepers(self._keepers, self._token, self._patient, plan.lines_before)
+                keepers = Keepers(self._keepers, self._token, self._patient, plan.lines_before, agreed_in)
                 try:
                     for found in self._read(plan, keepers, remaining, version, agreement):
                         if found.gradient is None:

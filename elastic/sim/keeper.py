@@ -64,14 +64,14 @@ class Slots:
         if slot is not None and record is not None:
             self.states[slot] = record._replace(generation=generation)
 
-    def gradient(self, step: int, lines: Lines) -> str | None:
-        """The gradient of a step, which leads to the version after it."""
-        found = self.gradients[step % 2]
-        return found.value if found and found.step == step and found.generation >= since(lines, step + 1) else None
+    def gradient(self, step: int, lines: Lines, agreed_in: int = 0) -> str | None:
+        """The gradient of a step, of the generation in which that was agreed, or newer."""
+        found, first = self.gradients[step % 2], max(agreed_in, since(lines, step + 1))
+        return found.value if found and found.step == step and found.generation >= first else None
 
-    def replayed(self, version: int, lines: Lines) -> ShardState | None:
+    def replayed(self, version: int, lines: Lines, agreed_in: int) -> ShardState | None:
         """The state at a version, from the one before it and the gradient between."""
-        before, gradient = self.find(version - 1, lines), self.gradient(version - 1, lines)
+        before, gradient = self.find(version - 1, lines), self.gradient(version - 1, lines, agreed_in)
         return updated(before, gradient) if before and gradient else None
 
     def newest(self, lines: Lines = ()) -> int:
@@ -211,7 +211,9 @@ class Keeper:
 
     # ------------------------------------------------------------ answers
 
-    def fetch(self, shards: Iterable[int], version: int, *, replay: bool, lines: Lines = ()) -> dict[int, ShardState]:
+    def fetch(
+        self, shards: Iterable[int], version: int, *, replay: bool, lines: Lines = (), agreed_in: int = 0
+    ) -> dict[int, ShardState]:
         """Shards at `version`; with `replay`, also as the version before and the gradient of its step.
 
         Only records of `lines` count.
@@ -220,7 +222,7 @@ class Keeper:
         for shard in shards:
             holders = [segment[shard] for segment in self.segments.values() if shard in segment]
             states = [slots.find(version, lines) for slots in holders]
-            states += [slots.replayed(version, lines) for slots in holders] if replay and version > 0 else []
+            states += [slots.replayed(version, lines, agreed_in) for slots in holders] if replay and version > 0 else []
             state = next((state for state in states if state is not None), None)
             if state is not None:
                 found[shard] = state

@@ -174,6 +174,7 @@ class Promise:
         placement, layout = state.placement, state.layout
         if placement is None or layout is None or state.phase is not Phase.RUNNING or doubtful & state.nodes.keys():
             return
+        placement = state.placements.get(layout.generation, placement) if self._replay else placement
         if self._replay:  # backups hold all of a version before its step is agreed on
             if placement.generation == layout.generation == self.agreed_in:
                 self._lost, self._allowed = set(self._doomed), placement.losses

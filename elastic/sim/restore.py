@@ -17,13 +17,13 @@ class Sources:
     """The keepers that one rank reaches, in the order in which it asks them; `on_wait` may raise to give up."""
 
     def __init__(
-        self, board: Board, node: str, nodes: Sequence[str], on_wait: Callable[[], None], lines: Lines
+        self, board: Board, node: str, nodes: Sequence[str], on_wait: Callable[[], None], lines: Lines, agreed_in: int
     ) -> None:
         self._board = board
         self._node = node
         self._nodes = nodes
         self._on_wait = on_wait
-        self._lines = lines
+        self._lines, self._agreed_in = lines, agreed_in
         self.unreachable: set[str] = set()
 
     def fetch(
@@ -35,7 +35,9 @@ class Sources:
         for node in self._nodes:
             keeper = (yield from self._ask(node)) if missing else None
             if keeper is not None:
-                found.update(keeper.fetch(missing, version, replay=replay, lines=self._lines))
+                found.update(
+                    keeper.fetch(missing, version, replay=replay, lines=self._lines, agreed_in=self._agreed_in)
+                )
             missing = [shard for shard in missing if shard not in found]
         if missing and decode:
             found.update((yield from self._decode(missing, version)))

@@ -72,6 +72,7 @@ class SimWorker:
         self.pipeline = Pipeline(self.links, self.spec.layers, self._layer_values, around.forward_s)
         self.pipeline.mark = lambda phase: self.mark(phase)
         self.values = {s.index: initial(s.index).value for s in self.spec.shards}
+        self._published = dict(self.values)  # what the runtime wrote last
         self.optimizer: dict[int, str] = {}
         self.mine: frozenset[int] = frozenset()  # shards the optimizer runs on; `owned` are those that are complete
         self.state: StepState | None = None
@@ -219,6 +220,9 @@ class SimWorker:
 
     def _recover(self) -> Steps[None]:
         """After Aborted: report, wait for the plan, carry it out; start again after another abort."""
+        holding = self.machine.holding
+        if holding.values_version == holding.owned_version == self.version and self._changed():
+            yield from self._happened(w.Spoiled())
         self.mark("recover")
         while True:
             try:
@@ -226,6 +230,12 @@ class SimWorker:
             except Aborted:
                 continue
             return
+
+    def _changed(self) -> bool:
+        """Whether a value that is held here is not what was published: the contract of `elastic.holding.watch`."""
+        layers = range(*self.machine.holding.layers)
+        held = {shard.index for layer in layers for shard in self.spec.shards_of_layer[layer]}
+        return any(self.values[shard] != self._published[shard] for shard in held)
 
     # ------------------------------------------------------------ entering a generation
 
@@ -332,8 +342,9 @@ class SimWorker:
                 found[shard] = state
         started, told = self.around.world.now, False
         while missing := sorted(wanted - found.keys()):
-            lines = it.plan.lines_before
-            sources = Sources(self.around.board, self.around.node, self._nodes, self.links.check, lines)
+            agreed_in = json.loads(it.agreement).get("generation", 0) if it.agreement else 0
+            check, lines = self.links.check, it.plan.lines_before
+            sources = Sources(self.around.board, self.around.node, self._nodes, check, lines, agreed_in)
             found.update((yield from sources.fetch(missing, it.version, replay=True)))
             missing = sorted(wanted - found.keys())
             patience_s = KEEPER_PATIENCE_S if sources.unreachable else ANSWERED_PATIENCE_S
@@ -436,7 +447,7 @@ class SimWorker:
             yield from self._distrust(it.step, layout, odd)
         wanted = proposal is not None and share.join == proposal.generation
         terms = self.protection.agreed(it.step, share.kept)
-        agreement = agreement_of(it.step, share.digest, **terms)
+        agreement = agreement_of(it.step, share.digest, generation=layout.generation, **terms)
         self.around.facts.agreed(self.id, it.step, agreement)
         return w.Agreed(agreement, proposal, wanted)
 
@@ -501,10 +512,12 @@ class SimWorker:
 
     def _publish(self, it: w.Publish) -> Steps[w.Event]:
         yield from self.exchange.publish(it.version, it.layout, self.values)
+        self._published = dict(self.values)
         return w.Published()
 
     def _refresh(self, it: w.Refresh) -> Steps[w.Event]:
         yield from self.exchange.publish(it.version, it.plan.layout, self.values, it.plan.values)
+        self._published = dict(self.values)
         return w.Published()
 
     def _commit(self, it: w.CommitStep) -> Steps[None]:

@@ -49,6 +49,18 @@ def test_bits_flip(name: str) -> None:
     assert sum(bool(found(outcome)) for outcome in flipped) > len(flipped) // 2
 
 
+@pytest.mark.parametrize(
+    ("name", "seed"),
+    [
+        ("differing, replay", 45),  # a rank came to own the shard that it had computed with a damaged replica of
+        ("differing, replay", 5012),  # a dead worker left the gradient of an attempt that was given up
+        ("4 nodes, replay, leaving", 5040),  # only one node had members, so that no node might be lost
+    ],
+)
+def test_seeds_that_failed(name: str, seed: int) -> None:
+    simulate(seed, SHAPES[name])
+
+
 @pytest.mark.parametrize("kind", ["owned", "read", "backup"])
 def test_the_odd_replica_is_named_and_repaired(kind: str) -> None:
     """Without a comparison the same flip ends in other bytes."""

@@ -99,9 +99,12 @@ class Nodes:
             self.snapshots[name].gradient(number, step, 4, torch.float32).fill_(value)
             self.snapshots[name].seal_gradient(number, step, 4, torch.float32)
 
-    def read(self, version: int, lines: Lines = (), *, lost: str = "", replay: bool = False) -> dict[int, list[float]]:
+    def read(
+        self, version: int, lines: Lines = (), *, lost: str = "", replay: bool = False, agreed_in: int = 0
+    ) -> dict[int, list[float]]:
         """Shard -> its first value, and that of the gradient if it comes as the version before."""
-        keepers = Keepers({n: a for n, a in self.addresses.items() if n != lost}, TOKEN, lambda: None, lines)
+        addresses = {name: address for name, address in self.addresses.items() if name != lost}
+        keepers = Keepers(addresses, TOKEN, lambda: None, lines, agreed_in)
         found = list(keepers.fetch(range(3), version, replay=replay))
         found += keepers.decode([s for s in range(3) if s not in {item.shard for item in found}], version)
         keepers.close()
@@ -150,6 +153,17 @@ def test_newer_versions_of_the_former_line_are_not_given(nodes: Nodes) -> None:
     assert nodes.snapshots["a"].stored(0, 6) is None
     nodes.write(6, 80.0)
     assert nodes.read(6, LINES) == {0: [80.0], 1: [81.0], 2: [82.0]}
+
+
+def test_a_gradient_of_an_attempt_that_was_given_up_is_not_used(nodes: Nodes) -> None:
+    """It may have been computed with damaged values: a step counts as it was agreed."""
+    nodes.enter(1)
+    nodes.write(5, 50.0)
+    nodes.gradient(5, 9.0)
+    nodes.enter(2)
+    assert nodes.read(6, replay=True, agreed_in=2) == {}
+    nodes.gradient(5, 7.0)
+    assert nodes.read(6, replay=True, agreed_in=2) == {shard: [*value, 7.0] for shard, value in BEFORE.items()}
 
 
 def test_an_approximated_shard_is_written_again(nodes: Nodes) -> None:
