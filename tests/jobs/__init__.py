@@ -1,4 +1,4 @@
-"""Runs real jobs under the real launcher, for tests, and reads what they left."""
+"""Runs real jobs under the real launcher, for tests, and reads their results."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PROTECTION = "everstep: protection: "  # prefix of the line, at the start of tra
 
 @dataclass
 class Result:
-    """What a job left behind."""
+    """The results of a job."""
 
     status: int
     output: str
@@ -87,14 +87,14 @@ def finish(process: subprocess.Popen[str], timeout_s: float = HANG_S) -> str:
 
 @dataclass
 class Ended:
-    """How a command ended."""
+    """The result of a command."""
 
     status: int
     stdout: str
     stderr: str
 
     def error(self) -> str:
-        """The one line of standard error; asserts that it is one, and ours. What training began with may precede it."""
+        """The one line of standard error; asserts that it is one, and ours. Lines of the start may precede it."""
         lines = [line for line in self.stderr.strip().splitlines() if not line.startswith(PROTECTION)]
         assert len(lines) == 1, self.stderr
         assert lines[0].startswith("everstep: error: "), self.stderr
@@ -137,7 +137,7 @@ def run_job(
     timeout_s: float = HANG_S,
     **config: Any,
 ) -> Result:
-    """Run a job to its end and read what it left."""
+    """Run a job to its end and read its results."""
     out = Path(tempfile.mkdtemp(prefix="everstep-test-"))
     events = out / "events.jsonl"
     arguments = [json.dumps({"out": str(out), "steps": steps, "stages": stages, **config})]
@@ -149,12 +149,12 @@ def run_job(
 
 @lru_cache(maxsize=16)
 def reference(steps: int, **config: Any) -> Result:
-    """The undisturbed run; its layout does not matter to its bytes, which other tests show. Run once for all tests."""
+    """The undisturbed run; its layout does not affect its bytes, as other tests show. Run once for all tests."""
     return run_job(nproc=2, steps=steps, **config)
 
 
 def read_result(out: Path, status: int, output: str) -> Result:
-    """What a job left in its folder."""
+    """The results of a job, from its folder."""
     events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
     workers = {
         path.name: [json.loads(line) for line in path.read_text().splitlines()] for path in out.glob("worker-*.jsonl")
@@ -164,7 +164,7 @@ def read_result(out: Path, status: int, output: str) -> Result:
 
 @contextlib.contextmanager
 def slowly(out: Path) -> Iterator[None]:
-    """Steps of the job that writes there take longer meanwhile, so that there are some left for what comes then."""
+    """Steps of the job that writes there take longer meanwhile, so that some are left for what the test does."""
     slow = out / "slow"
     slow.touch()
     try:

@@ -29,7 +29,7 @@ COMMAND_S = 20.0
 
 
 class Browser:
-    """One page. What it complains of is in `complaints`."""
+    """One page. Its errors and warnings are in `complaints`."""
 
     def __init__(self, folder: Path, width: int = 1100, height: int = 1500, *, dark: bool = False) -> None:
         assert CHROMIUM is not None
@@ -108,7 +108,7 @@ class Browser:
         self.ask("Page.navigate", url=url)
 
     def value(self, expression: str) -> Any:
-        """What an expression is in the page."""
+        """The value of an expression in the page."""
         answer = self.ask("Runtime.evaluate", expression=expression, returnByValue=True)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")

@@ -1,4 +1,4 @@
-"""A job on hosts that come back: what was killed is started again, as a cluster's manager does; and the verdict."""
+"""A job on hosts that return: killed nodes are restarted, as a cluster's manager does; and the verdict."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _CHANGES = ("started", "planned", "joined", "node_lost", "worker_died")
 
 
 class Cluster(HostJob):
-    """The job of `HostJob`, on all hosts, with a version that outlives nodes after every step."""
+    """The job of `HostJob`, on all hosts, with a protected version after every step."""
 
     def __init__(
         self,
@@ -42,15 +42,15 @@ class Cluster(HostJob):
         self.flags = ["--es-snapshot-every=1", f"--log-dir={out}/logs", *flags]
         self.workers = 1
         self.faults: Sequence[Any] = ()
-        self.away: set[int] = set()  # hosts that are down and stay so
+        self.away: set[int] = set()  # hosts that are down and stay down
 
     def start(self, *hosts: int, faults: Sequence[Any] = (), workers: int = 1) -> None:
-        """Start the nodes of these hosts, or of all; with the same faults each time they are started again."""
+        """Start the nodes of these hosts, or of all; with the same faults each time they are restarted."""
         self.faults, self.workers = faults, workers
         self.launch(*(hosts or self.hosts.hosts), flags=self.flags, faults=faults, workers=workers)
 
     def restart(self) -> list[int]:
-        """Start again what was killed and is not away; which hosts."""
+        """Restart killed nodes that are not away; returns their hosts."""
         killed = [
             host
             for host, launcher in self.hosts.launchers.items()
@@ -61,7 +61,7 @@ class Cluster(HostJob):
         return killed
 
     def within(self, timeout_s: float, condition: Callable[[], Any]) -> bool:
-        """Whether something happens in time, or before the job ends; what was killed is started again meanwhile."""
+        """Whether a condition becomes true in time, or before the job ends; killed nodes are restarted meanwhile."""
         deadline = time.monotonic() + timeout_s
         while not condition():
             if time.monotonic() > deadline or self.events("ended"):
@@ -71,16 +71,16 @@ class Cluster(HostJob):
         return True
 
     def until(self, condition: Callable[[], Any], timeout_s: float, what: str) -> None:
-        """Wait for something that has to happen, before the job ends."""
+        """Wait for a condition that has to become true before the job ends."""
         happened = self.within(timeout_s, condition)
         assert happened, f"not within {timeout_s:g} s, at step {self.committed()}, {self.events('ended')}: {what}"
 
     def see_to_the_end(self, timeout_s: float) -> None:
-        """Start again what is killed, until the job has ended."""
+        """Restart killed nodes until the job has ended."""
         self.until(lambda: self.events("ended"), timeout_s, "the job has ended")
 
     def see_all_lives(self, timeout_s: float) -> None:
-        """To the end, but slowly while a node is away: what happens to it in its next life is to happen in time."""
+        """To the end, but slowly while a node is away, so that steps are left for faults in its next life."""
         deadline = time.monotonic() + timeout_s
         while not self.events("ended"):
             self.until(
@@ -105,12 +105,12 @@ class Cluster(HostJob):
         return all(self.hosts.address(host) in members for host in self.hosts.hosts)
 
     def protected(self) -> bool:
-        """Whether a version outlives nodes that was made since the last change of the membership."""
+        """Whether a version is protected that was made since the last change of the membership."""
         since = self._since_changes()
         return bool(since) and since[-1]["protected"] > since[0]["step"]
 
     def whole(self) -> bool:
-        """Whether all hosts train, and a version outlives nodes that was made since they do."""
+        """Whether all hosts train, and a version is protected that was made since they do."""
         since = self._since_changes()  # read once: the job runs meanwhile
         if not since or since[-1]["protected"] <= since[0]["step"]:
             return False
@@ -124,11 +124,11 @@ class Cluster(HostJob):
         return [event for event in events[last + 1 :] if event["event"] == "committed"]
 
     def slowly(self) -> contextlib.AbstractContextManager[None]:
-        """Steps take longer meanwhile, so that there are some left for what comes then."""
+        """Steps take longer meanwhile, so that some are left for what the test does."""
         return slowly(self.out)
 
     def await_whole(self, timeout_s: float = 90.0) -> None:
-        """Wait until the next loss may come."""
+        """Wait until the next loss may be injected."""
         with self.slowly():
             self.until(self.whole, timeout_s, "the job is whole")
 

@@ -1,4 +1,4 @@
-"""A script with a process group of its own, in which it averages something after each step."""
+"""A script with its own process group, in which it averages a value after each step."""
 
 import json
 import sys

@@ -1,6 +1,6 @@
-"""Writes what it finds in its environment and command line; prints a line on each stream.
+"""Writes its environment and command line; prints a line on each stream.
 
-With the argument "wait" it then waits for a signal, and writes which; rank 1 heeds none.
+With the argument "wait" it then waits for a signal, and writes which; rank 1 ignores them.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The `everstep` command with agents that keep few messages while no coordinator takes them."""
+"""The `everstep` command with agents that queue few messages while no coordinator can be reached."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ out = Path(config["out"])
 
 
 def dawdle():
-    """Slow the steps down while the test waits for something, which it signals by a file."""
+    """Slow the steps down while the test waits, which it signals by a file."""
     with contextlib.suppress(FileNotFoundError):
         waited_s = time.time() - (out / "slow").stat().st_mtime
         time.sleep(max(SLOW_S, waited_s * SLOWER))

@@ -1,4 +1,4 @@
-"""Every test here starts real processes, and leaves none, and nothing of theirs, also when it fails."""
+"""Checks that a test that starts real processes leaves no process or resource behind, even when it fails."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the hosts of a test are: network namespaces behind a switch, or addresses of the loopback interface."""
+"""The networks of a test's hosts: network namespaces behind a switch, or addresses of the loopback interface."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def own_namespaces() -> set[str]:
 
 
 class Cannot(Exception):
-    """This machine, or this kind of network, cannot do that."""
+    """This machine, or this kind of network, does not support that."""
 
 
 class Namespaces:
@@ -74,7 +74,7 @@ class Namespaces:
         return f"{self._subnet}.{250 if host == COORDINATOR else host + 1}"
 
     def enter(self, host: int) -> list[str]:
-        """What precedes a command, to run it on this host."""
+        """The prefix of a command that is to run on this host."""
         return ["ip", "netns", "exec", self._names[host]]
 
     def environment(self, host: int) -> dict[str, str]:
@@ -202,7 +202,7 @@ def _sweep() -> None:
 
 @lru_cache(maxsize=1)
 def available() -> tuple[bool, str]:
-    """Whether hosts can be namespaces here, and why not."""
+    """Whether hosts can be namespaces here, or the reason why not."""
     if os.geteuid() != 0:
         return False, "only root may make network namespaces"
     for tool in ("ip", "tc"):

@@ -12,7 +12,7 @@ _RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
 def free_ports(count: int) -> list[int]:
-    """Of loopback, TCP and UDP; none that the kernel may give to a connection before they are used."""
+    """On loopback, for TCP and UDP; none that the kernel may assign to a connection before they are used."""
     low = int(_RANGE.read_text().split()[0])
     found: list[int] = []
     with contextlib.ExitStack() as stack:

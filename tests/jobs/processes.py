@@ -1,4 +1,4 @@
-"""Looking at processes that may end while one looks."""
+"""Queries of processes that may end during the query."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ def each(
 
 
 def those(processes: Iterable[psutil.Process | int], that: Callable[[psutil.Process], bool]) -> list[psutil.Process]:
-    """Those of which it is true."""
+    """The processes for which it is true."""
     return [process for process, true in each(processes, that) if true]
 
 
 def named(processes: Iterable[psutil.Process | int], name: str) -> list[psutil.Process]:
-    """Those of this name."""
+    """The processes of this name."""
     return those(processes, lambda process: process.name() == name)
 
 
 def saying(processes: Iterable[psutil.Process | int], text: str) -> list[psutil.Process]:
-    """Those with this in an argument of their command line; zombies have none."""
+    """The processes with this in an argument of their command line; zombies have none."""
     return those(processes, lambda process: any(text in part for part in process.cmdline()))
 
 
 @contextlib.contextmanager
 def disk_full(process: psutil.Process) -> Iterator[None]:
-    """For a process: it can make no file longer."""
+    """Keep a process from making any file longer."""
     soft, hard = process.rlimit(psutil.RLIMIT_FSIZE)
     process.rlimit(psutil.RLIMIT_FSIZE, (0, hard))
     try:

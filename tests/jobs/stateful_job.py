@@ -1,4 +1,4 @@
-"""A job with states of its own that tensors, tuples and generators are in, and that training depends on."""
+"""A job with its own states, of tensors, tuples and generators, on which training depends."""
 
 import json
 import sys

@@ -29,5 +29,5 @@ def held_at_its_end(pid: int) -> Iterator[None]:
 
 
 def end_this_thread() -> None:
-    """Only this one, though it is the main thread, with status 0."""
+    """End only this thread, although it is the main one, with status 0."""
     _libc.syscall(_SYS_EXIT[os.uname().machine], 0)

@@ -182,7 +182,7 @@ class WatchedJob:
         self.until(lambda: len(self.events("recovered")) > recovered, "the recovery")
 
     def slow_down(self, rank: int, seconds: float) -> None:
-        """Have a worker run a fifth of the time only."""
+        """Let a worker run for only a fifth of the time."""
         pid, until = self.pid(rank), time.monotonic() + seconds
         while time.monotonic() < until:
             os.kill(pid, signal.SIGSTOP)
@@ -191,7 +191,7 @@ class WatchedJob:
             time.sleep(0.01)
 
     def spoil_checkpoints(self) -> None:
-        """A file where their folder was: none can be written."""
+        """Put a file in the place of their folder: no checkpoint can be written."""
         self.checkpoints.rename(self.out / "saved")
         self.checkpoints.write_text("")
 
@@ -208,7 +208,7 @@ class WatchedJob:
         os.killpg(self.launchers[1].pid, signal.SIGKILL)
 
     def history(self) -> None:
-        """What happens to it, from its start to the loss of a node: everything that an alert is about."""
+        """All faults from the start of the job to the loss of a node: one for every alert."""
         scraped = "everstep_steps_total > 10 and on () everstep_worker_steps_total > 5"
         self.until(lambda: self.prometheus.ready() and self.prometheus.value(scraped), "scrapes of a job that trains")
         self.kill_worker(3)
