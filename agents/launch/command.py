@@ -213,7 +213,7 @@ def _count_devices(parsed: argparse.Namespace) -> None:
 
 
 def _check(config: LaunchConfig) -> None:
-    """Raise LaunchError for what torch takes, and nothing here would heed, or could."""
+    """Raise LaunchError for flags that torch accepts, and Everstep cannot implement."""
     unknown = sorted(config.rdzv_configs.keys() - {*RENDEZVOUS, *WITHOUT_EFFECT, "rank"})
     if unknown:
         raise LaunchError(

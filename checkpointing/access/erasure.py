@@ -148,7 +148,7 @@ def _calls(start: int, stop: int) -> Iterable[tuple[int, int]]:
 def _combine(matrix: Sequence[bytes], sources: Sequence[_Span], targets: Sequence[_Span]) -> None:
     """targets[i] = sum over j of matrix[i][j] * sources[j], as far as each target goes.
 
-    Where a source has ended it is left out, so nobody has to pad it: between two ends the same blocks take part.
+    A source is left out beyond its end, so no caller has to pad it: between two ends the same blocks contribute.
     """
     start = 0
     for stop in sorted({span.size for span in (*sources, *targets)}):

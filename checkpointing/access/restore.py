@@ -48,7 +48,7 @@ class Keepers:
             missing = [shard for shard in missing if shard not in found]
 
     def records(self, shards: Sequence[int], version: int) -> dict[int, bytearray]:
-        """The records of `version` that can be had of the shards, from parity too."""
+        """The available records of the shards at `version`, including those reconstructed from parity."""
         found = {item.shard: item.parts[0] for item in self.fetch(shards, version, replay=False)}
         missing = [shard for shard in shards if shard not in found]
         found.update((item.shard, item.parts[0]) for item in self.decode(missing, version))

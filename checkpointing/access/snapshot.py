@@ -65,7 +65,7 @@ class Snapshots:
         self.protected = -1  # the newest version that all members know to outlive lost nodes
         self.saving = -1  # the version that a checkpoint is being made of
         self.waited_s = 0.0
-        self.spread_s = 0.0  # a copy takes this long if nobody waits for it, so as not to crowd out the compute
+        self.spread_s = 0.0  # a copy takes this long unless a caller waits for it, to leave time for compute
         self._hurry = threading.Event()
         self.on_copied: Callable[[int, int, float], None] = lambda started_ns, length, busy_s: None
         """Called, in the thread that copies, when a version is sealed: with its bytes, and the time less the pauses."""
@@ -164,7 +164,7 @@ class Snapshots:
         )
 
     def _open(self, shard: int, version: int, record: ShardRecord) -> _Begun:
-        """Open a slot for a record, and copy its values, so that nobody can change them any more."""
+        """Open a slot for a record, and copy its values, so that they cannot change any more."""
         number, segment = self._home[shard]
         slot = segment.free_slot(shard, (self.protected, version - 1, self.saving), self.lines)
         start = segment.open_slot(shard, slot, record.length)
@@ -246,7 +246,7 @@ class Snapshots:
         return segment.read(slot) if slot is not None else None
 
     def discard(self, shard: int, version: int | None = None) -> None:
-        """A shard's record at `version` (None: any) was made of damaged values: nobody is to use it."""
+        """A shard's record at `version` (None: any) was made of damaged values: do not use it."""
         if self._link is None or not self.has(shard):
             return
         segment = self._home[shard][1]

@@ -39,7 +39,7 @@ class Key(NamedTuple):
     kind: Kind
     step: int
     micro_batch: int = 0
-    index: int = 0  # type: ignore[assignment]  # tuple.index, which nobody needs on a key
+    index: int = 0  # type: ignore[assignment]  # hides tuple.index, which a key does not need
 
 
 @dataclass(frozen=True)

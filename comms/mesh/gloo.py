@@ -33,7 +33,7 @@ from .tensors import host_bytes, over
 
 _HEADER_TAG = 1
 _PAYLOAD_TAG = 2
-_KILL_TAG = 3  # nobody ever sends with it
+_KILL_TAG = 3  # no member ever sends with it
 _KILL_TIMEOUT = datetime.timedelta(milliseconds=1)
 
 
@@ -88,7 +88,7 @@ class _Group:
     def _receive(self, source: int, mailbox: SharedMailbox) -> None:
         index = self.ranks.index(source)
         head = torch.empty(HEADER_BYTES, dtype=torch.uint8)
-        # RuntimeError: the pair was closed, here or by the peer's death. Whoever waits for it waits for an abort.
+        # RuntimeError: the pair was closed, here or by the peer's death. A caller that waits for it gets an abort.
         with contextlib.suppress(RuntimeError, ProtocolError):
             while True:
                 self._pg.recv([head], index, _HEADER_TAG).wait()
@@ -171,7 +171,7 @@ class GlooCommunicator(Communicator):
                 self._group.kill()
 
     def edit(self, generation: int, peers: Mapping[int, Peer]) -> EditReport:
-        """See `Communicator.edit`. Collective: every link is closed, and all are opened anew."""
+        """See `Communicator.edit`. Collective: every link is closed, and all are opened again."""
         if self._closed:
             raise RuntimeError("the communicator is closed")
         if generation <= self.generation:

@@ -1,8 +1,8 @@
 """The links of a mesh: each carries messages one way, and over shared memory credits the other way.
 
 This is the sender's end; `incoming` is the receiver's. Neither blocks: `OutLink.flush` writes what the kernel takes.
-Whatever goes wrong with a peer or with its bytes breaks its link, and nothing else.  Bytes that changed on their way
-are reported besides, by both ends, because then nobody died whose death would be noticed.
+A failure of a peer or of its bytes breaks its link, and nothing else. In addition, both ends report bytes that changed
+in transit, because in that case no process died whose death would be detected.
 """
 
 from __future__ import annotations

@@ -327,7 +327,7 @@ class MeshCommunicator(Communicator):
             try:
                 sock, _ = listener.accept()
             except OSError:
-                return  # nobody is left in the backlog, or the one there has gone
+                return  # the backlog is empty, or the connection in it was closed
             encrypted = self._security.encrypts and sock.family != socket.AF_UNIX
             end = TlsSocket(sock, self._security, server=True) if encrypted else sock
             self._in.append(InLink(end, self._local, self._poller))

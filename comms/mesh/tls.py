@@ -2,7 +2,7 @@
 
 A plain socket that is empty raises BlockingIOError; so does this one, and `wants_read` says whether it is bytes from
 the peer that are missing, also where it was asked to write: in a handshake. What was decrypted and not yet taken is
-told by `pending`, since no poll tells it.
+shown by `pending`, since no poll reports it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class TlsSocket:
         return self._socket.pending()
 
     def sendmsg(self, buffers: Sequence[memoryview]) -> int:
-        """Write what goes; how much of `buffers` it was. After BlockingIOError it must be told the same bytes again."""
+        """Write what goes; how much of `buffers` it was. After BlockingIOError, pass the same bytes again."""
         first: memoryview | bytes = buffers[0]
         if len(first) < _SMALL_BYTES:
             joined = bytearray()

@@ -264,7 +264,7 @@ class Recovery:
         engine.store.own([s for s in engine.stack.spec.shards if s.index in it.shards])
         replay = engine.settings.protection == "replay"
         ranks = backup_ranks(layout, orders.placement, orders.nodes) if replay else {}
-        engine.backups.take_places(layout, ranks, anew=it.discard)
+        engine.backups.take_places(layout, ranks, discard=it.discard)
         engine.backups.level.difference_update(it.plan.stand_ins)
         if it.seeded:
             engine.store.seed()

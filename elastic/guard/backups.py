@@ -50,9 +50,9 @@ class Backups:
         """The ranks that back a shard up."""
         return self.places.ranks.get(shard, ())
 
-    def take_places(self, layout: Layout, ranks: Mapping[int, tuple[int, ...]], *, anew: bool) -> None:
-        """Back up the shards that this generation assigns; `anew`: drop all copies."""
-        self.places.enter(ranks, discard=anew)
+    def take_places(self, layout: Layout, ranks: Mapping[int, tuple[int, ...]], *, discard: bool) -> None:
+        """Back up the shards that this generation assigns; `discard`: drop all copies."""
+        self.places.enter(ranks, discard=discard)
         self.store.own([self._stack.spec.shards[index] for index in self.places.mine])
         self._gradients = {}
 

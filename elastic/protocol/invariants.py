@@ -126,13 +126,13 @@ def check_state(state: State, known: Layout | None = None) -> None:
         live = {worker.id for worker in state.workers.values()}
         waiting = (state.recovery.awaited & live) - set(state.recovery.reports)
         starting = any(worker.status is Status.STARTING for worker in state.workers.values())
-        _expect(bool(waiting) or starting, "a recovery that waits for nobody")
+        _expect(bool(waiting) or starting, "a recovery that waits for no worker")
         lost = set(state.recovery.nodes_lost) & set(state.nodes)
         _expect(not lost, f"nodes {lost} are lost and there")
     if state.join is not None:
         _expect(state.join.generation == state.generation, "the join is of another generation")
         joiners = [r for r in state.join.layout.ranks if state.workers[r].status is Status.READY]
-        _expect(bool(joiners or state.join.leaving), "a switch that nobody joins or leaves with")
+        _expect(bool(joiners or state.join.leaving), "a switch without joining or leaving ranks")
     _expect(state.leaving.keys() <= state.nodes.keys(), f"{list(state.leaving)} leave, of {list(state.nodes)}")
     for rank, worker in state.workers.items():
         if worker.status is Status.LEFT and state.phase is Phase.RUNNING and state.layout is not None:

@@ -215,7 +215,7 @@ class SimWorker:
                 return
             yield from self._due()
             if (yield from self.control.wait_for_end()):
-                raise AssertionError(f"{self.id} went on, and is told that training is over") from None
+                raise AssertionError(f"{self.id} continued, and was notified that training is over") from None
             yield from self._due()
 
     def _recover(self) -> Steps[None]:

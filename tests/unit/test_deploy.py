@@ -159,7 +159,7 @@ def test_a_chart_without_certificates_or_trust_fails_by_name() -> None:
     parts = (CHART / "templates" / "_parts.tpl").read_text()
     guard = parts.partition('define "everstep.env"')[2].partition("{{- end }}")[0]
     assert "if not (or .Values.security.certificates .Values.security.insecureNetwork)" in guard
-    assert '{{- fail "give security.certificates' in guard
+    assert '{{- fail "set security.certificates' in guard
     used = [path.name for path in (CHART / "templates").glob("*.yaml") if 'include "everstep.env"' in path.read_text()]
     assert sorted(used) == ["coordinator.yaml", "nodes.yaml"], "every pod asks for it"
 

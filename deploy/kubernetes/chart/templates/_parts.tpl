@@ -27,7 +27,7 @@ securityContext:
 
 {{- define "everstep.env" -}}
 {{- if not (or .Values.security.certificates .Values.security.insecureNetwork) }}
-{{- fail "give security.certificates (a secret, made of what `everstep certs` writes), or security.insecureNetwork=true where everybody on the pods' network is trusted" }}
+{{- fail "set security.certificates (a secret with the files that `everstep certs` writes), or security.insecureNetwork=true on a trusted pod network" }}
 {{- end }}
 {{- if .Values.security.certificates }}
 - name: EVERSTEP_CERTS
