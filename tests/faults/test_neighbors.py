@@ -55,7 +55,7 @@ def _approximated(folder: Path, faults: list[dict[str, object]]) -> dict[str, An
     Returns what rank 3 has at the end.
     """
     folder.mkdir()
-    pause = {"rank": 0, "phase": "compute", "step": 6, "kind": "pause", "seconds": 3.0}
+    pause = {"rank": 0, "phase": "compute", "step": 6, "kind": "pause", "seconds": 5.0}
     flags = ["--es-snapshot-every=4", "--es-on-loss=neighbors", "--es-hang-timeout=60", f"--log-dir={folder}/logs"]
     with Hosts(4) as hosts:
         job = HostJob(hosts, folder, nnodes="4:4", steps=12, stages=4)
