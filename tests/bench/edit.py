@@ -69,14 +69,14 @@ def mesh_turn(rank: int, size: int, turn: int, shared_memory: bool, pipe: Connec
             barrier(comm, 1, 0)
             result = Turn(begun, time.monotonic(), report.closed, report.opened, report.kept)
         pipe.send(result)
-        pipe.recv()  # everybody stays until all have measured
+        pipe.recv()  # every rank stays until all have measured
         return result
     finally:
         comm.close()
 
 
 def gloo_turn(rank: int, size: int, turn: int, store: TCPStore, pipe: Connection) -> Turn | None:
-    """gloo: the same, with a process group that is dropped and built anew among the survivors."""
+    """gloo: the same, with a process group that is dropped and rebuilt among the survivors."""
 
     def group(name: str, members: int) -> Any:
         return ProcessGroupGloo(PrefixStore(f"{turn}/{name}", store), rank, members, GLOO_TIMEOUT)

@@ -1,4 +1,4 @@
-"""What every system of a benchmark trains: one model, one data order, one batch; and how a worker is told of it."""
+"""What every system of a benchmark trains: one model, one data order, one batch; and the arguments of a worker."""
 
 from __future__ import annotations
 

@@ -144,7 +144,7 @@ def test_parts_of_a_file(store) -> None:
 
 
 def test_a_file_into_memory(store) -> None:
-    """Its size is told, also where it is not the room's: then the room is not to be used."""
+    """The store returns its size, also if that differs from the given memory's, which must not be used then."""
     store.put("file", [b"0123456789"])
     room = bytearray(10)
     assert store.get_into("file", memoryview(room)) == 10

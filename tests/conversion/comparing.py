@@ -34,7 +34,7 @@ def write(name: str, content: Content, out: Path, **settings: str) -> Path:
 
 
 def through_universal(source: Path, out: Path, to: str) -> Content:
-    """What is read of a checkpoint after it went into the universal form and out of it, its format found out."""
+    """The contents of a checkpoint after a conversion to the universal form and back, with its format detected."""
     for begin, end, form in ((source, out / "universal", driver.UNIVERSAL), (out / "universal", out / "back", to)):
         conversion = Conversion(source=str(begin), destination=str(end), to=form)
         driver.convert(conversion, driver.prepare(conversion))

@@ -29,7 +29,7 @@ def lazy(array: np.ndarray, dtype: str = "float32") -> Lazy:
 
 
 def state_of(array: np.ndarray, state: str) -> np.ndarray:
-    """A moment that can be told from the parameter, exactly: float32 has room for it."""
+    """A moment that is computed exactly from the parameter: float32 can represent it."""
     return array + np.float32({"fp32": 0, "exp_avg": 1000, "exp_avg_sq": 2000}[state])
 
 

@@ -238,7 +238,7 @@ sys.exit(main(sys.argv[1:]))
 
 @pytest.fixture
 def public() -> Iterator[Path]:
-    """A folder that everybody may enter."""
+    """A folder that every user may enter."""
     with tempfile.TemporaryDirectory(prefix="everstep-public-") as name:
         Path(name).chmod(0o777)
         yield Path(name)

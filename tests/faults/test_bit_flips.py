@@ -84,7 +84,7 @@ class Cluster:
             wait_until(whole, 10, f"version {version} is whole")
 
     def fetch(self, lost: set[str] = frozenset()) -> tuple[dict[int, bytes], list[dict[str, object]]]:
-        """Every shard that can be had without these nodes, and the damage that was met."""
+        """Every shard that is available without these nodes, and the damage that was found."""
         alive = {name: address for name, address in self.addresses.items() if name not in lost}
         keepers = Keepers(alive, TOKEN, lambda: None)
         found = keepers.records(range(SHARDS), VERSION)

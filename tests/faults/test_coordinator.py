@@ -87,7 +87,7 @@ def test_again_and_again_with_stages() -> None:
 @pytest.mark.soak
 def test_at_every_decision(tmp_path: Path) -> None:
     """Each one lives until it decides something for others to do: it dies before that is written, and the next one when
-    it is written and nobody was told. A worker is lost meanwhile."""
+    it is written and no node was notified. A worker is lost meanwhile."""
     (port,) = free_ports(1)
     where = [f"--bind=127.0.0.1:{port}", "--rdzv-id=doomed", "--nnodes=1", f"--es-store={tmp_path}/store"]
     where.append(f"--es-events={tmp_path}/events.jsonl")

@@ -80,7 +80,7 @@ def test_a_damaged_backup(dtype: str, tmp_path: Path) -> None:
 @pytest.mark.soak
 @pytest.mark.parametrize("kind", ["flip", "flip-owned"])
 def test_a_bit_that_flips_while_a_step_is_computed(kind: str) -> None:
-    """It is noticed in that step, whether or not replicas are due to be compared, and made good."""
+    """It is detected in that step, whether or not a comparison is due, and repaired."""
     faults = [{"rank": 0, "phase": "compute", "step": 3, "kind": kind}]
     result = run_job(nproc=2, steps=STEPS, faults=faults, flags=["--es-verify-every=0"])
     assert_same_run(result, reference())

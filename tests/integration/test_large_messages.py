@@ -42,7 +42,7 @@ LARGE = "0123456789abcdef" * MIB  # 16 MiB
 CONTEXT = WorkerContext(rank=0, incarnation=0, world_size=1, host="127.0.0.1", host_id="h", token="t", keeper_name="")
 TOKEN = "a job's token"
 
-# ---------------------------------------------------------------- agent and coordinator, and whoever asks
+# ---------------------------------------------------------------- agent, coordinator and clients
 
 
 class Echo:

@@ -254,7 +254,7 @@ def test_an_ordinary_script_hears_a_signal_to_its_group_by_its_launcher(tmp_path
     wait_until(lambda: len(list(tmp_path.glob("*.signal"))) == 2, 30, "both have heard it")
     first_s = time.monotonic()
     wait_until(lambda: time.monotonic() > first_s + SAME_S, 10, "the second one is another one")
-    launcher.send_signal(signal.SIGUSR1)  # rank 1 heeds none, and would be waited for
+    launcher.send_signal(signal.SIGUSR1)  # rank 1 ignores signals, and would be waited for
     finish(launcher, 40)
     assert launcher.returncode == 1
     assert {path.read_text() for path in tmp_path.glob("*.signal")} == {"SIGUSR1"}

@@ -47,7 +47,7 @@ def plugin(folder: Path) -> Path:
 
 @pytest.mark.soak
 def test_many_flags_at_once(tmp_path: Path) -> None:
-    """In the spelling with underscores. The signal that stops the launcher is passed on; who heeds none is killed."""
+    """In the spelling with underscores. The launcher forwards its signal; a worker that ignores it is killed."""
     flags = {
         "nnodes": "1:1",
         "nproc_per_node": "2",

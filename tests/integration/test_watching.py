@@ -419,7 +419,7 @@ def test_the_page_in_a_browser(tmp_path: Path) -> None:
         page.until("!document.getElementById('away').hidden")
 
 
-# ---------------------------------------------------------------- nobody there
+# ---------------------------------------------------------------- no coordinator
 
 
 @pytest.mark.parametrize("command", ["status", "top", "trace", "events"])

@@ -358,7 +358,7 @@ def test_what_the_rules_do_not_cover_is_listed() -> None:
 
 
 def test_types_and_uneven_joins(tmp_path: Path) -> None:
-    """A type is of parameters, not of moments; parts of different sizes need to be told on the way back."""
+    """A type is of parameters, not of moments; the way back needs the sizes of unequal parts."""
     path = tmp_path / "mine.toml"
     path.write_text(
         '[[name]]\na = ["q.{n}", "k.{n}"]\nb = "qk.{n}"\nhow = "concat"\nsizes = [4, 2]\ndim = 1\ndtype = "bfloat16"\n'

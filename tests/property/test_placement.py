@@ -55,7 +55,7 @@ def names(count: int) -> tuple[str, ...]:
 
 @st.composite
 def worlds(draw, max_nodes: int = 64) -> World:
-    """Nodes that own shards evenly or not, of sizes that are alike or not; some shards are owned by nobody alive."""
+    """Nodes that own shards evenly or not, of sizes that are alike or not; some shards have no live owner."""
     nodes = names(draw(st.one_of(st.integers(2, min(9, max_nodes)), st.integers(2, max_nodes))))
     count = draw(st.integers(0, 80))
     rng = random.Random(draw(st.integers(0, 1 << 32)))

@@ -41,7 +41,7 @@ def layouts(draw, spec: ModelSpec, max_ranks: int = 6) -> Layout:
 
 @st.composite
 def histories(draw) -> tuple[ModelSpec, list[Layout]]:
-    """A model, and the layouts of a job that workers leave, come back to and join anew."""
+    """A model, and the layouts of a job that workers leave, return to and join."""
     spec = draw(models())
     history = [draw(layouts(spec))]
     ranks = set(history[0].ranks)

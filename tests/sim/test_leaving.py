@@ -158,7 +158,7 @@ def test_scripts_end_one_by_one() -> None:
 
 
 def test_a_failure_after_training_ends_the_job() -> None:
-    """Nobody is replaced, and nothing trained again."""
+    """No worker is replaced, and nothing is trained again."""
     s = after_training(trained())
     effects = s(e.WorkerDied(w(1), "killed by SIGKILL"))
     why = "training is done, but the code after it failed: killed by SIGKILL"
@@ -208,7 +208,7 @@ def test_a_script_that_ends_in_that_grace_has_lost_nothing() -> None:
 
 
 def test_one_leaves_alone_among_deaths() -> None:
-    """It is named, unless it died and its replacement did not leave; nobody waits for ever, and no byte differs."""
+    """It is named, unless it died and its replacement did not leave; no rank waits forever, and no byte differs."""
     outcomes = [simulate(seed, SHAPES["leaving alone"]) for seed in range(20)]
     assert sum("rank 1 left the training loop after step 2 of 8" in outcome.why for outcome in outcomes) > 15
 

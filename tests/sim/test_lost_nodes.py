@@ -51,7 +51,7 @@ def test_more_is_lost_than_the_promise_allows_and_checkpoints_are_saved(name: st
     [
         ("3 nodes", 5),  # a node is lost while a join is offered: keepers speak of the generation before
         ("4 nodes", 7),  # a rollback to version 0 is interrupted: values are no longer those of the seed
-        ("4 nodes", 9),  # a worker dies after a node's loss was made good, before the coordinator hears of a commit
+        ("4 nodes", 9),  # a worker dies after the recovery from a lost node, before the next commit is reported
         ("4 nodes, seldom", 9),  # those who had still to finish are lost
         ("4 nodes, seldom", 20),  # a survivor missed the agreement that says what is protected
         ("5 nodes", 25),  # a version that is made again took two slots

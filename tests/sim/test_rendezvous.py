@@ -68,7 +68,7 @@ def test_the_least_and_a_last_call() -> None:
 
 
 def test_one_that_comes_later() -> None:
-    """Those in the round see that it waits, and join again; while there is no room, nobody is disturbed."""
+    """The members of the round see that it waits, and join again; while there is no room, the round is undisturbed."""
     m = Meeting(RoundLimits(min_nodes=1, max_nodes=2, last_call_s=0.0, lost_after_s=5.0))
     m.join("a")
     assert m.stay("a").place == RoundPlace(1, 0, 1)
@@ -94,7 +94,7 @@ def test_workers_of_one_fail() -> None:
 
 
 def test_a_lost_agent() -> None:
-    """The others are told, and meet without it; with fewer than the least they wait."""
+    """The others are notified, and meet without it; with fewer than the minimum they wait."""
     m = Meeting()
     m.join("a", "b", "c", "d")
     m.stay("a", "b", "c", "d")
@@ -155,7 +155,7 @@ def test_other_limits_are_refused(limits: RoundLimits) -> None:
 
 @pytest.mark.parametrize("seed", range(30))
 def test_any_order(seed: int) -> None:
-    """Ranks are 0..n-1, each once; whoever keeps joining and staying is in a round in the end."""
+    """Ranks are 0..n-1, each once; an agent that keeps joining and staying is in a round in the end."""
     rng, m = random.Random(seed), Meeting()
     nodes = [f"n{i}" for i in range(6)]
     for _ in range(300):

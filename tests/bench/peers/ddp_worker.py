@@ -29,8 +29,9 @@ def main() -> None:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         first = saved["step"] + 1
-    # DDP lays its buckets out anew after the first step of a process, and gloo's sums depend on the layout: a job that
-    # goes on from a checkpoint does not repeat its bits, unless option "ddp" is {"find_unused_parameters": True}.
+    # DDP changes the layout of its buckets after the first step of a process, and gloo's sums depend on the layout: a
+    # job that goes on from a checkpoint does not repeat its bits, unless option "ddp" is {"find_unused_parameters":
+    # True}.
     wrapped = DistributedDataParallel(model, **job.option("ddp", {}))
     _held = ballast(job)
     stamper = Stamper(job.folder, rank)
