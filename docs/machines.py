@@ -77,7 +77,7 @@ def _worker() -> list[str]:
         "",
         "The code is `elastic/protocol/worker.py`, with `worker_events.py` and `worker_state.py`.",
         "The engine (`elastic/engine/`) carries out its instructions on tensors, the simulator on hashes.",
-        "`legs.py` decides the order of work within a step, and `protecting.py` which versions outlive nodes.",
+        "`resharding/legs.py` decides the order of work in a step, and `protecting.py` which versions outlive nodes.",
         "",
         *_phases(worker_state.WorkerPhase),
         *_events(worker_events.Event.__args__, lambda kind: handled[kind]),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -86,7 +86,22 @@ class Layout:
     @cached_property
     def work(self) -> Work:
         """The work of an undisturbed step."""
-        return Work(self.segments())
+        return Work(self.segments(), order=self.order)
+
+    @cached_property
+    def order(self) -> Mapping[int, int]:
+        """The order in which every rank takes micro-batches: micro-batch -> its place in it.
+
+        Ranks of the stage that has the most take theirs in step with each other. So a stage that has fewer gets input
+        from all of them all the time; by number, it would first take all that one of them sends, while the others wait.
+        """
+        widest = max(self.stages, key=lambda stage: len(stage.blocks))
+        passed = {
+            micro_batch: (micro_batch - block.start + 0.5) / (block.stop - block.start)
+            for block in widest.blocks
+            for micro_batch in range(block.start, block.stop)
+        }
+        return {micro_batch: place for place, micro_batch in enumerate(sorted(passed, key=lambda m: (passed[m], m)))}
 
     def segments(self) -> tuple[AssignedLeg, ...]:
         """The work of an undisturbed step, in the form of plans."""

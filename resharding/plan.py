@@ -77,14 +77,15 @@ class Plan:
     """What all members do to enter `layout.generation`.
 
     `version`: the state that all are brought to; None if it is the version at which the members switch (a join, a
-    departure). `agreement`: the agreement of step version - 1, for owners that have still to carry it out. `moves`: the
-    shards that ranks lack, and where each is read; those to own first, in the order of shards. `fresh`: ranks whose
-    state is not used: they have none yet, or go back to an older version. The lowest other rank sends them the position
-    of the job. `protected`: the newest version at which every shard can be read, -1 if it has not changed. `work`: the
-    segments of the interrupted step that are still to run; `started`: those of them whose forward is done. `kept`: the
-    segments whose gradients are held. `checkpoint`: the name of the checkpoint from which everything is read; empty if
-    it is in memory. `leaving`: ranks that are in the layout before, and agree on the switch, but are not members after
-    it. `lines`: which records count; the last fork is this plan's own if other bytes follow its version than before.
+    departure, a rebalance). `agreement`: the agreement of step version - 1, for owners that have still to carry it out.
+    `moves`: the shards that ranks lack, and where each is read; those to own first, in the order of shards. `fresh`:
+    ranks whose state is not used: they have none yet, or go back to an older version. The lowest other rank sends them
+    the position of the job. `protected`: the newest version at which every shard can be read, -1 if it has not changed.
+    `work`: the segments of the interrupted step that are still to run; `started`: those of them whose forward is done.
+    `kept`: the segments whose gradients are held. `checkpoint`: the name of the checkpoint from which everything is
+    read; empty if it is in memory. `leaving`: ranks that are in the layout before, and agree on the switch, but are not
+    members after it. `lines`: which records count; the last fork is this plan's own if other bytes follow its version
+    than before.
     """
 
     layout: Layout
@@ -204,7 +205,7 @@ def plan_start(layout: Layout) -> Plan:
 
 def plan_join(spec: ModelSpec, old: Layout, joiners: Collection[int], generation: int) -> Plan:
     """The plan by which `joiners` become members at a step boundary, without a pause in training."""
-    return _plan_switch(spec, old, change_layout(spec, old, {*old.ranks, *joiners}, generation))
+    return plan_switch(spec, old, change_layout(spec, old, {*old.ranks, *joiners}, generation))
 
 
 def plan_leave(spec: ModelSpec, old: Layout, leavers: Collection[int], generation: int) -> Plan:
@@ -212,10 +213,11 @@ def plan_leave(spec: ModelSpec, old: Layout, leavers: Collection[int], generatio
 
     Raises LayoutError when no member would be left.
     """
-    return _plan_switch(spec, old, change_layout(spec, old, set(old.ranks) - set(leavers), generation))
+    return plan_switch(spec, old, change_layout(spec, old, set(old.ranks) - set(leavers), generation))
 
 
-def _plan_switch(spec: ModelSpec, old: Layout, layout: Layout) -> Plan:
+def plan_switch(spec: ModelSpec, old: Layout, layout: Layout) -> Plan:
+    """The plan by which the members go from `old` to `layout` at a step boundary, without a pause in training."""
     gained = [s.index for s in spec.shards if layout.owners[s.index] != old.owners[s.index]]
     valid = {rank: _layers(old.stage_of(rank)) for rank in layout.ranks if rank in old}
     return Plan(

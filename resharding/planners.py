@@ -44,10 +44,23 @@ def partition(costs: Sequence[float], weights: Sequence[float]) -> list[int]:
     return [0, *reversed(bounds)]
 
 
-def deal_micro_batches(micro_batches: int, ranks: Sequence[int]) -> tuple[Block, ...]:
-    """Contiguous ranges, aligned where possible, with sizes that differ by at most one: each rank's share of a step."""
+def deal_micro_batches(
+    micro_batches: int, ranks: Sequence[int], speeds: Mapping[int, float] | None = None
+) -> tuple[Block, ...]:
+    """Contiguous ranges: each rank's share of a step, by speed (1 where none is given).
+
+    Ranks of one speed get shares that differ by at most one. Otherwise each gets one, if there are enough, so that its
+    speed goes on being measured; and the rank that would be finished first gets the next one, again and again.
+    """
     count = len(ranks)
-    bounds = [micro_batches * i // count for i in range(count + 1)]
+    speed = [(speeds or {}).get(rank, 1.0) for rank in ranks]
+    if min(speed) == max(speed):
+        bounds = [micro_batches * i // count for i in range(count + 1)]
+    else:
+        shares = [int(micro_batches >= count)] * count
+        for _ in range(micro_batches - sum(shares)):
+            shares[min(range(count), key=lambda i: ((shares[i] + 1) / speed[i], i))] += 1
+        bounds = [0, *accumulate(shares)]
     return tuple(
         Block(rank, start, stop)
         for rank, start, stop in zip(ranks, bounds[:-1], bounds[1:], strict=True)

@@ -31,19 +31,31 @@ class AssignedLeg(NamedTuple):
 class Work:
     """The segments of a step that are still to run, and those whose gradients are `kept` from before a recovery.
 
-    Immutable. The tables are built once, in O(segments); a look-up costs O(1).
+    Immutable. The tables are built once, in O(segments); a look-up costs O(1). `order`: micro-batch -> its place in the
+    order in which every rank takes them; by number where none is given. All ranks have the same order: so no rank waits
+    for one that waits for it.
     """
 
-    def __init__(self, segments: Iterable[AssignedLeg], kept: Iterable[AssignedLeg] = ()) -> None:
+    def __init__(
+        self,
+        segments: Iterable[AssignedLeg],
+        kept: Iterable[AssignedLeg] = (),
+        order: Mapping[int, int] | None = None,
+    ) -> None:
         self.segments = tuple(segments)
         self.kept = tuple(kept)
+        self._order: Mapping[int, int] = order or {}
+
+    def turn(self, leg: Leg) -> tuple[int, int]:
+        """What legs are sorted by: the place of their micro-batch, then their layers."""
+        return self._order.get(leg.micro_batch, leg.micro_batch), leg.start
 
     @cached_property
     def _spans(self) -> Mapping[int, tuple[Leg, ...]]:
         found: dict[int, list[Leg]] = {}
         for segment in self.segments:
             found.setdefault(segment.rank, []).append(segment.span)
-        return {rank: tuple(sorted(spans)) for rank, spans in found.items()}
+        return {rank: tuple(sorted(spans, key=self.turn)) for rank, spans in found.items()}
 
     @cached_property
     def _starting(self) -> Mapping[tuple[int, int], AssignedLeg]:
@@ -80,7 +92,7 @@ class Work:
         return {layer: tuple(ranks) for layer, ranks in found.items()}
 
     def spans_of(self, rank: int) -> tuple[Leg, ...]:
-        """What `rank` has still to run, by micro-batch."""
+        """What `rank` has still to run, in order."""
         return self._spans.get(rank, ())
 
     def layers_of(self, rank: int) -> tuple[int, ...]:

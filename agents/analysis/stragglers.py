@@ -126,6 +126,11 @@ class Stragglers:
         self.per_micro_batch_s = {rank: self._series[rank].now_s for rank in self._series if self._tells(rank)}
         self._judge(found, {rank for _, ranks in placed if len(ranks) > 1 for rank in ranks}, now_s)
 
+    def slow_steps(self, rank: int) -> int:
+        """For how many steps a rank has been slower than what it is compared with."""
+        series = self._series.get(rank)
+        return series.slow_steps if series is not None else 0
+
     def slowest(self, count: int) -> Mapping[int, float]:
         """The highest ratios, by rank."""
         return dict(sorted(self.ratios.items(), key=lambda item: -item[1])[:count])

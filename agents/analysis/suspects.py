@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from everstep.comms.control import telemetry_pb2 as pb
-from everstep.elastic.protocol.events import StragglerFound, StragglerGone
+from everstep.elastic.protocol.events import SpeedsMeasured, StragglerFound, StragglerGone
 from everstep.elastic.protocol.state import State
 
 from .slow_links import SlowLinks
@@ -19,6 +19,9 @@ from .verdicts import Finding
 
 AGAIN_S = 300.0  # a finding that lasts this long is reported and counted again
 NEWS_KEPT = 256
+SLOWER, LEVEL = 1.2, 1.1  # times its stage's compute time: from where on a rank counts as slower, and as level again
+SLOW_STEPS = 6  # for which a rank has to be slower until it is reported
+SPEED_CHANGED = 0.1  # by which a known speed has to change to be reported again
 
 Key = tuple[object, ...]
 
@@ -30,6 +33,7 @@ class Suspects:
         self.stragglers = Stragglers()
         self.links = SlowLinks()
         self._told: dict[Key, tuple[Finding, float]] = {}  # and when it was last reported
+        self._speeds: dict[int, float] = {}  # as reported last
         self._news: deque[StragglerFound | StragglerGone] = deque(maxlen=NEWS_KEPT)
 
     def take(self, telemetry: pb.Telemetry, elapsed_s: float, now_s: float) -> None:
@@ -61,6 +65,21 @@ class Suspects:
     def poll(self) -> StragglerFound | StragglerGone | None:
         """The next report."""
         return self._news.popleft() if self._news else None
+
+    def speeds(self) -> SpeedsMeasured | None:
+        """The speeds of the ranks that are slower than their stage, if they have changed since they were asked for."""
+        speeds: dict[int, float] = {}
+        for rank, ratio in self.stragglers.ratios.items():
+            known = self._speeds.get(rank)
+            if ratio >= SLOWER and (known or self.stragglers.slow_steps(rank) >= SLOW_STEPS):
+                speeds[rank] = 1 / ratio
+            elif known is not None and ratio > LEVEL:
+                speeds[rank] = known
+        changed = {rank for rank in {*speeds, *self._speeds} if not _close(speeds.get(rank), self._speeds.get(rank))}
+        if not changed:
+            return None
+        self._speeds = speeds
+        return SpeedsMeasured(speeds)
 
     def _present(self, nodes: Mapping[int, str]) -> dict[Key, Finding]:
         found: dict[Key, Finding] = {("link", *whom): finding for whom, finding in self.links.findings.items()}
@@ -98,3 +117,7 @@ class Suspects:
         why = f"{ratio:.2f} times what it is compared with" if ratio else "level again, or not to be compared any more"
         evidence = f"{why}, after {now_s - finding.since_s:.0f} s"
         return StragglerGone(finding.node, finding.rank, finding.what, evidence, peer=finding.peer)
+
+
+def _close(one: float | None, other: float | None) -> bool:
+    return abs((one or 1.0) / (other or 1.0) - 1) < SPEED_CHANGED

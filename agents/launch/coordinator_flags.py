@@ -22,6 +22,13 @@ def add_coordinator_flags(group: argparse._ActionsContainer, *, log: str) -> Non
         help="how long a job may take to save a checkpoint when it is stopped",
     )
     group.add_argument(
+        "--es-rebalance-after",
+        type=float,
+        default=Config().rebalance_after_s,
+        metavar="SECONDS",
+        help="how long a layout has to last before a faster one is looked for and taken, at a step boundary (0: never)",
+    )
+    group.add_argument(
         "--es-quarantine",
         type=policy,
         default=policy("off"),

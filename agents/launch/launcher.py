@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import errno
 import logging
+import math
 import os
 import signal
 import socket
@@ -206,7 +207,14 @@ def _coordinate(
 
 def _task(own: argparse.Namespace, job: str, at: hosts.Address, store: str, metrics: str, **nodes: Any) -> Task:
     """What a coordinator at `at` is to do; `nodes`: the fields of Config that are no flags of these."""
-    config = Config(**nodes, stop_grace_s=own.es_stop_grace, **own.es_quarantine.config())
+    if not 0 <= own.es_rebalance_after < math.inf:
+        raise LaunchError(f"--es-rebalance-after {own.es_rebalance_after:g}: give seconds, or 0 for never")
+    config = Config(
+        **nodes,
+        stop_grace_s=own.es_stop_grace,
+        rebalance_after_s=own.es_rebalance_after,
+        **own.es_quarantine.config(),
+    )
     return Task(
         job=job,
         config=config,

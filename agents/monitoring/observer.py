@@ -19,7 +19,7 @@ from everstep.agents.analysis.series import Series
 from everstep.agents.analysis.suspects import Suspects
 from everstep.comms.control import telemetry_pb2 as pb
 from everstep.elastic.protocol.causes import Cause
-from everstep.elastic.protocol.events import StragglerFound, StragglerGone, WaitNoticed
+from everstep.elastic.protocol.events import SpeedsMeasured, StragglerFound, StragglerGone, WaitNoticed
 from everstep.elastic.protocol.state import State
 
 from .holdups import Holdups
@@ -132,10 +132,10 @@ class Observer:
         """Heartbeats of agents arrived."""
         self.metrics.heartbeats.inc(count)
 
-    def poll(self) -> StragglerFound | StragglerGone | WaitNoticed | None:
+    def poll(self) -> StragglerFound | StragglerGone | SpeedsMeasured | WaitNoticed | None:
         """New findings of slow ranks, links and waits, one at a time: events for the coordinator."""
         with self._lock:
-            found = self.suspects.poll()
+            found = self.suspects.poll() or self.suspects.speeds()
             now = self._clock()
             if found is not None or now - self._held_up_s < COMPARE_S:
                 return found

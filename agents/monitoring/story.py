@@ -271,6 +271,8 @@ _WORDS: dict[str, tuple[Grade, Callable[[Line], str]]] = {
     "planned": (Grade.NEWS, lambda x: f"continuing: {x['summary']}"),
     "recovered": (Grade.WARNING, _recovered),
     "join_prepared": (Grade.NEWS, lambda x: f"a plan that adds {_one(x['ranks'])} is ready"),
+    "rebalance_prepared": (Grade.NEWS, lambda x: f"a faster layout is ready: {x['layout']}; {x['why']}"),
+    "rebalanced": (Grade.NEWS, lambda x: f"rebalanced; now {x['layout']}"),
     "joined": (Grade.NEWS, lambda x: f"{_one(x['ranks'])} joined; now {x['layout']}"),
     "started": (Grade.NEWS, _started),
     "restarted": (Grade.WARNING, lambda x: f"all workers start again, for the {x['restart']}. time: {x['cause']}"),

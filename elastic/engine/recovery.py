@@ -332,7 +332,7 @@ class Recovery:
         _, state = engine.current()
         engine.pipeline.extend_step()
         engine.watch.remember(only_new=True)
-        state.resume(Work(plan.work, plan.kept), plan.started)
+        state.resume(Work(plan.work, plan.kept, plan.layout.order), plan.started)
         engine.pipeline.resend(state, plan.started)
 
     def _tell_entered(self, it: w.TellEntered) -> None:

@@ -62,6 +62,7 @@ from .outcome import (
 )
 from .protection import committed_protected
 from .quarantine import keep_out
+from .rebalancing import rebalance_due, speeds_measured
 from .recovering import (
     all_ready,
     begin_recovery,
@@ -129,6 +130,8 @@ def _ticked(state: State, event: e.Ticked, now: float) -> Outcome:
         if effects:
             return state, effects
     state, effects = offer_leave(state)
+    if not effects:
+        state, effects = rebalance_due(state, now)
     # A lost node may hold the last replacement that the end of training was waiting for.
     return (state, effects) if effects else end_if_finished(state, [], now)
 
@@ -212,13 +215,16 @@ def _let_in(state: State, plan: Plan) -> Outcome:
         if w.status is Status.READY and w.id.rank in plan.layout.ranks
     ]
     state = replace(with_workers(state, *joined), layout=plan.layout, join=None)
+    if not plan.fresh:
+        fields = {"generation": plan.generation, "layout": plan.layout.describe()}
+        return state, [e.Record("rebalanced", fields)]
     return state, [taken_in(plan, [w.id.rank for w in joined])]
 
 
 def _idled(state: State, event: e.WorkerIdled, now: float) -> Outcome:
     if state.join is None or event.generation != state.join.generation or current(state, event.worker) is None:
         return state, []
-    return (withdraw_leave(state), []) if state.join.leaving else begin_recovery(state, None, now)
+    return begin_recovery(state, None, now) if state.join.fresh else (withdraw_leave(state), [])
 
 
 # ---------------------------------------------------------------- progress and end
@@ -338,6 +344,7 @@ _HANDLERS: dict[type[Any], Callable[[State, Any, float], Outcome]] = {
     e.DrainRequested: drain_requested,
     e.StragglerFound: straggler_found,
     e.StragglerGone: straggler_gone,
+    e.SpeedsMeasured: speeds_measured,
     e.RendezvousClosed: rendezvous_closed,
     e.Ticked: _ticked,
 }

@@ -378,6 +378,13 @@ class StragglerGone:
 
 
 @dataclass(frozen=True)
+class SpeedsMeasured:
+    """How fast ranks compute, as measured: rank -> speed, 1 for one that is as fast as most of its stage."""
+
+    speeds: Mapping[int, float]
+
+
+@dataclass(frozen=True)
 class RendezvousClosed:
     """An ordinary job under torchrun, whose agents used this rendezvous, is over, and its agents have disconnected."""
 
@@ -416,6 +423,7 @@ Event = (
     | DrainRequested
     | StragglerFound
     | StragglerGone
+    | SpeedsMeasured
     | WaitNoticed
     | RendezvousClosed
     | Ticked

@@ -129,10 +129,11 @@ def check_state(state: State, known: Layout | None = None) -> None:
         _expect(bool(waiting) or starting, "a recovery that waits for no worker")
         lost = set(state.recovery.nodes_lost) & set(state.nodes)
         _expect(not lost, f"nodes {lost} are lost and there")
-    if state.join is not None:
+    if state.join is not None and state.phase is not Phase.DONE:
         _expect(state.join.generation == state.generation, "the join is of another generation")
         joiners = [r for r in state.join.layout.ranks if state.workers[r].status is Status.READY]
-        _expect(bool(joiners or state.join.leaving), "a switch without joining or leaving ranks")
+        same = state.layout is not None and state.join.layout.ranks == state.layout.ranks
+        _expect(bool(joiners or state.join.leaving or same), "a switch without joining or leaving ranks")
     _expect(state.leaving.keys() <= state.nodes.keys(), f"{list(state.leaving)} leave, of {list(state.nodes)}")
     for rank, worker in state.workers.items():
         if worker.status is Status.LEFT and state.phase is Phase.RUNNING and state.layout is not None:

@@ -61,6 +61,7 @@ class Config:
     quarantine_after: int = 0  # number of troubles of one host that puts it in quarantine; 0: never
     quarantine_within_s: float = 3600.0  # the window in which troubles are counted
     quarantine_s: float = 3600.0  # the duration of a quarantine
+    rebalance_after_s: float = 10.0  # how long a layout has to last before a faster one is looked for; 0: never
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,17 @@ class Concluding(NamedTuple):
     why: str = ""
 
 
+class Balance(NamedTuple):
+    """The search for a faster layout than that of `generation`, which has lasted since `since_s`."""
+
+    generation: int = 0
+    since_s: float = 0.0
+    searched: bool = False
+
+
+NOT_SEARCHED = Balance()
+
+
 class Loss(NamedTuple):
     """A member lost with its node. `since`: when it became a member; `planned`: a plan was made after the loss."""
 
@@ -197,8 +209,10 @@ class State:
     job: Job | None = None
     generation: int = 0
     layout: Layout | None = None
-    join: Plan | None = None  # a prepared join or departure that no member has switched to yet
+    join: Plan | None = None  # a prepared join, departure or rebalance that no member has switched to yet
     recovery: RecoveryStory | None = None
+    balance: Balance = NOT_SEARCHED
+    speeds: Mapping[int, float] = field(default_factory=dict)  # of ranks, as measured; 1 where none is
     placement: Placement | None = None  # of parity, in the newest generation
     placements: Mapping[int, Placement] = field(default_factory=dict)  # by generation: the layout's, and the join's
     committed: int = -1  # the last committed step; goes back when versions are lost with a node

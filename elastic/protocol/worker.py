@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 from everstep.resharding.layout import Layout
+from everstep.resharding.legs import in_flight
 from everstep.resharding.lines import since
 from everstep.resharding.moves import What, received
 from everstep.resharding.plan import Plan
@@ -219,7 +220,7 @@ def _refreshed(state: WorkerState, event: Published) -> Outcome:
     else:
         if behind:
             instructions += [AdoptAgreement(agreement), CommitStep(agreement, layout, free=version == 1)]
-        instructions += [Protect(), BeginStep(version, Work(plan.work, plan.kept))]
+        instructions += [Protect(), BeginStep(version, Work(plan.work, plan.kept, plan.layout.order))]
     switched = plan.version is None and not entering.fresh
     instructions.append(TellEntered(plan.generation, switched, tell=plan.generation > 1))
     return state, instructions
@@ -235,9 +236,7 @@ def _entering(state: WorkerState) -> Entering:
 
 def _step_due(state: WorkerState, event: StepDue) -> Outcome:
     layout = _layout(state)
-    stages = sum(stage.start >= layout.stage_of(state.rank).start for stage in layout.stages)
-    depth = 1 + stages  # one more than 1F1B needs, which hides the latency of links
-    return replace(state, phase=WorkerPhase.COMPUTING), [Compute(state.version, depth)]
+    return replace(state, phase=WorkerPhase.COMPUTING), [Compute(state.version, in_flight(layout, state.rank))]
 
 
 def _computed(state: WorkerState, event: Computed) -> Outcome:

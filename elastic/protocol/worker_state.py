@@ -6,10 +6,9 @@ import enum
 from dataclasses import dataclass
 
 from everstep.resharding.layout import Layout
+from everstep.resharding.legs import StepWork
 from everstep.resharding.plan import Plan, Report
 from everstep.resharding.units import ModelSpec
-
-from .legs import StepWork
 
 TORN = -1  # the version of values that are being replaced
 

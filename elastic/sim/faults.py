@@ -6,6 +6,7 @@ import functools
 import random
 from dataclasses import dataclass
 
+from everstep.elastic.protocol import events as e
 from everstep.elastic.protocol.events import WorkerId
 from everstep.elastic.protocol.state import Phase, Status
 
@@ -77,6 +78,13 @@ class DiskFault(Fault):
 
     full_s: float
     where: Full
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedChange(Fault):
+    """Ranks are measured to be slower or faster than before."""
+
+    speeds: tuple[float, ...] = ()  # one after another, for the ranks that there are
 
 
 def draw(rng: random.Random, workers: int, horizon_s: float) -> list[Fault]:
@@ -174,6 +182,16 @@ def draw_disk_faults(rng: random.Random, horizon_s: float) -> list[Fault]:
     return faults
 
 
+def draw_speeds(rng: random.Random, horizon_s: float) -> list[Fault]:
+    """Some changes of measured speeds, most of them of one rank or of a few."""
+    changes: list[Fault] = []
+    for _ in range(rng.choice((1, 2, 4))):
+        at_s, phase, after = _occasion(rng, PHASES, horizon_s)
+        speeds = tuple(rng.choice((1.0, 1.0, 1.0, 0.5, 0.8, 2.0)) for _ in range(8))
+        changes.append(SpeedChange(victims=0, at_s=at_s, phase=phase, after=after, speeds=speeds))
+    return changes
+
+
 def _occasion(rng: random.Random, phases: tuple[str, ...], horizon_s: float) -> tuple[float, str, int]:
     if rng.random() < 0.5:
         return rng.uniform(0.0, horizon_s), "", 0
@@ -219,6 +237,9 @@ class Injector:
             return
         if isinstance(fault, DiskFault):
             self._cluster.disk_fills(fault.full_s, fault.where)
+            return
+        if isinstance(fault, SpeedChange):
+            self._cluster.happened(e.SpeedsMeasured(dict(enumerate(fault.speeds))))
             return
         alive = self._cluster.alive()
         self._world.random.shuffle(alive)

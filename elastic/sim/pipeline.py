@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from everstep.elastic.protocol.legs import Await, Backward, Need, StepWork
+from everstep.resharding.legs import Await, Backward, Need, StepWork
 from everstep.resharding.work import AssignedLeg, Leg, Work
 
 from .links import Key, Links

@@ -25,6 +25,7 @@ from .faults import (
     draw_flips,
     draw_joiners,
     draw_nodes,
+    draw_speeds,
     draw_store_faults,
 )
 from .values import Reference, reference
@@ -63,6 +64,8 @@ class Shape:
     store_fails: bool = False  # the coordinator's store fails now and then
     disk_fills: bool = False  # the storage of checkpoints is full now and then
     joiners_die: bool = False  # joiners die while reports of joins are late
+    rebalance_s: float = 0.0  # how long a layout lasts before a faster one is looked for; 0: none is
+    speeds_change: bool = False  # ranks become slower and faster, as measured
 
 
 SHAPES = {
@@ -119,6 +122,42 @@ SHAPES = {
         workers=5, nodes=5, layers=6, steps=12, interval=4, loses_nodes=True, reckless=True, on_loss="neighbors"
     ),
     "joining": Shape(workers=1, late_slots=4, steps=40, joiners_die=True),
+    "rebalancing": Shape(
+        stages=2, workers=5, nodes=5, layers=8, micro_batches=10, steps=24, tied=True, loses_nodes=True, rebalance_s=0.1
+    ),
+    "rebalancing, growing": Shape(
+        stages=3, workers=3, late_slots=3, layers=9, micro_batches=10, steps=20, rebalance_s=0.05, speeds_change=True
+    ),
+    "rebalancing, replay": Shape(
+        stages=3,
+        workers=6,
+        nodes=6,
+        layers=8,
+        micro_batches=9,
+        steps=20,
+        losses=2,
+        protection="replay",
+        drains=True,
+        loses_nodes=True,
+        rebalance_s=0.1,
+        speeds_change=True,
+    ),
+    "rebalancing, saving": Shape(
+        stages=2,
+        workers=6,
+        nodes=3,
+        layers=7,
+        micro_batches=8,
+        steps=20,
+        interval=3,
+        loses_nodes=True,
+        reckless=True,
+        saves=True,
+        saves_every=3,
+        rebalance_s=0.1,
+        speeds_change=True,
+        late_slots=2,
+    ),
     "full disk": Shape(stages=2, workers=4, late_slots=1, steps=8, store_fails=True),
     "full checkpoint storage": Shape(
         stages=2, workers=4, late_slots=1, steps=12, saves=True, saves_every=2, disk_fills=True
@@ -264,6 +303,7 @@ def run(seed: int, shape: Shape, around: Circumstances) -> Outcome:
         crash_limit=10**6,
         max_restarts=10**6,
         last_call_s=0.05,
+        rebalance_after_s=shape.rebalance_s,
     )
     begun = None
     if shape.resumes_at:
@@ -321,6 +361,7 @@ def _happenings(cluster: Cluster) -> Counter[str]:
         "checkpoints saved": events[e.CheckpointSaved],
         "saves that failed": cluster.storage.refused,
         "shards made up": cluster.ledger.substituted,
+        "rebalances": sum("rebalanced" in line for line in cluster.log),
     }
     return cluster.happenings + Counter(counted)
 
@@ -331,6 +372,7 @@ def _faults(rng: random.Random, shape: Shape, horizon_s: float) -> list[Fault]:
         return [*draw_joiners(rng), *draw(rng, shape.workers, horizon_s)[:1]]
     drains += draw_store_faults(rng, horizon_s) if shape.store_fails else []
     drains += draw_disk_faults(rng, horizon_s) if shape.disk_fills else []
+    drains += draw_speeds(rng, horizon_s) if shape.speeds_change else []
     if shape.flips:  # a few deaths at a time, so that correct replicas are in the majority
         deaths = [replace(fault, victims=1) for fault in draw(rng, shape.workers, horizon_s)[:2]]
         return [*draw_flips(rng, horizon_s, shape.flips), *deaths]

@@ -378,7 +378,7 @@ class SimWorker:
     def _resume_step(self, it: w.ResumeStep) -> Steps[None]:
         yield from ()
         assert self.state is not None
-        self.state.resume(Work(it.plan.work, it.plan.kept), it.plan.started)
+        self.state.resume(Work(it.plan.work, it.plan.kept, it.plan.layout.order), it.plan.started)
         self.pipeline.resend(self.state, it.plan.started)
 
     def _tell_entered(self, it: w.TellEntered) -> Steps[None]:

@@ -19,8 +19,8 @@ from everstep.elastic.contract.errors import UsageError
 from everstep.elastic.contract.progress import Progress, StepPhase
 from everstep.elastic.contract.telemetry import Spent
 from everstep.elastic.holding.stack import LayerStack
-from everstep.elastic.protocol.legs import Await, Backward, Need
 from everstep.elastic.protocol.liveness import Pace
+from everstep.resharding.legs import Await, Backward, Need
 from everstep.resharding.work import AssignedLeg, Leg
 
 from .devices import seed_torch, to_device

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from everstep.elastic.protocol.legs import StepWork
+from everstep.resharding.legs import StepWork
 from everstep.resharding.work import AssignedLeg, Leg, Work
 
 from .canonical import TreeSum

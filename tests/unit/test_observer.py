@@ -18,6 +18,7 @@ from everstep.comms.control import telemetry_pb2 as pb
 from everstep.elastic.protocol import coordinator
 from everstep.elastic.protocol import events as e
 from everstep.elastic.protocol.causes import Cause
+from everstep.elastic.protocol.events import SpeedsMeasured
 from everstep.elastic.protocol.state import (
     Config,
     Phase,
@@ -229,7 +230,7 @@ def polled(job: Job) -> list[Any]:
     found = []
     while (event := job.observer.poll()) is not None:
         found.append(event)
-    return [event for event in found if not isinstance(event, e.WaitNoticed)]
+    return [event for event in found if not isinstance(event, e.WaitNoticed | SpeedsMeasured)]
 
 
 def test_what_is_found_is_said_once_and_again_after_a_while() -> None:
@@ -324,3 +325,30 @@ def test_a_coordinator_that_took_over_begins_with_what_it_hears() -> None:
     series.commit({"at_s": 51.0, "event": "committed", "step": 8, "loss": None}, 2)
     assert series.training_s(51.0) == 1.0
     assert series.goodput(51.0) == 1.0
+
+
+def speeds(job: Job, factor: float, first: int, count: int = 12) -> dict[int, float] | None:
+    """What is measured once rank 1 has taken `factor` times as long for so many steps; None if nothing is reported."""
+    found = None
+    for n in range(first, first + count):
+        job.now += 2.0
+        job.observer.told(
+            "n0", pb.Telemetry(at_s=job.now, steps=[*steps(0, n, 1, 0.05), *steps(1, n, 1, 0.05 * factor)])
+        )
+        while (event := job.observer.poll()) is not None:
+            if isinstance(event, SpeedsMeasured):
+                found = dict(event.speeds)
+    return found
+
+
+def test_speeds_are_measured_and_reported_when_they_change() -> None:
+    job = Job()
+    job.line("started", generation=1)
+    assert speeds(job, 1.0, 0) is None
+    assert speeds(job, 1.15, 100) is None, "that may be noise"
+    found = speeds(job, 1.5, 200, 20)
+    assert found is not None
+    assert found == {1: pytest.approx(1 / 1.5)}
+    assert speeds(job, 1.5, 300) is None, "it is known"
+    assert speeds(job, 1.15, 400) is None, "it stays what it is until it is level again"
+    assert speeds(job, 1.0, 500, 20) == {}

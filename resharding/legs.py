@@ -6,11 +6,13 @@ if its gradient has arrived, otherwise the next forward while fewer than `depth`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Self
 
-from everstep.resharding.work import AssignedLeg, Leg, Work
+from .layout import Layout
+from .work import AssignedLeg, Leg, Work
 
 
 class Need(NamedTuple):
@@ -51,6 +53,17 @@ class Resend(NamedTuple):
     to: int
 
 
+def in_flight(layout: Layout, rank: int) -> int:
+    """How many micro-batches a rank has in flight at most: one more than 1F1B needs, which hides links' latency.
+
+    A rank of a stage with fewer ranks than another works for several of that one's at a time.
+    """
+    own = layout.stage_of(rank)
+    following = sum(stage.start >= own.start for stage in layout.stages)
+    widest = max(len(stage.blocks) for stage in layout.stages)
+    return 1 + math.ceil(following * widest / len(own.blocks))
+
+
 @dataclass
 class StepWork:
     """Step `step` as one rank sees it. `work` is that of all ranks, the other fields are the rank's own."""
@@ -73,7 +86,7 @@ class StepWork:
         ours = set(work.spans_of(self.rank))
         still = {segment.span for segment in started if segment.rank == self.rank}
         self.running &= ours & still
-        self.todo = sorted(ours - self.running)
+        self.todo = sorted(ours - self.running, key=work.turn)
 
     @property
     def done(self) -> bool:
@@ -86,7 +99,7 @@ class StepWork:
         """The gradients that running legs wait for."""
         return {
             Need("gradient", self.work.gradient_source(leg), leg.micro_batch, leg.stop): Backward(leg)
-            for leg in sorted(self.running)
+            for leg in sorted(self.running, key=self.work.turn)
         }
 
     def next(self, depth: int, arrived: Need | None) -> Action:
@@ -106,8 +119,8 @@ class StepWork:
         if not self.todo:
             return None
         leg = self.todo[0]
-        lowest = min((running.micro_batch for running in self.running), default=leg.micro_batch)
-        return leg if len(self.running) < depth or leg.micro_batch <= lowest else None
+        first = min(map(self.work.turn, (leg, *self.running)))
+        return leg if len(self.running) < depth or self.work.turn(leg) == first else None
 
     def forwarded(self, leg: Leg) -> None:
         """The forward of a leg is done."""

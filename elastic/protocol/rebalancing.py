@@ -1,0 +1,59 @@
+"""Rebalancing: once a layout has lasted for a while, the members go to a faster one, at a step boundary.
+
+A loss is answered at once, by the layout that moves least. Most losses are over in a second, when the replacement has
+joined. Where none comes, or more ranks came than there were, or ranks differ in speed, `rebalance` finds what is best
+for the ranks that are there, and the members switch as they do for a join: no step is aborted or computed again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from everstep.resharding.plan import plan_switch
+from everstep.resharding.rebalance import rebalance
+
+from . import events as e
+from .outcome import Outcome
+from .recovering import carry_out
+from .state import Balance, Phase, State, Status
+
+SPEED_CHANGED = 0.1  # by which a speed has to change before another search
+
+
+def speeds_measured(state: State, event: e.SpeedsMeasured, now: float) -> Outcome:
+    """Search again if a rank has become slower or faster."""
+    if state.layout is None:
+        return state, []
+    known = {rank: speed for rank, speed in event.speeds.items() if rank in state.layout}
+    ranks = known.keys() | state.speeds.keys()
+    if all(abs(known.get(rank, 1.0) / state.speeds.get(rank, 1.0) - 1) < SPEED_CHANGED for rank in ranks):
+        return state, []
+    return replace(state, speeds=known, balance=state.balance._replace(searched=False)), []
+
+
+def rebalance_due(state: State, now: float) -> Outcome:
+    """Offer a plan for a faster layout, if this one has lasted and there is one."""
+    job, layout, after_s = state.job, state.layout, state.config.rebalance_after_s
+    if not after_s or job is None or layout is None or not _quiet(state):
+        return state, []
+    if state.balance.generation != layout.generation:
+        return replace(state, balance=Balance(layout.generation, now)), []
+    if state.balance.searched or now - state.balance.since_s < after_s:
+        return state, []
+    state = replace(state, balance=state.balance._replace(searched=True))
+    found = rebalance(job.model, layout, state.generation + 1, speeds=state.speeds)
+    if found is None:
+        return state, []
+    plan = replace(plan_switch(job.model, layout, found.layout), lines=state.lines)
+    fields = {"generation": plan.generation, "layout": plan.layout.describe(), "why": found.why(), "gain": found.gain}
+    state, orders = carry_out(replace(state, generation=plan.generation, join=plan), plan)
+    return state, [*orders, e.Record("rebalance_prepared", fields)]
+
+
+def _quiet(state: State) -> bool:
+    """Whether the members train, and nobody is about to come or to go."""
+    assert state.job is not None
+    busy = state.join is not None or state.recovery is not None or state.leaving or state.stopping is not None
+    coming = any(w.status in (Status.STARTING, Status.READY) for w in state.workers.values())
+    ending = state.committed + 2 >= state.job.steps or any(w.left >= 0 for w in state.members())
+    return state.phase is Phase.RUNNING and not busy and not coming and not ending

@@ -1,0 +1,84 @@
+"""Rebalancing: when the coordinator looks for a faster layout, what it offers, and what becomes of it under faults."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from everstep.elastic.protocol import events as e
+from everstep.elastic.protocol.state import State
+from everstep.elastic.sim.run import SHAPES, simulate
+
+from .script import Script, w
+
+REBALANCING = [name for name, shape in SHAPES.items() if shape.rebalance_s]
+
+
+def trained(**config: object) -> Script:
+    """A job of four ranks in one stage that has committed some steps."""
+    script = Script(workers=4, **{"rebalance_after_s": 5.0, **config})
+    script.job = replace(script.job, micro_batches=12, global_batch_size=12)
+    script.train()
+    script.committed(w(0), 0)
+    return script
+
+
+def shares(state: State) -> list[int]:
+    assert state.layout is not None
+    return [block.stop - block.start for block in state.layout.stages[0].blocks]
+
+
+def offered(effects: list[e.Effect]) -> list[e.CarryOut]:
+    return [effect for effect in effects if isinstance(effect, e.CarryOut)]
+
+
+def test_a_slow_rank_gets_less_once_the_layout_has_lasted() -> None:
+    script = trained()
+    even = shares(script.state)
+    assert not offered(script(e.Ticked()))
+    assert not offered(script(e.SpeedsMeasured({1: 0.4})))
+    assert not offered(script(e.Ticked(), 4.0)), "the layout has not lasted long enough"
+    orders = offered(script(e.Ticked(), 2.0))
+    assert [order.worker for order in orders] == [w(0), w(1), w(2), w(3)]
+    assert not orders[0].plan.moves, "micro-batches go to other ranks, and nothing else moves"
+    assert not offered(script(e.Ticked(), 10.0)), "one at a time"
+    script(e.WorkerSwitched(w(2), orders[0].plan.generation))
+    assert shares(script.state)[1] < even[1]
+    assert max(shares(script.state)) > max(even)
+    assert not offered(script(e.Ticked(), 10.0)) + offered(script(e.Ticked(), 10.0)), "it is balanced now"
+    script(e.SpeedsMeasured({}))
+    (plan,) = {order.plan.generation: order.plan for order in offered(script(e.Ticked(), 1.0))}.values()
+    script(e.WorkerSwitched(w(0), plan.generation))
+    assert shares(script.state) == even, "it has recovered, and gets as much as the others again"
+
+
+def test_small_changes_of_speed_are_no_reason() -> None:
+    script = trained()
+    script(e.Ticked())
+    script(e.Ticked(), 10.0)
+    script(e.SpeedsMeasured({1: 0.95}))
+    assert not script.state.speeds
+    assert not offered(script(e.Ticked(), 10.0))
+
+
+def test_zero_turns_it_off() -> None:
+    script = trained(rebalance_after_s=0.0)
+    script(e.Ticked())
+    script(e.SpeedsMeasured({1: 0.4}))
+    assert not offered(script(e.Ticked(), 100.0))
+
+
+def test_a_node_that_wants_to_leave_goes_first() -> None:
+    script = trained()
+    script(e.Ticked())
+    script(e.SpeedsMeasured({1: 0.4}))
+    script(e.DrainRequested("n0", "maintenance"))
+    assert not any(isinstance(x, e.Record) and x.event == "rebalance_prepared" for x in script(e.Ticked(), 10.0))
+
+
+@pytest.mark.parametrize("name", REBALANCING)
+def test_rebalances_happen_under_faults(name: str) -> None:
+    """`simulate` raises where a job ends with other bytes than the undisturbed one."""
+    outcomes = [simulate(seed, SHAPES[name]) for seed in range(100, 112)]
+    assert sum(outcome.happenings["rebalances"] for outcome in outcomes) >= 4
