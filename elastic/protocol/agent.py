@@ -74,7 +74,7 @@ END_GRACE_S = 3.0  # of an elastic worker after the job has ended; an ordinary s
 STACKS_S = 1.0  # how long the agent waits for the stacks of a hung worker before it kills the worker
 STORY = 16  # number of events that a state remembers for the message of IllegalAgentEvent
 JOB_OVER = "the job is over"
-NODE_LOST = "the node was declared lost"
+NODE_LOST = "the node counts as lost"
 FULL = "no coordinator has accepted the messages of this node, and their queue is full"
 
 
@@ -112,7 +112,7 @@ def _fence_ordered(state: AgentState, event: FenceOrdered, now: float) -> Result
 
 def _fence(state: AgentState, why: str, now: float) -> Result:
     """The node has been declared lost: it kills its workers, ends its keeper and asks to join again."""
-    say = Say(f"this node was declared lost ({why}): its workers are stopped, and it asks to join again")
+    say = Say(f"this node counts as lost ({why}): its workers are stopped, and it asks to join again")
     state = replace(state, phase=AgentPhase.FENCED, since_s=now, alone_s=0.0, steps_alone=())
     state, dropped = _drop_waiting(state)
     workers, kills = _killed(state.workers.values(), NODE_LOST)
@@ -133,7 +133,7 @@ def _rejoin(state: AgentState, now: float) -> Result:
 
 
 def _lost(why: str) -> NodeOutcome:
-    return NodeOutcome(False, f"this node was declared lost, and {why}")
+    return NodeOutcome(False, f"this node counts as lost, and {why}")
 
 
 def _still_out(state: AgentState, event: TimePassed, now: float) -> Result:

@@ -59,7 +59,7 @@ def test_a_node_is_cut_off(job: Cluster) -> None:
     comes_back(job, 1, node)
     result = job.check()
     assert len(result.named("node_lost")) == 1
-    assert "this node was declared lost" in result.output
+    assert "this node counts as lost" in result.output
 
 
 def test_a_node_stands_still(job: Cluster) -> None:
@@ -72,7 +72,7 @@ def test_a_node_stands_still(job: Cluster) -> None:
     comes_back(job, 2, node)
     result = job.check()
     assert len(result.named("node_lost")) == 1
-    assert "this node was declared lost" in result.output
+    assert "this node counts as lost" in result.output
 
 
 @pytest.mark.soak

@@ -71,7 +71,7 @@ def test_the_coordinator_is_there_as_well(tmp_path: Path) -> None:
     finally:
         process.terminate()
         output = finish(process)
-    assert "was declared lost" not in output
+    assert "counts as lost" not in output
 
 
 def stepped(at: str) -> int:

@@ -163,7 +163,7 @@ def test_a_node_without_its_coordinator_ends(tmp_path: Path) -> None:
     output = finish(third, timeout_s=30)
     assert third.returncode == 1
     (line,) = [line for line in output.splitlines() if line.startswith("everstep: error: ")]
-    assert line == "everstep: error: this node was declared lost, and no coordinator could be reached for 8 s"
+    assert line == "everstep: error: this node counts as lost, and no coordinator could be reached for 8 s"
     assert "lost the coordinator" in output
     assert "no word from a coordinator for" in output
     assert "Traceback" not in output

@@ -160,7 +160,7 @@ def test_a_fenced_node_tries_to_come_back_only_for_so_long() -> None:
     one(a.TimePassed(), after_s=0.1)
     assert one.state.phase is P.ENDED
     assert one.state.outcome is not None
-    assert one.state.outcome.why == "this node was declared lost, and no coordinator could be reached for 60 s"
+    assert one.state.outcome.why == "this node counts as lost, and no coordinator could be reached for 60 s"
 
 
 def test_a_node_that_was_to_stop_does_not_come_back() -> None:
@@ -168,7 +168,7 @@ def test_a_node_that_was_to_stop_does_not_come_back() -> None:
     assert one(a.StopAsked("stopped by SIGINT")) == [a.AskStop("stopped by SIGINT")]
     one(a.FenceOrdered("it was silent"))
     assert one(a.WorkerGone(w(0))) == []
-    assert one.state.outcome == a.NodeOutcome(False, "this node was declared lost, and stopped by SIGINT")
+    assert one.state.outcome == a.NodeOutcome(False, "this node counts as lost, and stopped by SIGINT")
 
 
 def test_a_node_without_coordinator_and_progress_fences_itself() -> None:
