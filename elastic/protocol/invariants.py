@@ -92,6 +92,7 @@ def _check_plans(before: State, after: State, orders: Sequence[e.CarryOut]) -> N
         _expect(before.generation < generation or before.phase is Phase.RECOVERING, f"a plan again: {generation}")
         _expect(generation == after.generation, f"plan {generation} in generation {after.generation}")
         _expect(len({order.plan.digest for order in group}) == 1, f"generation {generation} has several plans")
+        _expect(plan.lines == after.lines, f"plan {generation} is of {plan.lines}, and the job of {after.lines}")
         ranks = [order.worker.rank for order in group]
         meant = sorted((*plan.layout.ranks, *plan.leaving))
         _expect(sorted(ranks) == meant, f"plan {generation} went to {ranks}, and is for {meant}")
