@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
@@ -18,6 +17,7 @@ from everstep.elastic.holding.watch import Changed, differing_bits
 from everstep.elastic.protocol import events as e
 from everstep.elastic.protocol import worker_events as w
 from everstep.elastic.protocol.replicas import Digests, Made, Odd, decide, disputed, odd_ones
+from everstep.elastic.protocol.terms import Terms
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -55,7 +55,7 @@ class Damage:
         engine = self._engine
         layout, _ = engine.current()
         engine.start_over()
-        terms = json.loads(engine.agreement)
+        terms = Terms.of(engine.agreement)
         mine = [shard for shard in disputed(replicas) if layout.owners[shard] == engine.rank]
         made = engine.agreeing.gathered(Made({shard: engine.replicas.made_again(shard, step, terms) for shard in mine}))
         truth = decide(replicas, {shard: value for said in made.values() for shard, value in said.digests.items()})

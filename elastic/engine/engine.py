@@ -8,13 +8,12 @@ machine, and carries out the instructions that bring this rank and the others to
 
 from __future__ import annotations
 
-import json
 import math
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import torch
@@ -57,6 +56,7 @@ from everstep.elastic.holding.watch import (
 from everstep.elastic.protocol import events as e
 from everstep.elastic.protocol import worker_events as w
 from everstep.elastic.protocol.replicas import disputed
+from everstep.elastic.protocol.terms import Terms
 from everstep.elastic.protocol.worker import offered
 from everstep.elastic.protocol.worker_state import new_worker
 from everstep.elastic.step.data import DataSource, Key
@@ -161,14 +161,14 @@ class Engine:
                 w.Compute: self._compute,
                 w.Reduce: self._reduce,
                 w.Agree: self._agree,
-                w.AdoptAgreement: lambda it: self.protection.adopt(json.loads(it.agreement)),
+                w.AdoptAgreement: lambda it: self.protection.adopt(Terms.of(it.agreement)),
                 w.ForgetSnapshots: lambda it: self.snapshots.forget(nodes=self.protection.nodes),
                 w.RunOptimizer: lambda it: self.update(it.agreement),
                 w.Publish: self._publish,
                 w.CommitStep: self._commit,
                 w.BeginStep: self._begin_step,
                 w.Protect: lambda it: self.protect(anyway=True),
-                w.TellCommitted: lambda it: self._tell_committed(json.loads(it.agreement), it.agreement, it.generation),
+                w.TellCommitted: lambda it: self._tell_committed(it.agreement, it.generation),
                 w.TellIdled: lambda it: self._tell_idled(it.generation),
                 w.ReportLeft: self._tell_left,
                 w.WaitUntilWhole: self._conclude,
@@ -292,7 +292,7 @@ class Engine:
             losses=state.losses,
             summed=state.summed(self.agreeing.trained),
             touched=state.touched,
-            idle_before=tuple(json.loads(self.agreement).get("idle", ())) if self.agreement else (),
+            idle_before=Terms.of(self.agreement).idle if self.agreement else (),
             digest=self._owned_digest(),
             skip_nonfinite=self.skip_nonfinite,
             join=proposal.generation if proposal else 0,
@@ -330,25 +330,25 @@ class Engine:
         norm = math.sqrt(share.norm.rounded())
         limit = settled.settings.get("clip", {}).get("norm")
         neighbors = self.settings.on_loss == "neighbors"
-        agreement = {
-            "step": step,
-            "generation": self.current()[0].generation,
-            "loss": share.loss.rounded() / share.losses if share.losses else None,
-            "norm": norm,
-            "scale": None if limit is None else min(1.0, limit / (norm + 1e-6)),
-            "skip": share.skip_nonfinite and not math.isfinite(norm),
+        terms = Terms(
+            step=step,
+            generation=self.current()[0].generation,
+            loss=share.loss.rounded() / share.losses if share.losses else None,
+            norm=norm,
+            scale=None if limit is None else min(1.0, limit / (norm + 1e-6)),
+            skip=share.skip_nonfinite and not math.isfinite(norm),
             **settled.settings,
-            "idle": list(settled.idle),
-            "registered": self._registered(step),
-            "layers": self.agreeing.layer_norms(own, settled.settings) if neighbors else {},
-            "digest": f"{share.digest:016x}",
+            idle=settled.idle,
+            registered=self._registered(step),
+            layers=self.agreeing.layer_norms(own, settled.settings) if neighbors else {},
+            digest=f"{share.digest:016x}",
             **self.protection.agreed(step, share, speaks=self.rank == min(self.comm.members)),
             **self.checkpoints.agreed(step, share.saving, settled.ancestors),
-        }
+        )
         wanted = proposal is not None and share.join == proposal.generation
-        text = json.dumps(agreement, sort_keys=True)
+        text = terms.to_text()
         if len(text) > REGISTERED_BYTES:  # a state may grow
-            check_size(agreement["registered"])
+            check_size(terms.registered)
         return w.Agreed(text, proposal, wanted)
 
     def _warn_of_attribute(self, text: str) -> None:
@@ -415,8 +415,8 @@ class Engine:
 
     def update(self, agreement: str) -> None:
         """Run the optimizer on the owned shards, as agreed."""
-        terms = json.loads(agreement)
-        self.progress.mark(StepPhase.UPDATE, terms["step"])
+        terms = Terms.of(agreement)
+        self.progress.mark(StepPhase.UPDATE, terms.step)
         began_ns = time.monotonic_ns()
         self.pipeline.base_statistics = {}  # from here on the statistics of the next version are written
         self.store.update(self.gradients, terms)
@@ -431,24 +431,24 @@ class Engine:
 
     def _commit(self, it: w.CommitStep) -> None:
         """Version step + 1 is held here: start protecting it."""
-        layout, terms = it.layout, json.loads(it.agreement)
-        step = terms["step"]
+        layout, terms = it.layout, Terms.of(it.agreement)
+        step = terms.step
         self.progress.mark(StepPhase.COMMIT, step, finished=0)
         began_ns = time.monotonic_ns()
         if it.free:
             self.stack.hold(layout.stage_of(self.rank).start, layout.stage_of(self.rank).stop)
-        self.adjustments.adopt(step, terms)
+        self.adjustments.adopt(step, terms.settings)
         for advance in self.on_commit:
             advance()
         self.adjustments.settle(self.version)
         self._save_or_protect(terms, layout)
         if step > self.shown:
-            self.results.append(Step(step, terms["loss"], terms["norm"]))
+            self.results.append(Step(step, terms.loss, terms.norm))
             self.shown = step
-        self._tell_committed(terms, it.agreement, layout.generation)
+        self._tell_committed(it.agreement, layout.generation)
         self.telemetry.span(Spent.COMMIT, began_ns)
-        self.telemetry.committed(terms["loss"], self.settings.global_batch_size)
-        self._look_at_loss(terms["loss"], step, layout)
+        self.telemetry.committed(terms.loss, self.settings.global_batch_size)
+        self._look_at_loss(terms.loss, step, layout)
 
     def _look_at_loss(self, loss: float | None, step: int, layout: Layout) -> None:
         """Warn, on one rank for all, when the loss is not finite; training continues."""
@@ -460,7 +460,7 @@ class Engine:
             )
             warn(self.membership, Notice.LOSS_NOT_FINITE, text, step=step)
 
-    def _save_or_protect(self, terms: dict[str, Any], layout: Layout) -> None:
+    def _save_or_protect(self, terms: Terms, layout: Layout) -> None:
         """Protect this version, and save a checkpoint of it if that was agreed."""
         if self.checkpoints.link is None:
             self.checkpoints.begin_alone(terms, layout, self._state_of)
@@ -468,8 +468,9 @@ class Engine:
         else:
             self.protect(anyway=self.ended(), then=self.checkpoints.begin(terms, layout, self.rank))
 
-    def _tell_committed(self, terms: dict[str, Any], agreement: str, generation: int) -> None:
-        told = {name: terms[name] for name in ("step", "loss", "digest", "protected", "every")}
+    def _tell_committed(self, agreement: str, generation: int) -> None:
+        terms = Terms.of(agreement)
+        told = {name: getattr(terms, name) for name in ("step", "loss", "digest", "protected", "every")}
         told |= {"agreement": agreement, "generation": generation}
         self.membership.tell(e.WorkerCommitted(self.membership.worker, **told))
 
@@ -581,6 +582,6 @@ class Engine:
         layout, _ = self.current()
         self.settle()
         self.snapshots.wait(on_wait)
-        terms = {**json.loads(self.agreement), "save": name}
+        terms = replace(Terms.of(self.agreement), save=name)
         after = self.after_leaving or self.after_users()
         return self.checkpoints.save_last(terms, layout, self.rank, after, self._state_of, on_wait)

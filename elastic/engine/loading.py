@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -15,6 +14,7 @@ from everstep.elastic.holding.shard_store import ShardStore
 from everstep.elastic.holding.source import Found, ShardSource
 from everstep.elastic.holding.stack import LayerStack
 from everstep.elastic.protocol import events as e
+from everstep.elastic.protocol.terms import Terms
 from everstep.resharding.lines import Lines
 from everstep.resharding.moves import PROTECTED, Move, SourceKind, What
 from everstep.resharding.plan import Plan
@@ -35,7 +35,7 @@ class Target(Protocol):
         """Store a copy of a shard's state."""
         ...
 
-    def update(self, gradients: Mapping[int, Tensor], terms: Mapping[str, Any]) -> None:
+    def update(self, gradients: Mapping[int, Tensor], terms: Terms) -> None:
         """Run the optimizer on shards that are a version behind."""
         ...
 
@@ -51,7 +51,7 @@ class LiveValues:
         view = self._stack.view(self._stack.spec.shards[shard])
         view.copy_(state["value"].reshape(-1))
 
-    def update(self, gradients: Mapping[int, Tensor], terms: Mapping[str, Any]) -> None:
+    def update(self, gradients: Mapping[int, Tensor], terms: Terms) -> None:
         """Values always arrive at the requested version, so nothing can be behind."""
         raise AssertionError(f"values of shards {sorted(gradients)} are a version behind")
 
@@ -90,7 +90,7 @@ class Loader:
         # Stored last, when nothing can interrupt any more: the target is a version ahead of them.
         behind: list[Found] = []
         started, told, membership = time.monotonic(), False, self._engine.membership
-        agreed_in: int = json.loads(agreement).get("generation", 0) if agreement else 0
+        agreed_in = Terms.of(agreement).generation if agreement else 0
         with self._engine.progress.waiting(f"{len(moves)} shards of version {version} in {_places(moves)}"):
             while True:
                 keepers = Keepers(self._keepers, self._token, self._patient, plan.lines_before, agreed_in)
@@ -118,7 +118,7 @@ class Loader:
             target.load(found.shard, found.state)
         gradients = {found.shard: found.gradient for found in behind if found.gradient is not None}
         if gradients:
-            target.update(gradients, json.loads(agreement))
+            target.update(gradients, Terms.of(agreement))
 
     def _read(
         self,
@@ -151,7 +151,7 @@ class Loader:
         if kind is SourceKind.PEER:
             return engine.exchange.live_values(plan.layout)
         if kind is SourceKind.NEIGHBORS:
-            norms: Mapping[str, float] = json.loads(agreement)["layers"] if agreement else {}
+            norms: Mapping[str, float] = Terms.of(agreement).layers if agreement else {}
 
             def load(store: ShardStore, shards: Sequence[int]) -> None:
                 moves = [Move(shard, (engine.rank,), What.OWN, PROTECTED) for shard in shards]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -23,6 +24,7 @@ from everstep.elastic.contract.telemetry import Spent
 from everstep.elastic.protocol import events as e
 from everstep.elastic.protocol import worker_events as w
 from everstep.elastic.protocol.backing_up import backup_ranks
+from everstep.elastic.protocol.terms import Terms
 from everstep.elastic.protocol.worker_state import report
 from everstep.resharding.moves import What, received
 from everstep.resharding.plan import Report
@@ -47,7 +49,7 @@ class Recovery:
         self.loader = Loader(engine, token, node)
         self.resumed = False  # whether the job resumed from a checkpoint
         # The version at which this rank joined, and the agreement before it.
-        self._joined: tuple[int, dict[str, Any]] = (-1, {})
+        self._joined: tuple[int, Terms | None] = (-1, None)
         self._after: dict[str, Any] = {}  # the state of the user's code on the guide
         self._began = self._edited = 0.0  # times within the entry into the current generation
         self._edited_ns = 0
@@ -184,8 +186,9 @@ class Recovery:
         """Changes that other ranks' code made after the last step are lost with them, unless a checkpoint has them."""
         engine = self.engine
         self._after = {}  # a guide of a generation that was aborted may have sent them
-        resumed = it.agreement and not json.loads(it.agreement).keys().isdisjoint(("after", "advance"))
+        terms = Terms.of(it.agreement) if it.agreement else None
         engine.results = []
+        resumed = terms is not None and (terms.after is not None or terms.advance is not None)
         if not resumed:
             engine.results = [Step(*step) for step in self._unseen(it.version, it.agreement)]
 
@@ -216,8 +219,8 @@ class Recovery:
             return [[engine.turn.index, engine.turn.loss, engine.turn.gradient_norm]]
         steps = [[step.index, step.loss, step.gradient_norm] for step in engine.results]
         if engine.version < version and agreement:
-            terms = json.loads(agreement)
-            steps.append([terms["step"], terms["loss"], terms["norm"]])
+            terms = Terms.of(agreement)
+            steps.append([terms.step, terms.loss, terms.norm])
         return steps
 
     def _enter_protection(self, it: w.EnterProtection) -> None:
@@ -247,11 +250,11 @@ class Recovery:
         """
         engine = self.engine
         engine.checkpoints.abandon()
-        terms: dict[str, Any] = json.loads(it.agreement) if it.agreement else {}
+        terms = Terms.of(it.agreement) if it.agreement else None
         engine.adjustments.leave(it.since, it.version, loops=engine.loops)
-        self._catch_up(terms or engine.birth, it.version, back=True, advance=bool(terms))
-        if engine.loops:  # the user's own loop computes again, from the state in which it was then
-            self._leave_as_users(terms.get("after", {}))
+        self._catch_up(terms, it.version, back=True)
+        if engine.loops and terms is not None:  # the user's own loop computes again, from the state in which it was
+            self._leave_as_users(terms.after or {})
         engine.gradients = {}
 
     def _take_places(self, it: w.TakePlaces) -> None:
@@ -285,7 +288,7 @@ class Recovery:
             self._unreadable(it.plan.checkpoint, error)
         engine.backups.level.update(backups)
         if checkpoint is not None:
-            script = json.loads(it.agreement).get("script") if it.agreement else None
+            script = Terms.of(it.agreement).script if it.agreement else None
             engine.checkpoints.resumed(it.version, script, it.plan.checkpoint, checkpoint.lineage)
         return w.Restored()
 
@@ -321,7 +324,7 @@ class Recovery:
 
     def _come_up(self, it: w.ComeUp) -> None:
         engine = self.engine
-        terms: dict[str, Any] = json.loads(it.agreement) if it.agreement else {}
+        terms = Terms.of(it.agreement) if it.agreement else None
         self.resumed = bool(it.plan.checkpoint)
         self._joined = (it.version, terms)
         self.come_up()
@@ -353,13 +356,13 @@ class Recovery:
         version, terms = self._joined
         if self.engine.version != version:
             return
-        if terms:
-            self._catch_up(terms, version, back=False, advance=True)
-        self._leave_as_users(self._after or terms.get("after", {}))
+        if terms is not None:
+            self._catch_up(terms, version, back=False)
+        self._leave_as_users(self._after or (terms and terms.after) or {})
         if not (self.resumed and self.engine.settings.resume_hyperparameters == "script"):
             self.engine.adjustments.join(version, clip=not self.resumed)
 
-    def _leave_as_users(self, after: dict[str, Any]) -> None:
+    def _leave_as_users(self, after: Mapping[str, Any]) -> None:
         """The user's code has run on other ranks for the earlier steps: adopt its state."""
         engine = self.engine
         if "groups" in after:
@@ -370,22 +373,24 @@ class Recovery:
             else:
                 engine.unclaimed[name] = state
 
-    def _catch_up(self, terms: dict[str, Any], version: int, *, back: bool, advance: bool) -> None:
+    def _catch_up(self, terms: Terms | None, version: int, *, back: bool) -> None:
         """Bring the registered objects (the scheduler) to the version that the other ranks are at, or go back to.
 
-        When going back, objects that the user's own code steps between steps stay as they are, since that code does not
-        run again for steps that it has seen; unless its loop computes the micro-batches.
+        `terms`: the agreement in the step before it, None at the beginning. When going back, objects that the user's
+        own code steps between steps stay as they are, since that code does not run again for steps that it has seen;
+        unless its loop computes the micro-batches.
         """
         engine = self.engine
-        engine.adjustments.set(terms)
-        for name, state in terms["registered"].items():
+        registered: Mapping[str, Any] = terms.registered if terms else engine.birth["registered"]
+        engine.adjustments.set(terms.settings if terms else engine.birth)
+        for name, state in registered.items():
             if name not in engine.registered:
                 engine.unclaimed[name] = state
             elif not back or engine.loops or name in engine.driven:
                 engine.registered[name].load_state_dict(decode(state))
-        if advance:
+        if terms is not None:
             engine.protection.adopt(terms)
-            for _ in range(terms.get("advance", 1)):
+            for _ in range(1 if terms.advance is None else terms.advance):
                 for step in engine.on_commit:
                     step()
         engine.adjustments.settle(version)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,9 @@ from everstep.elastic.contract.settings import Settings
 from everstep.elastic.guard.checkpoint_agreement import constants
 from everstep.elastic.holding.hyperparameters import Groups, same, unpack
 from everstep.elastic.holding.stack import LayerStack, plain_name
+from everstep.elastic.protocol.codec import Unreadable
 from everstep.elastic.protocol.events import Saved
+from everstep.elastic.protocol.terms import Terms
 from everstep.resharding.units import Shard
 
 from .engine import Engine
@@ -133,13 +135,22 @@ class Resumption:
 
     def _entry(self, checkpoint: Checkpoint, name: str) -> Saved:
         manifest = checkpoint.manifest
-        for problem in self._problems(manifest):
+        terms: Terms | None = None
+        if manifest.agreement:
+            try:
+                terms = Terms.of(manifest.agreement)
+            except Unreadable as error:
+                raise UsageError(
+                    f"{checkpoint.url} does not continue this job: another version of Everstep wrote what was agreed "
+                    f"in its last step: {error}"
+                ) from None
+        for problem in self._problems(manifest, terms):
             raise UsageError(f"{checkpoint.url} does not continue this job: {problem}")
-        if not manifest.agreement:
+        if terms is None:
             return Saved(manifest.step, name, self._first_agreement(manifest.step))
-        return Saved(manifest.step, name, self._next_agreement(manifest, checkpoint.url))
+        return Saved(manifest.step, name, self._next_agreement(manifest, terms, checkpoint.url))
 
-    def _problems(self, manifest: Manifest) -> list[str]:
+    def _problems(self, manifest: Manifest, terms: Terms | None) -> list[str]:
         problems: list[str] = []
         for index, parameter in enumerate(self._stack.spec.parameters):
             room = "buffers" if self._stack.averaged(index) else "params"
@@ -149,11 +160,10 @@ class Resumption:
                 problems.append(f"it has no {room}/{parameter.name}")
             elif array.shape != parameter.shape:
                 problems.append(f"{parameter.name} has the shape {array.shape} there, and {parameter.shape} here")
-            elif manifest.agreement and (there := manifest.dtypes.get(stored, array.dtype)) != parameter.dtype:
+            elif terms and (there := manifest.dtypes.get(stored, array.dtype)) != parameter.dtype:
                 problems.append(f"{parameter.name} is {there} there, and {parameter.dtype} here")
-        groups = len(unpack(json.loads(manifest.agreement)["groups"])) if manifest.agreement else 0
-        if manifest.agreement and groups != len(unpack(self._birth["groups"])):
-            here = len(unpack(self._birth["groups"]))
+        here = len(unpack(self._birth["groups"]))
+        if terms and (groups := len(unpack(terms.groups))) != here:
             problems.append(f"its optimizer has {groups} parameter groups, and there are {here} here")
         return problems
 
@@ -182,24 +192,27 @@ class Resumption:
             text = f"the first, the middle or the last sample of the dataset is not the one that {url} was trained on"
             warn(self._channel, Notice.RESUME_DATA, text)
 
-    def _next_agreement(self, manifest: Manifest, url: str) -> str:
+    def _next_agreement(self, manifest: Manifest, terms: Terms, url: str) -> str:
         """Settings with a checkpoint of ours: its own, or the script's; the clipping limits are always the script's."""
-        terms: dict[str, Any] = json.loads(manifest.agreement)
-        after: dict[str, Any] = terms.get("after", {})
-        terms["clip"] = after["clip"] = self._birth["clip"]
-        began = unpack(terms.get("script", _unscheduled(after.get("groups", terms["groups"]), terms["registered"])))
+        after = {**(terms.after or {}), "clip": self._birth["clip"]}
+        terms = replace(terms, clip=self._birth["clip"], after=after if terms.after is not None else None)
+        began = unpack(terms.script or _unscheduled(after.get("groups", terms.groups), terms.registered))
         found = differences(began, unpack(self._birth["groups"]))
         if self._settings.resume_hyperparameters == "script":
-            if "scheduler" in {**terms["registered"], **after.get("users", {})} and "scheduler" not in self._driven:
+            if "scheduler" in {**terms.registered, **after.get("users", {})} and "scheduler" not in self._driven:
                 raise UsageError(
                     "resume_hyperparameters=script: the rates come from a scheduler that the script steps by itself; "
                     "hand it over, so that it can be stepped again: run.steps(..., scheduler=scheduler)"
                 )
             driven = {name: state for name, state in self._birth["registered"].items() if name in self._driven}
-            registered = {**terms["registered"], **driven}
-            terms |= {"groups": self._birth["groups"], "registered": registered, "advance": manifest.step}
-            terms["after"] = {"users": after.get("users", {})}
-            terms["script"] = self._birth["groups"]
+            terms = replace(
+                terms,
+                groups=self._birth["groups"],
+                registered={**terms.registered, **driven},
+                advance=manifest.step,
+                after={"users": after.get("users", {})},
+                script=self._birth["groups"],
+            )
         elif found and not self._looked_at:  # older ones are examined, too
             text = (
                 f"the script has other settings than the one that saved {url}: {'; '.join(found[:3])}. The "
@@ -209,7 +222,7 @@ class Resumption:
         if not self._looked_at:
             self._compare_masters(manifest, url)
         self._looked_at = True
-        return json.dumps(terms, sort_keys=True)
+        return terms.to_text()
 
     def _compare_masters(self, manifest: Manifest, url: str) -> None:
         """Warn if the precision in which parameters are stepped changes."""
@@ -227,9 +240,8 @@ class Resumption:
         """Settings with a checkpoint of another framework: the script's, and the scheduler is stepped up."""
         if step == 0:
             return ""
-        unknown: dict[str, Any] = {"loss": None, "norm": None, "scale": None, "layers": {}, "digest": ""}
-        terms: dict[str, Any] = {"step": step - 1, **unknown, **self._birth}
-        return json.dumps({**terms, "protected": -1, "every": 1, "advance": step}, sort_keys=True)
+        unknown: dict[str, Any] = {"loss": None, "norm": None, "scale": None, "digest": "", "protected": -1, "every": 1}
+        return Terms(step=step - 1, **unknown, **self._birth, advance=step).to_text()
 
 
 def _unscheduled(groups: Any, registered: Mapping[str, Any]) -> Groups:

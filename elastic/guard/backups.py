@@ -9,7 +9,6 @@ and a lost node takes no version with it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from everstep.comms.mesh.tensors import divide, on_host
 from everstep.elastic.holding.shard_store import ShardStore
 from everstep.elastic.holding.user_optimizer import UserOptimizer
 from everstep.elastic.protocol.backing_up import BackingUp
+from everstep.elastic.protocol.terms import Terms
 from everstep.elastic.step.exchange import Exchange
 from everstep.resharding.layout import Layout
 from everstep.resharding.units import Shard
@@ -80,7 +80,7 @@ class Backups:
             self._snapshots.seal_gradient(shard.index, step, shard.elements, dtype)
             self._gradients[shard.index] = room
 
-    def update(self, terms: Mapping[str, Any]) -> None:
+    def update(self, terms: Terms) -> None:
         """Run the optimizer on the copies, as their owners do on the originals."""
         if self._gradients:
             self.store.update(self._gradients, terms)

@@ -12,7 +12,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -45,6 +45,7 @@ from everstep.elastic.contract.settings import Settings
 from everstep.elastic.holding.stack import LayerStack, plain_name
 from everstep.elastic.protocol import events as e
 from everstep.elastic.protocol.agreement import Saving
+from everstep.elastic.protocol.terms import Terms
 from everstep.resharding.layout import Layout
 from everstep.resharding.units import ParameterSpec, Shard
 
@@ -60,7 +61,7 @@ class _Waiting:
 
     name: str
     version: int
-    terms: dict[str, Any]
+    terms: Terms
     layout: Layout
     rank: int
     sealed: bool = False
@@ -137,12 +138,12 @@ class Checkpoints:
         `ancestors`: the runs before this one, also for a rank that joined later.
         """
         if merged is None:
-            return {"save": "", "saved": -1, "ancestors": []}
+            return {"save": "", "saved": -1, "ancestors": ()}
         version, every = step + 1, self._settings.checkpoint_every
         due = version // every > merged.tried // every or version == self._settings.steps
         begins = (due or merged.asked or merged.again) and version > merged.newest and merged.free
         name = folder_name(version, *merged.first[1:]) if begins else ""
-        return {"save": name, "saved": merged.newest, "ancestors": [list(item) for item in ancestors]}
+        return {"save": name, "saved": merged.newest, "ancestors": tuple(ancestors)}
 
     def _asked(self) -> bool:
         """Whether a checkpoint was requested, and none has been saved since."""
@@ -154,15 +155,15 @@ class Checkpoints:
 
     # ------------------------------------------------------------ saving
 
-    def begin(self, terms: dict[str, Any], layout: Layout, rank: int) -> Callable[[], None] | None:
+    def begin(self, terms: Terms, layout: Layout, rank: int) -> Callable[[], None] | None:
         """Prepare a save of the version after the step, if one was agreed. Returns what to call once the keeper has it.
 
         The save begins once the keeper has the version and `settle` has been called with the state of the user's code.
         """
-        self.newest = max(self.newest, terms.get("saved", -1))
-        known = {"id": self.lineage.run, "ancestors": terms.get("ancestors", ())}
+        self.newest = max(self.newest, terms.saved)
+        known = {"id": self.lineage.run, "ancestors": terms.ancestors}
         self.lineage = Lineage.from_json(known)
-        name, version = terms.get("save", ""), terms["step"] + 1
+        name, version = terms.save, terms.step + 1
         if not name:
             return None
         self._attempt = (version, layout.generation)
@@ -179,7 +180,7 @@ class Checkpoints:
 
         return sealed
 
-    def begin_alone(self, terms: dict[str, Any], layout: Layout, states: Callable[[int], ShardState]) -> None:
+    def begin_alone(self, terms: Terms, layout: Layout, states: Callable[[int], ShardState]) -> None:
         """Without the launcher there is no keeper: copy the state here, and let a thread of this process save it."""
         sealed = self.begin(terms, layout, 0)
         if sealed is None:
@@ -230,8 +231,8 @@ class Checkpoints:
                 return
             waiting.started = True
         # In the run that resumes, no version is protected yet.
-        after = {**waiting.terms, "after": waiting.after, "protected": -1, "script": self._run["settings"]}
-        agreement = json.dumps(after, sort_keys=True)
+        terms = replace(waiting.terms, after=waiting.after, protected=-1, script=self._run["settings"])
+        agreement = terms.to_text()
         self._terms[waiting.name] = (waiting.version, agreement)
         writer = f"rank-{waiting.rank}"
         request = self._request(waiting, agreement, writer)
@@ -334,14 +335,15 @@ class Checkpoints:
 
     def _manifest(self, version: int, agreement: str, layout: Layout) -> dict[str, Any]:
         settings, spec = self._settings, self._stack.spec
-        terms = json.loads(agreement)
-        registered = {**terms["registered"], **terms["after"]["users"]}
+        terms = Terms.of(agreement)
+        assert terms.after is not None
+        registered = {**terms.registered, **terms.after["users"]}
         return {
             "step": version,
             "tied": self._stack.aliases,
             "layers": {p.name: list(p.layers) for p in spec.parameters},
             "dtypes": self._run["dtypes"],
-            "optimizer": {"name": self._run["optimizer"], "groups": terms["after"]["groups"]},
+            "optimizer": {"name": self._run["optimizer"], "groups": terms.after["groups"]},
             "scheduler": registered.get("scheduler"),
             "registered": registered,
             "data": {
@@ -439,7 +441,7 @@ class Checkpoints:
 
     def save_last(
         self,
-        terms: dict[str, Any],
+        terms: Terms,
         layout: Layout,
         rank: int,
         after: dict[str, Any],

@@ -12,6 +12,7 @@ from everstep.elastic.contract.settings import Settings
 from everstep.elastic.protocol import events as e
 from everstep.elastic.protocol.agreement import Kept, Share
 from everstep.elastic.protocol.protecting import Protecting
+from everstep.elastic.protocol.terms import Terms
 from everstep.resharding.lines import of_this_line
 from everstep.resharding.placement import Placement
 
@@ -92,7 +93,7 @@ class Protection:
         self.step_s = step_s
         return self._state.share(step, self._snapshots.protected, rank, self._interval.proposal), step_s
 
-    def agreed(self, step: int, merged: Share, *, speaks: bool) -> dict[str, int]:
+    def agreed(self, step: int, merged: Share, *, speaks: bool) -> dict[str, Any]:
         """The meaning of the members' merged shares: for the agreement, equal on all ranks.
 
         The member that `speaks` logs a new interval.
@@ -107,8 +108,8 @@ class Protection:
                 self._membership.note("snapshot_interval", fields)
         return terms
 
-    def adopt(self, terms: dict[str, Any]) -> None:
+    def adopt(self, terms: Terms) -> None:
         """Adopt what was agreed."""
-        if of_this_line(self._snapshots.lines, terms["step"]):
-            self._snapshots.protected = max(self._snapshots.protected, terms["protected"])
-        self._state.every = terms["every"]
+        if of_this_line(self._snapshots.lines, terms.step):
+            self._snapshots.protected = max(self._snapshots.protected, terms.protected)
+        self._state.every = terms.every

@@ -12,7 +12,6 @@ A backup of a parameter that has a master is compared with the owner's master, e
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 import xxhash
@@ -23,6 +22,7 @@ from everstep.checkpointing.memory.copying import tensor_bytes
 from everstep.checkpointing.memory.record import read_record
 from everstep.elastic.holding.shard_store import ShardStore
 from everstep.elastic.protocol.replicas import Digests, Truth
+from everstep.elastic.protocol.terms import Terms
 from everstep.elastic.step.exchange import Exchange
 from everstep.resharding.layout import Layout
 
@@ -85,7 +85,7 @@ class Replicas:
         spec = self._stack.spec.shards[shard]
         return spec.elements > 0 and not self._stack.averaged(spec.parameter)
 
-    def made_again(self, shard: int, version: int, terms: Mapping[str, Any]) -> Truth | None:
+    def made_again(self, shard: int, version: int, terms: Terms) -> Truth | None:
         """Recompute the digests of `version` of a shard owned here, from the version before it and its gradient.
 
         `terms`: the agreement of step version - 1. None if the two are not both present here, and intact.

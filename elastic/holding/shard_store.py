@@ -8,12 +8,12 @@ bits do not depend on the ownership. (Rajbhandari et al., 2020.)
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from everstep.checkpointing.memory.record import ShardState
+from everstep.elastic.protocol.terms import Terms
 from everstep.resharding.units import Shard
 
 from .hyperparameters import unpack
@@ -84,7 +84,7 @@ class ShardStore:
             whole = self._stack.parameter_of[shard.parameter].data.reshape(-1)
             self.load(shard.index, {"value": whole[shard.start : shard.stop].view(self.optimizer.shape_of(shard))})
 
-    def update(self, gradients: Mapping[int, Tensor], terms: Mapping[str, Any]) -> None:
+    def update(self, gradients: Mapping[int, Tensor], terms: Terms) -> None:
         """One step of the shards in `gradients` (shard -> one-dimensional gradient), with the agreed settings.
 
         Clipping multiplies gradients with `scale`, and `clip` contains the limit of an element. The parameters in
@@ -92,14 +92,13 @@ class ShardStore:
         as with torch's optimizers; nor any parameter in a step that is skipped (`skip`). The tensors in `gradients` are
         not modified.
         """
-        if terms.get("skip"):
+        if terms.skip:
             return
-        idle = terms.get("idle", ())
-        scale, limit, frozen = terms["scale"], terms.get("clip", {}).get("value"), set(terms.get("frozen", ()))
+        scale, limit, frozen = terms.scale, terms.clip.get("value"), set(terms.frozen)
         for index, parameter in self._parameters.items():
             gradient = gradients.get(index)
             shard = self._shards[index]
-            if gradient is None or shard.parameter in idle:
+            if gradient is None or shard.parameter in terms.idle:
                 continue
             if self._stack.averaged(shard.parameter):
                 parameter.copy_(
@@ -111,7 +110,7 @@ class ShardStore:
                 clipped = gradient if scale is None or scale >= 1.0 else gradient * scale
                 clipped = clipped if limit is None else clipped.clamp(-limit, limit)
                 parameter.grad = clipped.to(parameter.device, parameter.dtype).view(parameter.shape)
-        for group, settings in zip(self._inner.param_groups, unpack(terms["groups"]), strict=True):
+        for group, settings in zip(self._inner.param_groups, unpack(terms.groups), strict=True):
             group.update(settings)
         try:
             self._inner.step()

@@ -9,7 +9,7 @@ import hashlib
 import json
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from .state import Config, State
@@ -36,6 +36,42 @@ def encode(value: Any) -> Any:
     if isinstance(value, tuple):
         return [encode(item) for item in value]
     return value
+
+
+_OBJECT = Mapping[str, Any]  # JSON as it is: what `encode` makes of a mapping in it could not be told from a list
+
+
+def encode_record(value: Any, leave: Collection[str] = ()) -> dict[str, Any]:
+    """A dataclass's instance as a JSON object, by the types that its fields declare; without those to `leave`."""
+    kind: Any = type(value)
+    hints = {name: hint for name, hint in _hints(kind).items() if name not in leave}
+    return {name: _as_declared(hint, getattr(value, name)) for name, hint in hints.items()}
+
+
+def _as_declared(hint: Any, value: Any) -> Any:
+    if hint is Any:
+        return value
+    if hint == _OBJECT or (hint == _OBJECT | None and value is not None):
+        return dict(value)
+    return encode(value)
+
+
+def decode_record(kind: Any, raw: Mapping[str, Any], *, defaults: bool = False, **given: Any) -> Any:
+    """The instance of `kind` that `encode_record` made `raw` of; `given`: the fields that it left.
+
+    Raises Unreadable where fields are missing (with `defaults`: those without one) or unknown.
+    """
+    hints = {name: hint for name, hint in _hints(kind).items() if name not in given}
+    required = _required(kind) - given.keys() if defaults else hints.keys()
+    if not required <= raw.keys() <= hints.keys():
+        raise Unreadable(f"{kind.__name__} has the fields {sorted(hints)}, and these came: {sorted(raw)}")
+    return kind(**given, **{name: decode(hints[name], item) for name, item in raw.items()})
+
+
+@functools.cache
+def _required(kind: Any) -> frozenset[str]:
+    none = dataclasses.MISSING
+    return frozenset(f.name for f in dataclasses.fields(kind) if f.default is none and f.default_factory is none)
 
 
 def decode(kind: Any, raw: Any) -> Any:
@@ -83,7 +119,7 @@ def _decode_mapping(arguments: tuple[Any, ...], raw: Any) -> dict[Any, Any]:
 
 
 @functools.cache
-def _hints(kind: type[Any]) -> dict[str, Any]:
+def _hints(kind: Any) -> dict[str, Any]:
     return typing.get_type_hints(kind)
 
 

@@ -7,6 +7,7 @@ nodes* when all members know that it is whole everywhere, which they learn by th
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from .agreement import Kept
 
@@ -68,7 +69,7 @@ class Protecting:
         before = None if self.before is None else self.lasting(self.before, step, outlives)
         return Kept(whole=self.lasting(self.whole, step, outlives), before=before, every=(rank, every))
 
-    def agreed(self, step: int, merged: Kept, outlives: int) -> dict[str, int]:
+    def agreed(self, step: int, merged: Kept, outlives: int) -> dict[str, Any]:
         """The meaning of the members' merged shares: for the agreement, equal on all ranks."""
         if not self.nodes:
             return {"protected": outlives, "every": self.every}

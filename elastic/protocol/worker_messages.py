@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from . import events as e
-from .codec import Unreadable, decode, encode
+from .codec import Unreadable, decode_record, encode_record
 
 FromWorker = (
     e.WorkerDeclaredElastic
@@ -40,14 +40,8 @@ TO_WORKER = {kind.__name__: kind for kind in typing.get_args(ToWorker)}
 
 def write(message: FromWorker | ToWorker) -> str:
     """A message as one line, without the line break."""
-    kind = type(message)
-    fields = {name: _written(hint, getattr(message, name)) for name, hint in _fields(kind).items()}
-    return json.dumps({"kind": kind.__name__, **fields}, separators=(",", ":"))
-
-
-def _written(hint: Any, value: Any) -> Any:
-    # Values of type Any are JSON already: the form that `encode` gives a mapping in them would look like a list.
-    return dict(value) if hint == Mapping[str, Any] else encode(value)
+    fields = encode_record(message, leave=("worker",))
+    return json.dumps({"kind": type(message).__name__, **fields}, separators=(",", ":"))
 
 
 def read_event(worker: e.WorkerId, text: str) -> FromWorker:
@@ -68,17 +62,4 @@ def _read(kinds: Mapping[str, type[Any]], worker: e.WorkerId, text: str) -> Any:
         kind = kinds[raw.pop("kind")]
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         raise Unreadable(f"no message starts with {text[:80]!r}: {error!r}") from None
-    hints = _fields(kind)
-    if set(raw) != set(hints):
-        raise Unreadable(f"{kind.__name__} has the fields {sorted(hints)}, and these came: {sorted(raw)}")
-    return kind(worker=worker, **{name: decode(hint, raw[name]) for name, hint in hints.items()})
-
-
-def _fields(kind: type[Any]) -> Mapping[str, Any]:
-    return _FIELDS[kind.__name__]
-
-
-_FIELDS = {
-    name: {field: hint for field, hint in typing.get_type_hints(kind).items() if field != "worker"}
-    for name, kind in (FROM_WORKER | TO_WORKER).items()
-}
+    return decode_record(kind, raw, worker=worker)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 
 from everstep.elastic.protocol.agreement import Kept
 from everstep.elastic.protocol.protecting import Protecting
+from everstep.elastic.protocol.terms import Terms
 from everstep.resharding.lines import of_this_line
 from everstep.resharding.placement import Placement
 
@@ -73,7 +73,7 @@ class Protection:
 
     def adopt(self, agreement: str) -> None:
         """Adopt what was agreed."""
-        terms: dict[str, int] = json.loads(agreement)
-        if of_this_line(self._snapshots.lines, terms["step"]):
-            self._snapshots.protected = max(self._snapshots.protected, terms["protected"])
-        self._state.every = terms["every"]
+        terms = Terms.of(agreement)
+        if of_this_line(self._snapshots.lines, terms.step):
+            self._snapshots.protected = max(self._snapshots.protected, terms.protected)
+        self._state.every = terms.every

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import random
 import sys
 from collections import Counter
@@ -13,6 +12,7 @@ from dataclasses import dataclass, replace
 from everstep.elastic.protocol import events as e
 from everstep.elastic.protocol.causes import Ending
 from everstep.elastic.protocol.state import Config
+from everstep.elastic.protocol.terms import Terms
 from everstep.resharding.units import ModelSpec, ParameterSpec
 
 from .cluster import Cluster, Saving, Timing
@@ -308,8 +308,8 @@ def run(seed: int, shape: Shape, around: Circumstances) -> Outcome:
     begun = None
     if shape.resumes_at:
         past = _expected(shape, shape.resumes_at)
-        agreed = {**json.loads(past.agreements[-1]), "protected": -1, "every": max(1, shape.interval)}
-        begun = e.Saved(shape.resumes_at, "begun", json.dumps(agreed))
+        agreed = replace(Terms.of(past.agreements[-1]), protected=-1, every=max(1, shape.interval))
+        begun = e.Saved(shape.resumes_at, "begun", agreed.to_text())
     saving = Saving(shape.saves_every, shape.damaged, begun)
     expected = _expected(shape, shape.steps)
     verify_every = 1 if shape.flips else 0

@@ -7,11 +7,11 @@ sum of the activation and the output's gradient; a new parameter value of the ol
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from everstep.elastic.protocol.terms import Terms
 from everstep.resharding.units import ModelSpec, Shard
 
 
@@ -71,9 +71,11 @@ def digest_of(gradients: Mapping[int, str]) -> int:
     return total
 
 
-def agreement_of(step: int, digest: int, **terms: int) -> str:
-    """The agreement of the members in a step. Only the `terms` depend on the course of the run."""
-    return json.dumps({"step": step, "digest": f"{digest:016x}", **terms})
+def agreement_of(step: int, digest: int, *, generation: int = 0, protected: int = -1, every: int = 1) -> str:
+    """The agreement of the members in a step. Only what is named depends on the course of the run."""
+    nothing: dict[str, Any] = {"loss": None, "norm": None, "scale": None, "groups": [], "registered": {}}
+    nothing |= {"generation": generation, "protected": protected, "every": every}
+    return Terms(step=step, digest=f"{digest:016x}", **nothing).to_text()
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ ends. It calls `mark` where the real worker marks its progress, which is where f
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,6 +16,7 @@ from everstep.elastic.protocol import worker_events as w
 from everstep.elastic.protocol.agreement import Share
 from everstep.elastic.protocol.backing_up import backup_ranks
 from everstep.elastic.protocol.replicas import Odd
+from everstep.elastic.protocol.terms import Terms
 from everstep.elastic.protocol.worker import offered, step
 from everstep.elastic.protocol.worker_state import new_worker, report, violations
 from everstep.resharding.layout import Layout
@@ -342,7 +342,7 @@ class SimWorker:
                 found[shard] = state
         started, told = self.around.world.now, False
         while missing := sorted(wanted - found.keys()):
-            agreed_in = json.loads(it.agreement).get("generation", 0) if it.agreement else 0
+            agreed_in = Terms.of(it.agreement).generation if it.agreement else 0
             check, lines = self.links.check, it.plan.lines_before
             sources = Sources(self.around.board, self.around.node, self._nodes, check, lines, agreed_in)
             found.update((yield from sources.fetch(missing, it.version, replay=True)))
@@ -556,15 +556,15 @@ class SimWorker:
     def _tell_committed(self, it: w.TellCommitted) -> Steps[None]:
         """Report to the coordinator that a step is committed."""
         yield from ()
-        terms = json.loads(it.agreement)
+        terms = Terms.of(it.agreement)
         told = e.WorkerCommitted(
             self.id,
-            terms["step"],
+            terms.step,
             it.agreement,
-            digest=terms["digest"],
+            digest=terms.digest,
             generation=it.generation,
-            protected=terms["protected"],
-            every=terms["every"],
+            protected=terms.protected,
+            every=terms.every,
         )
         self.around.tell(told)
 

@@ -8,6 +8,7 @@ import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from everstep.resharding.moves import LIVE, Move, What
 from everstep.resharding.placement import Placement, place
 from everstep.resharding.planners import initial_layout
 from tests.jobs import wait_until
+from tests.terms import agreed
 
 TOKEN = "token of a test"
 VERSION = 3
@@ -87,12 +89,8 @@ class Rank:
         self.store = ShardStore(self.optimizer, self.stack.view)
         self.store.own(self.spec.shards)
         self.layout: Layout = initial_layout(self.spec, [0], 1, 1)
-        self.terms: dict[str, Any] = {
-            "step": VERSION - 1,
-            "scale": None,
-            "groups": pack(self.optimizer.hyper_parameters()),
-        }
-        self.terms |= {"layers": {str(n): 1.0 + n for n in range(self.spec.layers)}, "registered": {}, "clip": {}}
+        layers = {str(n): 1.0 + n for n in range(self.spec.layers)}
+        self.terms = agreed(step=VERSION - 1, groups=pack(self.optimizer.hyper_parameters()), layers=layers)
         for _ in range(2):
             self.before = {shard: copied(self.store.state(shard)) for shard in self.shards}
             self.gradients = {s.index: torch.randn(s.elements) for s in self.spec.shards}
@@ -285,11 +283,11 @@ class InStorage(Place):
     def made(self, folder: Path) -> ShardSource:
         rank, settings = self.rank, Settings(steps=9, global_batch_size=1, micro_batch_size=1, checkpoint=str(folder))
         whose = {"optimizer": type(rank.user).__name__, "data": {"samples": 1, "sample_digests": []}}
-        whose |= {"settings": rank.terms["groups"], "dtypes": rank.optimizer.masters()}
+        whose |= {"settings": rank.terms.groups, "dtypes": rank.optimizer.masters()}
         saving = Checkpoints(settings, rank.stack, Snapshots(None), Solo(), whose)
         name = folder_name(VERSION, 0.0, "0" * 8)
-        saving.begin_alone({**rank.terms, "save": name}, rank.layout, rank.store.state)
-        saving.settle({"groups": rank.terms["groups"], "users": {}})
+        saving.begin_alone(replace(rank.terms, save=name), rank.layout, rank.store.state)
+        saving.settle({"groups": rank.terms.groups, "users": {}})
         saving.conclude(lambda: None)
         assert saving.newest == VERSION
         self.folder = folder / name
@@ -314,7 +312,7 @@ class InNeighbors(Place):
             for shard in shards:
                 store.load(shard, rank.state[shard])
 
-        return NeighborLayers(rank.optimizer, self.held, rank.terms["layers"], load)
+        return NeighborLayers(rank.optimizer, self.held, rank.terms.layers, load)
 
     def expected(self, shard: int) -> ShardState:
         count = len(self.held)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -17,13 +16,15 @@ from everstep.elastic.engine import loading
 from everstep.elastic.engine.loading import Loader
 from everstep.elastic.holding.source import Found, ShardSource
 from everstep.elastic.protocol import events as e
+from everstep.elastic.protocol.terms import Terms
 from everstep.resharding.layout import Layout
 from everstep.resharding.moves import PROTECTED, SAVED, Move, SourceKind, What
 from everstep.resharding.plan import Plan
+from tests.terms import agreed
 
 VERSION = 5
 WORKER = e.WorkerId(0, 0)
-AGREED = json.dumps({"step": 4, "scale": None})
+AGREED = agreed(step=4).to_text()
 PLAN = Plan(layout=Layout(3, 1, (), (), ()), version=VERSION)
 
 
@@ -70,8 +71,8 @@ class Job:
     def load(self, shard: int, state: Any) -> None:
         self.happened.append((shard, state["value"]))
 
-    def update(self, gradients: dict[int, Tensor], terms: dict[str, Any]) -> None:
-        self.happened.append(("update", sorted(gradients), terms["step"]))
+    def update(self, gradients: dict[int, Tensor], terms: Terms) -> None:
+        self.happened.append(("update", sorted(gradients), terms.step))
 
     def carry_out(self, *shards: int, sources: tuple[SourceKind, ...] = PROTECTED) -> None:
         moves = [Move(shard, (0,), What.OWN, sources) for shard in shards]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ from everstep.comms.mesh.tensors import of_bytes
 from everstep.elastic.engine.engine import Step
 from everstep.elastic.engine.recovery import Recovery
 from everstep.elastic.protocol import worker_events as w
+from tests.terms import agreed
 
 
 def test_what_a_guide_told_ends_with_its_plan() -> None:
@@ -31,9 +33,8 @@ def test_what_a_guide_told_ends_with_its_plan() -> None:
     assert recovery._ask_place(w.AskPlace(1)) == w.Placed(30, "{}", None)
     assert (recovery._after, engine.results) == (told["after"], [Step(29, 1.0, 2.0)])
     assert records == [told["records"]]
-    agreed = json.dumps({"step": 28, "loss": 3.0, "norm": 1.0})
-    recovery._take_unseen(w.TakeUnseen(29, agreed))
+    terms = agreed(step=28, loss=3.0, norm=1.0)
+    recovery._take_unseen(w.TakeUnseen(29, terms.to_text()))
     assert (recovery._after, engine.results) == ({}, [Step(28, 3.0, 1.0)]), "nobody is left whose code has seen step 28"
-    agreed = json.dumps({**json.loads(agreed), "after": {}})
-    recovery._take_unseen(w.TakeUnseen(29, agreed))
+    recovery._take_unseen(w.TakeUnseen(29, replace(terms, after={}).to_text()))
     assert engine.results == [], "a checkpoint has what the user's code made of its last step"

@@ -14,6 +14,8 @@ from everstep.elastic.holding.hyperparameters import pack
 from everstep.elastic.holding.shard_store import ShardStore
 from everstep.elastic.holding.stack import LayerStack
 from everstep.elastic.holding.user_optimizer import UserOptimizer, master_type
+from everstep.elastic.protocol.terms import Terms
+from tests.terms import agreed
 
 WIDTH = 300
 
@@ -32,9 +34,9 @@ class Trained:
         self.store.own(self.shards)
         self.store.seed()
 
-    def terms(self, **more: Any) -> dict[str, Any]:
+    def terms(self) -> Terms:
         """The agreed terms of a step."""
-        return {"scale": None, "groups": pack(self.optimizer.hyper_parameters()), **more}
+        return agreed(groups=pack(self.optimizer.hyper_parameters()))
 
     def live(self) -> list[Tensor]:
         return [self.stack.view(shard).clone() for shard in self.shards]
