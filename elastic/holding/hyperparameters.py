@@ -65,6 +65,6 @@ def unpack(packed: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Groups:
         at = 0
         for count, *value in runs:
             for group in groups[at : at + count] if value else ():
-                group[name] = value[0]
+                group[name] = value[0].copy() if isinstance(value[0], list | dict) else value[0]
             at += count
     return groups

@@ -39,21 +39,26 @@ def encode(value: Any) -> Any:
 
 
 _OBJECT = Mapping[str, Any]  # JSON as it is: what `encode` makes of a mapping in it could not be told from a list
+_NONE = type(None)
+_AS_IT_IS: dict[Any, tuple[type[Any], ...]] = {
+    **{kind: (kind,) for kind in (bool, int, float, str)},
+    **{kind | None: (kind, _NONE) for kind in (bool, int, float, str)},
+    _OBJECT: (dict,),
+    _OBJECT | None: (dict, _NONE),
+    Any: (bool, int, float, str, list, dict, _NONE),
+}
+"""For types that JSON has: the classes of values that stand for themselves. Nearly all fields are such."""
 
 
 def encode_record(value: Any, leave: Collection[str] = ()) -> dict[str, Any]:
     """A dataclass's instance as a JSON object, by the types that its fields declare; without those to `leave`."""
     kind: Any = type(value)
-    hints = {name: hint for name, hint in _hints(kind).items() if name not in leave}
-    return {name: _as_declared(hint, getattr(value, name)) for name, hint in hints.items()}
-
-
-def _as_declared(hint: Any, value: Any) -> Any:
-    if hint is Any:
-        return value
-    if hint == _OBJECT or (hint == _OBJECT | None and value is not None):
-        return dict(value)
-    return encode(value)
+    made: dict[str, Any] = {}
+    for name, (hint, classes) in _declared(kind).items():
+        if name not in leave:
+            item = getattr(value, name)
+            made[name] = item if type(item) in classes else dict(item) if hint == _OBJECT else encode(item)
+    return made
 
 
 def decode_record(kind: Any, raw: Mapping[str, Any], *, defaults: bool = False, **given: Any) -> Any:
@@ -61,11 +66,20 @@ def decode_record(kind: Any, raw: Mapping[str, Any], *, defaults: bool = False, 
 
     Raises Unreadable where fields are missing (with `defaults`: those without one) or unknown.
     """
-    hints = {name: hint for name, hint in _hints(kind).items() if name not in given}
-    required = _required(kind) - given.keys() if defaults else hints.keys()
-    if not required <= raw.keys() <= hints.keys():
-        raise Unreadable(f"{kind.__name__} has the fields {sorted(hints)}, and these came: {sorted(raw)}")
-    return kind(**given, **{name: decode(hints[name], item) for name, item in raw.items()})
+    declared = _declared(kind)
+    names = declared.keys() - given.keys()
+    if not (_required(kind) - given.keys() if defaults else names) <= raw.keys() <= names:
+        raise Unreadable(f"{kind.__name__} has the fields {sorted(names)}, and these came: {sorted(raw)}")
+    for name, item in raw.items():
+        hint, classes = declared[name]
+        given[name] = item if type(item) in classes else decode(hint, item)
+    return kind(**given)
+
+
+@functools.cache
+def _declared(kind: Any) -> dict[str, tuple[Any, tuple[type[Any], ...]]]:
+    """A dataclass's fields: their types, and the classes of values that stand for themselves."""
+    return {name: (hint, _AS_IT_IS.get(hint, ())) for name, hint in _hints(kind).items()}
 
 
 @functools.cache

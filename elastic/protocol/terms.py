@@ -50,7 +50,7 @@ class Terms:
 
     @classmethod
     def of(cls, text: str) -> Terms:
-        """What `text` says, which is shared: nothing in it may be changed. Raises Unreadable."""
+        """What `text` says. It is shared: nothing in it may be changed. Raises Unreadable."""
         return _read(text)
 
     def to_text(self) -> str:
