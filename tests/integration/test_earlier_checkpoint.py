@@ -6,6 +6,7 @@ import json
 import tarfile
 from pathlib import Path
 
+from everstep.checkpointing.universal.manifest import NAME, checksum
 from tests.jobs import command, everstep
 
 EARLIER = Path(__file__).parents[1] / "data" / "versions" / "5fd5c74"
@@ -34,3 +35,19 @@ def test_a_job_of_two_workers_goes_on(tmp_path) -> None:
     assert ended.status == 0, ended.stderr
     assert DIGEST in lines(ended.stdout)
     assert not any(line.startswith("step 3 ") for line in lines(ended.stdout))
+
+
+def test_what_another_version_agreed_on_is_refused_by_name(tmp_path) -> None:
+    settings = resumed(tmp_path)
+    (path,) = tmp_path.glob(f"checkpoint/*/{NAME}")
+    raw = json.loads(path.read_text())
+    del raw["checksum"]
+    raw["agreement"] = json.dumps({**json.loads(raw["agreement"]), "weather": "fine"})
+    canonical = json.dumps(raw, sort_keys=True, separators=(",", ":")).encode()
+    path.write_text(json.dumps({**raw, "checksum": checksum(canonical)}))
+    ended = command([str(EARLIER / "train.py"), settings])
+    assert ended.status != 0
+    assert (
+        "does not continue this job: another version of Everstep wrote what was agreed in its last step" in ended.stderr
+    )
+    assert "'weather'" in ended.stderr
