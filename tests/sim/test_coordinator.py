@@ -27,7 +27,7 @@ from everstep.elastic.sim.world import Steps
 from . import golden
 
 SEEDS = range(30)
-WORKERS_ONLY = [name for name, shape in SHAPES.items() if not (shape.loses_nodes or shape.drains)]
+WORKERS_ONLY = [name for name, shape in SHAPES.items() if not (shape.loses_nodes or shape.drains or shape.rebalance_s)]
 
 
 @pytest.mark.parametrize("script", golden.SCRIPTS, ids=lambda script: script.__name__)

@@ -14,9 +14,9 @@ from everstep.elastic.sim.run import SHAPES, Outcome, simulate
 SHAPES_WITH_NODES = [
     name
     for name, shape in SHAPES.items()
-    if shape.loses_nodes and shape.protection == "parity" and not (shape.drains or shape.reckless)
+    if shape.loses_nodes and shape.protection == "parity" and not (shape.drains or shape.reckless or shape.rebalance_s)
 ]
-RECKLESS = [name for name, shape in SHAPES.items() if shape.reckless and shape.saves]
+RECKLESS = [name for name, shape in SHAPES.items() if shape.reckless and shape.saves and not shape.rebalance_s]
 SEEDS = range(24)
 
 

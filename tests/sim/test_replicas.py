@@ -11,7 +11,9 @@ from everstep.elastic.sim.cluster import Timing
 from everstep.elastic.sim.faults import Fault, Flip, NodeFault
 from everstep.elastic.sim.run import SHAPES, Outcome, SimulationFailed, simulate
 
-REPLAY = [name for name, shape in SHAPES.items() if shape.protection == "replay" and not shape.flips]
+REPLAY = [
+    name for name, shape in SHAPES.items() if shape.protection == "replay" and not (shape.flips or shape.rebalance_s)
+]
 DIFFERING = [name for name, shape in SHAPES.items() if shape.flips]
 SEEDS = range(24)
 CALM = Timing(slow=0.0, duplicates=0.0)
