@@ -111,6 +111,7 @@ class _Cluster:
         self._log = (folder / "log").open("ab")
         self._environment = {**os.environ, Fault.VARIABLE: json.dumps([vars(fault) for fault in faults])}
         own = ["coordinator", "--bind", "127.0.0.1:0", "--nnodes", str(NODES), "--rdzv-id", "demo"]
+        own += ["--es-store", str(folder / "store.sqlite")]  # a demo that was killed leaves none to a later one
         self._coordinator = self._start([*own, "--es-events", str(self.events)], subprocess.PIPE)
         assert self._coordinator.stdout is not None
         address = self._coordinator.stdout.readline().decode().split()[-1:]
