@@ -16,6 +16,9 @@ USAGE = """usage: everstep COMMAND ...
   top          the same, live
   events       what happened to a job, a line each
   trace        what all ranks did in the last steps, for ui.perfetto.dev
+  drain        have a node hand over to the others, and leave the job
+  quarantine   keep a host out of the job for some time
+  release      end the quarantine of a host
   certs        make certificates for a cluster that is not trusted
   convert      bring a checkpoint of another framework into the universal form, or out of it
   inspect      what is in a checkpoint
@@ -56,7 +59,7 @@ def _run(arguments: list[str]) -> int:
         from .comms.base.process import leave
 
         leave(coordinate(rest))
-    if command in ("status", "events", "top", "trace"):
+    if command in ("status", "events", "top", "trace", "drain", "quarantine", "release"):
         return _watch(command, rest)
     if command in ("convert", "inspect", "verify", "diff"):
         from . import checkpoint_commands as checkpoints
@@ -90,6 +93,10 @@ def _watch(command: str, rest: list[str]) -> int:
         from .agents.tools.trace import trace
 
         return trace(rest)
+    if command in ("drain", "quarantine", "release"):
+        from .agents.tools.orders import order
+
+        return order(command, rest)
     from .agents.tools import status
 
     show: Callable[[list[str]], int] = getattr(status, command)

@@ -27,6 +27,7 @@ from .durable import Durable
 from .eventlog import EventLog, Listeners, harmless
 from .leader import Leader
 from .node_sessions import NodeSessions
+from .orders import OperatorOrders
 from .span_collector import SpanCollector
 from .store import StateStore, StateStoreError
 
@@ -57,7 +58,8 @@ class Coordinator:
         self.listeners.record.append(harmless(self.observer.heard))
         self.listeners.heartbeats.append(harmless(self.observer.heartbeat))
         self.listeners.telemetry.append(harmless(self.observer.told))
-        self._spans = SpanCollector(self._order)
+        self._spans = SpanCollector(self._tell)
+        self._orders = OperatorOrders()
         self._config = config
         self._security = security
         self._events = EventLog(events, self.listeners)
@@ -122,6 +124,7 @@ class Coordinator:
         )
         self._leader.polls += [lambda: RendezvousClosed() if self._rendezvous.over() else None]
         self._leader.polls.append(harmless(self.observer.poll))
+        self._leader.polls.append(self._orders.poll)
         self._links.listen()
         self.standing_by = ""
         await self._server.tell_health(leads=True)
@@ -173,8 +176,11 @@ class Coordinator:
         told = {name: view.get(name, []) for name in ("recoveries", "events", "series")}
         yield pb.GetTraceResponse(tail=dumps({**told, "silent": self._spans.silent}))
 
-    def _order(self, node: str, message: pb.AttachResponse) -> bool:
-        """Send a node an order without a number; returns whether the node is connected."""
+    def order(self, request: pb.OrderRequest) -> pb.OrderResponse:
+        return self._orders.take(request, self.state)
+
+    def _tell(self, node: str, message: pb.AttachResponse) -> bool:
+        """Send a node a message without a number; returns whether the node is connected."""
         session = self._links.session(node) if self._links is not None else None
         if session is not None:
             session.send(message)

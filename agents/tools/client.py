@@ -45,6 +45,13 @@ class Endpoints:
         found: pb.GetStatusResponse = self._ask(lambda channel: stub(channel).GetStatus(request, **self._wait()))
         return found
 
+    def order(self, request: pb.OrderRequest) -> str:
+        """What is done. Raises NoAnswer, also where the coordinator refuses."""
+        found: pb.OrderResponse = self._ask(lambda channel: stub(channel).Order(request, **self._wait()))
+        if found.refused:
+            raise NoAnswer(found.refused, away=False)
+        return found.text
+
     def trace(self, steps: int, timeout_s: float) -> list[pb.GetTraceResponse]:
         """The spans of all ranks in the last steps, in pieces. Raises NoAnswer."""
         request = pb.GetTraceRequest(steps=steps)

@@ -287,6 +287,48 @@ class GetStatusResponse(_message.Message):
     view: str
     def __init__(self, json: _Optional[str] = ..., view: _Optional[str] = ...) -> None: ...
 
+class OrderRequest(_message.Message):
+    __slots__ = ("drain", "quarantine", "release")
+    DRAIN_FIELD_NUMBER: _ClassVar[int]
+    QUARANTINE_FIELD_NUMBER: _ClassVar[int]
+    RELEASE_FIELD_NUMBER: _ClassVar[int]
+    drain: Drain
+    quarantine: Quarantine
+    release: Release
+    def __init__(self, drain: _Optional[_Union[Drain, _Mapping]] = ..., quarantine: _Optional[_Union[Quarantine, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ...) -> None: ...
+
+class Drain(_message.Message):
+    __slots__ = ("node", "why")
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    WHY_FIELD_NUMBER: _ClassVar[int]
+    node: str
+    why: str
+    def __init__(self, node: _Optional[str] = ..., why: _Optional[str] = ...) -> None: ...
+
+class Quarantine(_message.Message):
+    __slots__ = ("host", "seconds", "why")
+    HOST_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    WHY_FIELD_NUMBER: _ClassVar[int]
+    host: str
+    seconds: float
+    why: str
+    def __init__(self, host: _Optional[str] = ..., seconds: _Optional[float] = ..., why: _Optional[str] = ...) -> None: ...
+
+class Release(_message.Message):
+    __slots__ = ("host",)
+    HOST_FIELD_NUMBER: _ClassVar[int]
+    host: str
+    def __init__(self, host: _Optional[str] = ...) -> None: ...
+
+class OrderResponse(_message.Message):
+    __slots__ = ("refused", "text")
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    refused: str
+    text: str
+    def __init__(self, refused: _Optional[str] = ..., text: _Optional[str] = ...) -> None: ...
+
 class GetTraceRequest(_message.Message):
     __slots__ = ("steps",)
     STEPS_FIELD_NUMBER: _ClassVar[int]

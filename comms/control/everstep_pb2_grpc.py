@@ -49,6 +49,11 @@ class CoordinatorServiceStub:
                 request_serializer=everstep__pb2.GetTraceRequest.SerializeToString,
                 response_deserializer=everstep__pb2.GetTraceResponse.FromString,
                 _registered_method=True)
+        self.Order = channel.unary_unary(
+                '/everstep.v1.CoordinatorService/Order',
+                request_serializer=everstep__pb2.OrderRequest.SerializeToString,
+                response_deserializer=everstep__pb2.OrderResponse.FromString,
+                _registered_method=True)
 
 
 class CoordinatorServiceServicer:
@@ -75,6 +80,13 @@ class CoordinatorServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Order(self, request, context):
+        """An operator's order, from `everstep drain`, `quarantine` and `release`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_CoordinatorServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -92,6 +104,11 @@ def add_CoordinatorServiceServicer_to_server(servicer, server):
                     servicer.GetTrace,
                     request_deserializer=everstep__pb2.GetTraceRequest.FromString,
                     response_serializer=everstep__pb2.GetTraceResponse.SerializeToString,
+            ),
+            'Order': grpc.unary_unary_rpc_method_handler(
+                    servicer.Order,
+                    request_deserializer=everstep__pb2.OrderRequest.FromString,
+                    response_serializer=everstep__pb2.OrderResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -175,6 +192,33 @@ class CoordinatorService:
             '/everstep.v1.CoordinatorService/GetTrace',
             everstep__pb2.GetTraceRequest.SerializeToString,
             everstep__pb2.GetTraceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Order(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/everstep.v1.CoordinatorService/Order',
+            everstep__pb2.OrderRequest.SerializeToString,
+            everstep__pb2.OrderResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -111,6 +111,9 @@ class Shell(Protocol):
     def trace(self, steps: int) -> AsyncGenerator[pb.GetTraceResponse, None]:
         """The spans of all ranks in the last steps. Raises Busy while another client is served."""
 
+    def order(self, request: pb.OrderRequest) -> pb.OrderResponse:
+        """Take an operator's order, or say why not."""
+
 
 class Servicer(CoordinatorServiceServicer):
     """Turns streams into calls of a shell."""
@@ -164,6 +167,11 @@ class Servicer(CoordinatorServiceServicer):
                     yield part
         except Busy as error:
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
+
+    async def Order(self, request: pb.OrderRequest, context: Any) -> pb.OrderResponse:
+        await self._admitted(context)
+        await self._available(context)
+        return self._shell.order(request)
 
     async def _admitted(self, context: Any) -> None:
         if not self._security.admits_call(context.invocation_metadata() or ()):

@@ -61,7 +61,7 @@ from .outcome import (
     with_workers,
 )
 from .protection import committed_protected
-from .quarantine import keep_out
+from .quarantine import keep_out, quarantine_ordered, release_ordered
 from .rebalancing import rebalance_due, speeds_measured
 from .recovering import (
     all_ready,
@@ -345,6 +345,8 @@ _HANDLERS: dict[type[Any], Callable[[State, Any, float], Outcome]] = {
     e.StragglerFound: straggler_found,
     e.StragglerGone: straggler_gone,
     e.SpeedsMeasured: speeds_measured,
+    e.QuarantineOrdered: quarantine_ordered,
+    e.ReleaseOrdered: release_ordered,
     e.RendezvousClosed: rendezvous_closed,
     e.Ticked: _ticked,
 }

@@ -378,6 +378,22 @@ class StragglerGone:
 
 
 @dataclass(frozen=True)
+class QuarantineOrdered:
+    """An operator keeps a host out of the job for so long."""
+
+    host: str
+    seconds: float
+    why: str
+
+
+@dataclass(frozen=True)
+class ReleaseOrdered:
+    """An operator ends the quarantine of a host."""
+
+    host: str
+
+
+@dataclass(frozen=True)
 class SpeedsMeasured:
     """How fast ranks compute, as measured: rank -> speed, 1 for one that is as fast as most of its stage."""
 
@@ -423,6 +439,8 @@ Event = (
     | DrainRequested
     | StragglerFound
     | StragglerGone
+    | QuarantineOrdered
+    | ReleaseOrdered
     | SpeedsMeasured
     | WaitNoticed
     | RendezvousClosed

@@ -13,7 +13,7 @@ from . import events as e
 from .causes import Departure
 from .draining import drain_requested
 from .outcome import Effects, Outcome
-from .state import Phase, State, Status
+from .state import Phase, Quarantine, State, Status
 from .troubles import spares
 
 
@@ -25,6 +25,25 @@ def keep_out(state: State, now: float) -> Outcome:
     state = _take_back(state)
     state, drained = _drain_one(state, now)
     return state, [*released, *drained]
+
+
+def quarantine_ordered(state: State, event: e.QuarantineOrdered, now: float) -> Outcome:
+    """From now on for so long, whatever the host's troubles; it replaces a quarantine that the host is in."""
+    nodes = [name for name, node in state.nodes.items() if node.host == event.host]
+    troubles = len(state.troubles.get(event.host, ()))
+    fields = {"host": event.host, "nodes": nodes, "seconds": event.seconds, "troubles": troubles, "why": event.why}
+    quarantine = Quarantine(now, now + event.seconds, event.why)
+    state = replace(state, quarantined={**state.quarantined, event.host: quarantine})
+    return state, [e.Record("node_quarantined", fields)]
+
+
+def release_ordered(state: State, event: e.ReleaseOrdered, now: float) -> Outcome:
+    """The next tick releases the host, and forgets its troubles."""
+    quarantine = state.quarantined.get(event.host)
+    if quarantine is None:
+        return state, []
+    over = quarantine._replace(until_s=min(now, quarantine.until_s))
+    return replace(state, quarantined={**state.quarantined, event.host: over}), []
 
 
 def _release(state: State, now: float) -> Outcome:

@@ -90,6 +90,19 @@ def test_who_lags_repeatedly_hands_over_and_is_refused_until_released() -> None:
     assert "n1-3" in s.state.nodes
 
 
+def test_an_operator_keeps_a_host_out_and_lets_it_in_again() -> None:
+    """Without a policy, and without any trouble of the host."""
+    s = trained(3, min_nodes=1)
+    (line,) = records(s(e.QuarantineOrdered("host-n1", 60.0, "a hot card")), "node_quarantined")
+    assert (line["nodes"], line["seconds"], line["why"]) == (["n1"], 60.0, "a hot card")
+    assert records(tick(s), "draining")[0]["node"] == "n1"
+    s(e.ReleaseOrdered("host-n2"))
+    assert list(s.state.quarantined) == ["host-n1"], "the other host is in none"
+    s(e.ReleaseOrdered("host-n1"))
+    assert records(tick(s), "node_released") == [{"host": "host-n1"}]
+    assert not s.state.quarantined
+
+
 def test_failures_count_by_host_whatever_its_nodes_are_called() -> None:
     s = policy(trained(4, min_nodes=1), after=3)
     s.died(w(1))

@@ -1,0 +1,84 @@
+"""Operators' orders: what `everstep drain`, `quarantine` and `release` ask for, checked against the job as it is.
+
+An order that is taken becomes an event of the coordinator's machine at its next turn.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+from everstep.comms.control import everstep_pb2 as pb
+from everstep.elastic.protocol import events as e
+from everstep.elastic.protocol.state import Phase, State
+from everstep.elastic.protocol.troubles import spares
+
+MOST = 64  # orders that wait
+
+
+class Refused(Exception):
+    """An order that cannot be carried out: why, for the user."""
+
+
+class OperatorOrders:
+    """The orders that were taken, and wait for the machine's next turn."""
+
+    def __init__(self) -> None:
+        self._taken: deque[e.Event] = deque()
+
+    def poll(self) -> e.Event | None:
+        """The next one."""
+        return self._taken.popleft() if self._taken else None
+
+    def take(self, request: pb.OrderRequest, state: State) -> pb.OrderResponse:
+        """Take an order for a job in this state."""
+        try:
+            if state.phase in (Phase.AFTER, Phase.DONE) or state.stopping is not None:
+                raise Refused("the job is about to end")
+            if len(self._taken) >= MOST:
+                raise Refused("too many orders wait already: try again")
+            event, text = _event(request, state)
+        except Refused as error:
+            return pb.OrderResponse(refused=str(error))
+        self._taken.append(event)
+        return pb.OrderResponse(text=text)
+
+
+def _event(request: pb.OrderRequest, state: State) -> tuple[e.Event, str]:
+    if request.WhichOneof("order") == "drain":
+        node = _node(request.drain.node, state)
+        why = request.drain.why or "drained by an operator"
+        return e.DrainRequested(
+            node, why
+        ), f"node {node} hands over, and leaves when the others do not need it any more"
+    if request.WhichOneof("order") == "quarantine":
+        host, seconds = request.quarantine.host, request.quarantine.seconds
+        if not host or not seconds > 0:
+            raise Refused("name a host, and a time of more than 0 s")
+        why = request.quarantine.why or "by an operator's order"
+        there = [name for name, node in state.nodes.items() if node.host == host]
+        now = f"; {' and '.join(there)} hand over as soon as the job can spare them" if there else ""
+        return e.QuarantineOrdered(host, seconds, why), f"host {host} is kept out for {seconds:g} s{now}"
+    if request.WhichOneof("order") == "release":
+        if request.release.host not in state.quarantined:
+            known = ", ".join(sorted(state.quarantined)) or "none"
+            raise Refused(f"host {request.release.host!r} is not in quarantine; hosts that are: {known}")
+        return e.ReleaseOrdered(request.release.host), f"host {request.release.host} may join again"
+    raise Refused("no order that this version knows")
+
+
+def _node(asked: str, state: State) -> str:
+    """The node of this name or host. Raises Refused unless it can leave."""
+    found = [asked] if asked in state.nodes else [name for name, node in state.nodes.items() if node.host == asked]
+    if len(found) != 1:
+        known = ", ".join(f"{name} ({node.host})" for name, node in sorted(state.nodes.items())) or "none"
+        what = "names several nodes" if found else "is no node of the job"
+        raise Refused(f"{asked!r} {what}; nodes: {known}")
+    if found[0] in state.leaving:
+        raise Refused(f"node {found[0]} leaves already: {state.leaving[found[0]].why}")
+    if not spares(state, found[0]):
+        least = max(1, state.config.min_nodes)
+        raise Refused(
+            f"the job cannot spare node {found[0]}: it needs {least} (--nnodes). To save a checkpoint and end the job, "
+            "stop it with SIGTERM"
+        )
+    return found[0]

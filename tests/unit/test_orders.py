@@ -1,0 +1,79 @@
+"""Which orders of an operator a coordinator takes, and what it answers to the others."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from everstep.agents.coordinator.orders import MOST, OperatorOrders
+from everstep.comms.control import everstep_pb2 as pb
+from everstep.elastic.protocol import coordinator
+from everstep.elastic.protocol import events as e
+from everstep.elastic.protocol.state import Config, Leaving, Node, Phase, Quarantine, State
+
+
+def job(least: int = 1) -> State:
+    """Three nodes on two hosts, one of which is in quarantine."""
+    nodes = {name: Node(name, host, 1, "") for name, host in (("n0", "a"), ("n1", "b"), ("n2", "b"))}
+    quarantined = {"c": Quarantine(0.0, 100.0, "it burns")}
+    state = coordinator.initial_state(Config(min_nodes=least, max_nodes=3), 0.0)
+    return replace(state, phase=Phase.RUNNING, nodes=nodes, quarantined=quarantined, elastic=True)
+
+
+def drain(node: str) -> pb.OrderRequest:
+    return pb.OrderRequest(drain=pb.Drain(node=node, why="a fan"))
+
+
+def test_orders_become_events() -> None:
+    orders = OperatorOrders()
+    assert orders.poll() is None
+    taken = [
+        drain("n1"),
+        drain("a"),
+        pb.OrderRequest(quarantine=pb.Quarantine(host="b", seconds=60.0)),
+        pb.OrderRequest(release=pb.Release(host="c")),
+    ]
+    answers = [orders.take(request, job()) for request in taken]
+    assert [answer.refused for answer in answers] == [""] * 4
+    assert "n1 hands over" in answers[0].text
+    assert "n1 and n2 hand over" in answers[2].text
+    assert [orders.poll() for _ in range(5)] == [
+        e.DrainRequested("n1", "a fan"),
+        e.DrainRequested("n0", "a fan"),
+        e.QuarantineOrdered("b", 60.0, "by an operator's order"),
+        e.ReleaseOrdered("c"),
+        None,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("request_", "state", "why"),
+    [
+        (drain("x"), job(), r"'x' is no node of the job; nodes: n0 \(a\), n1 \(b\), n2 \(b\)"),
+        (drain("b"), job(), "'b' names several nodes"),
+        (drain("n0"), job(least=3), "cannot spare node n0: it needs 3"),
+        (drain("n0"), replace(job(), leaving={"n0": Leaving("SIGTERM")}), "node n0 leaves already: SIGTERM"),
+        (drain("n0"), replace(job(), phase=Phase.DONE), "the job is about to end"),
+        (pb.OrderRequest(quarantine=pb.Quarantine(host="b", seconds=-1.0)), job(), "a time of more than 0 s"),
+        (pb.OrderRequest(quarantine=pb.Quarantine(host="b", seconds=float("nan"))), job(), "a time of more than 0 s"),
+        (pb.OrderRequest(quarantine=pb.Quarantine(host="", seconds=1.0)), job(), "name a host"),
+        (pb.OrderRequest(release=pb.Release(host="a")), job(), "'a' is not in quarantine; hosts that are: c"),
+        (pb.OrderRequest(), job(), "no order that this version knows"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_done_is_refused_with_the_reason(request_: pb.OrderRequest, state: State, why: str) -> None:
+    orders = OperatorOrders()
+    answer = orders.take(request_, state)
+    assert answer.text == ""
+    assert re.search(why, answer.refused), answer.refused
+    assert orders.poll() is None
+
+
+def test_orders_that_nobody_takes_do_not_pile_up() -> None:
+    orders = OperatorOrders()
+    for _ in range(MOST):
+        assert orders.take(drain("n0"), job()).text
+    assert "too many" in orders.take(drain("n0"), job()).refused
