@@ -20,8 +20,8 @@ def partition(costs: Sequence[float], weights: Sequence[float]) -> list[int]:
     """Cut layers into contiguous stages so that the slowest stage is as fast as possible.
 
     `costs`: cost per layer; `weights`: capacity per stage (its number of ranks, or speed). Returns the bounds
-    [0, ..., layers]. Every stage gets at least one layer. Dynamic programming, O(stages * layers^2). Raises
-    LayoutError when there are more stages than layers.
+    [0, ..., layers]. Every stage gets at least one layer. Dynamic programming, about O(layers^2). Raises LayoutError
+    when there are more stages than layers.
     """
     layers, stages = len(costs), len(weights)
     if stages > layers:
@@ -32,9 +32,12 @@ def partition(costs: Sequence[float], weights: Sequence[float]) -> list[int]:
     for stage in range(1, stages):
         row, cut = [float("inf")] * (layers + 1), [0] * (layers + 1)
         for stop in range(stage + 1, layers + 1):
-            for start in range(stage, stop):
-                slowest = max(best[start], (prefix[stop] - prefix[start]) / weights[stage])
-                if slowest < row[stop]:
+            for start in range(stop - 1, stage - 1, -1):
+                own = (prefix[stop] - prefix[start]) / weights[stage]
+                if own > row[stop]:
+                    break  # and it only grows
+                slowest = max(best[start], own)
+                if slowest <= row[stop]:
                     row[stop], cut[stop] = slowest, start
         best = row
         choice.append(cut)
@@ -58,8 +61,12 @@ def deal_micro_batches(
         bounds = [micro_batches * i // count for i in range(count + 1)]
     else:
         shares = [int(micro_batches >= count)] * count
+        ends = [((shares[i] + 1) / speed[i], i) for i in range(count)]  # with one more
+        heapq.heapify(ends)
         for _ in range(micro_batches - sum(shares)):
-            shares[min(range(count), key=lambda i: ((shares[i] + 1) / speed[i], i))] += 1
+            i = ends[0][1]
+            shares[i] += 1
+            heapq.heapreplace(ends, ((shares[i] + 1) / speed[i], i))
         bounds = [0, *accumulate(shares)]
     return tuple(
         Block(rank, start, stop)

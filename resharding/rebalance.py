@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise, permutations
+from itertools import accumulate, islice, pairwise, permutations
 
 from .forecast import Costs, bound, speed_of, step_time
 from .layout import Layout, Stage
@@ -18,7 +18,8 @@ from .planners import deal_micro_batches, deal_shards, partition
 from .units import ModelSpec
 
 LEAST_GAIN = 0.05  # of the step time: less is not worth a move
-MOST_LEGS = 20_000  # in all forecasts together; a step that has more is judged by its busiest rank
+MOST_LEGS = 6_000  # in all forecasts together; a step that has more is judged by its busiest rank
+MOST_CUTS = 100_000  # stages times layers, of all candidates together
 AS_GOOD = 0.01  # of the step time: among layouts that differ by less, the one that moves least
 FINALISTS = 6  # candidates that are forecast
 MANY_STAGES = 8  # up to which every pair of stages is tried for the move of a rank
@@ -70,14 +71,18 @@ def rebalance(
     found = search.run()
     if found is None or found[1] > (1 - least_gain) * before:
         return None
-    best, after = found
+    shape, after = found
+    holders = {layer: stage.ranks for stage in shape.stages for layer in range(stage.start, stage.stop)}
+    best = replace(shape, owners=deal_shards(spec, holders, layout.owners))
+    best.validate(spec)
     return Proposal(best, before, after, moved_bytes(spec, layout, best))
 
 
 class _Search:
     """From the groups of ranks as they are, by the move of one rank at a time, to the best ones.
 
-    On the way candidates are judged by their busiest rank, which is cheap; the best few are then forecast.
+    On the way candidates are judged by their busiest rank, which is cheap; the best few are then forecast. The layouts
+    have no owners of shards so far. Both parts have a budget, since the coordinator does nothing else meanwhile.
     """
 
     def __init__(
@@ -102,16 +107,17 @@ class _Search:
 
     def time(self, layout: Layout) -> float:
         """The forecast of a step."""
-        if len(layout.segments()) > MOST_LEGS:
+        if layout.micro_batches * len(layout.stages) > MOST_LEGS:
             return bound(layout, self._costs, self._speeds)
         return step_time(layout, self._costs, self._speeds)
 
     def run(self) -> tuple[Layout, float] | None:
-        """The best layout and its time; None where none has the memory."""
+        """The best layout, and its time; None where none has the memory."""
         groups: Groups = tuple(stage.ranks for stage in self._old.stages)
         least = self._judge(groups)
         while True:
-            tried = [(self._judge(other), other) for other in self._neighbours(groups)]
+            budget = MOST_CUTS // (self._spec.layers * len(groups)) - len(self._found) // 2
+            tried = [(self._judge(other), other) for other in islice(self._neighbours(groups), max(0, budget))]
             found = min(tried, default=(math.inf, groups))
             if found[0] >= least:
                 break
@@ -121,7 +127,7 @@ class _Search:
         timed = self._forecast()
         least = min(time for time, _ in timed.values())
         equal = [item for item in timed.values() if item[0] <= (1 + AS_GOOD) * least]
-        time, layout = min(equal, key=lambda item: (moved_bytes(self._spec, self._old, item[1]), item[0]))
+        time, layout = min(equal, key=lambda item: (moved_values(self._spec, self._old, item[1]), item[0]))
         return layout, time
 
     def _forecast(self) -> dict[Candidate, tuple[float, Layout]]:
@@ -177,11 +183,7 @@ class _Search:
         spans = zip(groups, bounds[:-1], bounds[1:], strict=True)
         home = tuple(Stage(start, stop, ranks) for ranks, start, stop in spans)
         stages = tuple(replace(s, blocks=deal_micro_batches(micro_batches, s.ranks, self._speeds)) for s in home)
-        holders = {layer: stage.ranks for stage in stages for layer in range(stage.start, stage.stop)}
-        owners = deal_shards(self._spec, holders, self._old.owners)
-        layout = Layout(self._generation, micro_batches, stages, owners, home)
-        layout.validate(self._spec)
-        return layout
+        return Layout(self._generation, micro_batches, stages, (), home)
 
     def _neighbours(self, groups: Groups) -> Iterator[Groups]:
         """The groups with one rank in another stage, or two that have changed places.
@@ -223,18 +225,21 @@ def layer_bytes(spec: ModelSpec) -> tuple[int, ...]:
 
 def moved_bytes(spec: ModelSpec, old: Layout, new: Layout) -> int:
     """The bytes of parameters that ranks have to get: of layers that they did not hold, and of shards that they own."""
+    return moved_values(spec, old, new) + sum(
+        shard.elements * spec.parameters[shard.parameter].item_bytes
+        for shard in spec.shards
+        if new.owners[shard.index] != old.owners[shard.index]
+    )
+
+
+def moved_values(spec: ModelSpec, old: Layout, new: Layout) -> int:
+    """The bytes of the layers that ranks of `new` did not hold."""
     size = layer_bytes(spec)
     held = {rank: range(stage.start, stage.stop) for stage in old.stages for rank in stage.ranks}
-    values = sum(
+    return sum(
         size[layer]
         for stage in new.stages
         for rank in stage.ranks
         for layer in range(stage.start, stage.stop)
         if layer not in held.get(rank, ())
     )
-    owned = sum(
-        shard.elements * spec.parameters[shard.parameter].item_bytes
-        for shard in spec.shards
-        if new.owners[shard.index] != old.owners[shard.index]
-    )
-    return values + owned
