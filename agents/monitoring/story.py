@@ -272,6 +272,10 @@ _WORDS: dict[str, tuple[Grade, Callable[[Line], str]]] = {
     "recovered": (Grade.WARNING, _recovered),
     "join_prepared": (Grade.NEWS, lambda x: f"a plan that adds {_one(x['ranks'])} is ready"),
     "rebalance_prepared": (Grade.NEWS, lambda x: f"a faster layout is ready: {x['layout']}; {x['why']}"),
+    "rebalance_measured": (
+        Grade.NEWS,
+        lambda x: f"the rebalance saves {x['saved']:.0%} of a step's time; the forecast was {x['promised']:.0%}",
+    ),
     "rebalanced": (Grade.NEWS, lambda x: f"rebalanced; now {x['layout']}"),
     "joined": (Grade.NEWS, lambda x: f"{_one(x['ranks'])} joined; now {x['layout']}"),
     "started": (Grade.NEWS, _started),

@@ -15,7 +15,7 @@ from everstep.resharding.rebalance import rebalance
 from . import events as e
 from .outcome import Outcome
 from .recovering import carry_out
-from .state import Balance, Phase, State, Status
+from .state import NOT_SEARCHED, Phase, State, Status
 
 SPEED_CHANGED = 0.1  # by which a speed has to change before another search
 
@@ -33,21 +33,41 @@ def speeds_measured(state: State, event: e.SpeedsMeasured, now: float) -> Outcom
 
 def rebalance_due(state: State, now: float) -> Outcome:
     """Offer a plan for a faster layout, if this one has lasted and there is one."""
-    job, layout, after_s = state.job, state.layout, state.config.rebalance_after_s
+    job, layout, after_s, balance = state.job, state.layout, state.config.rebalance_after_s, state.balance
     if not after_s or job is None or layout is None or not _quiet(state):
         return state, []
-    if state.balance.generation != layout.generation:
-        return replace(state, balance=Balance(layout.generation, now)), []
-    if state.balance.searched or now - state.balance.since_s < after_s:
+    if balance.generation != layout.generation:
+        kept = balance if balance.offered == layout.generation else NOT_SEARCHED
+        began = kept._replace(generation=layout.generation, since_s=now, since_step=state.committed, searched=False)
+        return replace(state, balance=began), []
+    steps = state.committed - balance.since_step
+    if balance.searched or now - balance.since_s < after_s or steps < 1:
         return state, []
-    state = replace(state, balance=state.balance._replace(searched=True))
+    step_s = (now - balance.since_s) / steps
+    if balance.promised:
+        return _judged(state, step_s)
+    state = replace(state, balance=balance._replace(searched=True))
     found = rebalance(job.model, layout, state.generation + 1, speeds=state.speeds)
     if found is None:
         return state, []
     plan = replace(plan_switch(job.model, layout, found.layout), lines=state.lines)
+    balance = state.balance._replace(offered=plan.generation, promised=found.gain, step_s=step_s)
     fields = {"generation": plan.generation, "layout": plan.layout.describe(), "why": found.why(), "gain": found.gain}
-    state, orders = carry_out(replace(state, generation=plan.generation, join=plan), plan)
+    state, orders = carry_out(replace(state, generation=plan.generation, join=plan, balance=balance), plan)
     return state, [*orders, e.Record("rebalance_prepared", fields)]
+
+
+def _judged(state: State, step_s: float) -> Outcome:
+    """A layout that was promised to be faster has lasted: say what it saves.
+
+    One that saves less than half of what was promised is not searched further, until ranks or speeds change: the next
+    promise would be as good as this one.
+    """
+    balance = state.balance
+    saved = 1 - step_s / balance.step_s
+    fields = {"generation": balance.generation, "promised": balance.promised, "saved": saved}
+    balance = balance._replace(promised=0.0, searched=saved < balance.promised / 2)
+    return replace(state, balance=balance), [e.Record("rebalance_measured", fields)]
 
 
 def _quiet(state: State) -> bool:

@@ -141,11 +141,19 @@ class Concluding(NamedTuple):
 
 
 class Balance(NamedTuple):
-    """The search for a faster layout than that of `generation`, which has lasted since `since_s`."""
+    """The search for a faster layout than that of `generation`, which has lasted since `since_s`, after `since_step`.
+
+    `offered`: the generation of the faster layout that was found, which is to save the part `promised` of the step time
+    `step_s`. Of a layout that was found so, these are what was promised of it; `promised` is 0 of any other.
+    """
 
     generation: int = 0
     since_s: float = 0.0
+    since_step: int = -1
     searched: bool = False
+    offered: int = 0
+    promised: float = 0.0
+    step_s: float = 0.0
 
 
 NOT_SEARCHED = Balance()

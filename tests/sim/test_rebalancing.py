@@ -18,10 +18,17 @@ REBALANCING = [name for name, shape in SHAPES.items() if shape.rebalance_s]
 def trained(**config: object) -> Script:
     """A job of four ranks in one stage that has committed some steps."""
     script = Script(workers=4, **{"rebalance_after_s": 5.0, **config})
-    script.job = replace(script.job, micro_batches=12, global_batch_size=12)
+    script.job = replace(script.job, steps=1000, micro_batches=12, global_batch_size=12)
     script.train()
     script.committed(w(0), 0)
     return script
+
+
+def steps(script: Script, count: int, seconds: float) -> None:
+    """So many steps are committed, each after so long."""
+    for _ in range(count):
+        script.now += seconds
+        script.committed(w(0), script.state.committed + 1)
 
 
 def shares(state: State) -> list[int]:
@@ -38,7 +45,8 @@ def test_a_slow_rank_gets_less_once_the_layout_has_lasted() -> None:
     even = shares(script.state)
     assert not offered(script(e.Ticked()))
     assert not offered(script(e.SpeedsMeasured({1: 0.4})))
-    assert not offered(script(e.Ticked(), 4.0)), "the layout has not lasted long enough"
+    steps(script, 2, 2.0)
+    assert not offered(script(e.Ticked(), 0.5)), "the layout has not lasted long enough"
     orders = offered(script(e.Ticked(), 2.0))
     assert [order.worker for order in orders] == [w(0), w(1), w(2), w(3)]
     assert not orders[0].plan.moves, "micro-batches go to other ranks, and nothing else moves"
@@ -46,35 +54,56 @@ def test_a_slow_rank_gets_less_once_the_layout_has_lasted() -> None:
     script(e.WorkerSwitched(w(2), orders[0].plan.generation))
     assert shares(script.state)[1] < even[1]
     assert max(shares(script.state)) > max(even)
-    assert not offered(script(e.Ticked(), 10.0)) + offered(script(e.Ticked(), 10.0)), "it is balanced now"
+    assert not offered(script(e.Ticked())), "it has only begun"
+    steps(script, 8, 1.0)
+    assert not offered(script(e.Ticked())) + offered(script(e.Ticked())), "it is balanced now"
     script(e.SpeedsMeasured({}))
-    (plan,) = {order.plan.generation: order.plan for order in offered(script(e.Ticked(), 1.0))}.values()
+    (plan,) = {order.plan.generation: order.plan for order in offered(script(e.Ticked()))}.values()
     script(e.WorkerSwitched(w(0), plan.generation))
     assert shares(script.state) == even, "it has recovered, and gets as much as the others again"
+
+
+@pytest.mark.parametrize(("saves", "searched"), [(True, False), (False, True)])
+def test_a_promise_is_checked_when_the_new_layout_has_lasted(saves: bool, searched: bool) -> None:
+    script = trained()
+    script(e.Ticked())
+    script(e.SpeedsMeasured({1: 0.4}))
+    steps(script, 5, 2.0)
+    (plan,) = {order.plan.generation: order.plan for order in offered(script(e.Ticked(), 1.0))}.values()
+    script(e.WorkerSwitched(w(2), plan.generation))
+    script(e.Ticked())
+    steps(script, 10, 1.0 if saves else 2.0)
+    (record,) = [x for x in script(e.Ticked(), 0.1) if isinstance(x, e.Record) and x.event == "rebalance_measured"]
+    assert record.fields["promised"] > 0.2
+    assert (record.fields["saved"] > 0.2) == saves
+    assert script.state.balance.searched == searched
 
 
 def test_small_changes_of_speed_are_no_reason() -> None:
     script = trained()
     script(e.Ticked())
-    script(e.Ticked(), 10.0)
     script(e.SpeedsMeasured({1: 0.95}))
     assert not script.state.speeds
-    assert not offered(script(e.Ticked(), 10.0))
+    steps(script, 4, 3.0)
+    assert not offered(script(e.Ticked()))
+    assert script.state.balance.searched
 
 
 def test_zero_turns_it_off() -> None:
     script = trained(rebalance_after_s=0.0)
     script(e.Ticked())
     script(e.SpeedsMeasured({1: 0.4}))
-    assert not offered(script(e.Ticked(), 100.0))
+    steps(script, 4, 30.0)
+    assert not offered(script(e.Ticked()))
 
 
 def test_a_node_that_wants_to_leave_goes_first() -> None:
     script = trained()
     script(e.Ticked())
     script(e.SpeedsMeasured({1: 0.4}))
+    steps(script, 4, 3.0)
     script(e.DrainRequested("n0", "maintenance"))
-    assert not any(isinstance(x, e.Record) and x.event == "rebalance_prepared" for x in script(e.Ticked(), 10.0))
+    assert not any(isinstance(x, e.Record) and x.event == "rebalance_prepared" for x in script(e.Ticked()))
 
 
 @pytest.mark.parametrize("seeds", [range(100, 108), pytest.param(range(108, 160), marks=pytest.mark.soak)], ids=str)
