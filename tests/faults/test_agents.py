@@ -40,6 +40,7 @@ def test_a_keeper_outlives_its_agent(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert_same_run(result, reference(STEPS))
 
 
+@pytest.mark.soak
 def test_a_keeper_that_nobody_takes_over_ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("EVERSTEP_KEEPER_LINGER", "2")
     with Hosts(2) as hosts:

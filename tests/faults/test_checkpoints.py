@@ -197,6 +197,7 @@ def test_the_checkpoint_before_a_damaged_one_is_used_if_that_is_allowed(two_chec
     assert_continues(result, 4, STEPS)
 
 
+@pytest.mark.soak
 def test_what_does_not_fit_is_refused_in_one_line(two_checkpoints, tmp_path):
     flags = ["--nproc-per-node=2", *checkpointing(two_checkpoints)]
     arguments = json.dumps({"out": str(tmp_path), "steps": 8, "stages": 1})

@@ -92,6 +92,7 @@ def test_what_happens_to_who_leaves(tmp_path: Path) -> None:
         assert len(job.events("node_lost")) == 1
 
 
+@pytest.mark.soak
 def test_too_few_would_be_left(tmp_path: Path) -> None:
     """The job is asked to save, and ends, as it does on a signal to all of it."""
     with Hosts(2) as hosts:

@@ -302,7 +302,8 @@ def test_a_saver_is_asked_with_16_mib(tmp_path: Path) -> None:
 def test_a_large_environment(tmp_path: Path) -> None:
     """One of a megabyte, which is more than a datagram takes, reaches a worker."""
     script = tmp_path / "script.py"
-    script.write_text("import os\nprint(sum(len(os.environ[f'LARGE_{i}']) for i in range(10)), flush=True)\n")
+    count = "count = sum(len(os.environ[f'LARGE_{i}']) for i in range(10))"
+    script.write_text(f"import os\n{count}\nos.write(1, f'{{count}} '.encode())\n")  # one write: ranks share the pipe
     large = {f"LARGE_{i}": LARGE[: 100 << 10] for i in range(10)}
     process = launch(script, [], ["--nproc-per-node", "2"], large)
     assert finish(process).split() == [str(1000 << 10)] * 2

@@ -187,7 +187,8 @@ def test_a_save_that_hangs_is_given_up(tmp_path: Path) -> None:
         wait_until(lambda: told("checkpoint_failed"), 60, "the save is given up")
         before = len(told("checkpoint_saved"))
         wait_until(lambda: len(told("checkpoint_saved")) > before, 60, "another one is saved")
-        assert "no progress for 3 s" in str(told("checkpoint_failed")[0]["why"])
+        why = str(told("checkpoint_failed")[0]["why"])  # of the rank that waited, or of another one in the same process
+        assert re.search(r"no progress for 3 s|was ended, since \S+ made no progress", why), why
         assert any(line["notice"] == "save-stalls" for line in told("warning"))
         assert not stopped.is_running() or stopped.status() == psutil.STATUS_ZOMBIE
     finally:

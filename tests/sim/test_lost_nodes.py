@@ -16,6 +16,8 @@ SHAPES_WITH_NODES = [
     for name, shape in SHAPES.items()
     if shape.loses_nodes and shape.protection == "parity" and not (shape.drains or shape.reckless or shape.rebalance_s)
 ]
+LONG = ("6 nodes", "4 nodes, seldom", "3 nodes, seldom")
+QUICK_FIRST = [pytest.param(name, marks=pytest.mark.soak) if name in LONG else name for name in SHAPES_WITH_NODES]
 RECKLESS = [name for name, shape in SHAPES.items() if shape.reckless and shape.saves and not shape.rebalance_s]
 SEEDS = range(24)
 
@@ -24,7 +26,7 @@ def _gone_back(outcome: Outcome) -> bool:
     return any("committed_again" in line for line in outcome.log)
 
 
-@pytest.mark.parametrize("name", SHAPES_WITH_NODES)
+@pytest.mark.parametrize("name", QUICK_FIRST)
 def test_seeds(name: str) -> None:
     """Random faults. `simulate` raises where a job ends early although no more was lost than it must survive."""
     outcomes = [simulate(seed, SHAPES[name]) for seed in SEEDS]
