@@ -70,10 +70,9 @@ def test_layers_move_after_a_loss(tmp_path: Path) -> None:
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("phase", ["restore", "compute", "update", "commit"])
-@pytest.mark.parametrize("rank", [0, 2])
-def test_a_rank_is_lost_while_layers_move(tmp_path: Path, rank: int, phase: str) -> None:
-    """On either side of the move, at a step that some have switched with and others have not."""
+@pytest.mark.parametrize("host", [0, 1, 2])
+def test_a_rank_is_lost_while_layers_move(tmp_path: Path, host: int) -> None:
+    """On either side of the move, once the plan has been offered."""
     with Hosts(4) as hosts:
         job = Rebalancing(hosts, tmp_path, least=2, stages=2, layers=6)
         job.start()
@@ -81,7 +80,7 @@ def test_a_rank_is_lost_while_layers_move(tmp_path: Path, rank: int, phase: str)
         with slowly(tmp_path):
             job.lose(3)
             job.until(lambda: job.events("rebalance_prepared"), 40, "a faster layout is ready")
-            victim = job.workers_of(rank)
+            victim = job.workers_of(host)
             os.kill(next(iter(victim)), signal.SIGKILL)
             job.rebalanced()
             job.advance(3)
