@@ -86,6 +86,7 @@ class Stragglers:
     def __init__(self) -> None:
         self.per_micro_batch_s: dict[int, float] = {}
         self.ratios: dict[int, float] = {}
+        self.alone: set[int] = set()  # the ranks whose ratio is to their own past
         self.findings: dict[int, Finding] = {}
         self._hysteresis = Hysteresis(LIMITS)
         self._series: dict[int, _Series] = {}
@@ -123,6 +124,7 @@ class Stragglers:
                 alone += known
         found |= self._with_past(alone)
         self.ratios = {rank: compared.ratio for rank, compared in found.items()}
+        self.alone = {rank for rank, compared in found.items() if compared.against == "past"}
         self.per_micro_batch_s = {rank: self._series[rank].now_s for rank in self._series if self._tells(rank)}
         self._judge(found, {rank for _, ranks in placed if len(ranks) > 1 for rank in ranks}, now_s)
 

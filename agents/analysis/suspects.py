@@ -11,6 +11,7 @@ from typing import Any
 
 from everstep.comms.control import telemetry_pb2 as pb
 from everstep.elastic.protocol.events import SpeedsMeasured, StragglerFound, StragglerGone
+from everstep.elastic.protocol.rebalancing import differ
 from everstep.elastic.protocol.state import State
 
 from .slow_links import SlowLinks
@@ -21,7 +22,6 @@ AGAIN_S = 300.0  # a finding that lasts this long is reported and counted again
 NEWS_KEPT = 256
 SLOWER, LEVEL = 1.2, 1.1  # times its stage's compute time: from where on a rank counts as slower, and as level again
 SLOW_STEPS = 6  # for which a rank has to be slower until it is reported
-SPEED_CHANGED = 0.1  # by which a known speed has to change to be reported again
 
 Key = tuple[object, ...]
 
@@ -33,8 +33,8 @@ class Suspects:
         self.stragglers = Stragglers()
         self.links = SlowLinks()
         self._told: dict[Key, tuple[Finding, float]] = {}  # and when it was last reported
-        self._speeds: dict[int, float] = {}  # as reported last
-        self._news: deque[StragglerFound | StragglerGone] = deque(maxlen=NEWS_KEPT)
+        self._by_past: set[int] = set()  # ranks alone in their stage whose speed was found by their own past there
+        self._news: deque[StragglerFound | StragglerGone | SpeedsMeasured] = deque(maxlen=NEWS_KEPT)
 
     def take(self, telemetry: pb.Telemetry, elapsed_s: float, now_s: float) -> None:
         """Take an agent's report; `elapsed_s`: time since its last report by its own clock, 0 for the first."""
@@ -57,29 +57,35 @@ class Suspects:
         nodes = {rank: worker.node for rank, worker in state.workers.items()}
         self.links.compare(nodes, disturbed, places, now_s)
         self._note(state, now_s)
+        if (measured := self._measured(state.speeds)) is not None:
+            self._news.append(measured)
 
     def findings(self) -> list[Finding]:
         """The current findings. Only links name nodes: the coordinator's state has the node of a rank."""
         return [*self.stragglers.findings.values(), *self.links.findings.values()]
 
-    def poll(self) -> StragglerFound | StragglerGone | None:
+    def poll(self) -> StragglerFound | StragglerGone | SpeedsMeasured | None:
         """The next report."""
         return self._news.popleft() if self._news else None
 
-    def speeds(self) -> SpeedsMeasured | None:
-        """The speeds of the ranks that are slower than their stage, if they have changed since they were asked for."""
-        speeds: dict[int, float] = {}
+    def _measured(self, known: Mapping[int, float]) -> SpeedsMeasured | None:
+        """The speeds of the ranks that are slower than their stage, if they differ from those that are known.
+
+        A rank that cannot be compared keeps its speed. That includes one that is alone in its stage and was known to be
+        slow before: its own past there is as slow.
+        """
+        speeds = dict(known)
+        self._by_past &= self.stragglers.alone
         for rank, ratio in self.stragglers.ratios.items():
-            known = self._speeds.get(rank)
-            if ratio >= SLOWER and (known or self.stragglers.slow_steps(rank) >= SLOW_STEPS):
+            if rank in self.stragglers.alone and rank in known and rank not in self._by_past:
+                continue
+            if ratio >= SLOWER and (rank in known or self.stragglers.slow_steps(rank) >= SLOW_STEPS):
                 speeds[rank] = 1 / ratio
-            elif known is not None and ratio > LEVEL:
-                speeds[rank] = known
-        changed = {rank for rank in {*speeds, *self._speeds} if not _close(speeds.get(rank), self._speeds.get(rank))}
-        if not changed:
-            return None
-        self._speeds = speeds
-        return SpeedsMeasured(speeds)
+                if rank in self.stragglers.alone:
+                    self._by_past.add(rank)
+            elif ratio <= LEVEL:
+                speeds.pop(rank, None)
+        return SpeedsMeasured(speeds) if differ(speeds, known) else None
 
     def _present(self, nodes: Mapping[int, str]) -> dict[Key, Finding]:
         found: dict[Key, Finding] = {("link", *whom): finding for whom, finding in self.links.findings.items()}
@@ -117,7 +123,3 @@ class Suspects:
         why = f"{ratio:.2f} times what it is compared with" if ratio else "level again, or not to be compared any more"
         evidence = f"{why}, after {now_s - finding.since_s:.0f} s"
         return StragglerGone(finding.node, finding.rank, finding.what, evidence, peer=finding.peer)
-
-
-def _close(one: float | None, other: float | None) -> bool:
-    return abs((one or 1.0) / (other or 1.0) - 1) < SPEED_CHANGED

@@ -5,7 +5,9 @@ An order that is taken becomes an event of the coordinator's machine at its next
 
 from __future__ import annotations
 
+import math
 from collections import deque
+from collections.abc import Sequence
 
 from everstep.comms.control import everstep_pb2 as pb
 from everstep.elastic.protocol import events as e
@@ -36,24 +38,24 @@ class OperatorOrders:
                 raise Refused("the job is about to end")
             if len(self._taken) >= MOST:
                 raise Refused("too many orders wait already: try again")
-            event, text = _event(request, state)
+            drained = [event.node for event in self._taken if isinstance(event, e.DrainRequested)]
+            event, text = _event(request, state, drained)
         except Refused as error:
             return pb.OrderResponse(refused=str(error))
         self._taken.append(event)
         return pb.OrderResponse(text=text)
 
 
-def _event(request: pb.OrderRequest, state: State) -> tuple[e.Event, str]:
+def _event(request: pb.OrderRequest, state: State, drained: Sequence[str]) -> tuple[e.Event, str]:
+    """The event, and what is done. `drained`: the nodes of orders that wait."""
     if request.WhichOneof("order") == "drain":
-        node = _node(request.drain.node, state)
-        why = request.drain.why or "drained by an operator"
-        return e.DrainRequested(
-            node, why
-        ), f"node {node} hands over, and leaves when the others do not need it any more"
+        node = _node(request.drain.node, state, drained)
+        text = f"node {node} hands over, and leaves when the others do not need it any more"
+        return e.DrainRequested(node, request.drain.why or "drained by an operator"), text
     if request.WhichOneof("order") == "quarantine":
         host, seconds = request.quarantine.host, request.quarantine.seconds
-        if not host or not seconds > 0:
-            raise Refused("name a host, and a time of more than 0 s")
+        if not host or not 0 < seconds < math.inf:
+            raise Refused("name a host, and a time of more than 0 s that ends")
         why = request.quarantine.why or "by an operator's order"
         there = [name for name, node in state.nodes.items() if node.host == host]
         now = f"; {' and '.join(there)} hand over as soon as the job can spare them" if there else ""
@@ -66,16 +68,17 @@ def _event(request: pb.OrderRequest, state: State) -> tuple[e.Event, str]:
     raise Refused("no order that this version knows")
 
 
-def _node(asked: str, state: State) -> str:
+def _node(asked: str, state: State, drained: Sequence[str]) -> str:
     """The node of this name or host. Raises Refused unless it can leave."""
     found = [asked] if asked in state.nodes else [name for name, node in state.nodes.items() if node.host == asked]
     if len(found) != 1:
         known = ", ".join(f"{name} ({node.host})" for name, node in sorted(state.nodes.items())) or "none"
         what = "names several nodes" if found else "is no node of the job"
         raise Refused(f"{asked!r} {what}; nodes: {known}")
-    if found[0] in state.leaving:
-        raise Refused(f"node {found[0]} leaves already: {state.leaving[found[0]].why}")
-    if not spares(state, found[0]):
+    if found[0] in state.leaving or found[0] in drained:
+        why = state.leaving[found[0]].why if found[0] in state.leaving else "an operator asked before"
+        raise Refused(f"node {found[0]} leaves already: {why}")
+    if not spares(state, found[0], *drained):
         least = max(1, state.config.min_nodes)
         raise Refused(
             f"the job cannot spare node {found[0]}: it needs {least} (--nnodes). To save a checkpoint and end the job, "

@@ -135,7 +135,7 @@ class Observer:
     def poll(self) -> StragglerFound | StragglerGone | SpeedsMeasured | WaitNoticed | None:
         """New findings of slow ranks, links and waits, one at a time: events for the coordinator."""
         with self._lock:
-            found = self.suspects.poll() or self.suspects.speeds()
+            found = self.suspects.poll()
             now = self._clock()
             if found is not None or now - self._held_up_s < COMPARE_S:
                 return found

@@ -7,6 +7,7 @@ for the ranks that are there, and the members switch as they do for a join: no s
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from everstep.resharding.plan import plan_switch
@@ -20,13 +21,18 @@ from .state import NOT_SEARCHED, Phase, State, Status
 SPEED_CHANGED = 0.1  # by which a speed has to change before another search
 
 
+def differ(speeds: Mapping[int, float], known: Mapping[int, float]) -> bool:
+    """Whether a rank's speed has changed by so much that it matters; it is 1 where none is given."""
+    ranks = speeds.keys() | known.keys()
+    return any(abs(speeds.get(rank, 1.0) / known.get(rank, 1.0) - 1) >= SPEED_CHANGED for rank in ranks)
+
+
 def speeds_measured(state: State, event: e.SpeedsMeasured, now: float) -> Outcome:
     """Search again if a rank has become slower or faster."""
     if state.layout is None:
         return state, []
     known = {rank: speed for rank, speed in event.speeds.items() if rank in state.layout}
-    ranks = known.keys() | state.speeds.keys()
-    if all(abs(known.get(rank, 1.0) / state.speeds.get(rank, 1.0) - 1) < SPEED_CHANGED for rank in ranks):
+    if not differ(known, state.speeds):
         return state, []
     return replace(state, speeds=known, balance=state.balance._replace(searched=False)), []
 

@@ -35,6 +35,16 @@ class Rebalancing(Cluster):
         self.coordinator = self.hosts.coordinator(self._nnodes, *flags)
         return self.coordinator
 
+    def begin(self) -> None:
+        """All nodes train, and one may be lost."""
+        self.start()
+        self.await_whole()
+
+    def offer(self) -> None:
+        """The last node is lost, and a faster layout for the others is ready."""
+        self.lose(self.hosts.hosts[-1])
+        self.until(lambda: self.events("rebalance_prepared"), 40, "a faster layout is ready")
+
     def lose(self, host: int) -> None:
         """For good."""
         self.away.add(host)
@@ -56,8 +66,7 @@ def test_layers_move_after_a_loss(tmp_path: Path) -> None:
     """2 stages x 2 nodes: one is lost, and the other of its stage gets less to do. Then another node comes."""
     with Hosts(4) as hosts:
         job = Rebalancing(hosts, tmp_path, least=3, stages=2, layers=6)
-        job.start()
-        job.await_whole()
+        job.begin()
         with slowly(tmp_path):
             job.lose(3)
             after = job.rebalanced()
@@ -75,11 +84,9 @@ def test_a_rank_is_lost_while_layers_move(tmp_path: Path, host: int) -> None:
     """On either side of the move, once the plan has been offered."""
     with Hosts(4) as hosts:
         job = Rebalancing(hosts, tmp_path, least=2, stages=2, layers=6)
-        job.start()
-        job.await_whole()
+        job.begin()
         with slowly(tmp_path):
-            job.lose(3)
-            job.until(lambda: job.events("rebalance_prepared"), 40, "a faster layout is ready")
+            job.offer()
             victim = job.workers_of(host)
             os.kill(next(iter(victim)), signal.SIGKILL)
             job.rebalanced()
@@ -92,11 +99,9 @@ def test_a_rank_is_lost_while_layers_move(tmp_path: Path, host: int) -> None:
 def test_the_coordinator_dies_while_layers_move(tmp_path: Path) -> None:
     with Hosts(4) as hosts:
         job = Rebalancing(hosts, tmp_path, least=2, stages=2, layers=6)
-        job.start()
-        job.await_whole()
+        job.begin()
         with slowly(tmp_path):
-            job.lose(3)
-            job.until(lambda: job.events("rebalance_prepared"), 40, "a faster layout is ready")
+            job.offer()
             job.coordinator.kill()
             job.coordinator.wait()
             job.start_coordinator()

@@ -328,16 +328,19 @@ def test_a_coordinator_that_took_over_begins_with_what_it_hears() -> None:
 
 
 def speeds(job: Job, factor: float, first: int, count: int = 12) -> dict[int, float] | None:
-    """What is measured once rank 1 has taken `factor` times as long for so many steps; None if nothing is reported."""
+    """What is measured once rank 1 has taken `factor` times as long for so many steps; None if nothing is reported.
+
+    The machine adopts what is reported.
+    """
     found = None
     for n in range(first, first + count):
         job.now += 2.0
-        job.observer.told(
-            "n0", pb.Telemetry(at_s=job.now, steps=[*steps(0, n, 1, 0.05), *steps(1, n, 1, 0.05 * factor)])
-        )
+        told = [*steps(0, n, 1, 0.05), *steps(1, n, 1, 0.05 * factor)]
+        job.observer.told("n0", pb.Telemetry(at_s=job.now, steps=told))
         while (event := job.observer.poll()) is not None:
             if isinstance(event, SpeedsMeasured):
                 found = dict(event.speeds)
+                job.state = replace(job.state, speeds=found)
     return found
 
 
@@ -352,3 +355,22 @@ def test_speeds_are_measured_and_reported_when_they_change() -> None:
     assert speeds(job, 1.5, 300) is None, "it is known"
     assert speeds(job, 1.15, 400) is None, "it stays what it is until it is level again"
     assert speeds(job, 1.0, 500, 20) == {}
+
+
+def test_a_coordinator_that_takes_over_sees_a_slow_rank_recover() -> None:
+    job = Job()
+    job.state = replace(job.state, speeds={1: 0.5})  # as its store says
+    assert speeds(job, 2.0, 0) is None
+    assert speeds(job, 1.0, 100, 20) == {}
+
+
+def test_a_slow_rank_that_moves_stays_slow_until_it_is_compared_again() -> None:
+    """A stage of its own compares it with its own past there, which is as slow."""
+    job = Job()
+    assert speeds(job, 2.0, 0, 20) == {1: pytest.approx(0.5)}
+    cut = (Stage(0, 1, (0,)), Stage(1, 2, (1,)))
+    job.state = replace(job.state, layout=Layout(2, 4, cut, (0,), cut))
+    assert speeds(job, 2.0, 100, 30) is None
+    together = (Stage(0, 2, (0, 1)),)
+    job.state = replace(job.state, layout=Layout(3, 4, together, (0,), together))
+    assert speeds(job, 1.0, 200, 30) == {}

@@ -58,6 +58,7 @@ def test_orders_become_events() -> None:
         (drain("n0"), replace(job(), phase=Phase.DONE), "the job is about to end"),
         (pb.OrderRequest(quarantine=pb.Quarantine(host="b", seconds=-1.0)), job(), "a time of more than 0 s"),
         (pb.OrderRequest(quarantine=pb.Quarantine(host="b", seconds=float("nan"))), job(), "a time of more than 0 s"),
+        (pb.OrderRequest(quarantine=pb.Quarantine(host="b", seconds=float("inf"))), job(), "a time of more than 0 s"),
         (pb.OrderRequest(quarantine=pb.Quarantine(host="", seconds=1.0)), job(), "name a host"),
         (pb.OrderRequest(release=pb.Release(host="a")), job(), "'a' is not in quarantine; hosts that are: c"),
         (pb.OrderRequest(), job(), "no order that this version knows"),
@@ -74,6 +75,15 @@ def test_what_cannot_be_done_is_refused_with_the_reason(request_: pb.OrderReques
 
 def test_orders_that_nobody_takes_do_not_pile_up() -> None:
     orders = OperatorOrders()
+    quarantine = pb.OrderRequest(quarantine=pb.Quarantine(host="b", seconds=60.0))
     for _ in range(MOST):
-        assert orders.take(drain("n0"), job()).text
-    assert "too many" in orders.take(drain("n0"), job()).refused
+        assert orders.take(quarantine, job()).text
+    assert "too many" in orders.take(quarantine, job()).refused
+
+
+def test_orders_that_wait_count_for_those_after_them() -> None:
+    """Together they would leave the job with too few nodes, which would end it."""
+    orders = OperatorOrders()
+    assert orders.take(drain("n0"), job(least=2)).text
+    assert "leaves already: an operator asked before" in orders.take(drain("n0"), job(least=2)).refused
+    assert "cannot spare node n1: it needs 2" in orders.take(drain("n1"), job(least=2)).refused
