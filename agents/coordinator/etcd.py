@@ -41,6 +41,7 @@ LOOK_S = 0.25  # how often a standby checks whether there is a leader
 OVER_S = 60
 TIMEOUT_S = 2.0  # of one request
 PART_BYTES = 512 << 10  # etcd refuses requests of more than 1.5 MiB
+READ_PARTS = 4  # in one answer
 SNAPSHOT_COMMITS = 200
 HISTORY_S = 300.0  # of etcd, which others may still read or watch
 DEFAULT_PORT = 2379
@@ -169,7 +170,7 @@ class EtcdStore:
         if self._transact(absent, puts):
             self._lease, self._renewed_s = lease.id, asked_s
             return True
-        self._etcd.ask(lambda client: client.post(client.get_url("/lease/revoke"), json={"ID": lease.id}))
+        self._post("/lease/revoke", {"ID": lease.id})
         return False
 
     def _renew(self) -> None:
@@ -224,7 +225,7 @@ class EtcdStore:
         try:
             if forget and not self.superseded:
                 self._forget()
-            self._etcd.ask(lambda client: client.post(client.get_url("/lease/revoke"), json={"ID": self._lease}))
+            self._post("/lease/revoke", {"ID": self._lease})
         except StateStoreError:
             pass  # the lease lapses by itself
 
@@ -272,7 +273,7 @@ class EtcdStore:
         if not revision:
             return
         try:
-            self._etcd.ask(lambda client: client.post(client.get_url("/kv/compaction"), json={"revision": revision}))
+            self._post("/kv/compaction", {"revision": revision})
         except StateStoreError as error:
             if "has been compacted" in str(error):  # by another coordinator
                 return
@@ -284,9 +285,7 @@ class EtcdStore:
             self._uncompacted = False
 
     def _read(self, place: str) -> dict[str, bytes | None]:
-        found = self._etcd.ask(lambda client: client.get_prefix(self._key(place), sort_order="ascend"))
-        packed = b"".join(value for value, _ in found)
-        raw = json.loads(zlib.decompress(packed))
+        raw = json.loads(zlib.decompress(b"".join(self._values(place))))
         return {name: None if text is None else base64.b64decode(text) for name, text in raw.items()}
 
     # ------------------------------------------------------------ requests
@@ -299,6 +298,21 @@ class EtcdStore:
 
     def _leads(self) -> dict[str, Any]:
         return {"key": _b64(self._key("leader")), "target": "VALUE", "value": _b64(self._name)}
+
+    def _values(self, place: str) -> Iterator[bytes]:
+        """Of all keys below a place, in order, a few in a request: a request has TIMEOUT_S however much there is."""
+        key, end = self._key(place), _range(self._key(place))["range_end"]
+        more = True
+        while more:
+            body = {"key": _b64(key), "range_end": end, "limit": READ_PARTS}
+            answer = self._post("/kv/range", body)
+            found = answer.get("kvs", [])
+            yield from (base64.b64decode(pair.get("value", "")) for pair in found)
+            if more := bool(found) and bool(answer.get("more")):
+                key = base64.b64decode(found[-1]["key"]).decode() + "\0"
+
+    def _post(self, path: str, body: Mapping[str, Any]) -> Any:
+        return self._etcd.ask(lambda client: client.post(client.get_url(path), json=body))
 
     def _get(self, name: str) -> bytes:
         found = self._etcd.ask(lambda client: client.get(self._key(name)))

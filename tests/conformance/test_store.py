@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import sqlite3
@@ -115,6 +116,28 @@ def test_a_row_of_16_mib(opener: Opener, monkeypatch: pytest.MonkeyPatch) -> Non
         store = opener()
         assert store.load()[name] == data
     assert store.load() == rows
+    store.close(forget=True)
+
+
+def test_a_large_row_is_read_in_several_answers(cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer with everything in it would take longer than a request may, on a slow machine."""
+    store = EtcdStore(cluster, "large", Security(), lambda why: None, stood_by=False)
+    row = random.Random(1).randbytes(3 << 20)  # more than eight parts in base64
+    store.load()
+    store.commit({"row": row}, sync=True)
+    sizes = []
+    ask = etcd.EtcdMembers.ask
+
+    def observed(self: etcd.EtcdMembers, request: Callable[[Any], Any]) -> Any:
+        answer = ask(self, request)
+        sizes.append(len(json.dumps(answer, default=repr)))
+        return answer
+
+    with monkeypatch.context() as patch:
+        patch.setattr(etcd.EtcdMembers, "ask", observed)
+        assert store.load() == {"row": row}
+    assert len(sizes) > 2
+    assert max(sizes) < 2 * etcd.READ_PARTS * etcd.PART_BYTES
     store.close(forget=True)
 
 
