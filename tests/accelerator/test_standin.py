@@ -113,8 +113,8 @@ def test_more_workers_than_devices(tmp_path: Path) -> None:
 @pytest.mark.soak
 def test_a_pipeline_with_kills_against_one_without() -> None:
     """The harness of `make gpu`: two stages of two ranks, with dropout, on one device."""
-    killed = training.train("standin", 2, 8, small=True, faults=training.kills(8), timeout_s=110)
-    quiet = training.train("standin", 2, 8, small=True, timeout_s=110)
+    killed = training.train("standin", stages=2, steps=8, small=True, faults=training.kills(8), timeout_s=110)
+    quiet = training.train("standin", stages=2, steps=8, small=True, timeout_s=110)
     assert training.differences(killed, quiet) == []
     assert len(killed.named("worker_died")) == 3
 

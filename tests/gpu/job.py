@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 import everstep
 from everstep.demo.job import CONFIG
@@ -30,6 +31,31 @@ def be_deterministic():
     torch.backends.cudnn.benchmark = False
 
 
+class Autocast(nn.Module):
+    """A layer that computes in bfloat16 where torch deems that good enough; its parameters stay as they are."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, dtype=torch.bfloat16):
+            return self.layer(x).float()
+
+
+def model_of(sizes):
+    """With the precision and the compiler of this case."""
+    model = gpt(sizes)
+    if config.get("autocast"):
+        model = nn.Sequential(*(Autocast(layer) for layer in model))
+    if config.get("bfloat16"):
+        model = model.to(torch.bfloat16)
+    if config.get("compile"):
+        for layer in model:
+            layer.compile(dynamic=False)
+    return model
+
+
 def device_of(run):
     if config["device"] == "standin":
         from tests import accelerator
@@ -46,13 +72,14 @@ def device_of(run):
     seed=3,
     checkpoint=config.get("checkpoint", ""),
     checkpoint_every=4,
+    protection=config.get("protection", "parity"),
 )
 def train(run):
     device = device_of(run)
     be_deterministic()
     sizes = replace(SMALL if config["small"] else CONFIG, dropout=config.get("dropout", 0.1))
-    model = gpt(sizes).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    model = model_of(sizes).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=config.get("fused", False))
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.98)
     mine = os.environ.get("RANK", "0")
     with (out / f"worker-{mine}-{os.getpid()}.jsonl").open("w", buffering=1) as log:

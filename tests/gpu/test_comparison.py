@@ -14,15 +14,19 @@ from tests.jobs import Result
 
 
 @pytest.mark.soak
-def test_the_comparison_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One of its two layouts, with three kills and without."""
-    monkeypatch.setattr(training, "LAYOUTS", {"1 stage x 4 ranks": 1})
+def test_the_comparison_on_the_cpu(tmp_path: Path) -> None:
+    """One of its cases, with three kills and without."""
     place = tmp_path / "results.json"
-    status = run.main(["--device=cpu", "--steps=8", "--small", f"--json={place}", "--only=training"])
+    status = run.main(
+        ["--device=cpu", "--steps=8", "--small", f"--json={place}", "--only=training", "--case=1 stage x 4 ranks"]
+    )
     results = json.loads(place.read_text())
     assert status == 0, results
-    (entry,) = results["training"]["layouts"].values()
+    entries = results["training"]["cases"]
+    entry = entries["1 stage x 4 ranks"]
     assert (entry["identical"], entry["kills"], entry["devices"]) == (True, 3, ["cpu"])
+    assert set(entries) <= {"1 stage x 4 ranks", "resumed"}
+    assert all(other["identical"] for other in entries.values())
 
 
 def finished(out: Path, losses: list[float], weight: float) -> Result:
