@@ -60,7 +60,7 @@ def run(report: Report, options: Options) -> None:
 def _compare(report: Report, tables: list[dict[str, list[str]]]) -> None:
     alike = tables[:ALIKE]
     cases = list(tables[0])
-    unequal_runs = sorted({c for t in tables for c, runs in t.items() if len(set(runs)) > 1})
+    unequal_runs = _unequal_runs(alike)
     unequal_processes = [c for c in cases if len({d for t in alike for d in t.get(c, [])}) > 1]
     unsupported = [c for c in cases if not tables[0][c]]
     report.find(f"Same bits in two runs of one process: all but {unequal_runs or 'none'}.")
@@ -77,10 +77,16 @@ def _compare(report: Report, tables: list[dict[str, list[str]]]) -> None:
         ]
         report.find(f"{kind}: cases whose bits differ from the plain case: {changed or 'none'}.")
     for workspace, table in zip(OTHER_WORKSPACES, tables[ALIKE:], strict=True):
+        if unequal := _unequal_runs([table]):
+            report.find(f"CUBLAS_WORKSPACE_CONFIG={workspace}: bits differ in two runs of one process: {unequal}.")
         changed = [c for c in cases if table.get(c) and tables[0][c] and table[c][0] != tables[0][c][0]]
         report.find(
             f"CUBLAS_WORKSPACE_CONFIG={workspace} instead of {DEFAULT_WORKSPACE} changes: {changed or 'nothing'}."
         )
+
+
+def _unequal_runs(tables: list[dict[str, list[str]]]) -> list[str]:
+    return sorted({case for table in tables for case, runs in table.items() if len(set(runs)) > 1})
 
 
 @contextmanager
