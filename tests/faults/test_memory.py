@@ -1,4 +1,4 @@
-"""Fifty recoveries leave memory, shared memory, descriptors and threads of every surviving process unchanged."""
+"""Thirty recoveries leave memory, shared memory, descriptors and threads of every surviving process unchanged."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from tests.jobs.hosts import COORDINATOR, Hosts
 from tests.jobs.processes import each, saying
 
 KEEPER = "everstep.checkpointing.keeper.service"
-WARM_UP, RECOVERIES = 10, 50
+WARM_UP, RECOVERIES = 10, 30
 
 
-# Forty recoveries lie between the measurements. One of these left behind in each would be 40 descriptors or threads,
-# 160 MiB of rings (4 MiB each), some 40 MiB of segments (1 MiB), 40 MiB of copies of what a worker owns. What changes
+# Twenty recoveries lie between the measurements. One of these left behind in each would be 20 descriptors or threads,
+# 80 MiB of rings (4 MiB each), some 20 MiB of segments (1 MiB), 20 MiB of copies of what a worker owns. What changes
 # without a leak is which shards a worker owns, on how many connections a keeper is asked, and how many of its threads
 # have allocated (each may get an arena of its own).
 LIMITS = {"private_bytes": 12 << 20, "shared_bytes": 4 << 20, "descriptors": 12, "threads": 6}
@@ -110,7 +110,7 @@ def recoveries(job: Cluster, count: int, rng: random.Random) -> None:
 
 
 @pytest.mark.soak
-def test_fifty_recoveries_leave_nothing(tmp_path: Path) -> None:
+def test_thirty_recoveries_leave_nothing(tmp_path: Path) -> None:
     rng = random.Random(4)
     with Hosts(3) as hosts:
         job = Cluster(hosts, tmp_path, steps=100_000, global_batch_size=12)
