@@ -25,6 +25,7 @@ class What(enum.Enum):
 class SourceKind(enum.Enum):
     """A place from which a shard may be read."""
 
+    PREFETCHED = "prefetched"  # the copy that the rank has made while it trained
     MEMORY = "memory"  # the rank's own snapshots
     KEEPER = "keeper"  # a node's keeper holds it
     REPLAY = "replay"  # a keeper holds it, or the version before it and the gradient of its step
@@ -47,6 +48,7 @@ class Move(NamedTuple):
 
 
 PROTECTED = (SourceKind.MEMORY, SourceKind.REPLAY, SourceKind.PARITY)  # the places of what training protects
+AHEAD = (SourceKind.PREFETCHED, *PROTECTED)  # the same, where the move was announced
 SAVED = (SourceKind.STORAGE,)
 STAND_IN = (SourceKind.NEIGHBORS,)
 LIVE = (SourceKind.PEER,)
@@ -80,6 +82,11 @@ def value_moves(spec: ModelSpec, layout: Layout, valid: Mapping[int, range]) -> 
         if ranks:
             moves.append(Move(shard.index, ranks, What.VALUE, LIVE))
     return tuple(moves)
+
+
+def ahead(moves: Iterable[Move]) -> tuple[Move, ...]:
+    """The same moves, of which owners copy theirs before they are made."""
+    return tuple(move._replace(sources=AHEAD) if move.what is What.OWN else move for move in moves)
 
 
 def standing_in(moves: Sequence[Move], layout: Layout, shards: Collection[int]) -> tuple[Move, ...]:

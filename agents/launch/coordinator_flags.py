@@ -29,6 +29,12 @@ def add_coordinator_flags(group: argparse._ActionsContainer, *, log: str) -> Non
         help="how long a layout has to last before a faster one is looked for and taken, at a step boundary (0: never)",
     )
     group.add_argument(
+        "--es-prefetch",
+        choices=("on", "off"),
+        default="on",
+        help="whether what a rebalance moves is copied ahead, while training goes on (off: it is read at the switch)",
+    )
+    group.add_argument(
         "--es-quarantine",
         type=policy,
         default=policy("off"),

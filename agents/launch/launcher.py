@@ -213,6 +213,7 @@ def _task(own: argparse.Namespace, job: str, at: hosts.Address, store: str, metr
         **nodes,
         stop_grace_s=own.es_stop_grace,
         rebalance_after_s=own.es_rebalance_after,
+        prefetch=own.es_prefetch == "on",
         **own.es_quarantine.config(),
     )
     return Task(

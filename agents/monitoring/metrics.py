@@ -137,6 +137,18 @@ class JobMetrics(_Metrics):
             self.recovery_seconds.labels(reason)
             for phase in PHASES:
                 self.recovery_phases.labels(phase, reason)
+        self.rebalance_stall = self.histogram(
+            "everstep_rebalance_stall_seconds",
+            "time that members stood still to enter a faster layout",
+            RECOVERY_BUCKETS,
+        )
+        self.rebalance_bytes = self.counter(
+            "everstep_rebalance_bytes",
+            "bytes moved for faster layouts: while training went on, or at the switch",
+            "phase",
+        )
+        for phase in ("ahead", "switch"):
+            self.rebalance_bytes.labels(phase)
         self.lost_micro_batches = self.counter("everstep_lost_micro_batches", "micro-batches computed again")
         self.lost_steps = self.counter("everstep_lost_steps", "committed steps computed again")
         self.lost_seconds = self.counter("everstep_lost_seconds", "time that recoveries, and redone steps, took")

@@ -243,6 +243,11 @@ class Observer:
             self.metrics.tokens.inc(self._samples_without * self._tokens_per_sample)
             self._samples_without = 0
 
+    def _rebalanced(self, line: Mapping[str, Any]) -> None:
+        self.metrics.rebalance_stall.observe(line["stall_s"])
+        self.metrics.rebalance_bytes.labels("ahead").inc(line["prefetched_bytes"])
+        self.metrics.rebalance_bytes.labels("switch").inc(line["moved_bytes"])
+
     def _recovered(self, line: Mapping[str, Any]) -> None:
         point, metrics = self.series.recover(line), self.metrics
         metrics.recoveries.labels(point.reason).inc()
@@ -366,6 +371,7 @@ def _or_nan(value: float | None) -> float:
 
 _HANDLERS: dict[str, Callable[[Observer, Mapping[str, Any]], None]] = {
     "recovered": Observer._recovered,
+    "rebalanced": Observer._rebalanced,
     "node_joined": Observer._node_joined,
     "node_lost": Observer._node_lost,
     "worker_died": Observer._worker_died,

@@ -217,6 +217,11 @@ def _one(ranks: Iterable[int]) -> str:
     return f"rank {found[0]}" if len(found) == 1 else f"ranks {ranks_text(found)}" if found else "no ranks"
 
 
+def _rebalanced(line: Line) -> str:
+    moved, ahead = size_text(line["moved_bytes"]), size_text(line["prefetched_bytes"])
+    return f"rebalanced in {seconds(line['stall_s'])}, {moved} moved, {ahead} before; now {line['layout']}"
+
+
 def _recovered(line: Line) -> str:
     phases = {phase: line[f"{phase}_s"] for phase in PHASES}
     again = redone_text(line)
@@ -276,7 +281,7 @@ _WORDS: dict[str, tuple[Grade, Callable[[Line], str]]] = {
         Grade.NEWS,
         lambda x: f"the rebalance saves {x['saved']:.0%} of a step's time; the forecast was {x['promised']:.0%}",
     ),
-    "rebalanced": (Grade.NEWS, lambda x: f"rebalanced; now {x['layout']}"),
+    "rebalanced": (Grade.NEWS, _rebalanced),
     "joined": (Grade.NEWS, lambda x: f"{_one(x['ranks'])} joined; now {x['layout']}"),
     "started": (Grade.NEWS, _started),
     "restarted": (Grade.WARNING, lambda x: f"all workers start again, for the {x['restart']}. time: {x['cause']}"),

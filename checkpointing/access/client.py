@@ -139,6 +139,14 @@ class KeeperClient:
         answer = self.ask({**request, "agreed_in": agreed_in})
         return self._records(answer["found"]), answer["damaged"]
 
+    def gradients(
+        self, shards: Sequence[int], step: int, *, lines: Lines = (), agreed_in: int = 0
+    ) -> tuple[Iterator[Fetched], list[int]]:
+        """The reduced gradients of a step that this keeper has, likewise; `version` is the step, `parts` has one."""
+        request = {"op": "gradients", "shards": list(shards), "step": step, "lines": lines, "agreed_in": agreed_in}
+        answer = self.ask(request)
+        return self._records(answer["found"]), answer["damaged"]
+
     def _records(self, found: list[dict[str, Any]]) -> Iterator[Fetched]:
         for item in found:
             yield Fetched(item["shard"], item["version"], [self._bytes(length) for length in item["lengths"]])

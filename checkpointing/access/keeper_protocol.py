@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-PROTOCOL = 3  # of requests, answers and the layout of segments; 1 had no number, 2 no generation of a record
+PROTOCOL = 4  # of requests, answers and the layout of segments; 1 had no number, 2 no generation, 3 no gradients
 
 
 def greeting(token: str) -> bytes:

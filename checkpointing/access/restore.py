@@ -17,6 +17,7 @@ from .client import Fetched, KeeperClient, KeeperRefused
 from .erasure import Code
 
 SHARDS_PER_FETCH = 16
+_Ask = Callable[[KeeperClient, list[int]], tuple[Iterator[Fetched], list[int]]]
 
 
 @dataclass
@@ -37,11 +38,29 @@ class Keepers:
 
         A caller that stops early may ask nothing more.
         """
+        lines, agreed_in = self.lines, self.agreed_in
+        yield from self._from_all(
+            shards,
+            lambda client, part: client.fetch(part, version, replay=replay, lines=lines, agreed_in=agreed_in),
+            f"version {version}",
+        )
+
+    def gradients(self, shards: Iterable[int], step: int) -> Iterator[Fetched]:
+        """The reduced gradients of a step, of the shards of which keepers have them, as they come."""
+        lines, agreed_in = self.lines, self.agreed_in
+        yield from self._from_all(
+            shards,
+            lambda client, part: client.gradients(part, step, lines=lines, agreed_in=agreed_in),
+            f"the gradient of step {step}",
+        )
+
+    def _from_all(self, shards: Iterable[int], ask: _Ask, what: str) -> Iterator[Fetched]:
+        """Ask one keeper after the other for what those before it lack."""
         missing = list(shards)
         for node in self.addresses:
             found: set[int] = set()
             for first in range(0, len(missing), SHARDS_PER_FETCH):
-                for item in self._ask(node, missing[first : first + SHARDS_PER_FETCH], version, replay):
+                for item in self._ask(node, missing[first : first + SHARDS_PER_FETCH], ask, what):
                     found.add(item.shard)
                     yield item
                 self.on_wait()
@@ -54,14 +73,14 @@ class Keepers:
         found.update((item.shard, item.parts[0]) for item in self.decode(missing, version))
         return found
 
-    def _ask(self, node: str, shards: list[int], version: int, replay: bool) -> Iterator[Fetched]:
+    def _ask(self, node: str, shards: list[int], ask: _Ask, what: str) -> Iterator[Fetched]:
         client = self._client(node)
         if client is None:
             return
         try:
-            found, damaged = client.fetch(shards, version, replay=replay, lines=self.lines, agreed_in=self.agreed_in)
+            found, damaged = ask(client, shards)
             for shard in damaged:
-                self._found_damage("keeper", node, shard, f"version {version}")
+                self._found_damage("keeper", node, shard, what)
             yield from found
         except (OSError, ValueError, KeeperRefused):
             self._lose(node)

@@ -6,7 +6,7 @@ It outlives the workers. It never imports torch, and never writes to a segment.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +44,29 @@ class Generation:
     def line(self) -> int:
         """The generation in which this line of history began."""
         return self.lines[-1].generation if self.lines else 0
+
+
+Candidate = tuple[int, list[tuple[Segment, Stored]]]
+"""The version of what a keeper may answer with, and the slots that it consists of."""
+
+
+def _first_sound(
+    candidates: Iterable[tuple[int, Iterable[Candidate]]],
+) -> tuple[list[dict[str, Any]], list[bytes], list[int]]:
+    """Of each shard, the first candidate whose bytes match their checksums; and the shards of which some did not."""
+    found: list[dict[str, Any]] = []
+    blobs: list[bytes] = []
+    damaged: list[int] = []
+    for shard, slots in candidates:
+        for held, parts in slots:
+            data = [segment.read(stored) for segment, stored in parts]
+            sound = [blob for blob in data if blob is not None]
+            if len(sound) == len(data):
+                found.append({"shard": shard, "version": held, "lengths": [len(blob) for blob in sound]})
+                blobs.extend(sound)
+                break
+            damaged.append(shard)
+    return found, blobs, damaged
 
 
 class VersionOver(Exception):
@@ -153,24 +176,23 @@ class Keeper:
         of step version - 1. Only records of `lines` count. Slots whose bytes do not match their checksum are skipped,
         and their shards listed.
         """
-        found: list[dict[str, Any]] = []
-        blobs: list[bytes] = []
-        damaged: list[int] = []
         with self.changed:
-            for shard in shards:
-                for held, parts in self._candidates(shard, version, replay, lines, agreed_in):
-                    data = [segment.read(stored) for segment, stored in parts]
-                    sound = [blob for blob in data if blob is not None]
-                    if len(sound) == len(data):
-                        found.append({"shard": shard, "version": held, "lengths": [len(blob) for blob in sound]})
-                        blobs.extend(sound)
-                        break
-                    damaged.append(shard)
-        return found, blobs, damaged
+            return _first_sound((shard, self._candidates(shard, version, replay, lines, agreed_in)) for shard in shards)
 
-    def _candidates(
-        self, shard: int, version: int, replay: bool, lines: Lines, agreed_in: int
-    ) -> Iterator[tuple[int, list[tuple[Segment, Stored]]]]:
+    def gradients(
+        self, shards: Sequence[int], step: int, *, lines: Lines = (), agreed_in: int = 0
+    ) -> tuple[list[dict[str, Any]], list[bytes], list[int]]:
+        """The same for the reduced gradients of a step, as of version `step`."""
+        with self.changed:
+            return _first_sound((shard, self._gradients(shard, step, lines, agreed_in)) for shard in shards)
+
+    def _gradients(self, shard: int, step: int, lines: Lines, agreed_in: int) -> Iterator[Candidate]:
+        for segment in [g.segment for g in self._segments.values() if shard in g.segment.entries]:
+            gradient = segment.find_gradient(shard, step, lines, agreed_in)
+            if gradient is not None:
+                yield step, [(segment, gradient)]
+
+    def _candidates(self, shard: int, version: int, replay: bool, lines: Lines, agreed_in: int) -> Iterator[Candidate]:
         holders = [g.segment for g in self._segments.values() if shard in g.segment.entries]
         for segment in holders:
             state = segment.find(shard, version, lines)

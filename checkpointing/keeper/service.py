@@ -226,13 +226,14 @@ class KeeperServer:
 
     def _remote(self, connection: socket.socket, request: dict[str, Any]) -> None:
         operation = request["op"]
-        if operation == "fetch":
-            found, blobs, damaged = self.keeper.fetch(
-                request["shards"],
-                request["version"],
-                replay=request["replay"],
-                lines=lines_of(request["lines"]),
-                agreed_in=request["agreed_in"],
+        if operation in ("fetch", "gradients"):
+            shards, lines, agreed_in = request["shards"], lines_of(request["lines"]), request["agreed_in"]
+            found, blobs, damaged = (
+                self.keeper.fetch(
+                    shards, request["version"], replay=request["replay"], lines=lines, agreed_in=agreed_in
+                )
+                if operation == "fetch"
+                else self.keeper.gradients(shards, request["step"], lines=lines, agreed_in=agreed_in)
             )
             _answer(connection, {"found": found, "damaged": damaged})
             for blob in blobs:

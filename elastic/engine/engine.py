@@ -70,6 +70,7 @@ from everstep.resharding.work import Work
 
 from .damage import Damage
 from .driver import Driver
+from .prefetcher import Prefetcher
 
 # What a rank waits for, apart from other ranks, in words that follow "waits for".
 SNAPSHOT = "its snapshot to be copied to keeper memory"
@@ -125,6 +126,7 @@ class Engine:
         self.exchange = Exchange(stack, comm)
         self.protection = Protection(settings, snapshots, membership)
         self.backups = Backups(optimizer, comm, snapshots, self.exchange)
+        self.prefetch = Prefetcher(optimizer, self.exchange, membership)
         self.watch = ParameterWatch(stack)
         self.damage = Damage(self)
         progress.damage = self.damage.inject
@@ -161,6 +163,8 @@ class Engine:
                 w.Compute: self._compute,
                 w.Reduce: self._reduce,
                 w.Agree: self._agree,
+                w.Prefetch: self._prefetch,
+                w.DropPrefetched: lambda it: self.prefetch.end(),
                 w.AdoptAgreement: lambda it: self.protection.adopt(Terms.of(it.agreement)),
                 w.ForgetSnapshots: lambda it: self.snapshots.forget(nodes=self.protection.nodes),
                 w.RunOptimizer: lambda it: self.update(it.agreement),
@@ -296,6 +300,7 @@ class Engine:
             digest=self._owned_digest(),
             skip_nonfinite=self.skip_nonfinite,
             join=proposal.generation if proposal else 0,
+            waits=self.prefetch.waits(proposal, self.rank),
             suspects=self.damage.suspects,
         )
         merged, replicas = self.agreeing.begin(own, layout)
@@ -315,6 +320,10 @@ class Engine:
         if orders is not None:
             self.orders[orders.plan.generation] = orders
         return offered(self.worker.state, orders.plan if orders else None)
+
+    def _prefetch(self, it: w.Prefetch) -> None:
+        layout, state = self.current()
+        self.prefetch.begin(self.orders[it.plan.generation], layout, self.rank, state.step)
 
     def _warn_of_partial(self, step: int, partly: Mapping[str, list[int]]) -> None:
         """Every rank's code runs after every step: a change that only some ranks make is lost with them."""
@@ -349,7 +358,7 @@ class Engine:
         text = terms.to_text()
         if len(text) > REGISTERED_BYTES:  # a state may grow
             check_size(terms.registered)
-        return w.Agreed(text, proposal, wanted)
+        return w.Agreed(text, proposal, wanted, share.waits)
 
     def _warn_of_attribute(self, text: str) -> None:
         warn(self.membership, Notice.ATTRIBUTE_CHANGED, text, rank=self.rank, step=self.version)
@@ -441,6 +450,7 @@ class Engine:
         for advance in self.on_commit:
             advance()
         self.adjustments.settle(self.version)
+        self.prefetch.committed(terms)
         self._save_or_protect(terms, layout)
         if step > self.shown:
             self.results.append(Step(step, terms.loss, terms.norm))

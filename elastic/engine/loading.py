@@ -20,6 +20,7 @@ from everstep.resharding.moves import PROTECTED, Move, SourceKind, What
 from everstep.resharding.plan import Plan
 
 from .engine import Engine
+from .prefetcher import Prefetched
 from .resume import CheckpointStates
 from .sources import KeeperRecords, NeighborLayers, OwnMemory, SavedShards, Stripes
 
@@ -66,12 +67,13 @@ class Loader:
         self._keepers: Mapping[str, str] = {}  # node -> address, this rank's own node first
         self._lines: Lines = ()  # which records count once all is loaded
         self.checkpoint: CheckpointStates | None = None  # the checkpoint that the generation resumes from
+        self.moved = 0  # bytes read from elsewhere in this generation
 
     def enter(self, keepers: Mapping[str, str], lines: Lines) -> None:
         """Begin a generation with these keepers: node -> address; `lines`: which of their records count in it."""
         self._lines = lines
         self._keepers = dict(sorted(keepers.items(), key=lambda item: item[0] != self._node))
-        self.checkpoint = None
+        self.checkpoint, self.moved = None, 0
 
     def open_checkpoint(self, name: str) -> CheckpointStates:
         """Resume from a checkpoint. Raises CheckpointError or StoreError."""
@@ -137,12 +139,15 @@ class Loader:
             for kind, shards in asked.items():
                 for found in self._source(plan, kind, keepers, version, agreement).read(shards, version):
                     del remaining[found.shard]
+                    self.moved += _bytes(found, kind)
                     yield found
 
     def _source(self, plan: Plan, kind: SourceKind, keepers: Keepers, version: int, agreement: str) -> ShardSource:
         engine = self._engine
         if kind is SourceKind.MEMORY:
             return OwnMemory(engine.snapshots, plan.lines_before)
+        if kind is SourceKind.PREFETCHED:
+            return Prefetched(engine.prefetch, keepers)
         if kind is SourceKind.PARITY:
             return Stripes(keepers)
         if kind is SourceKind.STORAGE:
@@ -176,6 +181,13 @@ class Loader:
     def _patient(self) -> None:
         self._engine.progress.tick()
         self._engine.comm.ready(())  # raises Aborted
+
+
+def _bytes(found: Found, kind: SourceKind) -> int:
+    """The bytes of what was found that were not in this rank's memory."""
+    here = kind in (SourceKind.MEMORY, SourceKind.PREFETCHED)
+    read = [] if here else [value for value in found.state.values() if isinstance(value, Tensor)]
+    return sum(tensor.nbytes for tensor in (*read, found.gradient) if tensor is not None)
 
 
 def _places(moves: Sequence[Move]) -> str:

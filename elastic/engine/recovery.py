@@ -47,6 +47,7 @@ class Recovery:
     def __init__(self, engine: Engine, token: str, node: str) -> None:
         self.engine = engine
         self.loader = Loader(engine, token, node)
+        engine.prefetch.token = token
         self.resumed = False  # whether the job resumed from a checkpoint
         # The version at which this rank joined, and the agreement before it.
         self._joined: tuple[int, Terms | None] = (-1, None)
@@ -346,7 +347,10 @@ class Recovery:
             return
         worker = engine.membership.worker
         if it.switched:
-            engine.membership.tell(e.WorkerSwitched(worker, it.generation))
+            prefetch = engine.prefetch
+            ahead = prefetch.bytes if prefetch.generation == it.generation else 0
+            times = time.monotonic() - self._began
+            engine.membership.tell(e.WorkerSwitched(worker, it.generation, times, ahead, self.loader.moved))
             return
         edit_s, restore_s = self._edited - self._began, time.monotonic() - self._edited
         engine.membership.tell(e.WorkerResumed(worker, it.generation, edit_s, restore_s))

@@ -63,6 +63,7 @@ class Own:
     digest: int
     skip_nonfinite: bool
     join: int
+    waits: bool = False  # for shards that it is to own by that plan
     suspects: Mapping[int, int]
 
 
@@ -153,6 +154,7 @@ class Agreeing:
             idle=set(own.summed) - set(own.touched) == set(own.summed) & set(own.idle_before),
             skip_nonfinite=own.skip_nonfinite,
             join=own.join,
+            waits=own.waits,
             kept=kept,
             step_s=step_s,
             timed=step_s > 0,

@@ -110,6 +110,7 @@ class Share:
     digest: Annotated[int, operator.xor]  # of the owned shards' snapshots
     join: Equal  # the generation of the join or departure that this rank knows of, 0 if none
     kept: Annotated[Kept, _merged]
+    waits: Some = False  # this rank copies shards that it is to own by that plan, and lacks some
     ranks: Total = 1  # how many shares are merged
     norm: Exact = NOTHING
     loss: Exact = NOTHING

@@ -52,6 +52,7 @@ from .losing import (
     returned,
     silent_node,
 )
+from .migrating import entered
 from .newcomers import difference, refused
 from .outcome import (
     Effects,
@@ -200,9 +201,12 @@ def _switched(state: State, event: e.WorkerSwitched, now: float) -> Outcome:
         return state, []
     state, switched = handed_over(state, event)
     if plan is None or event.generation != plan.generation:
-        return state, switched
+        state, entry = entered(state, event)
+        return state, [*switched, *entry]
     if not plan.leaving:
         state, switched = _let_in(state, plan)
+        state, entry = entered(state, event)
+        switched += entry
     state, effects = _prepare_switch(state, now)
     return state, [*switched, *effects]
 
@@ -215,10 +219,7 @@ def _let_in(state: State, plan: Plan) -> Outcome:
         if w.status is Status.READY and w.id.rank in plan.layout.ranks
     ]
     state = replace(with_workers(state, *joined), layout=plan.layout, join=None)
-    if not plan.fresh:
-        fields = {"generation": plan.generation, "layout": plan.layout.describe()}
-        return state, [e.Record("rebalanced", fields)]
-    return state, [taken_in(plan, [w.id.rank for w in joined])]
+    return state, [taken_in(plan, [w.id.rank for w in joined])] if plan.fresh else []
 
 
 def _idled(state: State, event: e.WorkerIdled, now: float) -> Outcome:

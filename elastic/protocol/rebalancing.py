@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from everstep.resharding.moves import ahead
 from everstep.resharding.plan import plan_switch
 from everstep.resharding.rebalance import rebalance
 
@@ -57,6 +58,8 @@ def rebalance_due(state: State, now: float) -> Outcome:
     if found is None:
         return state, []
     plan = replace(plan_switch(job.model, layout, found.layout), lines=state.lines)
+    if state.config.prefetch:
+        plan = replace(plan, moves=ahead(plan.moves))
     balance = state.balance._replace(offered=plan.generation, promised=found.gain, step_s=step_s)
     fields = {"generation": plan.generation, "layout": plan.layout.describe(), "why": found.why(), "gain": found.gain}
     state, orders = carry_out(replace(state, generation=plan.generation, join=plan, balance=balance), plan)

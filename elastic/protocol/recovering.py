@@ -22,6 +22,7 @@ from everstep.resharding.planners import change_layout, initial_layout
 from . import events as e
 from .causes import Cause, Ending
 from .leaving import nobody_left, still_needed, without_the_left
+from .migrating import rebalanced
 from .outcome import (
     Effects,
     Outcome,
@@ -229,10 +230,11 @@ def begin_recovery(
         lines=earlier.lines if earlier else state.lines,
         awaited=frozenset(w.id for w in asked),
     )
+    state, switch = rebalanced(state)
     state = replace(state, phase=Phase.RECOVERING, generation=generation, recovery=recovery, join=None, concluding=None)
     aborts: Effects = [e.AbortGeneration(w.id, generation) for w in asked]
     state, effects = plan_if_complete(state, now)
-    return state, [*aborts, *effects]
+    return state, [*aborts, *switch, *effects]
 
 
 def reported(state: State, event: e.WorkerReported, now: float) -> Outcome:

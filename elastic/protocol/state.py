@@ -62,6 +62,7 @@ class Config:
     quarantine_within_s: float = 3600.0  # the window in which troubles are counted
     quarantine_s: float = 3600.0  # the duration of a quarantine
     rebalance_after_s: float = 10.0  # how long a layout has to last before a faster one is looked for; 0: never
+    prefetch: bool = True  # what a rebalance moves is copied ahead; otherwise it is read at the switch
 
 
 @dataclass(frozen=True)
@@ -140,11 +141,21 @@ class Concluding(NamedTuple):
     why: str = ""
 
 
+class Switched(NamedTuple):
+    """A rank entered a faster layout: how long that took, and how many bytes it read before and meanwhile."""
+
+    rank: int
+    seconds: float
+    prefetched: int
+    moved: int
+
+
 class Balance(NamedTuple):
     """The search for a faster layout than that of `generation`, which has lasted since `since_s`, after `since_step`.
 
     `offered`: the generation of the faster layout that was found, which is to save the part `promised` of the step time
     `step_s`. Of a layout that was found so, these are what was promised of it; `promised` is 0 of any other.
+    `switched`: the ranks that have entered it, until all have.
     """
 
     generation: int = 0
@@ -154,6 +165,7 @@ class Balance(NamedTuple):
     offered: int = 0
     promised: float = 0.0
     step_s: float = 0.0
+    switched: tuple[Switched, ...] = ()
 
 
 NOT_SEARCHED = Balance()

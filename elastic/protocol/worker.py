@@ -22,6 +22,7 @@ from everstep.resharding.moves import What, received
 from everstep.resharding.plan import Plan
 from everstep.resharding.work import Work
 
+from .prefetching import prefetches
 from .worker_events import (
     AdoptAgreement,
     Agree,
@@ -36,6 +37,7 @@ from .worker_events import (
     Computed,
     Concluded,
     Distrusted,
+    DropPrefetched,
     EditLinks,
     EndDue,
     EnterProtection,
@@ -50,6 +52,7 @@ from .worker_events import (
     NoteChange,
     OpenCheckpoint,
     Placed,
+    Prefetch,
     Protect,
     Publish,
     Published,
@@ -95,7 +98,14 @@ def _started(state: WorkerState, event: Started) -> Outcome:
 
 
 def _interrupted(state: WorkerState, event: Interrupted) -> Outcome:
-    return replace(state, phase=WorkerPhase.WAITING, entering=None, switch=None), [SendReport(), AwaitPlan()]
+    dropped, state = _without_copies(state)
+    state = replace(state, phase=WorkerPhase.WAITING, entering=None, switch=None)
+    return state, [*dropped, SendReport(), AwaitPlan()]
+
+
+def _without_copies(state: WorkerState) -> tuple[list[Instruction], WorkerState]:
+    """Drop what was copied ahead, if anything was."""
+    return ([DropPrefetched()] if state.prefetching else []), replace(state, prefetching=0)
 
 
 def _spoiled(state: WorkerState, event: Spoiled) -> Outcome:
@@ -190,7 +200,8 @@ def _restored(state: WorkerState, event: Restored) -> Outcome:
     if state.rank in entering.plan.receivers:
         holding = replace(holding, values_version=TORN)
     refresh = Refresh(entering.plan, entering.version, entering.agreement)
-    return replace(state, phase=WorkerPhase.REFRESHING, holding=holding), [refresh]
+    dropped, state = _without_copies(state)
+    return replace(state, phase=WorkerPhase.REFRESHING, holding=holding), [*dropped, refresh]
 
 
 def _refreshed(state: WorkerState, event: Published) -> Outcome:
@@ -258,11 +269,14 @@ def _agreed(state: WorkerState, event: Agreed) -> Outcome:
     step, proposal, layout = state.version, event.proposal, _layout(state)
     last = step + 1 == state.steps
     instructions: list[Instruction] = []
-    switch = None
-    if proposal is not None and event.wanted and not (last and proposal.leaving):
+    switch, prefetching = None, state.prefetching
+    if proposal is not None and event.wanted and not event.waits and not (last and proposal.leaving):
         switch = proposal  # the end of the job releases the ranks that leave
     elif proposal is not None and last:
         instructions.append(TellIdled(proposal.generation))
+    elif proposal is not None and prefetches(proposal) and proposal.generation != prefetching:
+        prefetching = proposal.generation
+        instructions.append(Prefetch(proposal))
     instructions += [AdoptAgreement(event.agreement), ForgetSnapshots(), RunOptimizer(event.agreement)]
     holding = replace(state.holding, owned_version=step + 1, values_version=TORN, pristine=False)
     state = replace(
@@ -271,6 +285,7 @@ def _agreed(state: WorkerState, event: Agreed) -> Outcome:
         agreed=step,
         agreement=event.agreement,
         switch=switch,
+        prefetching=prefetching,
         holding=holding,
     )
     return state, [*instructions, Publish(step + 1, layout)]
@@ -310,7 +325,9 @@ def _loop_left(state: WorkerState, event: LoopLeft) -> Outcome:
 
 
 def _end_due(state: WorkerState, event: EndDue) -> Outcome:
-    return replace(state, phase=WorkerPhase.CONCLUDING), [WaitUntilWhole(protect=state.version < state.steps)]
+    dropped, state = _without_copies(state)
+    wait = WaitUntilWhole(protect=state.version < state.steps)
+    return replace(state, phase=WorkerPhase.CONCLUDING), [*dropped, wait]
 
 
 def _concluded(state: WorkerState, event: Concluded) -> Outcome:

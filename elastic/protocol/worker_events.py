@@ -72,11 +72,15 @@ class Reduced:
 
 @dataclass(frozen=True)
 class Agreed:
-    """All members agree on the step. `proposal`: the join or departure offered here; `wanted`: by all members."""
+    """All members agree on the step. `proposal`: the join or departure offered here; `wanted`: by all members.
+
+    `waits`: some member waits for shards that it copies before it enters the proposal.
+    """
 
     agreement: str
     proposal: Plan | None = None
     wanted: bool = False
+    waits: bool = False
 
 
 @dataclass(frozen=True)
@@ -177,6 +181,18 @@ class TakeUnseen:
 
     version: int
     agreement: str
+
+
+@dataclass(frozen=True)
+class Prefetch:
+    """Begin to copy the shards that this rank is to own by `plan`, while training goes on."""
+
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class DropPrefetched:
+    """Copies that were made ahead of a plan are of no more use."""
 
 
 @dataclass(frozen=True)
@@ -385,6 +401,8 @@ Instruction = (
     | AskPlace
     | TellPlace
     | TakeUnseen
+    | Prefetch
+    | DropPrefetched
     | EnterProtection
     | ForgetSince
     | RunOptimizer

@@ -70,6 +70,7 @@ class WorkerState:
     layout: Layout | None = None
     entering: Entering | None = None
     switch: Plan | None = None  # a join or departure that all members enter before the next step
+    prefetching: int = 0  # the generation whose shards this rank copies ahead; 0: none
     leave_at: int | None = None  # the version at which the user's code has left the loop
     late: int = 0  # number of events that arrived too late to matter
     story: tuple[str, ...] = ()

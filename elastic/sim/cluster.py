@@ -92,6 +92,9 @@ class Saving:
     begun: e.Saved | None = None
 
 
+_COUNTED = {"flip": "bits flipped", "prefetch": "records asked for ahead", "switch": "switches of who has copies"}
+
+
 class Cluster:
     """The cluster without the faults, which strike through `on_mark` and `kill`."""
 
@@ -487,8 +490,8 @@ class Cluster:
         process.start()
 
     def _marked(self, worker: e.WorkerId, phase: str, step: int) -> None:
-        if phase == "flip":
-            self.happenings["bits flipped"] += 1
+        if phase in _COUNTED:
+            self.happenings[_COUNTED[phase]] += 1
         self.on_mark(worker, phase, step)
 
     def _life(self, worker: e.WorkerId, simulated: SimWorker) -> Steps[None]:
@@ -568,6 +571,7 @@ class Cluster:
         running.dead = True
         running.process.kill()
         running.worker.snapshots.kill()
+        running.worker.prefetch.end()
         for pipe in running.data.values():
             pipe.cut()
         running.died = running.died or e.WorkerDied(worker, why, step=running.worker.version)

@@ -30,6 +30,7 @@ class Fault:
     after: int = 0
     detected_s: float = 0.01
     spread_s: float = 0.0  # the victims die within this time of each other
+    others: bool = False  # they are others than the worker that entered the phase
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +155,25 @@ def draw_joiners(rng: random.Random) -> list[Fault]:
     return [JoinersDie(victims=2, phase="joined", after=after, detected_s=detected_s, spread_s=spread_s)]
 
 
+def draw_moves(rng: random.Random, losses: int) -> list[Fault]:
+    """Faults while shards are copied ahead of a rebalance, or when it is entered.
+
+    They strike who copies, or others (those it copies from among them), the node, or the coordinator.
+    """
+    faults: list[Fault] = []
+    for _ in range(rng.choice((0, 1, 1, 2))):
+        phase, after = rng.choice(("prefetch", "prefetch", "switch")), rng.randrange(16)
+        kind = rng.choice((Fault, Fault, StoreFault, NodeFault) if losses else (Fault, Fault, StoreFault))
+        if kind is NodeFault:
+            faults.append(NodeFault(victims=1, phase=phase, after=after, back_s=rng.choice((0.0, 0.5))))
+        elif kind is StoreFault:
+            away_s = rng.choice((0.1, 0.5))
+            faults.append(StoreFault(victims=0, phase=phase, after=after, away_s=away_s, replaced=True))
+        else:
+            faults.append(Fault(victims=1, phase=phase, after=after, others=rng.random() < 0.5))
+    return faults
+
+
 def draw_store_faults(rng: random.Random, horizon_s: float) -> list[Fault]:
     """Times at which the coordinator's store fails."""
     faults: list[Fault] = []
@@ -249,7 +269,7 @@ class Injector:
             alive, worker = [one for one in alive if one in joining and one != worker], None
         if worker in alive:
             alive.remove(worker)
-            alive.insert(0, worker)
+            alive.insert(len(alive) if fault.others else 0, worker)
         self.last_s = max(self.last_s, self._world.now + fault.spread_s + fault.detected_s)
         if isinstance(fault, Flip):
             for victim in alive[: fault.victims]:

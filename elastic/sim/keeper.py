@@ -228,6 +228,16 @@ class Keeper:
                 found[shard] = state
         return found
 
+    def gradients(self, shards: Iterable[int], step: int, *, lines: Lines = (), agreed_in: int = 0) -> dict[int, str]:
+        """The reduced gradients of a step."""
+        found: dict[int, str] = {}
+        for shard in shards:
+            held = [s[shard].gradient(step, lines, agreed_in) for s in self.segments.values() if shard in s]
+            gradient = next((value for value in held if value is not None), None)
+            if gradient is not None:
+                found[shard] = gradient
+        return found
+
     def covering(self, shards: Collection[int], version: int, lines: Lines) -> list[Block]:
         """The sealed blocks at a version that have any of these shards as a member, and are of these lines."""
         first, wanted = since(lines, version), set(shards)

@@ -24,6 +24,7 @@ from .faults import (
     draw_drains,
     draw_flips,
     draw_joiners,
+    draw_moves,
     draw_nodes,
     draw_speeds,
     draw_store_faults,
@@ -373,6 +374,7 @@ def _faults(rng: random.Random, shape: Shape, horizon_s: float) -> list[Fault]:
     drains += draw_store_faults(rng, horizon_s) if shape.store_fails else []
     drains += draw_disk_faults(rng, horizon_s) if shape.disk_fills else []
     drains += draw_speeds(rng, horizon_s) if shape.speeds_change else []
+    drains += draw_moves(rng, shape.losses if shape.loses_nodes else 0) if shape.rebalance_s else []
     if shape.flips:  # a few deaths at a time, so that correct replicas are in the majority
         deaths = [replace(fault, victims=1) for fault in draw(rng, shape.workers, horizon_s)[:2]]
         return [*draw_flips(rng, horizon_s, shape.flips), *deaths]

@@ -11,7 +11,7 @@ from everstep.resharding.plan import Plan
 
 from .keeper import Board
 from .links import Key
-from .storage import Storage
+from .storage import NoSpace, Storage
 from .values import ShardState
 from .world import World
 
@@ -47,3 +47,17 @@ class Surroundings:
     epilogue_s: float
     leaves_at: int  # the version at which the user's code leaves the loop; the job's steps: not before its end
     verify_every: int  # steps between comparisons of replicas; 0: none
+
+    def save(self, worker: e.WorkerId, saved: e.Saved, states: dict[int, ShardState]) -> str:
+        """This node's saver writes a part, though the worker may have ended; returns why it cannot, empty if it did."""
+        if not self.board.keepers[self.node].up:
+            return "the node is lost"
+        try:
+            whole = self.storage.put(saved, states)
+        except NoSpace as error:
+            fields = {"version": saved.version, "name": saved.name, "why": str(error)}
+            self.tell(e.WorkerNoted(worker, "checkpoint_failed", fields))
+            return str(error)
+        if whole:
+            self.tell(e.CheckpointSaved(worker, saved, {}))
+        return ""

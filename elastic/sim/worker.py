@@ -30,11 +30,11 @@ from .exchange import Exchange
 from .keeper import sources_first
 from .links import Aborted, Links
 from .pipeline import Pipeline, StepState
+from .prefetcher import Prefetcher
 from .protection import Protection
 from .replicas import Replicas, flipped
 from .restore import Sources
 from .snapshots import Snapshots
-from .storage import NoSpace
 from .surroundings import Surroundings
 from .values import (
     ShardState,
@@ -67,6 +67,7 @@ class SimWorker:
         self.protection = Protection(around.world, self.snapshots, around.interval, replay=self.replays)
         self.exchange = Exchange(self.spec, self.links, self.job.micro_batches)
         self.backups = Backups(self.links, self.snapshots)
+        self.prefetch = Prefetcher(around.board, around.node, lambda phase: self.mark(phase))
         self.replicas = Replicas(self.spec, self.links, self.snapshots, self.backups, around.verify_every)
         self.flips: list[str] = []  # bits to flip: of an "owned" value, one that is only "read", or a "backup"
         self.pipeline = Pipeline(self.links, self.spec.layers, self._layer_values, around.forward_s)
@@ -87,6 +88,8 @@ class SimWorker:
             w.AskPlace: self._ask_place,
             w.TellPlace: self._tell_place,
             w.TakeUnseen: self._nothing,
+            w.Prefetch: self._begin_prefetch,
+            w.DropPrefetched: self._drop_prefetched,
             w.EnterProtection: self._enter_protection,
             w.ForgetSince: self._forget_since,
             w.RunOptimizer: self._run_optimizer,
@@ -203,7 +206,7 @@ class SimWorker:
         saved = e.Saved(self.version, conclusion.name, self.machine.agreement)
         states = {shard: self.shard_state(shard) for shard in self.owned}
         yield self.around.storage.write_s()
-        self.around.tell(e.WorkerConcluded(self.id, conclusion.name, self._why_unsaved(saved, states)))
+        self.around.tell(e.WorkerConcluded(self.id, conclusion.name, self.around.save(self.id, saved, states)))
 
     def _guarded(self, event: w.Event) -> Steps[None]:
         """Run an operation that waits for others; if the generation ends, recover instead."""
@@ -321,7 +324,9 @@ class SimWorker:
         """Fetch the shards that are missing here, and the backups that are not up to date."""
         if it.plan.checkpoint:
             return (yield from self._read_checkpoint(it))
-        for shard, state in (yield from self._fetch(it, [move.shard for move in it.moves])).items():
+        ahead = yield from self.prefetch.read([move.shard for move in it.moves], it.version)
+        rest = yield from self._fetch(it, [move.shard for move in it.moves if move.shard not in ahead])
+        for shard, state in {**ahead, **rest}.items():
             self.load(shard, state)
         self.backups.load((yield from self._fetch(it, self.backups.places.behind())))
         return w.Restored()
@@ -439,6 +444,7 @@ class SimWorker:
         mine = Share(
             digest=digest_of(self.gradients),
             join=proposal.generation if proposal else 0,
+            waits=self.prefetch.waits(proposal, self.rank),
             kept=self.protection.share(it.step, self.rank),
             replicas=self.replicas.imbalance(it.step, layout, self.machine.holding.layers, self.values),
         )
@@ -449,7 +455,18 @@ class SimWorker:
         terms = self.protection.agreed(it.step, share.kept)
         agreement = agreement_of(it.step, share.digest, generation=layout.generation, **terms)
         self.around.facts.agreed(self.id, it.step, agreement)
-        return w.Agreed(agreement, proposal, wanted)
+        return w.Agreed(agreement, proposal, wanted, share.waits)
+
+    def _begin_prefetch(self, it: w.Prefetch) -> Steps[None]:
+        yield from ()
+        layout, nodes = self.layout, self._orders[it.plan.generation].nodes
+        assert layout is not None
+        sources = {nodes[layout.owners[move.shard]] for move in it.plan.gained}
+        self.prefetch.begin(it.plan, sources, self.rank, self.version)
+
+    def _drop_prefetched(self, it: w.DropPrefetched) -> Steps[None]:
+        yield from ()
+        self.prefetch.end()
 
     def _distrust(self, step: int, layout: Layout, odd: list[Odd]) -> Steps[None]:
         """Replicas differ: the wrong ones are discarded and reported to the coordinator, which ends the generation."""
@@ -527,31 +544,14 @@ class SimWorker:
         if it.free:
             stage = it.layout.stage_of(self.rank)
             self._hold(stage.start, stage.stop, free=True)
+        self.prefetch.committed(Terms.of(it.agreement))
         self._keep(anyway=self.machine.ended())
         if self.around.saves_every and self.version % self.around.saves_every == 0:
             saved = e.Saved(self.version, f"v{self.version}-g{it.layout.generation}", it.agreement)
             states = {shard: self.shard_state(shard) for shard in self.owned}
             delay_s = self.around.world.between(0.001, 0.3)
-            self.around.world.after(delay_s, lambda: self._save(saved, states))
+            self.around.world.after(delay_s, lambda: self.around.save(self.id, saved, states))
         yield from self._tell_committed(w.TellCommitted(it.agreement, it.layout.generation))
-
-    def _save(self, saved: e.Saved, states: dict[int, ShardState]) -> None:
-        """This node's saver writes a part, unless the node is down; workers may have ended meanwhile."""
-        self._why_unsaved(saved, states)
-
-    def _why_unsaved(self, saved: e.Saved, states: dict[int, ShardState]) -> str:
-        """Write a part; returns why that was not possible, empty if it was."""
-        if not self.around.board.keepers[self.around.node].up:
-            return "the node is lost"
-        try:
-            whole = self.around.storage.put(saved, states)
-        except NoSpace as error:
-            fields = {"version": saved.version, "name": saved.name, "why": str(error)}
-            self.around.tell(e.WorkerNoted(self.id, "checkpoint_failed", fields))
-            return str(error)
-        if whole:
-            self.around.tell(e.CheckpointSaved(self.id, saved, {}))
-        return ""
 
     def _tell_committed(self, it: w.TellCommitted) -> Steps[None]:
         """Report to the coordinator that a step is committed."""

@@ -19,10 +19,10 @@ class World:
         self.now = 0.0
         self.seed = seed
         self.random = random.Random(seed)
-        self._queue: list[tuple[float, int, Callable[[], None]]] = []
+        self._queue: list[tuple[float, int, Callable[[], object]]] = []
         self._order = itertools.count()
 
-    def after(self, delay_s: float, action: Callable[[], None]) -> None:
+    def after(self, delay_s: float, action: Callable[[], object]) -> None:
         """Schedule an event."""
         heapq.heappush(self._queue, (self.now + delay_s, next(self._order), action))
 

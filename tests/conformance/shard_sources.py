@@ -23,8 +23,9 @@ from everstep.checkpointing.keeper.service import KeeperServer
 from everstep.checkpointing.memory.record import ShardState
 from everstep.checkpointing.universal.writer import folder_name
 from everstep.comms.mesh.in_memory import MemoryCommunicator, MemoryNetwork
-from everstep.elastic.contract.membership import Solo
+from everstep.elastic.contract.membership import Orders, Solo
 from everstep.elastic.contract.settings import Settings
+from everstep.elastic.engine.prefetcher import Prefetched, Prefetcher
 from everstep.elastic.engine.resume import CheckpointStates
 from everstep.elastic.engine.sources import KeeperRecords, NeighborLayers, OwnMemory, SavedShards, Stripes
 from everstep.elastic.guard.checkpoint_agreement import Checkpoints
@@ -35,8 +36,9 @@ from everstep.elastic.holding.stack import LayerStack
 from everstep.elastic.holding.user_optimizer import UserOptimizer
 from everstep.elastic.step.exchange import Exchange
 from everstep.resharding.layout import Layout
-from everstep.resharding.moves import LIVE, Move, What
+from everstep.resharding.moves import LIVE, Move, What, ahead, own_moves
 from everstep.resharding.placement import Placement, place
+from everstep.resharding.plan import Plan
 from everstep.resharding.planners import initial_layout
 from tests.jobs import wait_until
 from tests.terms import agreed
@@ -256,6 +258,41 @@ class AsGradient(InKeeper):
         return self._keepers()
 
 
+class Ahead(AsGradient):
+    """This rank has copied the version before from a keeper, and brought the copies up to date with the gradients."""
+
+    def made(self, folder: Path) -> ShardSource:
+        super().made(folder)
+        self.begin()
+        wait_until(lambda: not self.prefetch.waits(self.plan, 0), 20, "all records are copied")
+        self.prefetch.committed(self.rank.terms)
+        wait_until(lambda: not self.prefetch.waits(self.plan, 0), 20, "copies are up to date")
+        return self.source_of_copies()
+
+    def begin(self) -> None:
+        """Begin to copy, at the version before."""
+        rank = self.rank
+        layout = replace(rank.layout, generation=2, owners=(0,) * len(rank.shards))
+        self.plan = Plan(layout=layout, version=None, moves=ahead(own_moves(layout, rank.shards)))
+        orders = Orders(self.plan, {}, self.nodes.addresses, self.nodes.placement, {1: "a"})
+        self.prefetch = Prefetcher(rank.optimizer, rank.exchange, Solo())
+        self.prefetch.token = TOKEN
+        self._ending.callback(self.prefetch.end)
+        assert self.prefetch.waits(self.plan, 0), "it has not begun"
+        self.prefetch.begin(orders, replace(layout, owners=(1,) * len(rank.shards)), 0, VERSION - 1)
+
+    def copied(self) -> set[int]:
+        """The shards of which there is a copy."""
+        assert self.prefetch._copies is not None
+        return {shard for shard, version in self.prefetch._copies.versions.items() if version >= 0}
+
+    def source_of_copies(self) -> ShardSource:
+        """What was copied."""
+        keepers = Keepers(self.nodes.addresses, TOKEN, lambda: None)
+        self._ending.callback(keepers.close)
+        return Prefetched(self.prefetch, keepers)
+
+
 class InParity(Place):
     """The node that held the shards is lost."""
 
@@ -357,6 +394,7 @@ PLACES: dict[str, type[Place]] = {
     "memory": InMemory,
     "keeper": InKeeper,
     "replay": AsGradient,
+    "prefetched": Ahead,
     "parity": InParity,
     "storage": InStorage,
     "neighbors": InNeighbors,

@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from shard_sources import PLACES, VERSION, InStorage, Place, Rank, same
+from shard_sources import PLACES, VERSION, Ahead, InStorage, Place, Rank, same
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from everstep.checkpointing.universal.manifest import CheckpointError
 from everstep.elastic.engine.loading import LiveValues
 from everstep.resharding.moves import SourceKind
+from tests.jobs import wait_until
 
 MIB = 1 << 20
 NAMES = list(PLACES)
@@ -165,3 +166,38 @@ def test_bytes_are_copied_at_most_twice(name: str, buffers: int, tmp_path: Path)
     assert copied.bytes <= 1.01 * length, "torch copies it into place, once"
     gradient = length // 2 if name == "replay" else 0
     assert most <= (buffers + 0.05) * length + gradient
+
+
+# ---------------------------------------------------------------- copies ahead of a switch
+
+
+def test_what_copies_lack_at_the_switch_is_one_gradient(tmp_path: Path) -> None:
+    place = Ahead(Rank(), tmp_path)
+    try:
+        place.prefetch.end()
+        place.begin()
+        wait_until(lambda: not place.prefetch.waits(place.plan, 0), 20, "all records are copied")
+        source, records = place.source_of_copies(), place.prefetch.bytes
+        found = list(source.read(place.rank.shards, VERSION))
+        assert all(item.gradient is not None for item in found)
+        restored = place.rank.restored(source, place.rank.shards)
+        assert sorted(restored) == place.rank.shards
+        assert all(same(state, place.expected(shard)) for shard, state in restored.items())
+        assert records > sum(item.gradient.nbytes for item in found if item.gradient is not None)
+        assert list(source.read(place.rank.shards, VERSION + 1)) == [], "they are too old for that"
+    finally:
+        place.close()
+
+
+def test_a_flipped_bit_is_not_copied_ahead(tmp_path: Path) -> None:
+    place = Ahead(Rank(), tmp_path)
+    try:
+        place.prefetch.end()
+        place.damage(place.rank.shards[0])
+        place.begin()
+        others = place.rank.shards[1:]
+        wait_until(lambda: set(others) <= place.copied(), 20, "the others are copied")
+        assert place.prefetch.waits(place.plan, 0)
+        assert sorted(place.rank.restored(place.source_of_copies(), place.rank.shards)) == others
+    finally:
+        place.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -79,6 +80,42 @@ def test_a_promise_is_checked_when_the_new_layout_has_lasted(saves: bool, search
     assert script.state.balance.searched == searched
 
 
+def rebalanced(effects: list[e.Effect]) -> list[e.Record]:
+    return [effect for effect in effects if isinstance(effect, e.Record) and effect.event == "rebalanced"]
+
+
+def offering() -> tuple[Script, int]:
+    """A script in which a faster layout has just been offered, and its generation."""
+    script = trained()
+    script(e.Ticked())
+    script(e.SpeedsMeasured({1: 0.4}))
+    steps(script, 5, 2.0)
+    return script, offered(script(e.Ticked(), 1.0))[0].plan.generation
+
+
+def test_the_cost_is_recorded_when_all_members_have_entered() -> None:
+    script, generation = offering()
+    for rank in (2, 0, 3):
+        assert not rebalanced(script(e.WorkerSwitched(w(rank), generation, 0.1 * rank, 100, 10)))
+    assert not rebalanced(script(e.WorkerSwitched(w(3), generation, 0.3, 100, 10))), "a message that is repeated"
+    (record,) = rebalanced(script(e.WorkerSwitched(w(1), generation, 0.2, 0, 5)))
+    assert (record.fields["stall_s"], record.fields["prefetched_bytes"], record.fields["moved_bytes"]) == (0.3, 300, 35)
+    assert not rebalanced(script(e.WorkerDied(w(1), "signal 9")))
+
+
+def test_a_loss_while_members_enter_records_the_cost_so_far() -> None:
+    script, generation = offering()
+    script(e.WorkerSwitched(w(2), generation, 0.2, 100, 10))
+    (record,) = rebalanced(script(e.WorkerDied(w(1), "signal 9")))
+    assert (record.fields["generation"], record.fields["stall_s"]) == (generation, 0.2)
+    assert not rebalanced(script(e.WorkerSwitched(w(3), generation, 0.1, 100, 10)))
+
+
+def test_a_loss_before_any_member_enters_records_nothing() -> None:
+    script, _ = offering()
+    assert not rebalanced(script(e.WorkerDied(w(1), "signal 9")))
+
+
 def test_small_changes_of_speed_are_no_reason() -> None:
     script = trained()
     script(e.Ticked())
@@ -111,4 +148,6 @@ def test_a_node_that_wants_to_leave_goes_first() -> None:
 def test_rebalances_happen_under_faults(name: str, seeds: range) -> None:
     """`simulate` raises where a job ends with other bytes than the undisturbed one."""
     outcomes = [simulate(seed, SHAPES[name]) for seed in seeds]
-    assert sum(outcome.happenings["rebalances"] for outcome in outcomes) >= len(seeds) // 4
+    total = sum((outcome.happenings for outcome in outcomes), Counter[str]())
+    assert total["rebalances"] >= len(seeds) // 4
+    assert total["switches of who has copies"], "some ranks had copied ahead what they came to own"

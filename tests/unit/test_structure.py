@@ -127,6 +127,7 @@ SAME_NAMES = {  # public classes that share a name: why; every other name is uni
     "Keeper": _STANDS_IN,
     "Node": f"a machine: {_STANDS_IN}",
     "Pipeline": _STANDS_IN,
+    "Prefetcher": _STANDS_IN,
     "Protection": _STANDS_IN,
     "Replicas": _STANDS_IN,
     "Saving": _STANDS_IN,

@@ -45,7 +45,7 @@ SAID: list[FromWorker] = [
     e.WorkerLacking(ME, 5, 7, (1, 2)),
     e.CorruptionFound(ME, 5, "keeper", node="n1", shard=1, detail="version 7"),
     e.WorkerResumed(ME, 5, 0.01, 0.02),
-    e.WorkerSwitched(ME, 6),
+    e.WorkerSwitched(ME, 6, 0.125, 1 << 40, 7),
     e.WorkerIdled(ME, 6),
     e.WorkerCommitted(ME, 8, "{}", loss=None, digest="00ff", generation=6, protected=7, every=2),
     e.WorkerCommitted(ME, 8, "{}", loss=float("inf")),
