@@ -27,7 +27,7 @@ from .moves import (
 )
 from .planners import change_layout
 from .units import ModelSpec
-from .work import AssignedLeg, Leg
+from .work import AssignedLeg, Leg, legs_from_runs, legs_to_runs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +112,7 @@ class Plan:
     def _text(self) -> str:  # cached: every rank gets the same text
         raw = {item.name: getattr(self, item.name) for item in fields(self)}
         raw |= {"layout": self.layout.to_json(), "moves": to_runs(self.moves)}
+        raw |= {name: legs_to_runs(raw[name]) for name in ("work", "started", "kept")}
         return json.dumps(raw, separators=(",", ":"))
 
     @classmethod
@@ -123,9 +124,9 @@ class Plan:
             agreement=raw["agreement"],
             moves=from_runs(raw["moves"]),
             fresh=tuple(raw["fresh"]),
-            work=tuple(AssignedLeg(*s) for s in raw["work"]),
-            started=tuple(AssignedLeg(*s) for s in raw["started"]),
-            kept=tuple(AssignedLeg(*s) for s in raw["kept"]),
+            work=legs_from_runs(raw["work"]),
+            started=legs_from_runs(raw["started"]),
+            kept=legs_from_runs(raw["kept"]),
             protected=raw["protected"],
             checkpoint=raw["checkpoint"],
             leaving=tuple(raw["leaving"]),
@@ -256,7 +257,7 @@ def plan_recovery(
     gained = [s.index for s in spec.shards if s.index not in owned[layout.owners[s.index]]]
     current = [r for r in reports if not r.fresh and r.values_version == version]
     valid = {report.rank: range(*report.layers) for report in current}
-    kept = tuple(AssignedLeg(r.rank, *span) for r in current for span in r.held)
+    kept = _in_order(AssignedLeg(r.rank, *span) for r in current for span in r.held)
     work = _remaining_work(layout, kept, current)
     forwarded = {AssignedLeg(r.rank, *span) for r in current for span in r.started}
     return Plan(
@@ -331,7 +332,12 @@ def _remaining_work(layout: Layout, kept: Sequence[AssignedLeg], current: Sequen
         rank = min(stage.ranks, key=lambda r: (load[r], r))
         work.append(AssignedLeg(rank, *span))
         load[rank] += span.stop - span.start
-    return tuple(sorted(work, key=lambda s: (s.micro_batch, s.start)))
+    return _in_order(work)
+
+
+def _in_order(legs: Iterable[AssignedLeg]) -> tuple[AssignedLeg, ...]:
+    """As `Layout.segments` has them: by stage, in which the micro-batches of a rank stand together."""
+    return tuple(sorted(legs, key=lambda leg: (leg.start, leg.micro_batch)))
 
 
 def _gaps(stage: Stage, micro_batch: int, kept: Iterable[AssignedLeg]) -> list[tuple[int, int]]:

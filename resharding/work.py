@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -26,6 +26,27 @@ class AssignedLeg(NamedTuple):
     @property
     def span(self) -> Leg:
         return Leg(self.micro_batch, self.start, self.stop)
+
+
+def legs_to_runs(legs: Iterable[AssignedLeg]) -> list[list[int]]:
+    """Legs as JSON values: runs of consecutive micro-batches, `[rank, start, stop, first micro-batch, how many]`."""
+    runs: list[list[int]] = []
+    for leg in legs:
+        alike = bool(runs) and runs[-1][:3] == [leg.rank, leg.start, leg.stop]
+        if alike and runs[-1][3] + runs[-1][4] == leg.micro_batch:
+            runs[-1][4] += 1
+        else:
+            runs.append([leg.rank, leg.start, leg.stop, leg.micro_batch, 1])
+    return runs
+
+
+def legs_from_runs(runs: Iterable[Sequence[int]]) -> tuple[AssignedLeg, ...]:
+    """The legs that `legs_to_runs` turned into JSON values."""
+    return tuple(
+        AssignedLeg(rank, micro_batch, start, stop)
+        for rank, start, stop, first, count in runs
+        for micro_batch in range(first, first + count)
+    )
 
 
 class Work:

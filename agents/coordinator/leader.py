@@ -29,7 +29,7 @@ from everstep.elastic.protocol.state import Config, Phase, State
 from .durable import Durable, NodeChannel
 from .eventlog import EventLog, Listeners
 from .gc_tuning import LongLived
-from .messages import agent_event, order, worker_order
+from .messages import WorkerOrders, agent_event, order
 from .node_sessions import NodeSessions
 from .store import StateStoreError
 
@@ -75,6 +75,7 @@ class Leader:
         self._expected_s = 0.0  # until when nodes of the store are waited for, and no others are taken in
         self._knocked = False  # another process asked for the end
         self.held_up = ""  # why writes fail at the moment; without writes there are no decisions
+        self._worker_orders = WorkerOrders()
         self._long_lived = LongLived()
         self._story: deque[str] = deque(maxlen=STORY)  # the last events that had effects
 
@@ -348,7 +349,7 @@ class Leader:
             end = pb.EndJob(succeeded=effect.succeeded, why=effect.why, detail=effect.detail, rank=effect.rank)
             end.lost.extend(effect.lost)
             found = [(node, pb.AttachResponse(end=end)) for node in self._durable.channels]
-        elif (to_worker := worker_order(effect)) is not None:
+        elif (to_worker := self._worker_orders.write(effect)) is not None:
             known = self.state.workers.get(to_worker[0].rank)
             found = [(known.node, to_worker[1])] if known is not None else []
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 
 from everstep.comms.control import everstep_pb2 as pb
 from everstep.elastic.protocol import events as e
@@ -63,11 +64,26 @@ def order(effect: e.Effect) -> tuple[str, pb.AttachResponse] | None:
     return None
 
 
-def worker_order(effect: e.Effect) -> tuple[e.WorkerId, pb.AttachResponse] | None:
-    """The worker that an effect is an order to, and the order; None for effects that are none."""
-    if not isinstance(effect, ToWorker):
-        return None
-    return effect.worker, pb.AttachResponse(to_worker=pb.ToWorker(worker=proto(effect.worker), json=write(effect)))
+class WorkerOrders:
+    """Writes orders to workers. The text of a plan is made once for all that get it: it may have a megabyte."""
+
+    def __init__(self) -> None:
+        self._plan: e.CarryOut | None = None
+        self._text = ""
+
+    def write(self, effect: e.Effect) -> tuple[e.WorkerId, pb.AttachResponse] | None:
+        """The worker that an effect is an order to, and the order; None for effects that are none."""
+        if not isinstance(effect, ToWorker):
+            return None
+        text = self._plan_text(effect) if isinstance(effect, e.CarryOut) else write(effect)
+        return effect.worker, pb.AttachResponse(to_worker=pb.ToWorker(worker=proto(effect.worker), json=text))
+
+    def _plan_text(self, effect: e.CarryOut) -> str:
+        last = self._plan
+        names = [field.name for field in fields(effect) if field.name != "worker"]
+        if last is None or any(getattr(effect, name) is not getattr(last, name) for name in names):
+            self._plan, self._text = effect, write(effect)
+        return self._text
 
 
 def _start(effect: e.StartWorkers) -> pb.StartWorkers:

@@ -26,9 +26,10 @@ from everstep.comms.base.security import Security, digest_of
 
 from . import beats
 from . import everstep_pb2 as pb
+from .differences import BadDifference, DifferenceReceiver
 from .rpc import channel_to, stub
 
-PROTOCOL = 6  # version of the streams between agents and coordinator, including the workers' messages
+PROTOCOL = 7  # version of the streams between agents and coordinator, including the workers' messages
 BEAT_S = 0.25  # heartbeat interval until the coordinator sets it
 BUSY_S = 10.0
 SILENT_S = 3.0  # silence after which another coordinator is tried, if there are several
@@ -236,11 +237,13 @@ class Attachment:
         return why, welcomed.is_set()
 
     def _read(self, call: Any, address: str, life: int, welcomed: threading.Event) -> str:
+        orders = DifferenceReceiver()  # the coordinator sends a whole order first on each stream
         try:
             for message in call:
                 if self._lives != life or self._closing.is_set():
                     break
                 self.heard_s = time.monotonic()
+                orders.restore(message)
                 if message.WhichOneof("body") == "heartbeat":
                     self._kept(message.heartbeat.received)
                     continue
@@ -248,6 +251,8 @@ class Attachment:
         except grpc.RpcError as error:
             details = getattr(error, "details", None)  # an error of a call is a grpc.Call too
             return str(details() if details else error)
+        except BadDifference as error:
+            return f"an order is damaged: {error}"  # and sent again, whole, on the next stream
         return "it closed the stream"
 
     def _take(self, message: pb.AttachResponse, address: str, life: int, welcomed: threading.Event) -> None:

@@ -248,12 +248,14 @@ class KillWorkers(_message.Message):
     def __init__(self, workers: _Optional[_Iterable[_Union[WorkerId, _Mapping]]] = ...) -> None: ...
 
 class ToWorker(_message.Message):
-    __slots__ = ("worker", "json")
+    __slots__ = ("worker", "json", "differs")
     WORKER_FIELD_NUMBER: _ClassVar[int]
     JSON_FIELD_NUMBER: _ClassVar[int]
+    DIFFERS_FIELD_NUMBER: _ClassVar[int]
     worker: WorkerId
     json: str
-    def __init__(self, worker: _Optional[_Union[WorkerId, _Mapping]] = ..., json: _Optional[str] = ...) -> None: ...
+    differs: bool
+    def __init__(self, worker: _Optional[_Union[WorkerId, _Mapping]] = ..., json: _Optional[str] = ..., differs: _Optional[bool] = ...) -> None: ...
 
 class EndJob(_message.Message):
     __slots__ = ("succeeded", "why", "detail", "rank", "lost", "released")

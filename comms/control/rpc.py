@@ -22,6 +22,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from everstep.comms.base.security import NAME, TOKEN_ASKED, Security
 
 from . import everstep_pb2 as pb
+from .differences import DifferenceSender
 from .everstep_pb2_grpc import (
     CoordinatorServiceServicer,
     CoordinatorServiceStub,
@@ -77,9 +78,10 @@ class Session:
     def __init__(self) -> None:
         self.node = ""
         self._outgoing: asyncio.Queue[pb.AttachResponse | None] = asyncio.Queue()
+        self._orders = DifferenceSender()
 
     def send(self, message: pb.AttachResponse) -> None:
-        self._outgoing.put_nowait(message)
+        self._outgoing.put_nowait(self._orders.reduce(message))
 
     def end(self) -> None:
         """End the stream after the queued messages."""

@@ -7,6 +7,9 @@ the tree, with real messages. The processor time of every rank's piece of work i
 that of the longest chain of pieces that wait for each other, as if each rank had a processor of its own and messages
 took no time on their way. `cpu_ms` is what one rank spends, at most.
 
+An order is what a node gets with a plan: who owns what, where each rank listens, where parity lies. The first one is
+sent whole, and those of later losses as the difference from it.
+
 The look-ups are those that a rank makes between a plan and its next step: whom it sends what in both exchanges, whom it
 waits for, its own work, and the parity that its node holds. Best of several turns. One JSON object on stdout.
 """
@@ -25,6 +28,8 @@ from collections.abc import Callable, Generator
 from dataclasses import replace
 from typing import Any
 
+from everstep.comms.control import everstep_pb2 as pb
+from everstep.comms.control.differences import DifferenceReceiver, DifferenceSender
 from everstep.comms.mesh.communicator import Key, Kind
 from everstep.comms.mesh.in_memory import MemoryCommunicator, MemoryNetwork
 from everstep.comms.mesh.tensors import host_bytes, of_bytes
@@ -37,11 +42,13 @@ from everstep.elastic.protocol.agreement import (
     Share,
     exchange,
 )
+from everstep.elastic.protocol.events import CarryOut, WorkerId
 from everstep.elastic.protocol.exact import ExactSum
 from everstep.elastic.protocol.wire import decode, encode
+from everstep.elastic.protocol.worker_messages import write
 from everstep.resharding.layout import Layout
 from everstep.resharding.moves import received
-from everstep.resharding.placement import place
+from everstep.resharding.placement import Placement, place
 from everstep.resharding.plan import Plan, Report, plan_recovery
 from everstep.resharding.planners import initial_layout
 from everstep.resharding.units import ModelSpec, ParameterSpec
@@ -232,8 +239,28 @@ def entering(ranks: int, shards: int, stages: int) -> dict[str, Any]:
         "lookups_ms": round(min(took) * 1e3, 2),
         "decode_plan_ms": round(min(decoded) * 1e3, 2),
         "plan_bytes": len(text),
+        **orders(spec, plan, placement),
         "coordinator_plans_ms": round(planned_s * 1e3, 1),
     }
+
+
+def orders(spec: ModelSpec, plan: Plan, placement: Placement) -> dict[str, Any]:
+    """What travels to a node: the order of this plan, whole, and then that of the next loss, as what changed."""
+    sender, receiver, sent, took = DifferenceSender(), DifferenceReceiver(), [], []
+    for another in (False, True):
+        if another:
+            reports = [report(spec, plan.layout, rank) for rank in plan.layout.ranks[:-1]]
+            plan = plan_recovery(spec, plan.layout, reports, plan.generation + 1)
+        nodes = {rank: f"node-{rank // RANKS_PER_NODE}" for rank in plan.layout.ranks}
+        peers = {rank: {"host": f"10.0.{rank >> 8}.{rank & 255}", "port": 4000 + rank} for rank in plan.layout.ranks}
+        text = write(CarryOut(WorkerId(1, 0), plan, peers, {}, placement, nodes))
+        began = time.perf_counter()
+        order = sender.reduce(pb.AttachResponse(to_worker=pb.ToWorker(json=text)))
+        took.append(time.perf_counter() - began)
+        sent.append(len(order.to_worker.json))
+        receiver.restore(order)
+        assert order.to_worker.json == text
+    return {"order_bytes_first": sent[0], "order_bytes_next": sent[1], "difference_ms": round(took[1] * 1e3, 1)}
 
 
 def measure(ranks: int, shards: int) -> dict[str, Any]:
