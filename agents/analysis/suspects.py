@@ -21,7 +21,7 @@ from .verdicts import Finding
 AGAIN_S = 300.0  # a finding that lasts this long is reported and counted again
 NEWS_KEPT = 256
 SLOWER, LEVEL = 1.2, 1.1  # times its stage's compute time: from where on a rank counts as slower, and as level again
-SLOW_STEPS = 6  # for which a rank has to be slower until it is reported
+SLOW_STEPS = 2  # for which a rank has to be slower, by the median of a window, until it is reported
 
 Key = tuple[object, ...]
 

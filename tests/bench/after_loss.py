@@ -44,20 +44,25 @@ TIMEOUT_S = 240.0
 class SleepingJob(HostJob):
     """A job of one rank per host that rebalances after `after_s`."""
 
-    def __init__(self, hosts: Hosts, out: Path, *, stages: int, after_s: float) -> None:
+    def __init__(self, hosts: Hosts, out: Path, *, stages: int, after_s: float, least: int = 0) -> None:
+        """`least`: how many nodes the job begins with; 0: all."""
         self._after_s = after_s
-        super().__init__(hosts, out, nnodes=str(len(hosts.hosts)), steps=10_000, stages=stages)
+        count = len(hosts.hosts)
+        super().__init__(hosts, out, nnodes=f"{least or count}:{count}", steps=10_000, stages=stages)
         config = {"layers": LAYERS, "stages": stages, "micro_batches": MICRO_BATCHES, "steps": 10_000}
         self._config = json.dumps({**config, "forward_s": FORWARD_S, "backward_s": BACKWARD_S})
 
     def start_coordinator(self) -> Any:
-        flags = [f"--es-events={self._events}", f"--es-rebalance-after={self._after_s}"]
-        self.coordinator = self.hosts.coordinator(self._nnodes, *flags)
+        self.coordinator = self.hosts.coordinator(self._nnodes, *self.flags())
         return self.coordinator
 
-    def start(self) -> None:
-        """One node on every host."""
-        for host in self.hosts.hosts:
+    def flags(self) -> list[str]:
+        """Of the coordinator."""
+        return [f"--es-events={self._events}", f"--es-rebalance-after={self._after_s}"]
+
+    def start(self, *hosts: int) -> None:
+        """One node on each of these hosts, or on all."""
+        for host in hosts or self.hosts.hosts:
             flags = [f"--nnodes={self._nnodes}", "--nproc-per-node=1"]
             self.hosts.launch(host, SCRIPT, [self._config], flags)
 

@@ -1,13 +1,16 @@
 """Everstep on layers that sleep: many ranks are honest on a few processors, since a rank that computes needs none.
 
-Arguments: a JSON object with `layers`, `stages`, `micro_batches`, `steps`, `forward_s` and `backward_s` of a layer.
+Arguments: a JSON object with `layers`, `stages`, `micro_batches`, `steps`, `forward_s` and `backward_s` of a layer. A
+file `slow-RANK` in the folder `slow` holds how many times as long this rank takes.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,15 +22,23 @@ config = json.loads(sys.argv[1])
 WIDTH = config.get("width", 16)
 
 
+def pace() -> float:
+    """How many times as long this rank takes now."""
+    try:
+        return float((Path(config["slow"]) / f"slow-{os.environ['RANK']}").read_text())
+    except (KeyError, OSError):
+        return 1.0
+
+
 class _Sleep(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:
-        time.sleep(config["forward_s"])
+        time.sleep(config["forward_s"] * pace())
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        time.sleep(config["backward_s"])
+        time.sleep(config["backward_s"] * pace())
         return gradient
 
 
