@@ -284,6 +284,13 @@ _WORDS: dict[str, tuple[Grade, Callable[[Line], str]]] = {
     "rebalanced": (Grade.NEWS, _rebalanced),
     "joined": (Grade.NEWS, lambda x: f"{_one(x['ranks'])} joined; now {x['layout']}"),
     "started": (Grade.NEWS, _started),
+    "few_micro_batches": (
+        Grade.WARNING,
+        lambda x: (
+            f"a step has {x['micro_batches']} micro-batches for a stage's {x['ranks']} ranks: too few to deal work "
+            f"evenly after a loss; choose a micro_batch_size that makes {x['enough']} or more of them"
+        ),
+    ),
     "restarted": (Grade.WARNING, lambda x: f"all workers start again, for the {x['restart']}. time: {x['cause']}"),
     "ended": (Grade.NEWS, _ended),
     "stopping": (Grade.NEWS, lambda x: f"a checkpoint is saved before the job ends: {x['why']}"),

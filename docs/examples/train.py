@@ -18,7 +18,7 @@ class Waves(torch.utils.data.Dataset):
         return x, torch.sin(x).prod().reshape(1) * 10
 
 
-@everstep.elastic(steps=20_000, global_batch_size=64, micro_batch_size=8, seed=0)
+@everstep.elastic(steps=20_000, global_batch_size=64, micro_batch_size=4, seed=0)
 def train(run):
     model = nn.Sequential(nn.Linear(16, 512), nn.GELU(), nn.Linear(512, 512), nn.GELU(), nn.Linear(512, 1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from everstep.resharding.layout import LayoutError
+from everstep.resharding.layout import Layout, LayoutError
 from everstep.resharding.lines import forked
 from everstep.resharding.plan import (
     Plan,
@@ -56,6 +56,8 @@ from .state import (
     Status,
     Worker,
 )
+
+MICRO_BATCHES_PER_RANK = 4  # of a stage: with so many, the rank with the most has a quarter more than the others
 
 
 def died(state: State, event: e.WorkerDied, now: float) -> Outcome:
@@ -404,6 +406,14 @@ def begin_training(state: State) -> Outcome:
     except LayoutError as error:
         return fail(state, Ending.DOES_NOT_FIT, str(error))
     layout = replace(layout, generation=state.generation + 1)
+    state, effects = _begin(state, layout)
+    return state, [*effects, *(few_micro_batches(layout) if state.phase is Phase.RUNNING else [])]
+
+
+def _begin(state: State, layout: Layout) -> Outcome:
+    """With the seed's parameters, or from the newest checkpoint."""
+    job = state.job
+    assert job is not None
     if not state.saved:
         return enter(state, plan_start(layout), "started", {"layout": layout.describe()})
     newest = state.saved[0]
@@ -412,6 +422,15 @@ def begin_training(state: State) -> Outcome:
     state = replace(state, committed=last, agreed=last, agreement=newest.agreement)
     fields = {"layout": layout.describe(), "checkpoint": newest.name, "version": newest.version}
     return enter(state, plan, "started", fields)
+
+
+def few_micro_batches(layout: Layout) -> Effects:
+    """Say that a step has too few micro-batches to be dealt evenly after a loss, or by the ranks' speeds."""
+    widest = max(len(stage.ranks) for stage in layout.stages)
+    enough = MICRO_BATCHES_PER_RANK * widest
+    if widest == 1 or layout.micro_batches >= enough:
+        return []
+    return [e.Record("few_micro_batches", {"micro_batches": layout.micro_batches, "ranks": widest, "enough": enough})]
 
 
 def enter(state: State, plan: Plan, event: str, fields: dict[str, Any]) -> Outcome:

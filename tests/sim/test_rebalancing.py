@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from everstep.elastic.protocol import events as e
+from everstep.elastic.protocol.recovering import few_micro_batches
 from everstep.elastic.protocol.state import State
 from everstep.elastic.sim.run import SHAPES, simulate
 
@@ -151,3 +152,18 @@ def test_rebalances_happen_under_faults(name: str, seeds: range) -> None:
     total = sum((outcome.happenings for outcome in outcomes), Counter[str]())
     assert total["rebalances"] >= len(seeds) // 4
     assert total["switches of who has copies"], "some ranks had copied ahead what they came to own"
+
+
+@pytest.mark.parametrize(("workers", "micro_batches", "said"), [(4, 15, True), (4, 16, False), (1, 1, False)])
+def test_too_few_micro_batches_are_said_at_the_start(workers: int, micro_batches: int, said: bool) -> None:
+    script = Script(workers=workers)
+    script.job = replace(script.job, micro_batches=micro_batches, global_batch_size=micro_batches)
+    script.node()
+    first = [w(rank) for rank in range(workers)]
+    script.elastic(first[0])
+    script.ready(*first)
+    assert sum("(few_micro_batches)" in line for line in script.lines) == said
+    assert script.state.layout is not None
+    records = few_micro_batches(script.state.layout)
+    expected = [{"micro_batches": micro_batches, "ranks": workers, "enough": 4 * workers}] if said else []
+    assert [record.fields for record in records if isinstance(record, e.Record)] == expected
