@@ -147,7 +147,7 @@ class Loader:
         if kind is SourceKind.MEMORY:
             return OwnMemory(engine.snapshots, plan.lines_before)
         if kind is SourceKind.PREFETCHED:
-            return Prefetched(engine.prefetch, keepers)
+            return Prefetched(engine.prefetch, self._patient)
         if kind is SourceKind.PARITY:
             return Stripes(keepers)
         if kind is SourceKind.STORAGE:

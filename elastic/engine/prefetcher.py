@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +29,7 @@ from everstep.resharding.layout import Layout
 from everstep.resharding.plan import Plan
 
 AGAIN_S = 0.02  # interval at which keepers are asked again for what they lack
+LAST_S = 5.0  # how long the switch waits for the gradient of the last step, before all is read anew
 
 
 class _Over(Exception):
@@ -93,20 +94,30 @@ class Prefetcher:
             late = time.monotonic() > self._deadline_s
             return self._copies is not None and not late and not self._copies.current(self._version)
 
-    def read(self, shards: Sequence[int], version: int, keepers: Keepers) -> Iterator[Found]:
-        """The copies at `version`, or at the one before, with the gradient that leads on. The thread ends."""
+    def read(self, shards: Sequence[int], version: int, on_wait: Callable[[], None]) -> Iterator[Found]:
+        """The copies at `version`, once those of the version before have the gradient that leads on. The thread ends.
+
+        `on_wait` is called meanwhile, and may raise to give up.
+        """
+        deadline_s = time.monotonic() + LAST_S
+        while self._catches_up(version) and time.monotonic() < deadline_s:
+            on_wait()
         with self._changed:
             self._going_on = False
             self._changed.notify_all()
         there = self._copies.versions if self._copies is not None else {}
-        behind = []
         for shard in shards:
             if there.get(shard) == version:
                 yield Found(shard, self._store.state(shard))
-            elif there.get(shard) == version - 1 >= 0:
-                behind.append(shard)
-        for item in keepers.gradients(behind, version - 1):
-            yield Found(item.shard, self._store.state(item.shard), self._gradient(item))
+
+    def _catches_up(self, version: int) -> bool:
+        """Whether copies are about to reach `version`; waits a moment for them."""
+        with self._changed:
+            going_on = self._copies is not None and self._going_on and self._error is None
+            catches_up = going_on and self._copies is not None and version - 1 in self._copies.versions.values()
+            if catches_up:
+                self._changed.wait(AGAIN_S)
+            return catches_up
 
     def end(self) -> None:
         """Drop all copies."""
@@ -124,14 +135,13 @@ class Prefetcher:
             while True:
                 wanted, version, terms = self._next(copies)
                 began_s = time.monotonic()
-                if wanted.gradient:
-                    keepers.agreed_in = terms[wanted.version].generation
-                    for item in keepers.gradients(wanted.shards, wanted.version):
-                        self._update(copies, wanted, item, terms[wanted.version])
-                else:
+                if terms is None:
                     for item in keepers.fetch(wanted.shards, wanted.version, replay=False):
                         self._load(copies, wanted, item)
                     time.sleep(time.monotonic() - began_s)
+                else:
+                    keepers.agreed_in = terms.generation
+                    self._update(copies, wanted, list(keepers.gradients(wanted.shards, wanted.version)), terms)
                 if not self._got(copies, wanted, version):
                     time.sleep(AGAIN_S)
                     keepers.unreachable.clear()
@@ -150,31 +160,35 @@ class Prefetcher:
         if self._copies is not copies or not self._going_on:
             raise _Over
 
-    def _next(self, copies: Copies) -> tuple[Wanted, int, dict[int, Terms]]:
-        """What to read next, once there is something."""
+    def _next(self, copies: Copies) -> tuple[Wanted, int, Terms | None]:
+        """What to read next, once there is something, at which version of the rank, and the terms of a gradient."""
         with self._changed:
             while True:
                 self._check(copies)
                 wanted = copies.wanted(self._version)
                 if wanted is not None:
-                    return wanted, self._version, dict(self._terms)
+                    return wanted, self._version, self._terms[wanted.version] if wanted.gradient else None
                 self._changed.wait()
 
     def _load(self, copies: Copies, wanted: Wanted, item: Fetched) -> None:
         with self._changed:
             self._check(copies)
             self._store.load(item.shard, read_record(item.parts[0]))
-            self._read(copies, wanted, item)
+            self._read(copies, wanted, [item])
 
-    def _update(self, copies: Copies, wanted: Wanted, item: Fetched, terms: Terms) -> None:
+    def _update(self, copies: Copies, wanted: Wanted, items: Sequence[Fetched], terms: Terms) -> None:
+        gradients = {item.shard: self._gradient(item) for item in items}
         with self._changed:
             self._check(copies)
-            self._store.update({item.shard: self._gradient(item)}, terms)
-            self._read(copies, wanted, item)
+            if gradients:
+                self._store.update(gradients, terms)
+            self._read(copies, wanted, items)
 
-    def _read(self, copies: Copies, wanted: Wanted, item: Fetched) -> None:
-        copies.read(wanted, item.shard)
-        self.bytes += sum(map(len, item.parts))
+    def _read(self, copies: Copies, wanted: Wanted, items: Sequence[Fetched]) -> None:
+        for item in items:
+            copies.read(wanted, item.shard)
+            self.bytes += sum(map(len, item.parts))
+        self._changed.notify_all()
 
     def _gradient(self, item: Fetched) -> torch.Tensor:
         dtype = self._exchange.accumulation(self._exchange.stack.spec.shards[item.shard])
@@ -193,7 +207,7 @@ class Prefetched:
     """The copies as a source."""
 
     prefetch: Prefetcher
-    keepers: Keepers
+    on_wait: Callable[[], None]
 
     def read(self, shards: Sequence[int], version: int) -> Iterator[Found]:
-        return self.prefetch.read(shards, version, self.keepers)
+        return self.prefetch.read(shards, version, self.on_wait)

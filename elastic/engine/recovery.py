@@ -54,6 +54,7 @@ class Recovery:
         self._after: dict[str, Any] = {}  # the state of the user's code on the guide
         self._began = self._edited = 0.0  # times within the entry into the current generation
         self._edited_ns = 0
+        self._ahead = 0  # bytes that were copied ahead of it
         engine.worker.carries(
             {
                 w.SendReport: self._send_report,
@@ -162,6 +163,7 @@ class Recovery:
         orders = engine.orders[plan.generation]
         engine.orders = {plan.generation: orders}
         self._began, began_ns = time.monotonic(), time.monotonic_ns()
+        self._ahead = engine.prefetch.bytes if engine.prefetch.generation == plan.generation else 0
         engine.telemetry.generation = plan.generation
         engine.telemetry.interrupted()
         self.loader.enter(orders.keepers, plan.lines)
@@ -347,10 +349,10 @@ class Recovery:
             return
         worker = engine.membership.worker
         if it.switched:
-            prefetch = engine.prefetch
-            ahead = prefetch.bytes if prefetch.generation == it.generation else 0
-            times = time.monotonic() - self._began
-            engine.membership.tell(e.WorkerSwitched(worker, it.generation, times, ahead, self.loader.moved))
+            moved, switch_s = self.loader.moved, time.monotonic() - self._began
+            if engine.prefetch.generation == it.generation:
+                moved += engine.prefetch.bytes - self._ahead
+            engine.membership.tell(e.WorkerSwitched(worker, it.generation, switch_s, self._ahead, moved))
             return
         edit_s, restore_s = self._edited - self._began, time.monotonic() - self._edited
         engine.membership.tell(e.WorkerResumed(worker, it.generation, edit_s, restore_s))

@@ -8,12 +8,14 @@ the gradient of the last step.
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import NamedTuple
 
 from everstep.resharding.moves import SourceKind, received
 from everstep.resharding.plan import Plan
 
 PATIENCE_S = 30.0  # how long a rank waits for its copies: what it lacks then is read at the switch
+AT_ONCE = 16  # gradients that are read together
 NONE = -1  # the version of a copy that is not there
 
 
@@ -45,7 +47,8 @@ class Copies:
         there = [at for at in self.versions.values() if at != NONE]
         oldest = min(there, default=version)
         if oldest < version:
-            return Wanted(tuple(shard for shard, at in self.versions.items() if at == oldest), oldest, gradient=True)
+            behind = (shard for shard, at in self.versions.items() if at == oldest)
+            return Wanted(tuple(islice(behind, AT_ONCE)), oldest, gradient=True)
         missing = next((shard for shard, at in self.versions.items() if at == NONE), None)
         return None if missing is None else Wanted((missing,), version, gradient=False)
 

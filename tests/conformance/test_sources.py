@@ -178,12 +178,11 @@ def test_what_copies_lack_at_the_switch_is_one_gradient(tmp_path: Path) -> None:
         place.begin()
         wait_until(lambda: not place.prefetch.waits(place.plan, 0), 20, "all records are copied")
         source, records = place.source_of_copies(), place.prefetch.bytes
-        found = list(source.read(place.rank.shards, VERSION))
-        assert all(item.gradient is not None for item in found)
+        place.prefetch.committed(place.rank.terms)
         restored = place.rank.restored(source, place.rank.shards)
         assert sorted(restored) == place.rank.shards
         assert all(same(state, place.expected(shard)) for shard, state in restored.items())
-        assert records > sum(item.gradient.nbytes for item in found if item.gradient is not None)
+        assert place.prefetch.bytes - records == sum(gradient.nbytes for gradient in place.rank.gradients.values())
         assert list(source.read(place.rank.shards, VERSION + 1)) == [], "they are too old for that"
     finally:
         place.close()
@@ -198,6 +197,7 @@ def test_a_flipped_bit_is_not_copied_ahead(tmp_path: Path) -> None:
         others = place.rank.shards[1:]
         wait_until(lambda: set(others) <= place.copied(), 20, "the others are copied")
         assert place.prefetch.waits(place.plan, 0)
+        place.prefetch.committed(place.rank.terms)
         assert sorted(place.rank.restored(place.source_of_copies(), place.rank.shards)) == others
     finally:
         place.close()

@@ -180,8 +180,13 @@ class Hosts:
         """Lose or delay the packets of these hosts, in both directions."""
         self._attempt(lambda host: self._network.degrade(host, loss=loss, delay_s=delay_s), hosts)
 
+    def limit(self, *hosts: int, bits_per_s: float) -> None:
+        """Limit the links of these hosts, in both directions. Raises Cannot where that is not possible."""
+        for host in hosts:
+            self._network.limit(host, bits_per_s)
+
     def heal(self, *hosts: int) -> None:
-        """Undo `partition`, `degrade` and the cut of `power_off`."""
+        """Undo `partition`, `degrade`, `limit` and the cut of `power_off`."""
         for host in hosts:
             self._network.heal(host)
 

@@ -110,8 +110,15 @@ class Namespaces:
                 action = ("bpf", "direct-action", "bytecode", _dropping(loss))
                 _tc("-n", self._switch, "filter", "add", "dev", port, direction, *action)
 
+    def limit(self, host: int, bits_per_s: float) -> None:
+        """Limit what a host sends, and what it receives, to a rate."""
+        self._clear(host)
+        bucket = ("root", "tbf", "rate", f"{bits_per_s:.0f}bit", "burst", "256kb", "latency", "100ms")
+        _tc("-n", self._switch, "qdisc", "add", "dev", _port(host), *bucket)
+        _tc("-n", self._names[host], "qdisc", "add", "dev", "eth0", *bucket)
+
     def heal(self, host: int) -> None:
-        """Undo `partition` and `degrade`."""
+        """Undo `partition`, `degrade` and `limit`."""
         self._clear(host)
         _ip("-n", self._switch, "link", "set", _port(host), "master", _BRIDGE)
 
@@ -151,6 +158,9 @@ class Loopback:
 
     def degrade(self, host: int, *, loss: float, delay_s: float) -> None:
         raise Cannot("hosts that are addresses of one interface have no packets of their own to lose")
+
+    def limit(self, host: int, bits_per_s: float) -> None:
+        raise Cannot("hosts that are addresses of one interface have no links of their own to limit")
 
     def heal(self, host: int) -> None:
         return

@@ -225,6 +225,13 @@ MUTATIONS = (
         "candidates.append(-1)",
         ("3 nodes, replay", "4 nodes, replay", "4 nodes, replay, leaving"),
     ),
+    Mutation(
+        "a copy made ahead of a rebalance counts as newer than it is",
+        "prefetching.py",
+        "self.versions[shard] = wanted.version + wanted.gradient",
+        "self.versions[shard] = wanted.version + 1",
+        ("rebalancing, growing", "rebalancing, saving"),
+    ),
 )
 
 

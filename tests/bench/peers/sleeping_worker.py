@@ -1,7 +1,8 @@
 """Everstep on layers that sleep: many ranks are honest on a few processors, since a rank that computes needs none.
 
-Arguments: a JSON object with `layers`, `stages`, `micro_batches`, `steps`, `forward_s` and `backward_s` of a layer. A
-file `slow-RANK` in the folder `slow` holds how many times as long this rank takes.
+Arguments: a JSON object with `layers`, `stages`, `micro_batches`, `steps`, `forward_s` and `backward_s` of a layer; if
+wanted also `width`, of a layer, `optimizer`, by its name in torch.optim, and `protection`. A file `slow-RANK` in the
+folder `slow` holds how many times as long this rank takes.
 """
 
 from __future__ import annotations
@@ -60,11 +61,12 @@ class Sleeping(nn.Module):
     global_batch_size=config["micro_batches"],
     micro_batch_size=1,
     seed=1,
+    protection=config.get("protection", "parity"),
 )
 def train(run: Any) -> None:
     model = nn.Sequential(*(Sleeping() for _ in range(config["layers"])))
     data = [(torch.randn(WIDTH), torch.randn(WIDTH)) for _ in range(config["micro_batches"])]
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    optimizer = getattr(torch.optim, config.get("optimizer", "SGD"))(model.parameters(), lr=0.01)
     for _ in run.steps(model, optimizer, data, loss_fn=nn.functional.mse_loss):
         pass
 
