@@ -25,6 +25,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "whole": {"optimizer": "whole"},
     "adam-bfloat16": {"optimizer": "adam", "dtype": "bfloat16", "batch_norm": False},
     "adam-float64": {"optimizer": "adam", "dtype": "float64"},
+    "adam-autocast": {"optimizer": "adam", "autocast": True},
 }
 
 

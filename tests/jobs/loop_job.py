@@ -93,7 +93,8 @@ def train(run):
     seen = 0
     model, optimizer, batches = run.prepare(model, optimizer, Dictionaries(), collate_fn=collate, scheduler=scheduler)
     for inputs, labels in batches:
-        loss = nn.functional.cross_entropy(model(inputs).float(), labels)
+        with torch.autocast("cpu", torch.bfloat16, enabled=config.get("autocast", False)):
+            loss = nn.functional.cross_entropy(model(inputs).float(), labels)
         loss.backward()
         run.clip_grad_norm_(0.5)
         optimizer.step()
