@@ -150,7 +150,7 @@ def test_bytes_are_copied_at_most_twice(name: str, buffers: int, tmp_path: Path)
 
     A copy from one Python buffer to another needs both at once: where there is one at most, there was none.
     """
-    rank = large(apart=name in ("keeper", "replay"))
+    rank = large(apart=name in ("keeper", "replay", "parity"))
     place = PLACES[name](rank, tmp_path)
     shard = held(place)[0]
     target = LiveValues(rank.stack) if name == "peer" else rank.empty([shard])
