@@ -9,7 +9,7 @@ from torch import nn
 import everstep
 
 RANK = int(os.environ.get("RANK", "0"))
-SETTINGS = {"steps": 4, "global_batch_size": 8, "micro_batch_size": 2}
+SETTINGS = {"steps": 4, "global_batch_size": 8, "micro_batch_size": 1}
 
 
 class Uncuttable(nn.Module):
@@ -302,7 +302,7 @@ def exits(run):
 
 
 OVERRIDES = {
-    "batch_size": {"global_batch_size": 7},
+    "batch_size": {"global_batch_size": 7, "micro_batch_size": 2},
     "layers": {"stages": 4},
     "workers": {"stages": 3},
     "uncuttable": {"stages": 2},

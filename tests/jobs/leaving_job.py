@@ -65,7 +65,7 @@ def in_loop(run, model, optimizer, data):
             break
 
 
-@everstep.elastic(steps=config.get("steps", 30), global_batch_size=8, micro_batch_size=2)
+@everstep.elastic(steps=config.get("steps", 30), global_batch_size=8, micro_batch_size=1)
 def train(run):
     model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
