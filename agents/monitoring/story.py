@@ -298,6 +298,7 @@ _WORDS: dict[str, tuple[Grade, Callable[[Line], str]]] = {
         Grade.NEWS,
         lambda x: f"{_one(x['ranks'])} left the training loop after step {x['step']}; not {_one(x['others'])}",
     ),
+    "script_stopped": (Grade.NEWS, lambda x: f"the script ends training after step {x['step']}: {x['why']}"),
     "last_save": (Grade.NEWS, lambda x: f"the state after {x['version']} steps is being saved, as {x['name']}"),
     "trained": (Grade.NEWS, _trained),
     "protection": (Grade.NEWS, _protection),

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from everstep.elastic.contract.errors import UsageError
 from everstep.elastic.contract.progress import StepPhase
 from everstep.elastic.contract.telemetry import Spent
-from everstep.elastic.engine.engine import Engine
+from everstep.elastic.engine.engine import Engine, Step
 from everstep.elastic.protocol.liveness import Pace
 from everstep.elastic.step.devices import to_device
 from everstep.elastic.step.gradients import GradientWatch
@@ -37,12 +37,16 @@ class Batches:
         switch: Callable[[], None],
         begin: Callable[[], None],
         found: Sequence[ScheduledRate],
+        show: Callable[[Step], None],
+        stops: Callable[[], bool],
     ) -> None:
         self._engine = engine
         self._guard = guard
         self._switch = switch
         self._begin = begin
         self._gradients = gradients
+        self._show = show  # a committed step to the user's functions
+        self._stops = stops
         self._found = found  # schedulers that the user's loop steps
         self._turn = -1  # the step of the last micro-batch that was handed out; -1: nothing to check of it
         self._open: Leg | None = None  # handed out, gradient not yet collected
@@ -50,14 +54,23 @@ class Batches:
         self._handed_out_ns = 0
 
     def __iter__(self) -> Iterator[Any]:
-        engine = self._engine
         self._begin()
+        try:
+            yield from self._micro_batches()
+        except GeneratorExit:
+            self._show_all()  # the step that the last turn has ended
+            raise
+
+    def _micro_batches(self) -> Iterator[Any]:
+        engine = self._engine
         while True:
             self._end_turn()
-            engine.results.clear()
+            self._show_all()
             engine.looping = True
             if engine.switch is not None:
                 self._guard(self._switch)
+            elif self._stops():
+                return
             elif engine.ended():
                 self._guard(engine.conclude)
                 if engine.ended() and engine.switch is None:
@@ -100,6 +113,14 @@ class Batches:
             for rate in self._found:
                 rate.check_called(self._turn)
         self._turn = -1
+
+    def _show_all(self) -> None:
+        """Tell the user's functions of the steps that were committed since the last turn."""
+        engine = self._engine
+        if engine.results:
+            engine.progress.leave()
+        while engine.results:
+            self._show(engine.results.pop(0))
 
     def _hand_out(self) -> tuple[Any] | None:
         """The next micro-batch, in a tuple; None if the generation ended instead."""

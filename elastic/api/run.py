@@ -72,6 +72,7 @@ class Run:
         self._batches: Batches | None = None
         self._gradients: GradientWatch | None = None
         self._schedulers: Schedulers | None = None
+        self._step_functions: list[Callable[[Step], None]] = []
         self.ends = contextlib.ExitStack()  # undone when this run ends
 
     # ------------------------------------------------------------ where we are
@@ -152,7 +153,14 @@ class Run:
         assert self._gradients is not None
         assert self._schedulers is not None
         batches = self._batches = Batches(
-            engine, self._gradients, self._guarded, self._switch, self._begin, self._schedulers.left_in_loop
+            engine,
+            self._gradients,
+            self._guarded,
+            self._switch,
+            self._begin,
+            self._schedulers.left_in_loop,
+            self._show,
+            self._stops,
         )
         if "module" not in model.__dict__ and "module" not in model._modules:
             model.__dict__["module"] = model  # scripts for DDP write model.module; not a submodule of itself
@@ -190,10 +198,13 @@ class Run:
                 while engine.results:
                     self._progress.leave()
                     engine.turn = engine.results.pop(0)
+                    self._show(engine.turn)
                     yield engine.turn
                     engine.turn = None
                 if engine.switch is not None:
                     self._guarded(self._switch)
+                elif self._stops():
+                    return
                 elif engine.ended():
                     self._guarded(engine.conclude)
                     if engine.ended() and engine.switch is None and not engine.results:
@@ -204,6 +215,37 @@ class Run:
         except GeneratorExit:
             engine.leave_loop()
             raise
+
+    def on_step(self, function: Callable[[Step], None]) -> Callable[[Step], None]:
+        """Call `function` with every step that is committed, once, on every rank; usable as a decorator.
+
+        It is called between two turns of the loop: for `run.steps`, before the loop's body has the step. A replacement
+        calls it for the steps from which it takes part on.
+        """
+        self._step_functions.append(function)
+        return function
+
+    def stop(self, why: str = "") -> None:
+        """End training after the step that is under way: on every rank after the same one, whichever rank asks.
+
+        The loop ends there as by `break`; the code after it runs, and the last state is saved where checkpoints are.
+        Call it on all ranks, or decide by what all of them have, such as a step's loss: the request of a rank that is
+        lost before the step is agreed on is lost with it.
+        """
+        engine = self._trained()
+        engine.stop_request.ask(engine.version, why or "run.stop()")
+
+    def _show(self, step: Step) -> None:
+        for function in self._step_functions:
+            function(step)
+
+    def _stops(self) -> bool:
+        """Whether a script has asked for the end, and all ranks agreed on it: then the user's loop ends."""
+        engine = self._trained()
+        if engine.results or not engine.stop_request.agreed(engine.agreement):
+            return False
+        self._progress.leave()
+        return True
 
     def heartbeat(self) -> None:
         """Report that this worker is alive, from user code that takes long: restarts its hang timeout.

@@ -43,6 +43,7 @@ from everstep.elastic.guard.backups import Backups
 from everstep.elastic.guard.checkpoint_agreement import Checkpoints
 from everstep.elastic.guard.protection import Protection
 from everstep.elastic.guard.replicas import Replicas
+from everstep.elastic.guard.stop_request import StopRequest
 from everstep.elastic.holding.adjustments import Adjustments
 from everstep.elastic.holding.hyperparameters import pack
 from everstep.elastic.holding.shard_store import ShardStore
@@ -141,8 +142,7 @@ class Engine:
         self.driven: set[str] = set()  # the registered objects that the runtime itself steps
         self.on_commit: list[Callable[[], None]] = []  # called after each commit: the scheduler's step
         self.adjustments = Adjustments(optimizer, stack)
-        guards = (self.protection, self.checkpoints, self.replicas)
-        self.agreeing = Agreeing(stack, comm, self.adjustments, *guards)
+        self.agreeing = Agreeing(stack, comm, self.adjustments, self.protection, self.checkpoints, self.replicas)
         self.skip_nonfinite = skip_nonfinite  # whether to skip the update of a step whose gradient is not finite
         self.worker = Driver(new_worker(comm.rank, stack.spec, settings.steps))
         self.state: StepState | None = None
@@ -156,6 +156,7 @@ class Engine:
         self.turn: Step | None = None  # the step that the user's code is at
         self.after_leaving: dict[str, Any] | None = None  # the state of the user's code at that time
         self.birth: dict[str, Any] = {}  # hyper-parameters and registered states before the first step
+        self.stop_request = StopRequest(membership)
         self._stopping: signal.Signals | None = None  # the signal that stops a script without the launcher
         self._registered_at: dict[int, dict[str, Any]] = {}  # step -> states of the registered objects at its end
         self.worker.carries(
@@ -277,9 +278,8 @@ class Engine:
     def _agree(self, it: w.Agree) -> w.Event:
         """Exchange norms and losses. The answer confirms that every owner's gradient and snapshot are in its keeper."""
         layout, state = self.current()
-        agree_ns = time.monotonic_ns()
         self.progress.mark(StepPhase.AGREE, state.step)
-        began_ns = time.monotonic_ns()
+        agree_ns = began_ns = time.monotonic_ns()
         waiting = self.progress.waiting
         with waiting(SNAPSHOT):
             self.snapshots.wait(self.patient)
@@ -302,6 +302,7 @@ class Engine:
             join=proposal.generation if proposal else 0,
             waits=self.prefetch.waits(proposal, self.rank),
             suspects=self.damage.suspects,
+            end=self.stop_request.at(state.step),
         )
         merged, replicas = self.agreeing.begin(own, layout)
         if disputed(replicas):
@@ -351,6 +352,7 @@ class Engine:
             registered=self._registered(step),
             layers=self.agreeing.layer_norms(own, settled.settings) if neighbors else {},
             digest=f"{share.digest:016x}",
+            end=share.end[1] if share.end else "",
             **self.protection.agreed(step, share, speaks=self.rank == min(self.comm.members)),
             **self.checkpoints.agreed(step, share.saving, settled.ancestors),
         )
@@ -454,6 +456,7 @@ class Engine:
         self._save_or_protect(terms, layout)
         if step > self.shown:
             self.results.append(Step(step, terms.loss, terms.norm))
+            self.stop_request.committed(terms, first=self.rank == min(layout.ranks))
             self.shown = step
         self._tell_committed(it.agreement, layout.generation)
         self.telemetry.span(Spent.COMMIT, began_ns)

@@ -195,7 +195,7 @@ class Resumption:
     def _next_agreement(self, manifest: Manifest, terms: Terms, url: str) -> str:
         """Settings with a checkpoint of ours: its own, or the script's; the clipping limits are always the script's."""
         after = {**(terms.after or {}), "clip": self._birth["clip"]}
-        terms = replace(terms, clip=self._birth["clip"], after=after if terms.after is not None else None)
+        terms = replace(terms, clip=self._birth["clip"], after=after if terms.after is not None else None, end="")
         began = unpack(terms.script or _unscheduled(after.get("groups", terms.groups), terms.registered))
         found = differences(began, unpack(self._birth["groups"]))
         if self._settings.resume_hyperparameters == "script":

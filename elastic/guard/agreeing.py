@@ -65,6 +65,7 @@ class Own:
     join: int
     waits: bool = False  # for shards that it is to own by that plan
     suspects: Mapping[int, int]
+    end: str = ""  # why the script asked for the end after this step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +162,7 @@ class Agreeing:
             saving=self._checkpoints.share(layout.generation, self._comm.rank),
             replicas=self._replicas.imbalance(digests, layout, self._comm.rank) if due else 0,
             suspects=bool(own.suspects),
+            end=(self._comm.rank, own.end) if own.end else None,
         )
         merged = self.merged(share)
         assert merged.ranks == len(self._comm.members)

@@ -33,6 +33,11 @@ def _least(first: int | None, second: int | None) -> int | None:
     return min(known, default=None)
 
 
+def _first(first: tuple[int, str] | None, second: tuple[int, str] | None) -> tuple[int, str] | None:
+    """What the lowest rank says, of those that say something."""
+    return min((said for said in (first, second) if said is not None), default=None)
+
+
 def _bits(first: bytes, second: bytes) -> bytes:
     size = max(len(first), len(second))
     return (int.from_bytes(first, "little") | int.from_bytes(second, "little")).to_bytes(size, "little")
@@ -123,6 +128,7 @@ class Share:
     saving: Annotated[Saving | None, _saving] = None
     replicas: Annotated[int, _word] = 0
     suspects: Some = False  # a value on this rank may be damaged
+    end: Annotated[tuple[int, str] | None, _first] = None  # a script asks for the end after this step: (rank, why)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,6 +46,7 @@ class Terms:
     ancestors: tuple[tuple[str, float], ...] = ()  # the runs before this one
     after: Mapping[str, Any] | None = None  # in a checkpoint: how the user's code has left things after the step
     script: Any = None  # in a checkpoint: the settings that the script began with
+    end: str = ""  # why a script asked for training to end after this step
     advance: int | None = None  # after a checkpoint: how often schedulers step, if not once
 
     @classmethod

@@ -67,6 +67,32 @@ def test_ways_to_leave(tmp_path: Path, how: str, loop: bool) -> None:
     assert (tmp_path / "done-0").exists() == (how == "return")
 
 
+@pytest.mark.parametrize("loop", [False, pytest.param(True, marks=pytest.mark.soak)], ids=["steps", "loop"])
+def test_a_script_stops_training(tmp_path: Path, loop: bool) -> None:
+    """One rank asks in the turn after a step: all end after the next one, killed or not, and each step is told once."""
+    plain, killed, whole = tmp_path / "plain", tmp_path / "killed", tmp_path / "whole"
+    ended = job(plain, "--es-log=text", how="stop", loop=loop, alone=1)
+    assert ended.status == 0, ended.stderr
+    assert f"the script ends training after step {AT + 1}: good enough" in ended.stderr
+    fault = {"rank": 0, "phase": "commit", "step": AT + 1, "kind": "kill"}
+    ended = job(killed, how="stop", loop=loop, faults=[fault])
+    assert ended.status == 0, ended.stderr
+    assert "worker of rank 0 killed by SIGKILL" in ended.stderr
+    assert job(whole, loop=loop, steps=AT + 2).status == 0
+    for out in (plain, killed):
+        assert saved(out) == [AT + 2]
+        for rank in (0, 1):
+            assert (out / f"left-{rank}").read_text() == str(AT + 2)
+            assert (out / f"done-{rank}").exists()
+            assert_same_state(state(out, rank), state(whole))
+    steps = [str(step) for step in range(AT + 2)]
+    assert (plain / "steps-0").read_text().split() == (plain / "steps-1").read_text().split() == steps
+    assert (killed / "steps-1").read_text().split() == steps
+    again = job(plain, "--es-resume-data=ignore", loop=loop, steps=AT + 5)
+    assert again.status == 0, again.stderr
+    assert saved(plain)[0] == AT + 5, "a job that goes on from there trains on"
+
+
 @pytest.mark.parametrize(("how", "loop"), [("break", False), ("break", True), ("exit", False), ("vanish", True)])
 def test_one_rank_leaves_alone(tmp_path: Path, how: str, loop: bool) -> None:
     """The error names the step, no rank waits for it, and what all had done is saved."""

@@ -1,7 +1,8 @@
 """A job that leaves its loop before the last step, and then runs other code. The JSON argument selects how.
 
-`how`: break, return, exit (sys.exit(0)), vanish (os._exit(0)), or empty: it does not leave; after the step `at`, on
-the rank `alone` or on all. `after`: what follows training: raise, exit, kill, again, or wait (for the file `go`).
+`how`: break, return, exit (sys.exit(0)), vanish (os._exit(0)), stop (run.stop), or empty: it does not leave; after the
+step `at`, on the rank `alone` or on all. `after`: what follows training: raise, exit, kill, again, or wait (for the
+file `go`).
 """
 
 import contextlib
@@ -34,7 +35,15 @@ def leaves(run, step):
         sys.exit(0)
     if how == "vanish":
         os._exit(0)
+    if how == "stop":
+        run.stop("good enough")
+        return False
     return True
+
+
+def note(step):
+    with (out / f"steps-{mine}").open("a") as notes:
+        notes.write(f"{step.index}\n")
 
 
 def spoil():
@@ -70,6 +79,7 @@ def train(run):
     model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     data = torch.utils.data.TensorDataset(features, targets)
+    run.on_step(note)
     (in_loop if config.get("loop") else in_steps)(run, model, optimizer, data)
     torch.save(run.full_state_dict(), out / f"state-{mine}.pt")
     (out / f"left-{mine}").write_text(str(run.step))
