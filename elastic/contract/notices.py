@@ -30,6 +30,7 @@ class Notice(enum.StrEnum):
     RESUME_DATA = "resume-data"  # the data differs from that of the checkpoint's training
     REPLACEMENT_VALUES = "replacement-values"  # a replacement's script loaded values that the job does not use
     REPLACEMENT_STATE = "replacement-state"  # a replacement has none of the script's own variables
+    PREFETCH_FAILED = "prefetch-failed"  # a rank could not copy shards ahead of a rebalance
     SAVE_STALLS = "save-stalls"  # a checkpoint is being saved, and the storage accepts no data
     SAVE_WAITED_FOR = "save-waited-for"  # training has ended, and its last checkpoint is not complete yet
     CHECKPOINT_FOLDER = "checkpoint-folder"  # has another run's checkpoints, or older ones cannot be removed

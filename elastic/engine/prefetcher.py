@@ -17,6 +17,7 @@ from everstep.checkpointing.access.client import Fetched
 from everstep.checkpointing.access.restore import Keepers
 from everstep.checkpointing.memory.record import read_record
 from everstep.elastic.contract.membership import Membership, Orders
+from everstep.elastic.contract.notices import Notice, warn
 from everstep.elastic.holding.shard_store import ShardStore
 from everstep.elastic.holding.source import Found
 from everstep.elastic.holding.user_optimizer import UserOptimizer
@@ -80,19 +81,28 @@ class Prefetcher:
                 self._changed.notify_all()
 
     def waits(self, plan: Plan | None, rank: int) -> bool:
-        """Whether this rank is not ready to enter a plan: copies are missing, and the time for them is not over.
-
-        Raises what the thread raised.
-        """
+        """Whether this rank is not ready to enter a plan: copies are missing, and the time for them is not over."""
         if plan is None or not prefetches(plan):
             return False
         if plan.generation != self.generation:
             return bool(Copies(plan, rank).versions)
+        self._warn_of_failure()
         with self._changed:
-            if self._error is not None:
-                raise self._error
             late = time.monotonic() > self._deadline_s
             return self._copies is not None and not late and not self._copies.current(self._version)
+
+    def _warn_of_failure(self) -> None:
+        """Copies save time, and are needed by nothing: where making them fails, training goes on without them."""
+        with self._changed:
+            error = self._error
+        if error is not None:
+            self.end()
+            warn(
+                self._membership,
+                Notice.PREFETCH_FAILED,
+                f"shards could not be copied ahead of a rebalance ({type(error).__name__}: {error}): they are read "
+                "when the members switch, and that step takes longer",
+            )
 
     def read(self, shards: Sequence[int], version: int, on_wait: Callable[[], None]) -> Iterator[Found]:
         """The copies at `version`, once those of the version before have the gradient that leads on. The thread ends.

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from everstep.checkpointing.universal.manifest import CheckpointError
 from everstep.elastic.engine.loading import LiveValues
+from everstep.elastic.holding.shard_store import ShardStore
 from everstep.resharding.moves import SourceKind
 from tests.jobs import wait_until
 
@@ -201,3 +202,23 @@ def test_a_flipped_bit_is_not_copied_ahead(tmp_path: Path) -> None:
         assert sorted(place.rank.restored(place.source_of_copies(), place.rank.shards)) == others
     finally:
         place.close()
+
+
+def test_copies_that_fail_are_warned_of_and_waited_for_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Training needs no copy: what moves is read at the switch."""
+    place = Ahead(Rank(), tmp_path)
+
+    def full(store: ShardStore, *_: object) -> None:
+        raise MemoryError("no room for a copy")
+
+    try:
+        place.prefetch.end()
+        monkeypatch.setattr(ShardStore, "load", full)
+        place.begin()
+        wait_until(lambda: not place.prefetch.waits(place.plan, 0), 20, "it is not waited for")
+        assert list(place.source_of_copies().read(place.rank.shards, VERSION)) == []
+    finally:
+        place.close()
+    assert "copied ahead of a rebalance (MemoryError: no room for a copy)" in capfd.readouterr().err
