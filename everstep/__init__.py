@@ -6,17 +6,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .elastic.api.decorator import elastic as elastic
+    from .elastic.api.decorator import join as join
     from .elastic.api.run import Run as Run
     from .elastic.contract.digest import state_digest as state_digest
     from .elastic.contract.errors import UsageError as UsageError
     from .elastic.engine.engine import Step as Step
 
 __version__ = "0.1.0"
-__all__ = ["Run", "Step", "UsageError", "elastic", "state_digest"]
+__all__ = ["Run", "Step", "UsageError", "elastic", "join", "state_digest"]
 
 _HOMES = {
     "Run": ".elastic.api.run",
     "Step": ".elastic.engine.engine",
+    "join": ".elastic.api.decorator",
     "UsageError": ".elastic.contract.errors",
     "state_digest": ".elastic.contract.digest",
 }

@@ -24,8 +24,9 @@ import threading
 import time
 import traceback
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from types import TracebackType
 from typing import Any, NoReturn
 
 from everstep.comms.base.process import (
@@ -38,6 +39,7 @@ from everstep.comms.base.process import (
     rename_process,
 )
 from everstep.elastic.contract.robust_mutex import hold
+from everstep.elastic.contract.script_end import ended
 from everstep.elastic.contract.settings import WorkerContext
 
 from .compiler import defer_compiler, load_compiler
@@ -256,24 +258,37 @@ def run_program(program: dict[str, Any]) -> int:
             print(f"everstep: error: cannot run {target}: {error.strerror}", file=sys.stderr)
             return 127
     sys.argv = [target, *arguments]
+    raised = _raised(lambda: _run_script(kind, target))
+    raised = _raised(lambda: ended(raised)) or raised
     code = 0
-    try:
-        if kind == "module":
-            _set_first_path(os.getcwd())
-            runpy.run_module(target, run_name="__main__", alter_sys=True)
-        elif os.path.isdir(target) or zipfile.is_zipfile(target):
-            runpy.run_path(os.path.abspath(target), run_name="__main__")  # which puts it first in the path
-        else:
-            _set_first_path(os.path.dirname(os.path.realpath(target)))
-            runpy.run_path(target, run_name="__main__")
-    except SystemExit as end:
-        code = _exit_status(end)
-    except BaseException:
-        _print_users_traceback()
+    if isinstance(raised, SystemExit):
+        code = _exit_status(raised)
+    elif raised is not None:
+        traceback.print_exception(raised)
         code = 1
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     return code
+
+
+def _run_script(kind: str, target: str) -> None:
+    if kind == "module":
+        _set_first_path(os.getcwd())
+        runpy.run_module(target, run_name="__main__", alter_sys=True)
+    elif os.path.isdir(target) or zipfile.is_zipfile(target):
+        runpy.run_path(os.path.abspath(target), run_name="__main__")  # which puts it first in the path
+    else:
+        _set_first_path(os.path.dirname(os.path.realpath(target)))
+        runpy.run_path(target, run_name="__main__")
+
+
+def _raised(function: Callable[[], None]) -> BaseException | None:
+    """What a function raises, with the traceback that begins in the user's code; None if it returns."""
+    try:
+        function()
+    except BaseException as error:
+        return error.with_traceback(_users_part(error.__traceback__))
+    return None
 
 
 def _set_first_path(folder: str) -> None:
@@ -289,15 +304,14 @@ def _exit_status(end: SystemExit) -> int:
     return 1
 
 
-def _print_users_traceback() -> None:
-    """The traceback without the frames of this launcher and of runpy."""
-    kind, error, trace = sys.exc_info()
+def _users_part(trace: TracebackType | None) -> TracebackType | None:
+    """A traceback without the frames of this launcher and of runpy."""
     while trace is not None and (
         trace.tb_frame.f_code.co_filename in (__file__, runpy.__file__)
         or trace.tb_frame.f_code.co_filename.startswith("<frozen")
     ):
         trace = trace.tb_next
-    traceback.print_exception(kind, error, trace)
+    return trace
 
 
 def _dispositions() -> dict[int, Any]:

@@ -32,6 +32,7 @@ from everstep.elastic.contract.errors import JobEnded, UsageError, shortened
 from everstep.elastic.contract.membership import AgentMembership, Membership, Solo
 from everstep.elastic.contract.notices import Notice, warn
 from everstep.elastic.contract.progress import Fault, Progress
+from everstep.elastic.contract.script_end import at_end
 from everstep.elastic.contract.settings import (
     SETTINGS,
     Arguments,
@@ -83,31 +84,65 @@ def elastic(**arguments: Unpack[Arguments]) -> Callable[[Callable[Concatenate[Ru
     def decorate(function: Callable[Concatenate[Run, P], Any]) -> Callable[P, None]:
         @functools.wraps(function)
         def main(*args: P.args, **kwargs: P.kwargs) -> None:
-            context = WorkerContext.from_environment()
-            if context is not None and _trained:
-                _refuse_second(function.__name__)
-            membership = _membership(context)
-            membership.declare()
-            if context is not None:
-                leave_to_launcher()
-                _watch_collectives(membership)
-            with _reported(membership, context):
-                settings = resolve(declared(arguments))
-                with _run(settings, context, membership) as run:
-                    ending = _carried_out(lambda: function(run, *args, **kwargs))
-                    if run.layout is None:
-                        raise UsageError(
-                            f"{function.__name__} {'ended' if ending else 'returned'} without calling run.prepare(...) "
-                            "or run.steps(...): nothing was trained"
-                        )
-                    run._finish()
-                    _ended_well(function.__name__, membership)
-            if ending is not None:
-                raise ending
+            with _training(function.__name__, arguments) as run:
+                function(run, *args, **kwargs)
 
         return main
 
     return decorate
+
+
+def join(**arguments: Unpack[Arguments]) -> Run:
+    """Make the rest of this script a job that survives lost workers: `run = everstep.join(steps=..., ...)`.
+
+    For a script that trains at module level; the arguments are those of `everstep.elastic`. Call it once, before the
+    model is built: it seeds the generators. Training ends when the script does: by its last line, by `sys.exit(0)`, or
+    with an error, as the function of the decorator would.
+    """
+    SIGNATURE.bind(**arguments)
+    script = contextlib.ExitStack()
+    run = script.enter_context(_training("the script", arguments))
+    _joined.append("the script")
+
+    def end(error: BaseException | None) -> None:
+        script.__exit__(type(error) if error is not None else None, error, error.__traceback__ if error else None)
+
+    at_end(end)
+    return run
+
+
+@contextlib.contextmanager
+def _training(name: str, arguments: Arguments) -> Iterator[Run]:
+    """The training of this process: the body is the user's code. A `SystemExit` of status 0 in it is a good end."""
+    context = WorkerContext.from_environment()
+    if _joined:
+        raise UsageError(f"{name}: everstep.join has made this script a training already, and a job is one training")
+    if context is not None and _trained:
+        _refuse_second(name)
+    membership = _membership(context)
+    membership.declare()
+    if context is not None:
+        leave_to_launcher()
+        _watch_collectives(membership)
+    with _reported(membership, context):
+        settings = resolve(declared(arguments))
+        with _run(settings, context, membership) as run:
+            ending: SystemExit | None = None
+            try:
+                yield run
+            except SystemExit as error:
+                if error.code:
+                    raise
+                ending = error
+            if run.layout is None:
+                how = "ended" if ending or _joined else "returned"
+                raise UsageError(
+                    f"{name} {how} without calling run.prepare(...) or run.steps(...): nothing was trained"
+                )
+            run._finish()
+            _ended_well(name, membership)
+    if ending is not None:
+        raise ending
 
 
 SIGNATURE = inspect.Signature(
@@ -127,6 +162,7 @@ elastic.__signature__ = SIGNATURE  # type: ignore[attr-defined]  # what help() a
 LOST = 3  # exit status of a script that runs alone and could not save its last checkpoint
 
 _trained: list[tuple[str, Membership]] = []  # the training of this process, once it is over
+_joined: list[str] = []  # the training that `join` has begun, to the end of the script
 _unsaved: list[str] = []  # losses of a script without the launcher
 
 
@@ -152,17 +188,6 @@ def _end_with_loss() -> None:
                 stream.flush()
         logging.shutdown()
         os._exit(LOST)
-
-
-def _carried_out(function: Callable[[], Any]) -> SystemExit | None:
-    """Run the user's function. It may end the script with status 0: then its last step is a good end of training."""
-    try:
-        function()
-    except SystemExit as ending:
-        if ending.code:
-            raise
-        return ending
-    return None
 
 
 @contextlib.contextmanager

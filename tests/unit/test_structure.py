@@ -162,7 +162,7 @@ def test_no_two_public_classes_share_a_name() -> None:
 
 
 def test_public_names() -> None:
-    assert everstep.__all__ == ["Run", "Step", "UsageError", "elastic", "state_digest"]
+    assert everstep.__all__ == ["Run", "Step", "UsageError", "elastic", "join", "state_digest"]
     for name in everstep.__all__:
         assert callable(getattr(everstep, name))
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
