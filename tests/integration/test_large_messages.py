@@ -310,12 +310,12 @@ def test_a_large_environment(tmp_path: Path) -> None:
     assert process.returncode == 0
 
 
-def test_a_model_of_3000_parameters_survives_a_kill() -> None:
+def test_a_model_of_2200_parameters_survives_a_kill() -> None:
     faults = [
         {"rank": 1, "phase": "compute", "step": 2},
         {"rank": 0, "phase": "update", "step": 3},
     ]
-    settings = {"script": "many_parameters_job.py", "nproc": 2, "steps": 5, "parameters": 3000}
+    settings = {"script": "many_parameters_job.py", "nproc": 2, "steps": 5, "parameters": 2200}
     killed, undisturbed = run_job(faults=faults, **settings), run_job(**settings)
     assert len(killed.named("worker_died")) == len(faults)
     assert_same_run(killed, undisturbed)
