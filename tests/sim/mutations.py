@@ -113,8 +113,8 @@ MUTATIONS = (
     Mutation(
         "a switch that was agreed on outlives the abort of its generation",
         "worker.py",
-        "entering=None, switch=None), [SendReport(), AwaitPlan()]",
-        "entering=None), [SendReport(), AwaitPlan()]",
+        "phase=WorkerPhase.WAITING, entering=None, switch=None)",
+        "phase=WorkerPhase.WAITING, entering=None)",
         ("leaving early, growing",),
     ),
     Mutation(
