@@ -22,7 +22,7 @@ from everstep.elastic.holding.shard_store import ShardStore
 from everstep.elastic.holding.source import Found
 from everstep.elastic.holding.user_optimizer import UserOptimizer
 from everstep.elastic.protocol import events as e
-from everstep.elastic.protocol.prefetching import PATIENCE_S, Copies, Wanted, prefetches
+from everstep.elastic.protocol.prefetching import PATIENCE_S, Copies, Copying, Wanted
 from everstep.elastic.protocol.terms import Terms
 from everstep.elastic.step.devices import make_current
 from everstep.elastic.step.exchange import Exchange
@@ -82,14 +82,10 @@ class Prefetcher:
 
     def waits(self, plan: Plan | None, rank: int) -> bool:
         """Whether this rank is not ready to enter a plan: copies are missing, and the time for them is not over."""
-        if plan is None or not prefetches(plan):
-            return False
-        if plan.generation != self.generation:
-            return bool(Copies(plan, rank).versions)
         self._warn_of_failure()
         with self._changed:
             late = time.monotonic() > self._deadline_s
-            return self._copies is not None and not late and not self._copies.current(self._version)
+            return Copying(self.generation, self._copies, self._version, late).waits(plan, rank)
 
     def _warn_of_failure(self) -> None:
         """Copies save time, and are needed by nothing: where making them fails, training goes on without them."""

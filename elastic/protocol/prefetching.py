@@ -71,3 +71,20 @@ class Copies:
     def current(self, version: int) -> bool:
         """Whether every copy is at `version`."""
         return all(at == version for at in self.versions.values())
+
+
+class Copying(NamedTuple):
+    """How far a rank, at `version`, is with the copies for the plan of `generation`; None: it makes none."""
+
+    generation: int
+    copies: Copies | None
+    version: int
+    late: bool  # it has waited for PATIENCE_S
+
+    def waits(self, plan: Plan | None, rank: int) -> bool:
+        """Whether the rank is not ready to enter a plan: copies are missing, and the time for them is not over."""
+        if plan is None or not prefetches(plan):
+            return False
+        if plan.generation != self.generation:
+            return bool(Copies(plan, rank).versions)
+        return self.copies is not None and not self.late and not self.copies.current(self.version)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 
-from everstep.elastic.protocol.prefetching import PATIENCE_S, Copies, Wanted, prefetches
+from everstep.elastic.protocol.prefetching import PATIENCE_S, Copies, Copying, Wanted
 from everstep.elastic.protocol.terms import Terms
 from everstep.resharding.lines import Lines
 from everstep.resharding.plan import Plan
@@ -54,12 +54,8 @@ class Prefetcher:
 
     def waits(self, plan: Plan | None, rank: int) -> bool:
         """Whether this rank is not ready to enter a plan."""
-        if plan is None or not prefetches(plan):
-            return False
-        if plan.generation != self._generation:
-            return bool(Copies(plan, rank).versions)
         late = self._board.world.now > self._deadline_s
-        return self._copies is not None and not late and not self._copies.current(self._version)
+        return Copying(self._generation, self._copies, self._version, late).waits(plan, rank)
 
     def read(self, shards: Sequence[int], version: int) -> Steps[dict[int, ShardState]]:
         """The copies at `version`, and those of the version before, with the gradient that leads on."""

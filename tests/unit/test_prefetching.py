@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from everstep.elastic.protocol.prefetching import NONE, Copies, Wanted, prefetches
+from everstep.elastic.protocol.prefetching import NONE, Copies, Copying, Wanted, prefetches
 from everstep.resharding.layout import Layout, Stage
 from everstep.resharding.moves import ahead, own_moves
 from everstep.resharding.plan import Plan
@@ -77,3 +77,17 @@ def test_a_record_that_is_missing_does_not_hold_the_others_up() -> None:
 
 def test_a_rank_that_gains_nothing_is_ready_at_once() -> None:
     assert Copies(PLAN, 7).current(3)
+
+
+def test_a_rank_waits_until_its_copies_are_current_or_it_is_late() -> None:
+    copies = Copies(PLAN, 0)
+    assert not Copying(2, copies, 4, late=False).waits(None, 0)
+    assert not Copying(2, copies, 4, late=False).waits(replace(PLAN, version=3), 0), "a recovery is not waited with"
+    assert Copying(1, None, 4, late=False).waits(PLAN, 0), "it has not begun"
+    assert not Copying(1, None, 4, late=False).waits(PLAN, 2), "it is to own nothing"
+    assert Copying(2, copies, 4, late=False).waits(PLAN, 0)
+    assert not Copying(2, copies, 4, late=True).waits(PLAN, 0)
+    assert not Copying(2, None, 4, late=False).waits(PLAN, 0), "copies that failed"
+    read_all(copies, 4)
+    assert not Copying(2, copies, 4, late=False).waits(PLAN, 0)
+    assert Copying(2, copies, 5, late=False).waits(PLAN, 0), "a gradient is missing"
