@@ -222,6 +222,8 @@ class Run:
         It is called between two turns of the loop: for `run.steps`, before the loop's body has the step. A replacement
         calls it for the steps from which it takes part on.
         """
+        if not callable(function):
+            raise UsageError(f"run.on_step(function): it is called with every step, got {function!r}")
         self._step_functions.append(function)
         return function
 
@@ -232,6 +234,8 @@ class Run:
         Call it on all ranks, or decide by what all of them have, such as a step's loss: the request of a rank that is
         lost before the step is agreed on is lost with it.
         """
+        if not isinstance(why, str):
+            raise UsageError(f"run.stop(why): the reason is a text, got {why!r}")
         engine = self._trained()
         engine.stop_request.ask(engine.version, why or "run.stop()")
 

@@ -40,6 +40,8 @@ ANYWHERE = {
     "added_group": "a parameter group was added to, or changed in, the optimizer after run.prepare or run.steps",
     "rate_of_each_turn": "lr of parameter group 0 was",
     "skips_beside_steps": "run.skip() is for a loop over run.prepare's batches",
+    "stops_for_a_number": "run.stop(why): the reason is a text, got 7",
+    "tells_nothing": "run.on_step(function): it is called with every step, got None",
     "steps_behind_skip": "optimizer.step() was called behind run.skip(): after it, continue",
     "no_step": "To leave a micro-batch out, call run.skip(), then continue",
     "loss_shape": "loss_fn must return a tensor with one element",

@@ -295,6 +295,15 @@ def exception(run):
             raise ValueError("the user's own mistake\nin two lines")
 
 
+def stops_for_a_number(run):
+    for _ in run.steps(model := stack(), sgd(model), samples(), loss_fn=nn.functional.mse_loss):
+        run.stop(7)
+
+
+def tells_nothing(run):
+    run.on_step(None)
+
+
 def exits(run):
     for step in run.steps(model := stack(), sgd(model), samples(), loss_fn=nn.functional.mse_loss):
         if step.index == 1 and run.rank == 0:
