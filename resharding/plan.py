@@ -40,7 +40,7 @@ class Report:
     is (generation, version): the newest version that its node's keeper holds together with its parity;
     `protected_before` is the same for the generation before. `outlives` is the newest version that, by agreement,
     survives the loss of nodes, -1 if none. `held`, `started` and `todo` are micro-batches of step `values_version`:
-    gradient held, forward done, neither.
+    gradient held, forward done, neither. `calls` is how many calls of the script it has completed with all ranks.
     """
 
     rank: int
@@ -58,6 +58,7 @@ class Report:
     held: tuple[Leg, ...] = ()
     started: tuple[Leg, ...] = ()
     todo: tuple[Leg, ...] = ()
+    calls: int = 0
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), separators=(",", ":"))
@@ -85,7 +86,7 @@ class Plan:
     `kept`: the segments whose gradients are held. `checkpoint`: the name of the checkpoint from which everything is
     read; empty if it is in memory. `leaving`: ranks that are in the layout before, and agree on the switch, but are not
     members after it. `lines`: which records count; the last fork is this plan's own if other bytes follow its version
-    than before.
+    than before. `caller` sends the results of the script's calls to the ranks `behind`, which lack some; -1: to none.
     """
 
     layout: Layout
@@ -100,6 +101,8 @@ class Plan:
     checkpoint: str = ""
     leaving: tuple[int, ...] = ()
     lines: Lines = ()
+    caller: int = -1
+    behind: tuple[int, ...] = ()
 
     @property
     def generation(self) -> int:
@@ -131,6 +134,8 @@ class Plan:
             checkpoint=raw["checkpoint"],
             leaving=tuple(raw["leaving"]),
             lines=lines_of(raw["lines"]),
+            caller=raw["caller"],
+            behind=tuple(raw["behind"]),
         )
 
     @property
@@ -176,6 +181,21 @@ class Plan:
     def standing_in(self, shards: Collection[int]) -> Plan:
         """The same plan, with `shards`, which are lost everywhere, approximated from neighbouring layers'."""
         return replace(self, moves=standing_in(self.moves, self.layout, shards)) if shards else self
+
+    def with_calls(self, reports: Iterable[Report]) -> Plan:
+        """The same plan, in which ranks without the newest of the script's calls get their results from one with them.
+
+        A rank returns from a call only when all have entered it. So an interrupted one is either complete on some rank,
+        and then its result is the one that counts, or it is made again by all.
+        """
+        counts = {r.rank: r.calls for r in reports if not r.fresh and r.rank in self.layout.ranks}
+        most = max(counts.values(), default=0)
+        if not most:
+            return self
+        caller = min(rank for rank, count in counts.items() if count == most)
+        guided = set(self.fresh) if caller == self.guide else set()  # they get them with the position of the job
+        behind = [rank for rank in self.layout.ranks if counts.get(rank, 0) < most and rank not in guided]
+        return replace(self, caller=caller, behind=tuple(behind)) if behind else self
 
     def moves_of(self, shards: Iterable[int], rank: int, what: What) -> tuple[Move, ...]:
         """The moves of `shards` that `rank` lacks, to own them or to back them up.

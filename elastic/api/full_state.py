@@ -2,14 +2,65 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from everstep.elastic.contract.errors import UsageError
+from everstep.elastic.engine.engine import Engine
+from everstep.elastic.engine.recovery import Recovery
 from everstep.elastic.holding.stack import LayerStack
 from everstep.resharding.units import Shard
+
+from .interruptible import Interruptible
+
+GATHER_TIMEOUT_S = 120.0
+
+
+class FullState:
+    """Reads the whole state on one rank, from the snapshot keepers: no other rank need do anything for it.
+
+    `alone`: without the launcher there are no keepers, and this rank holds everything.
+    """
+
+    def __init__(self, engine: Engine, recovery: Recovery, parts: Interruptible, *, alone: bool) -> None:
+        self._engine = engine
+        self._recovery = recovery
+        self._parts = parts
+        self._alone = alone
+
+    def read(self) -> dict[str, Any]:
+        """The state as `Run.full_state_dict` returns it. Raises UsageError if shards do not appear."""
+        engine, deadline = self._engine, time.monotonic() + GATHER_TIMEOUT_S
+        while True:
+            states = self._shard_states()
+            if len(states) == len(engine.stack.spec.shards):
+                return assemble(engine.stack, states)
+            if time.monotonic() > deadline:
+                raise UsageError(
+                    f"full_state_dict: {len(engine.stack.spec.shards) - len(states)} shards of version "
+                    f"{engine.version} did not appear in any snapshot keeper within {GATHER_TIMEOUT_S:g} s"
+                )
+            self._parts.do(self._pause)
+
+    def _shard_states(self) -> dict[int, dict[str, Any]]:
+        engine = self._engine
+        engine.progress.tick()
+        engine.snapshots.wait(engine.progress.tick)
+        if self._alone:
+            engine.check_values(thorough=True)
+            return {s.index: dict(engine.store.state(s.index)) for s in engine.store.owned}
+        shards = [s.index for s in engine.stack.spec.shards]
+        return self._recovery.loader.kept(shards, engine.version, engine.progress.tick)
+
+    def _pause(self) -> None:
+        """Let 20 ms pass, unless the generation ends."""
+        self._engine.progress.tick()
+        self._engine.comm.ready(())
+        time.sleep(0.02)
 
 
 def assemble(stack: LayerStack, states: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:

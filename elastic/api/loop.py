@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch.optim import Optimizer
@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from everstep.elastic.contract.errors import UsageError
 from everstep.elastic.contract.progress import StepPhase
 from everstep.elastic.contract.telemetry import Spent
-from everstep.elastic.engine.engine import Engine, Step
+from everstep.elastic.engine.engine import Engine
 from everstep.elastic.protocol.liveness import Pace
 from everstep.elastic.step.devices import to_device
 from everstep.elastic.step.gradients import GradientWatch
@@ -19,7 +19,8 @@ from everstep.elastic.step.pipeline import tokens_and_samples
 from everstep.elastic.step.schedule import ScheduledRate
 from everstep.resharding.work import Leg
 
-Guard = Callable[..., None]
+from .course import Course
+from .interruptible import Interruptible
 
 
 class _NoLength(UsageError, TypeError):
@@ -33,55 +34,53 @@ class Batches:
         self,
         engine: Engine,
         gradients: GradientWatch,
-        guard: Guard,
-        switch: Callable[[], None],
-        begin: Callable[[], None],
         found: Sequence[ScheduledRate],
-        show: Callable[[Step], None],
-        stops: Callable[[], bool],
+        parts: Interruptible,
+        course: Course,
     ) -> None:
         self._engine = engine
-        self._guard = guard
-        self._switch = switch
-        self._begin = begin
         self._gradients = gradients
-        self._show = show  # a committed step to the user's functions
-        self._stops = stops
         self._found = found  # schedulers that the user's loop steps
+        self._parts = parts
+        self._course = course
         self._turn = -1  # the step of the last micro-batch that was handed out; -1: nothing to check of it
         self._open: Leg | None = None  # handed out, gradient not yet collected
         self._skipped = False  # the micro-batch last handed out was
         self._handed_out_ns = 0
 
     def __iter__(self) -> Iterator[Any]:
-        self._begin()
+        self._course.begin()
         try:
             yield from self._micro_batches()
         except GeneratorExit:
             self._show_all()  # the step that the last turn has ended
+            self._course.end()
             raise
 
     def _micro_batches(self) -> Iterator[Any]:
-        engine = self._engine
+        engine, parts, course = self._engine, self._parts, self._course
         while True:
             self._end_turn()
             self._show_all()
             engine.looping = True
             if engine.switch is not None:
-                self._guard(self._switch)
-            elif self._stops():
+                course.go_on()
+                parts.switch()
+            elif course.stops():
                 return
             elif engine.ended():
-                self._guard(engine.conclude)
+                parts.do(engine.conclude)
                 if engine.ended() and engine.switch is None:
-                    engine.progress.leave()
+                    course.end()
                     return
             elif engine.current()[1].todo:
+                course.go_on()
                 batch = self._hand_out()
                 if batch is not None:
                     yield batch[0]
             else:
-                self._guard(engine.complete)
+                course.go_on()
+                parts.do(engine.complete)
 
     @property
     def dataset(self) -> Any:
@@ -116,11 +115,8 @@ class Batches:
 
     def _show_all(self) -> None:
         """Tell the user's functions of the steps that were committed since the last turn."""
-        engine = self._engine
-        if engine.results:
-            engine.progress.leave()
-        while engine.results:
-            self._show(engine.results.pop(0))
+        while self._engine.results:
+            self._course.show()
 
     def _hand_out(self) -> tuple[Any] | None:
         """The next micro-batch, in a tuple; None if the generation ended instead."""
@@ -148,7 +144,7 @@ class Batches:
             self._handed_out_ns = time.monotonic_ns()
             engine.progress.enter(Pace.USER)
 
-        self._guard(fetch)
+        self._parts.do(fetch)
         return (ready[0],) if self._open is not None else None
 
     def take(self) -> None:
@@ -191,7 +187,7 @@ class Batches:
         """
         engine, version = self._engine, self._engine.version
         while engine.version == version and not engine.current()[1].todo and not engine.ended():
-            self._guard(self._complete)
+            self._parts.do(self._complete)
         engine.progress.leave()
 
     def _complete(self) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from everstep.checkpointing.access.client import KeeperLink
 from everstep.checkpointing.access.snapshot import Snapshots
 from everstep.checkpointing.universal.lineage import Lineage
-from everstep.comms.mesh.communicator import Aborted, Communicator, Peer
+from everstep.comms.mesh.communicator import Communicator, Peer
 from everstep.elastic.contract.digest import state_digest
 from everstep.elastic.contract.errors import UsageError
 from everstep.elastic.contract.membership import Membership
@@ -25,13 +24,12 @@ from everstep.elastic.contract.progress import Progress
 from everstep.elastic.contract.settings import Settings, WorkerContext
 from everstep.elastic.contract.signals import saved_on_signals
 from everstep.elastic.contract.stateful import check_size, encode
-from everstep.elastic.engine.engine import Engine, Step
+from everstep.elastic.engine.engine import STATE, Engine, Step
 from everstep.elastic.engine.recovery import Recovery
 from everstep.elastic.engine.resume import Resumption
 from everstep.elastic.holding.stack import LayerStack
 from everstep.elastic.holding.user_optimizer import UserOptimizer, check_optimizer, is_elementwise
 from everstep.elastic.holding.whole_state import complete_model, complete_optimizer
-from everstep.elastic.protocol import events as e
 from everstep.elastic.protocol.events import Job
 from everstep.elastic.protocol.protection import state_slots
 from everstep.elastic.step.data import DataSource
@@ -40,15 +38,18 @@ from everstep.elastic.step.gradients import GradientWatch
 from everstep.elastic.step.schedule import ScheduleState, check_scheduler
 from everstep.resharding.layout import Layout
 
-from .full_state import assemble
+from .calls import Calls
+from .course import Course
+from .full_state import FullState
+from .interruptible import Interruptible
 from .loop import Batches, ElasticOptimizer
 from .schedulers import Schedulers
+from .sharing import SharedState, Sharing
 
 Loss = Callable[[Any, Any], Tensor]
-GATHER_TIMEOUT_S = 120.0
 
 
-class Run:
+class Run(Sharing):
     """One worker's part in an elastic training job. Made by the `elastic` decorator, passed to the user's function."""
 
     def __init__(
@@ -68,7 +69,10 @@ class Run:
         self._progress = progress
         self._engine: Engine | None = None
         self._recovery: Recovery | None = None
-        self._registered: dict[str, Any] = {}
+        self._parts: Interruptible | None = None
+        self._calls: Calls | None = None
+        self.state = SharedState()
+        self._registered: dict[str, Any] = {STATE: self.state}
         self._batches: Batches | None = None
         self._gradients: GradientWatch | None = None
         self._schedulers: Schedulers | None = None
@@ -152,16 +156,7 @@ class Run:
         engine = self._set_up(model, optimizer, dataset, collate_fn, _no_loss, scheduler, skip_nonfinite, loops=True)
         assert self._gradients is not None
         assert self._schedulers is not None
-        batches = self._batches = Batches(
-            engine,
-            self._gradients,
-            self._guarded,
-            self._switch,
-            self._begin,
-            self._schedulers.left_in_loop,
-            self._show,
-            self._stops,
-        )
+        batches = self._batches = Batches(engine, self._gradients, self._schedulers.left_in_loop, *self._course())
         if "module" not in model.__dict__ and "module" not in model._modules:
             model.__dict__["module"] = model  # scripts for DDP write model.module; not a submodule of itself
         prepared = ElasticOptimizer(optimizer, batches)
@@ -189,31 +184,30 @@ class Run:
         engine = self._set_up(model, optimizer, dataset, collate_fn, loss_fn, scheduler, skip_nonfinite, loops=False)
         if clip_grad_norm is not None:
             engine.adjustments.clip["norm"] = float(clip_grad_norm)
-        return self._run(engine)
+        return self._run(engine, *self._course())
 
-    def _run(self, engine: Engine) -> Iterator[Step]:
-        self._begin()
+    def _run(self, engine: Engine, parts: Interruptible, course: Course) -> Iterator[Step]:
+        course.begin()
         try:
             while True:
                 while engine.results:
-                    self._progress.leave()
-                    engine.turn = engine.results.pop(0)
-                    self._show(engine.turn)
-                    yield engine.turn
-                    engine.turn = None
+                    yield course.show()
                 if engine.switch is not None:
-                    self._guarded(self._switch)
-                elif self._stops():
+                    course.go_on()
+                    parts.switch()
+                elif course.stops():
                     return
                 elif engine.ended():
-                    self._guarded(engine.conclude)
+                    parts.do(engine.conclude)
                     if engine.ended() and engine.switch is None and not engine.results:
-                        self._progress.leave()
+                        course.end()
                         return
                 else:
-                    self._guarded(engine.run_step)
+                    course.go_on()
+                    parts.do(engine.run_step)
         except GeneratorExit:
             engine.leave_loop()
+            course.end()
             raise
 
     def on_step(self, function: Callable[[Step], None]) -> Callable[[Step], None]:
@@ -238,18 +232,6 @@ class Run:
             raise UsageError(f"run.stop(why): the reason is a text, got {why!r}")
         engine = self._trained()
         engine.stop_request.ask(engine.version, why or "run.stop()")
-
-    def _show(self, step: Step) -> None:
-        for function in self._step_functions:
-            function(step)
-
-    def _stops(self) -> bool:
-        """Whether a script has asked for the end, and all ranks agreed on it: then the user's loop ends."""
-        engine = self._trained()
-        if engine.results or not engine.stop_request.agreed(engine.agreement):
-            return False
-        self._progress.leave()
-        return True
 
     def heartbeat(self) -> None:
         """Report that this worker is alive, from user code that takes long: restarts its hang timeout.
@@ -305,43 +287,31 @@ class Run:
         Read from the snapshot keepers, so this is no collective: other ranks need not call it.
         """
         with self._progress.called(), self._progress.waiting("snapshots in keepers, for full_state_dict"):
-            return self._gather_state(self._trained())
-
-    def _gather_state(self, engine: Engine) -> dict[str, Any]:
-        deadline = time.monotonic() + GATHER_TIMEOUT_S
-        while True:
-            states = self._shard_states(engine)
-            if len(states) == len(engine.stack.spec.shards):
-                return assemble(engine.stack, states)
-            if time.monotonic() > deadline:
-                raise UsageError(
-                    f"full_state_dict: {len(engine.stack.spec.shards) - len(states)} shards of version "
-                    f"{engine.version} did not appear in any snapshot keeper within {GATHER_TIMEOUT_S:g} s"
-                )
-            self._guarded(self._pause)
+            engine, alone = self._trained(), self._context is None
+            assert self._recovery is not None
+            assert self._parts is not None
+            return FullState(engine, self._recovery, self._parts, alone=alone).read()
 
     def release(self) -> None:
         """End what this run has started in this process besides threads: the worker processes of a DataLoader."""
         if self._engine is not None:
             self._engine.data.close()
 
-    def _shard_states(self, engine: Engine) -> dict[int, dict[str, Any]]:
-        self._progress.tick()
-        engine.snapshots.wait(self._progress.tick)
-        if self._context is None:
-            engine.check_values(thorough=True)
-            return {s.index: dict(engine.store.state(s.index)) for s in engine.store.owned}
-        assert self._recovery is not None
-        shards = [s.index for s in engine.stack.spec.shards]
-        return self._recovery.loader.kept(shards, engine.version, self._progress.tick)
-
-    def _pause(self) -> None:
-        """Let 20 ms pass, unless the generation ends."""
-        self._progress.tick()
-        self._comm.ready(())
-        time.sleep(0.02)
-
     # ------------------------------------------------------------ inside
+
+    def _course(self) -> tuple[Interruptible, Course]:
+        assert self._parts is not None
+        return self._parts, Course(self._trained(), self._sharing(), self._step_functions, self._begin)
+
+    def _finish(self) -> None:
+        """The user's function is over: help the others until they are there too, and training is over."""
+        assert self._parts is not None
+        self._parts.finish(self._sharing())
+
+    def _sharing(self) -> Calls:
+        self._trained()
+        assert self._calls is not None
+        return self._calls
 
     def _trained(self) -> Engine:
         if self._engine is None:
@@ -405,8 +375,10 @@ class Run:
         token, node = (context.token, context.node) if context else ("", "")
         self._recovery = Recovery(engine, token, node)
         engine.damage.committed = self._recovery.committed
+        self._parts = parts = Interruptible(engine, self._recovery)
+        self._calls = Calls(engine.comm, engine.calls, engine.progress, lambda: engine.version, parts.interrupted)
         values = state_digest(model.state_dict())
-        self._note_replacement(engine, values)
+        self._note_values(engine, values)
         job = Job(
             steps=settings.steps,
             stages=settings.stages,
@@ -436,12 +408,13 @@ class Run:
         if context is not None and settings.stages > 1:
             complete_model(stack, self.full_state_dict)
         self._recovery.enter()
+        self._note_variables()
         if context is None and settings.checkpoint:
             self.ends.enter_context(saved_on_signals(engine.stop))
         return engine
 
-    def _note_replacement(self, engine: Engine, values: str) -> None:
-        """Warn about values that a replacement's script loads in vain, and about variables that it lacks."""
+    def _note_values(self, engine: Engine, values: str) -> None:
+        """Warn about values that a replacement's script loads in vain."""
         begun = self._context.begun if self._context else None
         if begun is None:
             return
@@ -454,13 +427,18 @@ class Run:
                 "checkpoint that it loads by itself?): the job's own values take their place; checkpoint=URL saves "
                 "and resumes by itself, and run.is_replacement tells a replacement",
             )
-        if all(isinstance(item, ScheduleState) for item in self._registered.values()):
+
+    def _note_variables(self) -> None:
+        """Warn about variables that a replacement's script lacks, where the job keeps none of them."""
+        own = [item for item in self._registered.values() if not isinstance(item, ScheduleState)]
+        if self.is_replacement and own == [self.state] and not self.state:
             warn(
                 self._membership,
                 Notice.REPLACEMENT_STATE,
                 "a replacement runs the script from its beginning: the script's own variables (averages, counters, "
-                "best scores) start again on it, and files opened with 'w' are emptied; run.register_state(name, "
-                "item) keeps a variable equal on all ranks, and run.is_replacement tells a replacement",
+                "best scores) start again on it, and files opened with 'w' are emptied; run.state and "
+                "run.register_state(name, item) keep variables equal on all ranks, and run.is_replacement tells a "
+                "replacement",
             )
 
     def _begin(self) -> None:
@@ -479,81 +457,8 @@ class Run:
                 "checkpoint's values are used. To take the script's: --es-resume-hyperparameters=script"
             )
             warn(self._membership, Notice.HYPERPARAMETERS_DIFFER, text)
-
-    def _guarded(self, action: Callable[..., None], *arguments: Any) -> None:
-        """Do something that waits for others; if the generation ends, recover instead."""
-        try:
-            action(*arguments)
-        except Aborted:
-            self._interrupted()
-
-    def _interrupted(self) -> None:
-        """After `Aborted`: recover; or, if no rank trains any further, save the last version and wait for the end."""
-        assert self._recovery is not None
-        while self._membership.conclusion is not None:
-            self._conclude()
-            if self._membership.wait_for_end(self._progress.tick):
-                raise AssertionError("training is over, and this rank is in the midst of it")
-        self._recovery.recover()
-
-    def _conclude(self) -> None:
-        """Save this rank's part of the last version, if that is due."""
-        conclusion, self._membership.conclusion = self._membership.conclusion, None
-        assert self._recovery is not None
-        if conclusion is None:
-            return
-        try:
-            why = self._trained().save_last(conclusion.version, conclusion.name, self._wait_at_end)
-        except Aborted:
-            self._recovery.recover()
-        else:
-            self._membership.tell(e.WorkerConcluded(self._membership.worker, conclusion.name, why))
-
-    def _wait_at_end(self) -> None:
-        self._progress.tick()
-        if self._membership.interrupted():
-            raise Aborted(self.generation)
-
-    def _switch(self) -> None:
-        """Enter the generation of a join or leave that all ranks agreed on."""
-        assert self._recovery is not None
-        self._recovery.switch()
-
-    def _finish(self) -> None:
-        """The user's function is over: help the others until they are there too, and training is over."""
-        engine = self._trained()
-        engine.leave_loop()
-        while True:
-            if engine.switch is not None:
-                self._guarded(self._switch)
-            elif not engine.ended():
-                self._again(engine)
-            else:
-                self._guarded(engine.conclude)
-                if engine.ended() and engine.switch is None:
-                    break
-        self._membership.tell(e.WorkerFinished(self._membership.worker, engine.version, engine.last_name()))
-        while not self._wait_for_end():
-            if self._membership.conclusion is not None:
-                self._conclude()
-            else:
-                self._interrupted()
-            while not engine.ended():
-                self._again(engine)
-        self._progress.after_training(engine.version)
-
-    def _again(self, engine: Engine) -> None:
-        """More was lost than the last version outlived: it is computed again."""
-        if engine.loops:
-            raise UsageError(
-                "the last steps were lost with a node after the training loop had ended: only the loop "
-                "can compute them again; use run.steps(...), or protect every step (snapshot_every=1)"
-            )
-        self._guarded(engine.run_step)
-
-    def _wait_for_end(self) -> bool:
-        with self._progress.waiting("the other ranks, whose training function has not returned"):
-            return self._membership.wait_for_end(self._progress.tick)
+        self.state.begin(resumed=recovery.resumed or not recovery.guide_begun)
+        engine.begun = True
 
 
 def _no_loss(output: Any, targets: Any) -> Tensor:

@@ -18,8 +18,8 @@ STUCK_S = 120.0  # and the end: no peer will come. A script that recreates its g
 LOOK_S = 0.5
 INSTEAD = (
     "a worker was lost, and a process group of torch.distributed cannot continue without it. Use what still works: "
-    "the loss of a Step of run.steps(...) is the mean of all ranks, run.full_state_dict() needs no other rank, and "
-    "run.register_state(...) keeps an object of yours equal everywhere; or evaluate on one rank (run.rank == 0)"
+    "run.mean, run.gather, run.reduce, run.broadcast and run.barrier between steps; the loss of a Step of "
+    "run.steps(...) is the mean of all ranks; run.full_state_dict() needs no other rank"
 )
 
 

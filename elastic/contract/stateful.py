@@ -60,7 +60,7 @@ def encode(value: Any, where: str) -> Any:
         data = base64.b64encode(np.ascontiguousarray(value).tobytes()).decode()
         return {_MARK: kind, "dtype": value.dtype.str, "shape": list(value.shape), "value": data}
     raise UsageError(
-        f"{where} is a {type(value).__name__}: a registered state may hold numbers, text, lists, tuples, "
+        f"{where} is a {type(value).__name__}: what ranks share may hold numbers, text, lists, tuples, "
         "dictionaries, bytes, tensors and arrays"
     )
 

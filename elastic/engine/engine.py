@@ -69,6 +69,7 @@ from everstep.resharding.plan import Plan
 from everstep.resharding.units import Shard
 from everstep.resharding.work import Work
 
+from .call_log import CallLog
 from .damage import Damage
 from .driver import Driver
 from .prefetcher import Prefetcher
@@ -77,6 +78,7 @@ from .prefetcher import Prefetcher
 SNAPSHOT = "its snapshot to be copied to keeper memory"
 PARITY = "the keepers of its parity group to hold the last version"
 SAVES = "checkpoints that are being saved"
+STATE = "run.state"  # its name among the registered objects
 PACE = 0.3  # share of a step's duration over which its snapshot is spread
 
 
@@ -149,6 +151,7 @@ class Engine:
         self.orders: dict[int, Orders] = {}  # generation -> the plan and addresses known for it
         self.seeded = True  # the script has built its model from the seed, and loaded nothing into it
         self.gradients: dict[int, Tensor] = {}  # reduced, of the shards owned here; in keeper memory
+        self.begun = False  # the user's loop has begun
         self.looping = False  # the user's own loop has asked for its first micro-batch
         self.results: list[Step] = []  # committed, not yet returned to the user
         self._loss_trusted = True  # no warning was given yet
@@ -156,6 +159,7 @@ class Engine:
         self.turn: Step | None = None  # the step that the user's code is at
         self.after_leaving: dict[str, Any] | None = None  # the state of the user's code at that time
         self.birth: dict[str, Any] = {}  # hyper-parameters and registered states before the first step
+        self.calls = CallLog()
         self.stop_request = StopRequest(membership)
         self._stopping: signal.Signals | None = None  # the signal that stops a script without the launcher
         self._registered_at: dict[int, dict[str, Any]] = {}  # step -> states of the registered objects at its end
@@ -290,6 +294,7 @@ class Engine:
             with waiting(SAVES):
                 self.checkpoints.conclude(self.patient)  # so that there is room for the last checkpoint
         proposal = self.offered(last=it.last)
+        registered = self._registered(state.step)
         own = Own(
             step=state.step,
             norms={i: float(torch.linalg.vector_norm(g)) for i, g in self.gradients.items() if self._counts(i)},
@@ -303,6 +308,7 @@ class Engine:
             waits=self.prefetch.waits(proposal, self.rank),
             suspects=self.damage.suspects,
             end=self.stop_request.at(state.step),
+            state=registered.get(STATE, {}),
         )
         merged, replicas = self.agreeing.begin(own, layout)
         if disputed(replicas):
@@ -311,7 +317,7 @@ class Engine:
         settled = self.agreeing.settle(own, merged)
         if settled.partly and not self.loops and self.rank == min(self.comm.members):
             self._warn_of_partial(state.step, settled.partly)
-        answer = self._agreed_on(state.step, own, settled, proposal)
+        answer = self._agreed_on(state.step, own, settled, proposal, registered)
         self.telemetry.span(Spent.AGREE, agree_ns)
         return answer
 
@@ -335,7 +341,9 @@ class Engine:
         )
         warn(self.membership, Notice.CHANGED_ON_SOME_RANKS, text, step=step)
 
-    def _agreed_on(self, step: int, own: Own, settled: Settled, proposal: Plan | None) -> w.Event:
+    def _agreed_on(
+        self, step: int, own: Own, settled: Settled, proposal: Plan | None, registered: dict[str, Any]
+    ) -> w.Event:
         share = settled.share
         norm = math.sqrt(share.norm.rounded())
         limit = settled.settings.get("clip", {}).get("norm")
@@ -349,7 +357,7 @@ class Engine:
             skip=share.skip_nonfinite and not math.isfinite(norm),
             **settled.settings,
             idle=settled.idle,
-            registered=self._registered(step),
+            registered=registered,
             layers=self.agreeing.layer_norms(own, settled.settings) if neighbors else {},
             digest=f"{share.digest:016x}",
             end=share.end[1] if share.end else "",
@@ -391,6 +399,7 @@ class Engine:
         versions = [v for v in (self.snapshots.protected, self.checkpoints.newest) if v >= 0]
         oldest = min(versions, default=step) - 1
         self.adjustments.forget(oldest)
+        self.calls.forget(oldest)
         for old in [n for n in self._registered_at if n < oldest]:
             del self._registered_at[old]
         return states

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -27,18 +27,19 @@ from everstep.elastic.protocol.backing_up import backup_ranks
 from everstep.elastic.protocol.terms import Terms
 from everstep.elastic.protocol.worker_state import report
 from everstep.resharding.moves import What, received
-from everstep.resharding.plan import Report
+from everstep.resharding.plan import Plan, Report
 from everstep.resharding.work import Work
 
 from .damage import DECISION
 from .engine import (
     SAVES,
+    STATE,
     Engine,
     Step,
 )
 from .loading import KEEPER_PATIENCE_S, LiveValues, Loader
 
-_GUIDE = Key(Kind.SWITCH, 0)
+_GUIDE, _CALLS = Key(Kind.SWITCH, 0), Key(Kind.SWITCH, 1)
 
 
 class Recovery:
@@ -52,6 +53,7 @@ class Recovery:
         # The version at which this rank joined, and the agreement before it.
         self._joined: tuple[int, Terms | None] = (-1, None)
         self._after: dict[str, Any] = {}  # the state of the user's code on the guide
+        self.guide_begun = True  # its loop had begun
         self._began = self._edited = 0.0  # times within the entry into the current generation
         self._edited_ns = 0
         self._ahead = 0  # bytes that were copied ahead of it
@@ -154,7 +156,14 @@ class Recovery:
         protected, before = engine.protection.report(engine.version)
         outlives = engine.snapshots.protected
         state = engine.worker.state
-        return report(state, engine.state, protected=protected, protected_before=before, outlives=outlives)
+        return report(
+            state,
+            engine.state,
+            protected=protected,
+            protected_before=before,
+            outlives=outlives,
+            calls=engine.calls.count,
+        )
 
     # ------------------------------------------------------------ carrying out a plan
 
@@ -169,6 +178,8 @@ class Recovery:
         self.loader.enter(orders.keepers, plan.lines)
         with engine.progress.waiting(f"links to the other ranks of generation {plan.generation}"):
             engine.comm.edit(plan.generation, orders.peers)
+        if plan.caller == engine.rank:
+            self._send_calls(plan.behind)
         if engine.membership.superseded(plan.generation):  # the edit of the membership may have cleared an abort
             raise Aborted(plan.generation)
         self._edited, self._edited_ns = time.monotonic(), time.monotonic_ns()
@@ -177,18 +188,29 @@ class Recovery:
         engine.pipeline.end_step()
         return w.Linked()
 
+    def _send_calls(self, ranks: Sequence[int]) -> None:
+        """Send the results of the script's calls to ranks that lack some, and cannot make these calls any more."""
+        message = of_bytes(json.dumps(self.engine.calls.records()).encode())
+        for rank in ranks:
+            self.engine.comm.send(rank, _CALLS, [message])
+
+    def _take_calls(self, plan: Plan) -> None:
+        if self.engine.rank in plan.behind:
+            self.engine.calls.take(json.loads(bytes(host_bytes(self.engine.comm.receive(plan.caller, _CALLS)))))
+
     def _ask_place(self, it: w.AskPlace) -> w.Event:
         engine = self.engine
         message = json.loads(bytes(host_bytes(engine.comm.receive(it.rank, _GUIDE))))
-        self._after = message["after"]
+        self._after, self.guide_begun = message["after"], message["begun"]
         engine.adjustments.take_records(message["records"])
+        engine.calls.take(message["calls"])
         engine.results = [Step(*step) for step in message["unseen"]]
         return w.Placed(message["version"], message["agreement"], message["left"])
 
     def _take_unseen(self, it: w.TakeUnseen) -> None:
         """Changes that other ranks' code made after the last step are lost with them, unless a checkpoint has them."""
         engine = self.engine
-        self._after = {}  # a guide of a generation that was aborted may have sent them
+        self._after, self.guide_begun = {}, True  # a guide of a generation that was aborted may have sent others
         terms = Terms.of(it.agreement) if it.agreement else None
         engine.results = []
         resumed = terms is not None and (terms.after is not None or terms.advance is not None)
@@ -198,8 +220,9 @@ class Recovery:
     def _tell_place(self, it: w.TellPlace) -> None:
         engine, version = self.engine, it.version
         told = {"version": version, "agreement": it.agreement, "after": self._after_users(version)}
-        told |= {"left": engine.leave_at, "unseen": self._unseen(version, it.agreement)}
-        message = json.dumps({**told, "records": engine.adjustments.records()}).encode()
+        told |= {"left": engine.leave_at, "unseen": self._unseen(version, it.agreement), "begun": engine.begun}
+        told |= {"records": engine.adjustments.records(), "calls": engine.calls.records()}
+        message = json.dumps(told).encode()
         for rank in it.ranks:
             engine.comm.send(rank, _GUIDE, [of_bytes(message)])
 
@@ -208,6 +231,9 @@ class Recovery:
         if self._in_turn(version):
             return {}  # it repeats the step, and its changes, from where that began
         after = self.engine.after_users()
+        if not self.engine.begun and STATE in after["users"]:  # the script is about to set it, as the newcomer's will
+            entered = self.engine.registered[STATE].entered
+            after["users"] |= {STATE: entered or {}}
         return after if self.engine.version == version else {"users": after["users"]}
 
     def _in_turn(self, version: int) -> bool:
@@ -257,7 +283,7 @@ class Recovery:
         engine.adjustments.leave(it.since, it.version, loops=engine.loops)
         self._catch_up(terms, it.version, back=True)
         if engine.loops and terms is not None:  # the user's own loop computes again, from the state in which it was
-            self._leave_as_users(terms.after or {})
+            self._leave_as_users(terms.after or {}, back=True)
         engine.gradients = {}
 
     def _take_places(self, it: w.TakePlaces) -> None:
@@ -345,6 +371,7 @@ class Recovery:
         engine = self.engine
         engine.telemetry.span(Spent.RESTORE, self._edited_ns)
         engine.telemetry.interrupted()
+        self._take_calls(engine.orders[it.generation].plan)
         if not it.tell:
             return
         worker = engine.membership.worker
@@ -368,12 +395,14 @@ class Recovery:
         if not (self.resumed and self.engine.settings.resume_hyperparameters == "script"):
             self.engine.adjustments.join(version, clip=not self.resumed)
 
-    def _leave_as_users(self, after: Mapping[str, Any]) -> None:
-        """The user's code has run on other ranks for the earlier steps: adopt its state."""
+    def _leave_as_users(self, after: Mapping[str, Any], *, back: bool = False) -> None:
+        """The user's code has run on other ranks for the earlier steps: adopt its state. `back`: or here, too."""
         engine = self.engine
         if "groups" in after:
             engine.adjustments.set(after)
         for name, state in after.get("users", {}).items():
+            if back and name == STATE:
+                continue
             if name in engine.registered:
                 engine.registered[name].load_state_dict(decode(state))
             else:
@@ -392,7 +421,7 @@ class Recovery:
         for name, state in registered.items():
             if name not in engine.registered:
                 engine.unclaimed[name] = state
-            elif not back or engine.loops or name in engine.driven:
+            elif not back or name in engine.driven or (engine.loops and name != STATE):
                 engine.registered[name].load_state_dict(decode(state))
         if terms is not None:
             engine.protection.adopt(terms)

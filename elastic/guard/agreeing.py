@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -27,6 +27,7 @@ from everstep.elastic.protocol.agreement import (
     Imbalances,
     Send,
     Share,
+    SharedText,
     Sums,
     digest,
     exchange,
@@ -66,6 +67,7 @@ class Own:
     waits: bool = False  # for shards that it is to own by that plan
     suspects: Mapping[int, int]
     end: str = ""  # why the script asked for the end after this step
+    state: Mapping[str, Any] = field(default_factory=dict)  # run.state, as JSON values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +165,7 @@ class Agreeing:
             replicas=self._replicas.imbalance(digests, layout, self._comm.rank) if due else 0,
             suspects=bool(own.suspects),
             end=(self._comm.rank, own.end) if own.end else None,
+            state=digest(json.dumps(own.state, sort_keys=True)),
         )
         merged = self.merged(share)
         assert merged.ranks == len(self._comm.members)
@@ -174,6 +177,9 @@ class Agreeing:
 
     def settle(self, own: Own, merged: Share) -> Settled:
         """The agreement about settings in the merged shares. Raises UsageError where ranks contradict each other."""
+        if merged.state is None:
+            texts = self.gathered(SharedText(json.dumps(own.state, sort_keys=True)))
+            raise UsageError(_state_differs(own.step, {rank: json.loads(item.text) for rank, item in texts.items()}))
         settings, partly = self._expected, dict[str, list[int]]()
         idle, ancestors = own.idle_before, self._checkpoints.lineage.ancestors
         if merged.terms is None or not merged.idle:
@@ -231,6 +237,21 @@ class Agreeing:
             shards = [shard for part in differing for shard in part]
             if size == 1 or 2 * len(differing) > len(parts) or not shards:
                 return shards
+
+
+def _state_differs(step: int, states: Mapping[int, Mapping[str, Any]]) -> str:
+    """The first name whose value is not the same on all ranks, with two that differ."""
+    first, *others = sorted(states)
+    for rank in others:
+        for name in sorted({*states[first], *states[rank]}):
+            expected, got = (json.dumps(states[r][name]) if name in states[r] else "not set" for r in (first, rank))
+            if expected != got:
+                return (
+                    f"run.state[{name!r}] differs in step {step}: expected the same on all ranks, got {expected[:80]} "
+                    f"on rank {first} and {got[:80]} on rank {rank}. Set it on every rank, between steps, from what is "
+                    "equal on all of them, such as the loss of a step or run.mean(...)"
+                )
+    raise AssertionError("states of one digest differ")
 
 
 def _checked(data: bytes, value: object) -> bytes:

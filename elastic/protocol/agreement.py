@@ -129,6 +129,7 @@ class Share:
     replicas: Annotated[int, _word] = 0
     suspects: Some = False  # a value on this rank may be damaged
     end: Annotated[tuple[int, str] | None, _first] = None  # a script asks for the end after this step: (rank, why)
+    state: Equal = 0  # a digest of what the script keeps in run.state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +146,13 @@ class Sums:
     """Exact sums of the same quantities on every rank."""
 
     sums: Annotated[tuple[ExactSum, ...], _each]
+
+
+@dataclass(frozen=True)
+class SharedText:
+    """What one rank has in run.state, as JSON: gathered, not merged, in a step in which ranks differ in it."""
+
+    text: str
 
 
 @dataclass(frozen=True)

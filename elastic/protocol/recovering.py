@@ -289,6 +289,7 @@ def plan_if_complete(state: State, now: float) -> Outcome:
         else:
             plan = _recovery_plan(state, job, recovery, reports, version if version < furthest else None)
         plan = replace(plan, protected=max(plan.protected, min(version, protected_now(state, by_node))))
+        plan = plan.with_calls(reports)
         state, recovery, plan = _on_its_line(state, recovery, plan.standing_in(recovery.substitutes))
     except (LayoutError, PlanError) as error:
         return fail(

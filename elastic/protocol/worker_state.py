@@ -92,6 +92,7 @@ def report(
     protected: tuple[int, int],
     protected_before: tuple[int, int],
     outlives: int,
+    calls: int = 0,
 ) -> Report:
     """What this worker holds, for the coordinator. `work`: the step that was in progress."""
     if state.fresh or state.layout is None or work is None:
@@ -113,6 +114,7 @@ def report(
         held=tuple(sorted(work.held)) if valid else (),
         started=tuple(sorted(work.running)) if valid else (),
         todo=tuple(work.todo) if valid else (),
+        calls=calls,
     )
 
 

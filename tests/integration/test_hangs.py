@@ -201,4 +201,4 @@ def test_collectives_of_the_script_end_with_a_lost_worker_in_an_error_that_helps
     assert lost.status == 1, lost.output
     last = lost.output.strip().splitlines()[-1]
     assert last.startswith("everstep: error: ")
-    assert "cannot continue without it. Use what still works: the loss of a Step of run.steps(...)" in last
+    assert "cannot continue without it. Use what still works: run.mean, run.gather, run.reduce" in last

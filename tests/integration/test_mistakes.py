@@ -39,6 +39,7 @@ ANYWHERE = {
     "unfrozen": "parameter '0.weight' was frozen at run.prepare or run.steps, and has requires_grad=True now",
     "added_group": "a parameter group was added to, or changed in, the optimizer after run.prepare or run.steps",
     "rate_of_each_turn": "lr of parameter group 0 was",
+    "call_in_a_turn": "run.mean was called in the middle of a step, where ranks have different micro-batches",
     "skips_beside_steps": "run.skip() is for a loop over run.prepare's batches",
     "stops_for_a_number": "run.stop(why): the reason is a text, got 7",
     "tells_nothing": "run.on_step(function): it is called with every step, got None",
@@ -59,6 +60,8 @@ IN_A_JOB = {
     "values_differ": "initialised its model with different values than the others",
     "settings_differ": "give every rank the same settings",
     "optimizers_differ": "built a different optimizer than the others",
+    "states_differ": "differs in step 1: expected the same on all ranks, got 0.0 on rank 0 and 0.5 on rank 1. Set it",
+    "call_of_one_rank": "and rank 1 goes on with step 1 without it: all ranks have to make the same calls",
     "rate_of_each_rank": "rank 0 set lr of parameter group 0 to 0.3 and rank 1 to 0.15: work it out from what is equal",
 }
 

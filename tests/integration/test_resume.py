@@ -130,7 +130,7 @@ def test_an_unwritable_state_is_refused_by_name(tmp_path):
         )
     )
     ended = everstep("run", "--nproc-per-node=1", str(script), "never", "5", str(tmp_path / "state.pt"))
-    assert "register_state('odd')['x'][0] is a object: a registered state may hold" in ended.error()
+    assert "register_state('odd')['x'][0] is a object: what ranks share may hold" in ended.error()
 
 
 def test_results_of_a_job_alone_and_of_one_under_the_launcher_meet_in_one_folder(tmp_path):

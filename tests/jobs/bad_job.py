@@ -181,6 +181,21 @@ def rate_of_each_rank(run):
         optimizer.param_groups[0]["lr"] = 0.3 / (1 + RANK)
 
 
+def states_differ(run):
+    for step in run.steps(model := stack(), sgd(model), samples(), loss_fn=nn.functional.mse_loss):
+        run.state["best"] = 0.5 * RANK + step.index
+
+
+def call_of_one_rank(run):
+    for _ in run.steps(model := stack(), sgd(model), samples(), loss_fn=nn.functional.mse_loss):
+        if run.rank == 0:
+            run.barrier()
+
+
+def call_in_a_turn(run):
+    train_loop(run, stack(), turn=lambda *_: run.mean(1.0))
+
+
 def skips_beside_steps(run):
     for _ in run.steps(model := stack(), sgd(model), samples(), loss_fn=nn.functional.mse_loss):
         run.skip()

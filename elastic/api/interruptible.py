@@ -1,0 +1,101 @@
+"""What waits for other ranks, and may be interrupted by the end of a generation: this rank recovers, and goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from everstep.comms.mesh.communicator import Aborted
+from everstep.elastic.contract.errors import UsageError
+from everstep.elastic.engine.engine import Engine
+from everstep.elastic.engine.recovery import Recovery
+from everstep.elastic.protocol import events as e
+
+from .calls import Calls
+
+
+class Interruptible:
+    """Carries out a rank's part in training, from the user's calls to the end, through recoveries."""
+
+    def __init__(self, engine: Engine, recovery: Recovery) -> None:
+        self._engine = engine
+        self._recovery = recovery
+        self._membership = engine.membership
+        self._progress = engine.progress
+
+    def do(self, action: Callable[..., None], *arguments: Any) -> None:
+        """Do something that waits for others; if the generation ends, recover instead."""
+        try:
+            action(*arguments)
+        except Aborted:
+            self.interrupted()
+
+    def interrupted(self) -> None:
+        """After `Aborted`: recover; or, if no rank trains any further, save the last version and wait for the end."""
+        while self._membership.conclusion is not None:
+            self._conclude()
+            if self._membership.wait_for_end(self._progress.tick):
+                raise AssertionError("training is over, and this rank is in the midst of it")
+        self._recovery.recover()
+
+    def switch(self) -> None:
+        """Enter the generation of a join or leave that all ranks agreed on."""
+        self.do(self._recovery.switch)
+
+    def _conclude(self) -> None:
+        """Save this rank's part of the last version, if that is due."""
+        conclusion, self._membership.conclusion = self._membership.conclusion, None
+        if conclusion is None:
+            return
+        try:
+            why = self._engine.save_last(conclusion.version, conclusion.name, self._wait_at_end)
+        except Aborted:
+            self._recovery.recover()
+        else:
+            self._membership.tell(e.WorkerConcluded(self._membership.worker, conclusion.name, why))
+
+    def _wait_at_end(self) -> None:
+        self._progress.tick()
+        if self._membership.interrupted():
+            raise Aborted(self._engine.comm.generation)
+
+    def finish(self, calls: Calls) -> None:
+        """The user's function is over: help the others until they are there too, and training is over."""
+        engine = self._engine
+        engine.leave_loop()
+        while True:
+            if engine.switch is not None:
+                self.switch()
+            elif not engine.ended():
+                self._again()
+            else:
+                self.do(engine.conclude)
+                if engine.ended() and engine.switch is None:
+                    break
+        self._membership.tell(e.WorkerFinished(self._membership.worker, engine.version, engine.last_name()))
+        while not self._wait_for_end(calls):
+            if self._membership.conclusion is not None:
+                self._conclude()
+            else:
+                self.interrupted()
+            while not engine.ended():
+                self._again()
+        self._progress.after_training(engine.version)
+
+    def _again(self) -> None:
+        """More was lost than the last version outlived: it is computed again."""
+        if self._engine.loops:
+            raise UsageError(
+                "the last steps were lost with a node after the training loop had ended: only the loop "
+                "can compute them again; use run.steps(...), or protect every step (snapshot_every=1)"
+            )
+        self.do(self._engine.run_step)
+
+    def _wait_for_end(self, calls: Calls) -> bool:
+        def on_wait() -> None:
+            self._progress.tick()
+            calls.answer_late()
+
+        calls.announce_end()
+        with self._progress.waiting("the other ranks, whose training function has not returned"):
+            return self._membership.wait_for_end(on_wait)

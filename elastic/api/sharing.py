@@ -1,0 +1,162 @@
+"""What ranks share between steps: `run.state`, and calls in which all live ranks take part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from fractions import Fraction
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from everstep.elastic.contract.errors import UsageError
+from everstep.elastic.contract.stateful import decode, encode
+from everstep.elastic.engine.engine import STATE
+
+from .calls import Calls
+
+Operation = Literal["sum", "mean", "min", "max"]
+
+
+class SharedState(MutableMapping[str, Any]):
+    """Named values of the script that are equal on all ranks: agreed on in every step, saved, given to replacements."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, Any] = {}
+        self.entered: dict[str, Any] | None = None  # until the loop begins, on a rank that joined: what the job had
+
+    def __getitem__(self, name: str) -> Any:
+        return self._values[name]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if not isinstance(name, str):
+            raise UsageError(f"{STATE}[{name!r}]: names are text, got a {type(name).__name__}")
+        encode(value, f"{STATE}[{name!r}]")
+        self._values[name] = value
+
+    def __delitem__(self, name: str) -> None:
+        del self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __repr__(self) -> str:
+        return f"{STATE}({self._values!r})"
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self._values)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._values = dict(state)
+        self.entered = encode(self._values, STATE)
+
+    def begin(self, *, resumed: bool) -> None:
+        """The loop begins: what a script does before it belongs to the start of the job, on a rank that joined later.
+
+        `resumed`: all ranks began again, so they have the same new values, and keep them.
+        """
+        entered, self.entered = self.entered, None
+        if entered is not None:
+            self._values = {**(self._values if resumed else {}), **decode(entered)}
+
+
+class Sharing:
+    """The part of `Run` that is about values of all ranks."""
+
+    state: SharedState
+
+    def _sharing(self) -> Calls:
+        raise NotImplementedError
+
+    def mean(self, value: float | Tensor) -> float:
+        """The mean of a number over the live ranks, on each of them. It is rounded once, so their order is free.
+
+        Ranks differ in number and in what they compute from one generation to the next. So pass what is equal on all of
+        them, or what may depend on that; `run.evaluate` gives results that do not.
+        """
+        number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            raise UsageError(f"run.mean takes a number, got {_described(value)}: use run.reduce(tensor, 'mean')")
+        found: float = self._sharing().make("run.mean", float(number), lambda values: _mean(values.values()))
+        return found
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all live ranks, in the order of ranks, on each of them.
+
+        A value holds numbers, text, lists, tuples, dictionaries, bytes, tensors and arrays; tensors come back on the
+        CPU.
+        """
+        found: list[Any] = self._sharing().make("run.gather", value, lambda values: list(values.values()))
+        return found
+
+    def reduce(self, tensor: Tensor, op: Operation = "sum") -> Tensor:
+        """The sum (or "mean", "min", "max") of a tensor of equal type and shape on all live ranks, on each of them.
+
+        It is computed in the order of ranks, on the CPU, so its bits do not depend on who comes first; returned as a
+        new tensor where `tensor` is. For tensors of a few MiB at most.
+        """
+        if not isinstance(tensor, Tensor):
+            raise UsageError(f"run.reduce takes a tensor, got {_described(tensor)}: use run.mean(number)")
+        if op not in _OPERATIONS:
+            raise UsageError(f"run.reduce: op must be one of {', '.join(_OPERATIONS)}, got {op!r}")
+        found: Tensor = self._sharing().make(f"run.reduce({op})", tensor, lambda values: _reduced(values, op))
+        return found.to(tensor.device)
+
+    def broadcast(self, value: Any = None, source: int = 0) -> Any:
+        """The value of the rank that is `source` among the live ones (`run.rank`), on all of them."""
+
+        def taken(values: Mapping[int, Any]) -> Any:
+            if not 0 <= source < len(values):
+                raise UsageError(f"run.broadcast: source is {source}, and there are {len(values)} ranks")
+            return list(values.values())[source]
+
+        return self._sharing().make(f"run.broadcast(source={source})", value, taken)
+
+    def barrier(self) -> None:
+        """Wait until all live ranks have come here."""
+        self._sharing().make("run.barrier", None, lambda values: None)
+
+
+def _described(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    return f"a {type(value).__name__}"
+
+
+def _mean(values: Any) -> float:
+    numbers = list(values)
+    try:
+        return float(sum(map(Fraction, numbers)) / len(numbers))
+    except (ValueError, OverflowError):  # not finite
+        return sum(numbers) / len(numbers)
+
+
+_OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "sum": torch.add,
+    "mean": torch.add,
+    "min": torch.minimum,
+    "max": torch.maximum,
+}
+
+
+def _reduced(values: Mapping[int, Any], op: Operation) -> Any:
+    tensors: dict[int, Tensor] = {rank: decode(value) for rank, value in values.items()}
+    first, *others = tensors
+    total = tensors[first]
+    for rank in others:
+        other = tensors[rank]
+        if (other.dtype, other.shape) != (total.dtype, total.shape):
+            raise UsageError(
+                f"run.reduce: rank {first} has {_kind(total)}, and rank {rank} {_kind(other)}: they have to be equal"
+            )
+        total = _OPERATIONS[op](total, other)
+    if op == "mean":
+        total = total / len(tensors)
+    return encode(total, "run.reduce")
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}"

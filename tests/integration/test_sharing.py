@@ -1,0 +1,60 @@
+"""What ranks share between steps, with workers killed in the midst of it: the same values, the same bytes."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.jobs import JOBS, assert_same_state, command, run_job, same
+
+STEPS = 7
+KILLS = [[1, "before"], [0, 3], [2, "behind"]]
+
+
+def state_of(out: Path, rank: int = 0) -> dict[str, Any]:
+    state: dict[str, Any] = torch.load(out / f"state-{rank}.pt", weights_only=True)
+    return state
+
+
+def alone(out: Path, environment: dict[str, str] | None = None, **config: Any) -> dict[str, Any]:
+    """Without the launcher: one rank."""
+    arguments = json.dumps({"out": str(out), "steps": STEPS, **config})
+    ended = command([str(JOBS / "sharing_job.py"), arguments], environment)
+    assert (ended.status, ended.stderr) == (0, ""), ended.stderr
+    return state_of(out)
+
+
+def assert_same_shared(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert found["shared"].keys() == expected["shared"].keys()
+    for name, value in expected["shared"].items():
+        assert same(found["shared"][name], value), name
+    assert_same_state({**found, "shared": 0}, {**expected, "shared": 0})
+
+
+@pytest.mark.parametrize("loop", [pytest.param(False, marks=pytest.mark.soak), True], ids=["steps", "loop"])
+def test_ranks_die_between_calls(loop: bool, tmp_path: Path) -> None:
+    """Before the loop, after a step and behind the loop: values, states and parameters are those of one rank alone."""
+    with ThreadPoolExecutor(2) as pool:
+        waiting = pool.submit(alone, tmp_path, loop=loop)
+        result = run_job(nproc=3, steps=STEPS, script="sharing_job.py", loop=loop, kills=KILLS)
+        expected = waiting.result()
+    assert result.status == 0, result.output
+    assert [event["rank"] for event in result.named("worker_died")] == [1, 0, 2]
+    assert expected["shared"]["steps"] == STEPS
+    for rank in range(3):
+        assert_same_shared(result.state(rank), expected)
+
+
+@pytest.mark.soak
+def test_a_state_is_in_checkpoints(tmp_path: Path) -> None:
+    """A job that is resumed twice ends as one that was not."""
+    expected = alone(tmp_path)
+    saves = {"EVERSTEP_CHECKPOINT": str(tmp_path / "saved")}
+    for steps in (2, 5, STEPS):
+        found = alone(tmp_path, saves, steps=steps)
+    assert_same_shared(found, expected)

@@ -1,0 +1,69 @@
+"""A job that shares values between its ranks: before the loop, after each step, and behind it.
+
+`loop`: its own loop over prepared batches, instead of `run.steps`. `kills`: [rank, place], with place "before",
+"behind" or a step: where the first process of that rank kills itself, between two calls.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import everstep
+
+config = json.loads(sys.argv[1])
+out = Path(config["out"])
+mine = int(os.environ.get("RANK", "0"))
+
+
+def comes_by(run, place):
+    if not run.is_replacement and [mine, place] in config.get("kills", []):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def between(run, step):
+    state = run.state
+    state["steps"] = state.get("steps", 0) + 1
+    norm = run.mean(step.gradient_norm)
+    comes_by(run, step.index)
+    state["norms"] = [*state.get("norms", []), norm]
+    state["best"] = min(state["best"], norm)
+    state["largest"] = run.reduce(torch.tensor([norm, state["steps"]]), "max")
+    assert run.gather(step.index) == [step.index] * run.world_size
+
+
+@everstep.elastic(steps=config["steps"], global_batch_size=8, micro_batch_size=1, seed=5)
+def train(run):
+    model = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.1), nn.Linear(8, 2))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    data = torch.utils.data.TensorDataset(torch.randn(40, 6), torch.randn(40, 2))
+    loss_fn = nn.functional.mse_loss
+    if config.get("loop"):
+        run.on_step(lambda step: between(run, step))
+        model, optimizer, batches = run.prepare(model, optimizer, data)
+    else:
+        steps = run.steps(model, optimizer, data, loss_fn=loss_fn)
+    drawn = run.broadcast(torch.rand(3))
+    comes_by(run, "before")
+    run.barrier()
+    run.state.setdefault("best", float("inf"))
+    run.state["drawn"] = drawn
+    if config.get("loop"):
+        for inputs, targets in batches:
+            loss_fn(model(inputs), targets).backward()
+            optimizer.step()
+    else:
+        for step in steps:
+            between(run, step)
+    run.state["behind"] = run.mean(7)
+    comes_by(run, "behind")
+    run.barrier()
+    torch.save({**run.full_state_dict(), "shared": dict(run.state)}, out / f"state-{mine}.pt")
+
+
+if __name__ == "__main__":
+    train()
