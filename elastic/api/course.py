@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from everstep.elastic.contract.errors import UsageError
 from everstep.elastic.engine.call_log import Place
 from everstep.elastic.engine.engine import Engine, Step
 
@@ -11,7 +12,11 @@ from .calls import AFTER, Calls
 
 
 class Course:
-    """The course of the user's loop on one rank. `begin` is called when it begins."""
+    """The course of the user's loop on one rank. `begin` is called when it begins.
+
+    `stopped`: a script has asked for the end, and all ranks agreed on it. `epoch_ended`: the batches of the present
+    epoch have been used.
+    """
 
     def __init__(
         self, engine: Engine, calls: Calls, functions: list[Callable[[Step], None]], begin: Callable[[], None]
@@ -19,7 +24,20 @@ class Course:
         self._engine = engine
         self._calls = calls
         self._functions = functions
-        self.begin = begin
+        self._begin = begin
+        self._epoch: tuple[int, int] | None = None  # in run.epochs: the epoch, and the version at which it ends
+        self.epoch_ended = False
+        self.stopped = False
+
+    def begin(self) -> None:
+        """The user's loop begins, or the next one over the batches of an epoch does."""
+        if self.epoch_ended:
+            raise UsageError(
+                "the loop over the prepared batches began again behind the batches of its epoch: each turn of "
+                "run.epochs has one such loop"
+            )
+        if not self._engine.begun:
+            self._begin()
 
     def show(self) -> Step:
         """The next step that the script has not seen, after its functions have had it."""
@@ -41,8 +59,42 @@ class Course:
         engine = self._engine
         if engine.results or not engine.stop_request.agreed(engine.agreement):
             return False
-        self.end()
+        self.stopped = True
+        if self._epoch is not None:
+            self.end_epoch()
+        else:
+            self.end()
         return True
+
+    # ------------------------------------------------------------ epochs
+
+    def begin_epoch(self, epoch: int, end: int) -> None:
+        """The script begins an epoch, which ends at version `end`."""
+        self._epoch, self.epoch_ended = (epoch, end), False
+        self._calls.at(Place(f"at the beginning of epoch {epoch}", until=end))
+
+    def epoch_over(self) -> bool:
+        """Whether no step of the epoch is left."""
+        return self._epoch is not None and self._engine.version >= self._epoch[1]
+
+    def end_epoch(self) -> None:
+        """The loop over the epoch's batches is over: the code behind it runs."""
+        assert self._epoch is not None
+        epoch, end = self._epoch
+        self.epoch_ended = True
+        self._engine.progress.leave()
+        self._calls.at(Place(f"at the end of epoch {epoch}", until=end))
+
+    def leave_epochs(self) -> None:
+        """The loop over the epochs is over."""
+        self._epoch, self.epoch_ended = None, False
+
+    @property
+    def epoch(self) -> int | None:
+        """The epoch that the script is in, in run.epochs."""
+        return self._epoch[0] if self._epoch is not None else None
+
+    # ------------------------------------------------------------ the end
 
     def end(self) -> None:
         """The loop is over: the code behind it runs."""

@@ -63,15 +63,7 @@ class Interruptible:
         """The user's function is over: help the others until they are there too, and training is over."""
         engine = self._engine
         engine.leave_loop()
-        while True:
-            if engine.switch is not None:
-                self.switch()
-            elif not engine.ended():
-                self._again()
-            else:
-                self.do(engine.conclude)
-                if engine.ended() and engine.switch is None:
-                    break
+        self.until_whole()
         self._membership.tell(e.WorkerFinished(self._membership.worker, engine.version, engine.last_name()))
         while not self._wait_for_end(calls):
             if self._membership.conclusion is not None:
@@ -81,6 +73,20 @@ class Interruptible:
             while not engine.ended():
                 self._again()
         self._progress.after_training(engine.version)
+
+    def until_whole(self) -> None:
+        """Past the last step: return when its version is whole on this rank, and no other generation is due."""
+        engine = self._engine
+        while True:
+            if engine.switch is not None:
+                engine.turn = None  # who joins now has not seen the last step, and need not
+                self.switch()
+            elif not engine.ended():
+                self._again()
+            else:
+                self.do(engine.conclude)
+                if engine.ended() and engine.switch is None:
+                    return
 
     def _again(self) -> None:
         """More was lost than the last version outlived: it is computed again."""

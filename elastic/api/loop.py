@@ -42,28 +42,33 @@ class Batches:
         self._gradients = gradients
         self._found = found  # schedulers that the user's loop steps
         self._parts = parts
-        self._course = course
+        self.course = course
         self._turn = -1  # the step of the last micro-batch that was handed out; -1: nothing to check of it
         self._open: Leg | None = None  # handed out, gradient not yet collected
         self._skipped = False  # the micro-batch last handed out was
         self._handed_out_ns = 0
 
     def __iter__(self) -> Iterator[Any]:
-        self._course.begin()
+        self.course.begin()
         try:
             yield from self._micro_batches()
         except GeneratorExit:
             self._show_all()  # the step that the last turn has ended
-            self._course.end()
+            self.course.end()
             raise
 
     def _micro_batches(self) -> Iterator[Any]:
-        engine, parts, course = self._engine, self._parts, self._course
+        engine, parts, course = self._engine, self._parts, self.course
         while True:
             self._end_turn()
             self._show_all()
             engine.looping = True
-            if engine.switch is not None:
+            if course.epoch_over():
+                parts.do(engine.pause)
+                if course.epoch_over():  # no recovery has gone back
+                    course.end_epoch()
+                    return
+            elif engine.switch is not None:
                 course.go_on()
                 parts.switch()
             elif course.stops():
@@ -96,9 +101,12 @@ class Batches:
         return True
 
     def __len__(self) -> int:
+        """Steps of an epoch."""
+        if self._engine.data.order.by_epoch:
+            return self._engine.data.order.epoch_steps
         raise _NoLength(
             "len(batches): how many micro-batches a rank computes changes with the membership; the job has run.step of "
-            "run.settings.steps steps, and len(batches.dataset) // run.settings.global_batch_size of them are an epoch"
+            "run.settings.steps steps. With epochs= in place of steps=, it is the number of steps of an epoch"
         )
 
     def _end_turn(self) -> None:
@@ -116,7 +124,7 @@ class Batches:
     def _show_all(self) -> None:
         """Tell the user's functions of the steps that were committed since the last turn."""
         while self._engine.results:
-            self._course.show()
+            self.course.show()
 
     def _hand_out(self) -> tuple[Any] | None:
         """The next micro-batch, in a tuple; None if the generation ended instead."""

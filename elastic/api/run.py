@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ from everstep.resharding.layout import Layout
 
 from .calls import Calls
 from .course import Course
+from .epochs import Epochs
 from .full_state import FullState
 from .interruptible import Interruptible
 from .loop import Batches, ElasticOptimizer
@@ -186,6 +188,42 @@ class Run(Sharing):
             engine.adjustments.clip["norm"] = float(clip_grad_norm)
         return self._run(engine, *self._course())
 
+    def epochs(self, count: int | None = None) -> Epochs:
+        """The epochs of a job with `epochs=`, to loop over; the loop over the prepared batches ends with each.
+
+        A replacement and a job that resumes begin with the epoch in which the job is. `count`, if given, must be that
+        of the job. For a loop over `prepare`'s batches; with `steps`, `run.epoch` says which epoch a step is of.
+        """
+        engine = self._trained()
+        if self._batches is None:
+            raise UsageError(
+                "run.epochs() is for a loop over run.prepare's batches; run.steps(...) with epochs= in the decorator "
+                "yields the steps of all epochs, and run.epoch is the epoch of a step"
+            )
+        if not self.settings.epochs:
+            raise UsageError(
+                f"run.epochs() was called in a job of steps={self.settings.steps}: give the decorator epochs= in its "
+                "place"
+            )
+        if count not in (None, self.settings.epochs):
+            raise UsageError(
+                f"run.epochs({count}): the job has epochs={self.settings.epochs} (from the decorator, --es-epochs or "
+                "EVERSTEP_EPOCHS): call run.epochs()"
+            )
+        return Epochs(engine, self._parts_of_run(), self._batches.course, self.settings.epochs)
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that the script is in, counted from 0: in run.epochs its own, else that of the present step."""
+        engine = self._engine
+        if engine is None:
+            return 0
+        if self._batches is not None and self._batches.course.epoch is not None:
+            return self._batches.course.epoch
+        step = engine.turn.index if engine.turn is not None else engine.version - len(engine.results)
+        order = engine.data.order
+        return step // order.epoch_steps if order.by_epoch else step * order.global_batch_size // order.samples
+
     def _run(self, engine: Engine, parts: Interruptible, course: Course) -> Iterator[Step]:
         course.begin()
         try:
@@ -289,8 +327,7 @@ class Run(Sharing):
         with self._progress.called(), self._progress.waiting("snapshots in keepers, for full_state_dict"):
             engine, alone = self._trained(), self._context is None
             assert self._recovery is not None
-            assert self._parts is not None
-            return FullState(engine, self._recovery, self._parts, alone=alone).read()
+            return FullState(engine, self._recovery, self._parts_of_run(), alone=alone).read()
 
     def release(self) -> None:
         """End what this run has started in this process besides threads: the worker processes of a DataLoader."""
@@ -299,14 +336,16 @@ class Run(Sharing):
 
     # ------------------------------------------------------------ inside
 
-    def _course(self) -> tuple[Interruptible, Course]:
+    def _parts_of_run(self) -> Interruptible:
         assert self._parts is not None
-        return self._parts, Course(self._trained(), self._sharing(), self._step_functions, self._begin)
+        return self._parts
+
+    def _course(self) -> tuple[Interruptible, Course]:
+        return self._parts_of_run(), Course(self._trained(), self._sharing(), self._step_functions, self._begin)
 
     def _finish(self) -> None:
         """The user's function is over: help the others until they are there too, and training is over."""
-        assert self._parts is not None
-        self._parts.finish(self._sharing())
+        self._parts_of_run().finish(self._sharing())
 
     def _sharing(self) -> Calls:
         self._trained()
@@ -338,6 +377,8 @@ class Run(Sharing):
             check_scheduler(scheduler)
         known = self._context.begun.samples if self._context and self._context.begun else 0
         data = DataSource(dataset, settings, collate_fn, self._membership, known)
+        if settings.epochs:
+            settings = self.settings = replace(settings, steps=settings.epochs * data.order.epoch_steps)
         described = data.described()
         stack = LayerStack(model, cut=not loops, whole=not is_elementwise(optimizer))
         make_current(stack.device)
@@ -391,6 +432,8 @@ class Run(Sharing):
             samples=data.samples,
             shuffle=data.order.shuffle,
             sample_digests=tuple(described["sample_digests"]),
+            epochs=settings.epochs,
+            last_batch=settings.last_batch,
             optimizer=engine.optimizer.describe(),
             protection=settings.protection,
             node_losses=settings.node_losses,

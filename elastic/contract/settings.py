@@ -49,7 +49,20 @@ class Settings:
     The texts of the command line help and of docs/reference.md are these.
     """
 
-    steps: int = setting("Optimizer steps in all.", unit="steps", least=1)
+    steps: int = setting("Optimizer steps in all; or give `epochs`.", unit="steps", default=0, least=1)
+    epochs: int = setting(
+        "Passes over the dataset in all, instead of `steps`.",
+        more="See [epochs](epochs.md).",
+        unit="epochs",
+        default=0,
+        least=1,
+    )
+    last_batch: str = setting(
+        'With `epochs`, samples that do not fill the last batch of an epoch: `"drop"` leaves them out, `"pad"` fills '
+        "the batch with the first samples of the epoch.",
+        default="drop",
+        choices=("drop", "pad"),
+    )
     global_batch_size: int = setting("Samples per step.", unit="samples", least=1)
     micro_batch_size: int = setting("Samples per forward; divides `global_batch_size`.", unit="samples", least=1)
     stages: int = setting("Pipeline stages.", unit="stages", default=1, least=1)
@@ -139,6 +152,8 @@ class Settings:
             value, least = getattr(self, known.name), known.about.least
             if known.about.choices and value not in known.about.choices:
                 raise UsageError(f"{known.name} must be one of {', '.join(known.about.choices)}, got {value!r}")
+            if value == known.default and not isinstance(value, bool):
+                continue
             if least is not None and not (_is_whole(value) and value >= least):
                 raise UsageError(f"{known.name} must be a whole number of at least {least}, got {value!r}")
         if not _is_whole(self.snapshot_every) or self.snapshot_every < 0:
@@ -173,7 +188,9 @@ class Settings:
 class Arguments(TypedDict, total=False):
     """The settings as arguments of the decorator, for type checkers; the defaults are those of `Settings`."""
 
-    steps: Required[int]
+    steps: int
+    epochs: int
+    last_batch: str
     global_batch_size: Required[int]
     micro_batch_size: Required[int]
     stages: int
@@ -256,7 +273,18 @@ def resolve(declared: Settings) -> Settings:
     for known in SETTINGS:
         if known.variable in os.environ:
             overrides[known.name] = known.parse(os.environ[known.variable], known.variable)
-    return replace(declared, **overrides)
+    lengths = {name: overrides[name] for name in ("steps", "epochs") if name in overrides}
+    if len(lengths) == 1:  # the decorator's counts only where nothing else says how long
+        overrides = {"steps": 0, "epochs": 0, **overrides}
+    settings = replace(declared, **overrides)
+    if settings.steps and settings.epochs:
+        raise UsageError(
+            f"steps ({settings.steps}) and epochs ({settings.epochs}) are both given: leave one of them out, since "
+            "each says how long to train"
+        )
+    if not settings.steps and not settings.epochs:
+        raise UsageError("nothing says how long to train: give steps=N (optimizer steps) or epochs=N")
+    return settings
 
 
 def _from_file(path: Path) -> dict[str, Any]:

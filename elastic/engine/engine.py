@@ -12,7 +12,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
@@ -28,7 +28,6 @@ from everstep.checkpointing.universal.writer import folder_name
 from everstep.comms.mesh.communicator import Communicator
 from everstep.elastic.contract.errors import UsageError
 from everstep.elastic.contract.membership import Membership, Orders
-from everstep.elastic.contract.notices import Notice, warn
 from everstep.elastic.contract.progress import Progress, StepPhase
 from everstep.elastic.contract.settings import Settings
 from everstep.elastic.contract.stateful import (
@@ -73,6 +72,7 @@ from .call_log import CallLog
 from .damage import Damage
 from .driver import Driver
 from .prefetcher import Prefetcher
+from .remarks import Remarks
 
 # What a rank waits for, apart from other ranks, in words that follow "waits for".
 SNAPSHOT = "its snapshot to be copied to keeper memory"
@@ -125,7 +125,8 @@ class Engine:
         self.progress = progress
         self.telemetry = progress.telemetry
         snapshots.on_copied = self._copied
-        self.pipeline = Pipeline(stack, comm, progress, settings.seed, data.fetch, loss_fn, self._warn_of_attribute)
+        self._remarks = Remarks(membership, lambda: self.version)
+        self.pipeline = Pipeline(stack, comm, progress, settings.seed, data.fetch, loss_fn, self._remarks.attribute)
         self.exchange = Exchange(stack, comm)
         self.protection = Protection(settings, snapshots, membership)
         self.backups = Backups(optimizer, comm, snapshots, self.exchange)
@@ -154,7 +155,6 @@ class Engine:
         self.begun = False  # the user's loop has begun
         self.looping = False  # the user's own loop has asked for its first micro-batch
         self.results: list[Step] = []  # committed, not yet returned to the user
-        self._loss_trusted = True  # no warning was given yet
         self.shown = -1  # the last step that was, or will be, returned to the user: each step is returned once
         self.turn: Step | None = None  # the step that the user's code is at
         self.after_leaving: dict[str, Any] | None = None  # the state of the user's code at that time
@@ -316,7 +316,7 @@ class Engine:
         self.damage.suspects = {}
         settled = self.agreeing.settle(own, merged)
         if settled.partly and not self.loops and self.rank == min(self.comm.members):
-            self._warn_of_partial(state.step, settled.partly)
+            self._remarks.partial(state.step, settled.partly)
         answer = self._agreed_on(state.step, own, settled, proposal, registered)
         self.telemetry.span(Spent.AGREE, agree_ns)
         return answer
@@ -331,15 +331,6 @@ class Engine:
     def _prefetch(self, it: w.Prefetch) -> None:
         layout, state = self.current()
         self.prefetch.begin(self.orders[it.plan.generation], layout, self.rank, state.step)
-
-    def _warn_of_partial(self, step: int, partly: Mapping[str, list[int]]) -> None:
-        """Every rank's code runs after every step: a change that only some ranks make is lost with them."""
-        name, ranks = next(iter(partly.items()))
-        text = (
-            f"only rank {', '.join(map(str, ranks))} changed {name}; the change counts on all ranks. Make it on every "
-            "rank: a worker that takes the place of a lost one has only what its own code and the others' agree on"
-        )
-        warn(self.membership, Notice.CHANGED_ON_SOME_RANKS, text, step=step)
 
     def _agreed_on(
         self, step: int, own: Own, settled: Settled, proposal: Plan | None, registered: dict[str, Any]
@@ -369,9 +360,6 @@ class Engine:
         if len(text) > REGISTERED_BYTES:  # a state may grow
             check_size(terms.registered)
         return w.Agreed(text, proposal, wanted, share.waits)
-
-    def _warn_of_attribute(self, text: str) -> None:
-        warn(self.membership, Notice.ATTRIBUTE_CHANGED, text, rank=self.rank, step=self.version)
 
     def check_values(self, *, thorough: bool) -> None:
         """Raise UsageError if the script has changed a parameter and not restored it.
@@ -470,17 +458,7 @@ class Engine:
         self._tell_committed(it.agreement, layout.generation)
         self.telemetry.span(Spent.COMMIT, began_ns)
         self.telemetry.committed(terms.loss, self.settings.global_batch_size)
-        self._look_at_loss(terms.loss, step, layout)
-
-    def _look_at_loss(self, loss: float | None, step: int, layout: Layout) -> None:
-        """Warn, on one rank for all, when the loss is not finite; training continues."""
-        if loss is not None and not math.isfinite(loss) and self._loss_trusted and self.rank == min(layout.ranks):
-            self._loss_trusted = False
-            text = (
-                f"the loss is {loss}, and so will be the parameters: look at the learning rate and the data, and "
-                "resume from an earlier checkpoint"
-            )
-            warn(self.membership, Notice.LOSS_NOT_FINITE, text, step=step)
+        self._remarks.loss(terms.loss, step, speaks=self.rank == min(layout.ranks))
 
     def _save_or_protect(self, terms: Terms, layout: Layout) -> None:
         """Protect this version, and save a checkpoint of it if that was agreed."""
@@ -585,16 +563,26 @@ class Engine:
         """Past the last step: return when its version is whole here, parity included."""
         self.worker.happened(w.EndDue())
 
+    def pause(self) -> None:
+        """Between two epochs: return when the version is whole here, so that no loss of a node takes the job back.
+
+        The script's code between epochs may use the model of this version for long, and no loop would be there to
+        compute steps again.
+        """
+        self.worker.happened(w.PauseDue())
+
     def _conclude(self, it: w.WaitUntilWhole) -> w.Event:
-        self.settle()
+        if it.last:
+            self.settle()
         if it.protect:
             self.protect(anyway=True)
         with self.progress.waiting(SNAPSHOT):
             self.snapshots.wait(self.patient)
         with self.progress.waiting(PARITY):
             self.protection.wait(self.version + 1, self.patient)
-        with self.progress.waiting(SAVES):
-            self.checkpoints.conclude(self.patient)
+        if it.last:
+            with self.progress.waiting(SAVES):
+                self.checkpoints.conclude(self.patient)
         return w.Concluded()
 
     def save_last(self, version: int, name: str, on_wait: Callable[[], None]) -> str:

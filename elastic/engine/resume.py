@@ -171,8 +171,8 @@ class Resumption:
         """Refuse other data than the checkpoint was trained on, or warn of it where the difference is to be ignored."""
         ours = {"global_batch_size": self._settings.global_batch_size, "samples": self._data["samples"]}
         ours |= {"micro_batch_size": self._settings.micro_batch_size, "seed": self._settings.seed}
-        ours |= {"shuffle": self._data["shuffle"]}
-        former = {"shuffle": True, **manifest.data}
+        ours |= {"shuffle": self._data["shuffle"], "last_batch": self._data["last_batch"]}
+        former = {"shuffle": True, "last_batch": "none", **manifest.data}
         changed = [
             f"{name} was {former[name]}, and is {value} now"
             for name, value in ours.items()

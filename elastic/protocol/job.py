@@ -35,6 +35,8 @@ class Job:
     samples: int = 0  # in the dataset
     shuffle: bool = True  # whether their order is permuted
     sample_digests: tuple[str, ...] = ()  # of the first, the middle and the last sample
+    epochs: int = 0  # whose steps `steps` is; 0: it was given
+    last_batch: str = "drop"
     optimizer: str = ""  # its type and settings, as text
     protection: str = "parity"  # parity | replay | replicate | none
     node_losses: int = 1  # how many nodes may be lost at once

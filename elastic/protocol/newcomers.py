@@ -13,7 +13,7 @@ from .causes import Ending
 from .outcome import Outcome, fail
 from .state import State, Worker
 
-_SETTINGS = ("steps", "stages", "micro_batches", "global_batch_size", "seed", "shuffle")
+_SETTINGS = ("steps", "epochs", "last_batch", "stages", "micro_batches", "global_batch_size", "seed", "shuffle")
 
 
 def difference(state: State, theirs: e.Job, rank: int) -> str:

@@ -51,6 +51,7 @@ from .worker_events import (
     LoopLeft,
     NoteChange,
     OpenCheckpoint,
+    PauseDue,
     Placed,
     Prefetch,
     Protect,
@@ -330,6 +331,10 @@ def _end_due(state: WorkerState, event: EndDue) -> Outcome:
     return replace(state, phase=WorkerPhase.CONCLUDING), [*dropped, wait]
 
 
+def _pause_due(state: WorkerState, event: PauseDue) -> Outcome:
+    return replace(state, phase=WorkerPhase.CONCLUDING), [WaitUntilWhole(protect=True, last=False)]
+
+
 def _concluded(state: WorkerState, event: Concluded) -> Outcome:
     return replace(state, phase=WorkerPhase.READY), []
 
@@ -348,6 +353,7 @@ HANDLED: dict[tuple[WorkerPhase, type[Any]], Callable[[WorkerState, Any], Outcom
     (WorkerPhase.READY, SwitchDue): _switch_due,
     (WorkerPhase.READY, LoopLeft): _loop_left,
     (WorkerPhase.READY, EndDue): _end_due,
+    (WorkerPhase.READY, PauseDue): _pause_due,
     **dict.fromkeys([(phase, Computed) for phase in _TRAINING], _computed),
     (WorkerPhase.REDUCING, Reduced): _reduced,
     (WorkerPhase.AGREEING, Agreed): _agreed,

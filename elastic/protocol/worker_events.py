@@ -112,8 +112,13 @@ class EndDue:
 
 
 @dataclass(frozen=True)
+class PauseDue:
+    """The user's code between two epochs is about to run: the version has to be protected."""
+
+
+@dataclass(frozen=True)
 class Concluded:
-    """The last version is whole here."""
+    """The version is whole here."""
 
 
 Event = (
@@ -133,6 +138,7 @@ Event = (
     | SwitchDue
     | LoopLeft
     | EndDue
+    | PauseDue
     | Concluded
 )
 
@@ -389,9 +395,10 @@ class ReportLeft:
 
 @dataclass(frozen=True)
 class WaitUntilWhole:
-    """Wait until the last version, its parity and its checkpoints are whole here. Answer: Concluded."""
+    """Wait until the version and its parity are whole here. Answer: Concluded. `last`: its checkpoints, too."""
 
     protect: bool
+    last: bool = True
 
 
 Instruction = (

@@ -28,7 +28,7 @@ class WorkerPhase(enum.Enum):
     AGREEING = "agreeing"  # waits for its snapshots, and agrees on the step with all members
     PUBLISHING = "publishing"  # sends the new values of its shards, and receives those of others
     LEAVING = "leaving"  # hands over, and waits to be released
-    CONCLUDING = "concluding"  # waits for its last version to be protected
+    CONCLUDING = "concluding"  # waits for its version to be protected: the last one, or at the end of an epoch
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -77,6 +77,8 @@ class DataSource:
             micro_batch_size=settings.micro_batch_size,
             seed=settings.seed,
             shuffle=shuffle,
+            by_epoch=settings.epochs > 0,
+            pad=settings.last_batch == "pad",
         )
         self._ahead: _Ahead | None = None
         self.upcoming: Callable[[], Iterable[Key]] = lambda: ()
@@ -126,7 +128,9 @@ class DataSource:
 
     def described(self) -> dict[str, Any]:
         """The description of the data in a checkpoint, which ranks also compare; see `digests`."""
-        return {"samples": self.samples, "shuffle": self.order.shuffle, "sample_digests": list(self.digests())}
+        last = ("pad" if self.order.pad else "drop") if self.order.by_epoch else "none"
+        described = {"samples": self.samples, "shuffle": self.order.shuffle, "last_batch": last}
+        return {**described, "sample_digests": list(self.digests())}
 
     def close(self) -> None:
         """End the worker processes."""

@@ -1,8 +1,10 @@
 """Data order as a function: the samples of micro-batch (step, micro-batch), with no state to save.
 
 Position p of the run (p = step * batch + offset) is sample `permutation(epoch)[p mod n]` of epoch p // n, so that
-every sample is used exactly once an epoch through any history of failures. The permutation is a keyed bijection
-(a four-round Feistel network, iterated until the value is below n; Black and Rogaway, 2002), so no list is stored.
+every sample is used exactly once an epoch through any history of failures. With `by_epoch` each epoch begins with a
+batch of its own: the samples that do not fill its last batch are left out, or it is padded from the epoch's first.
+The permutation is a keyed bijection (a four-round Feistel network, iterated until the value is below n; Black and
+Rogaway, 2002), so no list is stored.
 """
 
 from __future__ import annotations
@@ -55,18 +57,28 @@ class DataOrder:
     micro_batch_size: int
     seed: int
     shuffle: bool = True
+    by_epoch: bool = False
+    pad: bool = False
 
     @property
     def micro_batches(self) -> int:
         return self.global_batch_size // self.micro_batch_size
 
+    @property
+    def epoch_steps(self) -> int:
+        """Steps of an epoch, where epochs begin with a batch of their own."""
+        return -(-self.samples // self.global_batch_size) if self.pad else self.samples // self.global_batch_size
+
     def indices(self, step: int, micro_batch: int) -> list[int]:
         """The dataset indices of a micro-batch, in order."""
-        first = step * self.global_batch_size + micro_batch * self.micro_batch_size
-        return [self._sample(position) for position in range(first, first + self.micro_batch_size)]
+        epoch, within = divmod(step, self.epoch_steps) if self.by_epoch else (0, step)
+        first = within * self.global_batch_size + micro_batch * self.micro_batch_size
+        positions = range(first, first + self.micro_batch_size)
+        if self.by_epoch:
+            return [self._sample(epoch, position % self.samples) for position in positions]
+        return [self._sample(*divmod(position, self.samples)) for position in positions]
 
-    def _sample(self, position: int) -> int:
-        epoch, offset = divmod(position, self.samples)
+    def _sample(self, epoch: int, offset: int) -> int:
         if not self.shuffle:
             return offset
         return permuted(offset, self.samples, self.seed, epoch)

@@ -1,7 +1,7 @@
 """A job that shares values between its ranks: before the loop, after each step, and behind it.
 
 `loop`: its own loop over prepared batches, instead of `run.steps`. `kills`: [rank, place], with place "before",
-"behind" or a step: where the first process of that rank kills itself, between two calls.
+"behind" or a step: where a process of that rank kills itself, once, between two calls.
 """
 
 import json
@@ -20,8 +20,10 @@ out = Path(config["out"])
 mine = int(os.environ.get("RANK", "0"))
 
 
-def comes_by(run, place):
-    if not run.is_replacement and [mine, place] in config.get("kills", []):
+def comes_by(place):
+    marker = out / f"killed-{mine}-{place}"
+    if [mine, place] in config.get("kills", []) and not marker.exists():
+        marker.touch()
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -29,7 +31,7 @@ def between(run, step):
     state = run.state
     state["steps"] = state.get("steps", 0) + 1
     norm = run.mean(step.gradient_norm)
-    comes_by(run, step.index)
+    comes_by(step.index)
     state["norms"] = [*state.get("norms", []), norm]
     state["best"] = min(state["best"], norm)
     state["largest"] = run.reduce(torch.tensor([norm, state["steps"]]), "max")
@@ -48,7 +50,7 @@ def train(run):
     else:
         steps = run.steps(model, optimizer, data, loss_fn=loss_fn)
     drawn = run.broadcast(torch.rand(3))
-    comes_by(run, "before")
+    comes_by("before")
     run.barrier()
     run.state.setdefault("best", float("inf"))
     run.state["drawn"] = drawn
@@ -60,7 +62,7 @@ def train(run):
         for step in steps:
             between(run, step)
     run.state["behind"] = run.mean(7)
-    comes_by(run, "behind")
+    comes_by("behind")
     run.barrier()
     torch.save({**run.full_state_dict(), "shared": dict(run.state)}, out / f"state-{mine}.pt")
 

@@ -46,7 +46,9 @@ def test_environment_over_file_over_decorator(tmp_path, monkeypatch) -> None:
 
 # name, type, default, choices: as users' scripts have them. The flag and the variable follow from the name.
 FROZEN = """
-steps int required
+steps int 0
+epochs int 0
+last_batch str 'drop' drop|pad
 global_batch_size int required
 micro_batch_size int required
 stages int 1
@@ -72,6 +74,8 @@ resume_data str 'check' check|ignore
 """
 GIVEN = {  # a value other than the default for each setting, as text and as a value
     "steps": ("3", 3),
+    "epochs": ("3", 3),
+    "last_batch": ("pad", "pad"),
     "global_batch_size": ("12", 12),
     "micro_batch_size": ("3", 3),
     "stages": ("2", 2),
@@ -109,21 +113,40 @@ def test_the_settings_are_these() -> None:
 
 
 def test_a_setting_is_given_by_variable_flag_file_and_decorator(tmp_path, monkeypatch) -> None:
-    """Each setting, from each source: the result is the same."""
-    expected = Settings(**{name: value for name, (_, value) in GIVEN.items()})
+    """Each setting but `epochs`, which takes the place of `steps`, from each source: the result is the same."""
     assert {known.name for known in SETTINGS} == set(GIVEN)
-    assert not [known.name for known in SETTINGS if getattr(expected, known.name) == known.default]
-    flags = [f"{known.flag}={GIVEN[known.name][0]}" for known in SETTINGS]
+    given = {name: both for name, both in GIVEN.items() if name != "epochs"}
+    settings = [known for known in SETTINGS if known.name in given]
+    expected = Settings(**{name: value for name, (_, value) in given.items()})
+    assert not [known.name for known in settings if getattr(expected, known.name) == known.default]
+    flags = [f"{known.flag}={given[known.name][0]}" for known in settings]
     for name, text in overrides(parser().parse_args([*flags, "script.py"])).items():
         monkeypatch.setenv(name, text)
     assert resolve(DECLARED) == expected
-    for known in SETTINGS:
+    for known in settings:
         monkeypatch.delenv(known.variable)
-    lines = [f"{name} = {value!r}" for name, (_, value) in GIVEN.items()]
+    lines = [f"{name} = {value!r}" for name, (_, value) in given.items()]
     write(tmp_path / "all.toml", "\n".join(["[everstep]", *lines]), monkeypatch)
     assert resolve(DECLARED) == expected
-    arguments = {name: value for name, (_, value) in GIVEN.items()} | {"checkpoint_options": {"a": 1}}
+    arguments = {name: value for name, (_, value) in given.items()} | {"checkpoint_options": {"a": 1}}
     assert declared(Arguments(**arguments)) == expected
+
+
+def test_how_long_to_train_is_said_once(monkeypatch) -> None:
+    """By steps or by epochs; what the environment says takes the place of either."""
+    sizes = {"global_batch_size": 8, "micro_batch_size": 2}
+    with pytest.raises(UsageError, match=r"steps \(10\) and epochs \(2\) are both given: leave one of them out"):
+        resolve(Settings(steps=10, epochs=2, **sizes))
+    with pytest.raises(UsageError, match=r"nothing says how long to train: give steps=N \(optimizer steps\) or"):
+        resolve(Settings(**sizes))
+    monkeypatch.setenv("EVERSTEP_EPOCHS", "3")
+    assert resolve(DECLARED) == Settings(epochs=3, **sizes)
+    assert resolve(Settings(**sizes)) == Settings(epochs=3, **sizes)
+    monkeypatch.setenv("EVERSTEP_STEPS", "4")
+    with pytest.raises(UsageError, match="are both given"):
+        resolve(DECLARED)
+    monkeypatch.delenv("EVERSTEP_EPOCHS")
+    assert resolve(Settings(epochs=2, **sizes)) == Settings(steps=4, **sizes)
 
 
 def test_no_flag_gives_nothing() -> None:
@@ -155,8 +178,8 @@ def test_the_decorators_arguments_are_the_settings() -> None:
 def test_a_misspelled_argument_of_the_decorator_is_pythons_error() -> None:
     with pytest.raises(TypeError, match="got an unexpected keyword argument 'stagez'"):
         everstep.elastic(steps=1, global_batch_size=1, micro_batch_size=1, stagez=2)
-    with pytest.raises(TypeError, match="missing a required argument: 'steps'"):
-        everstep.elastic(global_batch_size=1, micro_batch_size=1)
+    with pytest.raises(TypeError, match="missing a required argument: 'global_batch_size'"):
+        everstep.elastic(steps=1, micro_batch_size=1)
 
 
 def test_what_a_worker_says_of_its_settings_has_their_defaults() -> None:

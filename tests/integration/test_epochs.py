@@ -1,0 +1,90 @@
+"""Epochs: alone, with workers killed in front of and behind their batches, resumed at every step: the same bytes."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.jobs import JOBS, assert_same_state, command, run_job, same
+
+EPOCHS, STEPS = 3, 2  # of 21 samples, 8 in a batch
+KILLS = [[1, "epoch 1"], [0, "end 1"], [2, "end 2"], [1, "last"]]
+FAULTS = [{"rank": 1, "phase": "compute", "step": 4, "after": 1, "incarnation": 1}]
+
+
+def alone(out: Path, environment: dict[str, str] | None = None, **config: Any) -> dict[str, Any]:
+    """Without the launcher: one rank."""
+    out.mkdir(exist_ok=True)
+    ended = command([str(JOBS / "epochs_job.py"), json.dumps({"out": str(out), **config})], environment)
+    assert ended.status == 0, ended.stderr
+    assert all("SIGTERM" in line for line in ended.stderr.splitlines()), ended.stderr
+    return state_of(out)
+
+
+def state_of(out: Path, rank: int = 0) -> dict[str, Any]:
+    state: dict[str, Any] = torch.load(out / f"state-{rank}.pt", weights_only=True)
+    return state
+
+
+def samples(out: Path) -> dict[int, list[int]]:
+    """Step -> the samples that one rank alone has had in it."""
+    found: dict[int, list[int]] = {}
+    for step, numbers in json.loads((out / "seen-0.json").read_text()):
+        found.setdefault(step, []).extend(numbers)
+    return found
+
+
+def assert_same_job(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert found["shared"].keys() == expected["shared"].keys()
+    for name, value in expected["shared"].items():
+        assert same(found["shared"][name], value), name
+    assert_same_state({**found, "shared": 0, "step": 0}, {**expected, "shared": 0, "step": 0})
+
+
+def test_ranks_die_around_epochs(tmp_path: Path) -> None:
+    """In front of the batches of one, in the middle, behind those of two, and behind the last one."""
+    with ThreadPoolExecutor(2) as pool:
+        waiting = pool.submit(alone, tmp_path)
+        result = run_job(nproc=3, script="epochs_job.py", kills=KILLS, faults=FAULTS)
+        expected = waiting.result()
+    assert result.status == 0, result.output
+    assert [event["rank"] for event in result.named("worker_died")] == [1, 0, 1, 2, 1]
+    assert [entry[:2] for entry in expected["shared"]["epochs"]] == [[0, 2], [1, 4], [2, 6]]
+    assert (expected["shared"]["begun"], expected["shared"]["last"]) == (EPOCHS, STEPS)
+    for rank in range(3):
+        assert_same_job(result.state(rank), expected)
+    steps = samples(tmp_path)
+    assert sorted(steps) == list(range(EPOCHS * STEPS))
+    for epoch in range(EPOCHS):
+        once = [number for step in range(2 * epoch, 2 * epoch + 2) for number in steps[step]]
+        assert len(set(once)) == len(once) == 16
+    assert steps[0] != steps[2]
+
+
+@pytest.mark.soak
+def test_a_job_is_resumed_again_and_again(tmp_path: Path) -> None:
+    """At the end of an epoch, too; with the last batch padded every sample is seen in every epoch."""
+    pads = {"EVERSTEP_LAST_BATCH": "pad"}
+    expected = alone(tmp_path / "whole", pads)
+    saves = {**pads, "EVERSTEP_CHECKPOINT": str(tmp_path / "saved"), "EVERSTEP_CHECKPOINT_KEEP": "20"}
+    found = alone(tmp_path / "resumed", saves, resumes=True)
+    assert_same_job(found, expected)
+    steps = samples(tmp_path / "resumed")
+    assert steps == samples(tmp_path / "whole")
+    for epoch in range(EPOCHS):
+        numbers = [number for step in range(3 * epoch, 3 * epoch + 3) for number in steps[step]]
+        assert set(numbers) == set(range(21))
+        assert numbers[21:] == numbers[:3]
+
+
+@pytest.mark.soak
+def test_the_steps_of_epochs(tmp_path: Path) -> None:
+    """`run.steps` with epochs, and a stop in the middle of one: the code behind its batches runs."""
+    assert alone(tmp_path / "steps", steps=True)["shared"]["epochs"] == [0, 0, 1, 1, 2, 2]
+    stopped = alone(tmp_path / "stopped", stops=1)
+    assert [entry[:2] for entry in stopped["shared"]["epochs"]] == [[0, 2], [1, 3]]
