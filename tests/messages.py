@@ -22,7 +22,7 @@ ERRORS = frozenset(
         *("UsageError", "LaunchError", "AgentError", "CoordinatorFailed", "SecurityError", "CheckpointError"),
         *("StoreError", "StateStoreError", "ConversionError", "AddressTaken", "BadAddress", "Unreachable"),
         *("KeeperCannotServe", "EarlierKeeper", "CannotPreload", "TooFewDescriptors", "NoAnswer"),
-        *("ErasureLibraryMissing", "ArgumentTypeError"),
+        *("ErasureLibraryMissing", "ArgumentTypeError", "EvaluationFailed"),
     }
 )
 

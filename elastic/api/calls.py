@@ -98,6 +98,7 @@ class Calls:
                     result = attempt(_Exchanges(self, Turn(call, place.name, index, site, None)))
                 except Aborted:
                     self._interrupted()
+                    self._progress.leave()
                 else:
                     self._log.add(MadeCall(place.name, index, call, json.dumps(result), place.until))
         if made.call != call:

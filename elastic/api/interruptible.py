@@ -71,7 +71,7 @@ class Interruptible:
             else:
                 self.interrupted()
             while not engine.ended():
-                self._again()
+                self.compute_again()
         self._progress.after_training(engine.version)
 
     def until_whole(self) -> None:
@@ -82,13 +82,13 @@ class Interruptible:
                 engine.turn = None  # who joins now has not seen the last step, and need not
                 self.switch()
             elif not engine.ended():
-                self._again()
+                self.compute_again()
             else:
                 self.do(engine.conclude)
                 if engine.ended() and engine.switch is None:
                     return
 
-    def _again(self) -> None:
+    def compute_again(self) -> None:
         """More was lost than the last version outlived: it is computed again."""
         if self._engine.loops:
             raise UsageError(

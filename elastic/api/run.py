@@ -35,6 +35,7 @@ from everstep.elastic.protocol.events import Job
 from everstep.elastic.protocol.protection import state_slots
 from everstep.elastic.step.data import DataSource
 from everstep.elastic.step.devices import make_current, own_device
+from everstep.elastic.step.evaluation_data import EvaluationData
 from everstep.elastic.step.gradients import GradientWatch
 from everstep.elastic.step.schedule import ScheduleState, check_scheduler
 from everstep.resharding.layout import Layout
@@ -42,6 +43,7 @@ from everstep.resharding.layout import Layout
 from .calls import Calls
 from .course import Course
 from .epochs import Epochs
+from .evaluation import Evaluation
 from .full_state import FullState
 from .interruptible import Interruptible
 from .loop import Batches, ElasticOptimizer
@@ -270,6 +272,24 @@ class Run(Sharing):
             raise UsageError(f"run.stop(why): the reason is a text, got {why!r}")
         engine = self._trained()
         engine.stop_request.ask(engine.version, why or "run.stop()")
+
+    def evaluate(self, data: Any, function: Callable[[Any], Any]) -> list[Any]:
+        """The results of `function(batch)` for all batches of a dataset or DataLoader, in their order, on every rank.
+
+        A call of all ranks, between steps: the batches are dealt over the live ranks, and each is evaluated once; if a
+        rank is lost, what it had is dealt again. Batches are those of the DataLoader (of a dataset: of
+        `micro_batch_size` samples), in the order of the dataset. The model is in evaluation mode meanwhile, without
+        gradients; modes and random generators are left as they were. A result holds numbers, text, lists, tuples,
+        dictionaries, bytes, tensors and arrays.
+        """
+        engine = self._trained()
+        if self.settings.stages != 1:
+            raise UsageError(
+                f"run.evaluate needs the whole model on each rank, and the job has stages={self.settings.stages}: "
+                "evaluate on one rank, with run.full_state_dict()"
+            )
+        found = EvaluationData(data, self.settings.micro_batch_size, self.settings.seed)
+        return Evaluation(engine, self._parts_of_run(), found, function).run(self._sharing())
 
     def heartbeat(self) -> None:
         """Report that this worker is alive, from user code that takes long: restarts its hang timeout.

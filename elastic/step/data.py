@@ -7,13 +7,11 @@ are a function of (seed, step, micro-batch), whichever process fetches them.
 
 from __future__ import annotations
 
-import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import (
     BatchSampler,
@@ -32,7 +30,7 @@ from everstep.elastic.contract.notices import Notice, WarningChannel, warn
 from everstep.elastic.contract.settings import Settings
 from everstep.elastic.contract.signals import outlive_first_signal
 
-from .devices import seed_torch
+from .devices import seed_generators
 from .order import DataOrder, derive_seed
 
 Collate = Callable[[list[Any]], Any]
@@ -86,10 +84,7 @@ class DataSource:
     def load(self, key: Key) -> Any:
         """The item of a key, fetched in this process. The key seeds random augmentation."""
         step, number = key
-        seed = derive_seed("data", self._seed, step, number)
-        random.seed(seed)
-        np.random.seed(seed & 0xFFFFFFFF)
-        seed_torch(seed)
+        seed_generators(derive_seed("data", self._seed, step, number))
         if step == PROBE:
             return self.dataset[number]
         return self._collate([self.dataset[i] for i in self.order.indices(step, number)])
@@ -113,7 +108,7 @@ class DataSource:
         if self._loader is None or not self._loader.num_workers:
             found = [content_digest(self.load(key)) for key in twice]
         else:
-            probes = _begin(_worker_loader(self._loader, lambda key: content_digest(self.load(key)), twice, workers=1))
+            probes = begin(worker_loader(self._loader, lambda key: content_digest(self.load(key)), twice, workers=1))
             found = [digest for _, digest in probes]
         if found[: len(keys)] == found[len(keys) :]:
             return tuple(found[: len(keys)])
@@ -172,7 +167,7 @@ class _Ahead:
             self.close()
 
     def _start(self, key: Key) -> Iterator[tuple[Key, Any]]:
-        return _begin(_worker_loader(self._loader, self._load, _from(key, self._upcoming())))
+        return begin(worker_loader(self._loader, self._load, _from(key, self._upcoming())))
 
     def _worker_died(self, error: RuntimeError) -> None:
         """Handle a failure in fetching: a killed worker process is replaced, an exception of the user's code raised."""
@@ -198,7 +193,7 @@ def _from(first: Key, others: Iterable[Key]) -> Iterator[Key]:
     yield from (key for key in others if key != first)
 
 
-def _begin(loader: DataLoader[tuple[Key, Any]]) -> Iterator[tuple[Key, Any]]:
+def begin(loader: DataLoader[tuple[Key, Any]]) -> Iterator[tuple[Key, Any]]:
     """Start the worker processes, and have the loss of one raise only where their items are received.
 
     Torch's handler for SIGCHLD, whether one of ours or of the script's DataLoaders installed it, raises wherever the
@@ -232,10 +227,10 @@ class _Keys:
         return iter(self._keys)
 
 
-def _worker_loader(
+def worker_loader(
     like: DataLoader[Any], load: Callable[[Key], Any], keys: Iterable[Key], workers: int = 0
 ) -> DataLoader[Any]:
-    """A DataLoader with the worker settings of another one, for keys instead of samples."""
+    """A DataLoader with the worker settings of another one, for keys instead of samples: yields (key, item)."""
     with warnings.catch_warnings():
         # Torch has shown its warnings about these settings when the script created the loader.
         warnings.simplefilter("ignore")

@@ -5,10 +5,13 @@ The code works for every kind of accelerator that torch supports, by `torch.acce
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+import random
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -54,6 +57,30 @@ def seed_torch(seed: int) -> None:
         module = torch.get_device_module(kind)
         if module.is_initialized():
             module.manual_seed_all(seed)
+
+
+@contextlib.contextmanager
+def generators_kept() -> Iterator[None]:
+    """Put the global generators of Python, NumPy and torch back to where they were, at the end."""
+    kind = torch.accelerator.current_accelerator()
+    module = torch.get_device_module(kind) if kind is not None else None
+    devices = module.get_rng_state_all() if module is not None and module.is_initialized() else None
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        if module is not None and devices is not None:
+            module.set_rng_state_all(devices)
+
+
+def seed_generators(seed: int) -> None:
+    """Seed them all."""
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    seed_torch(seed)
 
 
 def to_device(value: Any, device: torch.device) -> Any:

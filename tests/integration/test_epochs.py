@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from tests.jobs import JOBS, assert_same_state, command, run_job, same
+from tests.jobs import JOBS, assert_same_state, command, everstep, run_job, same
 
 EPOCHS, STEPS = 3, 2  # of 21 samples, 8 in a batch
-KILLS = [[1, "epoch 1"], [0, "end 1"], [2, "end 2"], [1, "last"]]
+KILLS = [[1, "epoch 1"], [0, "end 1"], [2, "evaluation 1"], [1, "evaluation 2"], [2, "last"]]
 FAULTS = [{"rank": 1, "phase": "compute", "step": 4, "after": 1, "incarnation": 1}]
 
 
@@ -47,13 +47,13 @@ def assert_same_job(found: dict[str, Any], expected: dict[str, Any]) -> None:
 
 
 def test_ranks_die_around_epochs(tmp_path: Path) -> None:
-    """In front of the batches of one, in the middle, behind those of two, and behind the last one."""
+    """In front of the batches of one, in the middle, behind those, in evaluations, and behind the last one."""
     with ThreadPoolExecutor(2) as pool:
         waiting = pool.submit(alone, tmp_path)
         result = run_job(nproc=3, script="epochs_job.py", kills=KILLS, faults=FAULTS)
         expected = waiting.result()
     assert result.status == 0, result.output
-    assert [event["rank"] for event in result.named("worker_died")] == [1, 0, 1, 2, 1]
+    assert [event["rank"] for event in result.named("worker_died")] == [1, 0, 2, 1, 1, 2]
     assert [entry[:2] for entry in expected["shared"]["epochs"]] == [[0, 2], [1, 4], [2, 6]]
     assert (expected["shared"]["begun"], expected["shared"]["last"]) == (EPOCHS, STEPS)
     for rank in range(3):
@@ -88,3 +88,13 @@ def test_the_steps_of_epochs(tmp_path: Path) -> None:
     assert alone(tmp_path / "steps", steps=True)["shared"]["epochs"] == [0, 0, 1, 1, 2, 2]
     stopped = alone(tmp_path / "stopped", stops=1)
     assert [entry[:2] for entry in stopped["shared"]["epochs"]] == [[0, 2], [1, 3]]
+
+
+@pytest.mark.soak
+def test_an_evaluation_fails(tmp_path: Path) -> None:
+    """The error names the batch, and the traceback is the user's."""
+    arguments = [str(JOBS / "epochs_job.py"), json.dumps({"out": str(tmp_path), "raises": 3})]
+    ended = everstep("run", "--nproc-per-node=2", *arguments)
+    assert ended.status == 1
+    assert "raised ValueError for batch 1 (samples 2 to 3): the user's own mistake" in ended.stderr.splitlines()[-1]
+    assert 'raise ValueError("the user\'s own mistake")' in ended.stderr

@@ -1,7 +1,8 @@
 """A job with epochs: its own loop over them, or `run.steps`; it notes which samples it has seen, and an epoch's result.
 
 `kills`: [rank, place]: where a process of that rank kills itself, once, with place "epoch N" (in front of its batches),
-"end N" (behind them, between two calls), "last" (behind the loop). `stops`: after which step it is to stop.
+"end N" (behind them, between two calls), "evaluation N", "last" (behind the loop). `stops`: after which step it is to
+stop. `raises`: the sample that the evaluation fails for.
 `resumes`: it gets SIGTERM after its first step, saves, ends, and is resumed in the same process until it is done.
 """
 
@@ -38,6 +39,30 @@ def comes_by(place):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def evaluated(run, model, epoch):
+    """The losses of an evaluation; a rank may die when it has a first result, or the function raises."""
+    had = []
+
+    def loss_of(batch):
+        numbers, inputs, targets = batch
+        assert not model.training
+        if had:
+            comes_by(f"evaluation {epoch}")
+        if config.get("raises", -1) in numbers.tolist():
+            raise ValueError("the user's own mistake")
+        had.append(numbers.tolist())
+        noise = torch.rand(()).item() * 1e-3
+        return len(numbers), float(nn.functional.mse_loss(model(inputs), targets)) + noise, inputs.sum(0)
+
+    before = torch.get_rng_state()
+    loader = torch.utils.data.DataLoader(Numbered(), batch_size=2, num_workers=int(epoch == 1))
+    sizes, losses, sums = zip(*run.evaluate(loader, loss_of), strict=True)
+    assert sizes == (2,) * 10 + (1,)
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), before)
+    return [*losses, *torch.stack(sums).sum(0).tolist()]
+
+
 def in_epochs(run, model, optimizer):
     model, optimizer, batches = run.prepare(model, optimizer, Numbered())
     run.state.setdefault("epochs", [])
@@ -54,6 +79,7 @@ def in_epochs(run, model, optimizer):
         run.state["size"] = run.mean(sum(float(p.detach().double().norm()) for p in model.parameters()))
         comes_by(f"end {epoch}")
         run.barrier()
+        run.state["losses"] = [*run.state.get("losses", []), *evaluated(run, model, epoch)]
         run.state["epochs"] = [*run.state["epochs"], [epoch, run.step, run.state["size"]]]
     comes_by("last")
     run.state["last"] = run.broadcast(len(batches))

@@ -25,6 +25,36 @@ def test_every_sample_once_an_epoch(samples: int, micro_batches: int, micro_batc
         assert sorted(stream[epoch * samples : (epoch + 1) * samples]) == list(range(samples))
 
 
+@given(st.integers(1, 60), st.integers(1, 6), st.integers(1, 6), st.booleans(), st.booleans())
+def test_epochs_that_begin_with_a_batch(
+    samples: int, micro_batches: int, micro_batch_size: int, pad: bool, shuffle: bool
+) -> None:
+    """Without padding each sample at most once, the last batch full; with it at least once, the first ones again."""
+    batch = micro_batches * micro_batch_size
+    order = DataOrder(
+        samples=samples,
+        global_batch_size=batch,
+        micro_batch_size=micro_batch_size,
+        seed=3,
+        shuffle=shuffle,
+        by_epoch=True,
+        pad=pad,
+    )
+    steps = order.epoch_steps
+    for epoch in range(3):
+        first = epoch * steps
+        stream = [i for s in range(first, first + steps) for m in range(micro_batches) for i in order.indices(s, m)]
+        assert len(stream) == steps * batch
+        if pad:
+            assert set(stream) == set(range(samples))
+            assert len(stream) < samples + batch
+            assert stream[samples:] == (stream[:samples] * batch)[: len(stream) - samples]
+        else:
+            assert len(set(stream)) == len(stream) > samples - batch
+        if not shuffle:
+            assert stream == [position % samples for position in range(len(stream))]
+
+
 @given(st.integers(1, 4), st.integers(0, 20), st.integers(0, 99))
 def test_the_order_does_not_depend_on_the_micro_batch_size(micro_batch_size: int, step: int, seed: int) -> None:
     whole, cut = (

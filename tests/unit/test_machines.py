@@ -108,6 +108,19 @@ def test_a_step() -> None:
     assert (state.version, state.holding.values_version) == (1, 1)
 
 
+def test_a_pause_between_epochs() -> None:
+    """It waits for the version and its parity, not for checkpoints; an abort in it is like another; training goes on."""
+    state, (wait,) = drive(started(), w.PauseDue())
+    assert wait == w.WaitUntilWhole(protect=True, last=False)
+    aborted, instructions = drive(state, w.Interrupted())
+    assert names(instructions) == ["SendReport", "AwaitPlan"]
+    assert aborted.phase is WorkerPhase.WAITING
+    state, _ = drive(state, w.Concluded(), w.StepDue())
+    assert state.phase is WorkerPhase.COMPUTING
+    with pytest.raises(IllegalEvent, match="PauseDue"):
+        step(state, w.PauseDue())
+
+
 def test_what_was_not_completed_is_not_believed() -> None:
     """An abort while values are in transit: the agreement is passed, the version is not committed."""
     state, _ = drive(started(), w.StepDue(), w.Computed(), w.Reduced(), w.Agreed('{"step": 0}'))
