@@ -48,7 +48,11 @@ class Turn(NamedTuple):
 
 
 class Calls:
-    """Makes calls on one rank. `version` is that of the model, `interrupted` recovers after `Aborted`."""
+    """Makes calls on one rank. `version` is that of the model, `interrupted` recovers after `Aborted`.
+
+    `reach` computes steps again that a recovery has taken back, up to a version: a rank that joined meanwhile makes the
+    call behind them.
+    """
 
     def __init__(
         self,
@@ -57,18 +61,21 @@ class Calls:
         progress: Progress,
         version: Callable[[], int],
         interrupted: Callable[[], None],
+        reach: Callable[[int], None],
     ) -> None:
         self._comm = comm
         self._log = log
         self._progress = progress
         self._version = version
         self._interrupted = interrupted
+        self._reach = reach
         self._place: Place | None = BEFORE
         self._index = 0
+        self._arrived = 0  # the version at which the script came to this place
 
     def at(self, place: Place) -> None:
         """The script is at a place at which every rank comes by, and may make calls."""
-        self._place, self._index = place, 0
+        self._place, self._index, self._arrived = place, 0, self._version()
 
     def away(self) -> None:
         """The script's code runs in the middle of a step, or for a part of its micro-batches."""
@@ -94,6 +101,7 @@ class Calls:
         site = _site()
         with self._progress.called():
             while (made := self._log.find(place, index)) is None:
+                self._reach(self._arrived)
                 try:
                     result = attempt(_Exchanges(self, Turn(call, place.name, index, site, None)))
                 except Aborted:

@@ -57,7 +57,7 @@ class Evaluation:
     def _reach_version(self) -> None:
         """The version that the script has seen is whole here, and protected from the loss of nodes. Raises Aborted."""
         engine = self._engine
-        while engine.version < self._version:  # more was lost than is protected
+        if engine.version < self._version:  # more was lost than is protected
             self._parts.compute_again()
         engine.pause()
         engine.progress.leave()

@@ -74,6 +74,12 @@ class Interruptible:
                 self.compute_again()
         self._progress.after_training(engine.version)
 
+    def reach(self, version: int) -> None:
+        """In `run.steps`: compute again what a recovery has taken back of the steps before `version`."""
+        while not self._engine.loops and self._engine.version < version:
+            self.compute_again()
+            self._progress.leave()
+
     def until_whole(self) -> None:
         """Past the last step: return when its version is whole on this rank, and no other generation is due."""
         engine = self._engine

@@ -437,7 +437,9 @@ class Run(Sharing):
         self._recovery = Recovery(engine, token, node)
         engine.damage.committed = self._recovery.committed
         self._parts = parts = Interruptible(engine, self._recovery)
-        self._calls = Calls(engine.comm, engine.calls, engine.progress, lambda: engine.version, parts.interrupted)
+        self._calls = Calls(
+            engine.comm, engine.calls, engine.progress, lambda: engine.version, parts.interrupted, parts.reach
+        )
         values = state_digest(model.state_dict())
         self._note_values(engine, values)
         job = Job(

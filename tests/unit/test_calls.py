@@ -55,8 +55,9 @@ class Rank(Sharing):
         self.comm = MortalCommunicator(rank, incarnation, network=cluster.network)
         self.log = CallLog()
         self.version = 0
+        progress = Progress(None, rank, incarnation, [])
         self.calls = Calls(
-            self.comm, self.log, Progress(None, rank, incarnation, []), lambda: self.version, lambda: cluster.wait(self)
+            self.comm, self.log, progress, lambda: self.version, lambda: cluster.wait(self), lambda version: None
         )
         self.state = SharedState()
 

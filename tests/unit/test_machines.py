@@ -109,7 +109,7 @@ def test_a_step() -> None:
 
 
 def test_a_pause_between_epochs() -> None:
-    """It waits for the version and its parity, not for checkpoints; an abort in it is like another; training goes on."""
+    """It waits for the version and its parity, not for checkpoints. An abort in it is like another."""
     state, (wait,) = drive(started(), w.PauseDue())
     assert wait == w.WaitUntilWhole(protect=True, last=False)
     aborted, instructions = drive(state, w.Interrupted())
