@@ -2,7 +2,7 @@
 
 `kills`: [rank, place]: where a process of that rank kills itself, once, with place "epoch N" (in front of its batches),
 "end N" (behind them, between two calls), "evaluation N", "last" (behind the loop). `stops`: after which step it is to
-stop. `raises`: the sample that the evaluation fails for.
+stop. `nodes`: what is killed is the node of that process. `raises`: the sample that the evaluation fails for.
 `resumes`: it gets SIGTERM after its first step, saves, ends, and is resumed in the same process until it is done.
 """
 
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 import everstep
+from everstep.elastic.contract.progress import _kill_node
 
 config = json.loads(sys.argv[1])
 out = Path(config["out"])
@@ -36,6 +37,8 @@ def comes_by(place):
     marker = out / f"killed-{mine}-{place}"
     if [mine, place] in config.get("kills", []) and not marker.exists():
         marker.touch()
+        if config.get("nodes"):
+            _kill_node()
         os.kill(os.getpid(), signal.SIGKILL)
 
 
