@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from everstep.elastic.contract.errors import UsageError
 from everstep.elastic.contract.stateful import encode
 from everstep.elastic.engine.engine import Engine
+from everstep.elastic.holding.stack import plain_name
 from everstep.elastic.step.devices import generators_kept, seed_generators, to_device
 from everstep.elastic.step.evaluation_data import EvaluationData
 from everstep.elastic.step.order import derive_seed
@@ -35,11 +36,20 @@ class EvaluationFailed(Exception):
 class Evaluation:
     """One evaluation, on one rank."""
 
-    def __init__(self, engine: Engine, parts: Interruptible, data: EvaluationData, function: Function) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        parts: Interruptible,
+        data: EvaluationData,
+        function: Function,
+        averages: Callable[[], Mapping[str, Tensor]] | None,
+    ) -> None:
+        """`averages` reads the values, by name, that take the place of the parameters' meanwhile. Raises Aborted."""
         self._engine = engine
         self._parts = parts
         self._data = data
         self._function = function
+        self._averages = averages
         self._version = engine.version
         self._results: dict[int, Any] = {}  # batch -> its result, of those that were evaluated here
 
@@ -65,7 +75,8 @@ class Evaluation:
     def _evaluate(self, numbers: list[int]) -> None:
         """Evaluate these batches. Raises Aborted between two of them."""
         engine = self._engine
-        with generators_kept(), _for_evaluation(engine.stack.model):
+        averages = self._averages() if self._averages is not None else {}
+        with generators_kept(), _for_evaluation(engine.stack.model), _in_place(engine.stack.model, averages):
             batches = self._data.batches(numbers)
             with contextlib.closing(batches):
                 for number, batch in batches:
@@ -98,6 +109,21 @@ def _for_evaluation(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextlib.contextmanager
+def _in_place(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Put these values in the place of the parameters'; afterwards the parameters have their own again."""
+    parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
+    replaced = {name: parameter for name, parameter in parameters.items() if name in values}
+    kept = [(parameter, parameter.data.clone()) for parameter in replaced.values()]
+    for name, parameter in replaced.items():
+        parameter.data.copy_(values[name])
+    try:
+        yield
+    finally:
+        for parameter, value in kept:
+            parameter.data.copy_(value)
 
 
 def _dealt(held: Mapping[int, Any]) -> dict[str, list[int]]:

@@ -13,6 +13,7 @@ from everstep.elastic.contract.errors import UsageError
 from everstep.elastic.engine.engine import Engine
 from everstep.elastic.engine.recovery import Recovery
 from everstep.elastic.holding.stack import LayerStack
+from everstep.elastic.holding.user_optimizer import AVERAGE
 from everstep.resharding.units import Shard
 
 from .interruptible import Interruptible
@@ -32,19 +33,25 @@ class FullState:
         self._parts = parts
         self._alone = alone
 
-    def read(self) -> dict[str, Any]:
-        """The state as `Run.full_state_dict` returns it. Raises UsageError if shards do not appear."""
+    def read(self, *, recovers: bool = True) -> dict[str, Any]:
+        """The state as `Run.full_state_dict` returns it. Raises UsageError if shards do not appear.
+
+        After the end of a generation it recovers and goes on, or, without `recovers`, raises Aborted.
+        """
         engine, deadline = self._engine, time.monotonic() + GATHER_TIMEOUT_S
         while True:
             states = self._shard_states()
             if len(states) == len(engine.stack.spec.shards):
-                return assemble(engine.stack, states)
+                return assemble(engine.stack, states, averaged=engine.optimizer.decay is not None)
             if time.monotonic() > deadline:
                 raise UsageError(
                     f"full_state_dict: {len(engine.stack.spec.shards) - len(states)} shards of version "
                     f"{engine.version} did not appear in any snapshot keeper within {GATHER_TIMEOUT_S:g} s"
                 )
-            self._parts.do(self._pause)
+            if recovers:
+                self._parts.do(self._pause)
+            else:
+                self._pause()
 
     def _shard_states(self) -> dict[int, dict[str, Any]]:
         engine = self._engine
@@ -63,11 +70,15 @@ class FullState:
         time.sleep(0.02)
 
 
-def assemble(stack: LayerStack, states: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
-    """Shard -> its state ("value", and the optimizer's) as `Run.full_state_dict` returns it."""
+def assemble(stack: LayerStack, states: Mapping[int, Mapping[str, Any]], *, averaged: bool = False) -> dict[str, Any]:
+    """Shard -> its state ("value", and the optimizer's) as `Run.full_state_dict` returns it.
+
+    `averaged`: with the moving averages, which are the values before the first step and for batch-norm statistics.
+    """
     spec = stack.spec
     model: dict[str, Tensor] = {}
     masters: dict[str, Tensor] = {}
+    averages: dict[str, Tensor] = {}
     optimizer: dict[str, dict[str, Any]] = {}
     shards_of: dict[int, list[Shard]] = {}
     for shard in spec.shards:
@@ -85,13 +96,15 @@ def assemble(stack: LayerStack, states: Mapping[int, Mapping[str, Any]]) -> dict
         model[parameter.name] = value.to(getattr(torch, parameter.dtype))
         if value.dtype != model[parameter.name].dtype:
             masters[parameter.name] = value
+        averages[parameter.name] = joined.pop(AVERAGE, value).to(getattr(torch, parameter.dtype))
         if joined:
             optimizer[parameter.name] = joined
     for name, tensor in stack.constants():
         model[name] = tensor.detach().to("cpu", copy=True)
     for name, original in stack.aliases.items():
         model[name] = model[original]
-    return {"model": model, "optimizer": optimizer, **({"masters": masters} if masters else {})}
+    found = {"model": model, "optimizer": optimizer, **({"masters": masters} if masters else {})}
+    return {**found, "average": averages} if averaged else found
 
 
 def _join(values: list[Any], elements: list[int], shape: tuple[int, ...]) -> Any:

@@ -78,6 +78,7 @@ class Run(Sharing):
         self.state = SharedState()
         self._registered: dict[str, Any] = {STATE: self.state}
         self._batches: Batches | None = None
+        self._average: tuple[nn.Module, float] | None = None  # the model whose parameters are averaged, the decay
         self._gradients: GradientWatch | None = None
         self._schedulers: Schedulers | None = None
         self._step_functions: list[Callable[[Step], None]] = []
@@ -273,13 +274,27 @@ class Run(Sharing):
         engine = self._trained()
         engine.stop_request.ask(engine.version, why or "run.stop()")
 
-    def evaluate(self, data: Any, function: Callable[[Any], Any]) -> list[Any]:
+    def average(self, model: nn.Module, decay: float) -> None:
+        """Keep a moving average of the parameters: after each step `average = decay * average + (1 - decay) * value`.
+
+        Call it before `prepare` or `steps`, with the same model. The averages are kept as the optimizer's state is:
+        sharded, protected, saved, restored. `run.evaluate(..., average=True)` evaluates with them, and
+        `run.full_state_dict()["average"]` has them by name.
+        """
+        if self._engine is not None:
+            raise UsageError("run.average(model, decay) has to be called before run.prepare or run.steps")
+        if not isinstance(decay, int | float) or not 0 <= decay < 1:
+            raise UsageError(f"run.average: decay must be a number from 0 to less than 1, such as 0.999; got {decay!r}")
+        self._average = (model, float(decay))
+
+    def evaluate(self, data: Any, function: Callable[[Any], Any], *, average: bool = False) -> list[Any]:
         """The results of `function(batch)` for all batches of a dataset or DataLoader, in their order, on every rank.
 
         A call of all ranks, between steps: the batches are dealt over the live ranks, and each is evaluated once; if a
         rank is lost, what it had is dealt again. Batches are those of the DataLoader (of a dataset: of
         `micro_batch_size` samples), in the order of the dataset. The model is in evaluation mode meanwhile, without
-        gradients; modes and random generators are left as they were. A result holds numbers, text, lists, tuples,
+        gradients; modes and random generators are left as they were. With `average` the parameters have the values of
+        `run.average` meanwhile. A result holds numbers, text, lists, tuples,
         dictionaries, bytes, tensors and arrays.
         """
         engine = self._trained()
@@ -288,8 +303,11 @@ class Run(Sharing):
                 f"run.evaluate needs the whole model on each rank, and the job has stages={self.settings.stages}: "
                 "evaluate on one rank, with run.full_state_dict()"
             )
-        found = EvaluationData(data, self.settings.micro_batch_size, self.settings.seed)
-        return Evaluation(engine, self._parts_of_run(), found, function).run(self._sharing())
+        if average and self._average is None:
+            raise UsageError("run.evaluate(average=True): call run.average(model, decay) before run.prepare")
+        found, full = EvaluationData(data, self.settings.micro_batch_size, self.settings.seed), self._full_state()
+        averages = (lambda: full.read(recovers=False)["average"]) if average else None
+        return Evaluation(engine, self._parts_of_run(), found, function, averages).run(self._sharing())
 
     def heartbeat(self) -> None:
         """Report that this worker is alive, from user code that takes long: restarts its hang timeout.
@@ -340,14 +358,18 @@ class Run(Sharing):
         """{"model": {name: tensor}, "optimizer": {name: {state: tensor}}} of the whole model, on the calling rank.
 
         The model's tensors have the types of the live model. Where parameters have float32 masters (`master_dtype`),
-        these are there too, as "masters": {name: tensor}, and the optimizer's states are theirs.
+        these are there too, as "masters": {name: tensor}, and the optimizer's states are theirs; with `run.average`
+        the averages, as "average", in the types of the live model.
 
         Read from the snapshot keepers, so this is no collective: other ranks need not call it.
         """
         with self._progress.called(), self._progress.waiting("snapshots in keepers, for full_state_dict"):
-            engine, alone = self._trained(), self._context is None
-            assert self._recovery is not None
-            return FullState(engine, self._recovery, self._parts_of_run(), alone=alone).read()
+            return self._full_state().read()
+
+    def _full_state(self) -> FullState:
+        engine = self._trained()
+        assert self._recovery is not None
+        return FullState(engine, self._recovery, self._parts_of_run(), alone=self._context is None)
 
     def release(self) -> None:
         """End what this run has started in this process besides threads: the worker processes of a DataLoader."""
@@ -402,6 +424,9 @@ class Run(Sharing):
         described = data.described()
         stack = LayerStack(model, cut=not loops, whole=not is_elementwise(optimizer))
         make_current(stack.device)
+        if self._average is not None and self._average[0] is not model:
+            raise UsageError("run.average was called with another model than run.prepare or run.steps")
+        decay = self._average[1] if self._average is not None else None
         if settings.stages > len(stack.layers):
             raise UsageError(_too_few_layers(model, settings.stages, len(stack.layers)))
         link, lineage, slots, context = None, None, 2, self._context
@@ -413,7 +438,7 @@ class Run(Sharing):
         engine = Engine(
             settings=settings,
             stack=stack,
-            optimizer=UserOptimizer(optimizer, stack, settings.master_dtype),
+            optimizer=UserOptimizer(optimizer, stack, settings.master_dtype, decay),
             data=data,
             described=described,
             loss_fn=loss_fn,

@@ -17,7 +17,7 @@ from everstep.elastic.protocol.terms import Terms
 from everstep.resharding.units import Shard
 
 from .hyperparameters import unpack
-from .user_optimizer import UserOptimizer
+from .user_optimizer import AVERAGE, UserOptimizer
 
 
 class ShardStore:
@@ -36,6 +36,7 @@ class ShardStore:
         self._shards: dict[int, Shard] = {}
         self._rounded: frozenset[int] = frozenset()  # the shards that are masters of the model's
         self._inner = optimizer.clone()
+        self._averages: dict[int, Tensor] = {}  # moving averages of the values, where the optimizer has a decay
 
     @property
     def owned(self) -> tuple[Shard, ...]:
@@ -56,6 +57,7 @@ class ShardStore:
         for index, parameter in self._parameters.items():
             if index not in parameters:
                 self._inner.state.pop(parameter, None)
+        self._averages = {index: average for index, average in self._averages.items() if index in parameters}
         self._parameters = parameters
         self._shards = {shard.index: shard for shard in shards}
         self._rounded = frozenset(s.index for s in shards if self._live is not None and self.apart(s))
@@ -112,14 +114,28 @@ class ShardStore:
                 parameter.grad = clipped.to(parameter.device, parameter.dtype).view(parameter.shape)
         for group, settings in zip(self._inner.param_groups, unpack(terms.groups), strict=True):
             group.update(settings)
+        averaged = self._averaged(gradients)
         try:
             self._inner.step()
         finally:
             for parameter in self._parameters.values():
                 parameter.grad = None
+        for index in averaged:
+            assert self.optimizer.decay is not None
+            self._averages[index].lerp_(self._parameters[index].data, 1.0 - self.optimizer.decay)
         for index in self._rounded:
             if index in gradients:
                 self._round(index)
+
+    def _averaged(self, gradients: Mapping[int, Tensor]) -> list[int]:
+        """The shards whose values are averaged; an average begins with the values before the first step."""
+        if self.optimizer.decay is None:
+            return []
+        found = [i for i in gradients if i in self._shards and self.optimizer.steps(self._shards[i].parameter)]
+        for index in found:
+            if index not in self._averages:
+                self._averages[index] = self._parameters[index].data.clone()
+        return found
 
     def _round(self, index: int) -> None:
         """Write a shard's values to the model."""
@@ -129,7 +145,8 @@ class ShardStore:
     def state(self, shard: int) -> ShardState:
         """A shard's parameter values and optimizer state, sharing their memory."""
         parameter = self._parameters[shard]
-        return {"value": parameter.data, **self._inner.state.get(parameter, {})}
+        average = {AVERAGE: self._averages[shard]} if shard in self._averages else {}
+        return {"value": parameter.data, **self._inner.state.get(parameter, {}), **average}
 
     def load(self, shard: int, state: ShardState) -> None:
         """Set a shard's values, in the model too, and its optimizer state, to copies of the given tensors.
@@ -140,7 +157,10 @@ class ShardStore:
         parameter.data.copy_(state["value"])
         if shard in self._rounded:
             self._round(shard)
-        rest = {name: value for name, value in state.items() if name != "value"}
+        rest = {name: value for name, value in state.items() if name not in ("value", AVERAGE)}
+        self._averages.pop(shard, None)
+        if AVERAGE in state and self.optimizer.decay is not None:
+            self._averages[shard] = self._placed(state[AVERAGE], shard, state["value"].dtype)
         self._inner.state.pop(parameter, None)
         if rest:
             self._inner.state[parameter] = {

@@ -31,6 +31,7 @@ from .stack import LayerStack
 _ELEMENTWISE = frozenset(
     {"SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adagrad", "Adadelta", "RMSprop", "ASGD", "Rprop"}
 )
+AVERAGE = "ema"  # the name of a parameter's moving average among its states
 _PROBE = 7  # elements of the dummy parameter that reveals an optimizer's state
 _MARGIN_BYTES = 256  # of a record, beyond the size of its state after the first step
 
@@ -66,9 +67,13 @@ def master_type(live: torch.dtype, asked: str) -> torch.dtype:
 class UserOptimizer:
     """The optimizer that the user built. It never steps itself: each `ShardStore` steps a clone of it."""
 
-    def __init__(self, optimizer: Optimizer, stack: LayerStack, master_dtype: str = "none") -> None:
+    def __init__(
+        self, optimizer: Optimizer, stack: LayerStack, master_dtype: str = "none", decay: float | None = None
+    ) -> None:
+        """`decay`: of the moving average of each parameter that is kept beside its state; None: none is."""
         self.user = optimizer
         self.stack = stack
+        self.decay = decay
         of_tensor = {
             id(parameter): number
             for number, group in enumerate(optimizer.param_groups)
@@ -94,6 +99,10 @@ class UserOptimizer:
         """The number of a parameter's group; None if the optimizer does not have the parameter."""
         return self._group[parameter]
 
+    def steps(self, parameter: int) -> bool:
+        """Whether the optimizer steps a parameter: it has it, and it is no statistic of a batch norm."""
+        return self._group[parameter] is not None and not self.stack.averaged(parameter)
+
     def dtype_of(self, parameter: int) -> torch.dtype:
         """The type in which a parameter is stepped: its own, or that of its master."""
         return self._dtype[parameter]
@@ -113,7 +122,8 @@ class UserOptimizer:
     def describe(self) -> str:
         """The optimizer's type and settings, for comparison between ranks."""
         masters = " with float32 masters" if self.masters() else ""
-        return f"{type(self.user).__name__}{masters} {json.dumps(pack(self.hyper_parameters())['settings'])}"
+        average = f" with an average of decay {self.decay}" if self.decay is not None else ""
+        return f"{type(self.user).__name__}{masters}{average} {json.dumps(pack(self.hyper_parameters())['settings'])}"
 
     def set_hyper_parameters(self, groups: Groups) -> None:
         """Give the user's groups these settings."""
@@ -143,7 +153,7 @@ class UserOptimizer:
         """The size in bytes of the record of a shard's state after the optimizer's first step."""
         like = self.stack.parameter_of[shard.parameter]
         value = torch.empty(self.shape_of(shard), dtype=self._dtype[shard.parameter], device="meta")
-        if self.stack.averaged(shard.parameter) or self._group[shard.parameter] is None:
+        if not self.steps(shard.parameter):
             return record_bytes({"value": value}) + _MARGIN_BYTES
         if self.stack.spec.whole:
             state = self._probe(torch.zeros(value.shape, dtype=value.dtype, device=like.device), shard)
@@ -159,7 +169,8 @@ class UserOptimizer:
                 name: value if isinstance(item, Tensor) and item.numel() == _PROBE else item
                 for name, item in self._templates[group].items()
             }
-        return record_bytes({"value": value, **state}) + _MARGIN_BYTES
+        average = {AVERAGE: value} if self.decay is not None else {}
+        return record_bytes({"value": value, **state, **average}) + _MARGIN_BYTES
 
     def _probe(self, like: Tensor, shard: Shard) -> dict[str, Any]:
         dummy = nn.Parameter(like)

@@ -13,7 +13,7 @@ import torch
 from tests.jobs import JOBS, assert_same_state, command, everstep, run_job, same
 
 EPOCHS, STEPS = 3, 2  # of 21 samples, 8 in a batch
-KILLS = [[1, "epoch 1"], [0, "end 1"], [2, "evaluation 1"], [1, "evaluation 2"], [2, "last"]]
+KILLS = [[1, "epoch 1"], [0, "end 1"], [2, "evaluation 1"], [1, "evaluation 2 averaged"], [2, "last"]]
 FAULTS = [{"rank": 1, "phase": "compute", "step": 4, "after": 1, "incarnation": 1}]
 
 
@@ -43,14 +43,17 @@ def assert_same_job(found: dict[str, Any], expected: dict[str, Any]) -> None:
     assert found["shared"].keys() == expected["shared"].keys()
     for name, value in expected["shared"].items():
         assert same(found["shared"][name], value), name
+    for name, value in expected.get("average", {}).items():
+        assert torch.equal(found["average"][name], value), name
+        assert not torch.equal(value, expected["model"][name])
     assert_same_state({**found, "shared": 0, "step": 0}, {**expected, "shared": 0, "step": 0})
 
 
 def test_ranks_die_around_epochs(tmp_path: Path) -> None:
     """In front of the batches of one, in the middle, behind those, in evaluations, and behind the last one."""
     with ThreadPoolExecutor(2) as pool:
-        waiting = pool.submit(alone, tmp_path)
-        result = run_job(nproc=3, script="epochs_job.py", kills=KILLS, faults=FAULTS)
+        waiting = pool.submit(alone, tmp_path, average=True)
+        result = run_job(nproc=3, script="epochs_job.py", average=True, kills=KILLS, faults=FAULTS)
         expected = waiting.result()
     assert result.status == 0, result.output
     died = [event["rank"] for event in result.named("worker_died")]
@@ -71,9 +74,9 @@ def test_ranks_die_around_epochs(tmp_path: Path) -> None:
 def test_a_job_is_resumed_again_and_again(tmp_path: Path) -> None:
     """At the end of an epoch, too; with the last batch padded every sample is seen in every epoch."""
     pads = {"EVERSTEP_LAST_BATCH": "pad"}
-    expected = alone(tmp_path / "whole", pads)
+    expected = alone(tmp_path / "whole", pads, average=True)
     saves = {**pads, "EVERSTEP_CHECKPOINT": str(tmp_path / "saved"), "EVERSTEP_CHECKPOINT_KEEP": "20"}
-    found = alone(tmp_path / "resumed", saves, resumes=True)
+    found = alone(tmp_path / "resumed", saves, average=True, resumes=True)
     assert_same_job(found, expected)
     steps = samples(tmp_path / "resumed")
     assert steps == samples(tmp_path / "whole")

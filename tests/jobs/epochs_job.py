@@ -1,9 +1,10 @@
 """A job with epochs: its own loop over them, or `run.steps`; it notes which samples it has seen, and an epoch's result.
 
 `kills`: [rank, place]: where a process of that rank kills itself, once, with place "epoch N" (in front of its batches),
-"end N" (behind them, between two calls), "evaluation N", "last" (behind the loop). `stops`: after which step it is to
-stop. `nodes`: what is killed is the node of that process. `raises`: the sample that the evaluation fails for.
-`resumes`: it gets SIGTERM after its first step, saves, ends, and is resumed in the same process until it is done.
+"end N" (behind them, between two calls), "evaluation N" (also "N averaged"), "last" (behind the loop).
+`nodes`: what is killed is the node of that process. `average`: parameters are averaged, and the averages evaluated.
+`raises`: the sample that the evaluation fails for. `stops`: after which step it is to stop. `resumes`: it gets SIGTERM
+after its first step, saves, ends, and is resumed in the same process until it is done.
 """
 
 import json
@@ -42,7 +43,7 @@ def comes_by(place):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def evaluated(run, model, epoch):
+def evaluated(run, model, epoch, **how):
     """The losses of an evaluation; a rank may die when it has a first result, or the function raises."""
     had = []
 
@@ -57,16 +58,19 @@ def evaluated(run, model, epoch):
         noise = torch.rand(()).item() * 1e-3
         return len(numbers), float(nn.functional.mse_loss(model(inputs), targets)) + noise, inputs.sum(0)
 
-    before = torch.get_rng_state()
+    before, values = torch.get_rng_state(), [p.detach().clone() for p in model.parameters()]
     loader = torch.utils.data.DataLoader(Numbered(), batch_size=2, num_workers=int(epoch == 1))
-    sizes, losses, sums = zip(*run.evaluate(loader, loss_of), strict=True)
+    sizes, losses, sums = zip(*run.evaluate(loader, loss_of, **how), strict=True)
     assert sizes == (2,) * 10 + (1,)
     assert model.training
+    assert all(torch.equal(p, before) for p, before in zip(model.parameters(), values, strict=True))
     assert torch.equal(torch.get_rng_state(), before)
     return [*losses, *torch.stack(sums).sum(0).tolist()]
 
 
 def in_epochs(run, model, optimizer):
+    if config.get("average"):
+        run.average(model, 0.75)
     model, optimizer, batches = run.prepare(model, optimizer, Numbered())
     run.state.setdefault("epochs", [])
     run.state.setdefault("begun", 0)
@@ -83,6 +87,8 @@ def in_epochs(run, model, optimizer):
         comes_by(f"end {epoch}")
         run.barrier()
         run.state["losses"] = [*run.state.get("losses", []), *evaluated(run, model, epoch)]
+        if config.get("average"):
+            run.state["averaged"] = evaluated(run, model, f"{epoch} averaged", average=True)
         run.state["epochs"] = [*run.state["epochs"], [epoch, run.step, run.state["size"]]]
     comes_by("last")
     run.state["last"] = run.broadcast(len(batches))

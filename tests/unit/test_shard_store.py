@@ -23,12 +23,18 @@ WIDTH = 300
 class Trained:
     """A model with an optimizer, and its shards in a store that shares the model's memory."""
 
-    def __init__(self, dtype: torch.dtype = torch.float32, masters: str = "none", lr: float = 0.01) -> None:
+    def __init__(
+        self,
+        dtype: torch.dtype = torch.float32,
+        masters: str = "none",
+        lr: float = 0.01,
+        decay: float | None = None,
+    ) -> None:
         torch.manual_seed(4)
         self.model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 3)).to(dtype)
         self.torch_optimizer = torch.optim.AdamW(self.model.parameters(), lr=lr, weight_decay=0.1)
         self.stack = LayerStack(self.model, cut=True)
-        self.optimizer = UserOptimizer(self.torch_optimizer, self.stack, masters)
+        self.optimizer = UserOptimizer(self.torch_optimizer, self.stack, masters, decay)
         self.shards = self.stack.spec.shards
         self.store = ShardStore(self.optimizer, self.stack.view)
         self.store.own(self.shards)
@@ -229,3 +235,33 @@ def test_statistics_of_a_batch_norm_are_their_own_values() -> None:
     for shard in stack.spec.shards:
         shares = store.state(shard.index)["value"].data_ptr() == stack.view(shard).data_ptr()
         assert shares == stack.averaged(shard.parameter)
+
+
+@pytest.mark.parametrize(("dtype", "masters"), [(torch.float32, "none"), (torch.bfloat16, "float32")])
+def test_moving_averages_are_torchs(dtype: torch.dtype, masters: str) -> None:
+    """Those of `torch.optim.swa_utils` over what the optimizer steps; a state that is loaded goes on with them."""
+    trained = Trained(dtype, masters, decay=0.75)
+    other = Trained(dtype, masters, decay=0.75)
+    step_values = lambda: [trained.store.state(s.index)["value"] for s in trained.shards]  # noqa: E731
+    expected = [value.clone() for value in step_values()]
+    average = torch.optim.swa_utils.get_ema_multi_avg_fn(0.75)
+    for step in range(4):
+        if step == 2:
+            for shard in trained.shards:
+                other.store.load(shard.index, trained.store.state(shard.index))
+        skipped = agreed(groups=pack(trained.optimizer.hyper_parameters()), skip=True)
+        trained.store.update(gradients(trained, 99), skipped)
+        trained.store.update(gradients(trained, step), trained.terms())
+        if step >= 2:
+            other.store.update(gradients(trained, step), other.terms())
+        average(expected, step_values(), 0)
+    for shard, value in zip(trained.shards, expected, strict=True):
+        state = trained.store.state(shard.index)
+        assert torch.equal(state["ema"], value)
+        assert_same(other.store.state(shard.index), state)
+        assert record_bytes(state) <= trained.optimizer.state_bytes(shard)
+    kept = trained.shards[1:]
+    trained.store.own(kept)
+    trained.store.own(trained.stack.spec.shards)
+    assert "ema" not in trained.store.state(0)
+    assert torch.equal(trained.store.state(kept[0].index)["ema"], expected[1])
