@@ -36,7 +36,7 @@ class Turn(NamedTuple):
 
     call: str
     place: str
-    index: int
+    number: int  # of the calls at this place, from 0
     site: str
     value: Any
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from fractions import Fraction
 from typing import Any, Literal
 
@@ -126,7 +126,7 @@ def _described(value: object) -> str:
     return f"a {type(value).__name__}"
 
 
-def _mean(values: Any) -> float:
+def _mean(values: Iterable[float]) -> float:
     numbers = list(values)
     try:
         return float(sum(map(Fraction, numbers)) / len(numbers))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 from torch.utils.data import (
@@ -51,7 +51,7 @@ class EvaluationData:
         """The first sample of a batch, and the one behind its last."""
         return number * self._size, min(self.samples, (number + 1) * self._size)
 
-    def batches(self, numbers: Sequence[int]) -> Iterator[tuple[int, Any]]:
+    def batches(self, numbers: Sequence[int]) -> Generator[tuple[int, Any], None, None]:
         """(number, batch), in this order; fetched ahead by the DataLoader's worker processes, if it has some."""
         keys = [(EVALUATION, number) for number in numbers]
         if self._loader is None or not self._loader.num_workers or not keys:
