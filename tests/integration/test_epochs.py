@@ -89,7 +89,7 @@ def test_a_job_is_resumed_again_and_again(tmp_path: Path) -> None:
 @pytest.mark.soak
 def test_the_steps_of_epochs(tmp_path: Path) -> None:
     """`run.steps` with epochs, and a stop in the middle of one: the code behind its batches runs."""
-    assert alone(tmp_path / "steps", steps=True)["shared"]["epochs"] == [0, 0, 1, 1, 2, 2]
+    assert alone(tmp_path / "steps", yields=True)["shared"]["epochs"] == [0, 0, 1, 1, 2, 2]
     stopped = alone(tmp_path / "stopped", stops=1)
     assert [entry[:2] for entry in stopped["shared"]["epochs"]] == [[0, 2], [1, 3]]
 
@@ -98,7 +98,7 @@ def test_the_steps_of_epochs(tmp_path: Path) -> None:
 def test_an_evaluation_fails(tmp_path: Path) -> None:
     """The error names the batch, and the traceback is the user's."""
     arguments = [str(JOBS / "epochs_job.py"), json.dumps({"out": str(tmp_path), "raises": 3})]
-    ended = everstep("run", "--nproc-per-node=2", *arguments)
+    ended = everstep("run", "--nproc-per-node=2", f"--log-dir={tmp_path}/logs", *arguments)
     assert ended.status == 1
     assert "raised ValueError for batch 1 (samples 2 to 3): the user's own mistake" in ended.stderr.splitlines()[-1]
     assert 'raise ValueError("the user\'s own mistake")' in ended.stderr

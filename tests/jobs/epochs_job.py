@@ -3,8 +3,9 @@
 `kills`: [rank, place]: where a process of that rank kills itself, once, with place "epoch N" (in front of its batches),
 "end N" (behind them, between two calls), "evaluation N" (also "N averaged"), "last" (behind the loop).
 `nodes`: what is killed is the node of that process. `average`: parameters are averaged, and the averages evaluated.
-`raises`: the sample that the evaluation fails for. `stops`: after which step it is to stop. `resumes`: it gets SIGTERM
-after its first step, saves, ends, and is resumed in the same process until it is done.
+`yields`: the loop is over `run.steps`. `raises`: the sample that the evaluation fails for. `stops`: after which step it
+is to stop. `resumes`: it gets SIGTERM after its first step, saves, ends, and is resumed in the same process until it is
+done.
 """
 
 import json
@@ -114,7 +115,7 @@ def train(run):
         if config.get("resumes"):
             signal.raise_signal(signal.SIGTERM)
 
-    (in_steps if config.get("steps") else in_epochs)(run, model, optimizer)
+    (in_steps if config.get("yields") else in_epochs)(run, model, optimizer)
     torch.save({**run.full_state_dict(), "shared": dict(run.state), "step": run.step}, out / f"state-{mine}.pt")
 
 
