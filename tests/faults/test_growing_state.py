@@ -16,7 +16,7 @@ LATE: dict[str, Any] = {"momentum_from": 2}  # plain SGD, and from step 3 on SGD
 
 def test_workers_killed_around_the_step_in_which_it_appears() -> None:
     """Before it exists, in the step that creates it (replayed from a smaller record and the gradient), and after."""
-    steps = 8
+    steps = 60  # enough for replacements that a loaded machine is slow to start
     faults = [
         {"rank": 0, "phase": "reduce", "step": 3},
         {"rank": 1, "phase": "update", "step": 3},
