@@ -22,6 +22,7 @@ from torch.distributed.run import config_from_args, determine_local_world_size, 
 from everstep.agents.node.checkup import LEVELS
 from everstep.agents.node.environment import variables
 from everstep.agents.node.forkable import in_a_fork
+from everstep.agents.node.imports import AUTO, Import, chosen, script_of
 from everstep.comms.base.addresses import DEFAULT_PORT
 from everstep.comms.base.process import STOPS
 from everstep.elastic.contract.errors import UsageError
@@ -101,7 +102,10 @@ def parser() -> argparse.ArgumentParser:
     )
     own.add_argument("--es-config", metavar="FILE", help="TOML file with an [everstep] table of settings")
     own.add_argument(
-        "--es-preload", default="", metavar="MODULES", help="comma-separated modules to import before forks"
+        "--es-preload",
+        default=AUTO,
+        metavar="MODULES",
+        help="comma-separated modules to import before workers are forked; auto: the packages that the script imports",
     )
     own.add_argument("--es-hang-timeout", type=float, default=FLOOR_S, metavar="SECONDS", help="least hang timeout")
     own.add_argument("--es-share-gpu", action="store_true", help="let workers of this node share a GPU")
@@ -163,9 +167,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return parsed
 
 
-def preloads(parsed: argparse.Namespace) -> list[str]:
-    """The modules to import before workers are forked."""
-    return [name for name in parsed.es_preload.split(",") if name]
+def preloads(parsed: argparse.Namespace) -> list[Import]:
+    """What is imported before workers are forked."""
+    program = None if parsed.no_python else script_of(parsed.training_script, module=parsed.module)
+    return chosen(parsed.es_preload, program)
 
 
 def configure(parsed: argparse.Namespace) -> Command:

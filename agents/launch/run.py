@@ -37,7 +37,13 @@ def _run(arguments: Sequence[str]) -> int:
         parsed = parse(arguments)
         _allow_descriptors(str(parsed.nproc_per_node), node_range(parsed.nnodes)[1])
         adopt_orphans()
-        preloader = Preloader.fork(preloads(parsed))
+        imports = preloads(parsed)
+        if found := [item.module for item in imports if not item.asked]:
+            print(
+                f"everstep: imported before workers are forked: {', '.join(found)} (--es-preload=none: not)",
+                file=sys.stderr,
+            )
+        preloader = Preloader.fork(imports)
         try:
             from .launcher import launch
 

@@ -54,7 +54,7 @@ class Crew:
         self._happened = happened
         self._said = said
         self._preloader: Preloader | None = preloader
-        self._modules = preloader.modules
+        self._imports = preloader.imports
         self._session = os.getsid(0)
         self._orphans = Orphans(self._is_ours)  # of workers whose preloaded process is dead
         self._bereft = False  # a preloaded process has died: orphans may be reparented to this process
@@ -89,7 +89,7 @@ class Crew:
 
     def start_preloader(self) -> None:
         """Start a replacement for a preloaded process that died."""
-        self._preloader = Preloader.start(self._modules)
+        self._preloader = Preloader.start(self._imports)
         self._selector.register(self._preloader, selectors.EVENT_READ, self._preloader_spoke)
 
     def _preloader_spoke(self) -> None:
@@ -104,13 +104,28 @@ class Crew:
         elif kind == "forked":
             self._forked(self.workers[WorkerId(answer["rank"], answer["incarnation"])], answer["pid"])
         elif kind == "failed":
-            raise AgentError(f"--es-preload: {answer['why']}")
+            self._cannot_preload(answer["module"], answer["why"])
         elif kind == "left":
             print(ENDED.format(", ".join(answer["names"])), file=sys.stderr, flush=True)
         elif kind == "exited":
             for worker in self.workers.values():
                 if worker.pid == answer["pid"]:
                     worker.status = answer["status"]
+
+    def _cannot_preload(self, module: str, why: str) -> None:
+        """Start another one without a module that nobody named. Raises AgentError for one that the user named."""
+        former = self._preloader
+        if not module or former is None:
+            raise AgentError(f"--es-preload: {why}")
+        print(
+            f"everstep: {module} is not imported before workers are forked: {why}; each worker imports it by itself",
+            file=sys.stderr,
+            flush=True,
+        )
+        self._selector.unregister(former)
+        former.close()
+        self._imports = tuple(item for item in self._imports if item.module != module)
+        self.start_preloader()
 
     def _preloader_died(self, former: Preloader) -> None:
         self._preloader = None

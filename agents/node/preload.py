@@ -45,6 +45,7 @@ from everstep.elastic.contract.settings import WorkerContext
 from .compiler import defer_compiler, load_compiler
 from .descriptors import out_of_the_way
 from .forkable import thread_names, why_not
+from .imports import Import
 from .orphans import ENDED, GRACE_S, Orphans
 
 WHY_BYTES = 4000  # of the reason in an answer; a datagram's size is limited
@@ -55,11 +56,15 @@ NAME = "es-preloaded"  # of the process, as `ps` and `top` show it
 
 
 class CannotPreload(Exception):
-    """A module whose import makes working forks impossible."""
+    """A module whose import makes working forks impossible. `module`: its name, if nobody asked for it by name."""
+
+    def __init__(self, why: str, module: str = "") -> None:
+        super().__init__(why)
+        self.module = module
 
 
-def warm_up(modules: Sequence[str]) -> None:
-    """Import the modules that workers need and run an optimizer once; torch's compiler is imported on demand.
+def warm_up(imports: Sequence[Import]) -> None:
+    """Import what workers need and run an optimizer once; torch's compiler is imported on demand.
 
     Devices are not even counted: that initialises the driver, which forks cannot use then. So there is no backward
     pass, and no step of Adam, which counts devices. Nor does anything start threads, which forks would lack.
@@ -69,8 +74,8 @@ def warm_up(modules: Sequence[str]) -> None:
 
     torch.set_num_threads(1)  # before the user's modules: threads of a pool do not exist in forks
     importlib.import_module("everstep.elastic.api.decorator")
-    for name in modules:
-        _import_for_all(name)
+    for item in imports:
+        _import_for_all(item)
     defer_compiler()
     model = torch.nn.Linear(2, 2)
     model(torch.ones(1, 2)).sum()
@@ -79,37 +84,54 @@ def warm_up(modules: Sequence[str]) -> None:
     torch.optim.SGD(model.parameters(), lr=0.1).step()
 
 
-def _import_for_all(name: str) -> None:
-    """Import a module of the user's. Raises CannotPreload if forks cannot work after it."""
+def _import_for_all(item: Import) -> None:
+    """Import a module for the script. Raises CannotPreload if forks cannot work after it."""
     import torch
 
     threads = len(thread_names())
-    importlib.import_module(name)
+    _import(item)
     spoiled, until_s = why_not(), time.monotonic() + NAMED_S
     while not spoiled and len(thread_names()) > threads and time.monotonic() < until_s:
         time.sleep(0.01)
         spoiled = why_not()
-    if not spoiled and torch.get_num_threads() > 1 and len(thread_names()) > threads:
-        spoiled = f"it has made torch compute on {torch.get_num_threads()} threads"
-    if spoiled:
+    if not spoiled and len(thread_names()) > threads:
+        if torch.get_num_threads() > 1:
+            spoiled = f"it has made torch compute on {torch.get_num_threads()} threads"
+        elif not item.asked:
+            spoiled = "it has started threads"
+    if spoiled and item.asked:
         raise CannotPreload(
-            f"after the import of {name!r} no worker can be forked: {spoiled}, and a fork cannot use it. "
+            f"after the import of {item.module!r} no worker can be forked: {spoiled}, and a fork cannot use it. "
             "Leave the module out of --es-preload, and import it in the script"
         )
+    if spoiled:
+        raise CannotPreload(f"{spoiled}, which a fork cannot use", item.module)
     torch.set_num_threads(1)
+
+
+def _import(item: Import) -> None:
+    """As the script will do it: a name may be found when it is first looked up, or be a module. Raises ImportError."""
+    try:
+        module = importlib.import_module(item.module)
+        for name in item.names:
+            if not hasattr(module, name):
+                importlib.import_module(f"{item.module}.{name}")
+    except BaseException:
+        if item.asked:
+            raise  # else the script's own import says what is wrong, if it comes to that
 
 
 class Preloaded:
     """Answers fork requests of one node agent until it goes away."""
 
     def __init__(
-        self, channel: socket.socket, workers_name: str, modules: Sequence[str], dispositions: dict[int, Any]
+        self, channel: socket.socket, workers_name: str, imports: Sequence[Import], dispositions: dict[int, Any]
     ) -> None:
         self._channel = channel
         self._dispositions = dispositions  # of signals, in workers
         self._workers: set[int] = set()
         self._orphans = Orphans(self._workers.__contains__)
-        self._modules = modules
+        self._imports = imports
         self._workers_name = workers_name
         self._wake, self._woken = socket.socketpair()
         for end in (self._wake, self._woken):
@@ -180,7 +202,7 @@ class Preloaded:
         if request["environment"]["TORCHELASTIC_RESTART_COUNT"] != "0":
             load_compiler()  # an ordinary script, started over and over: its DDP needs it each time
         if spoiled := why_not():
-            imported = ", ".join(self._modules) or "torch"
+            imported = ", ".join(item.module for item in self._imports) or "torch"
             raise CannotPreload(f"no worker can be forked any more: {spoiled} since the import of {imported}")
         pid = os.fork()
         if pid == 0:
@@ -323,7 +345,7 @@ def _dispositions() -> dict[int, Any]:
     return found
 
 
-def serve(channel: socket.socket, modules: Sequence[str]) -> NoReturn:
+def serve(channel: socket.socket, imports: Sequence[Import]) -> NoReturn:
     """Become the preloaded process: warm up and serve."""
     status = 1
     try:
@@ -335,17 +357,18 @@ def serve(channel: socket.socket, modules: Sequence[str]) -> NoReturn:
         leave_signals_to_launcher()
         name = process_name()
         rename_process(NAME)
-        warm_up(modules)
+        warm_up(imports)
         die_with_parent(signal.SIGCONT)  # from now on the channel reports the agent's end, and orphans have to be ended
-        Preloaded(channel, name, modules, dispositions).serve()
+        Preloaded(channel, name, imports, dispositions).serve()
         status = 0
     except (ImportError, CannotPreload) as error:
-        channel.send(json.dumps({"kind": "failed", "why": str(error)[:WHY_BYTES]}).encode())
+        told = {"kind": "failed", "why": str(error)[:WHY_BYTES], "module": getattr(error, "module", "")}
+        channel.send(json.dumps(told).encode())
     except BaseException:
         traceback.print_exc()
     finally:
         leave(status)
 
 
-if __name__ == "__main__":  # python -m everstep.agents.node.preload FD [MODULE ...]
-    serve(socket.socket(fileno=int(sys.argv[1])), sys.argv[2:])
+if __name__ == "__main__":  # python -m everstep.agents.node.preload FD IMPORTS
+    serve(socket.socket(fileno=int(sys.argv[1])), [Import(*fields) for fields in json.loads(sys.argv[2])])

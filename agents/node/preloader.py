@@ -18,6 +18,7 @@ from typing import Any
 from everstep.comms.base.process import own_command
 
 from .environment import variables
+from .imports import Import
 from .orphans import GRACE_S
 from .preload import serve
 
@@ -35,9 +36,13 @@ class Preloader:
     """One preloaded process. Requests may be sent once it has reported that it is ready. Decides nothing."""
 
     def __init__(
-        self, modules: Sequence[str], pid: int, channel: socket.socket, process: subprocess.Popen[bytes] | None = None
+        self,
+        imports: Sequence[Import],
+        pid: int,
+        channel: socket.socket,
+        process: subprocess.Popen[bytes] | None = None,
     ) -> None:
-        self.modules = tuple(modules)
+        self.imports = tuple(imports)
         self.pid = pid
         self.ready = False
         self._channel = channel
@@ -45,7 +50,7 @@ class Preloader:
         self._status: int | None = None
 
     @classmethod
-    def fork(cls, modules: Sequence[str]) -> Preloader:
+    def fork(cls, imports: Sequence[Import]) -> Preloader:
         """Fork it from this process, which has imported torch: saves a second. Only before there are threads."""
         ours, theirs = _channel()
         for stream in (sys.stdout, sys.stderr):
@@ -54,18 +59,18 @@ class Preloader:
         if pid == 0:
             ours.close()
             os.environ.update(_ONE_THREAD)
-            serve(theirs, modules)  # does not return
+            serve(theirs, imports)  # does not return
         theirs.close()
-        return cls(modules, pid, ours)
+        return cls(imports, pid, ours)
 
     @classmethod
-    def start(cls, modules: Sequence[str]) -> Preloader:
+    def start(cls, imports: Sequence[Import]) -> Preloader:
         """Start it as a new process."""
         ours, theirs = _channel()
-        command = own_command("everstep.agents.node.preload", str(theirs.fileno()), *modules)
+        command = own_command("everstep.agents.node.preload", str(theirs.fileno()), json.dumps(imports))
         process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env={**os.environ, **_ONE_THREAD})
         theirs.close()
-        return cls(modules, process.pid, ours, process)
+        return cls(imports, process.pid, ours, process)
 
     def fileno(self) -> int:
         return self._channel.fileno()

@@ -20,6 +20,7 @@ from everstep.agents.launch.command import (
 )
 from everstep.agents.node.environment import variables
 from everstep.agents.node.forkable import in_a_fork
+from everstep.agents.node.imports import Import
 from everstep.agents.node.preloader import Preloader
 
 # A device that torch considers the machine's accelerator: autograd starts a thread for it, as it does for a GPU.
@@ -85,7 +86,7 @@ def outcome(*parts: str, path: Path | None = None) -> str:
 def answer(modules: list[str], environment: dict[str, str]) -> dict[str, object]:
     """The first message of a preloaded process."""
     with variables(environment):
-        preloader = Preloader.start(modules)
+        preloader = Preloader.start([Import(name, asked=True) for name in modules])
     try:
         assert select.select([preloader], [], [], 60)[0]
         return preloader.answer() or {}
@@ -111,7 +112,7 @@ def test_an_import_that_computes_leaves_forks_that_compute(tmp_path: Path) -> No
     (tmp_path / "parallel.py").write_text(PARALLEL)
     work = "def work():\n    torch.set_num_threads(2)\n    torch.ones(1 << 22).sum()"
     two = "import torch\ntorch.set_num_threads(2)"
-    warm_up = "from everstep.agents.node.preload import warm_up\nwarm_up(['parallel'])"
+    warm_up = "from everstep.agents.node.preload import Import, warm_up\nwarm_up([Import('parallel')])"
     assert outcome(two, work, FORK, warm_up, "fork(work)", path=tmp_path) == "0"
 
 
