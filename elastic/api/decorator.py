@@ -57,6 +57,7 @@ def elastic(**arguments: Unpack[Arguments]) -> Callable[[Callable[Concatenate[Ru
     `steps`: optimizer steps in all. `global_batch_size`: samples a step; `micro_batch_size`: samples a forward, by
     which it must be divisible. `stages`: pipeline stages. `seed`: of the data order, dropout and initialisation.
     `master_dtype`: the type in which the optimizer steps bfloat16 and float16 parameters, "float32", or "none": theirs.
+    `loss_reduction`: what the loss of a micro-batch is: a "mean", a "sum", or a sum over "tokens" that are counted.
 
     `protection`: how the state survives lost nodes: "parity" (erasure code), "replicate" (copies), "replay" (a backup
     that gets the reduced gradients and runs the same optimizer), "none". `node_losses`: how many nodes may be lost at

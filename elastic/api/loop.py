@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch.optim import Optimizer
@@ -16,15 +17,30 @@ from everstep.elastic.protocol.liveness import Pace
 from everstep.elastic.step.devices import to_device
 from everstep.elastic.step.gradients import GradientWatch
 from everstep.elastic.step.pipeline import tokens_and_samples
+from everstep.elastic.step.reduction import whole_count
 from everstep.elastic.step.schedule import ScheduledRate
 from everstep.resharding.work import Leg
 
 from .course import Course
 from .interruptible import Interruptible
+from .loop_scaler import LoopScaler
 
 
 class _NoLength(UsageError, TypeError):
     """What Python expects of an iterable without a length, in the words of the user's error."""
+
+
+@dataclass(frozen=True)
+class Turns:
+    """What has to be in a turn of the user's loop. `rates`: the schedulers that it steps.
+
+    `accumulates`: a turn may end without `optimizer.step()`, since its gradient is accumulated with those that follow.
+    """
+
+    gradients: GradientWatch
+    rates: Sequence[ScheduledRate]
+    scaler: LoopScaler | None
+    accumulates: bool
 
 
 class Batches:
@@ -33,19 +49,21 @@ class Batches:
     def __init__(
         self,
         engine: Engine,
-        gradients: GradientWatch,
-        found: Sequence[ScheduledRate],
+        turns: Turns,
         parts: Interruptible,
         course: Course,
     ) -> None:
         self._engine = engine
-        self._gradients = gradients
-        self._found = found  # schedulers that the user's loop steps
+        self._turns = turns
+        self._gradients = turns.gradients
         self._parts = parts
         self.course = course
         self._turn = -1  # the step of the last micro-batch that was handed out; -1: nothing to check of it
         self._open: Leg | None = None  # handed out, gradient not yet collected
         self._skipped = False  # the micro-batch last handed out was
+        self._stepped = False  # optimizer.step() was called for it
+        self._tokens: int | None = None  # in it, if the script counts them
+        self._version = 0  # when it was handed out
         self._handed_out_ns = 0
 
     def __iter__(self) -> Iterator[Any]:
@@ -111,13 +129,20 @@ class Batches:
 
     def _end_turn(self) -> None:
         """The user's code requests the next micro-batch, so it has finished the last one."""
-        if self._open is not None:
+        if self._open is not None and self._turns.accumulates:
+            if not self._gradients.found:
+                raise UsageError(
+                    "a turn of the loop ended without backward(): call it in each one; optimizer.step() may wait for "
+                    "every accumulation-th. To leave a micro-batch out, call run.skip(), then continue"
+                )
+            self._end_micro_batch("the next micro-batch")
+        elif self._open is not None:
             raise UsageError(
                 "optimizer.step() was not called for the last micro-batch: call it once for each; gradients are "
                 "accumulated over the step by the runtime. To leave a micro-batch out, call run.skip(), then continue"
             )
-        if self._turn >= 0 and not self._skipped:
-            for rate in self._found:
+        if self._turn >= 0 and not self._skipped and (self._stepped or not self._turns.accumulates):
+            for rate in self._turns.rates:
                 rate.check_called(self._turn)
         self._turn = -1
 
@@ -147,8 +172,11 @@ class Batches:
             engine.pipeline.restore_statistics(0)
             engine.pipeline.seed_forward(state.step, span.micro_batch)
             engine.pipeline.forwards.before(0)
-            self._open, self._turn, self._skipped = span, state.step, False
+            self._open, self._turn, self._skipped, self._stepped = span, state.step, False, False
+            self._tokens, self._version = None, engine.version
             self._gradients.forget()
+            if self._turns.scaler is not None:
+                self._turns.scaler.called = False
             self._handed_out_ns = time.monotonic_ns()
             engine.progress.enter(Pace.USER)
 
@@ -157,7 +185,26 @@ class Batches:
 
     def take(self) -> None:
         """Make a leaf of the open micro-batch's gradients, and end the step if it was the last one."""
+        self._stepped = True
         self._end_micro_batch("optimizer.step()")
+
+    def count_tokens(self, count: Any) -> None:
+        """The open micro-batch has so many tokens more."""
+        if not self._engine.reduction.counts_tokens:
+            raise UsageError(
+                "run.count_tokens(n) is for losses that are sums over tokens: give the decorator "
+                'loss_reduction="tokens"'
+            )
+        if self._open is None:
+            raise UsageError("run.count_tokens(n): call it in a turn of the loop, before optimizer.step()")
+        self._tokens = (self._tokens or 0) + whole_count(count, "run.count_tokens(n)")
+
+    @property
+    def is_step_end(self) -> bool:
+        """Whether the present turn ends a step here: its micro-batch is the last one, or the step is committed."""
+        if self._open is None:
+            return self._engine.version > self._version
+        return all(span == self._open for span in self._engine.current()[1].todo)
 
     def skip(self) -> None:
         """Leave the open micro-batch out: its leaf is zero, and the batch-norm statistics stay as they were."""
@@ -182,7 +229,16 @@ class Batches:
             engine.pipeline.restore_statistics(0)
         else:
             self._gradients.check(engine.stack.layers[0])
-        engine.adjustments.notice(state.step)
+            if self._turns.scaler is not None:
+                self._turns.scaler.check_called(state.step)
+            if engine.reduction.counts_tokens and self._tokens is None:
+                raise UsageError(
+                    'loss_reduction="tokens": call run.count_tokens(n), with the number of tokens that the loss is a '
+                    "sum over, before optimizer.step()"
+                )
+            state.tokens[span.micro_batch] = self._tokens or 0
+        if self._stepped or not self._turns.accumulates:
+            engine.adjustments.notice(state.step)
         engine.pipeline.harvest(state, span, {0: engine.pipeline.take_statistics(0)})
         engine.progress.telemetry.span(Spent.COMPUTE, self._handed_out_ns, micro_batch=span.micro_batch)
         engine.progress.mark(StepPhase.COMPUTE, state.step, finished=len(state.held))
@@ -220,9 +276,8 @@ class ElasticOptimizer(Optimizer):
             raise UsageError("optimizer.step(closure) is not supported: call loss.backward() and optimizer.step()")
         if "found_inf" in self.__dict__:
             raise UsageError(
-                "scaler.step(optimizer): a GradScaler adapts its factor to the micro-batches that this rank happens to "
-                "have. Leave it out, or make it GradScaler(enabled=False): float32 and bfloat16 need none. To leave "
-                "out a step whose gradient is not finite: run.prepare(..., skip_nonfinite=True)"
+                "scaler.step(optimizer): this GradScaler was not handed over, and would adapt its scale to the "
+                "micro-batches that this rank happens to have: run.prepare(..., scaler=scaler)"
             )
         self._batches.take()
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -37,6 +38,8 @@ from everstep.elastic.step.data import DataSource
 from everstep.elastic.step.devices import make_current, own_device
 from everstep.elastic.step.evaluation_data import EvaluationData
 from everstep.elastic.step.gradients import GradientWatch
+from everstep.elastic.step.loss_scale import LOSS_SCALE, LossScale
+from everstep.elastic.step.reduction import Reduction
 from everstep.elastic.step.schedule import ScheduleState, check_scheduler
 from everstep.resharding.layout import Layout
 
@@ -45,15 +48,17 @@ from .course import Course
 from .epochs import Epochs
 from .evaluation import Evaluation
 from .full_state import FullState
+from .gradients import Gradients
 from .interruptible import Interruptible
-from .loop import Batches, ElasticOptimizer
+from .loop import Batches, ElasticOptimizer, Turns
+from .loop_scaler import LoopScaler
 from .schedulers import Schedulers
 from .sharing import SharedState, Sharing
 
-Loss = Callable[[Any, Any], Tensor]
+Loss = Callable[[Any, Any], Any]  # (output, targets) -> a tensor, or (a tensor, the number of tokens)
 
 
-class Run(Sharing):
+class Run(Sharing, Gradients):
     """One worker's part in an elastic training job. Made by the `elastic` decorator, passed to the user's function."""
 
     def __init__(
@@ -146,26 +151,36 @@ class Run(Sharing):
         collate_fn: Callable[[list[Any]], Any] | None = None,
         scheduler: LRScheduler | None = None,
         skip_nonfinite: bool = False,
+        scaler: GradScaler | None = None,
+        accumulation: int = 1,
     ) -> tuple[nn.Module, ElasticOptimizer, Batches]:
         """Make an ordinary loop elastic: returns the model, an optimizer and an iterable of this rank's micro-batches.
 
         Each pass of the loop does one micro-batch: forward, `loss.backward()`, `optimizer.step()`, which acts when the
         step's micro-batches are done. A scheduler built on the optimizer, passed in or found, is stepped by the
         runtime once per step; its own `step()` in the loop then does nothing. With `skip_nonfinite` a step whose
-        gradient is not finite changes nothing. Supports one pipeline stage only; `steps` supports any number.
+        gradient is not finite changes nothing. `scaler` scales the losses: its `step` and `update` stay in the loop,
+        and the runtime changes its scale once per step. `accumulation=k` is for a loop that divides each loss by `k`,
+        and calls `optimizer.step()` in every k-th turn. Supports one pipeline stage only; `steps` supports any number.
         """
         if self.settings.stages != 1:
             raise UsageError(
                 f"run.prepare drives one stage, and the job has stages={self.settings.stages}: use run.steps(...)"
             )
-        engine = self._set_up(model, optimizer, dataset, collate_fn, _no_loss, scheduler, skip_nonfinite, loops=True)
+        scale = LossScale(scaler)
+        reduction = Reduction(self.settings, scale, skip_nonfinite=skip_nonfinite, accumulation=accumulation)
+        engine = self._set_up(model, optimizer, dataset, collate_fn, _no_loss, scheduler, reduction, loops=True)
         assert self._gradients is not None
         assert self._schedulers is not None
-        batches = self._batches = Batches(engine, self._gradients, self._schedulers.left_in_loop, *self._course())
+        scales = LoopScaler(scale.scaler) if scale.scaler is not None else None
+        turns = Turns(self._gradients, self._schedulers.left_in_loop, scales, accumulates=accumulation > 1)
+        batches = self._batches = Batches(engine, turns, *self._course())
         if "module" not in model.__dict__ and "module" not in model._modules:
             model.__dict__["module"] = model  # scripts for DDP write model.module; not a submodule of itself
         prepared = ElasticOptimizer(optimizer, batches)
         self._schedulers.add_optimizer(prepared)
+        if scales is not None:
+            scales.serve(prepared)
         return model, prepared, batches
 
     def steps(
@@ -179,14 +194,17 @@ class Run(Sharing):
         scheduler: LRScheduler | None = None,
         clip_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
+        scaler: GradScaler | None = None,
     ) -> Iterator[Step]:
         """Train, and yield every step once it is committed, on every rank.
 
-        `loss_fn(output, targets)` gives a micro-batch's mean loss; the dataset yields (inputs, targets).
-        `clip_grad_norm` is the largest global gradient norm; `scheduler` is stepped after each step. With
-        `skip_nonfinite` a step whose gradient is not finite changes nothing.
+        `loss_fn(output, targets)` gives a micro-batch's loss, a mean or a sum as `loss_reduction` says, or with
+        "tokens" (sum, number of tokens); the dataset yields (inputs, targets). `clip_grad_norm` is the largest global
+        gradient norm; `scheduler` is stepped after each step. With `skip_nonfinite` a step whose gradient is not finite
+        changes nothing. `scaler` scales the losses; the runtime changes its scale once per step.
         """
-        engine = self._set_up(model, optimizer, dataset, collate_fn, loss_fn, scheduler, skip_nonfinite, loops=False)
+        reduction = Reduction(self.settings, LossScale(scaler), skip_nonfinite=skip_nonfinite, accumulation=1)
+        engine = self._set_up(model, optimizer, dataset, collate_fn, loss_fn, scheduler, reduction, loops=False)
         if clip_grad_norm is not None:
             engine.adjustments.clip["norm"] = float(clip_grad_norm)
         return self._run(engine, *self._course())
@@ -317,26 +335,6 @@ class Run(Sharing):
         """
         self._progress.tick()
 
-    def clip_grad_norm_(self, max_norm: float) -> None:
-        """Clip the step's whole gradient to this norm; call it in place of `torch.nn.utils.clip_grad_norm_`."""
-        self._trained().adjustments.clip["norm"] = float(max_norm)
-
-    def clip_grad_value_(self, limit: float) -> None:
-        """Clip each element of the step's gradient to [-limit, limit], like `torch.nn.utils.clip_grad_value_`."""
-        self._trained().adjustments.clip["value"] = float(limit)
-
-    def skip(self) -> None:
-        """Skip the current micro-batch, in a loop over `prepare`'s batches; then `continue`.
-
-        Its gradient counts as zero, so the step's mean is still over all its micro-batches.
-        """
-        if self._batches is None:
-            raise UsageError(
-                "run.skip() is for a loop over run.prepare's batches; with run.steps(..., skip_nonfinite=True) a step "
-                "whose gradient is not finite is left out"
-            )
-        self._batches.skip()
-
     def register_state(self, name: str, item: Any) -> None:
         """Keep an object with `state_dict()` / `load_state_dict()` in step: on workers that join later, on resuming.
 
@@ -407,7 +405,7 @@ class Run(Sharing):
         collate_fn: Callable[[list[Any]], Any] | None,
         loss_fn: Loss,
         scheduler: LRScheduler | None,
-        skip_nonfinite: bool,
+        reduction: Reduction,
         *,
         loops: bool,
     ) -> Engine:
@@ -442,6 +440,7 @@ class Run(Sharing):
             data=data,
             described=described,
             loss_fn=loss_fn,
+            reduction=reduction,
             comm=self._comm,
             membership=self._membership,
             snapshots=Snapshots(link, slots),
@@ -450,8 +449,10 @@ class Run(Sharing):
             lineage=lineage,
             registered=self._registered,
             loops=loops,
-            skip_nonfinite=skip_nonfinite,
         )
+        if reduction.skip_nonfinite:
+            engine.driven.add(LOSS_SCALE)
+            engine.claim(LOSS_SCALE, reduction.loss_scale)
         self._schedulers = Schedulers(engine, optimizer, scheduler)
         engine.birth = {
             **engine.adjustments.terms(),
@@ -481,7 +482,8 @@ class Run(Sharing):
             sample_digests=tuple(described["sample_digests"]),
             epochs=settings.epochs,
             last_batch=settings.last_batch,
-            optimizer=engine.optimizer.describe(),
+            loss_reduction=settings.loss_reduction,
+            optimizer=engine.optimizer.describe() + reduction.describe(),
             protection=settings.protection,
             node_losses=settings.node_losses,
             on_loss=settings.on_loss,

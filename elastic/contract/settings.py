@@ -74,6 +74,13 @@ class Settings:
         default="float32",
         choices=("float32", "none"),
     )
+    loss_reduction: str = setting(
+        'What the loss of a micro-batch is: the `"mean"` or the `"sum"` over its samples, or the sum over its '
+        '`"tokens"`, divided by the number of tokens of the whole step.',
+        more="See [losses](precision.md#losses-that-are-sums).",
+        default="mean",
+        choices=("mean", "sum", "tokens"),
+    )
     protection: str = setting(
         'How the state survives lost nodes: `"parity"`, `"replicate"`, `"replay"` or `"none"`.',
         more="See [below](#protection).",
@@ -196,6 +203,7 @@ class Arguments(TypedDict, total=False):
     stages: int
     seed: int
     master_dtype: str
+    loss_reduction: str
     protection: str
     node_losses: int
     snapshot_every: int | Literal["auto"]

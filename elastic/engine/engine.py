@@ -8,7 +8,6 @@ machine, and carries out the instructions that bring this rank and the others to
 
 from __future__ import annotations
 
-import math
 import signal
 import sys
 import time
@@ -62,6 +61,7 @@ from everstep.elastic.protocol.worker_state import new_worker
 from everstep.elastic.step.data import DataSource, Key
 from everstep.elastic.step.exchange import Exchange
 from everstep.elastic.step.pipeline import Pipeline
+from everstep.elastic.step.reduction import Reduction
 from everstep.elastic.step.steps import StepState
 from everstep.resharding.layout import Layout
 from everstep.resharding.plan import Plan
@@ -84,7 +84,7 @@ PACE = 0.3  # share of a step's duration over which its snapshot is spread
 
 @dataclass(frozen=True)
 class Step:
-    """A committed step: its index, its global mean loss (None where the user computes it), the gradient's norm."""
+    """A committed step: its index, its global loss (None where the user computes it), the gradient's norm."""
 
     index: int
     loss: float | None
@@ -102,7 +102,8 @@ class Engine:
         optimizer: UserOptimizer,
         data: DataSource,
         described: dict[str, Any],
-        loss_fn: Callable[[Any, Any], Tensor],
+        loss_fn: Callable[[Any, Any], Any],
+        reduction: Reduction,
         comm: Communicator,
         membership: Membership,
         snapshots: Snapshots,
@@ -111,7 +112,6 @@ class Engine:
         lineage: Lineage | None,
         registered: dict[str, Any],
         loops: bool,
-        skip_nonfinite: bool,
     ) -> None:
         self.settings = settings
         self.stack = stack
@@ -126,7 +126,9 @@ class Engine:
         self.telemetry = progress.telemetry
         snapshots.on_copied = self._copied
         self._remarks = Remarks(membership, lambda: self.version)
-        self.pipeline = Pipeline(stack, comm, progress, settings.seed, data.fetch, loss_fn, self._remarks.attribute)
+        self.reduction = reduction
+        what = (settings.seed, data.fetch, loss_fn, reduction)
+        self.pipeline = Pipeline(stack, comm, progress, *what, self._remarks.attribute)
         self.exchange = Exchange(stack, comm)
         self.protection = Protection(settings, snapshots, membership)
         self.backups = Backups(optimizer, comm, snapshots, self.exchange)
@@ -146,7 +148,6 @@ class Engine:
         self.on_commit: list[Callable[[], None]] = []  # called after each commit: the scheduler's step
         self.adjustments = Adjustments(optimizer, stack)
         self.agreeing = Agreeing(stack, comm, self.adjustments, self.protection, self.checkpoints, self.replicas)
-        self.skip_nonfinite = skip_nonfinite  # whether to skip the update of a step whose gradient is not finite
         self.worker = Driver(new_worker(comm.rank, stack.spec, settings.steps))
         self.state: StepState | None = None
         self.orders: dict[int, Orders] = {}  # generation -> the plan and addresses known for it
@@ -270,7 +271,7 @@ class Engine:
             )
             for shard in self.store.owned
         }
-        self.exchange.reduce(state, layout, gradients)
+        self.exchange.reduce(state, layout, gradients, self.reduction.divisor())
         for shard in self.store.owned:
             dtype = self.exchange.accumulation(shard)
             self.snapshots.seal_gradient(shard.index, state.step, shard.elements, dtype)
@@ -299,11 +300,12 @@ class Engine:
             step=state.step,
             norms={i: float(torch.linalg.vector_norm(g)) for i, g in self.gradients.items() if self._counts(i)},
             losses=state.losses,
+            tokens=sum(state.tokens.values()),
             summed=state.summed(self.agreeing.trained),
             touched=state.touched,
             idle_before=Terms.of(self.agreement).idle if self.agreement else (),
             digest=self._owned_digest(),
-            skip_nonfinite=self.skip_nonfinite,
+            skip_nonfinite=self.reduction.skip_nonfinite,
             join=proposal.generation if proposal else 0,
             waits=self.prefetch.waits(proposal, self.rank),
             suspects=self.damage.suspects,
@@ -336,16 +338,11 @@ class Engine:
         self, step: int, own: Own, settled: Settled, proposal: Plan | None, registered: dict[str, Any]
     ) -> w.Event:
         share = settled.share
-        norm = math.sqrt(share.norm.rounded())
-        limit = settled.settings.get("clip", {}).get("norm")
         neighbors = self.settings.on_loss == "neighbors"
         terms = Terms(
             step=step,
             generation=self.current()[0].generation,
-            loss=share.loss.rounded() / share.losses if share.losses else None,
-            norm=norm,
-            scale=None if limit is None else min(1.0, limit / (norm + 1e-6)),
-            skip=share.skip_nonfinite and not math.isfinite(norm),
+            **self.reduction.agreed(share, settled.settings.get("clip", {}).get("norm")),
             **settled.settings,
             idle=settled.idle,
             registered=registered,
@@ -448,6 +445,7 @@ class Engine:
         self.adjustments.adopt(step, terms.settings)
         for advance in self.on_commit:
             advance()
+        self.reduction.loss_scale.advance(terms)
         self.adjustments.settle(self.version)
         self.prefetch.committed(terms)
         self._save_or_protect(terms, layout)
@@ -458,7 +456,7 @@ class Engine:
         self._tell_committed(it.agreement, layout.generation)
         self.telemetry.span(Spent.COMMIT, began_ns)
         self.telemetry.committed(terms.loss, self.settings.global_batch_size)
-        self._remarks.loss(terms.loss, step, speaks=self.rank == min(layout.ranks))
+        self._remarks.loss(terms.loss, step, speaks=self.rank == min(layout.ranks) and not terms.skip)
 
     def _save_or_protect(self, terms: Terms, layout: Layout) -> None:
         """Protect this version, and save a checkpoint of it if that was agreed."""

@@ -428,4 +428,5 @@ class Recovery:
             for _ in range(1 if terms.advance is None else terms.advance):
                 for step in engine.on_commit:
                     step()
+            engine.reduction.loss_scale.advance(terms)
         engine.adjustments.settle(version)

@@ -34,6 +34,7 @@ from everstep.elastic.holding.stack import LayerStack, plain_name
 from everstep.elastic.protocol.codec import Unreadable
 from everstep.elastic.protocol.events import Saved
 from everstep.elastic.protocol.terms import Terms
+from everstep.elastic.step.loss_scale import LOSS_SCALE
 from everstep.resharding.units import Shard
 
 from .engine import Engine
@@ -204,7 +205,8 @@ class Resumption:
                     "resume_hyperparameters=script: the rates come from a scheduler that the script steps by itself; "
                     "hand it over, so that it can be stepped again: run.steps(..., scheduler=scheduler)"
                 )
-            driven = {name: state for name, state in self._birth["registered"].items() if name in self._driven}
+            born = self._birth["registered"]
+            driven = {name: state for name, state in born.items() if name in self._driven and name != LOSS_SCALE}
             terms = replace(
                 terms,
                 groups=self._birth["groups"],

@@ -58,6 +58,7 @@ class Own:
     step: int
     norms: Mapping[int, float]
     losses: Mapping[int, float]
+    tokens: int = 0
     summed: Collection[int]
     touched: Collection[int]
     idle_before: tuple[int, ...]
@@ -152,6 +153,7 @@ class Agreeing:
             norm=self._norm(own, self._expected),
             loss=ExactSum.of(own.losses.values()),
             losses=len(own.losses),
+            tokens=own.tokens,
             digest=own.digest,
             terms=self._terms(own),
             idle=set(own.summed) - set(own.touched) == set(own.summed) & set(own.idle_before),

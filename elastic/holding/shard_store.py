@@ -89,10 +89,10 @@ class ShardStore:
     def update(self, gradients: Mapping[int, Tensor], terms: Terms) -> None:
         """One step of the shards in `gradients` (shard -> one-dimensional gradient), with the agreed settings.
 
-        Clipping multiplies gradients with `scale`, and `clip` contains the limit of an element. The parameters in
-        `frozen` do not change; nor do those in `idle` (by number), of which no micro-batch of the step had a gradient,
-        as with torch's optimizers; nor any parameter in a step that is skipped (`skip`). The tensors in `gradients` are
-        not modified.
+        Gradients are divided by the number of tokens, where these are counted; clipping multiplies them with `scale`,
+        and `clip` contains the limit of an element. The parameters in `frozen` do not change; nor do those in `idle`
+        (by number), of which no micro-batch of the step had a gradient, as with torch's optimizers; nor any parameter
+        in a step that is skipped (`skip`). The tensors in `gradients` are not modified.
         """
         if terms.skip:
             return
@@ -109,6 +109,7 @@ class ShardStore:
             elif self.optimizer.group_of(shard.parameter) is not None:
                 if self._stack.spec.parameters[shard.parameter].name in frozen:
                     continue
+                gradient = gradient / terms.tokens if terms.tokens else gradient
                 clipped = gradient if scale is None or scale >= 1.0 else gradient * scale
                 clipped = clipped if limit is None else clipped.clamp(-limit, limit)
                 parameter.grad = clipped.to(parameter.device, parameter.dtype).view(parameter.shape)

@@ -108,8 +108,9 @@ class Share:
     """The contribution of one rank to the agreement of a step, or those of several ranks, merged.
 
     `norm` is the sum of the squared norms of the gradients of the owned shards, `loss` the sum of the losses of
-    `losses` micro-batches. `terms` is a digest of the settings that this rank expects to be equal. `replicas` is 0
-    where all copies of every compared shard are equal, see `imbalance`.
+    `losses` micro-batches, and `tokens` the number of tokens in them, where these are counted. `terms` is a digest of
+    the settings that this rank expects to be equal. `replicas` is 0 where all copies of every compared shard are equal,
+    see `imbalance`.
     """
 
     digest: Annotated[int, operator.xor]  # of the owned shards' snapshots
@@ -120,6 +121,7 @@ class Share:
     norm: Exact = NOTHING
     loss: Exact = NOTHING
     losses: Total = 0
+    tokens: Total = 0
     terms: Equal = 0
     idle: Every = True  # every gradient that is missing here was missing in the previous step, too
     skip_nonfinite: Some = False

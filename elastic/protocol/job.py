@@ -37,6 +37,7 @@ class Job:
     sample_digests: tuple[str, ...] = ()  # of the first, the middle and the last sample
     epochs: int = 0  # whose steps `steps` is; 0: it was given
     last_batch: str = "drop"
+    loss_reduction: str = "mean"
     optimizer: str = ""  # its type and settings, as text
     protection: str = "parity"  # parity | replay | replicate | none
     node_losses: int = 1  # how many nodes may be lost at once

@@ -13,7 +13,10 @@ from .causes import Ending
 from .outcome import Outcome, fail
 from .state import State, Worker
 
-_SETTINGS = ("steps", "epochs", "last_batch", "stages", "micro_batches", "global_batch_size", "seed", "shuffle")
+_SETTINGS = (
+    *("steps", "epochs", "last_batch", "stages", "micro_batches", "global_batch_size", "seed", "shuffle"),
+    "loss_reduction",
+)
 
 
 def difference(state: State, theirs: e.Job, rank: int) -> str:

@@ -20,7 +20,8 @@ from .codec import Unreadable, decode_record, encode_record
 class Terms:
     """What was agreed in `step`. Fields of type Any hold JSON values.
 
-    `scale`: what gradients are multiplied with, None if they are not clipped to a norm. `idle`: the parameters, by
+    `tokens`: what the gradients in keepers are divided by, None if they are means or sums already. `scale`: what these
+    are multiplied with then, None if they are not clipped to a norm. `idle`: the parameters, by
     number, that no micro-batch had a gradient of. `layers`: the gradient's squared norm by layer, where neighbours may
     have to stand in. `protected` is the newest version that outlives the loss of nodes, -1 if none, and `every` the
     number of steps between such versions.
@@ -32,6 +33,7 @@ class Terms:
     norm: float | None
     scale: float | None
     skip: bool = False
+    tokens: int | None = None
     groups: Any  # the settings of the optimizer's parameter groups
     frozen: tuple[str, ...] = ()
     clip: Mapping[str, Any] = field(default_factory=dict)  # "norm" and "value" -> the limit, or None

@@ -43,8 +43,11 @@ class Exchange:
 
     # ------------------------------------------------------------ partial sums to owners
 
-    def reduce(self, state: StepState, layout: Layout, gradients: dict[int, Tensor]) -> None:
-        """Write the canonical mean gradient of every shard owned here into `gradients` (shard -> flat tensor)."""
+    def reduce(self, state: StepState, layout: Layout, gradients: dict[int, Tensor], divisor: float) -> None:
+        """Write the canonical gradient of every shard owned here into `gradients` (shard -> flat tensor).
+
+        It is the sum over the micro-batches, divided by `divisor`; statistics of batch norms are the mean.
+        """
         index, rank = self._index(layout), self.comm.rank
         for owner in self._others(owner for layer in state.work.layers_of(rank) for owner in index.owners_in(layer)):
             layers = self._shared_layers(state, index, rank, owner)
@@ -63,7 +66,9 @@ class Exchange:
             waiting.discard((source, key))
             self._add_received(data, self._shared_layers(state, index, source, rank), index, parts)
         for shard_index, out in gradients.items():
+            averaged = self.stack.averaged(self.stack.spec.shards[shard_index].parameter)
             self._combine(shard_index, parts, state.leaves, out)
+            out.div_(state.leaves if averaged else divisor)
 
     def _others(self, ranks: Iterable[int]) -> list[int]:
         """The other ones of `ranks`, beginning after this one, so that not all ranks send to the same one first."""
@@ -116,14 +121,13 @@ class Exchange:
         return accumulation_dtype(dtype)
 
     def _combine(self, index: int, parts: Parts, leaves: int, out: Tensor) -> None:
-        """The tree per layer; the layers of a tied parameter in sequence; divided by the number of micro-batches."""
+        """The tree per layer; the layers of a tied parameter in sequence."""
         layers = self.stack.spec.parameters[self.stack.spec.shards[index].parameter].layers
         combine(parts[(layers[0], index)], leaves, out)
         for layer in layers[1:]:
             other = torch.empty_like(out)
             combine(parts[(layer, index)], leaves, other)
             out.add_(other)
-        out.div_(leaves)
 
     # ------------------------------------------------------------ values to readers
 

@@ -29,6 +29,11 @@ class GradientWatch:
         if parameter.grad is not None:
             self._left[id(parameter)] = (parameter.grad, parameter.grad._version)
 
+    @property
+    def found(self) -> bool:
+        """Whether a backward has left gradients since they were forgotten."""
+        return bool(self._left)
+
     def check(self, layer: Layer) -> None:
         """Raise UsageError if a gradient differs from what backward left."""
         left, self._left = self._left, {}

@@ -26,6 +26,7 @@ from everstep.resharding.work import AssignedLeg, Leg
 from .devices import seed_torch, to_device
 from .forwards import Forwards
 from .order import derive_seed
+from .reduction import Reduction
 from .steps import Graph, StepState
 
 Batch = tuple[Any, Any]
@@ -41,7 +42,8 @@ class Pipeline:
         progress: Progress,
         seed: int,
         fetch: Callable[[int, int], Batch],
-        loss_fn: Callable[[Any, Any], Tensor],
+        loss_fn: Callable[[Any, Any], Any],
+        reduction: Reduction,
         warn: Callable[[str], None],
     ) -> None:
         self.stack = stack
@@ -51,6 +53,7 @@ class Pipeline:
         self.seed = seed
         self.fetch = fetch
         self.loss_fn = loss_fn
+        self.reduction = reduction
         self.base_statistics: dict[int, list[Tensor]] = {}
 
     def resend(self, state: StepState, started: Iterable[AssignedLeg]) -> None:
@@ -105,9 +108,10 @@ class Pipeline:
             value = self.apply(number, state.step, span.micro_batch, value, statistics)
         if is_last:
             self._seed(state.step, span.micro_batch, span.stop)
-            value = self.loss_fn(value, to_device(targets, self.stack.device_of(span.stop - 1)))
-            _check_loss(value, state.step, span.micro_batch)
-            state.losses[span.micro_batch] = float(value.detach())
+            returned = self.loss_fn(value, to_device(targets, self.stack.device_of(span.stop - 1)))
+            loss, tokens = self.reduction.measured(returned, state.step, span.micro_batch)
+            state.losses[span.micro_batch], state.tokens[span.micro_batch] = float(loss.detach()), tokens
+            value = self.reduction.loss_scale.scaled(loss)
         outputs = list(value) if isinstance(value, tuple | list) else [value]
         telemetry.span(Spent.FORWARD, started_ns, micro_batch=span.micro_batch)
         graph = Graph(inputs, outputs, statistics)
@@ -253,15 +257,3 @@ def tokens_and_samples(inputs: Any) -> tuple[int, float]:
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Sums are in float32, or in float64 for parameters of that type."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _check_loss(loss: Any, step: int, micro_batch: int) -> None:
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-        raise UsageError(f"loss_fn must return a tensor with one element (the micro-batch's mean loss), got {shape}")
-    if not loss.requires_grad:
-        raise UsageError(
-            f"the loss of micro-batch {micro_batch} of step {step} depends on no trainable parameter (it has no "
-            "grad_fn): nothing would be trained. Look for detach(), item(), torch.no_grad() or argmax between the "
-            "model and the loss"
-        )

@@ -32,6 +32,7 @@ class StepState(StepWork):
     outputs: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict)  # (boundary, micro-batch)
     input_gradients: dict[tuple[int, int], list[Tensor | None]] = field(default_factory=dict)
     losses: dict[int, float] = field(default_factory=dict)
+    tokens: dict[int, int] = field(default_factory=dict)  # micro-batch -> number, where they are counted
     touched: set[int] = field(default_factory=set)  # parameters of which a micro-batch here had a gradient
 
     def resume(self, work: Work, started: Iterable[AssignedLeg]) -> None:
@@ -40,6 +41,7 @@ class StepState(StepWork):
         self.graphs = {leg: graph for leg, graph in self.graphs.items() if leg in self.running}
         held = {leg.micro_batch for leg in self.held}
         self.losses = {m: loss for m, loss in self.losses.items() if m in held}
+        self.tokens = {m: count for m, count in self.tokens.items() if m in held}
 
     def hold(self, span: Leg, layer: int, gradients: list[Tensor]) -> None:
         """Add one layer's gradient of a micro-batch to the canonical sum."""

@@ -105,6 +105,7 @@ shares = st.builds(
     norm=st.lists(anything, max_size=4).map(ExactSum.of),
     loss=st.lists(anything, max_size=4).map(ExactSum.of),
     losses=st.integers(0, 1 << 20),
+    tokens=st.integers(0, 1 << 40),
     digest=words,
     terms=st.none() | st.integers(0, 2),
     idle=st.booleans(),
@@ -163,6 +164,7 @@ def test_what_each_field_means(found: list[Share]) -> None:
     found = with_ranks_apart(found)
     merged = in_any_tree(found, random.Random(0))
     assert merged.ranks == sum(share.ranks for share in found)
+    assert merged.tokens == sum(share.tokens for share in found)
     assert merged.digest == found[0].digest ^ found[1].digest ^ found[2].digest
     assert merged.terms == (found[0].terms if len({share.terms for share in found}) == 1 else None)
     assert merged.join == (found[0].join if len({share.join for share in found}) == 1 else None)
@@ -191,6 +193,7 @@ def test_a_share_of_any_number_of_shards_is_small(seed: int) -> None:
         norm=worst,
         loss=worst,
         losses=1 << 40,
+        tokens=1 << 60,
         digest=-(1 << 63),
         terms=(1 << 63) - 1,
         idle=True,

@@ -10,7 +10,7 @@ from torch import nn
 
 from everstep.elastic.contract.errors import UsageError
 from everstep.elastic.holding.stack import LayerStack, plain_name
-from everstep.elastic.step.pipeline import _check_loss
+from everstep.elastic.step.reduction import _check_loss
 from everstep.elastic.step.steps import StepState
 from everstep.resharding.work import Work
 
@@ -78,9 +78,9 @@ def test_names_are_those_without_compile() -> None:
 
 
 def test_a_loss_that_depends_on_nothing() -> None:
-    _check_loss(torch.ones((), requires_grad=True) * 2, 5, 1)
+    _check_loss(torch.ones((), requires_grad=True) * 2, "the loss", 5, 1)
     with pytest.raises(UsageError, match="the loss of micro-batch 1 of step 5 depends on no trainable parameter"):
-        _check_loss(torch.ones(()), 5, 1)
+        _check_loss(torch.ones(()), "the loss", 5, 1)
 
 
 def test_parameters_that_are_summed_here() -> None:

@@ -54,6 +54,7 @@ micro_batch_size int required
 stages int 1
 seed int 0
 master_dtype str 'float32' float32|none
+loss_reduction str 'mean' mean|sum|tokens
 protection str 'parity' parity|replay|replicate|none
 node_losses int 1
 snapshot_every int 'auto'
@@ -81,6 +82,7 @@ GIVEN = {  # a value other than the default for each setting, as text and as a v
     "stages": ("2", 2),
     "seed": ("-1", -1),
     "master_dtype": ("none", "none"),
+    "loss_reduction": ("tokens", "tokens"),
     "protection": ("replay", "replay"),
     "node_losses": ("2", 2),
     "snapshot_every": ("7", 7),

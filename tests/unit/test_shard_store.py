@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -265,3 +266,15 @@ def test_moving_averages_are_torchs(dtype: torch.dtype, masters: str) -> None:
     trained.store.own(trained.stack.spec.shards)
     assert "ema" not in trained.store.state(0)
     assert torch.equal(trained.store.state(kept[0].index)["ema"], expected[1])
+
+
+def test_a_sum_over_tokens_is_divided_before_it_is_clipped() -> None:
+    """Wherever the optimizer runs, it divides the gradient by the agreed number of tokens."""
+    found, expected = Trained(), Trained()
+    for step in range(3):
+        given = gradients(found, step)
+        terms = replace(found.terms(), tokens=48, scale=0.5, clip={"norm": 1.0, "value": 0.01})
+        found.store.update({shard: gradient * 48 for shard, gradient in given.items()}, terms)
+        divided = {shard: gradient * 48 / 48 for shard, gradient in given.items()}
+        expected.store.update(divided, replace(terms, tokens=None))
+    assert all(map(torch.equal, found.live(), expected.live()))

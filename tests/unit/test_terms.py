@@ -22,6 +22,7 @@ FULL = Terms(
     norm=1e300,
     scale=0.5,
     skip=True,
+    tokens=4096,
     groups={"number": 2, "settings": {"lr": [[2, 0.1]], "betas": [[1, [0.9, 0.99]], [1]]}},
     frozen=("a.weight", "b"),
     clip={"norm": 1.0, "value": None},

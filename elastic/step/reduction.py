@@ -1,0 +1,111 @@
+"""From sums over the micro-batches of a step to its gradient and its loss (`loss_reduction`).
+
+    mean    a micro-batch's loss is a mean over its samples; the step's is the mean over its micro-batches
+    sum     it is a sum, and so is the step's
+    tokens  it is a sum over tokens, which the script counts; the step's is the sum, divided by the count of all
+
+The count of a step is known when the step is agreed on. So with "tokens" the gradient that keepers hold is the sum, and
+the optimizer divides it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from everstep.elastic.contract.errors import UsageError
+from everstep.elastic.contract.settings import Settings
+from everstep.elastic.protocol.agreement import Share
+
+from .loss_scale import LossScale
+
+
+class Reduction:
+    """How a job's gradients and losses are reduced.
+
+    `accumulation`: by how much the script divides the loss of each micro-batch, where it is a mean. `skip_nonfinite`:
+    a step whose gradient is not finite is left out; with a loss scaler it always is.
+    """
+
+    def __init__(self, settings: Settings, loss_scale: LossScale, *, skip_nonfinite: bool, accumulation: int) -> None:
+        self.counts_tokens = settings.loss_reduction == "tokens"
+        self._means = settings.loss_reduction == "mean"
+        self._micro_batches = settings.micro_batches
+        self._accumulation = accumulation
+        self.loss_scale = loss_scale
+        self.skip_nonfinite = skip_nonfinite or loss_scale.scaler is not None
+        if isinstance(accumulation, bool) or not isinstance(accumulation, int) or accumulation < 1:
+            raise UsageError(f"accumulation must be a whole number of at least 1, got {accumulation!r}")
+        if settings.micro_batches % accumulation:
+            raise UsageError(
+                f"accumulation={accumulation}: a step has {settings.micro_batches} micro-batches (global_batch_size / "
+                "micro_batch_size), which must be a multiple of it"
+            )
+
+    def describe(self) -> str:
+        """What has to be equal on all ranks, as text."""
+        scaler = " with a loss scaler" if self.loss_scale.scaler is not None else ""
+        return f"{scaler} accumulating over {self._accumulation}" if self._accumulation > 1 else scaler
+
+    def divisor(self) -> float:
+        """What the sum of the gradients of a step's micro-batches is divided by, before the step is agreed on."""
+        return self.loss_scale.scale * (self._micro_batches / self._accumulation if self._means else 1)
+
+    def measured(self, returned: Any, step: int, micro_batch: int) -> tuple[Tensor, int]:
+        """The loss and the number of tokens (or 0) of a micro-batch, of what `loss_fn` returned. Raises UsageError."""
+        if not self.counts_tokens:
+            _check_loss(returned, "the micro-batch's loss", step, micro_batch)
+            return returned, 0
+        if not isinstance(returned, tuple | list) or len(returned) != 2:
+            raise UsageError(
+                f'loss_reduction="tokens": loss_fn must return (the sum of the losses of the micro-batch\'s tokens, '
+                f"their number), got {_described(returned)}"
+            )
+        _check_loss(returned[0], "the sum of the losses first", step, micro_batch)
+        return returned[0], whole_count(returned[1], "loss_fn")
+
+    def agreed(self, share: Share, limit: float | None) -> dict[str, Any]:
+        """The fields of the agreement that concern loss and gradient. `limit`: of the gradient's norm."""
+        tokens = share.tokens if self.counts_tokens else None
+        norm = math.sqrt(share.norm.rounded()) / (tokens or 1)
+        loss: float | None = None
+        if share.losses:
+            loss = share.loss.rounded()
+            if self.counts_tokens:
+                loss = loss / share.tokens if share.tokens else math.nan
+            elif self._means:
+                loss /= share.losses
+        return {
+            "loss": loss,
+            "norm": norm,
+            "scale": None if limit is None else min(1.0, limit / (norm + 1e-6)),
+            "skip": tokens == 0 or (share.skip_nonfinite and not math.isfinite(norm)),
+            "tokens": tokens,
+        }
+
+
+def whole_count(count: Any, where: str) -> int:
+    """A number of tokens, as an integer. Raises UsageError."""
+    number = count.item() if isinstance(count, Tensor) and count.numel() == 1 else count
+    if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number < 1 << 53 or number % 1:
+        raise UsageError(f"{where}: a number of tokens is a whole number of at least 0, got {_described(count)}")
+    return int(number)
+
+
+def _check_loss(loss: Any, what: str, step: int, micro_batch: int) -> None:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise UsageError(f"loss_fn must return a tensor with one element ({what}), got {_described(loss)}")
+    if not loss.requires_grad:
+        raise UsageError(
+            f"the loss of micro-batch {micro_batch} of step {step} depends on no trainable parameter (it has no "
+            "grad_fn): nothing would be trained. Look for detach(), item(), torch.no_grad() or argmax between the "
+            "model and the loss"
+        )
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}" if value.numel() != 1 else f"{value.item()}"
+    return repr(value) if isinstance(value, int | float) else f"a {type(value).__name__}"
