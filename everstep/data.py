@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import struct
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,7 +24,8 @@ _MEGATRON_DTYPES = dict(enumerate(("uint8", "int8", "int16", "int32", "int64", "
 Sample = tuple[Tensor, Tensor] | dict[str, Tensor]
 
 
-class _Tokens(NamedTuple):
+@dataclass(frozen=True)
+class _Tokens:
     """Where the tokens are: `count` of one type in a file, from byte `offset` on."""
 
     path: Path
@@ -81,8 +83,8 @@ class TokenFile(Dataset[Sample]):
     def tokens(self) -> np.ndarray[Any, Any]:
         """All tokens of the file, memory-mapped, in the type that they have there."""
         if self._array is None:
-            path, dtype, count, offset = self._tokens
-            self._array = np.memmap(path, dtype, "r", offset, (count,))
+            where = self._tokens
+            self._array = np.memmap(where.path, where.dtype, "r", where.offset, (where.count,))
         return self._array
 
     def __len__(self) -> int:
@@ -94,18 +96,18 @@ class TokenFile(Dataset[Sample]):
         start = index % len(self) * self.stride
         span = torch.from_numpy(self.tokens[start : start + self._span].astype(np.int64))
         if self.vocabulary is not None:
-            self._check(span, start)
+            self._check(span, start, self.vocabulary)
         if self.items == "pairs":
             return span[:-1], span[1:]
         return {"input_ids": span, "labels": span.clone()}
 
-    def _check(self, span: Tensor, start: int) -> None:
-        outside = ((span < 0) | (span >= self.vocabulary)).nonzero()
+    def _check(self, span: Tensor, start: int, vocabulary: int) -> None:
+        outside = ((span < 0) | (span >= vocabulary)).nonzero()
         if len(outside):
             at = int(outside[0])
             raise UsageError(
                 f"TokenFile: token {start + at} of {self._tokens.path} is {int(span[at])}, and vocabulary="
-                f"{self.vocabulary}: is the file of another tokenizer, or its type not {self._tokens.dtype}?"
+                f"{vocabulary}: is the file of another tokenizer, or its type not {self._tokens.dtype}?"
             )
 
     def __getstate__(self) -> dict[str, Any]:

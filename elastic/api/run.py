@@ -41,6 +41,7 @@ from everstep.elastic.step.gradients import GradientWatch
 from everstep.elastic.step.loss_scale import LOSS_SCALE, LossScale
 from everstep.elastic.step.reduction import Reduction
 from everstep.elastic.step.schedule import ScheduleState, check_scheduler
+from everstep.elastic.step.streams import StreamPlace
 from everstep.resharding.layout import Layout
 
 from .calls import Calls
@@ -81,6 +82,7 @@ class Run(Sharing, Gradients):
         self._parts: Interruptible | None = None
         self._calls: Calls | None = None
         self.state = SharedState()
+        self._stream_place = StreamPlace(progress)
         self._registered: dict[str, Any] = {STATE: self.state}
         self._batches: Batches | None = None
         self._average: tuple[nn.Module, float] | None = None  # the model whose parameters are averaged, the decay
@@ -126,6 +128,20 @@ class Run(Sharing, Gradients):
         if engine is None:
             return 0
         return engine.version - (0 if engine.looping or not engine.loops else len(engine.results))
+
+    @property
+    def stream_index(self) -> int:
+        """Which stream the dataset is to give, in the `__iter__` of an IterableDataset that divides itself.
+
+        There are `stream_count` streams: one for each micro-batch of a step. Whichever ranks there are, step t takes
+        the next micro-batch of each. A dataset that does not read this is divided by the runtime.
+        """
+        return self._stream_place.index
+
+    @property
+    def stream_count(self) -> int:
+        """How many streams there are; see `stream_index`."""
+        return self._stream_place.count
 
     @property
     def is_replacement(self) -> bool:
@@ -243,6 +259,8 @@ class Run(Sharing, Gradients):
             return self._batches.course.epoch
         step = engine.turn.index if engine.turn is not None else engine.version - len(engine.results)
         order = engine.data.order
+        if not order.samples:  # a stream
+            return 0
         return step // order.epoch_steps if order.by_epoch else step * order.global_batch_size // order.samples
 
     def _run(self, engine: Engine, parts: Interruptible, course: Course) -> Iterator[Step]:
@@ -416,7 +434,7 @@ class Run(Sharing, Gradients):
         if scheduler is not None:
             check_scheduler(scheduler)
         known = self._context.begun.samples if self._context and self._context.begun else 0
-        data = DataSource(dataset, settings, collate_fn, self._membership, known)
+        data = DataSource(dataset, settings, collate_fn, self._membership, self._stream_place, known)
         if settings.epochs:
             settings = self.settings = replace(settings, steps=settings.epochs * data.order.epoch_steps)
         described = data.described()

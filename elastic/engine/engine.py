@@ -236,8 +236,9 @@ class Engine:
         """The micro-batches that this rank will fetch, as long as the membership does not change."""
         layout, state = self.current()
         yield from [(state.step, span.micro_batch) for span in state.todo]
-        mine = [span.micro_batch for span in layout.work.spans_of(self.rank)]
-        for step in range(state.step + 1, self.settings.steps):
+        ends = {0, len(self.stack.layers)}  # of the pipeline, where inputs and targets are needed
+        mine = [span.micro_batch for span in layout.work.spans_of(self.rank) if ends & {span.start, span.stop}]
+        for step in range(state.step + 1, self.settings.steps if mine else 0):
             yield from ((step, micro_batch) for micro_batch in mine)
 
     def run_step(self) -> None:
@@ -309,7 +310,7 @@ class Engine:
             join=proposal.generation if proposal else 0,
             waits=self.prefetch.waits(proposal, self.rank),
             suspects=self.damage.suspects,
-            end=self.stop_request.at(state.step),
+            end=self.stop_request.at(state.step) or self.data.ends(state.step),
             state=registered.get(STATE, {}),
         )
         merged, replicas = self.agreeing.begin(own, layout)

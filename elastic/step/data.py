@@ -1,4 +1,4 @@
-"""The samples of a micro-batch: from the user's dataset, or from a DataLoader, with its workers and collation.
+"""The samples of a micro-batch: from the user's dataset or stream, or from a DataLoader, with workers and collation.
 
 A DataLoader's worker processes prefetch what this rank will compute next, keyed by (step, micro-batch). A change of the
 membership discards only what was prefetched: the samples of a micro-batch, and the random numbers of its augmentation,
@@ -29,9 +29,11 @@ from everstep.elastic.contract.errors import UsageError
 from everstep.elastic.contract.notices import Notice, WarningChannel, warn
 from everstep.elastic.contract.settings import Settings
 from everstep.elastic.contract.signals import outlive_first_signal
+from everstep.elastic.protocol.liveness import Pace
 
-from .devices import seed_generators
+from .devices import generators_kept, seed_generators
 from .order import DataOrder, derive_seed
+from .streams import StreamPlace, Streams
 
 Collate = Callable[[list[Any]], Any]
 Key = tuple[int, int]  # (step, micro-batch); (PROBE, sample) requests one sample
@@ -42,11 +44,18 @@ WORKER_DEATHS = 5  # of a DataLoader's worker processes in a row, without a micr
 class DataSource:
     """The samples of a job, by micro-batch.
 
-    `samples` is the number that is trained on: `known` where the job has begun with fewer than the dataset has now.
+    `samples` is the number that is trained on: `known` where the job has begun with fewer than the dataset has now; 0
+    for a stream.
     """
 
     def __init__(
-        self, given: Any, settings: Settings, collate_fn: Collate | None, channel: WarningChannel, known: int = 0
+        self,
+        given: Any,
+        settings: Settings,
+        collate_fn: Collate | None,
+        channel: WarningChannel,
+        place: StreamPlace,
+        known: int = 0,
     ) -> None:
         """Raises UsageError for data that cannot be divided into micro-batches."""
         self._loader = given if isinstance(given, DataLoader) else None
@@ -55,12 +64,15 @@ class DataSource:
         if self._loader is not None:
             shuffle = _check_loader(self._loader, settings, collate_fn)
             collate_fn = self._loader.collate_fn
-        _check_dataset(dataset, settings)
+        is_stream = isinstance(dataset, IterableDataset)
+        (_check_stream if is_stream else _check_dataset)(dataset, settings)
         self.dataset = dataset
         self._collate = collate_fn or default_collate
         self._channel = channel
         self._seed = settings.seed
-        self.samples = len(dataset)
+        self._place = place
+        self._streams = self._begin_streams(settings) if is_stream else None
+        self.samples = 0 if is_stream else len(dataset)
         if known and self.samples > known:
             warn(
                 channel,
@@ -74,16 +86,40 @@ class DataSource:
             global_batch_size=settings.global_batch_size,
             micro_batch_size=settings.micro_batch_size,
             seed=settings.seed,
-            shuffle=shuffle,
+            shuffle=shuffle and not is_stream,
             by_epoch=settings.epochs > 0,
             pad=settings.last_batch == "pad",
         )
         self._ahead: _Ahead | None = None
         self.upcoming: Callable[[], Iterable[Key]] = lambda: ()
 
+    def _begin_streams(self, settings: Settings) -> Streams:
+        """The streams of all slots. Raises UsageError for one without a sample."""
+        loader, size = self._loader, settings.micro_batch_size
+        if loader is not None and loader.batch_size is None:  # its items are micro-batches
+            collate, size = self._collate, 1
+            self._collate = lambda items: collate(items[0])
+        if loader is not None and loader.num_workers:
+            text = (
+                f"the DataLoader's num_workers={loader.num_workers} has no effect: each rank reads a stream in its own "
+                "process"
+            )
+            warn(self._channel, Notice.SETTING_IGNORED, text)
+        self._loader = None
+        streams = Streams(self.dataset, size, settings.micro_batches, settings.seed, self._place)
+        if streams.first is None:
+            raise UsageError(_ended(self.dataset, 0, 0))
+        return streams
+
     def load(self, key: Key) -> Any:
         """The item of a key, fetched in this process. The key seeds random augmentation."""
         step, number = key
+        if self._streams is not None:
+            samples = self._streams.samples(step, number)
+            if samples is None:
+                raise UsageError(_ended(self.dataset, step, number))
+            seed_generators(derive_seed("data", self._seed, step, number))
+            return self._collate(samples)
         seed_generators(derive_seed("data", self._seed, step, number))
         if step == PROBE:
             return self.dataset[number]
@@ -97,25 +133,44 @@ class DataSource:
             self._ahead = _Ahead(self._loader, self.load, lambda: self.upcoming(), self._channel)
         return self._ahead.take((step, micro_batch))
 
+    def ends(self, step: int) -> str:
+        """Why no step can follow this one: a stream has no samples for a micro-batch of this rank in it. Or empty."""
+        if self._streams is None:
+            return ""
+        with generators_kept(), self._place.progress.within(Pace.FETCH):
+            for following, number in self.upcoming():
+                if following > step + 1:
+                    break
+                if following == step + 1 and self._streams.samples(following, number) is None:
+                    text = f"the stream has ended, and training ends after step {step}, in front of the last of the job"
+                    warn(self._channel, Notice.STREAM_ENDED, text)
+                    return "the stream has ended"
+        return ""
+
     def digests(self) -> tuple[str, ...]:
         """Digests of the first, the middle and the last sample; empty if they differ when fetched again.
+
+        Of a stream, of the samples of its first micro-batch; it is begun twice for that.
 
         The worker processes of a DataLoader fetch them: what a dataset opens at its first use, such as a file, must not
         be shared with processes that are forked later.
         """
         keys = [(PROBE, index) for index in sorted({0, self.samples // 2, self.samples - 1})]
         twice = [*keys, *keys]
-        if self._loader is None or not self._loader.num_workers:
+        if self._streams is not None:
+            found = [content_digest(samples) for samples in (self._streams.first, self._streams.again())]
+        elif self._loader is None or not self._loader.num_workers:
             found = [content_digest(self.load(key)) for key in twice]
         else:
             probes = begin(worker_loader(self._loader, lambda key: content_digest(self.load(key)), twice, workers=1))
             found = [digest for _, digest in probes]
-        if found[: len(keys)] == found[len(keys) :]:
-            return tuple(found[: len(keys)])
+        half = len(found) // 2
+        if found[:half] == found[half:]:
+            return tuple(found[:half])
         warn(
             self._channel,
             Notice.DATA_NOT_REPEATABLE,
-            "the dataset gives another sample when the same index is fetched again: a micro-batch that is computed "
+            "the dataset gives another sample when the same one is fetched again: a micro-batch that is computed "
             "again after a loss will differ; draw random numbers from torch's, NumPy's and Python's global generators, "
             "which are seeded for each micro-batch",
         )
@@ -269,8 +324,9 @@ def _check_loader(loader: DataLoader[Any], settings: Settings, collate_fn: Colla
     """Refuse data that cannot be divided into micro-batches; returns whether the samples are shuffled."""
     if collate_fn is not None:
         raise UsageError("collate_fn was passed together with a DataLoader, which has its own: leave it out")
-    if isinstance(loader.dataset, IterableDataset):
-        raise UsageError(_stream(loader.dataset))
+    is_stream = isinstance(loader.dataset, IterableDataset)
+    if is_stream and loader.batch_size is None:
+        return False
     if loader.batch_size is None or type(loader.batch_sampler) is not BatchSampler:
         raise UsageError(
             "the DataLoader has no fixed batch size, or has its own batch sampler: give it batch_size="
@@ -282,6 +338,8 @@ def _check_loader(loader: DataLoader[Any], settings: Settings, collate_fn: Colla
             f"{settings.micro_batch_size}: make them equal, since a turn of the loop is one micro-batch"
         )
     sampler = loader.sampler
+    if is_stream:
+        return False
     if isinstance(sampler, DistributedSampler):  # the runtime itself assigns samples to ranks
         return bool(sampler.shuffle)
     if type(sampler) is SequentialSampler:
@@ -295,8 +353,11 @@ def _check_loader(loader: DataLoader[Any], settings: Settings, collate_fn: Colla
 
 
 def _check_dataset(dataset: Any, settings: Settings) -> None:
-    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
-        raise UsageError(_stream(dataset))
+    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+        raise UsageError(
+            "the dataset must be map-style (have __len__ and __getitem__) or a torch.utils.data.IterableDataset; got "
+            f"{type(dataset).__name__}"
+        )
     if len(dataset) < settings.global_batch_size:
         raise UsageError(
             f"the dataset has {len(dataset)} samples, fewer than one batch (global_batch_size = "
@@ -304,5 +365,16 @@ def _check_dataset(dataset: Any, settings: Settings) -> None:
         )
 
 
-def _stream(dataset: Any) -> str:
-    return f"the dataset must be map-style (have __len__ and __getitem__); got {type(dataset).__name__}"
+def _check_stream(dataset: Any, settings: Settings) -> None:
+    if settings.epochs:
+        raise UsageError(
+            f"epochs={settings.epochs} needs a dataset with a length, and {type(dataset).__name__} is a stream: give "
+            "steps= in place of epochs="
+        )
+
+
+def _ended(dataset: Any, step: int, micro_batch: int) -> str:
+    return (
+        f"{type(dataset).__name__} ended before it had the samples of micro-batch {micro_batch} of step {step}: give "
+        "the job more data, or fewer steps"
+    )

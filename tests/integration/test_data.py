@@ -13,8 +13,10 @@ import psutil
 import pytest
 import torch
 
+from everstep.elastic.contract.progress import Progress
 from everstep.elastic.contract.settings import Settings
 from everstep.elastic.step.data import DataSource
+from everstep.elastic.step.streams import StreamPlace
 from tests.jobs import JOBS, Result, assert_same_state, command, read_result, run_job
 
 STEPS = 8
@@ -115,7 +117,8 @@ def test_a_killed_worker_process_interrupts_nothing_but_the_fetch() -> None:
     settings = Settings(steps=5, global_batch_size=8, micro_batch_size=2)
     told = Told()
     numbers = Numbers()
-    data = DataSource(torch.utils.data.DataLoader(numbers, batch_size=2, num_workers=2), settings, None, told)
+    loader = torch.utils.data.DataLoader(numbers, batch_size=2, num_workers=2)
+    data = DataSource(loader, settings, None, told, StreamPlace(Progress(None, 0, 1, [])))
     data.upcoming = lambda: ((step, number) for step in range(5) for number in range(4))
     data.digests()
     evaluation = iter(torch.utils.data.DataLoader(numbers, batch_size=2, num_workers=1))

@@ -22,7 +22,7 @@ ANYWHERE = {
     "layers": "4 stages need at least as many layers, and the model has 3",
     "uncuttable": "Uncuttable cannot be cut into 2 stages: pass an nn.Sequential",
     "small_dataset": "the dataset has 5 samples, fewer than one batch (global_batch_size = 8)",
-    "iterable": "the dataset must be map-style (have __len__ and __getitem__); got Stream",
+    "iterable": "Stream ended before it had the samples of micro-batch 1 of step 0: give the job",
     "foreign_parameters": "that the model lacks: build the optimizer from model.parameters()",
     "optimizer_state": "the optimizer has state already",
     "nothing": "nothing returned without calling run.prepare(...) or run.steps(...)",

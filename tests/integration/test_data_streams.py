@@ -1,0 +1,53 @@
+"""Jobs over streams: alone, resumed after every step, with ranks killed: the same bytes after the same step."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.jobs import JOBS, assert_same_state, command, run_job
+
+STEPS, SAMPLES = 12, 60  # the stream has 7 batches of 8
+KILLS = [{"rank": 1, "phase": "compute", "step": 2, "after": 1}, {"rank": 0, "phase": "reduce", "step": 4}]
+
+
+def alone(out: Path, environment: dict[str, str] | None = None, **config: Any) -> dict[str, Any]:
+    """Without the launcher: one rank."""
+    out.mkdir()
+    arguments = {"out": str(out), "steps": STEPS, "samples": SAMPLES, **config}
+    ended = command([str(JOBS / "stream_job.py"), json.dumps(arguments)], environment)
+    assert ended.status == 0, ended.stderr
+    assert "the stream has ended, and training ends after step 6" in ended.stderr
+    state: dict[str, Any] = torch.load(out / "state-0.pt", weights_only=True)
+    return state
+
+
+@pytest.mark.parametrize("divided", [False, True])
+def test_ranks_die_and_the_stream_ends(divided: bool, tmp_path: Path) -> None:
+    how = {"divided": divided, "loop": not divided}
+    saves = {"EVERSTEP_CHECKPOINT": str(tmp_path / "saved")}
+    with ThreadPoolExecutor(3) as pool:
+        undisturbed = pool.submit(alone, tmp_path / "alone", **how)
+        resumed = pool.submit(alone, tmp_path / "resumed", saves, resumes=True, **how)
+        job = run_job(nproc=2, script="stream_job.py", steps=STEPS, samples=SAMPLES, faults=KILLS, **how)
+    expected = undisturbed.result()
+    assert job.status == 0, job.output
+    assert expected["step"] == 7
+    assert_same_state(resumed.result(), expected)
+    assert len(job.named("worker_died")) == 2
+    assert [event["why"] for event in job.named("script_stopped")] == ["the stream has ended"]
+    for rank in range(2):
+        assert job.state(rank)["step"] == 7
+        assert_same_state(job.state(rank), expected)
+
+
+@pytest.mark.soak
+def test_a_stream_on_pipeline_stages(tmp_path: Path) -> None:
+    job = run_job(nproc=3, stages=3, script="stream_job.py", steps=STEPS, samples=SAMPLES, faults=KILLS)
+    assert job.status == 0, job.output
+    assert_same_state(job.state(), alone(tmp_path / "alone"))

@@ -1,0 +1,87 @@
+"""Streams: whatever a rank reads, in whatever order, it is what one process reads that goes through the stream once."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from everstep.elastic.contract.progress import Progress
+from everstep.elastic.step.streams import StreamPlace, Streams
+
+Noted = tuple[int, int, float]  # stream, number, a random number of the sample
+
+
+class Numbers(torch.utils.data.IterableDataset[Noted]):
+    """Numbers with noise, in batches of three that it draws at once; its position is in the object."""
+
+    def __init__(self, count: int, place: StreamPlace | None) -> None:
+        self.count = count
+        self.place = place
+
+    def __iter__(self) -> Iterator[Noted]:
+        self.number, stream, step = 0, 0, 1
+        if self.place is not None:
+            stream, step = self.place.index, self.place.count
+        while self.number * step + stream < self.count:
+            ahead = [random.random() for _ in range(3)]
+            for noise in ahead:
+                if self.number * step + stream < self.count:
+                    yield stream, self.number * step + stream, noise + float(torch.rand(()))
+                    self.number += 1
+
+
+def streams(count: int, size: int, slots: int, divided: bool) -> Streams:
+    place = StreamPlace(Progress(None, 0, 1, []))
+    return Streams(Numbers(count, place if divided else None), size, slots, 7, place)
+
+
+def one_after_another(count: int, size: int, slots: int, divided: bool) -> dict[tuple[int, int], Any]:
+    """(step, slot) -> samples, read once from the first to the last whole one."""
+    source = streams(count, size, slots, divided)
+    keys = [(step, slot) for step in range(count) for slot in range(slots)]
+    found = {key: source.samples(*key) for key in keys}
+    return {key: samples for key, samples in found.items() if samples is not None}
+
+
+SHAPES = st.tuples(st.integers(1, 40), st.integers(1, 3), st.integers(1, 4), st.booleans())
+
+
+@given(SHAPES, st.data())
+def test_any_way_through_a_stream_gives_the_same_samples(shape: tuple[int, int, int, bool], data: Any) -> None:
+    """A rank that takes over slots, goes back, and skips; what is behind the end is behind the end for it, too."""
+    count, size, slots, _ = shape
+    expected = one_after_another(*shape)
+    source = streams(*shape)
+    key = st.tuples(st.integers(0, count // (size * slots) + 1), st.integers(0, slots - 1))
+    for step, slot in data.draw(st.lists(key, max_size=25)):
+        assert source.samples(step, slot) == expected.get((step, slot))
+
+
+@given(SHAPES)
+def test_every_sample_is_in_one_micro_batch(shape: tuple[int, int, int, bool]) -> None:
+    """In the order of the stream, unless it divides itself; only what fills no micro-batch is left out."""
+    count, size, slots, divided = shape
+    batches = one_after_another(*shape)
+    numbers = [number for samples in batches.values() for _, number, _ in samples]
+    assert len(set(numbers)) == len(numbers)
+    assert all(len(samples) == size for samples in batches.values())
+    if divided:
+        assert all(stream == slot for (_, slot), samples in batches.items() for stream, _, _ in samples)
+        assert len(numbers) > count - size * slots
+    else:
+        assert numbers == list(range(count - count % size))
+
+
+@given(st.integers(1, 4), st.integers(1, 3), st.booleans(), st.integers(2, 30))
+def test_few_micro_batches_are_remembered(slots: int, size: int, divided: bool, steps: int) -> None:
+    source = streams(1000, size, slots, divided)
+    for step in range(steps):
+        for slot in range(slots):
+            source.samples(step, slot)
+    kept = [len(line._kept) for line in source._lines.values()]
+    assert sum(kept) <= 2 * slots

@@ -1,0 +1,142 @@
+"""Streams as the data of a job: loaders, the place of a stream, the end of one, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from everstep.elastic.contract.errors import UsageError
+from everstep.elastic.contract.progress import Progress
+from everstep.elastic.contract.settings import Settings
+from everstep.elastic.step.data import DataSource
+from everstep.elastic.step.streams import StreamPlace
+
+SETTINGS = Settings(steps=9, global_batch_size=8, micro_batch_size=2)
+
+
+class Numbers(torch.utils.data.IterableDataset[Any]):
+    def __init__(self, count: int, place: StreamPlace | None = None, late: bool = False) -> None:
+        self.count = count
+        self.place = place
+        self.late = late
+
+    def __iter__(self) -> Iterator[Any]:
+        first, step = 0, 1
+        if self.place and not self.late:
+            first, step = self.place.index, self.place.count
+        for number in range(first, self.count, step):
+            yield number
+            assert not self.late or self.place is None or self.place.index >= 0
+
+
+class Batches(Numbers):
+    def __iter__(self) -> Iterator[Any]:
+        for number in super().__iter__():
+            yield torch.tensor([2 * number, 2 * number + 1])
+
+
+class Told:
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def note(self, what: str, fields: Mapping[str, Any]) -> None:
+        self.texts.append(f"{fields['notice']}: {fields['text']}")
+
+
+def place() -> StreamPlace:
+    return StreamPlace(Progress(None, 0, 1, []))
+
+
+def source(data: Any, settings: Settings = SETTINGS, told: Told | None = None, at: StreamPlace | None = None) -> Any:
+    return DataSource(data, settings, None, told or Told(), at or place())
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        Numbers(40),
+        DataLoader(Numbers(40), batch_size=2),
+        DataLoader(Batches(20), batch_size=None),
+        DataLoader(Numbers(40), batch_size=2, num_workers=2),
+    ],
+)
+def test_a_loader_and_its_dataset_give_the_same(data: Any) -> None:
+    told = Told()
+    found = source(data, told=told)
+    batches = [found.fetch(step, slot).tolist() for step in range(5) for slot in range(4)]
+    assert batches == [[2 * number, 2 * number + 1] for number in range(20)]
+    described = found.described()
+    assert (described["samples"], described["shuffle"], len(described["sample_digests"])) == (0, False, 1)
+    workers = "setting-ignored: the DataLoader's num_workers=2 has no effect: each rank reads a stream in its own"
+    assert [text for text in told.texts if not text.startswith(workers)] == []
+    assert bool(told.texts) == (getattr(data, "num_workers", 0) == 2)
+
+
+def test_a_dataset_that_divides_itself_has_a_stream_for_each_slot() -> None:
+    at = place()
+    found = source(Numbers(40, at), at=at)
+    assert [found.fetch(1, slot).tolist() for slot in (3, 0)] == [[11, 15], [8, 12]]
+
+
+def test_the_end_is_seen_one_step_ahead() -> None:
+    """By the rank whose micro-batch is missing; the generators stay as they were."""
+    told = Told()
+    found = source(Numbers(22), told=told)
+    found.upcoming = lambda: ((step, slot) for step in range(9) for slot in (1, 2))
+    for step in range(2):
+        found.fetch(step, 1)
+        before = torch.get_rng_state()
+        assert found.ends(step) == ""
+        assert torch.equal(torch.get_rng_state(), before)
+    found.upcoming = lambda: ((step, slot) for step in range(9) for slot in (0, 3))
+    assert found.ends(0) == ""
+    assert found.ends(1) == "the stream has ended"
+    assert told.texts == [
+        "stream-ended: the stream has ended, and training ends after step 1, in front of the last of the job"
+    ]
+    with pytest.raises(UsageError, match="Numbers ended before it had the samples of micro-batch 3 of step 2"):
+        found.fetch(2, 3)
+
+
+def test_a_dataset_with_a_length_does_not_end() -> None:
+    assert source(list(range(10))).ends(7) == ""
+
+
+def test_a_stream_that_gives_other_samples_each_time_is_noticed() -> None:
+    class Shared(Numbers):
+        def __init__(self, count: int) -> None:
+            super().__init__(count)
+            self.numbers = iter(range(count))
+
+        def __iter__(self) -> Iterator[Any]:
+            return self.numbers
+
+    told = Told()
+    assert source(Shared(40), told=told).described()["sample_digests"] == []
+    assert told.texts[0].startswith("data-not-repeatable: the dataset gives another sample")
+
+
+def test_streams_that_cannot_be_used_are_refused() -> None:
+    with pytest.raises(UsageError, match=r"epochs=3 needs a dataset with a length, and Numbers is a stream: give step"):
+        source(Numbers(40), Settings(epochs=3, global_batch_size=8, micro_batch_size=2))
+    with pytest.raises(UsageError, match="Numbers ended before it had the samples of micro-batch 0 of step 0"):
+        source(Numbers(1))
+    with pytest.raises(UsageError, match="batch_size=4, and the job micro_batch_size=2: make them equal"):
+        source(DataLoader(Numbers(40), batch_size=4))
+    with pytest.raises(UsageError, match=r"map-style \(have __len__ and __getitem__\) or a torch.* got list_iterator"):
+        source(iter([1, 2]))
+
+
+def test_the_place_of_a_stream_is_read_at_its_beginning() -> None:
+    at = place()
+    with pytest.raises(UsageError, match=r"run.stream_index has a value only while a torch"):
+        assert at.index
+    with pytest.raises(UsageError, match=r"run.stream_count has a value only while a torch"):
+        assert at.count
+    found = source(Numbers(40, at, late=True), Settings(steps=9, global_batch_size=8, micro_batch_size=1), at=at)
+    with pytest.raises(UsageError, match=r"run.stream_index was read behind the first sample"):
+        found.fetch(0, 1)
