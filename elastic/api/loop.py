@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +18,12 @@ from everstep.elastic.step.devices import to_device
 from everstep.elastic.step.gradients import GradientWatch
 from everstep.elastic.step.pipeline import tokens_and_samples
 from everstep.elastic.step.reduction import whole_count
-from everstep.elastic.step.schedule import ScheduledRate
 from everstep.resharding.work import Leg
 
 from .course import Course
 from .interruptible import Interruptible
 from .loop_scaler import LoopScaler
+from .schedulers import Schedulers
 
 
 class _NoLength(UsageError, TypeError):
@@ -32,13 +32,13 @@ class _NoLength(UsageError, TypeError):
 
 @dataclass(frozen=True)
 class Turns:
-    """What has to be in a turn of the user's loop. `rates`: the schedulers that it steps.
+    """What has to be in a turn of the user's loop.
 
     `accumulates`: a turn may end without `optimizer.step()`, since its gradient is accumulated with those that follow.
     """
 
     gradients: GradientWatch
-    rates: Sequence[ScheduledRate]
+    schedulers: Schedulers
     scaler: LoopScaler | None
     accumulates: bool
 
@@ -68,12 +68,15 @@ class Batches:
 
     def __iter__(self) -> Iterator[Any]:
         self.course.begin()
+        self._turns.schedulers.in_batches = True
         try:
             yield from self._micro_batches()
         except GeneratorExit:
             self._show_all()  # the step that the last turn has ended
             self.course.end()
             raise
+        finally:
+            self._turns.schedulers.in_batches = False
 
     def _micro_batches(self) -> Iterator[Any]:
         engine, parts, course = self._engine, self._parts, self.course
@@ -142,7 +145,7 @@ class Batches:
                 "accumulated over the step by the runtime. To leave a micro-batch out, call run.skip(), then continue"
             )
         if self._turn >= 0 and not self._skipped and (self._stepped or not self._turns.accumulates):
-            for rate in self._turns.rates:
+            for rate in self._turns.schedulers.left_in_loop:
                 rate.check_called(self._turn)
         self._turn = -1
 

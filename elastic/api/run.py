@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -166,6 +166,7 @@ class Run(Sharing, Gradients):
         *,
         collate_fn: Callable[[list[Any]], Any] | None = None,
         scheduler: LRScheduler | None = None,
+        scheduler_every: Literal["step", "epoch"] = "step",
         skip_nonfinite: bool = False,
         scaler: GradScaler | None = None,
         accumulation: int = 1,
@@ -174,7 +175,8 @@ class Run(Sharing, Gradients):
 
         Each pass of the loop does one micro-batch: forward, `loss.backward()`, `optimizer.step()`, which acts when the
         step's micro-batches are done. A scheduler built on the optimizer, passed in or found, is stepped by the
-        runtime once per step; its own `step()` in the loop then does nothing. With `skip_nonfinite` a step whose
+        runtime once per step; its own `step()` in the loop then does nothing. With `scheduler_every="epoch"` the script
+        steps its schedulers, behind the batches of an epoch of `run.epochs`. With `skip_nonfinite` a step whose
         gradient is not finite changes nothing. `scaler` scales the losses: its `step` and `update` stay in the loop,
         and the runtime changes its scale once per step. `accumulation=k` is for a loop that divides each loss by `k`,
         and calls `optimizer.step()` in every k-th turn. Supports one pipeline stage only; `steps` supports any number.
@@ -183,13 +185,20 @@ class Run(Sharing, Gradients):
             raise UsageError(
                 f"run.prepare drives one stage, and the job has stages={self.settings.stages}: use run.steps(...)"
             )
+        if scheduler_every not in ("step", "epoch"):
+            raise UsageError(f"scheduler_every must be 'step' or 'epoch', got {scheduler_every!r}")
+        by_epoch = scheduler_every == "epoch"
+        if by_epoch and not self.settings.epochs:
+            raise UsageError("scheduler_every='epoch' is for a job with epochs=, whose loop is over run.epochs()")
         scale = LossScale(scaler)
         reduction = Reduction(self.settings, scale, skip_nonfinite=skip_nonfinite, accumulation=accumulation)
-        engine = self._set_up(model, optimizer, dataset, collate_fn, _no_loss, scheduler, reduction, loops=True)
+        engine = self._set_up(
+            model, optimizer, dataset, collate_fn, _no_loss, scheduler, reduction, loops=True, by_epoch=by_epoch
+        )
         assert self._gradients is not None
         assert self._schedulers is not None
         scales = LoopScaler(scale.scaler) if scale.scaler is not None else None
-        turns = Turns(self._gradients, self._schedulers.left_in_loop, scales, accumulates=accumulation > 1)
+        turns = Turns(self._gradients, self._schedulers, scales, accumulates=accumulation > 1)
         batches = self._batches = Batches(engine, turns, *self._course())
         if "module" not in model.__dict__ and "module" not in model._modules:
             model.__dict__["module"] = model  # scripts for DDP write model.module; not a submodule of itself
@@ -426,12 +435,13 @@ class Run(Sharing, Gradients):
         reduction: Reduction,
         *,
         loops: bool,
+        by_epoch: bool = False,
     ) -> Engine:
         if self._engine is not None:
             raise UsageError("run.prepare or run.steps was called twice; a run trains one model")
         settings = self.settings
         check_optimizer(optimizer, model)
-        if scheduler is not None:
+        if scheduler is not None and not by_epoch:
             check_scheduler(scheduler)
         known = self._context.begun.samples if self._context and self._context.begun else 0
         data = DataSource(dataset, settings, collate_fn, self._membership, self._stream_place, known)
@@ -471,7 +481,7 @@ class Run(Sharing, Gradients):
         if reduction.skip_nonfinite:
             engine.driven.add(LOSS_SCALE)
             engine.claim(LOSS_SCALE, reduction.loss_scale)
-        self._schedulers = Schedulers(engine, optimizer, scheduler)
+        self._schedulers = Schedulers(engine, optimizer, scheduler, by_epoch=by_epoch)
         engine.birth = {
             **engine.adjustments.terms(),
             "registered": engine.states_of_registered(),

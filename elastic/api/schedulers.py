@@ -5,19 +5,25 @@ from __future__ import annotations
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from everstep.elastic.contract.errors import UsageError
 from everstep.elastic.engine.engine import Engine
-from everstep.elastic.step.schedule import ScheduledRate, ScheduleState, refuse, schedulers_of
+from everstep.elastic.step.schedule import EpochSchedule, ScheduledRate, ScheduleState, refuse, schedulers_of
 
 
 class Schedulers:
-    """The schedulers that are built on a run's optimizer: `passed` to the runtime, or found."""
+    """The schedulers that are built on a run's optimizer: `passed` to the runtime, or found.
 
-    def __init__(self, engine: Engine, optimizer: Optimizer, passed: LRScheduler | None) -> None:
+    `by_epoch`: the script steps them, once per epoch, in front of or behind its batches.
+    """
+
+    def __init__(self, engine: Engine, optimizer: Optimizer, passed: LRScheduler | None, *, by_epoch: bool) -> None:
         self._engine = engine
+        self._by_epoch = by_epoch
+        self.in_batches = False  # the script is in the loop over the batches of an epoch
         self._optimizers = [optimizer]  # the user's optimizer, and its replacement in a loop
         self._known: list[LRScheduler] = []
         self.left_in_loop: list[ScheduledRate] = []  # the scheduler that was found, not passed in
-        if passed is not None:
+        if passed is not None and not by_epoch:
             self._drive(passed)
         self.take_over()
 
@@ -33,8 +39,9 @@ class Schedulers:
     def take_over(self) -> bool:
         """Find schedulers that were built on the optimizer and not passed in. Returns whether the runtime steps one.
 
-        In the user's own loop the runtime steps the found scheduler once a step. With `steps` the user's code steps
-        it, at the same steps on all ranks: its state is registered, and the ranks agree on the learning rates anyway.
+        In the user's own loop the runtime steps the found scheduler once a step. With `steps` or by epoch the user's
+        code steps it, at the same steps on all ranks: its state is registered, and the ranks agree on the learning
+        rates anyway.
         """
         engine = self._engine
         known = {id(item) for item in self._known}
@@ -42,11 +49,11 @@ class Schedulers:
         self._known += found
         plateaus = [item for item in found if isinstance(item, ReduceLROnPlateau)]
         others = [item for item in found if item not in plateaus]
-        if not engine.loops:
+        if not engine.loops or self._by_epoch:
             for item in found:
                 name = "scheduler" if "scheduler" not in engine.registered else f"scheduler {len(engine.registered)}"
                 item.optimizer._opt_called = True  # type: ignore[attr-defined]
-                engine.claim(name, ScheduleState(item))
+                engine.claim(name, EpochSchedule(item, self._check_place) if self._by_epoch else ScheduleState(item))
             return False
         refuse(plateaus, "the loss of a micro-batch differs between ranks. Use run.steps(...), and step.loss there")
         if "scheduler" in engine.driven or len(others) > 1:
@@ -55,6 +62,14 @@ class Schedulers:
             self.left_in_loop.append(self._drive(others[0]))
             return True
         return False
+
+    def _check_place(self, name: str) -> None:
+        """Ranks have different numbers of turns in an epoch, but each comes by behind it once."""
+        if self.in_batches:
+            raise UsageError(
+                f"{name}.step() was called in the loop over the batches of an epoch, with scheduler_every='epoch': "
+                "call it behind that loop, or leave scheduler_every out for a scheduler that steps once for each step"
+            )
 
     def _drive(self, scheduler: LRScheduler) -> ScheduledRate:
         """Step the scheduler once per committed step."""

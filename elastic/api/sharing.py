@@ -21,6 +21,8 @@ Operation = Literal["sum", "mean", "min", "max"]
 class SharedState(MutableMapping[str, Any]):
     """Named values of the script that are equal on all ranks: agreed on in every step, saved, given to replacements."""
 
+    between_steps = True
+
     def __init__(self) -> None:
         self._values: dict[str, Any] = {}
         self.entered: dict[str, Any] | None = None  # until the loop begins, on a rank that joined: what the job had

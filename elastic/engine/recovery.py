@@ -401,12 +401,16 @@ class Recovery:
         if "groups" in after:
             engine.adjustments.set(after)
         for name, state in after.get("users", {}).items():
-            if back and name == STATE:
+            if back and self._changes_between_steps(name):
                 continue
             if name in engine.registered:
                 engine.registered[name].load_state_dict(decode(state))
             else:
                 engine.unclaimed[name] = state
+
+    def _changes_between_steps(self, name: str) -> bool:
+        """Whether the script changes a registered object between steps only, so that going back leaves it alone."""
+        return getattr(self.engine.registered.get(name), "between_steps", False)
 
     def _catch_up(self, terms: Terms | None, version: int, *, back: bool) -> None:
         """Bring the registered objects (the scheduler) to the version that the other ranks are at, or go back to.
@@ -421,7 +425,7 @@ class Recovery:
         for name, state in registered.items():
             if name not in engine.registered:
                 engine.unclaimed[name] = state
-            elif not back or name in engine.driven or (engine.loops and name != STATE):
+            elif not back or name in engine.driven or (engine.loops and not self._changes_between_steps(name)):
                 engine.registered[name].load_state_dict(decode(state))
         if terms is not None:
             engine.protection.adopt(terms)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from torch.optim import Optimizer
@@ -14,13 +14,20 @@ from everstep.elastic.contract.errors import UsageError
 from everstep.elastic.contract.stateful import encode
 
 ANOTHER_RHYTHM = (
-    "the runtime steps it once for each step of the job, so it has to be called once in each turn of the loop. For "
-    "another rhythm let the rate depend on the step: LambdaLR(optimizer, lambda step: ...)"
+    "the runtime steps it once for each step of the job, so it has to be called once in each turn of the loop. For one "
+    "that steps once per epoch: run.prepare(..., scheduler_every='epoch'), in a job with epochs=. For another rhythm "
+    "let the rate depend on the step: LambdaLR(optimizer, lambda step: ...)"
 )
 
 
 class ScheduleState:
-    """A scheduler's state, without the attributes that the runtime added."""
+    """A scheduler's state, without the attributes that the runtime added.
+
+    `between_steps`: the script's code between two steps changes it, and does not run again for steps that are computed
+    again.
+    """
+
+    between_steps = False
 
     def __init__(self, scheduler: LRScheduler) -> None:
         self.scheduler = scheduler
@@ -56,6 +63,22 @@ class ScheduledRate(ScheduleState):
                 f"micro-batch of step {step}: {ANOTHER_RHYTHM}; or hand it over: run.prepare(..., scheduler=scheduler)"
             )
         self.called = False
+
+
+class EpochSchedule(ScheduleState):
+    """A scheduler that the script steps between the batches of two epochs; `check` gets its name, and may refuse."""
+
+    between_steps = True
+
+    def __init__(self, scheduler: LRScheduler, check: Callable[[str], None]) -> None:
+        super().__init__(scheduler)
+        step = scheduler.step
+
+        def checked(*arguments: Any, **named: Any) -> None:
+            check(type(scheduler).__name__)
+            step(*arguments, **named)
+
+        scheduler.step = checked  # type: ignore[method-assign]
 
 
 def check_scheduler(scheduler: Any) -> None:

@@ -59,6 +59,7 @@ def test_ranks_die_around_epochs(tmp_path: Path) -> None:
     died = [event["rank"] for event in result.named("worker_died")]
     assert died[:3] == [1, 0, 2], "the others die if they are back in time"
     assert [entry[:2] for entry in expected["shared"]["epochs"]] == [[0, 2], [1, 4], [2, 6]]
+    assert expected["shared"]["rates"] == pytest.approx([0.007, 0.0049, 0.00343])
     assert (expected["shared"]["begun"], expected["shared"]["last"]) == (EPOCHS, STEPS)
     for rank in range(3):
         assert_same_job(result.state(rank), expected)

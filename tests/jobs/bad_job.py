@@ -127,6 +127,25 @@ def plateau_in_loop(run):
     train_loop(run, model, optimizer, lambda *_: left.step(1.0))
 
 
+def scheduler_without_epochs(run):
+    train_loop(run, stack(), scheduler_every="epoch")
+
+
+def scheduler_every_turn(run):
+    train_loop(run, stack(), scheduler_every="turn")
+
+
+def scheduler_in_batches(run):
+    model = stack()
+    optimizer = sgd(model)
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+    model, optimizer, batches = run.prepare(model, optimizer, samples(), scheduler_every="epoch")
+    for _ in run.epochs():
+        plateau.step(1.0)
+        for _ in batches:
+            plateau.step(1.0)
+
+
 class CosineOfAnotherLibrary:
     def step_update(self, number):
         pass
@@ -332,6 +351,7 @@ OVERRIDES = {
     "uncuttable": {"stages": 2},
     "prepare_stages": {"stages": 2},
     "settings_differ": {"steps": 4 + RANK},
+    "scheduler_in_batches": {"steps": 0, "epochs": 2},
 }
 
 

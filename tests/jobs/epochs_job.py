@@ -72,7 +72,8 @@ def evaluated(run, model, epoch, **how):
 def in_epochs(run, model, optimizer):
     if config.get("average"):
         run.average(model, 0.75)
-    model, optimizer, batches = run.prepare(model, optimizer, Numbered())
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.7)
+    model, optimizer, batches = run.prepare(model, optimizer, Numbered(), scheduler_every="epoch")
     run.state.setdefault("epochs", [])
     run.state.setdefault("begun", 0)
     for epoch in run.epochs():
@@ -86,6 +87,8 @@ def in_epochs(run, model, optimizer):
             optimizer.step()
         run.state["size"] = run.mean(sum(float(p.detach().double().norm()) for p in model.parameters()))
         comes_by(f"end {epoch}")
+        scheduler.step()
+        run.state["rates"] = [*run.state.get("rates", []), *scheduler.get_last_lr()]
         run.barrier()
         run.state["losses"] = [*run.state.get("losses", []), *evaluated(run, model, epoch)]
         if config.get("average"):
