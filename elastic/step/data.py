@@ -332,10 +332,11 @@ def _check_loader(loader: DataLoader[Any], settings: Settings, collate_fn: Colla
             "the DataLoader has no fixed batch size, or has its own batch sampler: give it batch_size="
             f"{settings.micro_batch_size} (the job's micro_batch_size)"
         )
-    if loader.batch_size != settings.micro_batch_size:
+    if loader.batch_size not in (settings.micro_batch_size, settings.global_batch_size):
         raise UsageError(
-            f"the DataLoader has batch_size={loader.batch_size}, and the job micro_batch_size="
-            f"{settings.micro_batch_size}: make them equal, since a turn of the loop is one micro-batch"
+            f"the DataLoader has batch_size={loader.batch_size}, which is neither the job's micro_batch_size "
+            f"({settings.micro_batch_size}) nor its global_batch_size ({settings.global_batch_size}): give it one of "
+            "them; either way its collate_fn gets the samples of one micro-batch"
         )
     sampler = loader.sampler
     if is_stream:

@@ -62,6 +62,7 @@ def source(data: Any, settings: Settings = SETTINGS, told: Told | None = None, a
         DataLoader(Numbers(40), batch_size=2),
         DataLoader(Batches(20), batch_size=None),
         DataLoader(Numbers(40), batch_size=2, num_workers=2),
+        DataLoader(Numbers(40), batch_size=8),
     ],
 )
 def test_a_loader_and_its_dataset_give_the_same(data: Any) -> None:
@@ -125,7 +126,10 @@ def test_streams_that_cannot_be_used_are_refused() -> None:
         source(Numbers(40), Settings(epochs=3, global_batch_size=8, micro_batch_size=2))
     with pytest.raises(UsageError, match="Numbers ended before it had the samples of micro-batch 0 of step 0"):
         source(Numbers(1))
-    with pytest.raises(UsageError, match="batch_size=4, and the job micro_batch_size=2: make them equal"):
+    with pytest.raises(
+        UsageError,
+        match=r"batch_size=4, which is neither the job's micro_batch_size \(2\) nor its global_batch_size \(8\)",
+    ):
         source(DataLoader(Numbers(40), batch_size=4))
     with pytest.raises(UsageError, match=r"map-style \(have __len__ and __getitem__\) or a torch.* got list_iterator"):
         source(iter([1, 2]))
@@ -140,3 +144,14 @@ def test_the_place_of_a_stream_is_read_at_its_beginning() -> None:
     found = source(Numbers(40, at, late=True), Settings(steps=9, global_batch_size=8, micro_batch_size=1), at=at)
     with pytest.raises(UsageError, match=r"run.stream_index was read behind the first sample"):
         found.fetch(0, 1)
+
+
+@pytest.mark.parametrize("size", [2, 8])
+def test_a_loader_has_the_size_of_the_micro_batch_or_of_the_batch(size: int) -> None:
+    """Either way a micro-batch is fetched, by the worker processes as well."""
+    numbers = list(range(16))
+    for workers in (0, 1):
+        found = source(DataLoader(numbers, batch_size=size, num_workers=workers))  # type: ignore[arg-type]
+        found.upcoming = lambda: [(0, 0), (0, 1)]
+        assert [found.fetch(0, slot).tolist() for slot in range(2)] == [[0, 1], [2, 3]]
+        found.close()
