@@ -71,7 +71,7 @@ class DataSource:
         self._channel = channel
         self._seed = settings.seed
         self._place = place
-        self._streams = self._begin_streams(settings) if is_stream else None
+        self.streams = self._begin_streams(settings) if is_stream else None
         self.samples = 0 if is_stream else len(dataset)
         if known and self.samples > known:
             warn(
@@ -114,8 +114,8 @@ class DataSource:
     def load(self, key: Key) -> Any:
         """The item of a key, fetched in this process. The key seeds random augmentation."""
         step, number = key
-        if self._streams is not None:
-            samples = self._streams.samples(step, number)
+        if self.streams is not None:
+            samples = self.streams.samples(step, number)
             if samples is None:
                 raise UsageError(_ended(self.dataset, step, number))
             seed_generators(derive_seed("data", self._seed, step, number))
@@ -135,13 +135,13 @@ class DataSource:
 
     def ends(self, step: int) -> str:
         """Why no step can follow this one: a stream has no samples for a micro-batch of this rank in it. Or empty."""
-        if self._streams is None:
+        if self.streams is None:
             return ""
         with generators_kept(), self._place.progress.within(Pace.FETCH):
             for following, number in self.upcoming():
                 if following > step + 1:
                     break
-                if following == step + 1 and self._streams.samples(following, number) is None:
+                if following == step + 1 and self.streams.samples(following, number) is None:
                     text = f"the stream has ended, and training ends after step {step}, in front of the last of the job"
                     warn(self._channel, Notice.STREAM_ENDED, text)
                     return "the stream has ended"
@@ -157,8 +157,8 @@ class DataSource:
         """
         keys = [(PROBE, index) for index in sorted({0, self.samples // 2, self.samples - 1})]
         twice = [*keys, *keys]
-        if self._streams is not None:
-            found = [content_digest(samples) for samples in (self._streams.first, self._streams.again())]
+        if self.streams is not None:
+            found = [content_digest(samples) for samples in (self.streams.first, self.streams.again())]
         elif self._loader is None or not self._loader.num_workers:
             found = [content_digest(self.load(key)) for key in twice]
         else:

@@ -27,9 +27,9 @@ def alone(out: Path, environment: dict[str, str] | None = None, **config: Any) -
     return state
 
 
-@pytest.mark.parametrize("divided", [False, True])
-def test_ranks_die_and_the_stream_ends(divided: bool, tmp_path: Path) -> None:
-    how = {"divided": divided, "loop": not divided}
+@pytest.mark.parametrize("kind", ["divided", "stateful"])
+def test_ranks_die_and_the_stream_ends(kind: str, tmp_path: Path) -> None:
+    how = {kind: True, "loop": kind == "stateful"}
     saves = {"EVERSTEP_CHECKPOINT": str(tmp_path / "saved")}
     with ThreadPoolExecutor(3) as pool:
         undisturbed = pool.submit(alone, tmp_path / "alone", **how)
@@ -44,6 +44,11 @@ def test_ranks_die_and_the_stream_ends(divided: bool, tmp_path: Path) -> None:
     for rank in range(2):
         assert job.state(rank)["step"] == 7
         assert_same_state(job.state(rank), expected)
+    if kind == "stateful":
+        begun = [int(line) for line in (tmp_path / "resumed" / "begun-0").read_text().splitlines()]
+        with_state = [number for number in begun if number]
+        assert len(with_state) >= 2
+        assert all((number - 3) % 8 == 0 for number in with_state), "in front of a step, with 3 samples in the buffer"
 
 
 @pytest.mark.soak

@@ -33,13 +33,41 @@ class Numbers(torch.utils.data.IterableDataset):
         yield from buffer
 
 
+class Resumable(Numbers):
+    """The same with a state; it notes how many samples each process has begun with, and had at its end."""
+
+    def __init__(self, run):
+        super().__init__(run)
+        self.state = {"number": 0, "buffer": []}
+
+    def __iter__(self):
+        state = self.state
+        with (out / f"begun-{mine}").open("a") as file:
+            file.write(f"{state['number']}\n")
+        while state["number"] < config["samples"] or state["buffer"]:
+            while state["number"] < config["samples"] and len(state["buffer"]) < 4:
+                value = state["number"] / 50
+                state["buffer"].append((torch.full((4,), value) + torch.rand(4) / 10, torch.full((1,), value)))
+                state["number"] += 1
+            yield state["buffer"].pop(random.randrange(len(state["buffer"])))
+
+    def __copy__(self):
+        return Resumable(self.run)
+
+    def state_dict(self):
+        return self.state
+
+    def load_state_dict(self, state):
+        self.state = state
+
+
 @everstep.elastic(
     steps=config["steps"], stages=config.get("stages", 1), global_batch_size=8, micro_batch_size=2, seed=3
 )
 def train(run):
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Dropout(0.1), nn.Linear(8, 1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    data = Numbers(run)
+    data = (Resumable if config.get("stateful") else Numbers)(run)
 
     @run.on_step
     def seen(step):

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from everstep.elastic.contract.progress import Progress
+from everstep.elastic.contract.stateful import decode, encode
 from everstep.elastic.step.streams import StreamPlace, Streams
 
 Noted = tuple[int, int, float]  # stream, number, a random number of the sample
@@ -33,6 +34,36 @@ class Numbers(torch.utils.data.IterableDataset[Noted]):
                 if self.number * step + stream < self.count:
                     yield stream, self.number * step + stream, noise + float(torch.rand(()))
                     self.number += 1
+
+
+class Stateful(Numbers):
+    """The same, with a state in which the numbers that were drawn at once are; it counts what it has given."""
+
+    given = 0
+
+    def __init__(self, count: int) -> None:
+        super().__init__(count, None)
+        self.state: dict[str, Any] = {"number": 0, "ahead": []}
+
+    def __iter__(self) -> Iterator[Noted]:
+        state = self.state
+        while state["number"] < self.count:
+            if not state["ahead"]:
+                state["ahead"] = [random.random() for _ in range(3)]
+            number, noise = state["number"], state["ahead"].pop(0) + float(torch.rand(()))
+            state["number"] += 1
+            Stateful.given += 1
+            yield 0, number, noise
+        state["number"] = self.count
+
+    def __copy__(self) -> Stateful:
+        return Stateful(self.count)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.state = state
 
 
 def streams(count: int, size: int, slots: int, divided: bool) -> Streams:
@@ -85,3 +116,26 @@ def test_few_micro_batches_are_remembered(slots: int, size: int, divided: bool, 
             source.samples(step, slot)
     kept = [len(line._kept) for line in source._lines.values()]
     assert sum(kept) <= 2 * slots
+
+
+@given(st.integers(4, 40), st.integers(1, 3), st.integers(1, 4), st.data())
+def test_a_state_takes_the_place_of_what_was_read(count: int, size: int, slots: int, data: Any) -> None:
+    """In a new process and in one that goes back: the same samples, and few are read again."""
+    expected = one_after_another(count, size, slots, False)
+    steps = list(range(count // (size * slots)))
+    place = StreamPlace(Progress(None, 0, 1, []))
+    states: dict[int, Any] = {}
+    for at in data.draw(st.lists(st.sampled_from([-1, *steps]), max_size=12)):
+        if at < 0 or not states:  # a process that joins
+            source = Streams(Stateful(count), size, slots, 7, place)
+        begin = data.draw(st.sampled_from(sorted(states))) if states else 0
+        if states:
+            source.restore(states[begin])
+        Stateful.given = 0
+        for step in range(begin, min(begin + 2, len(steps))):
+            for slot in data.draw(st.permutations(range(slots)))[: data.draw(st.integers(0, slots))]:
+                assert source.samples(step, slot) == expected[step, slot]
+            if data.draw(st.booleans()):  # looks ahead before the state is agreed on
+                assert source.samples(step + 1, slots - 1) == expected.get((step + 1, slots - 1))
+            states[step] = decode(encode(source.state(step), "the state"))
+        assert Stateful.given <= 3 * slots * size, "of the steps that were asked for, once"
