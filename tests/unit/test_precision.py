@@ -20,6 +20,7 @@ from everstep.elastic.step.reduction import whole_count
 from tests.terms import agreed
 
 STEPS, BATCH = 5, 4
+TOKENS = {"loss_reduction": "tokens"}
 
 
 class Sentences(Dataset[Any]):
@@ -126,7 +127,7 @@ def test_a_sum_is_not_divided() -> None:
 
 
 def test_a_mean_over_the_tokens_of_the_step() -> None:
-    found = in_steps(counted_loss, settings={"loss_reduction": "tokens"})
+    found = in_steps(counted_loss, settings=TOKENS)
     plain = plainly(lambda model, inputs, targets: mean_loss(model(inputs), targets))
     assert found.close(plain)
     assert not found.close(in_steps(mean_loss)), "micro-batches have different numbers of tokens"
@@ -138,13 +139,13 @@ def test_a_mean_over_the_tokens_of_the_step() -> None:
         loss.backward()
         optimizer.step()
 
-    loop = in_a_loop(turn, {"loss_reduction": "tokens"})
+    loop = in_a_loop(turn, TOKENS)
     assert found.same(loop)
     assert [s.gradient_norm for s in loop.steps] == [s.gradient_norm for s in found.steps]
 
 
 def test_the_loss_and_the_norm_of_a_step_of_tokens() -> None:
-    (step, *_) = in_steps(counted_loss, settings={"loss_reduction": "tokens"}).steps
+    (step, *_) = in_steps(counted_loss, settings=TOKENS).steps
     trained = Trained()
     inputs, targets = next(iter(DataLoader(Sentences(), batch_size=BATCH)))
     loss = mean_loss(trained.model(inputs), targets)
@@ -155,7 +156,7 @@ def test_the_loss_and_the_norm_of_a_step_of_tokens() -> None:
 
 
 def test_a_step_without_tokens_changes_nothing() -> None:
-    found = in_steps(counted_loss, known=-9, settings={"loss_reduction": "tokens"})
+    found = in_steps(counted_loss, known=-9, settings=TOKENS)
     assert found.same(Trained())
     assert all(math.isnan(step.loss) and step.gradient_norm == 0 for step in found.steps)
     assert found.skipped == 0, "their gradients were finite"
@@ -165,8 +166,8 @@ def test_a_step_without_tokens_changes_nothing() -> None:
 
 
 def test_a_scale_that_is_a_power_of_two_changes_no_bit() -> None:
-    found = in_steps(counted_loss, settings={"loss_reduction": "tokens"}, scaler=GradScaler("cpu"), clip_grad_norm=0.1)
-    expected = in_steps(counted_loss, settings={"loss_reduction": "tokens"}, clip_grad_norm=0.1)
+    found = in_steps(counted_loss, settings=TOKENS, scaler=GradScaler("cpu"), clip_grad_norm=0.1)
+    expected = in_steps(counted_loss, settings=TOKENS, clip_grad_norm=0.1)
     assert found.same(expected)
     assert found.steps == expected.steps
 
@@ -260,19 +261,69 @@ def test_the_loss_is_divided_and_the_optimizer_stepped_every_few_turns() -> None
 
 
 def test_the_turn_that_ends_a_step() -> None:
-    """A loop that asks, in place of counting; the scheduler in it is stepped once a step."""
-    rates = []
+    """A loop that asks, in place of counting."""
+    ends = []
 
     def turn(run: Any, number: int, model: nn.Module, optimizer: Any, batch: Any) -> None:
         (mean_loss(model(batch[0]), batch[1]) / BATCH).backward()
         if run.is_step_end:
             optimizer.step()
             assert run.is_step_end
-            rates.append(number)
+            ends.append(number)
 
     found = in_a_loop(turn, accumulation=BATCH)
     assert found.same(in_steps(mean_loss))
-    assert rates == [BATCH * step + 3 for step in range(STEPS)]
+    assert ends == [BATCH * step + 3 for step in range(STEPS)]
+
+
+def halving(every: int, *, calls: bool = True) -> Trained:
+    """A loop with a scheduler, which it calls where it calls the optimizer."""
+    trained = Trained()
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(trained.optimizer, 0.5)
+
+    def body(run: everstep.Run) -> None:
+        loader = DataLoader(Sentences(), batch_size=1)
+        model, optimizer, batches = run.prepare(trained.model, trained.optimizer, loader, accumulation=every)
+        for inputs, targets in batches:
+            (mean_loss(model(inputs), targets) / every).backward()
+            if run.is_step_end or every == 1:
+                optimizer.step()
+                if calls:
+                    scheduler.step()
+
+    job(body)
+    return trained
+
+
+def test_a_scheduler_in_a_loop_that_accumulates() -> None:
+    """It is stepped once per step, and has to be called where the optimizer is."""
+    found = halving(4)
+    assert found.same(halving(1))
+    assert found.optimizer.param_groups[0]["lr"] == 0.1 * 0.5**STEPS
+    with pytest.raises(SystemExit, match=r"ExponentialLR was built on the optimizer, and its step\(\) was not called"):
+        halving(4, calls=False)
+
+
+def test_a_batch_that_is_skipped_has_no_tokens() -> None:
+    """It is left out of the step; where it is the step's only one, so is the step."""
+
+    def turn(run: Any, number: int, model: nn.Module, optimizer: Any, batch: Any) -> None:
+        loss, count = counted_loss(model(batch[0]), batch[1])
+        if number % 2:
+            run.skip()
+            return
+        run.count_tokens(count)
+        loss.backward()
+        optimizer.step()
+
+    skipping = in_a_loop(turn, {**TOKENS, "global_batch_size": 2})
+    halved = Trained()
+    for number, (inputs, targets) in enumerate(DataLoader(Sentences(), batch_size=1)):
+        if number % 2 == 0 and number < 2 * STEPS:
+            halved.optimizer.zero_grad()
+            mean_loss(halved.model(inputs), targets).backward()
+            halved.optimizer.step()
+    assert skipping.close(halved)
 
 
 # ---------------------------------------------------------------- mistakes
@@ -300,12 +351,25 @@ def wrong(**changes: Any) -> Callable[..., None]:
     return turn
 
 
+def test_clipping_behind_unscale_is_refused() -> None:
+    """The line to write in its place is in the message."""
+    scaler = GradScaler("cpu")
+
+    def turn(run: Any, number: int, model: nn.Module, optimizer: Any, batch: Any) -> None:
+        scaler.scale(mean_loss(model(batch[0]), batch[1])).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+
+    with pytest.raises(SystemExit, match=r"write run.clip_grad_norm_\(x\) for torch.nn.utils.clip_grad_norm_"):
+        in_a_loop(turn, scaler=scaler)
+
+
 def a_scaler() -> dict[str, Any]:
     scaler = GradScaler("cpu", init_scale=4.0)
     return {"scaler": scaler}
 
 
-TOKENS = {"loss_reduction": "tokens"}
 OTHER = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
 
 
