@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,11 @@ KILLS = [
 ]
 
 
-def alone(out: Path, flags: dict[str, str] | None = None, **config: Any) -> dict[str, Any]:
+def alone(out: Path, **config: Any) -> dict[str, Any]:
     """Without the launcher: one rank."""
     out.mkdir(exist_ok=True)
-    environment = {"EVERSTEP_LOSS_REDUCTION": config["reduction"], **(flags or {})}
     arguments = json.dumps({"out": str(out), "steps": STEPS, **config})
+    environment = {"EVERSTEP_LOSS_REDUCTION": config["reduction"]}
     ended = command([str(JOBS / "precision_job.py"), arguments], environment)
     assert ended.status == 0, ended.stderr
     state: dict[str, Any] = torch.load(out / "state-0.pt", weights_only=True)
@@ -64,17 +63,7 @@ def test_ranks_die_and_the_scale_goes_on(how: dict[str, Any], tmp_path: Path) ->
     assert result.status == 0, result.output
     assert len(result.named("worker_died")) == len(KILLS)
     assert_adapted(expected)
-    for path in result.out.glob("state-*.pt"):
+    finished = list(result.out.glob("state-*.pt"))
+    assert finished, "who died in the last steps may not be back, but the others are there"
+    for path in finished:
         assert_same_job(torch.load(path, weights_only=True), expected)
-
-
-@pytest.mark.soak
-def test_a_resumed_job_goes_on_with_the_scale(tmp_path: Path) -> None:
-    how: dict[str, Any] = {"reduction": "sum", "scaler": True}
-    expected = alone(tmp_path / "whole", **how)
-    assert_adapted(expected)
-    alone(tmp_path / "first", {"EVERSTEP_CHECKPOINT": str(tmp_path / "saved")}, **{**how, "steps": 5})
-    for rates in ("checkpoint", "script"):
-        copied = shutil.copytree(tmp_path / "saved", tmp_path / f"saved {rates}")
-        flags = {"EVERSTEP_CHECKPOINT": str(copied), "EVERSTEP_RESUME_HYPERPARAMETERS": rates}
-        assert_same_job(alone(tmp_path / rates, flags, **how), expected)

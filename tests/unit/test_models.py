@@ -83,6 +83,13 @@ def test_a_loss_that_depends_on_nothing() -> None:
         _check_loss(torch.ones(()), "the loss", 5, 1)
 
 
+def test_results_of_micro_batches_that_others_compute_now_are_dropped() -> None:
+    state = StepState.begin(0, 0, Work(()))
+    state.losses, state.tokens = {0: 0.5, 1: 0.25}, {0: 3, 1: 4}
+    state.resume(Work(()), ())
+    assert (state.losses, state.tokens) == ({}, {})
+
+
 def test_parameters_that_are_summed_here() -> None:
     """Of the layers that this rank computed only."""
     state = StepState.begin(0, 0, Work(()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -162,6 +163,29 @@ def test_a_step_without_tokens_changes_nothing() -> None:
     assert found.skipped == 0, "their gradients were finite"
 
 
+def test_statistics_of_a_batch_norm_are_means_of_micro_batches() -> None:
+    """Whatever gradients are divided by."""
+
+    def statistics(**how: Any) -> list[Tensor]:
+        torch.manual_seed(7)
+        norm = nn.BatchNorm1d(6)
+        model = nn.Sequential(norm, nn.Linear(4, 5))
+
+        def body(run: everstep.Run) -> None:
+            loader = DataLoader(Sentences(), batch_size=1)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            for _ in run.steps(model, optimizer, loader, loss_fn=how.get("loss_fn", mean_loss), scaler=how["scaler"]):
+                pass
+
+        job(body, **how.get("settings", {}))
+        return [norm.running_mean, norm.running_var]  # type: ignore[list-item]
+
+    expected = statistics(scaler=None)
+    assert not torch.equal(expected[0], torch.zeros(6))
+    for how in ({"settings": {"loss_reduction": "sum"}}, {"settings": TOKENS, "loss_fn": counted_loss}):
+        assert all(map(torch.equal, statistics(scaler=GradScaler("cpu"), **how), expected))
+
+
 # ---------------------------------------------------------------- a loss scaler
 
 
@@ -175,8 +199,8 @@ def test_a_scale_that_is_a_power_of_two_changes_no_bit() -> None:
 class Overflowing:
     """A loss that is infinite in some batches."""
 
-    def __init__(self) -> None:
-        self.calls = 0
+    def __init__(self, calls: int = 0) -> None:
+        self.calls = calls
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
         self.calls += 1
@@ -208,6 +232,25 @@ def test_an_ordinary_loop_with_a_scaler() -> None:
     assert ours.state_dict() == theirs.state_dict()
     assert ours.get_scale() == 2.0**7
     assert found.skipped == 2
+
+
+@pytest.mark.parametrize("rates", ["checkpoint", "script"])
+def test_a_resumed_job_goes_on_with_the_scale(rates: str, tmp_path: Path) -> None:
+    """Also where rates and other settings are the script's."""
+
+    def trained(calls: int, **settings: Any) -> tuple[Trained, dict[str, Any]]:
+        scaler = GradScaler("cpu", init_scale=2.0**8, growth_interval=2)
+        settings |= {"micro_batch_size": BATCH, "resume_hyperparameters": rates}
+        found = in_a_loop(scaled_turn(Overflowing(calls), scaler), settings, scaler=scaler)
+        return found, scaler.state_dict()
+
+    expected, scale = trained(0)
+    trained(0, steps=2, checkpoint=str(tmp_path))
+    found, restored = trained(2, checkpoint=str(tmp_path))
+    assert [step.index for step in found.steps] == [2, 3, 4]
+    assert found.same(expected)
+    assert restored == scale
+    assert found.skipped == expected.skipped == 2
 
 
 def test_a_disabled_scaler_is_none() -> None:
