@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import struct
 import time
 from collections import Counter
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -67,6 +70,23 @@ def test_a_data_loaders_workers_fetch_the_same_samples(loop: bool, folder: Path,
     assert len(result.named("worker_died")) == len(KILLS)
     fetchers = {line.split()[0] for path in result.out.glob("fetched-*") for line in path.read_text().splitlines()}
     assert len(fetchers) > 4, "each of two ranks has two processes, and one that looked at the data first"
+
+
+def test_a_token_file(tmp_path: Path) -> None:
+    """A pair as Megatron writes it, two ranks killed: as in one process."""
+    tokens = np.random.default_rng(4).integers(0, 32, 200).astype(np.uint16)
+    tokens.tofile(tmp_path / "text.bin")
+    head = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 8, 1, 2)
+    (tmp_path / "text.idx").write_bytes(head + struct.pack("<iqqq", len(tokens), 0, 0, 1))
+    arguments = {"steps": STEPS, "tokens": str(tmp_path / "text")}
+    (tmp_path / "events.jsonl").touch()
+    with ThreadPoolExecutor(1) as pool:
+        line = [str(JOBS / "tokens_job.py"), json.dumps({"out": str(tmp_path), **arguments})]
+        waiting = pool.submit(command, line)
+        result = run_job(nproc=2, script="tokens_job.py", faults=KILLS, **arguments)
+        ended = waiting.result()
+    assert_same_end(result, read_result(tmp_path, ended.status, ended.stderr))
+    assert len(result.named("worker_died")) == len(KILLS)
 
 
 @pytest.mark.soak
