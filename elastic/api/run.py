@@ -41,7 +41,7 @@ from everstep.elastic.step.gradients import GradientWatch
 from everstep.elastic.step.loss_scale import LOSS_SCALE, LossScale
 from everstep.elastic.step.reduction import Reduction
 from everstep.elastic.step.schedule import ScheduleState, check_scheduler
-from everstep.elastic.step.streams import STREAM, StreamPlace, StreamState
+from everstep.elastic.step.streams import STREAM, StreamPlace, Streams
 from everstep.resharding.layout import Layout
 
 from .calls import Calls
@@ -483,7 +483,7 @@ class Run(Sharing, Gradients):
             engine.claim(LOSS_SCALE, reduction.loss_scale)
         if data.streams is not None and data.streams.stateful:
             engine.driven.add(STREAM)
-            engine.claim(STREAM, StreamState(data.streams, lambda: engine.version))
+            engine.claim(STREAM, data.streams)
         self._schedulers = Schedulers(engine, optimizer, scheduler, by_epoch=by_epoch)
         engine.birth = {
             **engine.adjustments.terms(),
@@ -553,7 +553,7 @@ class Run(Sharing, Gradients):
 
     def _note_variables(self) -> None:
         """Warn about variables that a replacement's script lacks, where the job keeps none of them."""
-        own = [item for item in self._registered.values() if not isinstance(item, ScheduleState | StreamState)]
+        own = [item for item in self._registered.values() if not isinstance(item, ScheduleState | Streams)]
         if self.is_replacement and own == [self.state] and not self.state:
             warn(
                 self._membership,

@@ -320,6 +320,7 @@ class Engine:
         settled = self.agreeing.settle(own, merged)
         if settled.partly and not self.loops and self.rank == min(self.comm.members):
             self._remarks.partial(state.step, settled.partly)
+        self.data.share_states(state.step, registered, self.agreeing.texts)
         answer = self._agreed_on(state.step, own, settled, proposal, registered)
         self.telemetry.span(Spent.AGREE, agree_ns)
         return answer

@@ -133,6 +133,10 @@ class Agreeing:
         table = all_gather(self._comm, self._step, self._exchanges, of_bytes(encode(value)))
         return {rank: decode(type(value), host_bytes(data)) for rank, data in table.items()}
 
+    def texts(self, text: str) -> dict[int, str]:
+        """Gather a text of each member. Raises Aborted."""
+        return {rank: item.text for rank, item in self.gathered(SharedText(text)).items()}
+
     def _keys(self) -> tuple[Key, Key]:
         self._exchanges += 1
         place = (self._step, 0, self._exchanges)
@@ -180,8 +184,8 @@ class Agreeing:
     def settle(self, own: Own, merged: Share) -> Settled:
         """The agreement about settings in the merged shares. Raises UsageError where ranks contradict each other."""
         if merged.state is None:
-            texts = self.gathered(SharedText(json.dumps(own.state, sort_keys=True)))
-            raise UsageError(_state_differs(own.step, {rank: json.loads(item.text) for rank, item in texts.items()}))
+            texts = self.texts(json.dumps(own.state, sort_keys=True))
+            raise UsageError(_state_differs(own.step, {rank: json.loads(text) for rank, text in texts.items()}))
         settings, partly = self._expected, dict[str, list[int]]()
         idle, ancestors = own.idle_before, self._checkpoints.lineage.ancestors
         if merged.terms is None or not merged.idle:

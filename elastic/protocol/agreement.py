@@ -152,7 +152,7 @@ class Sums:
 
 @dataclass(frozen=True)
 class SharedText:
-    """What one rank has in run.state, as JSON: gathered, not merged, in a step in which ranks differ in it."""
+    """What one rank has, as JSON, which is gathered, not merged: run.state where ranks differ, states of streams."""
 
     text: str
 

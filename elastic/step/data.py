@@ -7,9 +7,11 @@ are a function of (seed, step, micro-batch), whichever process fetches them.
 
 from __future__ import annotations
 
+import json
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -29,11 +31,12 @@ from everstep.elastic.contract.errors import UsageError
 from everstep.elastic.contract.notices import Notice, WarningChannel, warn
 from everstep.elastic.contract.settings import Settings
 from everstep.elastic.contract.signals import outlive_first_signal
+from everstep.elastic.contract.stateful import decode, encode
 from everstep.elastic.protocol.liveness import Pace
 
 from .devices import generators_kept, seed_generators
 from .order import DataOrder, derive_seed
-from .streams import StreamPlace, Streams
+from .streams import STREAM, StreamPlace, Streams
 
 Collate = Callable[[list[Any]], Any]
 Key = tuple[int, int]  # (step, micro-batch); (PROBE, sample) requests one sample
@@ -138,14 +141,25 @@ class DataSource:
         if self.streams is None:
             return ""
         with generators_kept(), self._place.progress.within(Pace.FETCH):
-            for following, number in self.upcoming():
-                if following > step + 1:
-                    break
+            for following, number in self._until(step + 1):
                 if following == step + 1 and self.streams.samples(following, number) is None:
                     text = f"the stream has ended, and training ends after step {step}, in front of the last of the job"
                     warn(self._channel, Notice.STREAM_ENDED, text)
                     return "the stream has ended"
         return ""
+
+    def share_states(self, step: int, registered: dict[str, Any], exchange: Callable[[str], Mapping[int, str]]) -> None:
+        """Every few steps, agree on the states of streams with all ranks, and have them among the registered states."""
+        if self.streams is None or not self.streams.shares(step):
+            return
+        slots = [number for following, number in self._until(step + 1) if following == step + 1]
+        texts = exchange(json.dumps(encode(self.streams.states(step, slots), "the states of streams")))
+        found = {index: state for text in texts.values() for index, state in decode(json.loads(text)).items()}
+        self.streams.agree(step, dict(sorted(found.items())))
+        registered[STREAM] = encode(self.streams.state_dict(), STREAM)
+
+    def _until(self, step: int) -> Iterator[Key]:
+        return takewhile(lambda key: key[0] <= step, self.upcoming())
 
     def digests(self) -> tuple[str, ...]:
         """Digests of the first, the middle and the last sample; empty if they differ when fetched again.

@@ -3,8 +3,8 @@
 The micro-batches of a step are its *slots*. A stream is read in *units*: the samples of one micro-batch. A plain
 dataset is one stream, whose unit n is the micro-batch in slot n % slots of step n // slots. A dataset that reads
 `run.stream_index` divides itself: each slot has a stream of its own, whose unit n belongs to step n. So a rank that
-takes over a slot reads as far as the step that it is at, and drops what it does not need. Of a plain dataset with a
-`state_dict`, the state in front of each step is part of the job's state, and reading begins with the last one.
+takes over a slot reads as far as the step that it is at, and drops what it does not need. States of a dataset that has
+a `state_dict` are part of the job's state, and reading begins with the last ones.
 
 Units are read one by one, each with generators that are seeded for it, so a sample does not depend on who has read the
 ones before it, or how often.
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -27,7 +27,8 @@ from .devices import generators_kept, seed_generators
 from .order import derive_seed
 
 KEPT_STEPS = 2  # whose units are kept: the step under way, and the one that is read ahead
-KEPT_STATES = 3  # of a dataset, in front of these steps and of the next
+KEPT_STATES = 3  # of a line
+STATE_STEPS = 8  # between two states that are agreed on
 STREAM = "run.stream"  # its name among the registered objects
 
 
@@ -156,7 +157,11 @@ class Line:
 
 
 class Streams:
-    """The streams of a job's slots. `size`: how many items of the dataset make up a micro-batch."""
+    """The streams of a job's slots. `size`: how many items of the dataset make up a micro-batch.
+
+    With a dataset that has a state, the states of all lines in front of a step are agreed on every STATE_STEPS steps:
+    this object has them, as a registered one, and a line that this rank begins to read begins with them.
+    """
 
     def __init__(self, dataset: Iterable[Any], size: int, slots: int, seed: int, place: StreamPlace) -> None:
         self._dataset = dataset
@@ -164,57 +169,60 @@ class Streams:
         self._slots = slots
         self._seed = seed
         self._place = place
-        first = self._new(0)
-        self.first = self.again(first)
-        self._divided = place.asked
+        self._agreed: dict[str, Any] = {"step": 0, "states": {}}  # by line, as text
+        self.first = self.again()
+        self._units = 1 if place.asked else slots  # of a line, in a step
         methods = (getattr(dataset, name, None) for name in ("state_dict", "load_state_dict"))
-        self.stateful = not self._divided and all(map(callable, methods))
-        if self.stateful:  # copies may share what holds their states: the one in use is begun last
-            first = self._new(0, every=slots)
-        self._lines = {0: first}
+        self.stateful = all(map(callable, methods))
+        self._lines: dict[int, Line] = {}
 
-    def _new(self, slot: int, every: int = 0) -> Line:
-        return Line(self._dataset, self._size, self._seed, self._place, (slot, self._slots), every)
-
-    def again(self, line: Line | None = None) -> list[Any] | None:
-        """The samples of the first micro-batch, read again from the beginning; None if there are fewer."""
-        return (line or self._new(0)).unit(0, KEPT_STEPS * self._slots)
+    def again(self) -> list[Any] | None:
+        """The samples of the first micro-batch, read from the beginning; None if there are fewer."""
+        return Line(self._dataset, self._size, self._seed, self._place, (0, self._slots), 0).unit(0, 1)
 
     def samples(self, step: int, slot: int) -> list[Any] | None:
         """The samples of a micro-batch; None if its stream has ended."""
-        if self._divided:
-            if slot not in self._lines:
-                self._lines[slot] = self._new(slot)
-            return self._lines[slot].unit(step, KEPT_STEPS)
-        found = self._lines[0].unit(step * self._slots + slot, KEPT_STEPS * self._slots)
-        if self._place.asked:
+        if self._units == 1 < self._slots:
+            return self._line(slot).unit(step, KEPT_STEPS)
+        found = self._line(0).unit(step * self._units + slot, KEPT_STEPS * self._units)
+        if self._place.asked and self._slots > 1:
             raise UsageError(
                 "run.stream_index was read behind the first sample of the stream, which is divided already: read it at "
                 "the beginning of __iter__"
             )
         return found
 
-    def state(self, version: int) -> dict[str, Any]:
-        """The dataset's state in front of the step of this version, and how many units are in front of it."""
-        unit = version * self._slots
+    def _line(self, index: int) -> Line:
+        if index not in self._lines:
+            every = self._units * STATE_STEPS if self.stateful else 0
+            line = Line(self._dataset, self._size, self._seed, self._place, (index, self._slots), every)
+            if str(index) in self._agreed["states"]:
+                line.restore(self._agreed["step"] * self._units, self._agreed["states"][str(index)])
+            self._lines[index] = line
+        return self._lines[index]
+
+    # ------------------------------------------------------------ states
+
+    def shares(self, step: int) -> bool:
+        """Whether the states in front of this step are agreed on."""
+        return self.stateful and step > 0 and step % STATE_STEPS == 0
+
+    def states(self, step: int, slots: Collection[int]) -> dict[str, Any]:
+        """The dataset's states in front of this step, of the lines of these slots."""
+        lines = set(slots) if self._units < self._slots else {0} if slots else set()
+        unit, keep = step * self._units, KEPT_STEPS * self._units
         with generators_kept(), self._place.progress.within(Pace.FETCH):
-            state = self._lines[0].state(unit, KEPT_STEPS * self._slots)
-        return {"unit": unit if state is not None else 0, "state": state}
+            found = {str(index): self._line(index).state(unit, keep) for index in sorted(lines)}
+        return {index: state for index, state in found.items() if state is not None}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from there."""
-        self._lines[0].restore(state["unit"], state["state"])
-
-
-class StreamState:
-    """The state of a stream as a registered object: that in front of the step that the job is at."""
-
-    def __init__(self, streams: Streams, version: Callable[[], int]) -> None:
-        self._streams = streams
-        self._version = version
+    def agree(self, step: int, states: Mapping[str, Any]) -> None:
+        """All ranks have agreed on the states in front of this step."""
+        if states:
+            self._agreed = {"step": step, "states": dict(states)}
 
     def state_dict(self) -> dict[str, Any]:
-        return self._streams.state(self._version())
+        return self._agreed
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._streams.restore(state)
+        self._agreed = dict(state)
+        self._lines.clear()

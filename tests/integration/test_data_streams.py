@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+from everstep.elastic.step.streams import STATE_STEPS
 from tests.jobs import JOBS, assert_same_state, command, run_job
 
-STEPS, SAMPLES = 12, 60  # the stream has 7 batches of 8
-KILLS = [{"rank": 1, "phase": "compute", "step": 2, "after": 1}, {"rank": 0, "phase": "reduce", "step": 4}]
+STEPS, SAMPLES, WHOLE = 14, 92, 11  # the stream has 11 batches of 8
+KILLS = [{"rank": 1, "phase": "compute", "step": 2, "after": 1}, {"rank": 0, "phase": "reduce", "step": 9}]
 
 
 def alone(out: Path, environment: dict[str, str] | None = None, **config: Any) -> dict[str, Any]:
@@ -22,14 +23,13 @@ def alone(out: Path, environment: dict[str, str] | None = None, **config: Any) -
     arguments = {"out": str(out), "steps": STEPS, "samples": SAMPLES, **config}
     ended = command([str(JOBS / "stream_job.py"), json.dumps(arguments)], environment)
     assert ended.status == 0, ended.stderr
-    assert "the stream has ended, and training ends after step 6" in ended.stderr
+    assert f"the stream has ended, and training ends after step {WHOLE - 1}" in ended.stderr
     state: dict[str, Any] = torch.load(out / "state-0.pt", weights_only=True)
     return state
 
 
-@pytest.mark.parametrize("kind", ["divided", "stateful"])
-def test_ranks_die_and_the_stream_ends(kind: str, tmp_path: Path) -> None:
-    how = {kind: True, "loop": kind == "stateful"}
+@pytest.mark.parametrize("how", [{"loop": True}, {"divided": True, "stateful": True}])
+def test_ranks_die_and_the_stream_ends(how: dict[str, bool], tmp_path: Path) -> None:
     saves = {"EVERSTEP_CHECKPOINT": str(tmp_path / "saved")}
     with ThreadPoolExecutor(3) as pool:
         undisturbed = pool.submit(alone, tmp_path / "alone", **how)
@@ -37,18 +37,17 @@ def test_ranks_die_and_the_stream_ends(kind: str, tmp_path: Path) -> None:
         job = run_job(nproc=2, script="stream_job.py", steps=STEPS, samples=SAMPLES, faults=KILLS, **how)
     expected = undisturbed.result()
     assert job.status == 0, job.output
-    assert expected["step"] == 7
+    assert expected["step"] == WHOLE
     assert_same_state(resumed.result(), expected)
     assert len(job.named("worker_died")) == 2
     assert [event["why"] for event in job.named("script_stopped")] == ["the stream has ended"]
     for rank in range(2):
-        assert job.state(rank)["step"] == 7
+        assert job.state(rank)["step"] == WHOLE
         assert_same_state(job.state(rank), expected)
-    if kind == "stateful":
+    if how.get("stateful"):
         begun = [int(line) for line in (tmp_path / "resumed" / "begun-0").read_text().splitlines()]
-        with_state = [number for number in begun if number]
-        assert len(with_state) >= 2
-        assert all((number - 3) % 8 == 0 for number in with_state), "in front of a step, with 3 samples in the buffer"
+        per_step, buffer = 2, 3
+        assert set(begun) == {0, STATE_STEPS * per_step + buffer}
 
 
 @pytest.mark.soak

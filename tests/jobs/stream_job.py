@@ -23,8 +23,11 @@ class Numbers(torch.utils.data.IterableDataset):
     def __init__(self, run):
         self.run = run
 
+    def part(self):
+        return (self.run.stream_index, self.run.stream_count) if config.get("divided") else (0, 1)
+
     def __iter__(self):
-        first, step = (self.run.stream_index, self.run.stream_count) if config.get("divided") else (0, 1)
+        first, step = self.part()
         buffer = []
         for number in range(first, config["samples"], step):
             buffer.append((torch.full((4,), number / 50) + torch.rand(4) / 10, torch.full((1,), number / 50)))
@@ -34,7 +37,7 @@ class Numbers(torch.utils.data.IterableDataset):
 
 
 class Resumable(Numbers):
-    """The same with a state; it notes how many samples each process has begun with, and had at its end."""
+    """The same with a state; it notes with how many samples each iteration begins."""
 
     def __init__(self, run):
         super().__init__(run)
@@ -42,14 +45,16 @@ class Resumable(Numbers):
 
     def __iter__(self):
         state = self.state
+        first, step = self.part()
         with (out / f"begun-{mine}").open("a") as file:
             file.write(f"{state['number']}\n")
-        while state["number"] < config["samples"] or state["buffer"]:
-            while state["number"] < config["samples"] and len(state["buffer"]) < 4:
-                value = state["number"] / 50
+        while (number := first + state["number"] * step) < config["samples"] or state["buffer"]:
+            if number < config["samples"]:
+                value = number / 50
                 state["buffer"].append((torch.full((4,), value) + torch.rand(4) / 10, torch.full((1,), value)))
                 state["number"] += 1
-            yield state["buffer"].pop(random.randrange(len(state["buffer"])))
+            if len(state["buffer"]) > 3 or number >= config["samples"]:
+                yield state["buffer"].pop(random.randrange(len(state["buffer"])))
 
     def __copy__(self):
         return Resumable(self.run)

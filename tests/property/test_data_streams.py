@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from everstep.elastic.contract.progress import Progress
 from everstep.elastic.contract.stateful import decode, encode
-from everstep.elastic.step.streams import StreamPlace, Streams
+from everstep.elastic.step.streams import STATE_STEPS, StreamPlace, Streams
 
 Noted = tuple[int, int, float]  # stream, number, a random number of the sample
 
@@ -41,23 +41,23 @@ class Stateful(Numbers):
 
     given = 0
 
-    def __init__(self, count: int) -> None:
-        super().__init__(count, None)
+    def __init__(self, count: int, place: StreamPlace | None) -> None:
+        super().__init__(count, place)
         self.state: dict[str, Any] = {"number": 0, "ahead": []}
 
     def __iter__(self) -> Iterator[Noted]:
         state = self.state
-        while state["number"] < self.count:
+        stream, step = (self.place.index, self.place.count) if self.place is not None else (0, 1)
+        while (number := state["number"] * step + stream) < self.count:
             if not state["ahead"]:
                 state["ahead"] = [random.random() for _ in range(3)]
-            number, noise = state["number"], state["ahead"].pop(0) + float(torch.rand(()))
+            noise = state["ahead"].pop(0) + float(torch.rand(()))
             state["number"] += 1
             Stateful.given += 1
-            yield 0, number, noise
-        state["number"] = self.count
+            yield stream, number, noise
 
     def __copy__(self) -> Stateful:
-        return Stateful(self.count)
+        return Stateful(self.count, self.place)
 
     def state_dict(self) -> dict[str, Any]:
         return self.state
@@ -118,24 +118,42 @@ def test_few_micro_batches_are_remembered(slots: int, size: int, divided: bool, 
     assert sum(kept) <= 2 * slots
 
 
-@given(st.integers(4, 40), st.integers(1, 3), st.integers(1, 4), st.data())
-def test_a_state_takes_the_place_of_what_was_read(count: int, size: int, slots: int, data: Any) -> None:
-    """In a new process and in one that goes back: the same samples, and few are read again."""
-    expected = one_after_another(count, size, slots, False)
-    steps = list(range(count // (size * slots)))
-    place = StreamPlace(Progress(None, 0, 1, []))
-    states: dict[int, Any] = {}
-    for at in data.draw(st.lists(st.sampled_from([-1, *steps]), max_size=12)):
-        if at < 0 or not states:  # a process that joins
-            source = Streams(Stateful(count), size, slots, 7, place)
-        begin = data.draw(st.sampled_from(sorted(states))) if states else 0
-        if states:
-            source.restore(states[begin])
-        Stateful.given = 0
-        for step in range(begin, min(begin + 2, len(steps))):
-            for slot in data.draw(st.permutations(range(slots)))[: data.draw(st.integers(0, slots))]:
+@given(st.integers(1, 2), st.integers(1, 4), st.booleans(), st.data())
+def test_states_take_the_place_of_what_was_read(size: int, slots: int, divided: bool, data: Any) -> None:
+    """Ranks that deal out the slots anew, join and go back: the same samples, and few are read again."""
+    steps = 2 * STATE_STEPS + 3
+    count = steps * slots * size
+    expected = one_after_another(count, size, slots, divided)
+
+    def rank() -> Streams:
+        place = StreamPlace(Progress(None, 0, 1, []))
+        return Streams(Stateful(count, place if divided else None), size, slots, 7, place)
+
+    ranks = [rank(), rank()]
+    agreed: dict[int, Any] = {0: ranks[0].state_dict()}  # the last states, by the step in front of which they were
+    for step in range(steps):
+        if data.draw(st.booleans()):
+            joined = rank()
+            joined.load_state_dict(decode(encode(agreed[max(agreed)], "the states")))
+            ranks[data.draw(st.integers(0, 1))] = joined
+        before, Stateful.given = Stateful.given, 0
+        cut = data.draw(st.integers(0, slots))
+        dealt = [range(cut), range(cut, slots)]
+        for source, mine in zip(ranks, dealt, strict=True):
+            for slot in mine:
                 assert source.samples(step, slot) == expected[step, slot]
-            if data.draw(st.booleans()):  # looks ahead before the state is agreed on
-                assert source.samples(step + 1, slots - 1) == expected.get((step + 1, slots - 1))
-            states[step] = decode(encode(source.state(step), "the state"))
-        assert Stateful.given <= 3 * slots * size, "of the steps that were asked for, once"
+            for slot in mine:  # a step ahead
+                assert source.samples(step + 1, slot) == expected.get((step + 1, slot))
+        if ranks[0].shares(step) and step + 1 < steps:
+            found = [source.states(step, mine) for source, mine in zip(ranks, dealt, strict=True)]
+            for source in ranks:
+                source.agree(step, {**found[0], **found[1]})
+            agreed[step] = ranks[0].state_dict()
+            assert len(agreed[step]["states"]) == (slots if divided else 1)
+        since = step + 2 - max(agreed)
+        assert Stateful.given <= 2 * (since + STATE_STEPS) * slots * size, before
+    back = data.draw(st.sampled_from(sorted(agreed)))
+    ranks[0].load_state_dict(agreed[back])
+    Stateful.given = 0
+    assert ranks[0].samples(back, slots - 1) == expected[back, slots - 1]
+    assert Stateful.given <= slots * size
