@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -29,6 +29,7 @@ from everstep.elastic.contract.stateful import check_size, encode
 from everstep.elastic.engine.engine import STATE, Engine, Step
 from everstep.elastic.engine.recovery import Recovery
 from everstep.elastic.engine.resume import Resumption
+from everstep.elastic.holding.buffer_rules import Rule
 from everstep.elastic.holding.stack import LayerStack
 from everstep.elastic.holding.user_optimizer import UserOptimizer, check_optimizer, is_elementwise
 from everstep.elastic.holding.whole_state import complete_model, complete_optimizer
@@ -170,6 +171,7 @@ class Run(Sharing, Gradients):
         skip_nonfinite: bool = False,
         scaler: GradScaler | None = None,
         accumulation: int = 1,
+        buffers: Mapping[str, Rule] | None = None,
     ) -> tuple[nn.Module, ElasticOptimizer, Batches]:
         """Make an ordinary loop elastic: returns the model, an optimizer and an iterable of this rank's micro-batches.
 
@@ -179,7 +181,8 @@ class Run(Sharing, Gradients):
         steps its schedulers, behind the batches of an epoch of `run.epochs`. With `skip_nonfinite` a step whose
         gradient is not finite changes nothing. `scaler` scales the losses: its `step` and `update` stay in the loop,
         and the runtime changes its scale once per step. `accumulation=k` is for a loop that divides each loss by `k`,
-        and calls `optimizer.step()` in every k-th turn. Supports one pipeline stage only; `steps` supports any number.
+        and calls `optimizer.step()` in every k-th turn. `buffers`: how the step's micro-batches combine in buffers that
+        forwards change, by name or pattern: "mean", "sum" or "last". Supports one pipeline stage; `steps` any number.
         """
         if self.settings.stages != 1:
             raise UsageError(
@@ -193,7 +196,9 @@ class Run(Sharing, Gradients):
         scale = LossScale(scaler)
         reduction = Reduction(self.settings, scale, skip_nonfinite=skip_nonfinite, accumulation=accumulation)
         engine = self._set_up(
-            model, optimizer, dataset, collate_fn, _no_loss, scheduler, reduction, loops=True, by_epoch=by_epoch
+            *(model, optimizer, dataset, collate_fn, _no_loss, scheduler, reduction, buffers),
+            loops=True,
+            by_epoch=by_epoch,
         )
         assert self._gradients is not None
         assert self._schedulers is not None
@@ -220,16 +225,20 @@ class Run(Sharing, Gradients):
         clip_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         scaler: GradScaler | None = None,
+        buffers: Mapping[str, Rule] | None = None,
     ) -> Iterator[Step]:
         """Train, and yield every step once it is committed, on every rank.
 
         `loss_fn(output, targets)` gives a micro-batch's loss, a mean or a sum as `loss_reduction` says, or with
         "tokens" (sum, number of tokens); the dataset yields (inputs, targets). `clip_grad_norm` is the largest global
         gradient norm; `scheduler` is stepped after each step. With `skip_nonfinite` a step whose gradient is not finite
-        changes nothing. `scaler` scales the losses; the runtime changes its scale once per step.
+        changes nothing. `scaler` scales the losses; the runtime changes its scale once per step. `buffers` as in
+        `prepare`.
         """
         reduction = Reduction(self.settings, LossScale(scaler), skip_nonfinite=skip_nonfinite, accumulation=1)
-        engine = self._set_up(model, optimizer, dataset, collate_fn, loss_fn, scheduler, reduction, loops=False)
+        engine = self._set_up(
+            model, optimizer, dataset, collate_fn, loss_fn, scheduler, reduction, buffers, loops=False
+        )
         if clip_grad_norm is not None:
             engine.adjustments.clip["norm"] = float(clip_grad_norm)
         return self._run(engine, *self._course())
@@ -433,6 +442,7 @@ class Run(Sharing, Gradients):
         loss_fn: Loss,
         scheduler: LRScheduler | None,
         reduction: Reduction,
+        buffers: Mapping[str, Rule] | None,
         *,
         loops: bool,
         by_epoch: bool = False,
@@ -448,13 +458,12 @@ class Run(Sharing, Gradients):
         if settings.epochs:
             settings = self.settings = replace(settings, steps=settings.epochs * data.order.epoch_steps)
         described = data.described()
-        stack = LayerStack(model, cut=not loops, whole=not is_elementwise(optimizer))
+        stack = LayerStack(model, cut=not loops, whole=not is_elementwise(optimizer), buffers=buffers)
         make_current(stack.device)
         if self._average is not None and self._average[0] is not model:
             raise UsageError("run.average was called with another model than run.prepare or run.steps")
         decay = self._average[1] if self._average is not None else None
-        if settings.stages > len(stack.layers):
-            raise UsageError(_too_few_layers(model, settings.stages, len(stack.layers)))
+        stack.check_stages(settings.stages)
         link, lineage, slots, context = None, None, 2, self._context
         if context is not None:
             # The token is a secret; its hash names the run.
@@ -586,12 +595,3 @@ class Run(Sharing, Gradients):
 
 def _no_loss(output: Any, targets: Any) -> Tensor:
     raise AssertionError("the user's loop computes the loss")
-
-
-def _too_few_layers(model: nn.Module, stages: int, layers: int) -> str:
-    if layers > 1:
-        return f"{stages} stages need at least as many layers, and the model has {layers}: lower stages"
-    return (
-        f"{type(model).__name__} cannot be cut into {stages} stages: pass an nn.Sequential, or give the model a method "
-        "pipeline_layers() that returns its layers in order"
-    )

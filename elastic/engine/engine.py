@@ -409,8 +409,8 @@ class Engine:
         return {**self.adjustments.terms(), "groups": self.optimizer.hyper_parameters(), "users": users}
 
     def _counts(self, shard: int) -> bool:
-        """Whether a shard's gradient is a true one: batch-norm statistics are averaged likewise, and are none."""
-        return not self.stack.averaged(self.stack.spec.shards[shard].parameter)
+        """Whether a shard's gradient is a true one: what becomes of a buffer is summed likewise, and is none."""
+        return not self.stack.is_buffer(self.stack.spec.shards[shard].parameter)
 
     def _owned_digest(self) -> int:
         """A digest of the owned shards' snapshots whose total (xor) over all ranks does not depend on the ownership."""

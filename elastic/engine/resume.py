@@ -154,7 +154,7 @@ class Resumption:
     def _problems(self, manifest: Manifest, terms: Terms | None) -> list[str]:
         problems: list[str] = []
         for index, parameter in enumerate(self._stack.spec.parameters):
-            room = "buffers" if self._stack.averaged(index) else "params"
+            room = "buffers" if self._stack.is_buffer(index) else "params"
             stored = resolve(manifest, room, parameter.name)
             array = manifest.arrays.get(path_of(room, stored))
             if array is None:
@@ -312,7 +312,7 @@ class CheckpointStates:
         """A shard's parameter values ("value") and optimizer state, in the form of a keeper's record."""
         manifest, spec = self._checkpoint.manifest, self._stack.spec
         parameter = spec.parameters[shard.parameter]
-        room = "buffers" if self._stack.averaged(shard.parameter) else "params"
+        room = "buffers" if self._stack.is_buffer(shard.parameter) else "params"
         name = resolve(manifest, room, parameter.name)
         state = {"value": self._rows(path_of(room, name), shard)}
         for item in manifest.states if room == "params" else ():

@@ -100,7 +100,7 @@ class Agreeing:
         self._protection = protection
         self._checkpoints = checkpoints
         self._replicas = replicas
-        self.trained = [[p.index for p in layer.parameters if not p.averaged] for layer in stack.layers]
+        self.trained = [[p.index for p in layer.parameters if p.rule is None] for layer in stack.layers]
         self._said: dict[str, Any] = {}  # this rank's changes of settings in this step
         self._expected: dict[str, Any] = {}  # the agreement about settings if all ranks made the same changes
         self._step = 0

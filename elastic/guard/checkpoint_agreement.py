@@ -313,7 +313,7 @@ class Checkpoints:
             if waiting.layout.owners[shard.index] == waiting.rank:
                 pieces.append(ShardPiece(shard.index, shard.parameter, number, shard.elements))
         parameters = tuple(
-            Parameter(p.name, "buffers" if self._stack.averaged(i) else "params", p.shape, _rows(p, first[i]))
+            Parameter(p.name, "buffers" if self._stack.is_buffer(i) else "params", p.shape, _rows(p, first[i]))
             for i, p in enumerate(spec.parameters)
         )
         expected = [path_of(p.room, p.name) for p in parameters] + [path for path, _, _ in constants(self._stack)]

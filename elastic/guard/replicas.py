@@ -83,7 +83,7 @@ class Replicas:
     def _compared(self, shard: int) -> bool:
         """Batch-norm statistics are excluded: every micro-batch changes them, and the end of the step averages them."""
         spec = self._stack.spec.shards[shard]
-        return spec.elements > 0 and not self._stack.averaged(spec.parameter)
+        return spec.elements > 0 and not self._stack.is_buffer(spec.parameter)
 
     def made_again(self, shard: int, version: int, terms: Terms) -> Truth | None:
         """Recompute the digests of `version` of a shard owned here, from the version before it and its gradient.

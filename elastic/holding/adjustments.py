@@ -37,7 +37,7 @@ class Adjustments:
         self._tensors: dict[str, list[Tensor]] = {}  # of a trained parameter: one per layer that holds it
         for layer in stack.layers:
             for held in layer.parameters:
-                if not held.averaged:
+                if held.rule is None:
                     self._tensors.setdefault(stack.spec.parameters[held.index].name, []).append(held.tensor)
         self._untrained = [(name, p) for name, p in stack.model.named_parameters() if not p.requires_grad]
         self._members = self._members_now()

@@ -16,6 +16,7 @@ from everstep.checkpointing.memory.record import ShardState
 from everstep.elastic.protocol.terms import Terms
 from everstep.resharding.units import Shard
 
+from .buffer_rules import after_step
 from .hyperparameters import unpack
 from .user_optimizer import AVERAGE, UserOptimizer
 
@@ -102,10 +103,8 @@ class ShardStore:
             shard = self._shards[index]
             if gradient is None or shard.parameter in terms.idle:
                 continue
-            if self._stack.averaged(shard.parameter):
-                parameter.copy_(
-                    gradient.view(parameter.shape).round() if not parameter.is_floating_point() else gradient
-                )
+            if (rule := self._stack.rule(shard.parameter)) is not None:
+                parameter.copy_(after_step(rule, parameter.data, gradient))
             elif self.optimizer.group_of(shard.parameter) is not None:
                 if self._stack.spec.parameters[shard.parameter].name in frozen:
                     continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,19 +15,21 @@ from torch.nn.parameter import is_lazy
 from everstep.elastic.contract.errors import UsageError
 from everstep.resharding.units import ModelSpec, ParameterSpec, Shard
 
+from .buffer_rules import Rule, rules_of, statistics_of
+
 
 @dataclass
 class Held:
     """One parameter as one layer holds it. A tied parameter has one per layer, with shared memory where both are held.
 
-    `averaged` marks a batch-norm statistic: its value after a step is the mean over the step's micro-batches.
+    `rule` marks a buffer that forwards change: how its value after a step comes from the step's micro-batches.
     """
 
     index: int
     tensor: Tensor
     shape: torch.Size
     stride: tuple[int, ...]
-    averaged: bool = False
+    rule: Rule | None = None
     places: list[tuple[nn.Module, str]] = field(default_factory=list)  # the modules that use it, and its names there
 
 
@@ -47,7 +49,10 @@ class LayerStack:
     applying them one after the other is the model), has a layer per element; any other module is one layer.
     """
 
-    def __init__(self, model: nn.Module, *, cut: bool, whole: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, *, cut: bool, whole: bool = False, buffers: Mapping[str, Rule] | None = None
+    ) -> None:
+        """`buffers`: for names of buffers that forwards change, or patterns, the rule. Raises UsageError."""
         check_model(model)
         self.model = model
         self._reading = threading.local()
@@ -57,9 +62,9 @@ class LayerStack:
         self.aliases = {name: self._names[id(p)] for name, p in named if p.requires_grad and self._names[id(p)] != name}
         self._live: dict[int, Tensor] = {}  # parameter -> the tensor whose memory all layers held here share
         self._rows: dict[int, Tensor] = {}  # parameter with another memory order -> its elements in row-major order
-        self._averaged = _statistics(model)
+        self._changing = _changing(model, buffers or {})  # buffer, by identity -> its name and rule
         self._index: dict[int, int] = {}
-        self._specs: list[tuple[str, Tensor, list[int], bool]] = []
+        self._specs: list[tuple[str, Tensor, list[int], Rule | None]] = []
         trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         for module in _distinct(_modules(model, cut)):
             self._add_layer(module)
@@ -73,6 +78,19 @@ class LayerStack:
         self.held = range(len(self.layers))
         self._tie()
 
+    def check_stages(self, stages: int) -> None:
+        """Raise UsageError if the model cannot be cut into as many stages."""
+        if stages <= len(self.layers):
+            return
+        if len(self.layers) > 1:
+            raise UsageError(
+                f"{stages} stages need at least as many layers, and the model has {len(self.layers)}: lower stages"
+            )
+        raise UsageError(
+            f"{type(self.model).__name__} cannot be cut into {stages} stages: pass an nn.Sequential, or give the model "
+            "a method pipeline_layers() that returns its layers in order"
+        )
+
     def _add_layer(self, module: nn.Module) -> None:
         layer, number = Layer(module), len(self.layers)
         seen: set[int] = set()
@@ -81,7 +99,7 @@ class LayerStack:
                 if parameter is None or not parameter.requires_grad or id(parameter) in seen:
                     continue
                 seen.add(id(parameter))
-                index = self._register(self._names.get(id(parameter), local), parameter, number, averaged=False)
+                index = self._register(self._names.get(id(parameter), local), parameter, number, None)
                 tensor: Tensor = parameter
                 # A parameter that is tied to an earlier layer is a leaf of its own, so each layer's gradient is summed
                 # separately.
@@ -91,22 +109,24 @@ class LayerStack:
                 layer.parameters.append(Held(index, tensor, parameter.shape, tensor.stride()))
                 layer.parameters[-1].places = _places(module, tensor)
             for local, buffer in owner._buffers.items():
-                name = self._averaged.get(id(buffer))
                 if buffer is None:
                     continue
-                if name is None:
+                if id(buffer) not in self._changing:
                     layer.other_buffers.append((local, buffer))
                 elif id(buffer) not in seen:
                     seen.add(id(buffer))
-                    index = self._register(name, buffer, number, averaged=True)
-                    layer.parameters.append(Held(index, buffer, buffer.shape, buffer.stride(), averaged=True))
+                    name, rule = self._changing[id(buffer)]
+                    index = self._register(name, buffer, number, rule)
+                    layer.parameters.append(Held(index, buffer, buffer.shape, buffer.stride(), rule))
+                    if not isinstance(owner, nn.modules.batchnorm._NormBase):
+                        layer.parameters[-1].places = _places(module, buffer)
         self.layers.append(layer)
 
-    def _register(self, name: str, tensor: Tensor, layer: int, *, averaged: bool) -> int:
+    def _register(self, name: str, tensor: Tensor, layer: int, rule: Rule | None) -> int:
         index = self._index.get(id(tensor))
         if index is None:
             index = self._index[id(tensor)] = len(self._specs)
-            self._specs.append((name, tensor, [], averaged))
+            self._specs.append((name, tensor, [], rule))
         if layer not in self._specs[index][2]:
             self._specs[index][2].append(layer)
         return index
@@ -196,7 +216,12 @@ class LayerStack:
         """A shard's values, of any shape and type, in one dimension and in the type of its parameter."""
         return value.reshape(-1).to(self.parameter_of[self.spec.shards[shard].parameter].dtype)
 
-    def averaged(self, parameter: int) -> bool:
+    def is_buffer(self, parameter: int) -> bool:
+        """Whether it is a buffer that forwards change: no optimizer steps it."""
+        return self._specs[parameter][3] is not None
+
+    def rule(self, parameter: int) -> Rule | None:
+        """The rule of a buffer that forwards change; None for a parameter."""
         return self._specs[parameter][3]
 
     def constants(self) -> Iterator[tuple[str, Tensor]]:
@@ -283,14 +308,13 @@ def _distinct(modules: Sequence[nn.Module]) -> list[nn.Module]:
     return result
 
 
-def _statistics(model: nn.Module) -> dict[int, str]:
-    """The running statistics of batch norms: buffers whose changes in a forward can be averaged."""
-    found: dict[int, str] = {}
-    for prefix, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
-            for local, buffer in module.named_buffers(recurse=False):
-                found[id(buffer)] = plain_name(f"{prefix}.{local}" if prefix else local)
-    return found
+def _changing(model: nn.Module, declared: Mapping[str, Rule]) -> dict[int, tuple[str, Rule]]:
+    """The buffers that forwards change, by identity: their names (without `torch.compile`), and their rules."""
+    buffers = {plain_name(name): buffer for name, buffer in model.named_buffers()}
+    saved = {plain_name(name) for name in model.state_dict()} if declared else set()
+    rules: dict[str, Rule] = dict.fromkeys((plain_name(name) for name in statistics_of(model)), "mean")
+    rules |= rules_of(buffers, declared, saved)
+    return {id(buffers[name]): (name, rule) for name, rule in rules.items() if name in buffers}
 
 
 def _replace(module: nn.Module, old: Tensor, new: Tensor) -> None:
@@ -301,4 +325,11 @@ def _replace(module: nn.Module, old: Tensor, new: Tensor) -> None:
 
 
 def _places(module: nn.Module, parameter: Tensor) -> list[tuple[nn.Module, str]]:
-    return [(owner, local) for owner in module.modules() for local, p in owner._parameters.items() if p is parameter]
+    """The modules that have a parameter or buffer, and its names there."""
+    return [
+        (owner, local)
+        for owner in module.modules()
+        for room in (owner._parameters, owner._buffers)
+        for local, tensor in room.items()
+        if tensor is parameter
+    ]

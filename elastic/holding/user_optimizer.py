@@ -81,7 +81,7 @@ class UserOptimizer:
         }
         self._group = {index: of_tensor.get(id(tensor)) for index, tensor in stack.parameter_of.items()}
         self._dtype = {
-            index: tensor.dtype if stack.averaged(index) else master_type(tensor.dtype, master_dtype)
+            index: tensor.dtype if stack.is_buffer(index) else master_type(tensor.dtype, master_dtype)
             for index, tensor in stack.parameter_of.items()
         }
         self._templates: dict[int, dict[str, Any]] = {}
@@ -101,7 +101,7 @@ class UserOptimizer:
 
     def steps(self, parameter: int) -> bool:
         """Whether the optimizer steps a parameter: it has it, and it is no statistic of a batch norm."""
-        return self._group[parameter] is not None and not self.stack.averaged(parameter)
+        return self._group[parameter] is not None and not self.stack.is_buffer(parameter)
 
     def dtype_of(self, parameter: int) -> torch.dtype:
         """The type in which a parameter is stepped: its own, or that of its master."""

@@ -102,7 +102,7 @@ class ParameterWatch:
         seen: set[int] = set()
         for number in self._stack.held:
             for held in self._stack.layers[number].parameters:
-                if not held.averaged and id(held.tensor) not in seen:
+                if held.rule is None and id(held.tensor) not in seen:
                     seen.add(id(held.tensor))
                     yield held
 

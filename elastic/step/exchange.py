@@ -46,7 +46,7 @@ class Exchange:
     def reduce(self, state: StepState, layout: Layout, gradients: dict[int, Tensor], divisor: float) -> None:
         """Write the canonical gradient of every shard owned here into `gradients` (shard -> flat tensor).
 
-        It is the sum over the micro-batches, divided by `divisor`; statistics of batch norms are the mean.
+        It is the sum over the micro-batches, divided by `divisor`; for a buffer that forwards change, as its rule says.
         """
         index, rank = self._index(layout), self.comm.rank
         for owner in self._others(owner for layer in state.work.layers_of(rank) for owner in index.owners_in(layer)):
@@ -66,9 +66,9 @@ class Exchange:
             waiting.discard((source, key))
             self._add_received(data, self._shared_layers(state, index, source, rank), index, parts)
         for shard_index, out in gradients.items():
-            averaged = self.stack.averaged(self.stack.spec.shards[shard_index].parameter)
+            rule = self.stack.rule(self.stack.spec.shards[shard_index].parameter)
             self._combine(shard_index, parts, state.leaves, out)
-            out.div_(state.leaves if averaged else divisor)
+            out.div_(divisor if rule is None else state.leaves if rule == "mean" else 1)
 
     def _others(self, ranks: Iterable[int]) -> list[int]:
         """The other ones of `ranks`, beginning after this one, so that not all ranks send to the same one first."""

@@ -333,14 +333,21 @@ def _leaves(where: str, what: str, *, buffer: bool = False) -> str:
     """The error text for state that a forward leaves behind."""
     if "_SpectralNorm" in where:
         return (
-            f"{where} changes its {what} in forward: spectral norm continues with the vectors of the forward before, "
-            "which depends on which rank computed it. Use torch.nn.utils.parametrizations.weight_norm or orthogonal, "
-            "which keep nothing"
+            f"{where} changes its {what} in forward: spectral norm continues with the vectors of the forward before. "
+            "Say that those of the step's last micro-batch count, buffers={'*._u': 'last', '*._v': 'last'} of "
+            "run.prepare or run.steps; or use torch.nn.utils.parametrizations.weight_norm or orthogonal, which keep "
+            "nothing"
+        )
+    if buffer:
+        return (
+            f"{where} changes its {what} in forward: say how micro-batches of a step combine, buffers={{NAME: 'mean'}} "
+            "(or 'sum', or 'last') of run.prepare or run.steps; or change it between steps, in the same way on every "
+            "rank, and keep it with run.register_state(name, module)"
         )
     return (
-        f"{where} changes its {what} in forward: only batch-norm statistics can be kept equal whichever rank computes "
-        "a micro-batch. Take averages of activations from a torch.nn.BatchNorm; change everything else between steps, "
-        f"in the same way on every rank, and keep it with run.register_state(name, {'module' if buffer else 'object'})"
+        f"{where} changes its {what} in forward: only buffers can be kept equal whichever rank computes a micro-batch. "
+        "Make it a buffer, and say how micro-batches combine, buffers={NAME: 'mean'} of run.prepare or run.steps; or "
+        "change it between steps, in the same way on every rank, and keep it with run.register_state(name, object)"
     )
 
 

@@ -22,7 +22,7 @@ class GradientWatch:
         ] = {}  # id of a parameter -> its gradient, and how often it was written
         for layer in stack.layers:
             for held in layer.parameters:
-                if not held.averaged:
+                if held.rule is None:
                     held.tensor.register_post_accumulate_grad_hook(self._accumulated)  # type: ignore[no-untyped-call]
 
     def _accumulated(self, parameter: Tensor) -> None:

@@ -18,7 +18,8 @@ from everstep.comms.mesh.tensors import decode, encode
 from everstep.elastic.contract.errors import UsageError
 from everstep.elastic.contract.progress import Progress, StepPhase
 from everstep.elastic.contract.telemetry import Spent
-from everstep.elastic.holding.stack import LayerStack
+from everstep.elastic.holding.buffer_rules import leaf
+from everstep.elastic.holding.stack import Held, LayerStack
 from everstep.elastic.protocol.liveness import Pace
 from everstep.resharding.legs import Await, Backward, Need
 from everstep.resharding.work import AssignedLeg, Leg
@@ -133,18 +134,31 @@ class Pipeline:
         self.forwards.before(number)
         value = layer.module(value)
         self.forwards.after(number)
-        statistics[number] = self.take_statistics(number)
+        statistics[number] = self.take_statistics(number, micro_batch)
         return value
 
     def restore_statistics(self, number: int) -> None:
-        for held, base in zip(self._averaged(number), self.base_statistics.get(number, ()), strict=False):
-            held.data.copy_(base)  # not seen by autograd: no graph in flight uses the values
+        """Before a micro-batch's forward: the buffers that it changes have the values from the start of the step.
 
-    def take_statistics(self, number: int) -> list[Tensor]:
-        return [
-            tensor.detach().to(accumulation_dtype(tensor.dtype), copy=True).reshape(-1)
-            for tensor in self._averaged(number)
-        ]
+        A declared one is lent as a copy: the backward of another micro-batch may need what that forward has seen.
+        """
+        for held, base in zip(self._buffers(number), self.base_statistics.get(number, ()), strict=False):
+            if held.places:
+                lent = base.clone()
+                for module, local in held.places:
+                    module._buffers[local] = lent
+            else:
+                held.tensor.data.copy_(base)  # not seen by autograd: no graph in flight uses a batch norm's statistics
+
+    def take_statistics(self, number: int, micro_batch: int) -> list[Tensor]:
+        """What a micro-batch's forward made of the buffers of a layer, as their rules sum it."""
+        is_last, found = micro_batch == self.reduction.micro_batches - 1, []
+        for held, base in zip(self._buffers(number), self.base_statistics[number], strict=True):
+            assert held.rule is not None
+            before, after = (_flat(tensor.detach().clone()) for tensor in (base, _now(held)))
+            found.append(leaf(held.rule, before, after, is_last=is_last))
+            _give_back(held)
+        return found
 
     def begin_step(self) -> None:
         """Record the batch-norm statistics from which every micro-batch of the step starts."""
@@ -155,16 +169,18 @@ class Pipeline:
         """The same for layers that this rank gained in the middle of the step."""
         for number in self.stack.held:
             if number not in self.base_statistics:
-                self.base_statistics[number] = [t.detach().clone() for t in self._averaged(number)]
+                self.base_statistics[number] = [held.tensor.detach().clone() for held in self._buffers(number)]
 
     def end_step(self) -> None:
-        """Reset the batch-norm statistics to the start of the step, before they are updated."""
+        """Reset the buffers to the start of the step, before they are updated."""
         for number in self.base_statistics:
             if number in self.stack.held:
-                self.restore_statistics(number)
+                for held, base in zip(self._buffers(number), self.base_statistics[number], strict=True):
+                    held.tensor.data.copy_(base)
+                    _give_back(held)
 
-    def _averaged(self, number: int) -> list[Tensor]:
-        return [held.tensor for held in self.stack.layers[number].parameters if held.averaged]
+    def _buffers(self, number: int) -> list[Held]:
+        return [held for held in self.stack.layers[number].parameters if held.rule is not None]
 
     def seed_forward(self, step: int, micro_batch: int) -> None:
         """Seed torch for a forward that the user runs."""
@@ -202,14 +218,14 @@ class Pipeline:
         for number in range(span.start, span.stop):
             layer = self.stack.layers[number]
             after = iter(statistics.get(number, ()))
-            leaf: list[Tensor] = []
+            leaves: list[Tensor] = []
             for held in layer.parameters:
-                leaf.append(next(after) if held.averaged else _gradient(held.tensor, self.stack, held.index))
-                if not held.averaged:
+                leaves.append(next(after) if held.rule is not None else _gradient(held.tensor, self.stack, held.index))
+                if held.rule is None:
                     if held.tensor.grad is not None:
                         state.touched.add(held.index)
                     held.tensor.grad = None
-            state.hold(span, number, leaf)
+            state.hold(span, number, leaves)
         state.finished(span)
 
     def drop_gradients(self, span: Leg) -> None:
@@ -225,6 +241,33 @@ class Pipeline:
     def _send_gradient(self, state: StepState, span: Leg, to: int) -> None:
         key = Key(Kind.GRADIENT, state.step, span.micro_batch, span.start)
         self.comm.send(to, key, encode(state.input_gradients[(span.start, span.micro_batch)]))
+
+
+def _now(held: Held) -> Tensor:
+    """A buffer as the forward has left it, which may be another tensor."""
+    for module, local in held.places:
+        found = module._buffers[local]
+        if found is None or found.shape != held.shape:
+            raise UsageError(
+                f"a forward has made {_shape(found)} of the buffer {local!r} of {type(module).__name__}, and the job "
+                f"keeps {_shape(held.tensor)}: keep its shape"
+            )
+        return found
+    return held.tensor
+
+
+def _give_back(held: Held) -> None:
+    """The buffer is the job's own tensor again."""
+    for module, local in held.places:
+        module._buffers[local] = held.tensor
+
+
+def _shape(tensor: Tensor | None) -> str:
+    return "nothing" if tensor is None else f"a tensor of shape {tuple(tensor.shape)}"
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.to(accumulation_dtype(tensor.dtype)).reshape(-1)
 
 
 def _key(need: Need, step: int) -> tuple[int, Key]:

@@ -32,7 +32,7 @@ class Reduction:
     def __init__(self, settings: Settings, loss_scale: LossScale, *, skip_nonfinite: bool, accumulation: int) -> None:
         self.counts_tokens = settings.loss_reduction == "tokens"
         self._means = settings.loss_reduction == "mean"
-        self._micro_batches = settings.micro_batches
+        self.micro_batches = settings.micro_batches
         self._accumulation = accumulation
         self.loss_scale = loss_scale
         self.skip_nonfinite = skip_nonfinite or loss_scale.scaler is not None
@@ -51,7 +51,7 @@ class Reduction:
 
     def divisor(self) -> float:
         """What the sum of the gradients of a step's micro-batches is divided by, before the step is agreed on."""
-        return self.loss_scale.scale * (self._micro_batches / self._accumulation if self._means else 1)
+        return self.loss_scale.scale * (self.micro_batches / self._accumulation if self._means else 1)
 
     def measured(self, returned: Any, step: int, micro_batch: int) -> tuple[Tensor, int]:
         """The loss and the number of tokens (or 0) of a micro-batch, of what `loss_fn` returned. Raises UsageError."""

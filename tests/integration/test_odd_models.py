@@ -14,7 +14,7 @@ from tests.jobs import JOBS, assert_same_state, command, run_job
 
 STEPS = 5
 KINDS = ["channels_last", "transposed", "sliced", "empty", "unused", "sometimes", "weight_norm", "tied", "lazy"]
-KINDS += ["compiled"]
+KINDS += ["compiled", "buffers", "spectral"]
 KILLS = [
     {"rank": 0, "phase": "compute", "step": 1},
     {"rank": 1, "phase": "update", "step": 2},
@@ -43,7 +43,7 @@ def test_the_bytes_of_plain_torch(kind: str, alone: Path) -> None:
     assert found["optimizer"].keys() == expected["optimizer"].keys(), "no state where there was no gradient"
 
 
-@pytest.mark.parametrize("kind", ["channels_last", "transposed", "sometimes"])
+@pytest.mark.parametrize("kind", ["channels_last", "sometimes", "buffers"])
 def test_with_kills(kind: str, alone: Path) -> None:
     result = run_job(nproc=2, steps=STEPS, script="odd_models_job.py", kinds=[kind], faults=KILLS)
     assert result.status == 0, result.output

@@ -3,6 +3,7 @@
 Two micro-batches a step, so their sum has only one order, and plain torch, run beside it, gives the same bytes.
 """
 
+import fnmatch
 import json
 import os
 import sys
@@ -17,6 +18,10 @@ from everstep.elastic.step.order import DataOrder
 config = json.loads(sys.argv[1])
 out = Path(config["out"])
 MICRO, GLOBAL, SAMPLES, SEED = 3, 6, 30, 2
+BUFFERS = {
+    "buffers": {"moving": "mean", "count*": "sum", "seen": "last"},
+    "spectral": {"*._u": "last", "*._v": "last"},
+}
 
 
 class Net(nn.Module):
@@ -39,11 +44,23 @@ class Net(nn.Module):
             self.again.weight = self.conv.weight
         elif kind == "lazy":
             self.out = nn.LazyLinear(2)
+        elif kind == "spectral":
+            self.conv = nn.utils.parametrizations.spectral_norm(self.conv)
+        elif kind == "buffers":
+            self.register_buffer("moving", torch.zeros(8))
+            self.register_buffer("counts", torch.zeros(8, dtype=torch.int64))
+            self.register_buffer("seen", torch.zeros(8))
 
     def forward(self, x):
         hidden = self.conv(x)
         if self.kind == "tied":
             hidden = hidden + self.again(x)
+        if self.kind == "buffers":
+            found = hidden.detach().mean((0, 2, 3))
+            self.moving.lerp_(found, 0.1)
+            self.counts += found > 0
+            self.seen = self.seen * 0.5 + found
+            hidden = hidden - self.moving[:, None, None] + 0.01 * self.counts[:, None, None] + self.seen.mean()
         y = self.out(torch.relu(self.norm(hidden)).flatten(1))
         if self.kind == "empty":
             y = y + self.nothing.sum()
@@ -84,13 +101,21 @@ def with_everstep(kind, steps):
     @everstep.elastic(steps=steps, global_batch_size=GLOBAL, micro_batch_size=MICRO, seed=SEED)
     def train(run):
         net, optimizer = build(kind)
-        for _ in run.steps(net, optimizer, Pictures(), loss_fn=nn.functional.mse_loss, collate_fn=collate):
+        how = {"loss_fn": nn.functional.mse_loss, "collate_fn": collate, "buffers": BUFFERS.get(kind)}
+        for _ in run.steps(net, optimizer, Pictures(), **how):
             pass
         found.update(run.full_state_dict())
         assert net.conv.weight.is_contiguous() == (kind not in ("channels_last", "tied", "compiled"))
 
     train()
     return found
+
+
+def combined(kind, name, before, values):
+    rule = next((rule for key, rule in BUFFERS.get(kind, {}).items() if fnmatch.fnmatch(name, key)), "mean")
+    if rule == "sum":
+        return before + ((values[0] - before) + (values[1] - before))
+    return (values[0] + values[1]) / 2 if rule == "mean" else values[1]
 
 
 def with_torch(kind, steps):
@@ -109,8 +134,10 @@ def with_torch(kind, steps):
             (nn.functional.mse_loss(net(x), y) / 2).backward()
             after.append([buffer.clone() for buffer in net.buffers()])
         with torch.no_grad():
-            for buffer, values in zip(net.buffers(), zip(*after, strict=True), strict=True):
-                buffer.copy_((values[0] + values[1]) / 2)
+            for (name, buffer), first, values in zip(
+                net.named_buffers(), before, zip(*after, strict=True), strict=True
+            ):
+                buffer.copy_(combined(kind, name, first, values))
         optimizer.step()
         optimizer.zero_grad()
     names = [name.replace("_orig_mod.", "") for name, _ in net.named_parameters()]

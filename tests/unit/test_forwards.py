@@ -141,7 +141,9 @@ def handed_on(m: Any, x: Tensor) -> None:
 )
 def test_what_one_forward_leaves_for_the_next(action: Callable[[Any, Tensor], Any]) -> None:
     trial = Trial(action)
-    with pytest.raises(UsageError, match="in forward: only batch-norm statistics"):
+    with pytest.raises(
+        UsageError, match=r"in forward: (only buffers can be kept equal|say how micro-batches of a step combine)"
+    ):
         trial.forward(4)
 
 
@@ -224,9 +226,10 @@ def test_the_middle_of_a_large_buffer_is_seen_in_its_turn() -> None:
 
 
 def test_spectral_norm_is_named() -> None:
-    model = nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3))
+    torch.manual_seed(0)  # the vectors of other values may have converged
+    model = nn.utils.parametrizations.spectral_norm(nn.Linear(30, 30))
     forwards = Forwards(LayerStack(model, cut=False), print)
     forwards.before(0)
-    model(torch.ones(1, 3))
+    model(torch.ones(1, 30))
     with pytest.raises(UsageError, match="spectral norm"):
         forwards.after(0)

@@ -1,0 +1,69 @@
+"""How the changes that micro-batches make to a buffer in their forwards are combined to its value after the step.
+
+Each micro-batch of a step begins with the buffer's value before the step.
+
+    mean   the mean of the values after each micro-batch, as for a batch norm's statistics: moving averages
+    sum    the value before the step, plus the change that each micro-batch made: counts
+    last   the value after the last micro-batch of the step
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from everstep.elastic.contract.errors import UsageError
+
+Rule = Literal["mean", "sum", "last"]
+RULES = ("mean", "sum", "last")
+
+
+def rules_of(buffers: Mapping[str, Tensor], declared: Mapping[str, Rule], saved: set[str]) -> dict[str, Rule]:
+    """Name -> rule, for the buffers whose names a pattern of `declared` matches. Raises UsageError."""
+    found: dict[str, Rule] = {}
+    for pattern, rule in declared.items():
+        if rule not in RULES:
+            raise UsageError(f"buffers={{{pattern!r}: {rule!r}}}: the rule must be one of {', '.join(RULES)}")
+        matching = [name for name in buffers if fnmatchcase(name, pattern)]
+        if not matching:
+            known = ", ".join(sorted(buffers)[:10]) or "none"
+            raise UsageError(
+                f"buffers={{{pattern!r}: {rule!r}}}: no buffer of the model has such a name; it has {known}"
+            )
+        for name in matching:
+            found[name] = rule
+            if name not in saved:
+                raise UsageError(f"buffers={{{pattern!r}: {rule!r}}}: {name!r} is not saved: register it as persistent")
+            if buffers[name].dtype == torch.bool or buffers[name].is_complex():
+                raise UsageError(
+                    f"buffers={{{pattern!r}: {rule!r}}}: {name!r} has {buffers[name].dtype}, which has no sum"
+                )
+    return found
+
+
+def leaf(rule: Rule, base: Tensor, after: Tensor, *, is_last: bool) -> Tensor:
+    """What a micro-batch adds to the sum over the step; `base`: the value before it. All of one dimension and type."""
+    if rule == "sum":
+        return after - base
+    return after if rule == "mean" or is_last else torch.zeros_like(after)
+
+
+def after_step(rule: Rule, before: Tensor, total: Tensor) -> Tensor:
+    """The value after the step; `before`: the one before it, `total`: the sum of the leaves, for "mean" their mean."""
+    total = total.view(before.shape)
+    total = total if before.is_floating_point() else total.round()
+    return before + total.to(before.dtype) if rule == "sum" else total
+
+
+def statistics_of(model: nn.Module) -> set[str]:
+    """The running statistics of batch norms, whose rule is "mean" unless another one is declared."""
+    found: set[str] = set()
+    for prefix, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
+            names = [name for name, _ in module.named_buffers(recurse=False)]
+            found.update(f"{prefix}.{name}" if prefix else name for name in names)
+    return found
