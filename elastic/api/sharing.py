@@ -52,7 +52,7 @@ class SharedState(MutableMapping[str, Any]):
         return dict(self._values)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._values = dict(state)
+        self._values = self._adopted(state)
         self.entered = encode(self._values, STATE)
 
     def begin(self, *, resumed: bool) -> None:
@@ -62,7 +62,23 @@ class SharedState(MutableMapping[str, Any]):
         """
         entered, self.entered = self.entered, None
         if entered is not None:
-            self._values = {**(self._values if resumed else {}), **decode(entered)}
+            self._values = {**(self._values if resumed else {}), **self._adopted(decode(entered))}
+
+    def _adopted(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """The state, in the lists and dictionaries of the script, whose variables may be bound to them."""
+        return {name: _into(self._values.get(name), value) for name, value in state.items()}
+
+
+def _into(there: Any, value: Any) -> Any:
+    """`value`, as the contents of the list or dictionary that is there, if both are of that type."""
+    if there is not value and isinstance(there, list) and isinstance(value, list):
+        there[:] = value
+    elif there is not value and isinstance(there, dict) and isinstance(value, dict):
+        there.clear()
+        there.update(value)
+    else:
+        return value
+    return there
 
 
 class Sharing:

@@ -37,13 +37,17 @@ def _size(count: int) -> str:
 
 
 def encode(value: Any, where: str) -> Any:
-    """`value` as JSON values, tensors and arrays included. Raises UsageError, naming `where`, for anything else."""
+    """`value` as JSON values, tensors and arrays included. Raises UsageError, naming `where`, for anything else.
+
+    What carries it sorts the names of JSON objects, so dictionaries in another order are lists of pairs.
+    """
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list):
         return [encode(item, f"{where}[{i}]") for i, item in enumerate(value)]
     if isinstance(value, dict):
-        if all(isinstance(key, str) for key in value) and _MARK not in value:
+        names = list(value)
+        if all(isinstance(key, str) for key in names) and _MARK not in names and names == sorted(names):
             return {key: encode(item, f"{where}[{key!r}]") for key, item in value.items()}
         pairs = [[encode(key, where), encode(item, f"{where}[{key!r}]")] for key, item in value.items()]
         return {_MARK: "dict", "value": pairs}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import threading
 import time
@@ -20,6 +21,7 @@ from everstep.comms.mesh.in_memory import MemoryCommunicator, MemoryNetwork
 from everstep.elastic.api.calls import Calls
 from everstep.elastic.api.sharing import SharedState, Sharing
 from everstep.elastic.contract.progress import Progress
+from everstep.elastic.contract.stateful import decode, encode
 from everstep.elastic.engine.call_log import CallLog, MadeCall, Place
 from everstep.resharding.plan import Plan, Report
 from everstep.resharding.planners import initial_layout
@@ -399,3 +401,31 @@ def test_what_a_script_sets_before_its_loop_belongs_to_the_start() -> None:
     state["best"] = 0.0
     state.begin(resumed=False)
     assert dict(state) == {"best": 0.0}
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_variables_of_the_script_stay_bound_to_what_a_state_holds(before: bool) -> None:
+    """`log = run.state.setdefault("log", [])`, in front of the call that has a rank join or behind it."""
+    state, bound = SharedState(), {}
+
+    def bind() -> None:
+        bound.update(log=state.setdefault("log", []), record=state.setdefault("record", {"old": 1}))
+
+    if before:
+        bind()
+    state.load_state_dict({"log": [1, 2], "record": {"best": 0.9}})
+    if not before:
+        bind()
+    bound["log"].append(3)  # in front of the loop: it does not count
+    state.begin(resumed=False)
+    assert dict(state) == bound == {"log": [1, 2], "record": {"best": 0.9}}
+    bound["log"].append(4)
+    bound["record"]["best"] = 1.0
+    assert dict(state) == {"log": [1, 2, 4], "record": {"best": 1.0}}
+
+
+def test_dictionaries_keep_their_order() -> None:
+    """Also through JSON whose names are sorted, as between the ranks."""
+    for value in ({"loss": 1, "accuracy": 2}, {"a": {"z": 1, "b": {"d": 0, "c": 1}}}):
+        carried = json.loads(json.dumps(encode(value, "it"), sort_keys=True))
+        assert repr(decode(carried)) == repr(value)

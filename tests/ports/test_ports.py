@@ -1,0 +1,104 @@
+"""Training scripts in the manner of public ones: few lines differ in their Everstep form, and kills change no byte."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.jobs import Ended, command, finish, launch, same
+
+HERE = Path(__file__).parent
+PAGE = HERE.parent.parent / "docs" / "porting.md"
+SCRIPTS = sorted(path.parent.name for path in HERE.glob("*/plain.py"))
+MOST = 5  # lines that differ
+RANKS = 3
+PHASES = ("compute", "reduce", "agree", "update", "commit")
+
+
+def forms(name: str) -> tuple[list[str], list[str]]:
+    """The lines of the plain and of the ported script, without empty ones."""
+    plain, ported = ((HERE / name / f"{form}.py").read_text().splitlines() for form in ("plain", "ported"))
+    return [line for line in plain if line.strip()], [line for line in ported if line.strip()]
+
+
+def changed_lines(plain: list[str], ported: list[str]) -> int:
+    """Lines that are replaced, added or removed: in each place the larger of what goes and what comes."""
+    matcher = difflib.SequenceMatcher(None, plain, ported, autojunk=False)
+    return sum(max(i2 - i1, j2 - j1) for tag, i1, i2, j1, j2 in matcher.get_opcodes() if tag != "equal")
+
+
+def test_few_lines_differ() -> None:
+    """In each script; and the page that shows it is up to date."""
+    counts = {name: changed_lines(*forms(name)) for name in SCRIPTS}
+    assert counts
+    assert all(0 < count <= MOST for count in counts.values()), counts
+    rows = re.findall(r"^\| `(\w+)` \|.*\| (\d+) \|$", PAGE.read_text(), re.M)
+    assert {name: int(count) for name, count in rows} == counts
+    shown = re.findall(r"^```diff\n--- (\w+).*?\n(.*?)^```$", PAGE.read_text(), re.M | re.S)
+    assert len(shown) == 2
+    for name, text in shown:
+        difference = list(difflib.unified_diff(*forms(name), n=0, lineterm=""))[2:]
+        assert text.splitlines()[1:] == [line for line in difference if not line.startswith("@@")], name
+
+
+def alone(name: str, form: str, out: Path) -> Ended:
+    out.mkdir()
+    return command([str(HERE / name / f"{form}.py"), str(out)])
+
+
+def results(out: Path) -> dict[str, Any]:
+    """What a script has written, by the names of the files."""
+    found = {}
+    for path in out.iterdir():
+        found[path.name] = torch.load(path, weights_only=True) if path.suffix == ".pt" else path.read_bytes()
+    return found
+
+
+def differences(found: Any, expected: Any, where: str = "") -> list[str]:
+    """The places where two results differ, tensors by `torch.equal`."""
+    if type(found) is not type(expected):
+        return [where]
+    if isinstance(expected, dict):
+        names = found.keys() | expected.keys()
+        return [bad for name in names for bad in differences(found.get(name), expected.get(name), f"{where}/{name}")]
+    if isinstance(expected, list | tuple) and len(found) == len(expected):
+        pairs = enumerate(zip(found, expected, strict=True))
+        return [bad for i, (a, b) in pairs for bad in differences(a, b, f"{where}/{i}")]
+    return [] if same(found, expected) else [where]
+
+
+# In each place one more life of a rank ends: of one, two or all three ranks before the first replacement is there.
+DYING = [(i // 7 + i) % RANKS for i in range(20)]
+KILLS = [
+    {"rank": rank, "phase": PHASES[i % len(PHASES)], "step": 2 + i, "incarnation": DYING[:i].count(rank)}
+    for i, rank in enumerate(DYING)
+]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_kills_change_no_byte(name: str, tmp_path: Path) -> None:
+    ended = alone(name, "plain", tmp_path / "plain")
+    assert ended.status == 0, ended.stderr
+    ended = alone(name, "ported", tmp_path / "alone")
+    assert ended.status == 0, ended.stderr
+    expected = results(tmp_path / "alone")
+    assert expected.keys() == results(tmp_path / "plain").keys()
+
+    out, events = tmp_path / "killed", tmp_path / "events.jsonl"
+    out.mkdir()
+    flags = ["--nproc-per-node", str(RANKS), "--es-events", str(events)]
+    process = launch(HERE / name / "ported.py", [str(out)], flags, {"EVERSTEP_FAULTS": json.dumps(KILLS)})
+    output = finish(process)
+    assert process.returncode == 0, output[-4000:]
+    assert not differences(results(out), expected)
+    deaths = [
+        event for line in events.read_text().splitlines() if (event := json.loads(line))["event"] == "worker_died"
+    ]
+    assert len(deaths) == len(KILLS), [(event["rank"], event.get("step")) for event in deaths]
