@@ -97,7 +97,7 @@ class DataSource:
         self.upcoming: Callable[[], Iterable[Key]] = lambda: ()
 
     def _begin_streams(self, settings: Settings) -> Streams:
-        """The streams of all slots. Raises UsageError for one without a sample."""
+        """The streams of all micro-batches of a step. Raises UsageError for one without a sample."""
         loader, size = self._loader, settings.micro_batch_size
         if loader is not None and loader.batch_size is None:  # its items are micro-batches
             collate, size = self._collate, 1
@@ -152,8 +152,8 @@ class DataSource:
         """Every few steps, agree on the states of streams with all ranks, and have them among the registered states."""
         if self.streams is None or not self.streams.shares(step):
             return
-        slots = [number for following, number in self._until(step + 1) if following == step + 1]
-        texts = exchange(json.dumps(encode(self.streams.states(step, slots), "the states of streams")))
+        mine = [number for following, number in self._until(step + 1) if following == step + 1]
+        texts = exchange(json.dumps(encode(self.streams.states(step, mine), "the states of streams")))
         found = {index: state for text in texts.values() for index, state in decode(json.loads(text)).items()}
         self.streams.agree(step, dict(sorted(found.items())))
         registered[STREAM] = encode(self.streams.state_dict(), STREAM)

@@ -1,10 +1,10 @@
 """Streams: the samples of a micro-batch from an iterable dataset, as a function of the step.
 
-The micro-batches of a step are its *slots*. A stream is read in *units*: the samples of one micro-batch. A plain
-dataset is one stream, whose unit n is the micro-batch in slot n % slots of step n // slots. A dataset that reads
-`run.stream_index` divides itself: each slot has a stream of its own, whose unit n belongs to step n. So a rank that
-takes over a slot reads as far as the step that it is at, and drops what it does not need. States of a dataset that has
-a `state_dict` are part of the job's state, and reading begins with the last ones.
+A stream is read in *units*: the samples of one micro-batch. A plain dataset is one stream: with M micro-batches in a
+step, its unit n is micro-batch n % M of step n // M. A dataset that reads `run.stream_index` divides itself: there is a
+stream for each micro-batch of a step, whose unit n belongs to step n. So a rank that takes over a micro-batch reads as
+far as the step that it is at, and drops what it does not need. States of a dataset that has a `state_dict` are part of
+the job's state, and reading begins with the last ones.
 
 Units are read one by one, each with generators that are seeded for it, so a sample does not depend on who has read the
 ones before it, or how often.
@@ -89,7 +89,7 @@ class Line:
         self._place = place
         self._where = where
         self._samples: Iterator[Any] | None = None
-        self._position = 0  # the next unit to be read
+        self.position = 0  # the next unit to be read
         self._end: int | None = None  # the first unit that is not whole
         self._kept: dict[int, list[Any]] = {}
         self._every = every
@@ -101,7 +101,7 @@ class Line:
 
         This many units are kept, the last ones, so that they need not be read again.
         """
-        if number not in self._kept and number < self._position:
+        if number not in self._kept and number < self.position:
             self._go_back(number)
         while number not in self._kept and (self._end is None or number < self._end):
             self._read(keep)
@@ -110,9 +110,9 @@ class Line:
     def state(self, number: int, keep: int) -> Any:
         """The dataset's state in front of a unit, which is read up to there; None in front of the first."""
         if number and number not in self._states:
-            if self._position > number:
+            if self.position > number:
                 self._go_back(number)
-            while self._position < number and self._end is None:
+            while self.position < number and self._end is None:
                 self._read(keep)
             self._note_state()
         return self._states.get(number)
@@ -120,22 +120,22 @@ class Line:
     def restore(self, number: int, state: Any) -> None:
         """Go on in front of a unit, with the dataset in this state."""
         self._states = {number: state} if number else {}
-        self._samples, self._position, self._end = None, number, None
+        self._samples, self.position, self._end = None, number, None
 
     def _go_back(self, number: int) -> None:
-        self._position = max((at for at in self._states if at <= number), default=0)
+        self.position = max((at for at in self._states if at <= number), default=0)
         self._samples = None
 
     def _note_state(self) -> None:
-        if self._samples is None or self._position in self._states:
+        if self._samples is None or self.position in self._states:
             return
         copied = decode(encode(self._current.state_dict(), "the state_dict() of the stream"))
-        self._states[self._position] = copied
+        self._states[self.position] = copied
         if len(self._states) > KEPT_STATES:
             del self._states[next(iter(self._states))]
 
     def _read(self, keep: int) -> None:
-        number = self._position
+        number = self.position
         self._place.progress.tick()
         with self._place.within(*self._where):
             if self._samples is None:
@@ -153,39 +153,39 @@ class Line:
             return
         self._kept[number] = found
         self._kept.pop(number - keep, None)
-        self._position = number + 1
+        self.position = number + 1
 
 
 class Streams:
-    """The streams of a job's slots. `size`: how many items of the dataset make up a micro-batch.
+    """The streams of a job. `size`: how many items of the dataset make up a micro-batch.
 
     With a dataset that has a state, the states of all lines in front of a step are agreed on every STATE_STEPS steps:
     this object has them, as a registered one, and a line that this rank begins to read begins with them.
     """
 
-    def __init__(self, dataset: Iterable[Any], size: int, slots: int, seed: int, place: StreamPlace) -> None:
+    def __init__(self, dataset: Iterable[Any], size: int, micro_batches: int, seed: int, place: StreamPlace) -> None:
         self._dataset = dataset
         self._size = size
-        self._slots = slots
+        self._micro_batches = micro_batches
         self._seed = seed
         self._place = place
         self._agreed: dict[str, Any] = {"step": 0, "states": {}}  # by line, as text
         self.first = self.again()
-        self._units = 1 if place.asked else slots  # of a line, in a step
+        self._units = 1 if place.asked else micro_batches  # of a line, in a step
         methods = (getattr(dataset, name, None) for name in ("state_dict", "load_state_dict"))
         self.stateful = all(map(callable, methods))
         self._lines: dict[int, Line] = {}
 
     def again(self) -> list[Any] | None:
         """The samples of the first micro-batch, read from the beginning; None if there are fewer."""
-        return Line(self._dataset, self._size, self._seed, self._place, (0, self._slots), 0).unit(0, 1)
+        return Line(self._dataset, self._size, self._seed, self._place, (0, self._micro_batches), 0).unit(0, 1)
 
-    def samples(self, step: int, slot: int) -> list[Any] | None:
+    def samples(self, step: int, micro_batch: int) -> list[Any] | None:
         """The samples of a micro-batch; None if its stream has ended."""
-        if self._units == 1 < self._slots:
-            return self._line(slot).unit(step, KEPT_STEPS)
-        found = self._line(0).unit(step * self._units + slot, KEPT_STEPS * self._units)
-        if self._place.asked and self._slots > 1:
+        if self._units == 1 < self._micro_batches:
+            return self._line(micro_batch).unit(step, KEPT_STEPS)
+        found = self._line(0).unit(step * self._units + micro_batch, KEPT_STEPS * self._units)
+        if self._place.asked and self._micro_batches > 1:
             raise UsageError(
                 "run.stream_index was read behind the first sample of the stream, which is divided already: read it at "
                 "the beginning of __iter__"
@@ -193,11 +193,14 @@ class Streams:
         return found
 
     def _line(self, index: int) -> Line:
-        if index not in self._lines:
+        """A line; one that this rank has not read for long begins again with the state that was agreed on."""
+        key = str(index)
+        begin = self._agreed["step"] * self._units if key in self._agreed["states"] else 0
+        if index not in self._lines or self._lines[index].position < begin:
             every = self._units * STATE_STEPS if self.stateful else 0
-            line = Line(self._dataset, self._size, self._seed, self._place, (index, self._slots), every)
-            if str(index) in self._agreed["states"]:
-                line.restore(self._agreed["step"] * self._units, self._agreed["states"][str(index)])
+            line = Line(self._dataset, self._size, self._seed, self._place, (index, self._micro_batches), every)
+            if begin:
+                line.restore(begin, self._agreed["states"][key])
             self._lines[index] = line
         return self._lines[index]
 
@@ -207,9 +210,9 @@ class Streams:
         """Whether the states in front of this step are agreed on."""
         return self.stateful and step > 0 and step % STATE_STEPS == 0
 
-    def states(self, step: int, slots: Collection[int]) -> dict[str, Any]:
-        """The dataset's states in front of this step, of the lines of these slots."""
-        lines = set(slots) if self._units < self._slots else {0} if slots else set()
+    def states(self, step: int, micro_batches: Collection[int]) -> dict[str, Any]:
+        """The dataset's states in front of this step, of the lines of these micro-batches."""
+        lines = set(micro_batches) if self._units < self._micro_batches else {0} if micro_batches else set()
         unit, keep = step * self._units, KEPT_STEPS * self._units
         with generators_kept(), self._place.progress.within(Pace.FETCH):
             found = {str(index): self._line(index).state(unit, keep) for index in sorted(lines)}

@@ -68,7 +68,7 @@ def source(data: Any, settings: Settings = SETTINGS, told: Told | None = None, a
 def test_a_loader_and_its_dataset_give_the_same(data: Any) -> None:
     told = Told()
     found = source(data, told=told)
-    batches = [found.fetch(step, slot).tolist() for step in range(5) for slot in range(4)]
+    batches = [found.fetch(step, micro_batch).tolist() for step in range(5) for micro_batch in range(4)]
     assert batches == [[2 * number, 2 * number + 1] for number in range(20)]
     described = found.described()
     assert (described["samples"], described["shuffle"], len(described["sample_digests"])) == (0, False, 1)
@@ -77,23 +77,23 @@ def test_a_loader_and_its_dataset_give_the_same(data: Any) -> None:
     assert bool(told.texts) == (getattr(data, "num_workers", 0) == 2)
 
 
-def test_a_dataset_that_divides_itself_has_a_stream_for_each_slot() -> None:
+def test_a_dataset_that_divides_itself_has_a_stream_for_each_micro_batch() -> None:
     at = place()
     found = source(Numbers(40, at), at=at)
-    assert [found.fetch(1, slot).tolist() for slot in (3, 0)] == [[11, 15], [8, 12]]
+    assert [found.fetch(1, micro_batch).tolist() for micro_batch in (3, 0)] == [[11, 15], [8, 12]]
 
 
 def test_the_end_is_seen_one_step_ahead() -> None:
     """By the rank whose micro-batch is missing; the generators stay as they were."""
     told = Told()
     found = source(Numbers(22), told=told)
-    found.upcoming = lambda: ((step, slot) for step in range(9) for slot in (1, 2))
+    found.upcoming = lambda: ((step, micro_batch) for step in range(9) for micro_batch in (1, 2))
     for step in range(2):
         found.fetch(step, 1)
         before = torch.get_rng_state()
         assert found.ends(step) == ""
         assert torch.equal(torch.get_rng_state(), before)
-    found.upcoming = lambda: ((step, slot) for step in range(9) for slot in (0, 3))
+    found.upcoming = lambda: ((step, micro_batch) for step in range(9) for micro_batch in (0, 3))
     assert found.ends(0) == ""
     assert found.ends(1) == "the stream has ended"
     assert told.texts == [
@@ -153,5 +153,5 @@ def test_a_loader_has_the_size_of_the_micro_batch_or_of_the_batch(size: int) -> 
     for workers in (0, 1):
         found = source(DataLoader(numbers, batch_size=size, num_workers=workers))  # type: ignore[arg-type]
         found.upcoming = lambda: [(0, 0), (0, 1)]
-        assert [found.fetch(0, slot).tolist() for slot in range(2)] == [[0, 1], [2, 3]]
+        assert [found.fetch(0, micro_batch).tolist() for micro_batch in range(2)] == [[0, 1], [2, 3]]
         found.close()
