@@ -7,6 +7,7 @@ are a function of (seed, step, micro-batch), whichever process fetches them.
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -101,7 +102,8 @@ class DataSource:
         loader, size = self._loader, settings.micro_batch_size
         if loader is not None and loader.batch_size is None:  # its items are micro-batches
             collate, size = self._collate, 1
-            self._collate = lambda items: collate(items[0])
+            # A copy, since the script may change a batch, and the item is kept for a step that is computed again.
+            self._collate = lambda items: collate(copy.deepcopy(items[0]))
         if loader is not None and loader.num_workers:
             text = (
                 f"the DataLoader's num_workers={loader.num_workers} has no effect: each rank reads a stream in its own "

@@ -77,6 +77,13 @@ def test_a_loader_and_its_dataset_give_the_same(data: Any) -> None:
     assert bool(told.texts) == (getattr(data, "num_workers", 0) == 2)
 
 
+@pytest.mark.parametrize("data", [Numbers(40), DataLoader(Batches(20), batch_size=None)])
+def test_a_batch_that_the_script_changes_is_fetched_again_as_it_was(data: Any) -> None:
+    found = source(data)
+    found.fetch(1, 0).mul_(-1)
+    assert found.fetch(1, 0).tolist() == [8, 9]
+
+
 def test_a_dataset_that_divides_itself_has_a_stream_for_each_micro_batch() -> None:
     at = place()
     found = source(Numbers(40, at), at=at)
