@@ -193,6 +193,7 @@ class Crew:
 
     def _forked(self, worker: WorkerProcess, pid: int) -> None:
         worker.forked(pid)
+        self.failures.recovered(worker.id.rank)
         self._happened(a.WorkerForked(worker.id))
         self._listen(worker)
         if worker.pidfd >= 0:

@@ -18,6 +18,10 @@ class Failures:
         """A worker ended with this exit status (negative: the signal that killed it)."""
         self._found[rank] = ProcessFailure(local_rank, pid, status, error_file)
 
+    def recovered(self, rank: int) -> None:
+        """A replacement of this rank has started: its predecessor is not what a later failure comes from."""
+        self._found.pop(rank, None)
+
     def clear(self) -> None:
         """All workers start again."""
         self._found.clear()
