@@ -127,8 +127,16 @@ class DataSource:
             return self._collate(samples)
         seed_generators(derive_seed("data", self._seed, step, number))
         if step == PROBE:
-            return self.dataset[number]
-        return self._collate([self.dataset[i] for i in self.order.indices(step, number)])
+            return self._sample(number)
+        return self._collate([self._sample(i) for i in self.order.indices(step, number)])
+
+    def _sample(self, index: int) -> Any:
+        """A sample of the dataset; an exception of the user's says which one it is."""
+        try:
+            return self.dataset[index]
+        except Exception as error:
+            error.add_note(f"everstep: this is sample {index} of the dataset ({type(self.dataset).__name__})")
+            raise
 
     def fetch(self, step: int, micro_batch: int) -> Any:
         """The samples of a micro-batch, collated."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -162,3 +163,24 @@ def test_a_loader_has_the_size_of_the_micro_batch_or_of_the_batch(size: int) -> 
         found.upcoming = lambda: [(0, 0), (0, 1)]
         assert [found.fetch(0, micro_batch).tolist() for micro_batch in range(2)] == [[0, 1], [2, 3]]
         found.close()
+
+
+class Broken(torch.utils.data.Dataset[Any]):
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, index: int) -> Any:
+        if index == 5:
+            raise OSError("a picture that is none")
+        return index
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_sample_that_cannot_be_read_is_named(workers: int) -> None:
+    found = source(DataLoader(Broken(), batch_size=2, num_workers=workers))
+    found.upcoming = lambda: [(0, 2)]
+    with pytest.raises(OSError, match="a picture that is none") as caught:
+        found.fetch(0, 2)
+    text = "".join(traceback.format_exception(caught.value))
+    assert "everstep: this is sample 5 of the dataset (Broken)" in text
+    found.close()
