@@ -45,6 +45,7 @@ from everstep.elastic.step.schedule import ScheduleState, check_scheduler
 from everstep.elastic.step.streams import STREAM, StreamPlace, Streams
 from everstep.resharding.layout import Layout
 
+from .average import MovingAverage
 from .calls import Calls
 from .course import Course
 from .epochs import Epochs
@@ -328,18 +329,19 @@ class Run(Sharing, Gradients):
         engine = self._trained()
         engine.stop_request.ask(engine.version, why or "run.stop()")
 
-    def average(self, model: nn.Module, decay: float) -> None:
+    def average(self, model: nn.Module, decay: float) -> MovingAverage:
         """Keep a moving average of the parameters: after each step `average = decay * average + (1 - decay) * value`.
 
         Call it before `prepare` or `steps`, with the same model. The averages are kept as the optimizer's state is:
         sharded, protected, saved, restored. `run.evaluate(..., average=True)` evaluates with them, and
-        `run.full_state_dict()["average"]` has them by name.
+        `run.full_state_dict()["average"]` has them by name, and so has the `state_dict()` of what is returned.
         """
         if self._engine is not None:
             raise UsageError("run.average(model, decay) has to be called before run.prepare or run.steps")
         if not isinstance(decay, int | float) or not 0 <= decay < 1:
             raise UsageError(f"run.average: decay must be a number from 0 to less than 1, such as 0.999; got {decay!r}")
         self._average = (model, float(decay))
+        return MovingAverage(model, self.full_state_dict)
 
     def evaluate(self, data: Any, function: Callable[[Any], Any], *, average: bool = False) -> list[Any]:
         """The results of `function(batch)` for all batches of a dataset or DataLoader, in their order, on every rank.

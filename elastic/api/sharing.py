@@ -49,7 +49,7 @@ class SharedState(MutableMapping[str, Any]):
         return f"{STATE}({self._values!r})"
 
     def state_dict(self) -> dict[str, Any]:
-        return dict(self._values)
+        return dict(sorted(self._values.items()))  # ranks may set them in different orders
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._values = self._adopted(state)

@@ -18,6 +18,7 @@ from torch import Tensor
 from everstep.comms.mesh.communicator import Communicator, Key, Kind
 from everstep.comms.mesh.gather import all_gather
 from everstep.comms.mesh.tensors import host_bytes, of_bytes
+from everstep.elastic.contract import stateful
 from everstep.elastic.contract.errors import UsageError
 from everstep.elastic.holding.adjustments import Adjustments
 from everstep.elastic.holding.stack import LayerStack
@@ -250,8 +251,9 @@ def _state_differs(step: int, states: Mapping[int, Mapping[str, Any]]) -> str:
     first, *others = sorted(states)
     for rank in others:
         for name in sorted({*states[first], *states[rank]}):
-            expected, got = (json.dumps(states[r][name]) if name in states[r] else "not set" for r in (first, rank))
-            if expected != got:
+            both = [json.dumps(states[r][name]) if name in states[r] else "" for r in (first, rank)]
+            if both[0] != both[1]:
+                expected, got = (str(stateful.decode(json.loads(text))) if text else "not set" for text in both)
                 return (
                     f"run.state[{name!r}] differs in step {step}: expected the same on all ranks, got {expected[:80]} "
                     f"on rank {first} and {got[:80]} on rank {rank}. Set it on every rank, between steps, from what is "

@@ -19,7 +19,8 @@ from everstep.comms.mesh.communicator import Key
 from everstep.comms.mesh.in_memory import MemoryCommunicator, MemoryNetwork
 from everstep.elastic.contract.membership import Solo
 from everstep.elastic.contract.settings import Settings
-from everstep.elastic.guard.agreeing import Agreeing, Own, Settled
+from everstep.elastic.contract.stateful import encode as encode_state
+from everstep.elastic.guard.agreeing import Agreeing, Own, Settled, _state_differs
 from everstep.elastic.guard.backups import Backups
 from everstep.elastic.guard.checkpoint_agreement import Checkpoints
 from everstep.elastic.guard.protection import Protection
@@ -330,3 +331,13 @@ def test_a_backup_is_compared_with_the_master_and_readers_with_the_parameter() -
     assert decide(found, {5: None}) == {5: Truth(1, 10)}, "the lowest rank's, where no rank can tell"
     found = {0: Digests(live={5: 1}), 1: Digests(live={5: 2}), 2: Digests(live={5: 1}, backup={5: 1})}
     assert odd_ones(found, decide(found, {5: None})) == [Odd(5, 1)], "without a master, a backup is a replica like any"
+
+
+def test_the_values_of_the_script_that_differ_are_named_as_it_wrote_them() -> None:
+    """Dictionaries too, which travel as lists of pairs where their names are not sorted."""
+    states = {rank: {"b": 1, "a": encode_state({"loss": 0.5, "best": rank}, "it")} for rank in (0, 1)}
+    text = _state_differs(3, states)
+    assert text.startswith(
+        "run.state['a'] differs in step 3: expected the same on all ranks, got {'loss': 0.5, 'best': 0} on rank 0 and "
+        "{'loss': 0.5, 'best': 1} on rank 1. "
+    )
