@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from tests.jobs import Ended, command, finish, launch, same
+from tests.jobs.hosts import Hosts
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent.parent / "docs" / "porting.md"
@@ -102,3 +104,21 @@ def test_kills_change_no_byte(name: str, tmp_path: Path) -> None:
         event for line in events.read_text().splitlines() if (event := json.loads(line))["event"] == "worker_died"
     ]
     assert len(deaths) >= len(KILLS) - RANKS, deaths  # the last life of a rank may begin when training is over
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", ["image_classifier", "diffusion"])
+def test_a_node_is_lost(name: str, tmp_path: Path) -> None:
+    """Four nodes of one worker each; the node of rank 1 dies, and three go on."""
+    assert alone(name, "ported", tmp_path / "alone").status == 0
+    out, events, script = tmp_path / "killed", tmp_path / "events.jsonl", HERE / name / "ported.py"
+    out.mkdir()
+    faults = json.dumps([{"rank": 1, "phase": "update", "step": 9, "kind": "node"}])
+    with Hosts(4) as hosts:
+        hosts.coordinator("3:4", f"--es-events={events}")
+        flags = ["--nnodes=3:4", "--nproc-per-node=1", "--es-snapshot-every=1", f"--log-dir={tmp_path}/logs"]
+        nodes = [hosts.launch(host, script, [str(out)], flags, {"EVERSTEP_FAULTS": faults}) for host in hosts.hosts]
+        outputs = {node.pid: finish(node) for node in nodes}
+    assert sorted(node.returncode for node in nodes) == [-signal.SIGKILL, 0, 0, 0], outputs
+    assert events.read_text().count('"event": "node_lost"') == 1
+    assert not differences(results(out), results(tmp_path / "alone"))
