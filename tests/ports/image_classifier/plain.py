@@ -29,7 +29,7 @@ class Pictures(Dataset):
 
 out = Path(sys.argv[1])
 torch.manual_seed(2)
-train_loader = DataLoader(Pictures(0, 120, augment=True), batch_size=5, shuffle=True, num_workers=0)
+train_loader = DataLoader(Pictures(0, 120, augment=True), batch_size=20, shuffle=True, num_workers=0)
 test_loader = DataLoader(Pictures(1000, 50, augment=False), batch_size=10)
 model = nn.Sequential(
     nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(54, 5)

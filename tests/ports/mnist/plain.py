@@ -12,7 +12,7 @@ out = Path(sys.argv[1])
 torch.manual_seed(1)
 images, labels = torch.randn(160, 1, 8, 8), torch.arange(160) % 10
 images[torch.arange(160), 0, labels % 8] += 1.5
-train_loader = DataLoader(TensorDataset(images[:128], labels[:128]), batch_size=4, shuffle=True)
+train_loader = DataLoader(TensorDataset(images[:128], labels[:128]), batch_size=16, shuffle=True)
 test_loader = DataLoader(TensorDataset(images[128:], labels[128:]), batch_size=16)
 
 model = nn.Sequential(

@@ -14,7 +14,7 @@ out = Path(sys.argv[1])
 run = everstep.join(epochs=10, global_batch_size=16, micro_batch_size=4, seed=1)
 images, labels = torch.randn(160, 1, 8, 8), torch.arange(160) % 10
 images[torch.arange(160), 0, labels % 8] += 1.5
-train_loader = DataLoader(TensorDataset(images[:128], labels[:128]), batch_size=4, shuffle=True)
+train_loader = DataLoader(TensorDataset(images[:128], labels[:128]), batch_size=16, shuffle=True)
 test_loader = DataLoader(TensorDataset(images[128:], labels[128:]), batch_size=16)
 
 model = nn.Sequential(

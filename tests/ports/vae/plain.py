@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 out = Path(sys.argv[1])
 torch.manual_seed(4)
 images = torch.rand(160, 36)
-train_loader = DataLoader(images, batch_size=4, shuffle=True)
+train_loader = DataLoader(images, batch_size=16, shuffle=True)
 
 
 class VAE(nn.Module):

@@ -13,7 +13,7 @@ import everstep
 out = Path(sys.argv[1])
 run = everstep.join(epochs=6, global_batch_size=16, micro_batch_size=4, seed=4, loss_reduction="sum")
 images = torch.rand(160, 36)
-train_loader = DataLoader(images, batch_size=4, shuffle=True)
+train_loader = DataLoader(images, batch_size=16, shuffle=True)
 
 
 class VAE(nn.Module):
