@@ -44,6 +44,12 @@ def is_elementwise(optimizer: Optimizer) -> bool:
 
 def check_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
     """Raise UsageError for an optimizer that cannot drive this model's shards."""
+    for what, expected, got in (("model", nn.Module, model), ("optimizer", Optimizer, optimizer)):
+        if not isinstance(got, expected):
+            raise UsageError(
+                f"the {what} must be one torch {expected.__name__}, got {type(got).__name__}: a job trains one model "
+                "with one optimizer; several models are one as an nn.ModuleDict, with a parameter group each"
+            )
     known = {id(p) for p in model.parameters()}
     for number, group in enumerate(optimizer.param_groups):
         for parameter in group["params"]:
@@ -52,8 +58,12 @@ def check_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
                     f"the optimizer's group {number} has a parameter of shape {tuple(parameter.shape)} that the model "
                     "lacks: build the optimizer from model.parameters() of the model you pass"
                 )
-    if type(optimizer).__name__ in ("LBFGS", "SparseAdam"):
-        raise UsageError(f"{type(optimizer).__name__} is not supported: it needs a closure or sparse gradients")
+    if type(optimizer).__name__ == "LBFGS":
+        raise UsageError("LBFGS is not supported: it calls a closure several times a step; use AdamW, or SGD")
+    if type(optimizer).__name__ == "SparseAdam":
+        raise UsageError(
+            "SparseAdam is not supported: it needs sparse gradients; use Adam with dense ones (sparse=False)"
+        )
     if optimizer.state:
         raise UsageError("the optimizer has state already: pass a new one (resuming is the checkpoint's business)")
 

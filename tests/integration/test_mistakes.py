@@ -24,6 +24,8 @@ ANYWHERE = {
     "small_dataset": "the dataset has 5 samples, fewer than one batch (global_batch_size = 8)",
     "iterable": "Stream ended before it had the samples of micro-batch 1 of step 0: give the job",
     "foreign_parameters": "that the model lacks: build the optimizer from model.parameters()",
+    "several_models": "the model must be one torch Module, got list: a job trains one model with one",
+    "several_optimizers": "the optimizer must be one torch Optimizer, got list",
     "optimizer_state": "the optimizer has state already",
     "nothing": "nothing returned without calling run.prepare(...) or run.steps(...)",
     "prepare_stages": "run.prepare drives one stage, and the job has stages=2: use run.steps(...)",

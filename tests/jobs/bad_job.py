@@ -72,6 +72,15 @@ def foreign_parameters(run):
     train_steps(run, stack(), optimizer=sgd(stack()))
 
 
+def several_models(run):
+    train_loop(run, [stack(), stack()], sgd(stack()))
+
+
+def several_optimizers(run):
+    model = stack()
+    train_steps(run, model, [sgd(model), sgd(model)])
+
+
 def optimizer_state(run):
     model = stack()
     optimizer = torch.optim.Adam(model.parameters())
