@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from fractions import Fraction
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -133,6 +136,16 @@ class Sharing:
 
         return self._sharing().make(f"run.broadcast(source={source})", value, taken)
 
+    def save(self, item: Any, path: str | os.PathLike[str]) -> None:
+        """`torch.save` an item that all ranks have, by one of them: there is the whole file then, or the former one.
+
+        A call of all ranks: they wait until the file is written, and if its writer is lost, another one writes it.
+        Raises UsageError where the file cannot be written. For results and weights; see `checkpoint=` for what a job
+        resumes from.
+        """
+        target = Path(path)
+        self._sharing().make(f"run.save({str(path)!r})", None, lambda values: _written(item, target))
+
     def barrier(self) -> None:
         """Wait until all live ranks have come here."""
         self._sharing().make("run.barrier", None, lambda values: None)
@@ -150,6 +163,20 @@ def _mean(values: Iterable[float]) -> float:
         return float(sum(map(Fraction, numbers)) / len(numbers))
     except (ValueError, OverflowError):  # not finite
         return sum(numbers) / len(numbers)
+
+
+def _written(item: Any, path: Path) -> None:
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with part.open("wb") as file:
+            torch.save(item, file)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise UsageError(f"run.save: {path} cannot be written: {error.strerror or error}") from None
 
 
 _OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

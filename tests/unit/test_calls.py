@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -271,6 +272,27 @@ def test_a_rank_that_was_interrupted_takes_the_result_that_others_have() -> None
         MortalCommunicator.dies = staticmethod(lambda: None)
     assert cluster.deaths == 1
     assert results == {1: [[0, 1, 2], 1.0], 2: [[0, 1, 2], 1.0]}
+
+
+@pytest.mark.parametrize("lives", [{}, {0: 0}, {0: 1}, {0: 2, 1: 3}])
+def test_one_rank_saves_whoever_dies(lives: dict[int, int], tmp_path: Path) -> None:
+    """The file is there, whole, when a rank goes on; it is not written again by ranks that come by later."""
+    path = tmp_path / "weights.pt"
+
+    def script(rank: Rank) -> Any:
+        rank.save({"w": torch.arange(4), "rank": 7}, path)
+        found = torch.load(path, weights_only=True)
+        return found["w"].tolist(), found["rank"]
+
+    results = Cluster(3, script).run(lives)
+    assert all(result == ([0, 1, 2, 3], 7) for result in results.values()), results
+    assert [item.name for item in tmp_path.iterdir()] == ["weights.pt"]
+
+
+def test_a_file_that_cannot_be_written_is_named_on_all_ranks(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    results = Cluster(2, lambda rank: rank.save(1, tmp_path / "file" / "weights.pt")).run()
+    assert set(results.values()) == {f"run.save: {tmp_path}/file/weights.pt cannot be written: Not a directory"}
 
 
 def test_a_replacement_makes_the_calls_that_were_made_long_ago() -> None:
