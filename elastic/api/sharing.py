@@ -88,6 +88,15 @@ class Sharing:
     """The part of `Run` that is about values of all ranks."""
 
     state: SharedState
+    ends: contextlib.ExitStack
+
+    @property
+    def rank(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def world_size(self) -> int:
+        raise NotImplementedError
 
     def _sharing(self) -> Calls:
         raise NotImplementedError
@@ -145,6 +154,17 @@ class Sharing:
         """
         target = Path(path)
         self._sharing().make(f"run.save({str(path)!r})", None, lambda values: _written(item, target))
+
+    def init_process_group(self) -> None:
+        """Make all live ranks the default process group of torch.distributed, in place of dist.init_process_group.
+
+        Between steps its all_reduce, broadcast, all_gather, barrier and those for objects work as the calls above do,
+        through losses; get_rank and get_world_size are `run.rank` and `run.world_size`.
+        """
+        from . import process_group  # on first use: torch may lack torch.distributed
+
+        process_group.begin(self)
+        self.ends.callback(process_group.end)
 
     def barrier(self) -> None:
         """Wait until all live ranks have come here."""

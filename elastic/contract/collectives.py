@@ -13,23 +13,25 @@ import time
 from collections.abc import Callable
 from types import FrameType
 
+OURS = os.path.join("api", "process_group.py")  # the group of run.init_process_group, which waits for nobody lost
 SAID_S = 10.0  # in one call, after a worker was lost: worth a warning
 STUCK_S = 120.0  # and the end: no peer will come. A script that recreates its group on all ranks needs less
 LOOK_S = 0.5
 INSTEAD = (
     "a worker was lost, and a process group of torch.distributed cannot continue without it. Use what still works: "
-    "run.mean, run.gather, run.reduce, run.broadcast and run.barrier between steps; the loss of a Step of "
-    "run.steps(...) is the mean of all ranks; run.full_state_dict() needs no other rank"
+    "run.mean, run.gather, run.reduce, run.broadcast and run.barrier between steps, or collectives of a group by "
+    "run.init_process_group(); the loss of a Step of run.steps(...) is the mean of all ranks; run.full_state_dict() "
+    "needs no other rank"
 )
 
 
 def group() -> object | None:
-    """The script's process group, if it has made one. Imports nothing."""
+    """The script's process group, if it has made one that a loss breaks. Imports nothing."""
     distributed = sys.modules.get("torch.distributed")
     if distributed is None or not distributed.is_available() or not distributed.is_initialized():
         return None
     found: object = distributed.group.WORLD
-    return found
+    return None if getattr(found, "survives_losses", False) else found
 
 
 def call_of_main_thread() -> str:
@@ -43,6 +45,8 @@ def _call(frame: FrameType | None) -> str:
     folder = os.path.join("torch", "distributed", "")
     while frame is not None:
         code = frame.f_code
+        if not inside and code.co_filename.endswith(OURS):
+            return ""
         if folder in code.co_filename:
             inside = code.co_name if code.co_name != "wrapper" else inside
         elif inside:

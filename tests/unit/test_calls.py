@@ -15,11 +15,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed import AllreduceOptions, ReduceOp
 
 from everstep import UsageError
 from everstep.comms.mesh.communicator import Key, Kind
 from everstep.comms.mesh.in_memory import MemoryCommunicator, MemoryNetwork
 from everstep.elastic.api.calls import Calls
+from everstep.elastic.api.process_group import LiveRanks
 from everstep.elastic.api.sharing import SharedState, Sharing
 from everstep.elastic.contract.progress import Progress
 from everstep.elastic.contract.stateful import decode, encode
@@ -52,6 +54,9 @@ class MortalCommunicator(MemoryCommunicator):
 
 class Rank(Sharing):
     """One rank's calls."""
+
+    rank = 0
+    world_size = 0
 
     def __init__(self, cluster: Cluster, rank: int, incarnation: int) -> None:
         self.rank, self.incarnation = rank, incarnation
@@ -293,6 +298,38 @@ def test_a_file_that_cannot_be_written_is_named_on_all_ranks(tmp_path: Path) -> 
     (tmp_path / "file").touch()
     results = Cluster(2, lambda rank: rank.save(1, tmp_path / "file" / "weights.pt")).run()
     assert set(results.values()) == {f"run.save: {tmp_path}/file/weights.pt cannot be written: Not a directory"}
+
+
+def test_the_process_group_of_all_live_ranks() -> None:
+    def script(rank: Rank) -> list[Any]:
+        rank.world_size = 2
+        group = LiveRanks(rank)
+        total, options = torch.tensor([rank.rank + 0.5]), AllreduceOptions()
+        options.reduceOp = ReduceOp.SUM
+        group.allreduce([total], options).wait()
+        places, parts = [torch.zeros(2), torch.zeros(2)], torch.zeros(4)
+        group.allgather([places], [torch.full((2,), float(rank.rank))], None)
+        group._allgather_base(parts, torch.full((2,), float(rank.rank)), None)
+        group.barrier()
+        refused = []
+        options.reduceOp = ReduceOp.PRODUCT
+        for call in (
+            lambda: group.allreduce([total], options),
+            lambda: group.allgather([places[:1]], [total], None),
+            lambda: group.alltoall([total], [total]),
+        ):
+            with pytest.raises(UsageError) as caught:
+                call()
+            refused.append(str(caught.value))
+        return [total.tolist(), [p.tolist() for p in places], parts.tolist(), (group.rank(), group.size()), refused]
+
+    results = Cluster(2, script).run()
+    for rank, (total, places, parts, at, refused) in results.items():
+        assert (total, places, parts) == ([2.0], [[0.0, 0.0], [1.0, 1.0]], [0.0, 0.0, 1.0, 1.0])
+        assert at == (rank, 2)
+        assert "takes SUM, AVG, MIN or MAX" in refused[0]
+        assert "all_gather has room for the tensors of 1 ranks, and 2 gave one" in refused[1]
+        assert "an elastic job has no alltoall of torch.distributed" in refused[2]
 
 
 def test_a_replacement_makes_the_calls_that_were_made_long_ago() -> None:

@@ -1,0 +1,42 @@
+"""A script in the manner of DistributedDataParallel's: it logs and decides by torch.distributed, between steps."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import everstep
+
+config = json.loads(sys.argv[1])
+out = Path(config["out"])
+
+
+@everstep.elastic(steps=config["steps"], global_batch_size=8, micro_batch_size=1, seed=5)
+def train(run):
+    run.init_process_group()
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 2))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    data = torch.utils.data.TensorDataset(torch.randn(40, 6), torch.randn(40, 2))
+    for step in run.steps(model, optimizer, data, loss_fn=nn.functional.mse_loss):
+        assert (dist.get_rank(), dist.get_world_size()) == (run.rank, run.world_size)
+        loss, largest = torch.tensor(step.loss), torch.tensor([step.index, -step.index])
+        dist.all_reduce(loss, op=dist.ReduceOp.AVG)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, async_op=True).wait()
+        ones = torch.ones(1)
+        dist.all_reduce(ones)
+        assert 1 <= int(ones) <= 3
+        said = [{"step": step.index, "rate": optimizer.param_groups[0]["lr"]}]
+        dist.broadcast_object_list(said, src=0)
+        dist.barrier()
+        run.state["log"] = [*run.state.get("log", []), [float(loss), largest.tolist(), said[0]]]
+    state = {**run.full_state_dict(), "shared": dict(run.state)}
+    torch.save(state, out / f"state-{os.environ.get('RANK', 0)}.pt")
+
+
+if __name__ == "__main__":
+    train()
+    assert not dist.is_initialized()
