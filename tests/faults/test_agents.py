@@ -20,6 +20,7 @@ def keepers(hosts: Hosts, host: int) -> list[psutil.Process]:
     return saying(hosts.pids(host), "everstep.checkpointing.keeper.service")
 
 
+@pytest.mark.soak
 def test_a_keeper_outlives_its_agent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("EVERSTEP_KEEPER_LINGER", "60")
     flags = ["--es-snapshot-every=1", f"--log-dir={tmp_path}/logs"]

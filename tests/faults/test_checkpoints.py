@@ -124,6 +124,7 @@ def assert_trained_unsaved(result: Result) -> None:
     assert_same_run(replace(result, status=0), reference(STEPS))
 
 
+@pytest.mark.soak
 def test_a_save_that_fails_never_stops_training(tmp_path):
     """First the storage is not a folder, then the saver is killed repeatedly; training is the undisturbed one."""
     (tmp_path / "file").write_text("")

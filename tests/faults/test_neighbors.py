@@ -74,6 +74,7 @@ def _approximated(folder: Path, faults: list[dict[str, object]]) -> dict[str, An
     return state
 
 
+@pytest.mark.soak
 def test_a_worker_dies_before_the_next_version(tmp_path: Path) -> None:
     """Its keeper holds version 5 of the former line. It is not used: the loss of a worker changes no byte."""
     undisturbed = _approximated(tmp_path / "undisturbed", [])

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.jobs import finish, slowly, wait_until
 from tests.jobs.cluster import Cluster
 from tests.jobs.hosts import COORDINATOR, Hosts
@@ -20,6 +22,7 @@ def everstep(hosts: Hosts, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess(process.args, process.returncode, stdout)
 
 
+@pytest.mark.soak
 def test_drain_quarantine_and_release(tmp_path: Path) -> None:
     with Hosts(3) as hosts:
         job = Cluster(hosts, tmp_path, steps=STEPS, least=1)

@@ -62,6 +62,7 @@ def test_a_node_is_cut_off(job: Cluster) -> None:
     assert "this node counts as lost" in result.output
 
 
+@pytest.mark.soak
 def test_a_node_stands_still(job: Cluster) -> None:
     """Its sockets live; when it continues, it learns that it was declared lost."""
     hosts, node = job.hosts, job.nodes()[job.hosts.address(2)]

@@ -167,7 +167,10 @@ def test_without_shuffling_samples_come_in_their_order(folder: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("loader", "words"),
     [
-        ({"batch_size": 4}, "batch_size=4, and the job micro_batch_size=2: make them equal"),
+        (
+            {"batch_size": 4},
+            "batch_size=4, which is neither the job's micro_batch_size (2) nor its",
+        ),
         ({"batch_size": None}, "give it batch_size=2"),
     ],
 )
