@@ -63,7 +63,7 @@ class Course:
         if self._epoch is not None:
             self.end_epoch()
         else:
-            self.end()
+            (self.end_batches if self._engine.loops else self.end)()
         return True
 
     # ------------------------------------------------------------ epochs
@@ -95,6 +95,16 @@ class Course:
         return self._epoch[0] if self._epoch is not None else None
 
     # ------------------------------------------------------------ the end
+
+    def end_batches(self) -> None:
+        """The loop over the prepared batches is over.
+
+        Unless an epoch goes on behind it, the script's code for the last step has run in the loop, and has no turn
+        there on a worker that joins now: that worker gets what the code has made.
+        """
+        if self._epoch is None:
+            self._engine.turn = None
+        self.end()
 
     def end(self) -> None:
         """The loop is over: the code behind it runs."""

@@ -73,7 +73,7 @@ class Batches:
             yield from self._micro_batches()
         except GeneratorExit:
             self._show_all()  # the step that the last turn has ended
-            self.course.end()
+            self.course.end_batches()
             raise
         finally:
             self._turns.schedulers.in_batches = False
@@ -97,7 +97,7 @@ class Batches:
             elif engine.ended():
                 parts.do(engine.conclude)
                 if engine.ended() and engine.switch is None:
-                    course.end()
+                    course.end_batches()
                     return
             elif engine.current()[1].todo:
                 course.go_on()
