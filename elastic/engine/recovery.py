@@ -290,8 +290,10 @@ class Recovery:
         """Hold the layers and own the shards of the plan; gained layers have no values yet, unless from the seed."""
         engine, layout = self.engine, it.plan.layout
         orders = engine.orders[it.plan.generation]
-        if it.layers is not None:
-            engine.stack.hold(*it.layers, free=not it.seeded)
+        stage = layout.stage_of(engine.rank)
+        # An abort may have kept the move of an earlier plan from being carried out.
+        if range(stage.start, stage.stop) != engine.stack.held:
+            engine.stack.hold(stage.start, stage.stop, free=not it.seeded)
         before = {s.index for s in (*engine.backups.shards, *engine.store.owned)}
         engine.store.own([s for s in engine.stack.spec.shards if s.index in it.shards])
         replay = engine.settings.protection == "replay"

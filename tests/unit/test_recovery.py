@@ -7,11 +7,16 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from everstep.comms.mesh.tensors import of_bytes
 from everstep.elastic.engine.call_log import CallLog
 from everstep.elastic.engine.engine import Step
 from everstep.elastic.engine.recovery import Recovery
 from everstep.elastic.protocol import worker_events as w
+from everstep.resharding.plan import Plan
+from everstep.resharding.planners import initial_layout
+from everstep.resharding.units import ModelSpec, ParameterSpec
 from tests.terms import agreed
 
 
@@ -44,3 +49,22 @@ def test_what_a_guide_told_ends_with_its_plan() -> None:
     assert (recovery._after, engine.results) == ({}, [Step(28, 3.0, 1.0)]), "nobody is left whose code has seen step 28"
     recovery._take_unseen(w.TakeUnseen(29, replace(terms, after={}).to_text()))
     assert engine.results == [], "a checkpoint has what the user's code made of its last step"
+
+
+@pytest.mark.parametrize("held", [range(6), range(3)])
+def test_layers_that_an_aborted_plan_left_are_freed_by_the_next(held: range) -> None:
+    """The machine knows the new layers since the first of two plans, which was aborted before they were taken."""
+    calls: list[Any] = []
+    stack = SimpleNamespace(held=held, hold=lambda *layers, free: calls.append((layers, free)))
+    stack.spec = ModelSpec((1.0,) * 6, (ParameterSpec("w", (8, 8), "float32", 4, (0,)),))
+    layout = initial_layout(stack.spec, [0, 1], 2, 8)
+    orders = SimpleNamespace(placement=None, nodes={})
+    recovery = Recovery.__new__(Recovery)
+    backups = SimpleNamespace(shards=[], take_places=lambda *rest, **named: None, level=set())
+    store, settings = SimpleNamespace(owned=[], own=lambda shards: None), SimpleNamespace(protection="parity")
+    left = SimpleNamespace(leave=lambda *rest: None)
+    parts = {"backups": backups, "store": store, "settings": settings, "snapshots": left, "orders": {1: orders}}
+    recovery.engine = SimpleNamespace(rank=0, stack=stack, protect=lambda **named: None, **parts)
+    plan = Plan(layout=layout, version=3)
+    recovery._take_places(w.TakePlaces(plan, 3, None, frozenset(), discard=False, seeded=False))
+    assert calls == ([] if held == range(3) else [((0, 3), True)])
