@@ -6,6 +6,7 @@ the plan into instructions, which are the same after a loss, for a rank that joi
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -218,13 +219,18 @@ class Recovery:
             engine.results = [Step(*step) for step in self._unseen(it.version, it.agreement)]
 
     def _tell_place(self, it: w.TellPlace) -> None:
+        """Tell newcomers where the job is. Never raises Aborted: the machine counts on what follows in its list.
+
+        A newcomer that is not told takes part in the next recovery as one that knows nothing.
+        """
         engine, version = self.engine, it.version
         told = {"version": version, "agreement": it.agreement, "after": self._after_users(version)}
         told |= {"left": engine.leave_at, "unseen": self._unseen(version, it.agreement), "begun": engine.begun}
         told |= {"records": engine.adjustments.records(), "calls": engine.calls.records()}
-        message = json.dumps(told).encode()
-        for rank in it.ranks:
-            engine.comm.send(rank, _GUIDE, [of_bytes(message)])
+        message = of_bytes(json.dumps(told).encode())
+        with contextlib.suppress(Aborted):
+            for rank in it.ranks:
+                engine.comm.send(rank, _GUIDE, [message])
 
     def _after_users(self, version: int) -> dict[str, Any]:
         """The state of the user's code here; the settings only if they belong to `version` already."""
@@ -290,10 +296,8 @@ class Recovery:
         """Hold the layers and own the shards of the plan; gained layers have no values yet, unless from the seed."""
         engine, layout = self.engine, it.plan.layout
         orders = engine.orders[it.plan.generation]
-        stage = layout.stage_of(engine.rank)
-        # An abort may have kept the move of an earlier plan from being carried out.
-        if range(stage.start, stage.stop) != engine.stack.held:
-            engine.stack.hold(stage.start, stage.stop, free=not it.seeded)
+        if it.layers is not None:
+            engine.stack.hold(*it.layers, free=not it.seeded)
         before = {s.index for s in (*engine.backups.shards, *engine.store.owned)}
         engine.store.own([s for s in engine.stack.spec.shards if s.index in it.shards])
         replay = engine.settings.protection == "replay"

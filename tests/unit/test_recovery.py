@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 
+from everstep.comms.mesh.communicator import Aborted
 from everstep.comms.mesh.tensors import of_bytes
 from everstep.elastic.engine.call_log import CallLog
+from everstep.elastic.engine.driver import Driver
 from everstep.elastic.engine.engine import Step
 from everstep.elastic.engine.recovery import Recovery
 from everstep.elastic.protocol import worker_events as w
+from everstep.elastic.protocol.worker_state import Holding, WorkerPhase, WorkerState
 from everstep.resharding.plan import Plan
 from everstep.resharding.planners import initial_layout
 from everstep.resharding.units import ModelSpec, ParameterSpec
@@ -51,20 +54,36 @@ def test_what_a_guide_told_ends_with_its_plan() -> None:
     assert engine.results == [], "a checkpoint has what the user's code made of its last step"
 
 
-@pytest.mark.parametrize("held", [range(6), range(3)])
-def test_layers_that_an_aborted_plan_left_are_freed_by_the_next(held: range) -> None:
-    """The machine knows the new layers since the first of two plans, which was aborted before they were taken."""
-    calls: list[Any] = []
-    stack = SimpleNamespace(held=held, hold=lambda *layers, free: calls.append((layers, free)))
-    stack.spec = ModelSpec((1.0,) * 6, (ParameterSpec("w", (8, 8), "float32", 4, (0,)),))
-    layout = initial_layout(stack.spec, [0, 1], 2, 8)
-    orders = SimpleNamespace(placement=None, nodes={})
-    recovery = Recovery.__new__(Recovery)
-    backups = SimpleNamespace(shards=[], take_places=lambda *rest, **named: None, level=set())
-    store, settings = SimpleNamespace(owned=[], own=lambda shards: None), SimpleNamespace(protection="parity")
-    left = SimpleNamespace(leave=lambda *rest: None)
-    parts = {"backups": backups, "store": store, "settings": settings, "snapshots": left, "orders": {1: orders}}
-    recovery.engine = SimpleNamespace(rank=0, stack=stack, protect=lambda **named: None, **parts)
-    plan = Plan(layout=layout, version=3)
-    recovery._take_places(w.TakePlaces(plan, 3, None, frozenset(), discard=False, seeded=False))
-    assert calls == ([] if held == range(3) else [((0, 3), True)])
+def test_an_abort_while_newcomers_are_told_leaves_the_rest_of_the_list() -> None:
+    """The machine has the plan's layers and shards already; Restore, which answers, is what an abort interrupts."""
+
+    def aborted(*rest: Any) -> None:
+        raise Aborted(7)
+
+    done: list[type[Any]] = []
+
+    class Interrupted(Recovery):
+        def note(self, it: Any) -> None:
+            done.append(type(it))
+
+        _restore = aborted  # type: ignore[assignment]
+
+    spec = ModelSpec((1.0,) * 6, (ParameterSpec("w", (8, 8), "float32", 4, (0,)),))
+    plan = Plan(layout=initial_layout(spec, [0, 1], 2, 8), version=3, agreement=agreed(step=2).to_text(), fresh=(1,))
+    holding = Holding(owned=frozenset({0}), owned_version=2, values_version=2, layers=(0, 6))
+    state = WorkerState(rank=0, spec=spec, steps=9, version=2, holding=holding, agreed=1, agreement="{}")
+    driver = Driver(replace(state, phase=WorkerPhase.READY, fresh=False, layout=plan.layout))
+    recovery = Interrupted.__new__(Interrupted)
+    after = SimpleNamespace(after_users=lambda: {"users": {}}, records=dict)
+    parts = {"comm": SimpleNamespace(send=aborted), "adjustments": after, "calls": CallLog(), "registered": {}}
+    recovery.engine = SimpleNamespace(version=2, turn=None, results=[], leave_at=None, begun=True, **parts)
+    recovery.engine.after_users = after.after_users
+    kinds = (w.EditLinks, w.EnterProtection, w.RunOptimizer, w.TakePlaces)
+    driver.carries(dict.fromkeys(kinds, recovery.note))
+    driver.carries({w.TellPlace: recovery._tell_place, w.Restore: recovery._restore, w.AwaitPlan: lambda it: None})
+    driver.carries({w.SendReport: lambda it: None})
+    driver.happened(w.Interrupted())
+    driver.happened(w.Assigned(plan))
+    with pytest.raises(Aborted):
+        driver.happened(w.Linked())
+    assert done == [w.EditLinks, w.EnterProtection, w.RunOptimizer, w.TakePlaces]
