@@ -7,6 +7,7 @@ ends. It calls `mark` where the real worker marks its progress, which is where f
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -151,8 +152,14 @@ class SimWorker:
             if found := violations(self.machine):
                 raise AssertionError(f"{self.id}: {'; '.join(found)}; what happened: {', '.join(self.machine.story)}")
             event = None
-            for instruction in instructions:
-                event = yield from self._carriers[type(instruction)](instruction)
+            for number, instruction in enumerate(instructions, 1):
+                try:
+                    event = yield from self._carriers[type(instruction)](instruction)
+                except Aborted:
+                    # The machine has taken all of the list for done. What only informs others may be left out.
+                    undone = [item for item in instructions[number:] if not isinstance(item, w.TellEntered)]
+                    assert not undone, f"{self.id}: an abort in {instruction} leaves {undone} undone"
+                    raise
 
     def life(self) -> Steps[None]:
         """From the fork to the end of the job."""
@@ -277,9 +284,10 @@ class SimWorker:
         return w.Placed(*(yield from self.links.receive(it.rank, ("guide",))))
 
     def _tell_place(self, it: w.TellPlace) -> Steps[None]:
-        yield from ()
-        for rank in it.ranks:
-            self.links.send(rank, ("guide",), (it.version, it.agreement, self.machine.leave_at))
+        yield 0.001
+        with contextlib.suppress(Aborted):
+            for rank in it.ranks:
+                self.links.send(rank, ("guide",), (it.version, it.agreement, self.machine.leave_at))
 
     def _enter_protection(self, it: w.EnterProtection) -> Steps[None]:
         yield from ()
@@ -557,16 +565,8 @@ class SimWorker:
         """Report to the coordinator that a step is committed."""
         yield from ()
         terms = Terms.of(it.agreement)
-        told = e.WorkerCommitted(
-            self.id,
-            terms.step,
-            it.agreement,
-            digest=terms.digest,
-            generation=it.generation,
-            protected=terms.protected,
-            every=terms.every,
-        )
-        self.around.tell(told)
+        told = {name: getattr(terms, name) for name in ("digest", "protected", "every")}
+        self.around.tell(e.WorkerCommitted(self.id, terms.step, it.agreement, generation=it.generation, **told))
 
     def _protect(self, it: w.Protect) -> Steps[None]:
         yield from ()
