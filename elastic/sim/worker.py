@@ -284,7 +284,7 @@ class SimWorker:
         return w.Placed(*(yield from self.links.receive(it.rank, ("guide",))))
 
     def _tell_place(self, it: w.TellPlace) -> Steps[None]:
-        yield 0.001
+        yield from ()
         with contextlib.suppress(Aborted):
             for rank in it.ranks:
                 self.links.send(rank, ("guide",), (it.version, it.agreement, self.machine.leave_at))
