@@ -113,7 +113,7 @@ class Crew:
                     worker.status = answer["status"]
 
     def _cannot_preload(self, module: str, why: str) -> None:
-        """Start another one without a module that nobody named. Raises AgentError for one that the user named."""
+        """Start another one without a module that was only found. Raises AgentError for one that the user named."""
         former = self._preloader
         if not module or former is None:
             raise AgentError(f"--es-preload: {why}")

@@ -116,7 +116,7 @@ def _files(folder: Path, parts: Sequence[str]) -> tuple[Path, Path]:
 
 
 def _is_installed(name: str) -> bool:
-    """Whether a top-level module comes from where packages are installed: it is imported for nobody but scripts."""
+    """Whether a top-level module comes from where packages are installed, and not from where a user still edits."""
     try:
         spec = importlib.util.find_spec(name)
     except (ImportError, ValueError, AttributeError):

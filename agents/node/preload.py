@@ -56,7 +56,7 @@ NAME = "es-preloaded"  # of the process, as `ps` and `top` show it
 
 
 class CannotPreload(Exception):
-    """A module whose import makes working forks impossible. `module`: its name, if nobody asked for it by name."""
+    """A module whose import makes working forks impossible. `module`: its name, if it was only found in the script."""
 
     def __init__(self, why: str, module: str = "") -> None:
         super().__init__(why)

@@ -62,8 +62,10 @@ class Course:
         self.stopped = True
         if self._epoch is not None:
             self.end_epoch()
+        elif engine.loops:
+            self.end_batches()
         else:
-            (self.end_batches if self._engine.loops else self.end)()
+            self.end()
         return True
 
     # ------------------------------------------------------------ epochs

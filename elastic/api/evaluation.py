@@ -1,4 +1,4 @@
-"""`run.evaluate`: the batches of a dataset dealt over the live ranks, each evaluated once, whoever is lost meanwhile.
+"""`run.evaluate`: the batches of a dataset dealt over the live ranks, each evaluated once, through losses.
 
 A call of all ranks (`calls`) of two exchanges. In the first the ranks say which batches they have results of, and the
 others are dealt to them. In the second each gives its results. After a recovery both are made again: survivors keep the

@@ -43,17 +43,12 @@ def begin(run: Sharing) -> None:
             "out dist.init_process_group(...)"
         )
     if BACKEND not in dist.Backend.backend_list:
-        dist.Backend.register_backend(BACKEND, _refused_group, devices=["cpu", "cuda"])
-
-    def made(store: Any, rank: int, size: int, timeout: timedelta) -> LiveRanks:
-        return LiveRanks(run)
-
-    plugins = dist.Backend._plugins
-    kept, plugins[BACKEND.upper()] = plugins[BACKEND.upper()], plugins[BACKEND.upper()]._replace(creator_fn=made)
+        dist.Backend.register_backend(BACKEND, _made, devices=["cpu", "cuda"])
+    _made_for.append(run)
     try:
         dist.init_process_group(BACKEND, store=HashStore(), rank=run.rank, world_size=run.world_size)
     finally:
-        plugins[BACKEND.upper()] = kept
+        _made_for.clear()
 
 
 def end() -> None:
@@ -62,11 +57,17 @@ def end() -> None:
         dist.destroy_process_group()
 
 
-def _refused_group(store: Any, rank: int, size: int, timeout: timedelta) -> NoReturn:
-    raise UsageError(
-        "the process group of an elastic job is all live ranks: call run.init_process_group() for it, in place of "
-        "dist.init_process_group(...), and make no group of some ranks (new_group), since any of them may be lost"
-    )
+_made_for: list[Sharing] = []  # the run whose group is being made: torch passes nothing of ours on
+
+
+def _made(store: Any, rank: int, size: int, timeout: timedelta) -> LiveRanks:
+    """Called by torch for each group of this backend. Raises UsageError for one that a script makes by itself."""
+    if not _made_for:
+        raise UsageError(
+            "the process group of an elastic job is all live ranks: call run.init_process_group() for it, in place of "
+            "dist.init_process_group(...), and make no group of some ranks (new_group), since any of them may be lost"
+        )
+    return LiveRanks(_made_for[0])
 
 
 class _Done(Work):

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from types import FrameType
 
-OURS = os.path.join("api", "process_group.py")  # the group of run.init_process_group, which waits for nobody lost
+OURS = os.path.join("api", "process_group.py")  # the group that survives losses
 SAID_S = 10.0  # in one call, after a worker was lost: worth a warning
 STUCK_S = 120.0  # and the end: no peer will come. A script that recreates its group on all ranks needs less
 LOOK_S = 0.5

@@ -409,7 +409,7 @@ class Engine:
         return {**self.adjustments.terms(), "groups": self.optimizer.hyper_parameters(), "users": users}
 
     def _counts(self, shard: int) -> bool:
-        """Whether a shard's gradient is a true one: what becomes of a buffer is summed likewise, and is none."""
+        """Whether a shard's gradient is a true one: the change of a buffer is summed like one, and is none."""
         return not self.stack.is_buffer(self.stack.spec.shards[shard].parameter)
 
     def _owned_digest(self) -> int:

@@ -121,7 +121,7 @@ def test_few_micro_batches_are_remembered(micro_batches: int, size: int, divided
 
 @given(st.integers(1, 2), st.integers(1, 4), st.booleans(), st.data())
 def test_states_take_the_place_of_what_was_read(size: int, micro_batches: int, divided: bool, data: Any) -> None:
-    """Ranks that deal out the micro-batches anew, join and go back: the same samples, and few are read again."""
+    """Ranks that deal out the micro-batches again, join and go back: the same samples, and few are read again."""
     steps = 2 * STATE_STEPS + 3
     count = steps * micro_batches * size
     expected = one_after_another(count, size, micro_batches, divided)

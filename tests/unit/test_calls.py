@@ -238,7 +238,7 @@ def test_the_mean_is_rounded_once(numbers: list[float]) -> None:
 
 @pytest.mark.parametrize("seed", range(60))
 def test_ranks_die_at_any_message(seed: int) -> None:
-    """Each rank returns what all others do, from every call, whoever dies at which message and is replaced or not."""
+    """Each rank returns what all others do, from every call, at whichever message a rank dies, replaced or not."""
     chance = random.Random(seed)
     size = chance.randint(2, 5)
     dying = chance.sample(range(size), chance.randint(1, size - 1))

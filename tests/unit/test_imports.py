@@ -16,7 +16,7 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     installed = tmp_path / "site-packages"
     for name in ("far", "near", "quick"):
         (installed / name).mkdir(parents=True)
-        (installed / name / "__init__.py").write_text("raise AssertionError('nobody imports it here')")
+        (installed / name / "__init__.py").write_text("raise AssertionError('this test imports nothing')")
     elsewhere = tmp_path / "mine"  # on the path, and not installed
     elsewhere.mkdir()
     (elsewhere / "unfinished.py").touch()
