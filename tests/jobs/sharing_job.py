@@ -27,6 +27,18 @@ def comes_by(place):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+class Count:
+    """How many steps the loop has seen, which the script counts in its turns."""
+
+    value = 0
+
+    def state_dict(self):
+        return {"value": self.value}
+
+    def load_state_dict(self, state):
+        self.value = state["value"]
+
+
 def between(run, step):
     state = run.state
     state["steps"] = state.get("steps", 0) + 1
@@ -43,6 +55,8 @@ def train(run):
     model = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.1), nn.Linear(8, 2))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     data = torch.utils.data.TensorDataset(torch.randn(40, 6), torch.randn(40, 2))
+    seen = Count()
+    run.register_state("seen", seen)
     loss_fn = nn.functional.mse_loss
     if config.get("loop"):
         run.on_step(lambda step: between(run, step))
@@ -55,16 +69,20 @@ def train(run):
     run.state.setdefault("best", float("inf"))
     run.state["drawn"] = drawn
     if config.get("loop"):
+        before = run.step
         for inputs, targets in batches:
             loss_fn(model(inputs), targets).backward()
             optimizer.step()
+            if run.step > before:
+                before = run.step
+                seen.value += 1
     else:
         for step in steps:
             between(run, step)
     run.state["behind"] = run.mean(7)
     comes_by("behind")
     run.barrier()
-    torch.save({**run.full_state_dict(), "shared": dict(run.state)}, out / f"state-{mine}.pt")
+    torch.save({**run.full_state_dict(), "shared": {**run.state, "seen": seen.value}}, out / f"state-{mine}.pt")
 
 
 if __name__ == "__main__":
