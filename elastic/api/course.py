@@ -45,8 +45,12 @@ class Course:
         engine.progress.leave()
         step = engine.turn = engine.results.pop(0)
         self._calls.at(Place(f"after step {step.index}", until=step.index + 1))
+        if engine.loops:
+            engine.turn_over()
         for function in self._functions:
             function(step)
+        if engine.loops:
+            engine.registered.left[engine.version] = engine.registered.users()
         return step
 
     def go_on(self) -> None:

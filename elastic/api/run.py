@@ -129,7 +129,7 @@ class Run(Sharing, Gradients):
         engine = self._engine
         if engine is None:
             return 0
-        return engine.version - (0 if engine.looping or not engine.loops else len(engine.results))
+        return engine.version - (0 if engine.looping or not engine.loops else engine.unturned)
 
     @property
     def stream_index(self) -> int:
@@ -490,15 +490,15 @@ class Run(Sharing, Gradients):
             loops=loops,
         )
         if reduction.skip_nonfinite:
-            engine.driven.add(LOSS_SCALE)
+            engine.registered.driven.add(LOSS_SCALE)
             engine.claim(LOSS_SCALE, reduction.loss_scale)
         if data.streams is not None and data.streams.stateful:
-            engine.driven.add(STREAM)
+            engine.registered.driven.add(STREAM)
             engine.claim(STREAM, data.streams)
         self._schedulers = Schedulers(engine, optimizer, scheduler, by_epoch=by_epoch)
         engine.birth = {
             **engine.adjustments.terms(),
-            "registered": engine.states_of_registered(),
+            "registered": engine.registered.states(),
         }
         self._engine = engine
         token, node = (context.token, context.node) if context else ("", "")

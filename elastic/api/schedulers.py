@@ -51,12 +51,13 @@ class Schedulers:
         others = [item for item in found if item not in plateaus]
         if not engine.loops or self._by_epoch:
             for item in found:
-                name = "scheduler" if "scheduler" not in engine.registered else f"scheduler {len(engine.registered)}"
+                names = engine.registered.objects
+                name = "scheduler" if "scheduler" not in names else f"scheduler {len(names)}"
                 item.optimizer._opt_called = True  # type: ignore[attr-defined]
                 engine.claim(name, EpochSchedule(item, self._check_place) if self._by_epoch else ScheduleState(item))
             return False
         refuse(plateaus, "the loss of a micro-batch differs between ranks. Use run.steps(...), and step.loss there")
-        if "scheduler" in engine.driven or len(others) > 1:
+        if "scheduler" in engine.registered.driven or len(others) > 1:
             refuse(others, "the runtime steps one scheduler: combine them (SequentialLR, ChainedScheduler) into that")
         elif others:
             self.left_in_loop.append(self._drive(others[0]))
@@ -76,6 +77,6 @@ class Schedulers:
         rate = ScheduledRate(scheduler)
         self._known.append(scheduler)
         self._engine.on_commit.append(rate.advance)
-        self._engine.driven.add("scheduler")
+        self._engine.registered.driven.add("scheduler")
         self._engine.claim("scheduler", rate)
         return rate

@@ -32,7 +32,6 @@ from everstep.elastic.contract.settings import Settings
 from everstep.elastic.contract.stateful import (
     REGISTERED_BYTES,
     check_size,
-    decode,
     encode,
 )
 from everstep.elastic.contract.telemetry import Spent
@@ -72,6 +71,7 @@ from .call_log import CallLog
 from .damage import Damage
 from .driver import Driver
 from .prefetcher import Prefetcher
+from .registered import Registered
 from .remarks import Remarks
 
 # What a rank waits for, apart from other ranks, in words that follow "waits for".
@@ -140,11 +140,9 @@ class Engine:
         whose = {"optimizer": type(optimizer.user).__name__, "data": described}
         whose |= {"settings": pack(optimizer.hyper_parameters()), "dtypes": optimizer.masters()}
         self.checkpoints = Checkpoints(settings, stack, snapshots, membership, whose, link, lineage)
-        self.registered = registered  # objects with state_dict / load_state_dict, which the script may add to
-        self.unclaimed: dict[str, Any] = {}  # states of other ranks' objects that this rank has not registered yet
+        self.registered = Registered(registered)
         self.loops = loops  # the user's own loop computes the micro-batches
         self.record_bytes = [optimizer.state_bytes(shard) for shard in stack.spec.shards]
-        self.driven: set[str] = set()  # the registered objects that the runtime itself steps
         self.on_commit: list[Callable[[], None]] = []  # called after each commit: the scheduler's step
         self.adjustments = Adjustments(optimizer, stack)
         self.agreeing = Agreeing(stack, comm, self.adjustments, self.protection, self.checkpoints, self.replicas)
@@ -156,6 +154,7 @@ class Engine:
         self.begun = False  # the user's loop has begun
         self.looping = False  # the user's own loop has asked for its first micro-batch
         self.results: list[Step] = []  # committed, not yet returned to the user
+        self.unturned = 0  # on a rank that joined a user's own loop: of these, those whose turn has not ended elsewhere
         self.shown = -1  # the last step that was, or will be, returned to the user: each step is returned once
         self.turn: Step | None = None  # the step that the user's code is at
         self.after_leaving: dict[str, Any] | None = None  # the state of the user's code at that time
@@ -163,7 +162,6 @@ class Engine:
         self.calls = CallLog()
         self.stop_request = StopRequest(membership)
         self._stopping: signal.Signals | None = None  # the signal that stops a script without the launcher
-        self._registered_at: dict[int, dict[str, Any]] = {}  # step -> states of the registered objects at its end
         self.worker.carries(
             {
                 w.Compute: self._compute,
@@ -378,35 +376,35 @@ class Engine:
         self.comm.ready(())  # raises Aborted
 
     def _registered(self, step: int) -> dict[str, Any]:
-        """Record the registered objects' states at the end of `step`, in case it is computed again."""
-        states = self.states_of_registered()
-        known = self._registered_at.get(step, {}) if step <= self.shown else {}
-        states.update({name: state for name, state in known.items() if name not in self.driven})
-        self._registered_at[step] = states
+        """The registered objects' states at the end of `step`; what no rank will ask for again is forgotten."""
         versions = [v for v in (self.snapshots.protected, self.checkpoints.newest) if v >= 0]
         oldest = min(versions, default=step) - 1
-        self.adjustments.forget(oldest)
-        self.calls.forget(oldest)
-        for old in [n for n in self._registered_at if n < oldest]:
-            del self._registered_at[old]
-        return states
+        for records in (self.adjustments, self.calls, self.registered):
+            records.forget(oldest)
+        return self.registered.record(step, again=step <= self.shown)
 
     def claim(self, name: str, item: Any) -> None:
         """Register an object; if other ranks had one of that name when this rank joined, it receives its state."""
         self.birth.setdefault("registered", {})[name] = encode(item.state_dict(), f"the state of {name!r}")
-        self.registered[name] = item
-        if name in self.unclaimed:
-            item.load_state_dict(decode(self.unclaimed.pop(name)))
-
-    def states_of_registered(self) -> dict[str, Any]:
-        """The states of the registered objects now, as JSON values."""
-        return {name: encode(item.state_dict(), name) for name, item in self.registered.items()}
+        self.registered.claim(name, item)
 
     def after_users(self) -> dict[str, Any]:
         """What the user's code may change between steps: settings, and the states it registered."""
-        states = self.states_of_registered()
-        users = {name: state for name, state in states.items() if name not in self.driven}
+        users = self.registered.users()
         return {**self.adjustments.terms(), "groups": self.optimizer.hyper_parameters(), "users": users}
+
+    def turn_over(self) -> None:
+        """In the user's own loop, the turn that ended the last step is over; functions for that step follow.
+
+        What the turn changed behind optimizer.step() is not in the agreement of the step: the coordinator is told, in
+        case all ranks are lost at once.
+        """
+        registered, terms = self.registered, Terms.of(self.agreement)
+        registered.began = registered.users()
+        changed = registered.began != registered.of_users(terms.registered) or self.adjustments.changed()
+        if changed and self.rank == min(self.comm.members):
+            text = replace(terms, after=self.after_users(), shown=False).to_text()
+            self._tell_committed(text, self.current()[0].generation, settled=True)
 
     def _counts(self, shard: int) -> bool:
         """Whether a shard's gradient is a true one: the change of a buffer is summed like one, and is none."""
@@ -468,10 +466,10 @@ class Engine:
         else:
             self.protect(anyway=self.ended(), then=self.checkpoints.begin(terms, layout, self.rank))
 
-    def _tell_committed(self, agreement: str, generation: int) -> None:
+    def _tell_committed(self, agreement: str, generation: int, *, settled: bool = False) -> None:
         terms = Terms.of(agreement)
         told = {name: getattr(terms, name) for name in ("step", "loss", "digest", "protected", "every")}
-        told |= {"agreement": agreement, "generation": generation}
+        told |= {"agreement": agreement, "generation": generation, "settled": settled}
         self.membership.tell(e.WorkerCommitted(self.membership.worker, **told))
 
     def _tell_idled(self, generation: int) -> None:
@@ -519,7 +517,7 @@ class Engine:
         """The user's code has run for the last step: its state belongs to this version."""
         if self.leave_at is None:  # after the loop the script may change the model
             self.check_values(thorough=False)
-            self.pipeline.forwards.check_constants(self.version, self.registered.values())
+            self.pipeline.forwards.check_constants(self.version, self.registered.objects.values())
         if self.checkpoints.unsettled:
             self.checkpoints.settle(self.after_leaving or self.after_users())
             if self._stopping is not None and not self.ended():

@@ -20,7 +20,6 @@ from everstep.comms.mesh.communicator import Aborted, Key, Kind
 from everstep.comms.mesh.tensors import host_bytes, of_bytes
 from everstep.elastic.contract.errors import JobEnded
 from everstep.elastic.contract.progress import StepPhase
-from everstep.elastic.contract.stateful import decode
 from everstep.elastic.contract.telemetry import Spent
 from everstep.elastic.protocol import events as e
 from everstep.elastic.protocol import worker_events as w
@@ -206,6 +205,7 @@ class Recovery:
         engine.adjustments.take_records(message["records"])
         engine.calls.take(message["calls"])
         engine.results = [Step(*step) for step in message["unseen"]]
+        engine.unturned = len(engine.results) if message["turning"] else 0
         return w.Placed(message["version"], message["agreement"], message["left"])
 
     def _take_unseen(self, it: w.TakeUnseen) -> None:
@@ -213,10 +213,12 @@ class Recovery:
         engine = self.engine
         self._after, self.guide_begun = {}, True  # a guide of a generation that was aborted may have sent others
         terms = Terms.of(it.agreement) if it.agreement else None
-        engine.results = []
-        resumed = terms is not None and (terms.after is not None or terms.advance is not None)
+        engine.results, engine.unturned = [], 0
+        resumed = terms is not None and (terms.advance is not None or (terms.after is not None and terms.shown))
         if not resumed:
             engine.results = [Step(*step) for step in self._unseen(it.version, it.agreement)]
+        if terms is not None and terms.after is None:
+            engine.unturned = len(engine.results)
 
     def _tell_place(self, it: w.TellPlace) -> None:
         """Tell newcomers where the job is. Never raises Aborted: the machine counts on what follows in its list.
@@ -226,6 +228,7 @@ class Recovery:
         engine, version = self.engine, it.version
         told = {"version": version, "agreement": it.agreement, "after": self._after_users(version)}
         told |= {"left": engine.leave_at, "unseen": self._unseen(version, it.agreement), "begun": engine.begun}
+        told |= {"turning": not self._in_turn(version)}
         told |= {"records": engine.adjustments.records(), "calls": engine.calls.records()}
         message = of_bytes(json.dumps(told).encode())
         with contextlib.suppress(Aborted):
@@ -234,11 +237,11 @@ class Recovery:
 
     def _after_users(self, version: int) -> dict[str, Any]:
         """The state of the user's code here; the settings only if they belong to `version` already."""
-        if self._in_turn(version):
-            return {}  # it repeats the step, and its changes, from where that began
+        if self._in_turn(version):  # it repeats the code behind the step, and its changes, from where that began
+            return {"users": self.engine.registered.began} if self.engine.loops else {}
         after = self.engine.after_users()
         if not self.engine.begun and STATE in after["users"]:  # the script is about to set it, as the newcomer's will
-            entered = self.engine.registered[STATE].entered
+            entered = self.engine.registered.objects[STATE].entered
             after["users"] |= {STATE: entered or {}}
         return after if self.engine.version == version else {"users": after["users"]}
 
@@ -289,7 +292,9 @@ class Recovery:
         engine.adjustments.leave(it.since, it.version, loops=engine.loops)
         self._catch_up(terms, it.version, back=True)
         if engine.loops and terms is not None:  # the user's own loop computes again, from the state in which it was
-            self._leave_as_users(terms.after or {}, back=True)
+            left = engine.registered.left
+            after = {"users": left[it.version]} if it.version in left else terms.after
+            self._leave_as_users(after or {}, back=True)
         engine.gradients = {}
 
     def _take_places(self, it: w.TakePlaces) -> None:
@@ -407,16 +412,8 @@ class Recovery:
         if "groups" in after:
             engine.adjustments.set(after)
         for name, state in after.get("users", {}).items():
-            if back and self._changes_between_steps(name):
-                continue
-            if name in engine.registered:
-                engine.registered[name].load_state_dict(decode(state))
-            else:
-                engine.unclaimed[name] = state
-
-    def _changes_between_steps(self, name: str) -> bool:
-        """Whether the script changes a registered object between steps only, so that going back leaves it alone."""
-        return getattr(self.engine.registered.get(name), "between_steps", False)
+            if not (back and engine.registered.changes_between_steps(name)):
+                engine.registered.load(name, state)
 
     def _catch_up(self, terms: Terms | None, version: int, *, back: bool) -> None:
         """Bring the registered objects (the scheduler) to the version that the other ranks are at, or go back to.
@@ -426,13 +423,13 @@ class Recovery:
         unless its loop computes the micro-batches.
         """
         engine = self.engine
-        registered: Mapping[str, Any] = terms.registered if terms else engine.birth["registered"]
+        registered = engine.registered
+        states: Mapping[str, Any] = terms.registered if terms else engine.birth["registered"]
         engine.adjustments.set(terms.settings if terms else engine.birth)
-        for name, state in registered.items():
-            if name not in engine.registered:
-                engine.unclaimed[name] = state
-            elif not back or name in engine.driven or (engine.loops and not self._changes_between_steps(name)):
-                engine.registered[name].load_state_dict(decode(state))
+        for name, state in states.items():
+            loops = engine.loops and not registered.changes_between_steps(name)
+            if not back or name in registered.driven or loops or name not in registered.objects:
+                registered.load(name, state)
         if terms is not None:
             engine.protection.adopt(terms)
             for _ in range(1 if terms.advance is None else terms.advance):

@@ -54,7 +54,7 @@ class Resumption:
         self._stack = stack
         self._birth = engine.birth
         self._masters = engine.optimizer.masters()
-        self._driven = engine.driven
+        self._driven = engine.registered.driven
         self._data = data
         self._channel = channel
         self._looked_at = False  # whether the newest checkpoint has been examined

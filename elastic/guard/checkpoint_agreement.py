@@ -231,7 +231,7 @@ class Checkpoints:
                 return
             waiting.started = True
         # In the run that resumes, no version is protected yet.
-        terms = replace(waiting.terms, after=waiting.after, protected=-1, script=self._run["settings"])
+        terms = replace(waiting.terms, after=waiting.after, shown=True, protected=-1, script=self._run["settings"])
         agreement = terms.to_text()
         self._terms[waiting.name] = (waiting.version, agreement)
         writer = f"rank-{waiting.rank}"

@@ -96,6 +96,10 @@ class Adjustments:
                     tensor.requires_grad_(not value)
         self._optimizer.set_hyper_parameters(groups)
 
+    def changed(self) -> bool:
+        """Whether the user's code has made changes since the last agreement."""
+        return bool(self._changes())
+
     def _changes(self) -> Values:
         if self._members_now() != self._members:
             raise UsageError(

@@ -233,10 +233,14 @@ def _idled(state: State, event: e.WorkerIdled, now: float) -> Outcome:
 
 def _committed(state: State, event: e.WorkerCommitted, now: float) -> Outcome:
     layout = state.layout
-    if current(state, event.worker) is None or event.step <= state.committed or layout is None:
+    if current(state, event.worker) is None or layout is None:
         return state, []
     if event.generation < state.rolled_back:
         return state, []  # belongs to steps that a rollback discarded
+    if event.settled:
+        return _settled(state, event), []
+    if event.step <= state.committed:
+        return state, []
     workers = {rank: replace(w, deaths=0, hangs=0) for rank, w in state.workers.items()}
     protected, every = committed_protected(state, event), event.every or state.snapshot_every
     state = replace(state, committed=event.step, workers=workers, protected=protected, snapshot_every=every)
@@ -248,6 +252,14 @@ def _committed(state: State, event: e.WorkerCommitted, now: float) -> Outcome:
         state = replace(state, recovery=None)
     state, released = release(state, event)
     return end_if_finished(state, [*effects, *released], now)
+
+
+def _settled(state: State, event: e.WorkerCommitted) -> State:
+    """What the user's code left behind a step belongs to it from now on."""
+    if event.step not in state.agreements:
+        return state
+    state = replace(state, agreements={**state.agreements, event.step: event.agreement})
+    return replace(state, agreement=event.agreement) if event.step == state.agreed else state
 
 
 def _noted(state: State, event: e.WorkerNoted, now: float) -> Outcome:

@@ -46,7 +46,8 @@ class Terms:
     save: str = ""  # the checkpoint that is made of the next version, if one is
     saved: int = -1  # the newest version that is in a checkpoint
     ancestors: tuple[tuple[str, float], ...] = ()  # the runs before this one
-    after: Mapping[str, Any] | None = None  # in a checkpoint: how the user's code has left things after the step
+    after: Mapping[str, Any] | None = None  # how the user's code has left things after the step
+    shown: bool = True  # with `after`: the script's functions for the step have run, too
     script: Any = None  # in a checkpoint: the settings that the script began with
     end: str = ""  # why a script asked for training to end after this step
     advance: int | None = None  # after a checkpoint: how often schedulers step, if not once

@@ -74,8 +74,10 @@ def train(run):
             loss_fn(model(inputs), targets).backward()
             optimizer.step()
             if run.step > before:
+                seen.value += run.step - before
                 before = run.step
-                seen.value += 1
+                for group in optimizer.param_groups:
+                    group["lr"] = 0.01 / (1 + seen.value)
     else:
         for step in steps:
             between(run, step)

@@ -49,9 +49,9 @@ class Script:
         for worker in workers:
             self(e.WorkerDeclaredElastic(worker))
 
-    def ready(self, *workers: e.WorkerId) -> None:
-        for worker in workers:
-            self(e.WorkerReady(worker, {"at": str(worker)}, self.job))
+    def ready(self, *workers: e.WorkerId) -> list[e.Effect]:
+        """Returns what followed."""
+        return [x for worker in workers for x in self(e.WorkerReady(worker, {"at": str(worker)}, self.job))]
 
     def committed(self, worker: e.WorkerId, step: int) -> None:
         assert self.state.layout is not None

@@ -32,6 +32,7 @@ def test_what_a_guide_told_ends_with_its_plan() -> None:
         "left": None,
         "records": {"29": {"frozen": []}},
         "unseen": [[29, 1.0, 2.0]],
+        "turning": True,
         "begun": False,
         "calls": {"count": 7, "made": [["after step 29", 0, "run.barrier", "null", 30]]},
     }

@@ -36,6 +36,7 @@ FULL = Terms(
     saved=4,
     ancestors=(("run", 1.5),),
     after={"groups": [], "users": {"counter": {"n": 3}}},
+    shown=False,
     script=[{"lr": 0.1}],
     end="good enough",
     advance=8,

@@ -1,0 +1,72 @@
+"""The objects with a state that a script has registered, on one rank: their states by step, and those of other ranks.
+
+In the user's own loop, code behind `optimizer.step()` may change them once the step is committed. So their states in
+the agreement of a step are not yet those with which the next step begins: `began` and `left` are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from everstep.elastic.contract.stateful import decode, encode
+
+
+class Registered:
+    """The registered objects by name (`objects`, which the script may add to), and their states as JSON values.
+
+    `driven`: the names of those that the runtime itself steps. `unclaimed`: states of other ranks' objects that this
+    rank has not registered yet. `began` and `left`, in the user's own loop: the states with which the functions of the
+    last committed step began, and those that they left, by version.
+    """
+
+    def __init__(self, objects: dict[str, Any]) -> None:
+        self.objects = objects
+        self.driven: set[str] = set()
+        self.unclaimed: dict[str, Any] = {}
+        self.began: dict[str, Any] = {}
+        self.left: dict[int, dict[str, Any]] = {}
+        self._at: dict[int, dict[str, Any]] = {}  # step -> the states at its end
+
+    def claim(self, name: str, item: Any) -> None:
+        """Register an object; if other ranks had one of that name when this rank joined, it receives its state."""
+        self.objects[name] = item
+        if name in self.unclaimed:
+            item.load_state_dict(decode(self.unclaimed.pop(name)))
+
+    def load(self, name: str, state: Any) -> None:
+        """An object's state on other ranks or at an earlier time."""
+        if name in self.objects:
+            self.objects[name].load_state_dict(decode(state))
+        else:
+            self.unclaimed[name] = state
+
+    def states(self) -> dict[str, Any]:
+        """The states now."""
+        return {name: encode(item.state_dict(), name) for name, item in self.objects.items()}
+
+    def users(self) -> dict[str, Any]:
+        """The states now of what the user's code changes."""
+        return self.of_users(self.states())
+
+    def of_users(self, states: Mapping[str, Any]) -> dict[str, Any]:
+        """The part of `states` that the user's code changes."""
+        return {name: state for name, state in states.items() if name not in self.driven}
+
+    def changes_between_steps(self, name: str) -> bool:
+        """Whether the script changes an object between steps only, so that going back leaves it alone."""
+        return getattr(self.objects.get(name), "between_steps", False)
+
+    def record(self, step: int, *, again: bool) -> dict[str, Any]:
+        """The states at the end of `step`, which are kept, in case it is computed again. `again`: it has been."""
+        states = self.states()
+        if again:
+            states.update(self.of_users(self._at.get(step, {})))
+        self._at[step] = states
+        return states
+
+    def forget(self, before: int) -> None:
+        """Steps before this one will not be computed again."""
+        for known in (self._at, self.left):
+            for old in [n for n in known if n < before]:
+                del known[old]
