@@ -14,8 +14,8 @@ from everstep.demo.text import SourceText
 
 STEPS = 60
 STAGES = 2
-GLOBAL_BATCH_SIZE = 32
-MICRO_BATCH_SIZE = 4
+GLOBAL_BATCH_SIZE = 16
+MICRO_BATCH_SIZE = 2
 SEED = 0
 CONFIG = GPTConfig(layers=6, width=192, heads=6, context=128, dropout=0.1)
 

@@ -70,7 +70,7 @@ IN_A_JOB = {
     "rate_of_each_rank": "rank 0 set lr of parameter group 0 to 0.3 and rank 1 to 0.15: work it out from what is equal",
 }
 
-# One interpreter that imports torch once and forks a child per case: each child is `python bad_job.py CASE`.
+# One interpreter that imports torch once and forks a child per case. It prints the status and the output of each.
 ALONE = """
 import json, os, runpy, sys, traceback
 from everstep.agents.node.preload import warm_up
@@ -79,7 +79,7 @@ script, results = sys.argv[1], {}
 for case in sys.argv[2:]:
     read, write = os.pipe()
     pid = os.fork()
-    if pid == 0:
+    if pid == 0:  # as `python bad_job.py CASE`
         os.dup2(write, 1), os.dup2(write, 2), os.close(read), os.close(write)
         sys.argv, code = [script, case], 0
         try:
@@ -130,6 +130,27 @@ def test_in_a_job() -> None:
         assert ended[case].status == 1
 
 
+LAUNCHED = """
+import json, os, sys, tempfile
+from everstep import cli, startup
+from everstep.agents.node.preloader import single_threaded
+with single_threaded():
+    import everstep.agents.launch.command
+results = []
+for line in json.loads(sys.argv[1]):
+    with tempfile.TemporaryFile() as output:
+        pid = os.fork()
+        if pid == 0:  # as `everstep run LINE`
+            os.setsid(), os.dup2(output.fileno(), 1), os.dup2(output.fileno(), 2)
+            sys.argv = ["everstep", "run", *line.split()]
+            os._exit(cli.main())
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        output.seek(0)
+        results.append((status, output.read().decode()))
+print(json.dumps(results))
+"""
+
+
 LINES = {
     "no_such.py": "no such script: no_such.py",
     "--rdzv-endpoint=nowhere:port --nnodes=2 SCRIPT": "--rdzv-endpoint must be HOST:PORT, got 'nowhere:port'",
@@ -167,18 +188,25 @@ LINES = {
 def test_command_lines() -> None:
     with socket.create_server(("127.0.0.1", free_port())) as taken, ThreadPoolExecutor(3) as pool:
 
-        def run(line: str) -> Ended:
+        def written(line: str) -> str:
             for name, value in (
                 ("TAKEN", str(taken.getsockname()[1])),
                 ("FREE", str(free_port())),
                 ("SCRIPT", f"{SCRIPT} nothing"),
             ):
                 line = line.replace(name, value)
-            return everstep("run", *line.split())
+            return line
 
-        ended = dict(zip(LINES, pool.map(run, LINES), strict=True))
-    for line, text in LINES.items():
-        assert text in ended[line].error(), (line, ended[line])
+        def run(lines: list[str]) -> list[Ended]:
+            ended = command(["-c", LAUNCHED, json.dumps([written(line) for line in lines])])
+            assert ended.status == 0, ended.stderr
+            return [Ended(status, "", text) for status, text in json.loads(ended.stdout)]
+
+        parts = [list(LINES)[number::3] for number in range(3)]
+        found = list(pool.map(run, parts))
+    for part, results in zip(parts, found, strict=True):
+        for line, ended in zip(part, results, strict=True):
+            assert LINES[line] in ended.error(), (line, ended)
 
 
 SETTINGS = {
