@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # What depends on time is in front, and what shares costly fixtures at the back: see tests/conftest.py.
-TESTS := $(addprefix tests/,faults integration accelerator gpu conformance property sim unit conversion)
+TESTS := $(addprefix tests/,faults ports integration accelerator gpu conformance property sim unit conversion)
 
 .PHONY: demo test soak check bench gpu clean setup peers
 

@@ -101,6 +101,40 @@ print(json.dumps(results))
 """
 
 
+LAUNCHED = """
+import json, os, sys, tempfile
+from everstep import cli
+from everstep.agents.node.preloader import single_threaded
+with single_threaded():
+    import everstep.agents.launch.command
+results = {}
+for name, line in json.loads(sys.argv[1]).items():
+    with tempfile.TemporaryFile() as output:
+        pid = os.fork()
+        if pid == 0:  # as `everstep run LINE`
+            os.setsid(), os.dup2(output.fileno(), 1), os.dup2(output.fileno(), 2)
+            sys.argv = ["everstep", "run", *line.split()]
+            os._exit(cli.main())
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        output.seek(0)
+        results[name] = status, output.read().decode()
+print(json.dumps(results))
+"""
+
+
+def launched(pool: ThreadPoolExecutor, lines: dict[str, str]) -> dict[str, Ended]:
+    """The results of `everstep run LINE`, by the names of the lines."""
+
+    def run(part: dict[str, str]) -> dict[str, Ended]:
+        ended = command(["-c", LAUNCHED, json.dumps(part)])
+        assert ended.status == 0, ended.stderr
+        return {name: Ended(status, "", text) for name, (status, text) in json.loads(ended.stdout).items()}
+
+    names = list(lines)
+    parts = [{name: lines[name] for name in names[number::3]} for number in range(3)]
+    return {name: ended for found in pool.map(run, parts) for name, ended in found.items()}
+
+
 @pytest.mark.soak
 def test_alone() -> None:
     """The script started by itself, without the launcher."""
@@ -118,37 +152,12 @@ def test_in_a_job() -> None:
         case: ANYWHERE[case] for case in ("batch_size", "uncuttable", "nothing", "scheduler", "no_step")
     } | IN_A_JOB
     with ThreadPoolExecutor(3) as pool:
-        ended = dict(
-            zip(
-                cases, pool.map(lambda case: everstep("run", "--nproc-per-node", "2", SCRIPT, case), cases), strict=True
-            )
-        )
+        ended = launched(pool, {case: f"--nproc-per-node 2 {SCRIPT} {case}" for case in cases})
     for case, text in cases.items():
         line = ended[case].error()
         assert text in line, (case, line)
         assert "rank " in line or case == "workers", (case, line)
         assert ended[case].status == 1
-
-
-LAUNCHED = """
-import json, os, sys, tempfile
-from everstep import cli, startup
-from everstep.agents.node.preloader import single_threaded
-with single_threaded():
-    import everstep.agents.launch.command
-results = []
-for line in json.loads(sys.argv[1]):
-    with tempfile.TemporaryFile() as output:
-        pid = os.fork()
-        if pid == 0:  # as `everstep run LINE`
-            os.setsid(), os.dup2(output.fileno(), 1), os.dup2(output.fileno(), 2)
-            sys.argv = ["everstep", "run", *line.split()]
-            os._exit(cli.main())
-        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        output.seek(0)
-        results.append((status, output.read().decode()))
-print(json.dumps(results))
-"""
 
 
 LINES = {
@@ -197,16 +206,9 @@ def test_command_lines() -> None:
                 line = line.replace(name, value)
             return line
 
-        def run(lines: list[str]) -> list[Ended]:
-            ended = command(["-c", LAUNCHED, json.dumps([written(line) for line in lines])])
-            assert ended.status == 0, ended.stderr
-            return [Ended(status, "", text) for status, text in json.loads(ended.stdout)]
-
-        parts = [list(LINES)[number::3] for number in range(3)]
-        found = list(pool.map(run, parts))
-    for part, results in zip(parts, found, strict=True):
-        for line, ended in zip(part, results, strict=True):
-            assert LINES[line] in ended.error(), (line, ended)
+        ended = launched(pool, {line: written(line) for line in LINES})
+    for line, text in LINES.items():
+        assert text in ended[line].error(), (line, ended[line])
 
 
 SETTINGS = {

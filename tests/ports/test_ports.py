@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from tests.jobs import Ended, command, finish, launch, same
+from tests.jobs import command, finish, launch, same
 from tests.jobs.hosts import Hosts
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent.parent / "docs" / "porting.md"
 SCRIPTS = sorted(path.parent.name for path in HERE.glob("*/plain.py"))
+FORMS = ("plain", "ported")
 MOST = 5  # lines that differ
 RANKS = 3
 PHASES = ("compute", "reduce", "agree", "update", "commit")
@@ -25,7 +26,7 @@ PHASES = ("compute", "reduce", "agree", "update", "commit")
 
 def forms(name: str) -> tuple[list[str], list[str]]:
     """The lines of the plain and of the ported script, without empty ones."""
-    plain, ported = ((HERE / name / f"{form}.py").read_text().splitlines() for form in ("plain", "ported"))
+    plain, ported = ((HERE / name / f"{form}.py").read_text().splitlines() for form in FORMS)
     return [line for line in plain if line.strip()], [line for line in ported if line.strip()]
 
 
@@ -49,9 +50,38 @@ def test_few_lines_differ() -> None:
         assert text.splitlines()[1:] == [line for line in difference if not line.startswith("@@")], name
 
 
-def alone(name: str, form: str, out: Path) -> Ended:
-    out.mkdir()
-    return command([str(HERE / name / f"{form}.py"), str(out)])
+# One interpreter that imports torch once; each script runs in a fork of it, as `python SCRIPT OUT`.
+ALONE = """
+import json, os, pathlib, runpy, sys, traceback
+from everstep.agents.node.preload import warm_up
+warm_up([])
+for script, out in json.loads(sys.argv[1]):
+    pathlib.Path(out).mkdir()
+    pid = os.fork()
+    if pid == 0:
+        sys.argv, sys.path[0], status = [script, out], os.path.dirname(script), 0
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except BaseException:
+            traceback.print_exc()
+            status = 1
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(status)
+    if os.waitpid(pid, 0)[1]:
+        sys.exit(f"{script} failed")
+"""
+
+
+@pytest.fixture(scope="module")
+def alone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the results, by script and form, of those that are tested."""
+    tested = {item.callspec.params["name"] for item in request.session.items if hasattr(item, "callspec")}
+    out = tmp_path_factory.mktemp("alone")
+    forms = [(str(HERE / name / f"{form}.py"), str(out / f"{name}-{form}")) for name in SCRIPTS for form in FORMS]
+    forms = [(script, folder) for script, folder in forms if Path(script).parent.name in tested]
+    ended = command(["-c", ALONE, json.dumps(forms)], timeout_s=240)
+    assert ended.status == 0, ended.stderr
+    return out
 
 
 def results(out: Path) -> dict[str, Any]:
@@ -85,13 +115,10 @@ KILLS = [
 
 @pytest.mark.soak
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_kills_change_no_byte(name: str, tmp_path: Path) -> None:
-    ended = alone(name, "plain", tmp_path / "plain")
-    assert ended.status == 0, ended.stderr
-    ended = alone(name, "ported", tmp_path / "alone")
-    assert ended.status == 0, ended.stderr
-    expected = results(tmp_path / "alone")
-    assert expected.keys() == results(tmp_path / "plain").keys()
+def test_kills_change_no_byte(name: str, tmp_path: Path, alone: Path) -> None:
+    expected = results(alone / f"{name}-ported")
+    assert expected
+    assert expected.keys() == results(alone / f"{name}-plain").keys()
 
     out, events = tmp_path / "killed", tmp_path / "events.jsonl"
     out.mkdir()
@@ -108,9 +135,8 @@ def test_kills_change_no_byte(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.soak
 @pytest.mark.parametrize("name", ["image_classifier", "diffusion"])
-def test_a_node_is_lost(name: str, tmp_path: Path) -> None:
+def test_a_node_is_lost(name: str, tmp_path: Path, alone: Path) -> None:
     """Four nodes of one worker each; the node of rank 1 dies, and three go on."""
-    assert alone(name, "ported", tmp_path / "alone").status == 0
     out, events, script = tmp_path / "killed", tmp_path / "events.jsonl", HERE / name / "ported.py"
     out.mkdir()
     faults = json.dumps([{"rank": 1, "phase": "update", "step": 9, "kind": "node"}])
@@ -121,4 +147,4 @@ def test_a_node_is_lost(name: str, tmp_path: Path) -> None:
         outputs = {node.pid: finish(node) for node in nodes}
     assert sorted(node.returncode for node in nodes) == [-signal.SIGKILL, 0, 0, 0], outputs
     assert events.read_text().count('"event": "node_lost"') == 1
-    assert not differences(results(out), results(tmp_path / "alone"))
+    assert not differences(results(out), results(alone / f"{name}-ported"))

@@ -45,6 +45,12 @@ def test_every_test_runs_once(folder: Path) -> None:
     assert sorted(ran) == [f"test_{name}.py {number}" for name in "abcdef" for number in range(5)]
 
 
+def test_no_folder_of_tests_is_left_out() -> None:
+    (line,) = [line for line in (ROOT / "Makefile").read_text().splitlines() if line.startswith("TESTS := ")]
+    folders = line.removeprefix("TESTS := $(addprefix tests/,").removesuffix(")").split()
+    assert sorted(folders) == sorted({path.parent.name for path in (ROOT / "tests").glob("*/test_*.py")})
+
+
 def test_the_second_begins_at_the_back(folder: Path) -> None:
     process = stream(folder, "--from-the-back")
     output, _ = process.communicate(timeout=100)
