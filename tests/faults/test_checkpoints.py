@@ -24,7 +24,6 @@ from tests.jobs import (
     Result,
     assert_same_run,
     assert_same_state,
-    command,
     everstep,
     finish,
     launch,
@@ -33,6 +32,7 @@ from tests.jobs import (
     run_job,
     wait_until,
 )
+from tests.jobs.alone import script
 from tests.jobs.processes import saying
 
 LAYOUTS = {"1x4": (1, 4), "2x2": (2, 4), "4x1": (4, 4), "uneven": (2, 3), "1": (1, 1), "6": (3, 6)}
@@ -53,7 +53,7 @@ def trained(name: str, folder: Path, steps: int) -> Result:
     (out / "events.jsonl").touch()
     environment = {"RANK": "0", "EVERSTEP_CHECKPOINT": str(folder), "EVERSTEP_CHECKPOINT_EVERY": "4"}
     arguments = json.dumps({"out": str(out), "steps": steps, "stages": stages})
-    ended = command([str(JOBS / "gpt_job.py"), arguments], environment)
+    ended = script(JOBS / "gpt_job.py", arguments, environment=environment)
     return read_result(out, ended.status, ended.stdout + ended.stderr)
 
 

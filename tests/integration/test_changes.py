@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.jobs import JOBS, Result, command, everstep, read_result, run_job
+from tests.jobs import JOBS, Result, everstep, read_result, run_job
+from tests.jobs.alone import script
 
 STEPS = 8
 KILLS = [
@@ -35,7 +36,7 @@ def alone(out: Path, **config: Any) -> Result:
     """The script without the launcher."""
     out.mkdir()
     (out / "events.jsonl").touch()
-    ended = command([str(JOBS / "changing_job.py"), json.dumps({"out": str(out), "steps": STEPS, **config})])
+    ended = script(JOBS / "changing_job.py", json.dumps({"out": str(out), "steps": STEPS, **config}))
     assert ended.status == 0, ended.stderr
     return read_result(out, ended.status, ended.stderr)
 

@@ -21,6 +21,7 @@ from everstep.elastic.contract.settings import Settings
 from everstep.elastic.step.data import DataSource
 from everstep.elastic.step.streams import StreamPlace
 from tests.jobs import JOBS, Result, assert_same_state, command, read_result, run_job
+from tests.jobs.alone import script
 
 STEPS = 8
 KILLS = [{"rank": 1, "phase": "compute", "step": 3, "after": 1}, {"rank": 0, "phase": "reduce", "step": 5}]
@@ -42,7 +43,7 @@ def alone(out: Path, folder: Path, **config: Any) -> Result:
     out.mkdir()
     (out / "events.jsonl").touch()
     arguments = {"out": str(out), "folder": str(folder), "steps": STEPS, **config}
-    ended = command([str(JOBS / "data_job.py"), json.dumps(arguments)])
+    ended = script(JOBS / "data_job.py", json.dumps(arguments))
     return read_result(out, ended.status, ended.stderr)
 
 

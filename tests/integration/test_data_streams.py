@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from everstep.elastic.step.streams import STATE_STEPS
-from tests.jobs import JOBS, assert_same_state, command, run_job
+from tests.jobs import JOBS, assert_same_state, run_job
+from tests.jobs.alone import script
 
 STEPS, SAMPLES, WHOLE = 14, 92, 11  # the stream has 11 batches of 8
 KILLS = [{"rank": 1, "phase": "compute", "step": 2, "after": 1}, {"rank": 0, "phase": "reduce", "step": 9}]
@@ -21,7 +22,7 @@ def alone(out: Path, environment: dict[str, str] | None = None, **config: Any) -
     """Without the launcher: one rank."""
     out.mkdir()
     arguments = {"out": str(out), "steps": STEPS, "samples": SAMPLES, **config}
-    ended = command([str(JOBS / "stream_job.py"), json.dumps(arguments)], environment)
+    ended = script(JOBS / "stream_job.py", json.dumps(arguments), environment=environment)
     assert ended.status == 0, ended.stderr
     assert f"the stream has ended, and training ends after step {WHOLE - 1}" in ended.stderr
     state: dict[str, Any] = torch.load(out / "state-0.pt", weights_only=True)

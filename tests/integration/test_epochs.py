@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.jobs import JOBS, assert_same_state, command, everstep, run_job, same
+from tests.jobs import JOBS, assert_same_state, everstep, run_job, same
+from tests.jobs.alone import script
 
 EPOCHS, STEPS = 3, 2  # of 21 samples, 8 in a batch
 KILLS = [[1, "epoch 1"], [0, "end 1"], [2, "evaluation 1"], [1, "evaluation 2 averaged"], [2, "last"]]
@@ -20,7 +21,7 @@ FAULTS = [{"rank": 1, "phase": "compute", "step": 4, "after": 1, "incarnation": 
 def alone(out: Path, environment: dict[str, str] | None = None, **config: Any) -> dict[str, Any]:
     """Without the launcher: one rank."""
     out.mkdir(exist_ok=True)
-    ended = command([str(JOBS / "epochs_job.py"), json.dumps({"out": str(out), **config})], environment)
+    ended = script(JOBS / "epochs_job.py", json.dumps({"out": str(out), **config}), environment=environment)
     assert ended.status == 0, ended.stderr
     assert all("SIGTERM" in line for line in ended.stderr.splitlines()), ended.stderr
     return state_of(out)

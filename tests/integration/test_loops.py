@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.jobs import JOBS, Result, assert_same_state, command, read_result, run_job
+from tests.jobs.alone import script
 
 STEPS = 9
 KILLS = [
@@ -33,7 +34,7 @@ def alone(out: Path, config: dict[str, Any]) -> Result:
     """`python loop_job.py`, without the launcher."""
     out.mkdir()
     (out / "events.jsonl").touch()
-    ended = command([str(JOBS / "loop_job.py"), json.dumps({"out": str(out), "steps": STEPS, **config})])
+    ended = script(JOBS / "loop_job.py", json.dumps({"out": str(out), "steps": STEPS, **config}))
     return read_result(out, ended.status, ended.stderr)
 
 

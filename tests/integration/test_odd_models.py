@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests.jobs import JOBS, assert_same_state, command, run_job
+from tests.jobs import JOBS, assert_same_state, run_job
+from tests.jobs.alone import script
 
 STEPS = 5
 KINDS = ["channels_last", "transposed", "sliced", "empty", "unused", "sometimes", "weight_norm", "tied", "lazy"]
@@ -27,7 +28,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All of them, one after the other, without the launcher, and plain torch beside it."""
     out = tmp_path_factory.mktemp("alone")
     config = {"out": str(out), "kinds": KINDS, "steps": STEPS, "plain": True}
-    ended = command([str(JOBS / "odd_models_job.py"), json.dumps(config)])
+    ended = script(JOBS / "odd_models_job.py", json.dumps(config))
     assert ended.status == 0, ended.stderr
     return out
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.jobs import JOBS, assert_same_state, command, run_job
+from tests.jobs import JOBS, assert_same_state, run_job
+from tests.jobs.alone import script
 
 STEPS = 9
 KILLS = [
@@ -25,7 +26,7 @@ def alone(out: Path, **config: Any) -> dict[str, Any]:
     out.mkdir(exist_ok=True)
     arguments = json.dumps({"out": str(out), "steps": STEPS, **config})
     environment = {"EVERSTEP_LOSS_REDUCTION": config["reduction"]}
-    ended = command([str(JOBS / "precision_job.py"), arguments], environment)
+    ended = script(JOBS / "precision_job.py", arguments, environment=environment)
     assert ended.status == 0, ended.stderr
     state: dict[str, Any] = torch.load(out / "state-0.pt", weights_only=True)
     return state

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from tests.jobs import JOBS, assert_same_state, command, run_job, same
+from tests.jobs import JOBS, assert_same_state, run_job, same
+from tests.jobs.alone import script
 
 STEPS = 8
 KILLS = [
@@ -18,7 +19,7 @@ KILLS = [
 
 
 def test_a_script_of_torch_distributed(tmp_path: Path) -> None:
-    ended = command([str(JOBS / "group_job.py"), json.dumps({"out": str(tmp_path), "steps": STEPS})])
+    ended = script(JOBS / "group_job.py", json.dumps({"out": str(tmp_path), "steps": STEPS}))
     assert ended.status == 0, ended.stderr
     expected = torch.load(tmp_path / "state-0.pt", weights_only=True)
     result = run_job(nproc=3, steps=STEPS, script="group_job.py", faults=KILLS)

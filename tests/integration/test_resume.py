@@ -13,7 +13,8 @@ from torch.distributed.checkpoint.state_dict import get_state_dict
 
 from everstep.checkpointing.universal.reader import committed, open_checkpoint
 from everstep.checkpointing.universal.store import open_store
-from tests.jobs import JOBS, command, everstep, run_job
+from tests.jobs import JOBS, everstep, run_job
+from tests.jobs.alone import script
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -28,7 +29,7 @@ def stateful(tmp_path, steps, folder="", *flags):
     environment = {"EVERSTEP_CHECKPOINT": str(folder), "EVERSTEP_CHECKPOINT_EVERY": "3"} if folder else {}
     if flags:
         return everstep("run", *flags, str(JOBS / "stateful_job.py"), arguments, environment=environment)
-    return command([str(JOBS / "stateful_job.py"), arguments], environment)
+    return script(JOBS / "stateful_job.py", arguments, environment=environment)
 
 
 @pytest.mark.soak
@@ -54,7 +55,7 @@ def test_alone_a_damaged_checkpoint_is_named_or_passed_over(tmp_path):
     assert "params/weight/c/0/0 is damaged: 5 bytes, expected 60" in ended.error()
     arguments = json.dumps({"out": str(tmp_path), "steps": 8})
     environment = {"EVERSTEP_CHECKPOINT": str(folder), "EVERSTEP_ON_DAMAGE": "older"}
-    ended = command([str(JOBS / "stateful_job.py"), arguments], environment)
+    ended = script(JOBS / "stateful_job.py", arguments, environment=environment)
     assert ended.status == 0, ended.stderr
     assert "the checkpoint before it is used" in ended.stderr
     assert lines(ended.stdout) == lines(stateful(tmp_path, 8).stdout)[3:]

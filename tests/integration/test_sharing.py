@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.jobs import JOBS, assert_same_state, command, run_job, same
+from tests.jobs import JOBS, assert_same_state, run_job, same
+from tests.jobs.alone import script
 
 STEPS = 7
 KILLS = [[1, "before"], [0, 3], [2, "behind"]]
@@ -24,7 +25,7 @@ def state_of(out: Path, rank: int = 0) -> dict[str, Any]:
 def alone(out: Path, environment: dict[str, str] | None = None, **config: Any) -> dict[str, Any]:
     """Without the launcher: one rank."""
     arguments = json.dumps({"out": str(out), "steps": STEPS, **config})
-    ended = command([str(JOBS / "sharing_job.py"), arguments], environment)
+    ended = script(JOBS / "sharing_job.py", arguments, environment=environment)
     assert (ended.status, ended.stderr) == (0, ""), ended.stderr
     return state_of(out)
 

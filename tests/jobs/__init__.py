@@ -22,6 +22,7 @@ from everstep.comms.base.process import die_with_parent
 
 JOBS = Path(__file__).parent
 HANG_S = 120
+MARKER = "EVERSTEP_TEST_MARKER"  # in the environment of a test's processes
 PROTECTION = "everstep: protection: "  # prefix of the line, at the start of training, with the losses it survives
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.jobs import processes_of, wait_until
+from tests.jobs import MARKER, processes_of, wait_until
 from tests.jobs.networks import own_namespaces
 
 
@@ -25,7 +25,7 @@ def left_behind(folder: Path) -> set[str]:
 @pytest.fixture(autouse=True)
 def nothing_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     marker = uuid.uuid4().hex
-    monkeypatch.setenv("EVERSTEP_TEST_MARKER", marker)
+    monkeypatch.setenv(MARKER, marker)
     monkeypatch.setenv("EVERSTEP_KEEPER_LINGER", "1")  # a keeper waits for its agent to come back, but not here
     monkeypatch.setenv("TMPDIR", str(tmp_path))  # of the processes; what they leave is looked for there too
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.jobs import command, finish, launch, same
+from tests.jobs import finish, launch, same
+from tests.jobs.alone import script
 from tests.jobs.hosts import Hosts
 
 HERE = Path(__file__).parent
@@ -50,38 +51,10 @@ def test_few_lines_differ() -> None:
         assert text.splitlines()[1:] == [line for line in difference if not line.startswith("@@")], name
 
 
-# One interpreter that imports torch once; each script runs in a fork of it, as `python SCRIPT OUT`.
-ALONE = """
-import json, os, pathlib, runpy, sys, traceback
-from everstep.agents.node.preload import warm_up
-warm_up([])
-for script, out in json.loads(sys.argv[1]):
-    pathlib.Path(out).mkdir()
-    pid = os.fork()
-    if pid == 0:
-        sys.argv, sys.path[0], status = [script, out], os.path.dirname(script), 0
-        try:
-            runpy.run_path(script, run_name="__main__")
-        except BaseException:
-            traceback.print_exc()
-            status = 1
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(status)
-    if os.waitpid(pid, 0)[1]:
-        sys.exit(f"{script} failed")
-"""
-
-
-@pytest.fixture(scope="module")
-def alone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the results, by script and form, of those that are tested."""
-    tested = {item.callspec.params["name"] for item in request.session.items if hasattr(item, "callspec")}
-    out = tmp_path_factory.mktemp("alone")
-    forms = [(str(HERE / name / f"{form}.py"), str(out / f"{name}-{form}")) for name in SCRIPTS for form in FORMS]
-    forms = [(script, folder) for script, folder in forms if Path(script).parent.name in tested]
-    ended = command(["-c", ALONE, json.dumps(forms)], timeout_s=240)
+def alone(name: str, form: str, out: Path) -> None:
+    out.mkdir()
+    ended = script(HERE / name / f"{form}.py", str(out))
     assert ended.status == 0, ended.stderr
-    return out
 
 
 def results(out: Path) -> dict[str, Any]:
@@ -115,10 +88,12 @@ KILLS = [
 
 @pytest.mark.soak
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_kills_change_no_byte(name: str, tmp_path: Path, alone: Path) -> None:
-    expected = results(alone / f"{name}-ported")
+def test_kills_change_no_byte(name: str, tmp_path: Path) -> None:
+    for form in FORMS:
+        alone(name, form, tmp_path / form)
+    expected = results(tmp_path / "ported")
     assert expected
-    assert expected.keys() == results(alone / f"{name}-plain").keys()
+    assert expected.keys() == results(tmp_path / "plain").keys()
 
     out, events = tmp_path / "killed", tmp_path / "events.jsonl"
     out.mkdir()
@@ -135,16 +110,17 @@ def test_kills_change_no_byte(name: str, tmp_path: Path, alone: Path) -> None:
 
 @pytest.mark.soak
 @pytest.mark.parametrize("name", ["image_classifier", "diffusion"])
-def test_a_node_is_lost(name: str, tmp_path: Path, alone: Path) -> None:
+def test_a_node_is_lost(name: str, tmp_path: Path) -> None:
     """Four nodes of one worker each; the node of rank 1 dies, and three go on."""
-    out, events, script = tmp_path / "killed", tmp_path / "events.jsonl", HERE / name / "ported.py"
+    alone(name, "ported", tmp_path / "alone")
+    out, events, program = tmp_path / "killed", tmp_path / "events.jsonl", HERE / name / "ported.py"
     out.mkdir()
     faults = json.dumps([{"rank": 1, "phase": "update", "step": 9, "kind": "node"}])
     with Hosts(4) as hosts:
         hosts.coordinator("3:4", f"--es-events={events}")
         flags = ["--nnodes=3:4", "--nproc-per-node=1", "--es-snapshot-every=1", f"--log-dir={tmp_path}/logs"]
-        nodes = [hosts.launch(host, script, [str(out)], flags, {"EVERSTEP_FAULTS": faults}) for host in hosts.hosts]
+        nodes = [hosts.launch(host, program, [str(out)], flags, {"EVERSTEP_FAULTS": faults}) for host in hosts.hosts]
         outputs = {node.pid: finish(node) for node in nodes}
     assert sorted(node.returncode for node in nodes) == [-signal.SIGKILL, 0, 0, 0], outputs
     assert events.read_text().count('"event": "node_lost"') == 1
-    assert not differences(results(out), results(alone / f"{name}-ported"))
+    assert not differences(results(out), results(tmp_path / "alone"))
