@@ -121,7 +121,10 @@ def _is_installed(name: str) -> bool:
         spec = importlib.util.find_spec(name)
     except (ImportError, ValueError, AttributeError):
         return False
-    return spec is not None and bool(INSTALLED.intersection(Path(spec.origin or "").parts))
+    if spec is None:
+        return False
+    places = [spec.origin] if spec.origin else list(spec.submodule_search_locations or ())  # of a namespace package
+    return bool(places) and all(INSTALLED.intersection(Path(place).parts) for place in places)
 
 
 def _sets(node: ast.AST) -> bool:

@@ -233,7 +233,7 @@ class LayerStack:
         finally:
             self._reading.now = False
         for name, tensor in found.items():
-            if plain_name(name) not in trained:
+            if plain_name(name) not in trained and isinstance(tensor, Tensor):  # a module's own state may be no tensor
                 yield plain_name(name), tensor
 
     @property

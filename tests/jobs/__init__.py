@@ -58,10 +58,11 @@ def launch(
     environment: dict[str, str] | None = None,
     inside: Sequence[str] = (),
     program: Sequence[str | Path] = ("-m", "everstep"),
+    python: str | Path = sys.executable,
     **popen: Any,
 ) -> subprocess.Popen[str]:
     """Start `everstep run` in a session of its own, so that all of it can be killed; `inside` precedes the command."""
-    command = [*inside, sys.executable, *program, "run", *flags, str(script), *arguments]
+    command = [*inside, python, *program, "run", *flags, str(script), *arguments]
     env = {**os.environ, "PYTHONWARNINGS": "ignore", **(environment or {})}
     return subprocess.Popen(
         command,

@@ -2,19 +2,39 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-PYTHON = Path(__file__).parents[2] / ".venv-peers" / "bin" / "python"
+from . import finish, launch
+
+ROOT = Path(__file__).parents[2]
+PYTHON = ROOT / ".venv-peers" / "bin" / "python"
+
+
+def elastic_peer(script: Path, *arguments: str | Path, flags: Sequence[str], faults: Sequence[Any] = ()) -> str:
+    """Run a job whose script uses the frameworks, under `everstep run`; returns what was printed."""
+    _installed()
+    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "EVERSTEP_FAULTS": json.dumps(list(faults))}
+    process = launch(script, [*map(str, arguments)], [*flags], environment, python=PYTHON)
+    output = finish(process)
+    assert process.returncode == 0, output[-4000:]
+    return output
+
+
+def _installed() -> None:
+    if not PYTHON.exists():
+        pytest.skip("the environment of the peers is not installed: make peers")
 
 
 def run_peer(script: Path, *arguments: str | Path, timeout_s: float = 240) -> str:
     """Run a script with the frameworks' interpreter; returns what it printed. Skips the test if there is none."""
-    if not PYTHON.exists():
-        pytest.skip("the environment of the peers is not installed: make peers")
+    _installed()
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "VIRTUAL_ENV"))}
     environment.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
     done = subprocess.run(

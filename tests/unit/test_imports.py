@@ -17,8 +17,9 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("far", "near", "quick"):
         (installed / name).mkdir(parents=True)
         (installed / name / "__init__.py").write_text("raise AssertionError('this test imports nothing')")
+    (installed / "spread" / "core").mkdir(parents=True)  # a namespace package, as megatron-core is
     elsewhere = tmp_path / "mine"  # on the path, and not installed
-    elsewhere.mkdir()
+    (elsewhere / "loose" / "core").mkdir(parents=True)
     (elsewhere / "unfinished.py").touch()
     monkeypatch.setattr(sys, "path", [*sys.path, str(installed), str(elsewhere)])
     folder = tmp_path / "project"
@@ -40,6 +41,7 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             ["far"],
         ),
         ("import unfinished, missing\nimport far", ["far"]),  # where a user still works, or nowhere
+        ("from spread.core import a\nfrom loose.core import b", [("spread.core", ("a",))]),
         ("try:\n    import far\nexcept ImportError:\n    import near", ["far"]),
         ("import quick", ["far.deep"]),  # the script's folder comes first
         ("from parts import models", [("near.layers", ("Block",))]),

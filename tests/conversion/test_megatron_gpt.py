@@ -1,0 +1,67 @@
+"""A GPT of megatron-core in an elastic job: Megatron's own losses in any layout, kills, and going on from its files."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.jobs.leftovers import nothing_left
+from tests.jobs.peers import ROOT, elastic_peer, run_peer
+
+__all__ = ["nothing_left"]
+pytestmark = pytest.mark.soak
+SCRIPTS = Path(__file__).parent / "samples"
+EXAMPLE = ROOT / "docs" / "examples" / "megatron_gpt.py"
+SMALL = ["--layers=2", "--width=32"]
+CASES = {"tied": [], "untied": ["--untied", "--rope"]}
+STEPS = 20
+ROUNDING = 1e-6  # of losses of 5.5, whose neighbours in float32 are 5e-7 away
+LAYOUTS = {"1 rank": ["--nproc-per-node=1"], "2 stages x 2 ranks": ["--nproc-per-node=4", "--es-stages=2"]}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Megatron-core's own runs, of one process each."""
+    out = tmp_path_factory.mktemp("alone")
+    run_peer(SCRIPTS / "megatron_gpt_alone.py", out)
+    return out
+
+
+def job(layout: str, *arguments: str, save: Path, flags: list[str] | None = None, **options: Any) -> dict[int, float]:
+    """Run the example; returns the loss of each step."""
+    flags = [*LAYOUTS[layout], f"--es-steps={STEPS}", *(flags or [])]
+    output = elastic_peer(EXAMPLE, *SMALL, *arguments, f"--save={save}", flags=flags, **options)
+    return {int(step): float(loss) for step, loss in re.findall(r"step (\d+): loss (\S+)", output)}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", CASES)
+def test_the_losses_are_those_of_megatron(alone: Path, tmp_path: Path, case: str, layout: str) -> None:
+    losses = job(layout, "--dropout=0", *CASES[case], save=tmp_path / "state.pt")
+    expected = json.loads((alone / case / "losses.json").read_text())
+    assert losses == pytest.approx(dict(enumerate(expected)), abs=ROUNDING)
+    found = torch.load(tmp_path / "state.pt", weights_only=True)["model"]
+    parameters = torch.load(alone / case / "state.pt", weights_only=True)
+    assert set(parameters) <= set(found), "they have Megatron's names"
+    for name, tensor in parameters.items():
+        torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=0)
+
+
+def test_what_does_not_go_is_refused_by_name() -> None:
+    settings = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "num_moe_experts": 4, "fp8": "e4m3"}
+    settings |= {"gradient_accumulation_fusion": True, "recompute_granularity": "selective"}
+    settings |= {"position_embedding_type": "yarn", "post_process": False}
+    said = json.loads(run_peer(SCRIPTS / "megatron_refusals.py", json.dumps(settings)).splitlines()[-1])
+    assert said.pop("as it is") == ""
+    assert said.pop("plain") == "staged() takes a GPTModel of megatron.core.models.gpt, got Linear"
+    assert said.pop("groups").startswith("there is a process group of 2 ranks already")
+    assert said.pop("tensor_model_parallel_size") == (
+        "tensor_model_parallel_size=2 of a Megatron model: tensor parallelism is not supported yet; use 1"
+    )
+    assert said.keys() < settings.keys()
+    assert not [name for name, text in said.items() if name not in text]
