@@ -32,22 +32,24 @@ def be_deterministic():
 
 
 class Autocast(nn.Module):
-    """A layer that computes in bfloat16 where torch deems that good enough; its parameters stay as they are."""
+    """A layer that computes in `dtype` where torch deems that good enough; its parameters stay as they are."""
 
-    def __init__(self, layer):
+    def __init__(self, layer, dtype):
         super().__init__()
         self.layer = layer
+        self.dtype = dtype
 
     def forward(self, x):
-        with torch.autocast(x.device.type, dtype=torch.bfloat16):
+        with torch.autocast(x.device.type, dtype=self.dtype):
             return self.layer(x).float()
 
 
 def model_of(sizes):
     """With the precision and the compiler of this case."""
     model = gpt(sizes)
-    if config.get("autocast"):
-        model = nn.Sequential(*(Autocast(layer) for layer in model))
+    if config.get("autocast") or config.get("float16"):
+        dtype = torch.float16 if config.get("float16") else torch.bfloat16
+        model = nn.Sequential(*(Autocast(layer, dtype) for layer in model))
     if config.get("bfloat16"):
         model = model.to(torch.bfloat16)
     if config.get("compile"):
@@ -80,13 +82,18 @@ def train(run):
     sizes = replace(SMALL if config["small"] else CONFIG, dropout=config.get("dropout", 0.1))
     model = model_of(sizes).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=config.get("fused", False))
+    scaler = None
+    if config.get("float16"):  # it begins with a scale that overflows
+        scaler = torch.amp.GradScaler(device.type, init_scale=2.0**17, growth_interval=4)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.98)
     mine = os.environ.get("RANK", "0")
     with (out / f"worker-{mine}-{os.getpid()}.jsonl").open("w", buffering=1) as log:
         data = SourceText(sizes.context)
-        for step in run.steps(model, optimizer, data, loss_fn=next_byte_loss, scheduler=scheduler, clip_grad_norm=1.0):
+        how = {"loss_fn": next_byte_loss, "scheduler": scheduler, "clip_grad_norm": 1.0, "scaler": scaler}
+        for step in run.steps(model, optimizer, data, **how):
             log.write(json.dumps({"step": step.index, "loss": step.loss, "device": str(device)}) + "\n")
-    torch.save(run.full_state_dict(), out / f"state-{mine}.pt")
+    scale = scaler.state_dict() if scaler is not None else {}
+    torch.save({**run.full_state_dict(), "scale": {**scale, "skipped": run.skipped_steps}}, out / f"state-{mine}.pt")
 
 
 if __name__ == "__main__":

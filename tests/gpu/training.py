@@ -20,6 +20,7 @@ CASES: dict[str, dict[str, Any]] = {
     "2 stages x 2 ranks": {"stages": 2},
     "1 stage x 4 ranks": {"stages": 1},
     "bfloat16 autocast": {"stages": 2, "autocast": True},
+    "float16 with a loss scaler": {"stages": 2, "float16": True},
     "bfloat16 parameters with float32 masters": {"stages": 2, "bfloat16": True},
     "fused AdamW, replayed": {"stages": 2, "fused": True, "protection": "replay"},
     "compiled layers": {"stages": 1, "compile": True},
