@@ -56,6 +56,7 @@ def elastic(**arguments: Unpack[Arguments]) -> Callable[[Callable[Concatenate[Ru
 
     `steps`: optimizer steps in all. `global_batch_size`: samples a step; `micro_batch_size`: samples a forward, by
     which it must be divisible. `stages`: pipeline stages. `seed`: of the data order, dropout and initialisation.
+    `skip_bad_samples`: how many samples may raise when a rank reads them; the next one takes the place of each.
     `master_dtype`: the type in which the optimizer steps bfloat16 and float16 parameters, "float32", or "none": theirs.
     `loss_reduction`: what the loss of a micro-batch is: a "mean", a "sum", or a sum over "tokens" that are counted.
 

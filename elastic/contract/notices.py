@@ -27,6 +27,7 @@ class Notice(enum.StrEnum):
     DATA_GREW = "data-grew"  # a replacement's dataset has more samples than at the job's start
     DATA_NOT_REPEATABLE = "data-not-repeatable"  # the same index gives another sample when it is fetched again
     DATA_WORKER_LOST = "data-worker-lost"  # a worker process of a DataLoader ended
+    SAMPLE_SKIPPED = "sample-skipped"  # a sample of the dataset raised, and the next one takes its place
     STREAM_ENDED = "stream-ended"  # before the last step of the job
     RESUME_DATA = "resume-data"  # the data differs from that of the checkpoint's training
     REPLACEMENT_VALUES = "replacement-values"  # a replacement's script loaded values that the job does not use

@@ -63,6 +63,13 @@ class Settings:
         default="drop",
         choices=("drop", "pad"),
     )
+    skip_bad_samples: int = setting(
+        "How many samples of the dataset may raise when a rank reads them; the next one takes the place of each.",
+        more="See [data](data.md#samples-that-cannot-be-read).",
+        unit="samples",
+        default=0,
+        least=0,
+    )
     global_batch_size: int = setting("Samples per step.", unit="samples", least=1)
     micro_batch_size: int = setting("Samples per forward; divides `global_batch_size`.", unit="samples", least=1)
     stages: int = setting("Pipeline stages.", unit="stages", default=1, least=1)
@@ -198,6 +205,7 @@ class Arguments(TypedDict, total=False):
     steps: int
     epochs: int
     last_batch: str
+    skip_bad_samples: int
     global_batch_size: Required[int]
     micro_batch_size: Required[int]
     stages: int

@@ -74,6 +74,9 @@ class DataSource:
         self._collate = collate_fn or default_collate
         self._channel = channel
         self._seed = settings.seed
+        self._skips = settings.skip_bad_samples
+        self._bad: dict[int, str] = {}  # sample -> why it cannot be read, in this process
+        self._skipped: set[int] = set()  # those that were in this rank's micro-batches
         self._place = place
         self.streams = self._begin_streams(settings) if is_stream else None
         self.samples = 0 if is_stream else len(dataset)
@@ -131,20 +134,50 @@ class DataSource:
         return self._collate([self._sample(i) for i in self.order.indices(step, number)])
 
     def _sample(self, index: int) -> Any:
-        """A sample of the dataset; an exception of the user's says which one it is."""
-        try:
-            return self.dataset[index]
-        except Exception as error:
-            error.add_note(f"everstep: this is sample {index} of the dataset ({type(self.dataset).__name__})")
-            raise
+        """A sample of the dataset; an exception of the user's says which one it is.
+
+        In place of one that may be skipped comes the next that can be read: the same on every rank that reads it.
+        """
+        number, tried = index, 0
+        while True:
+            try:
+                return self.dataset[number]
+            except Exception as error:
+                if tried == self._skips:
+                    error.add_note(f"everstep: this is sample {number} of the dataset ({type(self.dataset).__name__})")
+                    raise
+                self._bad[number] = f"{type(error).__name__}: {error}"
+            number, tried = (number + 1) % self.samples, tried + 1
 
     def fetch(self, step: int, micro_batch: int) -> Any:
         """The samples of a micro-batch, collated."""
         if self._loader is None or not self._loader.num_workers:
-            return self.load((step, micro_batch))
-        if self._ahead is None:
-            self._ahead = _Ahead(self._loader, self.load, lambda: self.upcoming(), self._channel)
-        return self._ahead.take((step, micro_batch))
+            item, bad = self._load_noting((step, micro_batch))
+        else:
+            if self._ahead is None:
+                self._ahead = _Ahead(self._loader, self._load_noting, lambda: self.upcoming(), self._channel)
+            item, bad = self._ahead.take((step, micro_batch))
+        for number, why in bad.items():
+            self._skip(number, why)
+        return item
+
+    def _load_noting(self, key: Key) -> tuple[Any, dict[int, str]]:
+        """The item of a key, and which samples could not be read for it."""
+        self._bad = {}
+        return self.load(key), self._bad
+
+    def _skip(self, number: int, why: str) -> None:
+        if number in self._skipped:
+            return
+        self._skipped.add(number)
+        dataset = f"the dataset ({type(self.dataset).__name__})"
+        if len(self._skipped) > self._skips:
+            raise UsageError(
+                f"skip_bad_samples={self._skips}: {len(self._skipped)} samples of {dataset} could not be read on this "
+                f"rank, the last of them sample {number}: {why}"
+            )
+        text = f"sample {number} of {dataset} cannot be read, and the next one takes its place: {why}"
+        warn(self._channel, Notice.SAMPLE_SKIPPED, text, sample=number)
 
     def ends(self, step: int) -> str:
         """Why no step can follow this one: a stream has no samples for a micro-batch of this rank in it. Or empty."""
@@ -391,6 +424,11 @@ def _check_dataset(dataset: Any, settings: Settings) -> None:
 
 
 def _check_stream(dataset: Any, settings: Settings) -> None:
+    if settings.skip_bad_samples:
+        raise UsageError(
+            f"skip_bad_samples={settings.skip_bad_samples} needs a dataset with a length, and "
+            f"{type(dataset).__name__} is a stream, which cannot go on behind an exception: catch it in there"
+        )
     if settings.epochs:
         raise UsageError(
             f"epochs={settings.epochs} needs a dataset with a length, and {type(dataset).__name__} is a stream: give "

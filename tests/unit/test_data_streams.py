@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -173,6 +174,34 @@ class Broken(torch.utils.data.Dataset[Any]):
         if index == 5:
             raise OSError("a picture that is none")
         return index
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_sample_that_cannot_be_read_is_skipped(workers: int) -> None:
+    told = Told()
+    found = source(DataLoader(Broken(), batch_size=2, num_workers=workers), replace(SETTINGS, skip_bad_samples=1), told)
+    found.upcoming = lambda: [(0, 2), (2, 2)]
+    assert [found.fetch(step, 2).tolist() for step in (0, 2)] == [[4, 6], [4, 6]]
+    assert told.texts == [
+        "sample-skipped: sample 5 of the dataset (Broken) cannot be read, and the next one takes its place: OSError: a "
+        "picture that is none"
+    ]
+    found.close()
+
+
+def test_more_samples_than_allowed_cannot_be_read() -> None:
+    class Sparse(Broken):
+        def __getitem__(self, index: int) -> Any:
+            if index % 4 == 1:
+                raise OSError(f"no {index}")
+            return index
+
+    found = source(DataLoader(Sparse(), batch_size=2), replace(SETTINGS, skip_bad_samples=2))
+    assert [found.fetch(0, number).tolist() for number in range(3)] == [[0, 2], [2, 3], [4, 6]]
+    with pytest.raises(UsageError, match=r"^skip_bad_samples=2: 3 samples of the dataset \(Sparse\) could not be read"):
+        found.fetch(1, 0)
+    with pytest.raises(UsageError, match="is a stream, which cannot go on behind an exception"):
+        source(Numbers(40), replace(SETTINGS, skip_bad_samples=2))
 
 
 @pytest.mark.parametrize("workers", [0, 1])

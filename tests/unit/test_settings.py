@@ -49,6 +49,7 @@ FROZEN = """
 steps int 0
 epochs int 0
 last_batch str 'drop' drop|pad
+skip_bad_samples int 0
 global_batch_size int required
 micro_batch_size int required
 stages int 1
@@ -77,6 +78,7 @@ GIVEN = {  # a value other than the default for each setting, as text and as a v
     "steps": ("3", 3),
     "epochs": ("3", 3),
     "last_batch": ("pad", "pad"),
+    "skip_bad_samples": ("3", 3),
     "global_batch_size": ("12", 12),
     "micro_batch_size": ("3", 3),
     "stages": ("2", 2),
