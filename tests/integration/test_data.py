@@ -61,13 +61,22 @@ def warnings(result: Result) -> set[str]:
 
 
 @pytest.mark.parametrize("loop", [False, True])
-def test_a_data_loaders_workers_fetch_the_same_samples(loop: bool, folder: Path, tmp_path: Path) -> None:
-    """Random augmentation in worker processes, two ranks killed: as in one process that fetches for itself."""
+def test_a_data_loaders_workers_fetch_the_same_samples(
+    loop: bool, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Random augmentation in worker processes, two ranks killed: as in one process that fetches for itself.
+
+    In one of the cases a file cannot be read, and is skipped.
+    """
     loader = {"batch_size": 2, "num_workers": 2, "shuffle": True}
+    if loop:
+        monkeypatch.setenv("EVERSTEP_SKIP_BAD_SAMPLES", "1")
+        (folder / "120.txt").write_text("no number")
     result = run_job(
         nproc=2, steps=STEPS, script="data_job.py", faults=KILLS, folder=str(folder), loader=loader, loop=loop
     )
     assert_same_end(result, alone(tmp_path / "alone", folder, loop=loop))
+    assert ("sample-skipped" in warnings(result)) == loop
     assert len(result.named("worker_died")) == len(KILLS)
     fetchers = {line.split()[0] for path in result.out.glob("fetched-*") for line in path.read_text().splitlines()}
     assert len(fetchers) > 4, "each of two ranks has two processes, and one that looked at the data first"
