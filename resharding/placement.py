@@ -17,6 +17,8 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from .domains import Spread, spread
+
 DEFAULT_WIDTH = 8  # shards in a stripe: parity then takes losses / 8 of the state's bytes
 MAX_BLOCKS = 255  # of a stripe: the code's field has no more elements
 SIMILAR = 0.8  # shards of at least this fraction of the largest one may share a stripe
@@ -96,6 +98,7 @@ def place(
     losses: int,
     width: int = 0,
     stages: Mapping[str, frozenset[int]] = MappingProxyType({}),
+    domains: Mapping[str, Sequence[str]] = MappingProxyType({}),
     old: Placement | None = None,
     generation: int = 0,
 ) -> Placement:
@@ -105,16 +108,18 @@ def place(
     `width` is the number of shards in a stripe: 1 is replication, 0 means `DEFAULT_WIDTH` or as many as the number of
     nodes allows. With too few nodes, stripes become narrower, down to replication, then `losses` becomes smaller;
     `note` says so. `stages` are those of a node's ranks; where there is a choice, a stripe's blocks are on nodes of
-    different stages, so that a stage may be lost as a whole.
+    different stages, so that a stage may be lost as a whole. `domains` are a node's labels (`domains.py`): where it is
+    possible, no domain holds more than `losses` blocks of a stripe, so that any domain may be lost as a whole; stripes
+    become narrower for it.
 
-    Balance: let P be the parity bytes on a node. For every row of c > 0 bytes on a node u, and every node v outside
-    its stripe, P(u) - P(v) <= 2 c + mean(P) / 16; with `old` it is mean(P) / 4. (A node v that belongs to all the
-    stripes whose rows u holds cannot relieve it.)
+    Balance: let P be the parity bytes on a node. For every row of c > 0 bytes on a node u, and every node v outside its
+    stripe to which domains allow it to move, P(u) - P(v) <= 2 c + mean(P) / 16; with `old` it is mean(P) / 4. (A node v
+    that belongs to all the stripes whose rows u holds cannot relieve it.)
 
-    With `old`, a stripe and its parity stay as they are, as long as its shards are on different live nodes and its rows
-    on others; where a stripe has lost only parity nodes, only these are replaced. Otherwise, rows change only as far as
-    the balance above requires. If that takes more than `GROWTH` times the parity bytes of a new placement, all stripes
-    are made again.
+    With `old`, a stripe and its parity stay as they are, as long as its shards are on different live nodes, its rows on
+    others, and domains allow it; where a stripe has lost only parity nodes, only these are replaced. Otherwise, rows
+    change only as far as the balance above requires. If that takes more than `GROWTH` times the parity bytes of a new
+    placement, all stripes are made again.
 
     Deterministic, and independent of the order of `nodes`. Raises ValueError for invalid arguments.
     """
@@ -123,8 +128,10 @@ def place(
     achieved = min(losses, len(live) - 1)
     if achieved < 1:
         return Placement(generation, 0, 0, losses, (), f"nothing is protected: {len(live)} node(s) cannot lose any")
-    used = max(1, min(width or DEFAULT_WIDTH, len(live) - achieved))
-    world = _World(owners, sizes, live, achieved, used, stages)
+    room = max(1, min(width or DEFAULT_WIDTH, len(live) - achieved))
+    respected = spread(live, domains, achieved, room)
+    used = respected.width
+    world = _World(owners, sizes, live, achieved, used, stages, respected)
     best = _anew(world)
     if old is not None:
         kept = _continued(world, old)
@@ -132,7 +139,8 @@ def place(
             best = kept
     stripes = tuple(best.stripes())
     widest = max((len(stripe.shards) for stripe in stripes), default=0)
-    return Placement(generation, widest, achieved, losses, stripes, _note(len(live), losses, width, achieved, used))
+    note = _note(len(live), losses, width, achieved, room, respected)
+    return Placement(generation, widest, achieved, losses, stripes, note)
 
 
 def _check(owners: Sequence[str], sizes: Sequence[int], nodes: Collection[str], losses: int, width: int) -> None:
@@ -148,14 +156,18 @@ def _check(owners: Sequence[str], sizes: Sequence[int], nodes: Collection[str], 
         )
 
 
-def _note(nodes: int, losses: int, width: int, achieved: int, used: int) -> str:
+def _note(nodes: int, losses: int, width: int, achieved: int, room: int, respected: Spread) -> str:
     said = []
     if achieved < losses:
         said.append(f"{nodes} nodes survive the loss of {achieved} at once, not of {losses}")
-    if used < width:
-        said.append(f"{nodes} nodes have room for stripes of {used} shards, not of {width}")
-    if used == 1 and width != 1:
+    if room < width:
+        said.append(f"{nodes} nodes have room for stripes of {room} shards, not of {width}")
+    if respected.width < room:
+        said.append(f"stripes of {respected.width} shards instead of {room}, so that any domain may be lost as a whole")
+    if respected.width == 1 and width != 1:
         said.append("every shard is copied whole")
+    for kind, why in respected.impossible.items():
+        said.append(f"a {kind} may not be lost as a whole: {why}")
     return "; ".join(said)
 
 
@@ -169,6 +181,7 @@ class _World:
     losses: int
     width: int
     stages: Mapping[str, frozenset[int]]
+    domains: Spread
 
     @cached_property
     def live(self) -> frozenset[str]:
@@ -206,8 +219,9 @@ class _Open:
     cost_bytes: int
     kept: bool  # unchanged, with all its parity
 
-    def __contains__(self, node: str) -> bool:
-        return node in self.nodes or node in self.parity
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        return (*self.nodes, *self.parity)
 
 
 @dataclass
@@ -248,7 +262,7 @@ class _Draft:
         """Place the rows that have no node: among the emptiest nodes, on those of the least crowded stages."""
         for number, holder in enumerate(stripe.parity):
             if not holder:
-                emptiest = next(entry[0] for entry in self.order if entry[2] not in stripe)
+                emptiest = next(entry[0] for entry in self.order if self._admits(stripe.blocks, entry[2]))
                 chosen = self._best(stripe, emptiest + stripe.cost_bytes + self.world.window_bytes + 1)
                 stripe.parity[number] = chosen
                 self._account(chosen, stripe.cost_bytes, 1)
@@ -264,7 +278,10 @@ class _Draft:
             for stripe in order:
                 for number, holder in enumerate(stripe.parity) if stripe.cost_bytes else ():
                     limit = self.load[holder][0] - 2 * stripe.cost_bytes - allowance
-                    if self.order[0][0] >= limit or all(e[2] in stripe for e in self.order[: self._below(limit)]):
+                    rest = (*stripe.nodes, *(node for node in stripe.parity if node != holder))
+                    if self.order[0][0] >= limit or not any(
+                        self._admits(rest, e[2]) for e in self.order[: self._below(limit)]
+                    ):
                         continue
                     stripe.parity[number] = ""
                     stripe.parity[number] = chosen = self._best(stripe, limit)
@@ -272,14 +289,18 @@ class _Draft:
                     self._account(chosen, stripe.cost_bytes, 1)
                     moved = True
 
+    def _admits(self, blocks: tuple[str, ...], node: str) -> bool:
+        """Whether a stripe with these blocks may have one more on the node."""
+        return node not in blocks and self.world.domains.admits(node, blocks)
+
     def _below(self, limit: float) -> int:
         return bisect_left(self.order, limit, key=lambda entry: entry[0])
 
     def _best(self, stripe: _Open, limit: float) -> str:
         """The node outside the stripe, with fewer than `limit` bytes, that overlaps least; the emptiest of them."""
         stages = self.world.stages
-        used = Counter(s for node in (*stripe.nodes, *stripe.parity) for s in stages.get(node, ())) if stages else {}
-        free = (entry[2] for entry in self.order[: self._below(limit)] if entry[2] not in stripe)
+        used = Counter(s for node in stripe.blocks for s in stages.get(node, ())) if stages else {}
+        free = (entry[2] for entry in self.order[: self._below(limit)] if self._admits(stripe.blocks, entry[2]))
         return self.world.least_overlapping(free, used)
 
     def _account(self, node: str, size: int, rows: int) -> None:
@@ -303,7 +324,11 @@ def _continued(world: _World, old: Placement) -> _Draft:
     for stripe in old.stripes:
         if _sound(world, stripe):
             members = {world.owners[i] for i in stripe.shards}
-            parity = [n if n in world.live and n not in members else "" for n in stripe.parity[: world.losses]]
+            parity: list[str] = []
+            for node in stripe.parity[: world.losses]:
+                blocks = (*members, *parity)
+                stays = node in world.live and node not in blocks and world.domains.admits(node, blocks)
+                parity.append(node if stays else "")
             draft.add(stripe.shards, parity)
             placed.update(stripe.shards)
     for unfinished in draft.open:
@@ -319,7 +344,8 @@ def _sound(world: _World, stripe: Stripe) -> bool:
     if len(stripe.shards) > world.width or max(stripe.shards) >= len(world.owners):
         return False
     nodes = {world.owners[i] for i in stripe.shards}
-    return len(nodes) == len(stripe.shards) and nodes <= world.live
+    together = all(world.domains.admits(node, nodes - {node}) for node in nodes)
+    return len(nodes) == len(stripe.shards) and nodes <= world.live and together
 
 
 def _groups(draft: _Draft, shards: Iterable[int]) -> Iterator[tuple[int, ...]]:
@@ -344,22 +370,38 @@ def _groups(draft: _Draft, shards: Iterable[int]) -> Iterator[tuple[int, ...]]:
 def _take(draft: _Draft, pool: dict[str, deque[int]]) -> tuple[int, ...]:
     """The next stripe's shards, chosen so that as few stripes as possible cover the whole pool.
 
-    At least `rounds` stripes are necessary: nodes with that many shards have to be in each of them, the others may be
-    chosen by their stages. Among equals, nodes with many remaining shards and much parity come first: a node outside
-    the stripe will hold its parity.
+    At least `rounds` stripes are necessary: nodes with that many shards have to be in each of them, and of a domain as
+    many nodes as its other shards do not fit into the other stripes; the rest may be chosen by their stages. Among
+    equals, nodes with many remaining shards and much parity come first: a node outside the stripe will hold its parity.
     """
-    width = draft.world.width
+    world, width = draft.world, draft.world.width
+    domains = world.domains
     counts = {node: len(shards) for node, shards in pool.items()}
-    rounds = max(-(-sum(counts.values()) // width), *counts.values())
+    crowds = Counter({label: 0 for node in pool for label in domains.labels.get(node, ())})
+    for node, count in counts.items():
+        crowds.update(dict.fromkeys(domains.labels.get(node, ()), count))
+    rounds = max(-(-sum(counts.values()) // width), *counts.values(), *(-(-n // domains.most) for n in crowds.values()))
     candidates = sorted(pool, key=lambda node: (-counts[node], -draft.load[node][0], node))
     chosen: list[str] = [node for node in candidates if counts[node] == rounds]
     free = [node for node in candidates if counts[node] < rounds]
-    used: Counter[int] = Counter(s for node in chosen for s in draft.world.stages.get(node, ()))
-    while free and len(chosen) < width:
-        node = draft.world.least_overlapping(free, used)
-        free.remove(node)
-        chosen.append(node)
-        used.update(draft.world.stages.get(node, ()))
+    used: Counter[int] = Counter(s for node in chosen for s in world.stages.get(node, ()))
+
+    def choose(among: Iterable[str], most: int) -> None:
+        """Choose nodes while there are fewer than `most` of them."""
+        allowed = [node for node in among if domains.admits(node, chosen)]
+        while allowed and len(chosen) < most:
+            node = world.least_overlapping(allowed, used)
+            chosen.append(node)
+            used.update(world.stages.get(node, ()))
+            allowed = [other for other in allowed if other != node and domains.admits(other, chosen)]
+
+    for label in sorted(crowds, key=lambda label: (crowds[label], label)):  # inner domains before those around them
+        there = [node for node in free if node not in chosen and label in domains.labels.get(node, ())]
+        inside = sum(label in domains.labels.get(node, ()) for node in chosen)
+        lacking = crowds[label] - domains.most * (rounds - 1) - inside
+        if lacking > 0:
+            choose(there, len(chosen) + lacking)
+    choose([node for node in free if node not in chosen], width)
     taken = tuple(pool[node].popleft() for node in chosen)
     for node in chosen:
         if not pool[node]:

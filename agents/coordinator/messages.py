@@ -17,7 +17,7 @@ def agent_event(node: str, message: pb.AttachRequest, local: Callable[[float], f
         ready = message.ready
         stores = tuple(ready.stores)
         known = (ready.host, ready.slots, ready.keeper, ready.order, ready.memory_bytes)
-        return e.NodeJoined(node, *known, stores, dict(sorted(ready.health.items())))
+        return e.NodeJoined(node, *known, stores, dict(sorted(ready.health.items())), tuple(ready.domains))
     if body == "unhealthy":
         told = message.unhealthy
         return e.NodeUnhealthy(node, told.host, told.why, dict(sorted(told.health.items())))

@@ -81,6 +81,13 @@ def parser() -> argparse.ArgumentParser:
         "--es-keeper-memory", default="", metavar="SIZE", help="memory of this node for protection, such as 8GiB"
     )
     own.add_argument(
+        "--es-domain",
+        action="append",
+        default=[],
+        metavar="KIND=VALUE",
+        help="a failure domain that this node is in, such as rack=7; may be given several times",
+    )
+    own.add_argument(
         "--es-keeper-linger",
         type=float,
         default=os.environ.get("EVERSTEP_KEEPER_LINGER", "30"),

@@ -48,6 +48,7 @@ from everstep.comms.control.attach import Attachment, Unreachable
 from everstep.elastic.protocol.agent_events import NodeOutcome
 from everstep.elastic.protocol.state import Config
 
+from . import domain_flag
 from .command import SIGNALS, Command, LaunchError, node_range, overrides
 from .coordinator_flags import WATCHED, add_coordinator_flags
 from .masterport import MasterPort
@@ -349,6 +350,7 @@ def _node_config(command: Command, job: str, address: str) -> NodeConfig:
         role=torch.role,
         max_restarts=torch.max_restarts,
         max_nodes=torch.max_nodes,
+        domains=domain_flag.labels(own.es_domain, os.environ),
         memory_bytes=_keeper_memory(own.es_keeper_memory),
         keeper_linger_s=own.es_keeper_linger,
         rejoin_s=min(_join_timeout(command), REJOIN_S),

@@ -134,7 +134,8 @@ def _amiss(node: View) -> str:
 
 def _node(node: View, ranks: Sequence[int]) -> list[str]:
     reading = node["reading"]
-    cells = [node["node"], node["host"], f"ranks {ranks_text(ranks)}" if ranks else "no ranks"]
+    host = " ".join((node["host"], *node.get("domains", ())))
+    cells = [node["node"], host, f"ranks {ranks_text(ranks)}" if ranks else "no ranks"]
     if reading:
         cells.append(f"CPU {reading['cpu_ratio']:.0%}")
         total = reading["memory_bytes"]

@@ -302,6 +302,7 @@ _WORDS: dict[str, tuple[Grade, Callable[[Line], str]]] = {
     "last_save": (Grade.NEWS, lambda x: f"the state after {x['version']} steps is being saved, as {x['name']}"),
     "trained": (Grade.NEWS, _trained),
     "protection": (Grade.NEWS, _protection),
+    "domain_exposed": (Grade.WARNING, lambda x: f"the loss of a whole {x['kind']} is not covered: {x['why']}"),
     "snapshot_interval": (
         Grade.NEWS,
         lambda x: f"a version that outlives nodes every {x['every']} steps: {x.get('why', '')}",

@@ -187,6 +187,7 @@ def _node(seen: Seen, name: str, unlike: Sequence[str]) -> dict[str, Any]:
         "silence_s": max(0.0, seen.state_at_s - heard.at_s) if heard else None,
         "leaving": leaving.why if leaving else None,
         "health": dict(node.health),
+        "domains": list(node.domains),
         "odd": list(unlike),
         "metrics": telemetry.metrics,
         "reading": fields_of(telemetry.host) if fresh else None,

@@ -233,6 +233,7 @@ class NodeAgent:
             memory_bytes=config.memory_bytes,
             stores=[self._stores.reserve(), self._stores.reserve()],
             health=self._health,
+            domains=config.domains,
         )
         self.link.send(ready=ready)
 

@@ -60,7 +60,7 @@ class Hello(_message.Message):
     def __init__(self, job: _Optional[str] = ..., node: _Optional[str] = ..., protocol: _Optional[int] = ..., returning: _Optional[bool] = ..., received: _Optional[int] = ..., token_digest: _Optional[str] = ...) -> None: ...
 
 class NodeReady(_message.Message):
-    __slots__ = ("host", "slots", "keeper", "order", "memory_bytes", "stores", "health")
+    __slots__ = ("host", "slots", "keeper", "order", "memory_bytes", "stores", "health", "domains")
     class HealthEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -75,6 +75,7 @@ class NodeReady(_message.Message):
     MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     STORES_FIELD_NUMBER: _ClassVar[int]
     HEALTH_FIELD_NUMBER: _ClassVar[int]
+    DOMAINS_FIELD_NUMBER: _ClassVar[int]
     host: str
     slots: int
     keeper: str
@@ -82,7 +83,8 @@ class NodeReady(_message.Message):
     memory_bytes: int
     stores: _containers.RepeatedScalarFieldContainer[int]
     health: _containers.ScalarMap[str, float]
-    def __init__(self, host: _Optional[str] = ..., slots: _Optional[int] = ..., keeper: _Optional[str] = ..., order: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., stores: _Optional[_Iterable[int]] = ..., health: _Optional[_Mapping[str, float]] = ...) -> None: ...
+    domains: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, host: _Optional[str] = ..., slots: _Optional[int] = ..., keeper: _Optional[str] = ..., order: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., stores: _Optional[_Iterable[int]] = ..., health: _Optional[_Mapping[str, float]] = ..., domains: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class NodeUnhealthy(_message.Message):
     __slots__ = ("host", "why", "health")

@@ -34,6 +34,7 @@ class NodeJoined:
     memory_bytes: int = 0  # 0: unknown
     stores: tuple[int, ...] = ()  # ports of torch stores for the first attempts, used if this is the first node
     health: Mapping[str, float] = field(default_factory=dict)  # figures of its health check; empty: no check was made
+    domains: tuple[str, ...] = ()  # labels of its failure domains, such as rack=7
 
 
 @dataclass(frozen=True)

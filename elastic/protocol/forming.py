@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from . import events as e
 from .causes import Ending
@@ -32,11 +33,13 @@ def node_joined(state: State, event: e.NodeJoined, now: float) -> Outcome:
         return state, [e.RefuseNode(event.node, "the job is running and its script is not elastic")]
     order = event.order if event.order >= 0 else len(state.nodes)
     stores = {state.restarts + number: port for number, port in enumerate(event.stores)}
-    node = Node(event.node, event.host, event.slots, event.keeper, event.memory_bytes, stores, event.health)
+    about = (event.host, event.slots, event.keeper, event.memory_bytes)
+    node = Node(event.node, *about, stores, event.health, event.domains)
     nodes = {**state.nodes, event.node: node}
     state = replace(state, heard={**state.heard, event.node: Heard(now)})
     fields = {"node": event.node, "host": event.host, "slots": event.slots, "order": order}
-    record = e.Record("node_joined", {**fields, **({"health": dict(event.health)} if event.health else {})})
+    known: dict[str, Any] = {"health": dict(event.health), "domains": list(event.domains)}
+    record = e.Record("node_joined", {**fields, **{name: value for name, value in known.items() if value}})
     if state.phase is not Phase.FORMING:
         state, effects = add_workers(replace(state, nodes=nodes), node)
         return state, [record, *effects]

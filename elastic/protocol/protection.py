@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
+from everstep.resharding.domains import spread
 from everstep.resharding.layout import Layout
 from everstep.resharding.lines import of_this_line
 from everstep.resharding.neighbors import stand_ins
@@ -45,6 +46,7 @@ def placement_for(state: State, layout: Layout) -> Placement:
         losses=job.node_losses,
         width=0 if job.protection == "parity" else 1,
         stages={name: frozenset(numbers) for name, numbers in stages.items()},
+        domains={name: state.nodes[name].domains for name in stages},
         old=state.placement,
         generation=layout.generation,
     )
@@ -81,7 +83,7 @@ def too_small(state: State, needed: Mapping[str, int]) -> str:
     return ""
 
 
-def statements(state: State, placement: Placement, needed: Mapping[str, int]) -> list[e.Effect]:
+def statements(state: State, layout: Layout, placement: Placement, needed: Mapping[str, int]) -> list[e.Effect]:
     """Describe the job's protection on each node's terminal and in the event log."""
     job = state.job
     assert job is not None
@@ -94,10 +96,19 @@ def statements(state: State, placement: Placement, needed: Mapping[str, int]) ->
         "note": placement.note,
         "bytes": dict(needed),
     }
-    told: list[e.Effect] = [e.Record("protection", fields)]
+    told: list[e.Effect] = [e.Record("protection", fields), *_exposed(state, layout, placement)]
     for name in state.nodes:
         told.append(e.TellNode(name, f"{describe}; this node holds up to {_mib(needed[name])} for it"))
     return told
+
+
+def _exposed(state: State, layout: Layout, placement: Placement) -> list[e.Effect]:
+    """A warning for each kind of failure domain whose loss as a whole is not covered."""
+    if not placement.losses:
+        return []
+    nodes = sorted({state.workers[rank].node for rank in layout.ranks})
+    impossible = spread(nodes, {name: state.nodes[name].domains for name in nodes}, placement.losses, 1).impossible
+    return [e.Record("domain_exposed", {"kind": kind, "why": why}) for kind, why in impossible.items()]
 
 
 def describe_protection(mode: str, placement: Placement) -> str:

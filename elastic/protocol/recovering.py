@@ -478,7 +478,7 @@ def carry_out(state: State, plan: Plan) -> Outcome:
         placement.note,
     )
     if not as_before:
-        told = statements(state, placement, needed)
+        told = statements(state, plan.layout, placement, needed)
     members = [state.workers[rank] for rank in plan.layout.ranks]
     leavers = [state.workers[rank] for rank in plan.leaving]
     peers = {w.id.rank: w.peer for w in members if w.peer is not None}

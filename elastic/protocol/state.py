@@ -74,6 +74,7 @@ class Node:
     memory_bytes: int = 0
     stores: Mapping[int, int] = field(default_factory=dict)  # attempt -> port of torch's store on it
     health: Mapping[str, float] = field(default_factory=dict)  # figures of its health check
+    domains: tuple[str, ...] = ()  # labels of its failure domains
 
 
 class Trouble(NamedTuple):

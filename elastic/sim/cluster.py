@@ -108,6 +108,7 @@ class Cluster:
         interval: int = 1,
         saving: Saving | None = None,
         verify_every: int = 0,
+        racks: int = 0,
     ) -> None:
         self.world = world
         self.job = job
@@ -120,7 +121,8 @@ class Cluster:
         self._saved = {begun.name: begun.version} if (begun := self.saving.begun) else {}  # as far as is known
         self.ahead_s = 0.0  # offset of the coordinator's clock, after it was stopped or its machine slept
         self.ledger = Ledger(job, expected, verified=bool(verify_every))
-        self.promise = Promise(job.node_losses, replay=job.protection == "replay")
+        self.racks = racks
+        self.promise = Promise(job.node_losses, replay=job.protection == "replay", rack_of=self.rack_of)
         self.state: State = coordinator.initial_state(config, 0.0)
         self.events: list[tuple[float, e.Event]] = []
         self.log: list[str] = []
@@ -211,7 +213,9 @@ class Cluster:
 
     def announce(self, one: SimAgent) -> None:
         node = one.state.node
-        self.happened(e.NodeJoined(node, f"host-{node}", one.state.config.slots, node))
+        rack = self.rack_of(node)
+        domains = (f"rack={rack}",) if rack else ()
+        self.happened(e.NodeJoined(node, f"host-{node}", one.state.config.slots, node, domains=domains))
         self._beat(node)
 
     def connect_again(self, one: SimAgent, former: str) -> None:
@@ -224,6 +228,11 @@ class Cluster:
                 self._connect(one)
 
         self.world.after(delay_s, connect)
+
+    def rack_of(self, node: str) -> str:
+        """The rack of a node with which the job begins; empty for others, and where there are no racks."""
+        number = node.removeprefix("node")
+        return f"r{int(number) % self.racks}" if self.racks and number.isdigit() else ""
 
     def _beat(self, node: str) -> None:
         if self.outcome is None and self.nodes[node].up:

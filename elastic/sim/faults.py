@@ -45,6 +45,11 @@ class NodeFault(Fault):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RackFault(NodeFault):
+    """All nodes of a rack are lost, where the guarantee covers it: the rack of the worker that entered `phase`."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Drain(Fault):
     """`victims` nodes are asked to hand over and leave, among them that of the worker that entered `phase`."""
 
@@ -121,6 +126,25 @@ def draw_nodes(rng: random.Random, losses: int, horizon_s: float, *, reckless: b
             alone=rng.random() < 0.5,
             back_s=rng.choice((0.0, 0.05, 0.5, 3.0)),
             careful=careful,
+        )
+        faults.append(fault)
+    return faults
+
+
+def draw_racks(rng: random.Random, horizon_s: float) -> list[Fault]:
+    """One or two racks that are lost as a whole, their nodes at once or within seconds."""
+    faults: list[Fault] = []
+    for _ in range(rng.choice((1, 1, 2))):
+        at_s, phase, after = _occasion(rng, NODE_PHASES, horizon_s)
+        fault = RackFault(
+            victims=0,
+            at_s=at_s,
+            phase=phase,
+            after=after,
+            detected_s=rng.choice((0.001, 0.02, 0.3)),
+            spread_s=rng.choice((0.0, 0.01, 0.2, 1.0)),
+            streams_break=rng.random() < 0.7,
+            back_s=rng.choice((0.0, 0.0, 0.5, 3.0)),
         )
         faults.append(fault)
     return faults
@@ -245,6 +269,9 @@ class Injector:
             self._world.after(0.0, functools.partial(self._strike, fault, worker, node))
 
     def _strike(self, fault: Fault, worker: WorkerId | None, node: str) -> None:
+        if isinstance(fault, RackFault):
+            self._strike_rack(fault, node, self._world.now + PATIENCE_S)
+            return
         if isinstance(fault, NodeFault):
             self._strike_nodes(fault, node, self._world.now + PATIENCE_S)
             return
@@ -313,7 +340,29 @@ class Injector:
         world.random.shuffle(nodes)
         nodes.sort(key=lambda node: node != first)
         self.last_s = max(self.last_s, world.now + fault.spread_s + 10.0 + fault.silent_s + fault.back_s)
-        for node in nodes[:victims]:
+        self._doom(fault, nodes[:victims], first)
+
+    def _strike_rack(self, fault: RackFault, first: str, until_s: float) -> None:
+        """Lose a rack, if the others are in several nodes that hold what it holds."""
+        cluster, world = self._cluster, self._world
+        if cluster.outcome is not None or world.now > until_s:
+            return
+        cluster.look()
+        rack = cluster.rack_of(first or world.random.choice(sorted(cluster.state.nodes) or [""]))
+        nodes = sorted(node for node in cluster.state.nodes if cluster.rack_of(node) == rack)
+        doubtful = cluster.doubtful()
+        covered = rack and cluster.promise.may_lose(set(nodes)) and not doubtful & cluster.state.nodes.keys()
+        trains = cluster.state.layout is not None and cluster.state.phase in (Phase.RUNNING, Phase.RECOVERING)
+        if not trains or not covered or len(nodes) == len(cluster.state.nodes):
+            world.after(AGAIN_S, functools.partial(self._strike_rack, fault, "", until_s))
+            return
+        self.last_s = max(self.last_s, world.now + fault.spread_s + 10.0 + fault.back_s)
+        self._cluster.happenings["racks lost"] += 1
+        self._doom(fault, nodes, first)
+
+    def _doom(self, fault: NodeFault, nodes: list[str], first: str) -> None:
+        cluster, world = self._cluster, self._world
+        for node in nodes:
             delay_s = 0.0 if node == first else world.between(0.0, fault.spread_s)
             world.after(delay_s, functools.partial(self._lose, fault, node))
             cluster.promise.doom(node)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 from everstep.elastic.protocol import events as e
@@ -131,12 +131,14 @@ class Ledger:
 class Promise:
     """Whether the faults so far are among those that a job must survive.
 
-    It must survive the loss of any `losses` nodes at once, and again once its newest version is whole everywhere. Where
-    workers die too (`deaths`), it counts as whole only once the coordinator knows: all of them may die before they can
-    report it.
+    It must survive the loss of any `losses` nodes at once, or of all nodes of a rack if there are others. The next loss
+    may come once its newest version is whole everywhere. Where workers die too (`deaths`), it counts as whole only once
+    the coordinator knows: all of them may die before they can report it.
     """
 
-    def __init__(self, losses: int, *, replay: bool) -> None:
+    def __init__(self, losses: int, *, replay: bool, rack_of: Callable[[str], str]) -> None:
+        self._rack_of = rack_of
+        self._spread = False  # whether the nodes that are there are in several racks
         self.deaths = False
         self.agreed_in = 0  # the newest generation in which a step was agreed on
         self._replay = replay
@@ -159,7 +161,15 @@ class Promise:
         """A node is lost, or may be."""
         self._lost.add(node)
         self._doomed.discard(node)
-        self.broken = self.broken or len(self._lost) > self._allowed
+        self.broken = self.broken or (len(self._lost) > self._allowed and not self._is_a_rack(self._lost))
+
+    def may_lose(self, nodes: set[str]) -> bool:
+        """Whether all these may be lost now, as nodes of one rack."""
+        return self._is_a_rack(self._lost | nodes)
+
+    def _is_a_rack(self, nodes: set[str]) -> bool:
+        racks = {self._rack_of(node) for node in nodes}
+        return self._spread and len(racks) == 1 and "" not in racks
 
     def released(self, node: str, staying: int) -> None:
         """A node has handed over what it held; at least one node with members has to remain."""
@@ -176,10 +186,11 @@ class Promise:
         placement, layout = state.placement, state.layout
         if placement is None or layout is None or state.phase is not Phase.RUNNING or doubtful & state.nodes.keys():
             return
+        there = {state.workers[rank].node for rank in layout.ranks}
         placement = state.placements.get(layout.generation, placement) if self._replay else placement
         if self._replay:  # backups hold all of a version before its step is agreed on
             if placement.generation == layout.generation == self.agreed_in:
-                self._lost, self._allowed = set(self._doomed), placement.losses
+                self._whole(placement.losses, there)
             return
         holders = {node for stripe in placement.stripes for node in (*stripe.nodes, *stripe.parity)}
         complete = [keepers[node].complete for node in holders]
@@ -187,5 +198,9 @@ class Promise:
         whole = min((version for _, version in complete), default=0)
         known = whole <= state.protected or not (self.deaths and holders)
         if current and whole >= 0 and known and all(generation == layout.generation for generation, _ in complete):
-            self._lost = set(self._doomed)
-            self._allowed = placement.losses
+            self._whole(placement.losses, there)
+
+    def _whole(self, losses: int, there: set[str]) -> None:
+        """From now on so many of the nodes that are there may be lost."""
+        self._lost, self._allowed = set(self._doomed), losses
+        self._spread = len({self._rack_of(node) or node for node in there}) > 1

@@ -26,6 +26,7 @@ from .faults import (
     draw_joiners,
     draw_moves,
     draw_nodes,
+    draw_racks,
     draw_speeds,
     draw_store_faults,
 )
@@ -66,6 +67,7 @@ class Shape:
     disk_fills: bool = False  # the storage of checkpoints is full now and then
     joiners_die: bool = False  # joiners die while reports of joins are late
     rebalance_s: float = 0.0  # how long a layout lasts before a faster one is looked for; 0: none is
+    racks: int = 0  # of the nodes that the job begins with; they are lost as a whole
     speeds_change: bool = False  # ranks become slower and faster, as measured
 
 
@@ -175,6 +177,9 @@ SHAPES = {
         resumes_at=2,
         disk_fills=True,
     ),
+    "2 racks": Shape(stages=2, workers=4, nodes=4, steps=10, racks=2),
+    "3 racks": Shape(workers=7, nodes=7, steps=10, losses=2, interval=3, tied=True, racks=3),
+    "2 racks, replay": Shape(workers=4, nodes=4, steps=10, racks=2, protection="replay"),
     "full disk, 4 nodes": Shape(workers=4, nodes=4, steps=9, losses=2, drains=True, loses_nodes=True, store_fails=True),
 }
 
@@ -314,7 +319,7 @@ def run(seed: int, shape: Shape, around: Circumstances) -> Outcome:
     saving = Saving(shape.saves_every, shape.damaged, begun)
     expected = _expected(shape, shape.steps)
     verify_every = 1 if shape.flips else 0
-    cluster = Cluster(world, config, job, around.timing, expected, shape.interval, saving, verify_every)
+    cluster = Cluster(world, config, job, around.timing, expected, shape.interval, saving, verify_every, shape.racks)
     if begun is not None:
         cluster.storage.begin_with(begun, dict(enumerate(past.states[-1])))
     if shape.leaves_at:
@@ -378,6 +383,8 @@ def _faults(rng: random.Random, shape: Shape, horizon_s: float) -> list[Fault]:
     if shape.flips:  # a few deaths at a time, so that correct replicas are in the majority
         deaths = [replace(fault, victims=1) for fault in draw(rng, shape.workers, horizon_s)[:2]]
         return [*draw_flips(rng, horizon_s, shape.flips), *deaths]
+    if shape.racks:
+        return [*draw_racks(rng, horizon_s), *draw(rng, shape.workers, horizon_s)[: rng.randrange(3)]]
     if not shape.loses_nodes:
         return [*drains, *draw(rng, shape.workers, horizon_s)]
     deaths = draw(rng, shape.workers, horizon_s) if rng.random() < 0.5 else []

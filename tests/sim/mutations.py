@@ -56,6 +56,13 @@ class Caught(NamedTuple):
 
 MUTATIONS = (
     Mutation(
+        "parity does not respect failure domains",
+        "protection.py",
+        "domains={name: state.nodes[name].domains for name in stages},",
+        "domains={},",
+        ("2 racks", "3 racks", "2 racks, replay"),
+    ),
+    Mutation(
         "an owner that did not carry the agreed step out is not brought forward",
         "worker.py",
         "elif not entering.fresh and holding.owned_version == version - 1:",
