@@ -25,10 +25,14 @@ from .writer import parse_folder
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A committed checkpoint. Methods raise CheckpointError, which names what is damaged, or StoreError."""
+    """A committed checkpoint. Methods raise CheckpointError, which names what is damaged, or StoreError.
+
+    `remarks`: lines for the user about one of another framework.
+    """
 
     store: Store
     manifest: Manifest
+    remarks: tuple[str, ...] = ()
 
     @property
     def url(self) -> str:

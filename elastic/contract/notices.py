@@ -30,6 +30,7 @@ class Notice(enum.StrEnum):
     SAMPLE_SKIPPED = "sample-skipped"  # a sample of the dataset raised, and the next one takes its place
     STREAM_ENDED = "stream-ended"  # before the last step of the job
     RESUME_DATA = "resume-data"  # the data differs from that of the checkpoint's training
+    FOREIGN_CHECKPOINT = "foreign-checkpoint"  # the job resumes from another framework's: what its reader says
     REPLACEMENT_VALUES = "replacement-values"  # a replacement's script loaded values that the job does not use
     REPLACEMENT_STATE = "replacement-state"  # a replacement has none of the script's own variables
     PREFETCH_FAILED = "prefetch-failed"  # a rank could not copy shards ahead of a rebalance

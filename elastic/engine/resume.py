@@ -22,7 +22,6 @@ from everstep.checkpointing.universal.reader import (
     Checkpoint,
     committed,
     load,
-    open_checkpoint,
 )
 from everstep.checkpointing.universal.store import Store, StoreError, open_store
 from everstep.elastic.contract.errors import UsageError
@@ -68,7 +67,9 @@ class Resumption:
         try:
             found = self._own() if settings.checkpoint else []
             if not found and settings.resume != "auto":
-                checkpoint = open_checkpoint(settings.resume, _options(settings))
+                checkpoint = _opened(settings.resume, settings)
+                for remark in checkpoint.remarks:
+                    warn(self._channel, Notice.FOREIGN_CHECKPOINT, f"{checkpoint.url}: {remark}")
                 self._compare_data(checkpoint.manifest, checkpoint.url)
                 found = [self._entry(checkpoint, settings.resume)]
         except (CheckpointError, StoreError) as error:
@@ -170,6 +171,8 @@ class Resumption:
 
     def _compare_data(self, manifest: Manifest, url: str) -> None:
         """Refuse other data than the checkpoint was trained on, or warn of it where the difference is to be ignored."""
+        if not manifest.data:
+            return  # another framework's: it does not say
         ours = {"global_batch_size": self._settings.global_batch_size, "samples": self._data["samples"]}
         ours |= {"micro_batch_size": self._settings.micro_batch_size, "seed": self._settings.seed}
         ours |= {"shuffle": self._data["shuffle"], "last_batch": self._data["last_batch"]}
@@ -288,20 +291,30 @@ def _options(settings: Settings) -> Mapping[str, Any]:
     return options
 
 
+def _own(name: str, settings: Settings) -> Checkpoint:
+    """A checkpoint in the job's own folder."""
+    found = load(open_store(settings.checkpoint, _options(settings)).inside(name))
+    if found is None:
+        raise CheckpointError(f"{settings.checkpoint}/{name}: the manifest no longer exists")
+    return found
+
+
+def _opened(url: str, settings: Settings) -> Checkpoint:
+    """The checkpoint of Everstep, or of another framework, at `url`."""
+    from everstep.checkpointing.convert.drive.inplace import open_any  # formats of other frameworks, needed by few
+
+    return open_any(url, _options(settings))
+
+
 class CheckpointStates:
     """The states of shards, and the constants, in a checkpoint. Raises CheckpointError or StoreError."""
 
     def __init__(self, settings: Settings, stack: LayerStack, name: str) -> None:
         self.name = name
         self._stack = stack
-        if "/" in name:
-            self._checkpoint = open_checkpoint(name, _options(settings))
-        else:
-            found = load(open_store(settings.checkpoint, _options(settings)).inside(name))
-            if found is None:
-                raise CheckpointError(f"{settings.checkpoint}/{name}: the manifest no longer exists")
-            self._checkpoint = found
-        self._checkpoint = _Remembering(self._checkpoint.store, self._checkpoint.manifest)
+        found = _opened(name, settings) if "/" in name else _own(name, settings)
+        # One of another framework has no chunks, and remembers what it has read.
+        self._checkpoint = _Remembering(found.store, found.manifest) if type(found) is Checkpoint else found
 
     @property
     def lineage(self) -> Lineage:

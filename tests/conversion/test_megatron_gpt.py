@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.jobs import assert_same_state
 from tests.jobs.leftovers import nothing_left
 from tests.jobs.peers import ROOT, elastic_peer, run_peer
 
@@ -19,7 +20,7 @@ SCRIPTS = Path(__file__).parent / "samples"
 EXAMPLE = ROOT / "docs" / "examples" / "megatron_gpt.py"
 SMALL = ["--layers=2", "--width=32"]
 CASES = {"tied": [], "untied": ["--untied", "--rope"]}
-STEPS = 20
+STEPS, SAVED = 20, 10
 ROUNDING = 1e-6  # of losses of 5.5, whose neighbours in float32 are 5e-7 away
 LAYOUTS = {"1 rank": ["--nproc-per-node=1"], "2 stages x 2 ranks": ["--nproc-per-node=4", "--es-stages=2"]}
 
@@ -50,6 +51,38 @@ def test_the_losses_are_those_of_megatron(alone: Path, tmp_path: Path, case: str
     assert set(parameters) <= set(found), "they have Megatron's names"
     for name, tensor in parameters.items():
         torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=0)
+
+
+KILLS = [
+    {"rank": 0, "phase": "compute", "step": 2},
+    {"rank": 3, "phase": "update", "step": 5},
+    {"rank": 1, "phase": "reduce", "step": 8},
+    {"rank": 2, "phase": "commit", "step": 11},
+    {"rank": 0, "phase": "agree", "step": 14, "incarnation": 1},
+]
+
+
+def test_kills_change_no_byte(alone: Path, tmp_path: Path) -> None:
+    """With dropout, which is a layer's for a step and a micro-batch, whichever rank computes it."""
+    expected = job("1 rank", "--dropout=0.1", save=tmp_path / "expected.pt")
+    without = json.loads((alone / "tied" / "losses.json").read_text())
+    assert expected != pytest.approx(dict(enumerate(without)), abs=ROUNDING), "dropout is there"
+    events = tmp_path / "events.jsonl"
+    flags = [f"--es-events={events}"]
+    losses = job("2 stages x 2 ranks", "--dropout=0.1", save=tmp_path / "killed.pt", flags=flags, faults=KILLS)
+    assert events.read_text().count('"event": "worker_died"') >= len(KILLS) - 1  # the last life may begin too late
+    assert losses == {step: expected[step] for step in losses}
+    found, state = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("killed", "expected"))
+    assert_same_state(found, state)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_job_goes_on_from_a_checkpoint_of_megatron(alone: Path, tmp_path: Path, case: str) -> None:
+    """As Megatron itself has gone on: from the folder that its dist_checkpointing wrote, on two stages."""
+    flags = [f"--es-resume={alone / case / 'megatron'}"]
+    losses = job("2 stages x 2 ranks", "--dropout=0", *CASES[case], save=tmp_path / "state.pt", flags=flags)
+    expected = dict(enumerate(json.loads((alone / case / "losses.json").read_text())))
+    assert losses == pytest.approx({step: loss for step, loss in expected.items() if step >= SAVED}, abs=ROUNDING)
 
 
 def test_what_does_not_go_is_refused_by_name() -> None:

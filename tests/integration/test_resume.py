@@ -80,9 +80,9 @@ train()
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("workers", [1, 3])
-def test_a_job_starts_from_a_checkpoint_of_torch(tmp_path, workers):
-    """The job begins with what plain torch trained and saved, converted: values, moments, step, rate."""
+@pytest.mark.parametrize(("workers", "folder"), [(1, "dcp"), (3, "u")])
+def test_a_job_starts_from_a_checkpoint_of_torch(tmp_path, workers, folder):
+    """The job begins with what plain torch trained and saved, as it is or converted: values, moments, step, rate."""
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(6, 40), nn.Tanh(), nn.Linear(40, 2))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
@@ -96,14 +96,14 @@ def test_a_job_starts_from_a_checkpoint_of_torch(tmp_path, workers):
     script, out = tmp_path / "script.py", tmp_path / "state.pt"
     script.write_text(SCRIPT)
     flags = ["run", f"--nproc-per-node={workers}"]
-    ended = everstep(*flags, str(script), str(tmp_path / "u"), "5", str(out))
+    ended = everstep(*flags, str(script), str(tmp_path / folder), "5", str(out))
     assert ended.status == 0, ended.stderr
     found = torch.load(out, weights_only=True)
     for name, tensor in weights.items():
         assert torch.equal(found["model"][name], tensor)
         for kind in ("exp_avg", "exp_avg_sq", "step"):
             assert torch.equal(found["optimizer"][name][kind], state["state"][name][kind]), (name, kind)
-    ended = everstep(*flags, str(script), str(tmp_path / "u"), "7", str(out))
+    ended = everstep(*flags, str(script), str(tmp_path / folder), "7", str(out))
     assert "first [5] rate 0.00125" in ended.stdout, "the script's scheduler is at step 7"
 
 

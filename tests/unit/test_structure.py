@@ -46,7 +46,7 @@ ROOMS = {  # from the bottom up: each with the rooms it may import
     "elastic.holding": {*_WORKER, "checkpointing.memory"},
     "elastic.step": {*_WORKER, "elastic.holding"},
     "elastic.guard": {*_WORKER, *_MEMORY, "checkpointing.saving", "elastic.holding", "elastic.step"},
-    "elastic.engine": {*_WORKER, *_MEMORY, "elastic.holding", "elastic.step", "elastic.guard"},
+    "elastic.engine": {*_WORKER, *_MEMORY, f"{_CONVERT}.drive", "elastic.holding", "elastic.step", "elastic.guard"},
     "elastic.api": {*_WORKER, *_MEMORY, "elastic.holding", "elastic.step", "elastic.engine"},
     "elastic": {"elastic.api"},
     "agents.base": {"elastic.protocol"},
