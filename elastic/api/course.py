@@ -50,7 +50,8 @@ class Course:
         for function in self._functions:
             function(step)
         if engine.loops:
-            engine.registered.left[engine.version] = engine.registered.users()
+            left = engine.registered.users() if self._functions else engine.registered.began
+            engine.registered.left[engine.version] = left
         return step
 
     def go_on(self) -> None:
