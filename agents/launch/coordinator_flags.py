@@ -29,6 +29,13 @@ def add_coordinator_flags(group: argparse._ActionsContainer, *, log: str) -> Non
         help="how long a layout has to last before a faster one is looked for and taken, at a step boundary (0: never)",
     )
     group.add_argument(
+        "--es-node-mtbf-hours",
+        type=float,
+        default=Config().node_mtbf_h,
+        metavar="HOURS",
+        help="how long a node works until it fails, on average: to forecast how often the job goes back to storage",
+    )
+    group.add_argument(
         "--es-prefetch",
         choices=("on", "off"),
         default="on",

@@ -210,8 +210,11 @@ def _task(own: argparse.Namespace, job: str, at: hosts.Address, store: str, metr
     """What a coordinator at `at` is to do; `nodes`: the fields of Config that are no flags of these."""
     if not 0 <= own.es_rebalance_after < math.inf:
         raise LaunchError(f"--es-rebalance-after {own.es_rebalance_after:g}: give seconds, or 0 for never")
+    if not 0 < own.es_node_mtbf_hours < math.inf:
+        raise LaunchError(f"--es-node-mtbf-hours {own.es_node_mtbf_hours:g}: give hours, more than none")
     config = Config(
         **nodes,
+        node_mtbf_h=own.es_node_mtbf_hours,
         stop_grace_s=own.es_stop_grace,
         rebalance_after_s=own.es_rebalance_after,
         prefetch=own.es_prefetch == "on",

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from everstep.agents.analysis.reprotection import Reprotection
 from everstep.agents.analysis.series import Series
 from everstep.agents.analysis.suspects import Suspects
 from everstep.comms.control import telemetry_pb2 as pb
@@ -76,6 +77,7 @@ class Observer:
         self.suspects = Suspects()
         self.stragglers = self.suspects.stragglers
         self.holdups = Holdups()
+        self.reprotection = Reprotection()
         self.ranks: dict[int, RankSeries] = {}
         self._state = state
         self._clock = clock
@@ -101,6 +103,7 @@ class Observer:
             event = line["event"]
             if event in ("committed", "committed_again"):
                 self._committed(line)
+                self.reprotection.committed(line)
             else:
                 self.series.note(line)
             handler = _HANDLERS.get(event)
@@ -189,6 +192,7 @@ class Observer:
                 lost_s=series.lost_s,
                 interval=state.snapshot_every,
                 exposure=self._exposure(state, now),
+                reprotection_s=self.reprotection.longest_s,
                 checkpoint=self._checkpoint,
                 checkpoint_s=self._checkpoint_s,
                 saving=self._saving,
@@ -250,6 +254,7 @@ class Observer:
 
     def _recovered(self, line: Mapping[str, Any]) -> None:
         point, metrics = self.series.recover(line), self.metrics
+        self.reprotection.recovered(line)
         metrics.recoveries.labels(point.reason).inc()
         metrics.recovery_seconds.labels(point.reason).observe(point.total_s)
         for phase, seconds in point.phases.items():
@@ -270,6 +275,7 @@ class Observer:
     def _node_lost(self, line: Mapping[str, Any]) -> None:
         self._failed(line["node"], Cause.NODE_LOST)
         self._seen.pop(line["node"], None)
+        self.reprotection.node_lost(line)
 
     def _worker_died(self, line: Mapping[str, Any]) -> None:
         self._failed(line["node"], Cause.of_death(line.get("hang", "")))

@@ -154,6 +154,9 @@ def _safety(view: View) -> list[str]:
     found = []
     if view["protection"]:
         found.append(view["protection"])
+    if view.get("survival"):
+        survival = view["survival"]
+        found.append(survival["text"] + (" (measured)" if survival["measured"] else " (assumed)"))
     exposure = view["exposure"]
     if exposure:
         interval = view["snapshot_interval"]

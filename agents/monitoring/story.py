@@ -232,7 +232,8 @@ def _protection(line: Line) -> str:
     note = f" ({line['note']})" if line.get("note") else ""
     most = max(line["bytes"].values(), default=0)
     text = f"{line['mode']} protects from the loss of {count_text(line['losses'], 'node')} at once{note}"
-    return f"{text}; up to {size_text(most)} of a node's memory"
+    day = f"; a day leads back to storage with probability {line['day']:.1e}" if "day" in line else ""
+    return f"{text}; up to {size_text(most)} of a node's memory{day}"
 
 
 def _started(line: Line) -> str:

@@ -9,7 +9,7 @@ import itertools
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 from everstep.agents.analysis.health import odd
@@ -17,7 +17,7 @@ from everstep.agents.analysis.series import RecoveryPoint, StepPoint
 from everstep.agents.analysis.verdicts import Finding
 from everstep.agents.base.strict_json import dumps
 from everstep.comms.control import telemetry_pb2 as pb
-from everstep.elastic.protocol.protection import describe_protection
+from everstep.elastic.protocol.protection import describe_protection, survival_of
 from everstep.elastic.protocol.state import State, Worker
 
 FRESH_S = 60.0  # older telemetry does not show a node's present state
@@ -44,6 +44,7 @@ class Seen:
     lost_s: float
     interval: int
     exposure: Mapping[str, float | None] | None
+    reprotection_s: float  # the longest time that the job took to be protected again; 0: not known
     checkpoint: Mapping[str, Any] | None
     checkpoint_s: float
     saving: Mapping[str, Any] | None
@@ -96,6 +97,7 @@ def view_of(seen: Seen) -> dict[str, Any]:
         "goodput": seen.goodput,
         "lost_s": seen.lost_s,
         "protection": describe_protection(job.protection, state.placement) if job and state.placement else None,
+        "survival": _survival(seen),
         "snapshot_interval": seen.interval,
         "exposure": seen.exposure,
         "checkpoint": _checkpoint(seen),
@@ -123,6 +125,15 @@ def summary_of(view: Mapping[str, Any]) -> dict[str, Any]:
         "nodes": sorted(node["node"] for node in view["nodes"]),
         "workers": {str(worker["rank"]): worker["status"] for worker in view["workers"]},
     }
+
+
+def _survival(seen: Seen) -> dict[str, Any] | None:
+    """The forecast of how often losses lead back to storage."""
+    placement = seen.state.placement
+    chance = survival_of(seen.state, placement, seen.reprotection_s) if placement is not None else None
+    if chance is None:
+        return None
+    return {**asdict(chance), "measured": seen.reprotection_s > 0, "text": chance.describe()}
 
 
 def _loss_amiss(steps: Sequence[StepPoint]) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ from everstep.resharding.neighbors import stand_ins
 from everstep.resharding.placement import Placement, place
 from everstep.resharding.plan import Plan, Report, plan_resume
 from everstep.resharding.planners import change_layout
+from everstep.resharding.survival import Survival, survival
 
 from . import events as e
 from .state import RecoveryStory, State
@@ -20,6 +21,7 @@ STATE_SLOTS = 3  # per shard: a protected version, the newest complete one, and 
 LOCAL_STATE_SLOTS = 2  # if no node loss is covered: the newest complete version, and the one being written
 GRADIENT_SLOTS = 2
 PARITY_SLOTS = 3
+REPROTECTION_S = 60.0  # assumed until a loss shows how long it takes
 
 
 def state_slots(protection: str, max_nodes: int, *, checkpoints: bool) -> int:
@@ -96,10 +98,19 @@ def statements(state: State, layout: Layout, placement: Placement, needed: Mappi
         "note": placement.note,
         "bytes": dict(needed),
     }
+    chance = survival_of(state, placement)
+    if chance is not None:
+        fields |= {"day": chance.day, "mtbf_h": chance.mtbf_h, "reprotection_s": chance.reprotection_s}
+        describe += f"; {chance.describe()}"
     told: list[e.Effect] = [e.Record("protection", fields), *_exposed(state, layout, placement)]
     for name in state.nodes:
         told.append(e.TellNode(name, f"{describe}; this node holds up to {_mib(needed[name])} for it"))
     return told
+
+
+def survival_of(state: State, placement: Placement, reprotection_s: float = 0.0) -> Survival | None:
+    """How probable it is that a day leads back to storage; None without protection. `reprotection_s` 0: not known."""
+    return survival(placement, state.config.node_mtbf_h, reprotection_s or REPROTECTION_S)
 
 
 def _exposed(state: State, layout: Layout, placement: Placement) -> list[e.Effect]:

@@ -62,6 +62,7 @@ class Config:
     quarantine_within_s: float = 3600.0  # the window in which troubles are counted
     quarantine_s: float = 3600.0  # the duration of a quarantine
     rebalance_after_s: float = 10.0  # how long a layout has to last before a faster one is looked for; 0: never
+    node_mtbf_h: float = 6000.0  # mean time between failures of one node: about that of the cluster of Llama 3 (2024)
     prefetch: bool = True  # what a rebalance moves is copied ahead; otherwise it is read at the switch
 
 
