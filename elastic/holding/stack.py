@@ -94,6 +94,7 @@ class LayerStack:
     def _add_layer(self, module: nn.Module) -> None:
         layer, number = Layer(module), len(self.layers)
         seen: set[int] = set()
+        placed: list[Held] = []  # whose places in the module count
         for owner in module.modules():
             for local, parameter in owner._parameters.items():
                 if parameter is None or not parameter.requires_grad or id(parameter) in seen:
@@ -107,7 +108,7 @@ class LayerStack:
                     tensor = nn.Parameter(parameter.data)
                     _replace(module, parameter, tensor)
                 layer.parameters.append(Held(index, tensor, parameter.shape, tensor.stride()))
-                layer.parameters[-1].places = _places(module, tensor)
+                placed.append(layer.parameters[-1])
             for local, buffer in owner._buffers.items():
                 if buffer is None:
                     continue
@@ -119,7 +120,10 @@ class LayerStack:
                     index = self._register(name, buffer, number, rule)
                     layer.parameters.append(Held(index, buffer, buffer.shape, buffer.stride(), rule))
                     if not isinstance(owner, nn.modules.batchnorm._NormBase):
-                        layer.parameters[-1].places = _places(module, buffer)
+                        placed.append(layer.parameters[-1])
+        places = _places(module)
+        for held in placed:
+            held.places = places[id(held.tensor)]
         self.layers.append(layer)
 
     def _register(self, name: str, tensor: Tensor, layer: int, rule: Rule | None) -> int:
@@ -324,12 +328,12 @@ def _replace(module: nn.Module, old: Tensor, new: Tensor) -> None:
                 owner._parameters[local] = new  # type: ignore[assignment]
 
 
-def _places(module: nn.Module, parameter: Tensor) -> list[tuple[nn.Module, str]]:
-    """The modules that have a parameter or buffer, and its names there."""
-    return [
-        (owner, local)
-        for owner in module.modules()
-        for room in (owner._parameters, owner._buffers)
-        for local, tensor in room.items()
-        if tensor is parameter
-    ]
+def _places(module: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """The modules that have a parameter or buffer, and its names there, by its identity."""
+    found: dict[int, list[tuple[nn.Module, str]]] = {}
+    for owner in module.modules():
+        for room in (owner._parameters, owner._buffers):
+            for local, tensor in room.items():
+                if tensor is not None:
+                    found.setdefault(id(tensor), []).append((owner, local))
+    return found
