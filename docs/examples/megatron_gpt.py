@@ -60,7 +60,7 @@ def gpt(options):
 @everstep.elastic(steps=2000, global_batch_size=16, micro_batch_size=2, seed=0)
 def train(run, options):
     megatron.initialize()
-    model = megatron.staged(gpt(options))
+    model = megatron.staged(gpt(options).to(run.device))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
     data = torch.utils.data.DataLoader(Sequences(), batch_size=16)
 

@@ -24,6 +24,7 @@ ONLY = {  # setting of TransformerConfig -> the values that work, and what to do
     "expert_model_parallel_size": ((1,), "expert parallelism is not supported"),
     "num_moe_experts": ((None,), "routers keep state from forward to forward that the runtime does not know"),
     "mtp_num_layers": ((None,), "multi-token prediction uses the embedding and the output in the same layer"),
+    "multi_latent_attention": ((False,), "it needs Transformer Engine, with which nothing is tested"),
     "fp8": ((None, False), "its scaling factors are kept from forward to forward"),
     "fp4": ((None, False), "its scaling factors are kept from forward to forward"),
     "gradient_accumulation_fusion": ((False,), "the runtime adds gradients up itself, in a fixed order"),
@@ -103,8 +104,6 @@ def _check(model: Any) -> None:
 
 def _layers(model: Any) -> list[nn.Module]:
     rotary = model.rotary_pos_emb if model.position_embedding_type == "rope" else None
-    if model.config.multi_latent_attention:
-        rotary = None  # its attention has one of its own
     decoder = [_DecoderLayer(layer, rotary, _recomputes(model.config, layer)) for layer in model.decoder.layers]
     return [_EmbeddingLayer(model.embedding), *decoder, _OutputLayer(model)]
 
