@@ -401,10 +401,11 @@ class Engine:
         """
         registered, terms = self.registered, Terms.of(self.agreement)
         registered.began = registered.users()
-        changed = registered.began != registered.of_users(terms.registered) or self.adjustments.changed()
-        if changed and self.rank == min(self.comm.members):
-            text = replace(terms, after=self.after_users(), shown=False).to_text()
-            self._tell_committed(text, self.current()[0].generation, settled=True)
+        agreed = registered.of_users(terms.registered)
+        if (registered.began != agreed or self.adjustments.changed()) and self.rank == min(self.comm.members):
+            others = {name: state for name, state in terms.registered.items() if name not in agreed}
+            left = replace(terms, registered=others, after=self.after_users(), shown=False)
+            self._tell_committed(left.to_text(), self.current()[0].generation, settled=True)
 
     def _counts(self, shard: int) -> bool:
         """Whether a shard's gradient is a true one: the change of a buffer is summed like one, and is none."""

@@ -54,8 +54,9 @@ def test_ranks_die_between_calls(loop: bool, tmp_path: Path) -> None:
 @pytest.mark.parametrize("loop", [pytest.param(False, marks=pytest.mark.soak), True], ids=["steps", "loop"])
 def test_all_ranks_die_behind_a_step(loop: bool, tmp_path: Path) -> None:
     """What their code has changed since the step was agreed on, its rate too, is not lost with them."""
+    kills = [[0, 3], [1, 3], [0, 6], [1, 6]]
     expected = alone(tmp_path, loop=loop)
-    result = run_job(nproc=2, steps=STEPS, script="sharing_job.py", loop=loop, kills=[[0, 3], [1, 3], [0, 6], [1, 6]])
+    result = run_job(nproc=2, steps=STEPS, script="sharing_job.py", loop=loop, kills=kills, kib=700)
     assert result.status == 0, result.output
     assert len(result.named("worker_died")) == 4
     for rank in range(2):
