@@ -22,14 +22,15 @@ parser.add_argument("--save", help="a file for the final state")
 
 
 class Sequences(torch.utils.data.Dataset):
-    """Tokens that a model can learn to continue: each is the one before it, plus a number that the sample keeps."""
+    """Tokens that a model can learn to continue: each is the one before it, plus a small number that a sample keeps."""
 
     def __len__(self):
         return 100_000
 
     def __getitem__(self, index):
         generator = torch.Generator().manual_seed(index)
-        first, stride = torch.randint(VOCABULARY, (2,), generator=generator)
+        first = torch.randint(VOCABULARY, (1,), generator=generator)
+        stride = torch.randint(1, 5, (1,), generator=generator)
         tokens = (first + stride * torch.arange(LENGTH + 1)) % VOCABULARY
         return tokens[:-1], tokens[1:]
 
