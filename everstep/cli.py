@@ -19,6 +19,7 @@ USAGE = """usage: everstep COMMAND ...
   drain        have a node hand over to the others, and leave the job
   quarantine   keep a host out of the job for some time
   release      end the quarantine of a host
+  relayout     change the number of pipeline stages, while training goes on
   certs        make certificates for a cluster that is not trusted
   convert      bring a checkpoint of another framework into the universal form, or out of it
   inspect      what is in a checkpoint
@@ -59,7 +60,7 @@ def _run(arguments: list[str]) -> int:
         from .comms.base.process import leave
 
         leave(coordinate(rest))
-    if command in ("status", "events", "top", "trace", "drain", "quarantine", "release"):
+    if command in ("status", "events", "top", "trace", "drain", "quarantine", "release", "relayout"):
         return _watch(command, rest)
     if command in ("convert", "inspect", "verify", "diff"):
         from . import checkpoint_commands as checkpoints
@@ -93,7 +94,7 @@ def _watch(command: str, rest: list[str]) -> int:
         from .agents.tools.trace import trace
 
         return trace(rest)
-    if command in ("drain", "quarantine", "release"):
+    if command in ("drain", "quarantine", "release", "relayout"):
         from .agents.tools.orders import order
 
         return order(command, rest)

@@ -1,4 +1,4 @@
-"""Operators' orders: what `everstep drain`, `quarantine` and `release` ask for, checked against the job as it is.
+"""Operators' orders (`everstep drain`, `quarantine`, `release`, `relayout`), checked against the job as it is.
 
 An order that is taken becomes an event of the coordinator's machine at its next turn.
 """
@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from everstep.comms.control import everstep_pb2 as pb
 from everstep.elastic.protocol import events as e
+from everstep.elastic.protocol.relayout import why_not
 from everstep.elastic.protocol.state import Phase, State
 from everstep.elastic.protocol.troubles import spares
 
@@ -38,16 +39,16 @@ class OperatorOrders:
                 raise Refused("the job is about to end")
             if len(self._taken) >= MOST:
                 raise Refused("too many orders wait already: try again")
-            drained = [event.node for event in self._taken if isinstance(event, e.DrainRequested)]
-            event, text = _event(request, state, drained)
+            event, text = _event(request, state, self._taken)
         except Refused as error:
             return pb.OrderResponse(refused=str(error))
         self._taken.append(event)
         return pb.OrderResponse(text=text)
 
 
-def _event(request: pb.OrderRequest, state: State, drained: Sequence[str]) -> tuple[e.Event, str]:
-    """The event, and what is done. `drained`: the nodes of orders that wait."""
+def _event(request: pb.OrderRequest, state: State, taken: Collection[e.Event]) -> tuple[e.Event, str]:
+    """The event, and what is done. `taken`: orders that wait."""
+    drained = [event.node for event in taken if isinstance(event, e.DrainRequested)]
     if request.WhichOneof("order") == "drain":
         node = _node(request.drain.node, state, drained)
         text = f"node {node} hands over, and leaves when the others do not need it any more"
@@ -65,6 +66,15 @@ def _event(request: pb.OrderRequest, state: State, drained: Sequence[str]) -> tu
             known = ", ".join(sorted(state.quarantined)) or "none"
             raise Refused(f"host {request.release.host!r} is not in quarantine; hosts that are: {known}")
         return e.ReleaseOrdered(request.release.host), f"host {request.release.host} may join again"
+    if request.WhichOneof("order") == "relayout":
+        stages = request.relayout.stages
+        if stages < 1:
+            raise Refused("a job has at least one stage")
+        if drained or any(isinstance(event, e.RelayoutOrdered) for event in taken):
+            raise Refused("another order waits: try again when that is over")
+        if why := why_not(state, stages):
+            raise Refused(why)
+        return e.RelayoutOrdered(stages), f"the job goes to {stages} stage(s) at a step boundary; training goes on"
     raise Refused("no order that this version knows")
 
 

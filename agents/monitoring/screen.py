@@ -212,6 +212,8 @@ def concerns(view: View) -> list[str]:
         + f": {one['why']}"
         for one in view.get("quarantine", ())
     ]
+    if asked := view.get("stages_asked"):
+        found.append(f"a relayout to {count_text(asked, 'stage')} is under way")
     if amiss_loss := view.get("loss_amiss"):
         found.insert(0, f"the loss is {amiss_loss['loss']} since step {amiss_loss['since_step']}")
     if view.get("undecided"):  # later commits are not known here

@@ -278,6 +278,14 @@ _WORDS: dict[str, tuple[Grade, Callable[[Line], str]]] = {
     "recovered": (Grade.WARNING, _recovered),
     "join_prepared": (Grade.NEWS, lambda x: f"a plan that adds {_one(x['ranks'])} is ready"),
     "rebalance_prepared": (Grade.NEWS, lambda x: f"a faster layout is ready: {x['layout']}; {x['why']}"),
+    "relayout_prepared": (
+        Grade.NEWS,
+        lambda x: f"a layout of {count_text(x['stages'], 'stage')} is ready, as ordered: {x['layout']}",
+    ),
+    "relayout_dropped": (
+        Grade.WARNING,
+        lambda x: f"the order to go to {count_text(x['stages'], 'stage')} is dropped: {x['why']}",
+    ),
     "rebalance_measured": (
         Grade.NEWS,
         lambda x: f"the rebalance saves {x['saved']:.0%} of a step's time; the forecast was {x['promised']:.0%}",

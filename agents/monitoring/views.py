@@ -83,6 +83,7 @@ def view_of(seen: Seen) -> dict[str, Any]:
         "layout": layout.describe() if layout else None,
         "world_size": len(layout.ranks) if layout else 0,
         "stages": [{"layers": [s.start, s.stop], "ranks": list(s.ranks)} for s in layout.stages] if layout else [],
+        "stages_asked": state.stages_asked or None,
         "step": state.committed,
         "steps": job.steps if job else None,
         "loss": last.loss if last else None,

@@ -1,4 +1,4 @@
-"""`everstep drain`, `quarantine` and `release`: an operator's orders to a running job."""
+"""`everstep drain`, `quarantine`, `release` and `relayout`: an operator's orders to a running job."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ DESCRIPTIONS = {
     "drain": "Have a node hand over to the others, and leave the job.",
     "quarantine": "Keep a host out of the job for some time; its nodes hand over when the job can spare them.",
     "release": "End the quarantine of a host.",
+    "relayout": "Change the number of pipeline stages, while training goes on.",
 }
 HOUR_S = 3600.0
 
@@ -26,17 +27,23 @@ def order(command: str, arguments: Sequence[str]) -> int:
     parse.add_argument("endpoint", **ENDPOINT)
     if command == "drain":
         parse.add_argument("node", metavar="NODE", help="its name or its host, as `everstep status` shows them")
+    elif command == "relayout":
+        parse.add_argument("--stages", type=int, required=True, metavar="N", help="the number of stages from then on")
     else:
         parse.add_argument("host", metavar="HOST", help="as `everstep status` shows it")
     if command == "quarantine":
         parse.add_argument("--for", dest="seconds", type=float, default=HOUR_S, metavar="SECONDS", help="how long")
-    if command != "release":
+    if command in ("drain", "quarantine"):
         parse.add_argument("--why", default="", metavar="TEXT", help="for the event log")
     own = parse.parse_args(list(arguments))
     if command == "drain":
         request = pb.OrderRequest(drain=pb.Drain(node=own.node, why=own.why))
     elif command == "quarantine":
         request = pb.OrderRequest(quarantine=pb.Quarantine(host=own.host, seconds=own.seconds, why=own.why))
+    elif command == "relayout":
+        if not 0 < own.stages < 1 << 31:
+            parse.error(f"--stages {own.stages}: give at least 1")
+        request = pb.OrderRequest(relayout=pb.Relayout(stages=own.stages))
     else:
         request = pb.OrderRequest(release=pb.Release(host=own.host))
 

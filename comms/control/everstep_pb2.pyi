@@ -292,14 +292,16 @@ class GetStatusResponse(_message.Message):
     def __init__(self, json: _Optional[str] = ..., view: _Optional[str] = ...) -> None: ...
 
 class OrderRequest(_message.Message):
-    __slots__ = ("drain", "quarantine", "release")
+    __slots__ = ("drain", "quarantine", "release", "relayout")
     DRAIN_FIELD_NUMBER: _ClassVar[int]
     QUARANTINE_FIELD_NUMBER: _ClassVar[int]
     RELEASE_FIELD_NUMBER: _ClassVar[int]
+    RELAYOUT_FIELD_NUMBER: _ClassVar[int]
     drain: Drain
     quarantine: Quarantine
     release: Release
-    def __init__(self, drain: _Optional[_Union[Drain, _Mapping]] = ..., quarantine: _Optional[_Union[Quarantine, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ...) -> None: ...
+    relayout: Relayout
+    def __init__(self, drain: _Optional[_Union[Drain, _Mapping]] = ..., quarantine: _Optional[_Union[Quarantine, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., relayout: _Optional[_Union[Relayout, _Mapping]] = ...) -> None: ...
 
 class Drain(_message.Message):
     __slots__ = ("node", "why")
@@ -324,6 +326,12 @@ class Release(_message.Message):
     HOST_FIELD_NUMBER: _ClassVar[int]
     host: str
     def __init__(self, host: _Optional[str] = ...) -> None: ...
+
+class Relayout(_message.Message):
+    __slots__ = ("stages",)
+    STAGES_FIELD_NUMBER: _ClassVar[int]
+    stages: int
+    def __init__(self, stages: _Optional[int] = ...) -> None: ...
 
 class OrderResponse(_message.Message):
     __slots__ = ("refused", "text")

@@ -81,7 +81,7 @@ class CoordinatorServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Order(self, request, context):
-        """An operator's order, from `everstep drain`, `quarantine` and `release`.
+        """An operator's order, from `everstep drain`, `quarantine`, `release` and `relayout`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -354,9 +354,9 @@ class Run(Sharing, Gradients):
         dictionaries, bytes, tensors and arrays.
         """
         engine = self._trained()
-        if self.settings.stages != 1:
+        if (stages := max(self.settings.stages, len(engine.current()[0].stages))) != 1:
             raise UsageError(
-                f"run.evaluate needs the whole model on each rank, and the job has stages={self.settings.stages}: "
+                f"run.evaluate needs the whole model on each rank, and the job has stages={stages}: "
                 "evaluate on one rank, with run.full_state_dict()"
             )
         if average and self._average is None:
@@ -530,6 +530,7 @@ class Run(Sharing, Gradients):
             node_losses=settings.node_losses,
             on_loss=settings.on_loss,
             checkpoints=bool(settings.checkpoint),
+            one_stage="run.prepare drives one, run.steps(...) several" if loops else stack.why_one_stage(),
             on_damage=settings.on_damage,
             state_bytes=tuple(engine.record_bytes),
             gradient_bytes=tuple(engine.gradient_bytes(shard) for shard in stack.spec.shards),
@@ -539,7 +540,7 @@ class Run(Sharing, Gradients):
         self._membership.ready(self._peer, job, saved)
         self._gradients = GradientWatch(stack) if loops else None  # before a layer may be frozen
         complete_optimizer(optimizer, stack, self.full_state_dict)
-        if context is not None and settings.stages > 1:
+        if context is not None and len(stack.layers) > 1:
             complete_model(stack, self.full_state_dict)
         self._recovery.enter()
         self._note_variables()

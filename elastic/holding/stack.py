@@ -86,10 +86,11 @@ class LayerStack:
             raise UsageError(
                 f"{stages} stages need at least as many layers, and the model has {len(self.layers)}: lower stages"
             )
-        raise UsageError(
-            f"{type(self.model).__name__} cannot be cut into {stages} stages: pass an nn.Sequential, or give the model "
-            "a method pipeline_layers() that returns its layers in order"
-        )
+        raise UsageError(_uncut(self.model, str(stages)))
+
+    def why_one_stage(self) -> str:
+        """Why the model can have one pipeline stage only, and what to do; empty if it can be cut."""
+        return "" if len(self.layers) > 1 else _uncut(self.model, "several")
 
     def _add_layer(self, module: nn.Module) -> None:
         layer, number = Layer(module), len(self.layers)
@@ -337,3 +338,10 @@ def _places(module: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
                 if tensor is not None:
                     found.setdefault(id(tensor), []).append((owner, local))
     return found
+
+
+def _uncut(model: nn.Module, stages: str) -> str:
+    return (
+        f"{type(model).__name__} cannot be cut into {stages} stages: pass an nn.Sequential, or give the model a method "
+        "pipeline_layers() that returns its layers in order"
+    )

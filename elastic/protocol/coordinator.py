@@ -52,7 +52,7 @@ from .losing import (
     returned,
     silent_node,
 )
-from .migrating import entered
+from .migrating import entered, still_asked
 from .newcomers import difference, refused
 from .outcome import (
     Effects,
@@ -78,6 +78,7 @@ from .recovering import (
     resumed,
     taken_in,
 )
+from .relayout import relayout_due, relayout_ordered
 from .state import (
     Config,
     Phase,
@@ -131,6 +132,8 @@ def _ticked(state: State, event: e.Ticked, now: float) -> Outcome:
         if effects:
             return state, effects
     state, effects = offer_leave(state)
+    if not effects:
+        state, effects = relayout_due(state, now)
     if not effects:
         state, effects = rebalance_due(state, now)
     # A lost node may hold the last replacement that the end of training was waiting for.
@@ -218,7 +221,8 @@ def _let_in(state: State, plan: Plan) -> Outcome:
         for w in state.workers.values()
         if w.status is Status.READY and w.id.rank in plan.layout.ranks
     ]
-    state = replace(with_workers(state, *joined), layout=plan.layout, join=None)
+    asked = still_asked(state.stages_asked, plan.layout)
+    state = replace(with_workers(state, *joined), layout=plan.layout, join=None, stages_asked=asked)
     return state, [taken_in(plan, [w.id.rank for w in joined])] if plan.fresh else []
 
 
@@ -360,6 +364,7 @@ _HANDLERS: dict[type[Any], Callable[[State, Any, float], Outcome]] = {
     e.SpeedsMeasured: speeds_measured,
     e.QuarantineOrdered: quarantine_ordered,
     e.ReleaseOrdered: release_ordered,
+    e.RelayoutOrdered: relayout_ordered,
     e.RendezvousClosed: rendezvous_closed,
     e.Ticked: _ticked,
 }

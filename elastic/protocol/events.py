@@ -337,6 +337,13 @@ class ReleaseOrdered:
 
 
 @dataclass(frozen=True)
+class RelayoutOrdered:
+    """An operator asks for so many pipeline stages."""
+
+    stages: int
+
+
+@dataclass(frozen=True)
 class SpeedsMeasured:
     """How fast ranks compute, as measured: rank -> speed, 1 for one that is as fast as most of its stage."""
 
@@ -384,6 +391,7 @@ Event = (
     | StragglerGone
     | QuarantineOrdered
     | ReleaseOrdered
+    | RelayoutOrdered
     | SpeedsMeasured
     | WaitNoticed
     | RendezvousClosed

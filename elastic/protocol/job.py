@@ -43,6 +43,7 @@ class Job:
     node_losses: int = 1  # how many nodes may be lost at once
     on_loss: str = "checkpoint"  # checkpoint | neighbors | stop
     checkpoints: bool = False  # whether it saves checkpoints
+    one_stage: str = ""  # why it can have one pipeline stage only, with what to do; empty if it can have more
     on_damage: str = "stop"  # the response to a damaged checkpoint: stop | older
     state_bytes: tuple[int, ...] = ()  # of each shard's record
     gradient_bytes: tuple[int, ...] = ()  # of each shard's reduced gradient

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from everstep.resharding.layout import Layout
+
 from . import events as e
 from .outcome import Effects, Outcome
 from .state import Phase, State, Switched
@@ -20,6 +22,11 @@ def entered(state: State, event: e.WorkerSwitched) -> Outcome:
     switched = (*(item for item in balance.switched if item.rank != found.rank), found)
     state = replace(state, balance=balance._replace(switched=switched))
     return rebalanced(state) if len(switched) == len(layout.ranks) else (state, [])
+
+
+def still_asked(stages: int, layout: Layout) -> int:
+    """The number of stages that an operator asked for, until the members are in such a layout; 0 from then on."""
+    return 0 if stages == len(layout.stages) == len(layout.home) else stages
 
 
 def rebalanced(state: State) -> tuple[State, Effects]:

@@ -22,7 +22,7 @@ from everstep.resharding.planners import change_layout, initial_layout
 from . import events as e
 from .causes import Cause, Ending
 from .leaving import nobody_left, still_needed, without_the_left
-from .migrating import rebalanced
+from .migrating import rebalanced, still_asked
 from .outcome import (
     Effects,
     Outcome,
@@ -447,6 +447,7 @@ def enter(state: State, plan: Plan, event: str, fields: dict[str, Any]) -> Outco
         generation=plan.generation,
         layout=plan.layout,
         join=None,
+        stages_asked=still_asked(state.stages_asked, plan.layout),
     )
     state, orders = carry_out(state, plan)
     version = last_version(state)

@@ -231,9 +231,10 @@ class State:
     job: Job | None = None
     generation: int = 0
     layout: Layout | None = None
-    join: Plan | None = None  # a prepared join, departure or rebalance that no member has switched to yet
+    join: Plan | None = None  # a prepared join, departure, rebalance or relayout that no member has switched to yet
     recovery: RecoveryStory | None = None
     balance: Balance = NOT_SEARCHED
+    stages_asked: int = 0  # the number of stages that was ordered, until members are in such a layout; 0: none
     speeds: Mapping[int, float] = field(default_factory=dict)  # of ranks, as measured; 1 where none is
     placement: Placement | None = None  # of parity, in the newest generation
     placements: Mapping[int, Placement] = field(default_factory=dict)  # by generation: the layout's, and the join's

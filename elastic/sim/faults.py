@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from everstep.elastic.protocol import events as e
 from everstep.elastic.protocol.events import WorkerId
+from everstep.elastic.protocol.relayout import busy
 from everstep.elastic.protocol.state import Phase, Status
 
 from .cluster import Cluster
@@ -91,6 +92,13 @@ class SpeedChange(Fault):
     """Ranks are measured to be slower or faster than before."""
 
     speeds: tuple[float, ...] = ()  # one after another, for the ranks that there are
+
+
+@dataclass(frozen=True, kw_only=True)
+class RelayoutOrder(Fault):
+    """An operator asks for another number of stages, again and again until nothing else is under way."""
+
+    stages: int
 
 
 def draw(rng: random.Random, workers: int, horizon_s: float) -> list[Fault]:
@@ -236,6 +244,15 @@ def draw_speeds(rng: random.Random, horizon_s: float) -> list[Fault]:
     return changes
 
 
+def draw_relayouts(rng: random.Random, most: int, horizon_s: float) -> list[Fault]:
+    """Some orders to go to another number of stages, of at most `most`."""
+    orders: list[Fault] = []
+    for _ in range(rng.choice((1, 2, 3, 4))):
+        at_s, phase, after = _occasion(rng, (*PHASES, "prefetch", "switch"), horizon_s)
+        orders.append(RelayoutOrder(victims=0, at_s=at_s, phase=phase, after=after, stages=rng.randint(1, most)))
+    return orders
+
+
 def _occasion(rng: random.Random, phases: tuple[str, ...], horizon_s: float) -> tuple[float, str, int]:
     if rng.random() < 0.5:
         return rng.uniform(0.0, horizon_s), "", 0
@@ -288,6 +305,9 @@ class Injector:
         if isinstance(fault, SpeedChange):
             self._cluster.happened(e.SpeedsMeasured(dict(enumerate(fault.speeds))))
             return
+        if isinstance(fault, RelayoutOrder):
+            self._strike_relayout(fault, self._world.now + PATIENCE_S)
+            return
         alive = self._cluster.alive()
         self._world.random.shuffle(alive)
         if isinstance(fault, JoinersDie):
@@ -322,6 +342,15 @@ class Injector:
         for node in staying[: min(fault.victims, len(staying) - 1)]:
             self.asked += 1
             world.after(world.between(0.0, fault.spread_s), functools.partial(cluster.drain, node))
+
+    def _strike_relayout(self, fault: RelayoutOrder, until_s: float) -> None:
+        cluster, world = self._cluster, self._world
+        if cluster.outcome is not None or world.now > until_s:
+            return
+        if busy(cluster.state):
+            world.after(AGAIN_S, functools.partial(self._strike_relayout, fault, until_s))
+            return
+        cluster.happened(e.RelayoutOrdered(fault.stages))
 
     # ------------------------------------------------------------ nodes
 

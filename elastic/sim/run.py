@@ -27,6 +27,7 @@ from .faults import (
     draw_moves,
     draw_nodes,
     draw_racks,
+    draw_relayouts,
     draw_speeds,
     draw_store_faults,
 )
@@ -68,6 +69,7 @@ class Shape:
     joiners_die: bool = False  # joiners die while reports of joins are late
     rebalance_s: float = 0.0  # how long a layout lasts before a faster one is looked for; 0: none is
     racks: int = 0  # of the nodes that the job begins with; they are lost as a whole
+    relayouts: bool = False  # operators ask for other numbers of stages
     speeds_change: bool = False  # ranks become slower and faster, as measured
 
 
@@ -160,6 +162,25 @@ SHAPES = {
         rebalance_s=0.1,
         speeds_change=True,
         late_slots=2,
+    ),
+    "relayouts": Shape(stages=2, workers=4, layers=6, steps=24, tied=True, relayouts=True),
+    "relayouts, 5 nodes": Shape(
+        workers=5, nodes=5, layers=6, micro_batches=8, steps=24, drains=True, loses_nodes=True, relayouts=True
+    ),
+    "relayouts, replay": Shape(
+        stages=3,
+        workers=6,
+        nodes=6,
+        layers=8,
+        micro_batches=9,
+        steps=24,
+        losses=2,
+        protection="replay",
+        loses_nodes=True,
+        relayouts=True,
+        rebalance_s=0.1,
+        speeds_change=True,
+        late_slots=1,
     ),
     "full disk": Shape(stages=2, workers=4, late_slots=1, steps=8, store_fails=True),
     "full checkpoint storage": Shape(
@@ -367,6 +388,7 @@ def _happenings(cluster: Cluster) -> Counter[str]:
         "checkpoints saved": events[e.CheckpointSaved],
         "saves that failed": cluster.storage.refused,
         "shards made up": cluster.ledger.substituted,
+        "relayouts": sum("relayout_prepared" in line for line in cluster.log),
         "rebalances": sum("rebalanced" in line for line in cluster.log),
     }
     return cluster.happenings + Counter(counted)
@@ -379,7 +401,9 @@ def _faults(rng: random.Random, shape: Shape, horizon_s: float) -> list[Fault]:
     drains += draw_store_faults(rng, horizon_s) if shape.store_fails else []
     drains += draw_disk_faults(rng, horizon_s) if shape.disk_fills else []
     drains += draw_speeds(rng, horizon_s) if shape.speeds_change else []
-    drains += draw_moves(rng, shape.losses if shape.loses_nodes else 0) if shape.rebalance_s else []
+    drains += draw_relayouts(rng, min(shape.workers, shape.layers), horizon_s) if shape.relayouts else []
+    moves = shape.rebalance_s or shape.relayouts
+    drains += draw_moves(rng, shape.losses if shape.loses_nodes else 0) if moves else []
     if shape.flips:  # a few deaths at a time, so that correct replicas are in the majority
         deaths = [replace(fault, victims=1) for fault in draw(rng, shape.workers, horizon_s)[:2]]
         return [*draw_flips(rng, horizon_s, shape.flips), *deaths]

@@ -8,6 +8,7 @@ from everstep.elastic.protocol import events as e
 
 from .golden_draining import SCRIPTS as DRAINING_SCRIPTS
 from .golden_nodes import NODE_SCRIPTS
+from .golden_relayout import SCRIPTS as RELAYOUT_SCRIPTS
 from .script import Script, w
 
 FOLDER = Path(__file__).parent / "transcripts"
@@ -213,6 +214,7 @@ SCRIPTS = (
     death_after_the_last_step,
     *NODE_SCRIPTS,
     *DRAINING_SCRIPTS,
+    *RELAYOUT_SCRIPTS,
 )
 
 

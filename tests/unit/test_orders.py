@@ -12,6 +12,7 @@ from everstep.comms.control import everstep_pb2 as pb
 from everstep.elastic.protocol import coordinator
 from everstep.elastic.protocol import events as e
 from everstep.elastic.protocol.state import Config, Leaving, Node, Phase, Quarantine, State
+from tests.sim.script import Script
 
 
 def job(least: int = 1) -> State:
@@ -61,6 +62,8 @@ def test_orders_become_events() -> None:
         (pb.OrderRequest(quarantine=pb.Quarantine(host="b", seconds=float("inf"))), job(), "a time of more than 0 s"),
         (pb.OrderRequest(quarantine=pb.Quarantine(host="", seconds=1.0)), job(), "name a host"),
         (pb.OrderRequest(release=pb.Release(host="a")), job(), "'a' is not in quarantine; hosts that are: c"),
+        (pb.OrderRequest(relayout=pb.Relayout(stages=0)), job(), "a job has at least one stage"),
+        (pb.OrderRequest(relayout=pb.Relayout(stages=2)), job(), "training has not begun: try again when that is over"),
         (pb.OrderRequest(), job(), "no order that this version knows"),
     ],
     ids=str,
@@ -87,3 +90,19 @@ def test_orders_that_wait_count_for_those_after_them() -> None:
     assert orders.take(drain("n0"), job(least=2)).text
     assert "leaves already: an operator asked before" in orders.take(drain("n0"), job(least=2)).refused
     assert "cannot spare node n1: it needs 2" in orders.take(drain("n1"), job(least=2)).refused
+
+
+def test_a_relayout_waits_for_no_other_order() -> None:
+    """What an order before it changes is not known yet."""
+    script = Script(workers=4, stages=2)
+    script.job = replace(script.job, steps=1000)
+    script.train()
+    orders, relayout = OperatorOrders(), pb.OrderRequest(relayout=pb.Relayout(stages=4))
+    assert orders.take(relayout, script.state).text == "the job goes to 4 stage(s) at a step boundary; training goes on"
+    assert "another order waits: try again" in orders.take(relayout, script.state).refused
+    assert orders.poll() == e.RelayoutOrdered(4)
+    script(e.RelayoutOrdered(4))
+    assert "a relayout to 4 stage(s) is under way" in orders.take(relayout, script.state).refused
+    waiting = OperatorOrders()
+    assert waiting.take(drain("n1"), job()).text
+    assert "another order waits: try again" in waiting.take(relayout, job()).refused
