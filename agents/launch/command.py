@@ -23,6 +23,7 @@ from everstep.agents.node.checkup import LEVELS
 from everstep.agents.node.environment import variables
 from everstep.agents.node.forkable import in_a_fork
 from everstep.agents.node.imports import AUTO, Import, chosen, script_of
+from everstep.agents.node.preemption import PROVIDERS
 from everstep.comms.base.addresses import DEFAULT_PORT
 from everstep.comms.base.process import STOPS
 from everstep.elastic.contract.errors import UsageError
@@ -93,6 +94,18 @@ def parser() -> argparse.ArgumentParser:
         default=os.environ.get("EVERSTEP_KEEPER_LINGER", "30"),
         metavar="SECONDS",
         help="how long this node's keeper waits for a new agent after its own was killed",
+    )
+    own.add_argument(
+        "--es-preemption",
+        default="none",
+        choices=("none", *PROVIDERS),
+        help="whose metadata service this node asks whether it will be taken away; it then hands over and leaves",
+    )
+    own.add_argument(
+        "--es-preemption-endpoint",
+        default="",
+        metavar="URL",
+        help="where that service is, if not at the provider's own address",
     )
     own.add_argument(
         "--es-health-check",

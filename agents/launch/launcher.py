@@ -8,6 +8,7 @@ import errno
 import logging
 import math
 import os
+import re
 import signal
 import socket
 import sys
@@ -365,9 +366,17 @@ def _node_config(command: Command, job: str, address: str) -> NodeConfig:
         share_gpu=own.es_share_gpu,
         virtual_local_rank=bool(getattr(torch, "virtual_local_rank", False)),
         numa_binding=numa.affinity_mode.value if numa is not None else "",
+        preemption="" if own.es_preemption == "none" else own.es_preemption,
+        preemption_endpoint=_metadata_service(own.es_preemption_endpoint),
         metrics=own.es_metrics,
         health_check=own.es_health_check,
     )
+
+
+def _metadata_service(text: str) -> str:
+    if text and not re.fullmatch(r"https?://[^/\s]+/?", text):
+        raise LaunchError(f"--es-preemption-endpoint: expected http://HOST[:PORT], got {text!r}")
+    return text
 
 
 def _keeper_memory(text: str) -> int:

@@ -35,6 +35,7 @@ from .failures import pass_on
 from .gatherer import Gatherer
 from .hangs import HangWatch
 from .keeper_process import NodeKeeper
+from .preemption import PreemptionWatch
 from .preloader import Preloader
 from .torchstore import TorchStores
 from .waits import waits_for
@@ -84,6 +85,10 @@ class NodeAgent:
         )
         self._crew = Crew(config, self._selector, preloader, self._gatherer, self._happened, self._from_worker)
         self._keeper = NodeKeeper(config, self._crew.memory)
+        self._preemption: PreemptionWatch | None = None
+        if config.preemption:
+            about = (config.preemption, config.preemption_endpoint)
+            self._preemption = PreemptionWatch(*about, self._preempted, say)
         self._on_message = self._messages()
         self._do = self._instructions()
         if self._gatherer.url:
@@ -97,6 +102,8 @@ class NodeAgent:
             self._selector.register(self.link.wake_fd, selectors.EVENT_READ, self._link_woke)
             self.link.start(self.state.node)
             self._gatherer.start()
+            if self._preemption is not None:
+                self._preemption.start()
             while self.state.phase is not agent.AgentPhase.ENDED:
                 self.link.alive()
                 for key, _ in self._selector.select(max(0.0, self._watched_s + WATCH_S - time.monotonic())):
@@ -112,6 +119,8 @@ class NodeAgent:
             self._close()
 
     def _close(self) -> None:
+        if self._preemption is not None:
+            self._preemption.close()
         self._gatherer.close()
         self._crew.close()
         self._keeper.end()
@@ -127,6 +136,10 @@ class NodeAgent:
     def leave(self, why: str, number: signal.Signals) -> None:
         """Request a drain of this node from the coordinator; a second call ends it at once. Safe like `stop`."""
         self._ask(a.LeaveAsked(why), number)
+
+    def _preempted(self, why: str) -> None:
+        """Called by the thread that looks for notices. The loop turns within `WATCH_S`."""
+        self._events.append(a.PreemptionNoticed(why))
 
     def _ask(self, event: a.StopAsked | a.LeaveAsked, number: signal.Signals) -> None:
         """Only note it: a signal handler may interrupt a transition. The loop turns within `WATCH_S`."""

@@ -39,6 +39,7 @@ from .agent_events import (
     MainThreadFailed,
     NodeOutcome,
     OutboxFull,
+    PreemptionNoticed,
     PreloaderLost,
     PreloaderReady,
     PrepareWorker,
@@ -310,6 +311,13 @@ def _leave_asked(state: AgentState, event: LeaveAsked, now: float) -> Result:
     return replace(state, stop_why=event.why), [AskDrain(event.why)]
 
 
+def _preemption_noticed(state: AgentState, event: PreemptionNoticed, now: float) -> Result:
+    """Request a drain, as on SIGTERM. A signal that follows is the first one: it does not end the node at once."""
+    if state.phase in (AgentPhase.FENCED, AgentPhase.REJOINING):  # to join again is of no use
+        return _stop_asked(state, StopAsked(event.why), now)
+    return state, [AskDrain(event.why)]
+
+
 def _outbox_full(state: AgentState, event: OutboxFull, now: float) -> Result:
     return _end_at_once(state, FULL, now)
 
@@ -430,6 +438,7 @@ HANDLED: Table = {
     **_in([_P.JOINING, _P.CHECKING, _P.SERVING], OutboxFull, _outbox_full),
     **_in(_NOT_OVER, StopAsked, _stop_asked),
     **_in(_NOT_OVER, LeaveAsked, _leave_asked),
+    **_in(_NOT_OVER, PreemptionNoticed, _preemption_noticed),
     **_in([_P.JOINING, _P.CHECKING, _P.FENCED, _P.ENDED], TimePassed, _noted),
     **_in([_P.UNFIT], TimePassed, _unfit),
     **_in([_P.SERVING], TimePassed, _serving),
@@ -438,10 +447,11 @@ HANDLED: Table = {
 }
 # Events that may still arrive after the node was fenced, or after the job ended for it.
 _ORDERS = (Welcomed, JoinRefused, FenceOrdered, StartOrdered, KillOrdered, EndOrdered)
+_ASKED = (StopAsked, LeaveAsked, PreemptionNoticed)
 _REST = (HealthChecked, KeeperLost, OutboxFull)
 LATE = frozenset(
     {
-        *((phase, event) for phase in (_P.ENDING, _P.ENDED) for event in (*_ORDERS, *_REST, StopAsked, LeaveAsked)),
+        *((phase, event) for phase in (_P.ENDING, _P.ENDED) for event in (*_ORDERS, *_REST, *_ASKED)),
         *((_P.FENCED, event) for event in (Welcomed, FenceOrdered, StartOrdered, KillOrdered, WorkerHung, *_REST)),
         *((_P.REJOINING, event) for event in (FenceOrdered, *_REST)),
         *((_P.UNFIT, event) for event in (FenceOrdered, OutboxFull)),

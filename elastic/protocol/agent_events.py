@@ -152,6 +152,13 @@ class StopAsked:
 
 
 @dataclass(frozen=True)
+class PreemptionNoticed:
+    """The machine will be taken away: the node is to hand over and leave. It is said again while the notice stands."""
+
+    why: str
+
+
+@dataclass(frozen=True)
 class LeaveAsked:
     """The node is asked to hand over and leave. A second request stops it."""
 
@@ -192,6 +199,7 @@ Event = (
     | OutboxFull
     | StopAsked
     | LeaveAsked
+    | PreemptionNoticed
     | TimePassed
 )
 

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 from tests.jobs import finish, slowly, wait_until
 from tests.jobs.cluster import Cluster
 from tests.jobs.hosts import Hosts
+from tests.jobs.ports import free_port
 
 STEPS = 30
 
@@ -70,6 +72,32 @@ def test_nodes_hand_over_and_leave(tmp_path: Path) -> None:
         job.check_undisturbed()
         assert [len(event["ranks"]) for event in job.events("node_left")] == [1, 1, 1]
         assert re.fullmatch(r"layers 0-\d+: ranks \d", job.events("committed")[-1]["layout"])
+
+
+@pytest.mark.soak
+def test_a_node_leaves_when_its_cloud_gives_notice(tmp_path: Path) -> None:
+    """A file server takes the part of Google's metadata service; what it lacks is not found, which is no notice."""
+    metadata, port = tmp_path / "metadata", free_port()
+    notice = metadata / "computeMetadata" / "v1" / "instance" / "preempted"
+    notice.parent.mkdir(parents=True)
+    with Hosts(2) as hosts:
+        at = hosts.address(1)
+        command = (sys.executable, "-m", "http.server", str(port), "--bind", at, "--directory", str(metadata))
+        service = hosts.run(1, *command)
+        job = Draining(hosts, tmp_path, least=1)
+        job.launch(0, flags=job.flags)
+        job.launch(1, flags=[*job.flags, "--es-preemption=google", f"--es-preemption-endpoint=http://{at}:{port}"])
+        job.await_whole()
+        with slowly(tmp_path):
+            notice.write_text("TRUE")
+            job.until(lambda: job.events("node_left"), 60, "it has left")
+        output = finish(hosts.launchers[1], 60)
+        assert hosts.launchers[1].returncode == 0, output
+        why = "google gives notice of preemption (preempted)"
+        assert f"everstep: {why}; the others continue" in output
+        assert [event["why"] for event in job.events("draining")] == [why]
+        service.kill()
+        job.check_undisturbed()
 
 
 @pytest.mark.soak

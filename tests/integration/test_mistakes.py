@@ -159,6 +159,7 @@ LINES = {
     "--es-snapshot-every=-3 SCRIPT": 'snapshot_every must be "auto" or a whole number of at least 1, got -3 (rank 0)',
     "--es-domain=rack SCRIPT": "--es-domain: expected KIND=VALUE, such as rack=7: got 'rack'",
     "--es-node-mtbf-hours=0 SCRIPT": "--es-node-mtbf-hours 0: give hours, more than none",
+    "--es-preemption-endpoint=host SCRIPT": "--es-preemption-endpoint: expected http://HOST[:PORT], got 'host'",
     "--es-keeper-memory=0 SCRIPT": "--es-keeper-memory: expected a size of more than nothing, got '0'",
     "--es-keeper-memory=nonsense SCRIPT": "--es-keeper-memory: expected a size such as 512MiB or 8G, got 'nonsense'",
     "--es-keeper-memory=-1GiB SCRIPT": "--es-keeper-memory: expected a size such as 512MiB or 8G, got '-1GiB'",

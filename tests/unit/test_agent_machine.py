@@ -79,6 +79,7 @@ SAMPLES: dict[type, a.Event] = {
     a.WorkerDefied: a.WorkerDefied(w(0), "it does not listen"),
     a.StopAsked: a.StopAsked("stopped by SIGINT"),
     a.LeaveAsked: a.LeaveAsked("stopped by SIGTERM"),
+    a.PreemptionNoticed: a.PreemptionNoticed("aws gives notice"),
     **{kind: kind(w(0)) for kind in (a.WorkerSpoke, a.WorkerMoved, a.WorkerHung, a.MainThreadFailed, a.WorkerGone)},
 }
 
@@ -301,6 +302,25 @@ def test_a_released_node_ends_with_success_and_asks_nobody_to_end() -> None:
     assert one.state.outcome.left
 
 
+def test_a_notice_of_preemption_drains_the_node_and_a_signal_after_it_does_no_more() -> None:
+    one = serving(w(0))
+    for _ in range(2):
+        assert one(a.PreemptionNoticed("aws gives notice")) == [a.AskDrain("aws gives notice")]
+    assert one(a.LeaveAsked("stopped by SIGTERM")) == [a.AskDrain("stopped by SIGTERM")]
+    assert one(a.PreemptionNoticed("aws gives notice")) == [a.AskDrain("aws gives notice")]
+    assert one.state.phase is P.SERVING
+
+
+def test_a_node_that_is_preempted_does_not_join_again() -> None:
+    one = serving(w(0))
+    one(a.FenceOrdered("silent"))
+    assert one(a.PreemptionNoticed("aws gives notice")) == []
+    one(a.WorkerGone(w(0)))
+    assert one.state.phase in (P.ENDING, P.ENDED)
+    assert one.state.outcome is not None
+    assert "aws gives notice" in one.state.outcome.why
+
+
 def test_asked_twice_to_stop_a_node_ends_at_once() -> None:
     one = serving(w(0))
     assert one(a.LeaveAsked("stopped by SIGTERM")) == [a.AskDrain("stopped by SIGTERM")]
@@ -459,7 +479,7 @@ class Machine:
     def user(self) -> None:
         if self.agent.state.stop_why:
             self.all_unwanted()
-        ask = self.rng.choice((a.StopAsked, a.LeaveAsked))
+        ask = self.rng.choice((a.StopAsked, a.LeaveAsked, a.PreemptionNoticed))
         self.happens(ask("asked to"))
 
     def comes_to_its_end(self) -> None:
