@@ -238,7 +238,7 @@ class LayerStack:
         finally:
             self._reading.now = False
         for name, tensor in found.items():
-            if plain_name(name) not in trained and isinstance(tensor, Tensor):  # a module's own state may be no tensor
+            if plain_name(name) not in trained and tensor is not None:  # Megatron's modules have a state that is None
                 yield plain_name(name), tensor
 
     @property

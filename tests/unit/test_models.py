@@ -77,6 +77,17 @@ def test_names_are_those_without_compile() -> None:
     assert plain_name("_orig_mod.encoder._orig_mod.weight") == "encoder.weight"
 
 
+def test_a_module_with_an_empty_state_of_its_own() -> None:
+    class WithState(nn.Linear):
+        def get_extra_state(self) -> None:
+            return None
+
+    model = nn.Sequential(WithState(2, 2), nn.BatchNorm1d(2))
+    model[0].bias.requires_grad_(False)
+    assert "0._extra_state" in model.state_dict()
+    assert [name for name, _ in LayerStack(model, cut=True).constants()] == ["0.bias"]
+
+
 def test_a_loss_that_depends_on_nothing() -> None:
     _check_loss(torch.ones((), requires_grad=True) * 2, "the loss", 5, 1)
     with pytest.raises(UsageError, match="the loss of micro-batch 1 of step 5 depends on no trainable parameter"):
