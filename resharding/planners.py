@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import heapq
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
 
@@ -177,24 +178,57 @@ def deal_shards(spec: ModelSpec, holders: Mapping[int, Sequence[int]], owners: S
             dealt[shard.index] = owner
             load[owner] += shard.elements
             heapq.heapreplace(emptiest, (load[owner], total[owner], owner))
-        _even_out(shards, dealt, load)
+        even_out(shards, dealt, load)
         for rank, elements in load.items():
             total[rank] += elements
     return tuple(dealt)
 
 
-def _even_out(shards: Iterable[Shard], dealt: list[int], load: dict[int, int]) -> None:
-    """Move shards from the fullest to the emptiest rank until they differ by at most one (the largest) shard."""
-    shards = list(shards)
+def even_out(shards: Sequence[Shard], dealt: list[int], load: dict[int, int]) -> None:
+    """Move shards from the fullest to the emptiest rank until they differ by at most one (the largest) shard.
+
+    The one that moves comes nearest to half of the difference; of several such, the one with the lowest index.
+    """
     largest = max(shard.elements for shard in shards)
+    owned: dict[int, _BySize] = {}
     while True:
         full = max(load, key=lambda r: (load[r], -r))
         empty = min(load, key=lambda r: (load[r], r))
         gap = load[full] - load[empty]
         if gap <= largest:
             return
-        movable = [s for s in shards if dealt[s.index] == full and 0 < s.elements < gap]
-        shard = min(movable, key=lambda s: (abs(gap - 2 * s.elements), s.index))
-        dealt[shard.index] = empty
-        load[full] -= shard.elements
-        load[empty] += shard.elements
+        if not owned:
+            owned = {rank: _BySize() for rank in load}
+            for shard in shards:
+                owned[dealt[shard.index]].add(shard.elements, shard.index)
+        elements, index = owned[full].take_nearest_half(gap)
+        owned[empty].add(elements, index)
+        dealt[index] = empty
+        load[full] -= elements
+        load[empty] += elements
+
+
+class _BySize:
+    """The shards of a rank by their size, in elements."""
+
+    def __init__(self) -> None:
+        self._sizes: list[int] = []  # ascending
+        self._indices: dict[int, list[int]] = {}  # size -> the shards of that size, as a heap
+
+    def add(self, elements: int, index: int) -> None:
+        if elements not in self._indices:
+            bisect.insort(self._sizes, elements)
+            self._indices[elements] = []
+        heapq.heappush(self._indices[elements], index)
+
+    def take_nearest_half(self, gap: int) -> tuple[int, int]:
+        """Remove and return the shard nearest to half of `gap`, of those that have elements and fewer than `gap`."""
+        above = bisect.bisect_left(self._sizes, gap, key=lambda elements: 2 * elements)
+        near = [size for size in self._sizes[max(0, above - 1) : above + 1] if 0 < size < gap]
+        elements = min(near, key=lambda size: (abs(gap - 2 * size), self._indices[size][0]))
+        indices = self._indices[elements]
+        index = heapq.heappop(indices)
+        if not indices:
+            del self._indices[elements]
+            self._sizes.remove(elements)
+        return elements, index

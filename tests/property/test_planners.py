@@ -23,10 +23,11 @@ from everstep.resharding.planners import (
     change_layout,
     deal_micro_batches,
     deal_shards,
+    even_out,
     initial_layout,
     partition,
 )
-from everstep.resharding.units import ModelSpec, ParameterSpec
+from everstep.resharding.units import ModelSpec, ParameterSpec, Shard
 from everstep.resharding.work import AssignedLeg, Leg
 
 from .worlds import ROW, Loss, histories, losses, models
@@ -134,6 +135,31 @@ def test_shards_are_dealt_to_holders_only(spec: ModelSpec, data: st.DataObject) 
     again = deal_shards(spec, holders, owners)
     assert all(owners[s.index] in holders[spec.home(s)] for s in spec.shards)
     assert again == owners, "what is even already stays"
+
+
+def dumb_even_out(sizes: list[int], dealt: list[int], load: dict[int, int]) -> None:
+    while True:
+        full = max(load, key=lambda rank: (load[rank], -rank))
+        empty = min(load, key=lambda rank: (load[rank], rank))
+        gap = load[full] - load[empty]
+        if gap <= max(sizes):
+            return
+        movable = [i for i, size in enumerate(sizes) if dealt[i] == full and 0 < size < gap]
+        moved = min(movable, key=lambda i: (abs(gap - 2 * sizes[i]), i))
+        dealt[moved] = empty
+        load[full] -= sizes[moved]
+        load[empty] += sizes[moved]
+
+
+@given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 3)), min_size=1, max_size=40))
+def test_what_evens_out_is_what_a_search_of_all_shards_finds(given_: list[tuple[int, int]]) -> None:
+    """In a layer of very many shards, looking at all of them for each that moves takes minutes."""
+    sizes, owners = [size for size, _ in given_], [rank for _, rank in given_]
+    load = {rank: sum(size for size, owner in given_ if owner == rank) for rank in range(4)}
+    expected, loads = list(owners), dict(load)
+    dumb_even_out(sizes, expected, loads)
+    even_out([Shard(i, i, 0, size) for i, size in enumerate(sizes)], owners, load)
+    assert (owners, load) == (expected, loads)
 
 
 @given(models())
