@@ -18,6 +18,7 @@ from everstep.elastic.contract.errors import UsageError
 from everstep.elastic.contract.stateful import encode
 from everstep.elastic.engine.engine import Engine
 from everstep.elastic.holding.stack import plain_name
+from everstep.elastic.protocol import events as e
 from everstep.elastic.step.devices import generators_kept, seed_generators, to_device
 from everstep.elastic.step.evaluation_data import EvaluationData
 from everstep.elastic.step.order import derive_seed
@@ -31,6 +32,19 @@ Function = Callable[[Any], Any]
 
 class EvaluationFailed(Exception):
     """The script's function raised for a batch; its own exception is the cause of this one."""
+
+
+def check_whole(engine: Engine) -> None:
+    """Raise UsageError unless each rank has the whole model; from now on the job refuses to go to several stages."""
+    layout = engine.layout
+    stages = max(engine.settings.stages, len(layout.stages) if layout else 1)
+    if stages != 1:
+        raise UsageError(
+            f"run.evaluate needs the whole model on each rank, and the job has stages={stages}: "
+            "evaluate on one rank, with run.full_state_dict()"
+        )
+    if len(engine.stack.layers) > 1:
+        engine.membership.tell(e.WorkerNeedsWhole(engine.membership.worker, "its script calls run.evaluate"))
 
 
 class Evaluation:

@@ -49,7 +49,7 @@ from .average import MovingAverage
 from .calls import Calls
 from .course import Course
 from .epochs import Epochs
-from .evaluation import Evaluation
+from .evaluation import Evaluation, check_whole
 from .full_state import FullState
 from .gradients import Gradients
 from .interruptible import Interruptible
@@ -354,11 +354,7 @@ class Run(Sharing, Gradients):
         dictionaries, bytes, tensors and arrays.
         """
         engine = self._trained()
-        if (stages := max(self.settings.stages, len(engine.current()[0].stages))) != 1:
-            raise UsageError(
-                f"run.evaluate needs the whole model on each rank, and the job has stages={stages}: "
-                "evaluate on one rank, with run.full_state_dict()"
-            )
+        check_whole(engine)
         if average and self._average is None:
             raise UsageError("run.evaluate(average=True): call run.average(model, decay) before run.prepare")
         found, full = EvaluationData(data, self.settings.micro_batch_size, self.settings.seed), self._full_state()

@@ -25,6 +25,7 @@ FromWorker = (
     | e.WorkerIdled
     | e.WorkerCommitted
     | e.WorkerNoted
+    | e.WorkerNeedsWhole
     | e.CheckpointSaved
     | e.CheckpointUnreadable
     | e.WorkerLeft

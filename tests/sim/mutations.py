@@ -239,6 +239,13 @@ MUTATIONS = (
         "self.versions[shard] = wanted.version + 1",
         ("rebalancing, growing", "rebalancing, saving"),
     ),
+    Mutation(
+        "a relayout is offered while a recovery is under way",
+        "relayout.py",
+        'what = "a recovery is under way"',
+        'what = ""',
+        ("relayouts", "relayouts, 5 nodes"),
+    ),
 )
 
 
