@@ -31,13 +31,14 @@ class Spread:
     width: int
     impossible: Mapping[str, str]
 
-    def admits(self, node: str, blocks: Iterable[str]) -> bool:
-        """Whether a stripe with blocks on these nodes may have one more on `node`."""
-        mine = self.labels.get(node, ())
-        if not mine:
-            return True
-        held = Counter(label for other in blocks for label in self.labels.get(other, ()))
-        return all(held[label] < self.most for label in mine)
+    def full(self, blocks: Iterable[str]) -> frozenset[str]:
+        """The domains that may hold no more of a stripe with blocks on these nodes."""
+        held = Counter(label for node in blocks for label in self.labels.get(node, ()))
+        return frozenset(label for label, count in held.items() if count >= self.most)
+
+    def admits(self, node: str, full: frozenset[str]) -> bool:
+        """Whether a stripe that leaves these domains full may have one more block on `node`."""
+        return not full or full.isdisjoint(self.labels.get(node, ()))
 
 
 def spread(nodes: Sequence[str], labels: Mapping[str, Sequence[str]], losses: int, width: int) -> Spread:

@@ -14,6 +14,7 @@ from collections import Counter, deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -262,7 +263,7 @@ class _Draft:
         """Place the rows that have no node: among the emptiest nodes, on those of the least crowded stages."""
         for number, holder in enumerate(stripe.parity):
             if not holder:
-                emptiest = next(entry[0] for entry in self.order if self._admits(stripe.blocks, entry[2]))
+                emptiest = next(entry[0] for entry in self._free(stripe.blocks, len(self.order)))
                 chosen = self._best(stripe, emptiest + stripe.cost_bytes + self.world.window_bytes + 1)
                 stripe.parity[number] = chosen
                 self._account(chosen, stripe.cost_bytes, 1)
@@ -279,9 +280,7 @@ class _Draft:
                 for number, holder in enumerate(stripe.parity) if stripe.cost_bytes else ():
                     limit = self.load[holder][0] - 2 * stripe.cost_bytes - allowance
                     rest = (*stripe.nodes, *(node for node in stripe.parity if node != holder))
-                    if self.order[0][0] >= limit or not any(
-                        self._admits(rest, e[2]) for e in self.order[: self._below(limit)]
-                    ):
+                    if self.order[0][0] >= limit or not any(self._free(rest, self._below(limit))):
                         continue
                     stripe.parity[number] = ""
                     stripe.parity[number] = chosen = self._best(stripe, limit)
@@ -289,9 +288,10 @@ class _Draft:
                     self._account(chosen, stripe.cost_bytes, 1)
                     moved = True
 
-    def _admits(self, blocks: tuple[str, ...], node: str) -> bool:
-        """Whether a stripe with these blocks may have one more on the node."""
-        return node not in blocks and self.world.domains.admits(node, blocks)
+    def _free(self, blocks: tuple[str, ...], count: int) -> Iterator[tuple[int, int, str]]:
+        """Of the `count` emptiest nodes, those on which a stripe with these blocks may have one more."""
+        domains, full = self.world.domains, self.world.domains.full(blocks)
+        return (e for e in islice(self.order, count) if e[2] not in blocks and domains.admits(e[2], full))
 
     def _below(self, limit: float) -> int:
         return bisect_left(self.order, limit, key=lambda entry: entry[0])
@@ -300,8 +300,8 @@ class _Draft:
         """The node outside the stripe, with fewer than `limit` bytes, that overlaps least; the emptiest of them."""
         stages = self.world.stages
         used = Counter(s for node in stripe.blocks for s in stages.get(node, ())) if stages else {}
-        free = (entry[2] for entry in self.order[: self._below(limit)] if self._admits(stripe.blocks, entry[2]))
-        return self.world.least_overlapping(free, used)
+        free = self._free(stripe.blocks, self._below(limit))
+        return self.world.least_overlapping((entry[2] for entry in free), used)
 
     def _account(self, node: str, size: int, rows: int) -> None:
         entry = self.load[node]
@@ -327,7 +327,8 @@ def _continued(world: _World, old: Placement) -> _Draft:
             parity: list[str] = []
             for node in stripe.parity[: world.losses]:
                 blocks = (*members, *parity)
-                stays = node in world.live and node not in blocks and world.domains.admits(node, blocks)
+                free = node not in blocks and world.domains.admits(node, world.domains.full(blocks))
+                stays = node in world.live and free
                 parity.append(node if stays else "")
             draft.add(stripe.shards, parity)
             placed.update(stripe.shards)
@@ -344,7 +345,7 @@ def _sound(world: _World, stripe: Stripe) -> bool:
     if len(stripe.shards) > world.width or max(stripe.shards) >= len(world.owners):
         return False
     nodes = {world.owners[i] for i in stripe.shards}
-    together = all(world.domains.admits(node, nodes - {node}) for node in nodes)
+    together = all(world.domains.admits(node, world.domains.full(nodes - {node})) for node in nodes)
     return len(nodes) == len(stripe.shards) and nodes <= world.live and together
 
 
@@ -386,22 +387,23 @@ def _take(draft: _Draft, pool: dict[str, deque[int]]) -> tuple[int, ...]:
     free = [node for node in candidates if counts[node] < rounds]
     used: Counter[int] = Counter(s for node in chosen for s in world.stages.get(node, ()))
 
-    def choose(among: Iterable[str], most: int) -> None:
+    def choose(among: Sequence[str], most: int) -> None:
         """Choose nodes while there are fewer than `most` of them."""
-        allowed = [node for node in among if domains.admits(node, chosen)]
-        while allowed and len(chosen) < most:
+        while len(chosen) < most:
+            full = domains.full(chosen)
+            allowed = (node for node in among if node not in chosen and domains.admits(node, full))
             node = world.least_overlapping(allowed, used)
+            if not node:
+                break
             chosen.append(node)
             used.update(world.stages.get(node, ()))
-            allowed = [other for other in allowed if other != node and domains.admits(other, chosen)]
 
     for label in sorted(crowds, key=lambda label: (crowds[label], label)):  # inner domains before those around them
-        there = [node for node in free if node not in chosen and label in domains.labels.get(node, ())]
-        inside = sum(label in domains.labels.get(node, ()) for node in chosen)
-        lacking = crowds[label] - domains.most * (rounds - 1) - inside
+        lacking = crowds[label] - domains.most * (rounds - 1)
         if lacking > 0:
-            choose(there, len(chosen) + lacking)
-    choose([node for node in free if node not in chosen], width)
+            lacking -= sum(label in domains.labels.get(node, ()) for node in chosen)
+            choose([node for node in free if label in domains.labels.get(node, ())], len(chosen) + lacking)
+    choose(free, width)
     taken = tuple(pool[node].popleft() for node in chosen)
     for node in chosen:
         if not pool[node]:

@@ -133,8 +133,9 @@ def _node(node: Mapping[str, Any], ranks: Sequence[int]) -> list[Any]:
     note = f"leaving: {node['leaving']}" if node["leaving"] else ""
     if (node["silence_s"] or 0.0) > SILENT_S:
         note = note or "silent"
+    host = " ".join((node["host"], *node["domains"]))
     return [
-        *(node["node"], node["host"], ranks_text(ranks), node["silence_s"], reading.get("cpu_ratio")),
+        *(node["node"], host, ranks_text(ranks), node["silence_s"], reading.get("cpu_ratio")),
         *(reading.get("memory_used_bytes"), reading.get("memory_bytes"), keeper if reading else "-", gpus or "-", note),
     ]
 

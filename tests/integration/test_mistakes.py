@@ -157,7 +157,6 @@ LINES = {
     "--es-protection=nonsense SCRIPT": "one of parity, replay, replicate, none, got 'nonsense' (rank 0)",
     "--es-node-losses=0 SCRIPT": "node_losses must be a whole number of at least 1, got 0 (rank 0)",
     "--es-snapshot-every=-3 SCRIPT": 'snapshot_every must be "auto" or a whole number of at least 1, got -3 (rank 0)',
-    "--es-domain=rack SCRIPT": "--es-domain: expected KIND=VALUE, such as rack=7: got 'rack'",
     "--es-node-mtbf-hours=0 SCRIPT": "--es-node-mtbf-hours 0: give hours, more than none",
     "--es-preemption-endpoint=host SCRIPT": "--es-preemption-endpoint: expected http://HOST[:PORT], got 'host'",
     "--es-keeper-memory=0 SCRIPT": "--es-keeper-memory: expected a size of more than nothing, got '0'",

@@ -174,7 +174,7 @@ def test_parity_is_even_as_far_as_domains_allow(change: tuple[Labelled, Labelled
     allowance = sum(held.values()) / len(held) / KEPT_TOLERANCE
     for stripe, full, empty in ((s, u, v) for s in stripes if cost[s] for u in s.parity for v in after.nodes):
         rest = set(blocks(stripe)) - {full}
-        if empty not in blocks(stripe) and found.admits(empty, rest):
+        if empty not in blocks(stripe) and found.admits(empty, found.full(rest)):
             assert held[full] - held[empty] <= 2 * cost[stripe] + allowance
 
 

@@ -166,6 +166,16 @@ def test_one_screen_says_what_is_wrong_and_shows_the_evidence() -> None:
     assert "9 0.50 s x2.5" in shown
 
 
+def test_failure_domains_are_shown_with_their_nodes() -> None:
+    job = Job(2)
+    nodes = {name: replace(node, domains=("rack=7", "zone=a")) for name, node in job.state.nodes.items()}
+    job.state = replace(job.state, nodes=nodes)
+    view = job.observer.view()
+    assert [node["domains"] for node in view["nodes"]] == [["rack=7", "zone=a"]] * len(nodes)
+    assert any("rack=7 zone=a" in line for line in screen(view))
+    assert all(row[1].endswith(" rack=7 zone=a") for row in digest(job.observer.seen(10, 10))["nodes"])
+
+
 def test_many_ranks_and_nodes_fit() -> None:
     job = Job(4000)
     job.train(3)
