@@ -49,14 +49,14 @@ class Course:
             engine.turn_over()
         for function in self._functions:
             function(step)
-        if engine.loops:
-            left = engine.registered.users() if self._functions else engine.registered.began
-            engine.registered.left[engine.version] = left
         return step
 
     def go_on(self) -> None:
         """The script has done what it does between two steps, and asks for the next one."""
-        self._engine.turn = None
+        engine = self._engine
+        if engine.loops:
+            engine.turns.pass_by(engine.version, first=engine.turn is not None)
+        engine.turn = None
         self._calls.away()
 
     def stops(self) -> bool:

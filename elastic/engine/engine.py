@@ -73,6 +73,7 @@ from .driver import Driver
 from .prefetcher import Prefetcher
 from .registered import Registered
 from .remarks import Remarks
+from .user_turns import UserTurns
 
 # What a rank waits for, apart from other ranks, in words that follow "waits for".
 SNAPSHOT = "its snapshot to be copied to keeper memory"
@@ -145,6 +146,7 @@ class Engine:
         self.record_bytes = [optimizer.state_bytes(shard) for shard in stack.spec.shards]
         self.on_commit: list[Callable[[], None]] = []  # called after each commit: the scheduler's step
         self.adjustments = Adjustments(optimizer, stack)
+        self.turns = UserTurns(self.registered, self.adjustments, optimizer)
         self.agreeing = Agreeing(stack, comm, self.adjustments, self.protection, self.checkpoints, self.replicas)
         self.worker = Driver(new_worker(comm.rank, stack.spec, settings.steps))
         self.state: StepState | None = None
@@ -379,7 +381,7 @@ class Engine:
         """The registered objects' states at the end of `step`; what no rank will ask for again is forgotten."""
         versions = [v for v in (self.snapshots.protected, self.checkpoints.newest) if v >= 0]
         oldest = min(versions, default=step) - 1
-        for records in (self.adjustments, self.calls, self.registered):
+        for records in (self.adjustments, self.calls, self.registered, self.turns):
             records.forget(oldest)
         return self.registered.record(step, again=step <= self.shown)
 
@@ -390,8 +392,7 @@ class Engine:
 
     def after_users(self) -> dict[str, Any]:
         """What the user's code may change between steps: settings, and the states it registered."""
-        users = self.registered.users()
-        return {**self.adjustments.terms(), "groups": self.optimizer.hyper_parameters(), "users": users}
+        return self.turns.present()
 
     def turn_over(self) -> None:
         """In the user's own loop, the turn that ended the last step is over; functions for that step follow.
@@ -400,9 +401,9 @@ class Engine:
         case all ranks are lost at once.
         """
         registered, terms = self.registered, Terms.of(self.agreement)
-        registered.began = registered.users()
+        began = self.turns.began = registered.users()
         agreed = registered.of_users(terms.registered)
-        if (registered.began != agreed or self.adjustments.changed()) and self.rank == min(self.comm.members):
+        if (began != agreed or self.adjustments.changed()) and self.rank == min(self.comm.members):
             others = {name: state for name, state in terms.registered.items() if name not in agreed}
             left = replace(terms, registered=others, after=self.after_users(), shown=False)
             self._tell_committed(left.to_text(), self.current()[0].generation, settled=True)

@@ -238,7 +238,7 @@ class Recovery:
     def _after_users(self, version: int) -> dict[str, Any]:
         """The state of the user's code here; the settings only if they belong to `version` already."""
         if self._in_turn(version):  # it repeats the code behind the step, and its changes, from where that began
-            return {"users": self.engine.registered.began} if self.engine.loops else {}
+            return {"users": self.engine.turns.began} if self.engine.loops else {}
         after = self.engine.after_users()
         if not self.engine.begun and STATE in after["users"]:  # the script is about to set it, as the newcomer's will
             entered = self.engine.registered.objects[STATE].entered
@@ -292,9 +292,7 @@ class Recovery:
         engine.adjustments.leave(it.since, it.version, loops=engine.loops)
         self._catch_up(terms, it.version, back=True)
         if engine.loops and terms is not None:  # the user's own loop computes again, from the state in which it was
-            left = engine.registered.left
-            after = {"users": left[it.version]} if it.version in left else terms.after
-            self._leave_as_users(after or {}, back=True)
+            engine.turns.go_back(it.version, terms.after or {})
         engine.gradients = {}
 
     def _take_places(self, it: w.TakePlaces) -> None:
@@ -402,18 +400,9 @@ class Recovery:
             return
         if terms is not None:
             self._catch_up(terms, version, back=False)
-        self._leave_as_users(self._after or (terms and terms.after) or {})
+        self.engine.turns.adopt(self._after or (terms and terms.after) or {})
         if not (self.resumed and self.engine.settings.resume_hyperparameters == "script"):
             self.engine.adjustments.join(version, clip=not self.resumed)
-
-    def _leave_as_users(self, after: Mapping[str, Any], *, back: bool = False) -> None:
-        """The user's code has run on other ranks for the earlier steps: adopt its state. `back`: or here, too."""
-        engine = self.engine
-        if "groups" in after:
-            engine.adjustments.set(after)
-        for name, state in after.get("users", {}).items():
-            if not (back and engine.registered.changes_between_steps(name)):
-                engine.registered.load(name, state)
 
     def _catch_up(self, terms: Terms | None, version: int, *, back: bool) -> None:
         """Bring the registered objects (the scheduler) to the version that the other ranks are at, or go back to.

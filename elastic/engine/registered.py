@@ -1,8 +1,4 @@
-"""The objects with a state that a script has registered, on one rank: their states by step, and those of other ranks.
-
-In the user's own loop, code behind `optimizer.step()` may change them once the step is committed. So their states in
-the agreement of a step are not yet those with which the next step begins: `began` and `left` are.
-"""
+"""The objects with a state that a script has registered, on one rank: their states by step, and other ranks'."""
 
 from __future__ import annotations
 
@@ -16,16 +12,13 @@ class Registered:
     """The registered objects by name (`objects`, which the script may add to), and their states as JSON values.
 
     `driven`: the names of those that the runtime itself steps. `unclaimed`: states of other ranks' objects that this
-    rank has not registered yet. `began` and `left`, in the user's own loop: the states with which the functions of the
-    last committed step began, and those that they left, by version.
+    rank has not registered yet.
     """
 
     def __init__(self, objects: dict[str, Any]) -> None:
         self.objects = objects
         self.driven: set[str] = set()
         self.unclaimed: dict[str, Any] = {}
-        self.began: dict[str, Any] = {}
-        self.left: dict[int, dict[str, Any]] = {}
         self._at: dict[int, dict[str, Any]] = {}  # step -> the states at its end
 
     def claim(self, name: str, item: Any) -> None:
@@ -67,6 +60,5 @@ class Registered:
 
     def forget(self, before: int) -> None:
         """Steps before this one will not be computed again."""
-        for known in (self._at, self.left):
-            for old in [n for n in known if n < before]:
-                del known[old]
+        for old in [n for n in self._at if n < before]:
+            del self._at[old]

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.jobs import JOBS, assert_same_state, run_job, same
+from tests.jobs import JOBS, assert_same_state, finish, run_job, same
 from tests.jobs.alone import script
+from tests.jobs.hosts import Hosts
 
 STEPS = 7
 KILLS = [[1, "before"], [0, 3], [2, "behind"]]
@@ -56,11 +57,32 @@ def test_all_ranks_die_behind_a_step(loop: bool, tmp_path: Path) -> None:
     """What their code has changed since the step was agreed on, its rate too, is not lost with them."""
     kills = [[0, 3], [1, 3], [0, 6], [1, 6]]
     expected = alone(tmp_path, loop=loop)
-    result = run_job(nproc=2, steps=STEPS, script="sharing_job.py", loop=loop, kills=kills, kib=700)
+    result = run_job(nproc=2, steps=STEPS, script="sharing_job.py", loop=loop, kills=kills, kib=400)
     assert result.status == 0, result.output
     assert len(result.named("worker_died")) == 4
     for rank in range(2):
         assert_same_shared(result.state(rank), expected)
+
+
+@pytest.mark.parametrize("loop", [pytest.param(False, marks=pytest.mark.soak), True], ids=["steps", "loop"])
+def test_steps_are_computed_again(loop: bool, tmp_path: Path) -> None:
+    """A node is lost, and the others go back to the last version that outlives it: what their code counted, too."""
+    expected = alone(tmp_path, loop=loop)
+    out, events = tmp_path / "lost", tmp_path / "events.jsonl"
+    out.mkdir()
+    faults = json.dumps([{"rank": 2, "phase": "update", "step": 5, "kind": "node"}])
+    arguments = [json.dumps({"out": str(out), "steps": STEPS, "loop": loop})]
+    with Hosts(3) as hosts:
+        hosts.coordinator("2:3", f"--es-events={events}")
+        flags = ["--nnodes=2:3", "--nproc-per-node=1", "--es-snapshot-every=3", f"--log-dir={tmp_path}/logs"]
+        for host in hosts.hosts:
+            hosts.launch(host, JOBS / "sharing_job.py", arguments, flags, {"EVERSTEP_FAULTS": faults})
+        outputs = [finish(node) for node in hosts.launchers.values()]
+    lines = [json.loads(line) for line in events.read_text().splitlines()]
+    assert [line["lost_steps"] > 0 for line in lines if line["event"] == "recovered"] == [True], outputs
+    for path in out.glob("state-*.pt"):
+        assert_same_shared(torch.load(path, weights_only=True), expected)
+    assert len(list(out.glob("state-*.pt"))) == 2
 
 
 @pytest.mark.soak

@@ -39,9 +39,13 @@ class Count:
         self.value = state["value"]
 
 
+told = Count()  # how many steps the functions have been called for
+
+
 def between(run, step):
     state = run.state
     state["steps"] = state.get("steps", 0) + 1
+    told.value += 1
     norm = run.mean(step.gradient_norm)
     comes_by(step.index)
     state["norms"] = [*state.get("norms", []), norm]
@@ -57,6 +61,7 @@ def train(run):
     data = torch.utils.data.TensorDataset(torch.randn(40, 6), torch.randn(40, 2))
     seen = Count()
     run.register_state("seen", seen)
+    run.register_state("told", told)
     loss_fn = nn.functional.mse_loss
     if config.get("loop"):
         run.on_step(lambda step: between(run, step))
@@ -84,7 +89,10 @@ def train(run):
     run.state["behind"] = run.mean(7)
     comes_by("behind")
     run.barrier()
-    torch.save({**run.full_state_dict(), "shared": {**run.state, "seen": seen.value}}, out / f"state-{mine}.pt")
+    torch.save(
+        {**run.full_state_dict(), "shared": {**run.state, "seen": seen.value, "told": told.value}},
+        out / f"state-{mine}.pt",
+    )
 
 
 if __name__ == "__main__":
