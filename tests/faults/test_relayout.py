@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from everstep.agents.tools.orders import order
 from everstep.agents.tools.status import status
@@ -33,7 +34,7 @@ class Job:
             *(f"--nproc-per-node={workers}", f"--rdzv-endpoint={self.endpoint}", "--es-rebalance-after=0"),
             *(f"--es-events={out}/events.jsonl", f"--log-dir={out}/logs"),
         ]
-        arguments = [json.dumps({"out": str(out), "steps": steps, "stages": stages})]
+        arguments = [json.dumps({"out": str(out), "steps": steps, "stages": stages, "model": True})]
         self.launcher = launch(JOBS / "gpt_job.py", arguments, flags)
 
     def events(self, name: str) -> list[dict[str, Any]]:
@@ -99,6 +100,10 @@ def test_from_one_stage_to_two(tmp_path: Path, capsys: pytest.CaptureFixture[str
             assert "2 ranks in 2 stages" in capsys.readouterr().out
         result = job.result()
     assert_same_run(result, reference(FEW))
+    for rank in (0, 1):
+        model = torch.load(tmp_path / f"model-{rank}.pt", weights_only=True)
+        whole = result.state(rank)["model"]
+        assert all(torch.equal(model[name], tensor) for name, tensor in whole.items()), "layers of other stages lack"
     assert len(result.named("relayout_prepared")) == len(result.named("rebalanced")) == 1
     assert not result.named("recovered")
     assert [len(pids) for pids in job.pids().values()] == [1, 1]

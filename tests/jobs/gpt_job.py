@@ -65,6 +65,8 @@ def train(run):
             if config.get("dump") and run.rank == 0:
                 torch.save(run.full_state_dict(), out / f"at-{run.step}.pt")
             dawdle()
+    if config.get("model"):
+        torch.save(model.state_dict(), out / f"model-{mine}.pt")
     state = run.full_state_dict()
     torch.save(state, out / f"state-{mine}.pt")
 
