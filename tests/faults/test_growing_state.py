@@ -43,7 +43,7 @@ def test_it_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("protection", ["parity", "replicate", "replay"])
+@pytest.mark.parametrize("protection", ["parity", "replay"])
 def test_lost_nodes(protection: str, tmp_path: Path) -> None:
     """A node is lost soon after. Parity grows with the records: there, another is lost when all train again."""
     steps = 80
