@@ -390,10 +390,6 @@ class Engine:
         self.birth.setdefault("registered", {})[name] = encode(item.state_dict(), f"the state of {name!r}")
         self.registered.claim(name, item)
 
-    def after_users(self) -> dict[str, Any]:
-        """What the user's code may change between steps: settings, and the states it registered."""
-        return self.turns.present()
-
     def turn_over(self) -> None:
         """In the user's own loop, the turn that ended the last step is over; functions for that step follow.
 
@@ -405,7 +401,7 @@ class Engine:
         agreed = registered.of_users(terms.registered)
         if (began != agreed or self.adjustments.changed()) and self.rank == min(self.comm.members):
             others = {name: state for name, state in terms.registered.items() if name not in agreed}
-            left = replace(terms, registered=others, after=self.after_users(), shown=False)
+            left = replace(terms, registered=others, after=self.turns.present(), shown=False)
             self._tell_committed(left.to_text(), self.current()[0].generation, settled=True)
 
     def _counts(self, shard: int) -> bool:
@@ -521,7 +517,7 @@ class Engine:
             self.check_values(thorough=False)
             self.pipeline.forwards.check_constants(self.version, self.registered.objects.values())
         if self.checkpoints.unsettled:
-            self.checkpoints.settle(self.after_leaving or self.after_users())
+            self.checkpoints.settle(self.after_leaving or self.turns.present())
             if self._stopping is not None and not self.ended():
                 self._end_saved(self._stopping)
         elif self._stopping is not None:
@@ -544,7 +540,7 @@ class Engine:
         """The user's code has left the loop, perhaps before the last step: this rank trains no further."""
         if self.leave_at is not None:
             return
-        self.after_leaving = self.after_users()
+        self.after_leaving = self.turns.present()
         if self.checkpoints.link is None:
             self.checkpoints.keep(self.version, self._state_of)
         self.worker.happened(w.LoopLeft())
@@ -593,5 +589,5 @@ class Engine:
         self.settle()
         self.snapshots.wait(on_wait)
         terms = replace(Terms.of(self.agreement), save=name)
-        after = self.after_leaving or self.after_users()
+        after = self.after_leaving or self.turns.present()
         return self.checkpoints.save_last(terms, layout, self.rank, after, self._state_of, on_wait)

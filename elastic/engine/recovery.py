@@ -239,7 +239,7 @@ class Recovery:
         """The state of the user's code here; the settings only if they belong to `version` already."""
         if self._in_turn(version):  # it repeats the code behind the step, and its changes, from where that began
             return {"users": self.engine.turns.began} if self.engine.loops else {}
-        after = self.engine.after_users()
+        after = self.engine.turns.present()
         if not self.engine.begun and STATE in after["users"]:  # the script is about to set it, as the newcomer's will
             entered = self.engine.registered.objects[STATE].entered
             after["users"] |= {STATE: entered or {}}

@@ -28,7 +28,7 @@ class UserTurns:
         self._passed = -1  # the version of which that was last recorded, or put in force
 
     def present(self) -> dict[str, Any]:
-        """Settings, and the states of the objects that the user's code changes."""
+        """What the user's code may change between steps: settings, and the states of the objects that it registered."""
         users = self._registered.users()
         return {**self._adjustments.terms(), "groups": self._optimizer.hyper_parameters(), "users": users}
 

@@ -10,12 +10,12 @@ import atexit
 import contextlib
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -71,18 +71,17 @@ def _serve() -> None:
         pid = os.fork()
         if pid == 0:
             _run(request)
-        status, until_s = None, time.monotonic() + HANG_S
-        while status is None and time.monotonic() < until_s:
-            found, status_word = os.waitpid(pid, os.WNOHANG)
-            status = os.waitstatus_to_exitcode(status_word) if found else None
-            time.sleep(0.005)
+        ended = os.pidfd_open(pid)
+        hung = not select.select([ended], [], [], HANG_S)[0]
+        os.close(ended)
+        if hung:
+            os.killpg(pid, signal.SIGKILL)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         left = False
         with contextlib.suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)
-            left = status is not None
-        if status is None:
-            os.waitpid(pid, 0)
-        print(json.dumps({"status": status, "left": left}), flush=True)
+            left = not hung
+        print(json.dumps({"status": None if hung else status, "left": left}), flush=True)
 
 
 def _run(request: dict[str, Any]) -> None:

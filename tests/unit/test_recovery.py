@@ -75,10 +75,9 @@ def test_an_abort_while_newcomers_are_told_leaves_the_rest_of_the_list() -> None
     state = WorkerState(rank=0, spec=spec, steps=9, version=2, holding=holding, agreed=1, agreement="{}")
     driver = Driver(replace(state, phase=WorkerPhase.READY, fresh=False, layout=plan.layout))
     recovery = Interrupted.__new__(Interrupted)
-    after = SimpleNamespace(after_users=lambda: {"users": {}}, records=dict)
-    parts = {"comm": SimpleNamespace(send=aborted), "adjustments": after, "calls": CallLog(), "registered": {}}
+    turns, adjustments = SimpleNamespace(present=lambda: {"users": {}}), SimpleNamespace(records=dict)
+    parts = {"comm": SimpleNamespace(send=aborted), "adjustments": adjustments, "calls": CallLog(), "turns": turns}
     recovery.engine = SimpleNamespace(version=2, turn=None, results=[], leave_at=None, begun=True, **parts)
-    recovery.engine.after_users = after.after_users
     kinds = (w.EditLinks, w.EnterProtection, w.RunOptimizer, w.TakePlaces)
     driver.carries(dict.fromkeys(kinds, recovery.note))
     driver.carries({w.TellPlace: recovery._tell_place, w.Restore: recovery._restore, w.AwaitPlan: lambda it: None})
