@@ -56,8 +56,8 @@ def test_ranks_die_between_calls(loop: bool, tmp_path: Path) -> None:
 def test_all_ranks_die_behind_a_step(loop: bool, tmp_path: Path) -> None:
     """What their code has changed since the step was agreed on, its rate too, is not lost with them."""
     kills = [[0, 3], [1, 3], [0, 6], [1, 6]]
-    expected = alone(tmp_path, loop=loop)
-    result = run_job(nproc=2, steps=STEPS, script="sharing_job.py", loop=loop, kills=kills, kib=400)
+    expected = alone(tmp_path, loop=loop, ends=True)
+    result = run_job(nproc=2, steps=STEPS, script="sharing_job.py", loop=loop, ends=True, kills=kills, kib=400)
     assert result.status == 0, result.output
     assert len(result.named("worker_died")) == 4
     for rank in range(2):

@@ -1,7 +1,8 @@
 """A job that shares values between its ranks: before the loop, after each step, and behind it.
 
-`loop`: its own loop over prepared batches, instead of `run.steps`. `kills`: [rank, place], with place "before",
-"behind" or a step: where a process of that rank kills itself, once, between two calls.
+`loop`: its own loop over prepared batches, instead of `run.steps`, with code behind turns that end a step (`ends`), or
+behind those in which the step has changed. `kills`: [rank, place], with place "before", "behind" or a step: where a
+process of that rank kills itself, once, between two calls.
 """
 
 import json
@@ -78,8 +79,8 @@ def train(run):
         for inputs, targets in batches:
             loss_fn(model(inputs), targets).backward()
             optimizer.step()
-            if run.step > before:
-                seen.value += run.step - before
+            if run.is_step_end if config.get("ends") else run.step > before:
+                seen.value += 1 if config.get("ends") else run.step - before
                 before = run.step
                 for group in optimizer.param_groups:
                     group["lr"] = 0.01 / (1 + seen.value)
