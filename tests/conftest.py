@@ -6,15 +6,11 @@ What depends on time is at the front, since the second stream runs at a lower pr
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 
 import pytest
-
-# With it, `print` writes a line in pieces, and what several ranks print to one pipe is mixed.
-os.environ.pop("PYTHONUNBUFFERED", None)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

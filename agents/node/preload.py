@@ -226,7 +226,7 @@ class Preloaded:
             for end in (self._channel, self._wake, self._woken):
                 end.close()
             self._redirect(request)
-            _unbuffer()
+            _print_by_lines()
             os.environ.clear()
             os.environ.update(request["environment"])
             control, progress = map(out_of_the_way, fds)
@@ -260,12 +260,16 @@ def _bind(mode: str, gpu: int) -> None:
         binding._maybe_wrap_with_numa_binding(lambda: None, gpu_index=gpu, numa_options=options)()
 
 
-def _unbuffer() -> None:
-    """Torchrun starts workers with `python -u`."""
+def _print_by_lines() -> None:
+    """Have this process write each line as soon as it is whole, and in one piece.
+
+    Torchrun starts workers with `python -u`, with which `print` writes each of its arguments on its own, so that the
+    lines of ranks that share a stream are mixed.
+    """
     for name, fd in (("stdout", 1), ("stderr", 2)):
         before = getattr(sys, name)  # as PYTHONIOENCODING and the locale have it
-        raw = open(fd, "wb", buffering=0, closefd=False)  # noqa: SIM115
-        stream = io.TextIOWrapper(raw, before.encoding, before.errors, write_through=True)
+        raw = open(fd, "wb", closefd=False)  # noqa: SIM115
+        stream = io.TextIOWrapper(raw, before.encoding, before.errors, line_buffering=True)
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 import json
+import multiprocessing.connection
+import pickle
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -42,6 +44,8 @@ from .streams import STREAM, StreamPlace, Streams
 Collate = Callable[[list[Any]], Any]
 Key = tuple[int, int]  # (step, micro-batch); (PROBE, sample) requests one sample
 PROBE = -1
+BROKEN_OFF = (RuntimeError, OSError, EOFError, pickle.UnpicklingError)  # what a killed worker process may raise in us
+DEATH_SEEN_S = 0.5
 WORKER_DEATHS = 5  # of a DataLoader's worker processes in a row, without a micro-batch between them
 
 
@@ -270,8 +274,8 @@ class _Ahead:
                 self._running = self._start(key)
             try:
                 found, batch = next(self._running, (None, None))
-            except RuntimeError as error:
-                self._worker_died(error)
+            except BROKEN_OFF as error:
+                self._failed(error)
                 continue
             self._deaths = 0
             if found == key:
@@ -281,10 +285,11 @@ class _Ahead:
     def _start(self, key: Key) -> Iterator[tuple[Key, Any]]:
         return begin(worker_loader(self._loader, self._load, _from(key, self._upcoming())))
 
-    def _worker_died(self, error: RuntimeError) -> None:
+    def _failed(self, error: Exception) -> None:
         """Handle a failure in fetching: a killed worker process is replaced, an exception of the user's code raised."""
+        died = _names_dead_worker(error) or _has_dead_worker(self._running)
         self.close()
-        if "DataLoader worker" not in str(error) or ("killed" not in str(error) and "exited" not in str(error)):
+        if not died:
             raise error
         self._deaths += 1
         if self._deaths >= WORKER_DEATHS:
@@ -297,6 +302,20 @@ class _Ahead:
         self._running = None  # its destructor ends the processes
         if shut is not None:
             shut()
+
+
+def _names_dead_worker(error: Exception) -> bool:
+    text = str(error)
+    return isinstance(error, RuntimeError) and "DataLoader worker" in text and ("killed" in text or "exited" in text)
+
+
+def _has_dead_worker(running: object) -> bool:
+    """Whether a worker process of this iterator has ended, or ends within a moment.
+
+    One that is killed while it sends closes its sockets before it can be seen to be dead; torch looks only once.
+    """
+    sentinels = [process.sentinel for process in getattr(running, "_workers", ())]
+    return bool(sentinels) and bool(multiprocessing.connection.wait(sentinels, DEATH_SEEN_S))
 
 
 def _from(first: Key, others: Iterable[Key]) -> Iterator[Key]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import multiprocessing
 import struct
 import time
 from collections import Counter
@@ -18,6 +20,7 @@ import torch
 
 from everstep.elastic.contract.progress import Progress
 from everstep.elastic.contract.settings import Settings
+from everstep.elastic.step import data as sample_data
 from everstep.elastic.step.data import DataSource
 from everstep.elastic.step.streams import StreamPlace
 from tests.jobs import JOBS, Result, assert_same_state, command, read_result, run_job
@@ -165,6 +168,44 @@ def test_a_killed_worker_process_interrupts_nothing_but_the_fetch() -> None:
     assert any("was lost, and its samples are fetched again" in text for text in told.texts)
     assert next(evaluation).tolist() == [[0], [1]]
     data.close()
+
+
+class Breaking:
+    """An iterator of a DataLoader that has one worker process, whose `next` fails."""
+
+    def __init__(self, process: multiprocessing.Process, error: Exception) -> None:
+        self._workers = [process]
+        self._error = error
+
+    def __next__(self) -> Any:
+        raise self._error
+
+
+def test_a_worker_process_that_is_killed_while_it_sends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its sockets are closed before it is seen to be dead: torch passes on what its reader raised."""
+    process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(0.1,))
+    process.start()
+    broken: list[Any] = [Breaking(process, ConnectionResetError(errno.ECONNRESET, "reset by peer"))]
+    monkeypatch.setattr(sample_data, "begin", lambda loader: broken.pop() if broken else iter([((0, 0), "batch")]))
+    told = Told()
+    loader = torch.utils.data.DataLoader(Numbers(), num_workers=1)
+    ahead = sample_data._Ahead(loader, lambda key: None, list, told)
+    assert ahead.take((0, 0)) == "batch"
+    process.join()
+    assert any("was lost, and its samples are fetched again: [Errno 104]" in text for text in told.texts)
+
+
+def test_an_error_of_the_datasets_own_is_no_lost_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    process.start()
+    monkeypatch.setattr(sample_data, "begin", lambda loader: Breaking(process, FileNotFoundError("sample 7")))
+    loader = torch.utils.data.DataLoader(Numbers(), num_workers=1)
+    try:
+        with pytest.raises(FileNotFoundError, match="sample 7"):
+            sample_data._Ahead(loader, lambda key: None, list, Told()).take((0, 0))
+    finally:
+        process.kill()
+        process.join()
 
 
 def test_without_shuffling_samples_come_in_their_order(folder: Path, tmp_path: Path) -> None:

@@ -124,6 +124,19 @@ ODD = [
 ]
 
 
+@pytest.mark.parametrize("environment", [{}, {"PYTHONUNBUFFERED": "1"}])
+def test_the_lines_of_ranks_are_not_mixed(tmp_path: Path, environment: dict[str, str]) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os\nfor number in range(3000):\n    print('line', number, 'of rank', os.environ['RANK'])\n"
+    )
+    process = launch(script, [], ["--nproc-per-node=2"], environment=environment)
+    output = finish(process)
+    expected = {f"line {number} of rank {rank}" for number in range(3000) for rank in range(2)}
+    assert process.returncode == 0, output
+    assert set(output.splitlines()) >= expected
+
+
 @pytest.mark.parametrize("environment", ODD, ids=str)
 def test_a_script_prints_as_it_does_by_itself(tmp_path: Path, environment: dict[str, str]) -> None:
     script = tmp_path / "letters.py"
