@@ -183,7 +183,8 @@ class Run(Sharing, Gradients):
         gradient is not finite changes nothing. `scaler` scales the losses: its `step` and `update` stay in the loop,
         and the runtime changes its scale once per step. `accumulation=k` is for a loop that divides each loss by `k`,
         and calls `optimizer.step()` in every k-th turn. `buffers`: how the step's micro-batches combine in buffers that
-        forwards change, by name or pattern: "mean", "sum" or "last". Supports one pipeline stage; `steps` any number.
+        forwards change, by name or pattern: "mean", "sum", "max" or "last". Supports one pipeline stage; `steps` any
+        number.
         """
         if self.settings.stages != 1:
             raise UsageError(

@@ -4,11 +4,13 @@ Each micro-batch of a step begins with the buffer's value before the step.
 
     mean   the mean of the values after each micro-batch, as for a batch norm's statistics: moving averages
     sum    the value before the step, plus the change that each micro-batch made: counts
+    max    the largest of the values after each micro-batch, element by element: histories of largest magnitudes
     last   the value after the last micro-batch of the step
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Literal
@@ -18,8 +20,8 @@ from torch import Tensor, nn
 
 from everstep.elastic.contract.errors import UsageError
 
-Rule = Literal["mean", "sum", "last"]
-RULES = ("mean", "sum", "last")
+Rule = Literal["mean", "sum", "max", "last"]
+RULES = ("mean", "sum", "max", "last")
 
 
 def rules_of(buffers: Mapping[str, Tensor], declared: Mapping[str, Rule], saved: set[str]) -> dict[str, Rule]:
@@ -40,21 +42,31 @@ def rules_of(buffers: Mapping[str, Tensor], declared: Mapping[str, Rule], saved:
                 raise UsageError(f"buffers={{{pattern!r}: {rule!r}}}: {name!r} is not saved: register it as persistent")
             if buffers[name].dtype == torch.bool or buffers[name].is_complex():
                 raise UsageError(
-                    f"buffers={{{pattern!r}: {rule!r}}}: {name!r} has {buffers[name].dtype}, which has no sum"
+                    f"buffers={{{pattern!r}: {rule!r}}}: {name!r} has {buffers[name].dtype}, which has no sum and no "
+                    "largest value"
                 )
     return found
 
 
 def leaf(rule: Rule, base: Tensor, after: Tensor, *, is_last: bool) -> Tensor:
-    """What a micro-batch adds to the sum over the step; `base`: the value before it. All of one dimension and type."""
+    """What a micro-batch brings to the sum over the step, or for "max" to its largest value; `base`: the value before.
+
+    All of one dimension and type.
+    """
     if rule == "sum":
         return after - base
-    return after if rule == "mean" or is_last else torch.zeros_like(after)
+    return after if rule in ("mean", "max") or is_last else torch.zeros_like(after)
 
 
 def after_step(rule: Rule, before: Tensor, total: Tensor) -> Tensor:
-    """The value after the step; `before`: the one before it, `total`: the sum of the leaves, for "mean" their mean."""
+    """The value after the step; `before`: the one before it.
+
+    `total`: the sum of the leaves, for "mean" their mean, for "max" the largest of them.
+    """
     total = total.view(before.shape)
+    if rule == "max":
+        # Which of two equal zeros, or of two NaNs, is the largest depends on where an element lies in its tensor.
+        total = total.masked_fill(total.isnan(), math.nan) + 0.0
     total = total if before.is_floating_point() else total.round()
     return before + total.to(before.dtype) if rule == "sum" else total
 

@@ -5,11 +5,13 @@ Floating-point addition is not associative, so the order of a sum over micro-bat
 child entirely beyond M - 1 does not exist, and its parent is its left child. A rank keeps the roots of the subtrees
 that it has completed; owners combine the roots of all ranks by the same rule, so the bits of the result do not depend
 on the distribution of the work. See docs/design.md, "The same numbers".
+
+Where the largest value is taken in place of the sum, the tree is the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -61,8 +63,10 @@ class TreeSum:
     about log2 of their number are alive at a time.
     """
 
-    def __init__(self, leaves: int) -> None:
+    def __init__(self, leaves: int, largest: Collection[int] = ()) -> None:
+        """`largest`: of these of a leaf's tensors, by position, the largest values are taken in place of the sum."""
         self.leaves = leaves
+        self._largest = largest
         self.nodes: dict[TreeNode, list[Tensor]] = {}
 
     def add(self, micro_batch: int, gradients: list[Tensor]) -> None:
@@ -74,35 +78,53 @@ class TreeSum:
             other = self.nodes.pop(sibling)
             if node.index % 2:
                 value, other = other, value
-            if value:  # a layer may have no parameters
-                torch._foreach_add_(value, other)  # left += right
+            self._join(value, other)
             node = promote(TreeNode(node.level + 1, node.index // 2), self.leaves)
         self.nodes[node] = value
+
+    def _join(self, left: list[Tensor], right: list[Tensor]) -> None:
+        """Write into `left` the values of both."""
+        for at in self._largest:
+            torch.maximum(left[at], right[at], out=left[at])
+        if self._largest:
+            added = [at for at in range(len(left)) if at not in self._largest]
+            left, right = [left[at] for at in added], [right[at] for at in added]
+        if left:  # a layer may have no parameters
+            torch._foreach_add_(left, right)
 
     def clear(self) -> None:
         """Drop all partial sums."""
         self.nodes.clear()
 
 
-def combine(parts: Mapping[TreeNode, Tensor], leaves: int, out: Tensor) -> None:
+def combine(
+    parts: Mapping[TreeNode, Tensor], leaves: int, out: Tensor, join: Callable[..., Tensor] = torch.add
+) -> None:
     """Write the canonical sum of the subtree roots `parts` into `out`; the parts are not modified.
 
+    With `join=torch.maximum` it is the largest value of each element.
     All tensors have one shape and dtype. Raises ValueError unless the parts cover every leaf exactly once.
     """
     _check_cover(parts, leaves)
-    _fold(root(leaves), parts, leaves, out)
+    _fold(root(leaves), parts, leaves, out, join)
 
 
-def _fold(node: TreeNode, parts: Mapping[TreeNode, Tensor], leaves: int, out: Tensor | None) -> Tensor:
+def _fold(
+    node: TreeNode,
+    parts: Mapping[TreeNode, Tensor],
+    leaves: int,
+    out: Tensor | None,
+    join: Callable[..., Tensor],
+) -> Tensor:
     if node in parts:
         return parts[node] if out is None else out.copy_(parts[node])
     left = TreeNode(node.level - 1, 2 * node.index)
     right = TreeNode(node.level - 1, 2 * node.index + 1)
     if right.start >= leaves:
-        return _fold(left, parts, leaves, out)
-    first = _fold(left, parts, leaves, None)
-    second = _fold(right, parts, leaves, None)
-    return torch.add(first, second) if out is None else torch.add(first, second, out=out)
+        return _fold(left, parts, leaves, out, join)
+    first = _fold(left, parts, leaves, None, join)
+    second = _fold(right, parts, leaves, None, join)
+    return join(first, second) if out is None else join(first, second, out=out)
 
 
 def _check_cover(parts: Iterable[TreeNode], leaves: int) -> None:

@@ -123,11 +123,12 @@ class Exchange:
     def _combine(self, index: int, parts: Parts, leaves: int, out: Tensor) -> None:
         """The tree per layer; the layers of a tied parameter in sequence."""
         layers = self.stack.spec.parameters[self.stack.spec.shards[index].parameter].layers
-        combine(parts[(layers[0], index)], leaves, out)
+        join = torch.maximum if self.stack.rule(self.stack.spec.shards[index].parameter) == "max" else torch.add
+        combine(parts[(layers[0], index)], leaves, out, join)
         for layer in layers[1:]:
             other = torch.empty_like(out)
-            combine(parts[(layer, index)], leaves, other)
-            out.add_(other)
+            combine(parts[(layer, index)], leaves, other, join)
+            join(out, other, out=out)
 
     # ------------------------------------------------------------ values to readers
 

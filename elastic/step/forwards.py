@@ -341,8 +341,8 @@ def _leaves(where: str, what: str, *, buffer: bool = False) -> str:
     if buffer:
         return (
             f"{where} changes its {what} in forward: say how micro-batches of a step combine, buffers={{NAME: 'mean'}} "
-            "(or 'sum', or 'last') of run.prepare or run.steps; or change it between steps, in the same way on every "
-            "rank, and keep it with run.register_state(name, module)"
+            "(or 'sum', 'max', 'last') of run.prepare or run.steps; or change it between steps, in the same way on "
+            "every rank, and keep it with run.register_state(name, module)"
         )
     return (
         f"{where} changes its {what} in forward: only buffers can be kept equal whichever rank computes a micro-batch. "

@@ -225,7 +225,8 @@ class Pipeline:
                     if held.tensor.grad is not None:
                         state.touched.add(held.index)
                     held.tensor.grad = None
-            state.hold(span, number, leaves)
+            largest = [at for at, held in enumerate(layer.parameters) if held.rule == "max"]
+            state.hold(span, number, leaves, largest)
         state.finished(span)
 
     def drop_gradients(self, span: Leg) -> None:
@@ -298,5 +299,5 @@ def tokens_and_samples(inputs: Any) -> tuple[int, float]:
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Sums are in float32, or in float64 for parameters of that type."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    """Sums are in float32; in float64 for parameters of that type, and for buffers of integers."""
+    return torch.float32 if dtype.is_floating_point and dtype != torch.float64 else torch.float64

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -43,9 +43,11 @@ class StepState(StepWork):
         self.losses = {m: loss for m, loss in self.losses.items() if m in held}
         self.tokens = {m: count for m, count in self.tokens.items() if m in held}
 
-    def hold(self, span: Leg, layer: int, gradients: list[Tensor]) -> None:
-        """Add one layer's gradient of a micro-batch to the canonical sum."""
-        self.sums.setdefault(layer, TreeSum(self.leaves)).add(span.micro_batch, gradients)
+    def hold(self, span: Leg, layer: int, gradients: list[Tensor], largest: Collection[int] = ()) -> None:
+        """Add one layer's gradient of a micro-batch to the canonical sum; `largest` as for TreeSum."""
+        if layer not in self.sums:
+            self.sums[layer] = TreeSum(self.leaves, largest)
+        self.sums[layer].add(span.micro_batch, gradients)
 
     def summed(self, parameters: Sequence[Sequence[int]]) -> set[int]:
         """The parameters of the layers (layer -> its parameters) of whose gradients this rank holds a partial sum."""

@@ -19,7 +19,7 @@ config = json.loads(sys.argv[1])
 out = Path(config["out"])
 MICRO, GLOBAL, SAMPLES, SEED = 3, 6, 30, 2
 BUFFERS = {
-    "buffers": {"moving": "mean", "count*": "sum", "seen": "last"},
+    "buffers": {"moving": "mean", "count*": "sum", "amax*": "max", "seen": "last"},
     "spectral": {"*._u": "last", "*._v": "last"},
 }
 
@@ -49,6 +49,7 @@ class Net(nn.Module):
         elif kind == "buffers":
             self.register_buffer("moving", torch.zeros(8))
             self.register_buffer("counts", torch.zeros(8, dtype=torch.int64))
+            self.register_buffer("amax_history", torch.zeros(4, 8))
             self.register_buffer("seen", torch.zeros(8))
 
     def forward(self, x):
@@ -60,6 +61,8 @@ class Net(nn.Module):
             self.moving.lerp_(found, 0.1)
             self.counts += found > 0
             self.seen = self.seen * 0.5 + found
+            self.amax_history = torch.cat((hidden.detach().abs().amax((0, 2, 3))[None], self.amax_history[:-1]))
+            hidden = hidden / (1 + self.amax_history.amax())
             hidden = hidden - self.moving[:, None, None] + 0.01 * self.counts[:, None, None] + self.seen.mean()
         y = self.out(torch.relu(self.norm(hidden)).flatten(1))
         if self.kind == "empty":
@@ -115,6 +118,8 @@ def combined(kind, name, before, values):
     rule = next((rule for key, rule in BUFFERS.get(kind, {}).items() if fnmatch.fnmatch(name, key)), "mean")
     if rule == "sum":
         return before + ((values[0] - before) + (values[1] - before))
+    if rule == "max":
+        return torch.maximum(*values)
     return (values[0] + values[1]) / 2 if rule == "mean" else values[1]
 
 

@@ -71,6 +71,27 @@ def test_any_owners_in_any_order_give_the_same_bits(count: int, ranks: int, seed
     assert all(torch.equal(parts[node], before[node]) for node in parts), "the parts are not changed"
 
 
+@given(st.integers(1, 21), st.integers(1, 6), st.integers(0, 2**32))
+def test_largest_values(count: int, ranks: int, seed: int) -> None:
+    """Of the tensors that are named; the others beside them are summed."""
+    rng = random.Random(seed)
+    leaves = drawn_leaves(count, seed)
+    parts: list[dict[TreeNode, Tensor]] = [{}, {}]
+    owners = [rng.randrange(ranks) for _ in range(count)]
+    for owner in set(owners):
+        tree = TreeSum(count, largest=[1])
+        for m in (m for m in range(count) if owners[m] == owner):
+            tree.add(m, [leaves[m].clone(), leaves[m].clone()])
+        for node, tensors in tree.nodes.items():
+            for part, tensor in zip(parts, tensors, strict=True):
+                part[node] = tensor
+    summed, largest = torch.empty(5), torch.empty(5)
+    combine(parts[0], count, summed)
+    combine(parts[1], count, largest, torch.maximum)
+    assert torch.equal(summed, dumb_sum(leaves))
+    assert torch.equal(largest, torch.stack(leaves).amax(0))
+
+
 def test_order_matters_to_these_numbers() -> None:
     leaves = drawn_leaves(16, 1)
     assert not torch.equal(sum(leaves[1:], leaves[0]), dumb_sum(leaves))
