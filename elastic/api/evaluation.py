@@ -18,12 +18,12 @@ from everstep.elastic.contract.errors import UsageError
 from everstep.elastic.contract.stateful import encode
 from everstep.elastic.engine.engine import Engine
 from everstep.elastic.holding.stack import plain_name
-from everstep.elastic.protocol import events as e
 from everstep.elastic.step.devices import generators_kept, seed_generators, to_device
 from everstep.elastic.step.evaluation_data import EvaluationData
 from everstep.elastic.step.order import derive_seed
 
 from .calls import Calls, Combine
+from .full_state import FullState
 from .interruptible import Interruptible
 
 CALL = "run.evaluate"
@@ -32,19 +32,6 @@ Function = Callable[[Any], Any]
 
 class EvaluationFailed(Exception):
     """The script's function raised for a batch; its own exception is the cause of this one."""
-
-
-def check_whole(engine: Engine) -> None:
-    """Raise UsageError unless each rank has the whole model; from now on the job refuses to go to several stages."""
-    layout = engine.layout
-    stages = max(engine.settings.stages, len(layout.stages) if layout else 1)
-    if stages != 1:
-        raise UsageError(
-            f"run.evaluate needs the whole model on each rank, and the job has stages={stages}: "
-            "evaluate on one rank, with run.full_state_dict()"
-        )
-    if len(engine.stack.layers) > 1:
-        engine.membership.tell(e.WorkerNeedsWhole(engine.membership.worker, "its script calls run.evaluate"))
 
 
 class Evaluation:
@@ -56,14 +43,17 @@ class Evaluation:
         parts: Interruptible,
         data: EvaluationData,
         function: Function,
-        averages: Callable[[], Mapping[str, Tensor]] | None,
+        full: FullState,
+        *,
+        average: bool,
     ) -> None:
-        """`averages` reads the values, by name, that take the place of the parameters' meanwhile. Raises Aborted."""
+        """With `average`, the moving averages take the place of the parameters' values meanwhile."""
         self._engine = engine
         self._parts = parts
         self._data = data
         self._function = function
-        self._averages = averages
+        self._full = full
+        self._average = average
         self._version = engine.version
         self._results: dict[int, Any] = {}  # batch -> its result, of those that were evaluated here
 
@@ -87,16 +77,21 @@ class Evaluation:
         engine.progress.leave()
 
     def _evaluate(self, numbers: list[int]) -> None:
-        """Evaluate these batches. Raises Aborted between two of them."""
-        engine = self._engine
-        averages = self._averages() if self._averages is not None else {}
-        with generators_kept(), _for_evaluation(engine.stack.model), _in_place(engine.stack.model, averages):
-            batches = self._data.batches(numbers)
-            with contextlib.closing(batches):
-                for number, batch in batches:
-                    self._results[number] = self._result(number, batch)
-                    engine.progress.tick()
-                    engine.comm.ready(())
+        """Evaluate these batches, with the layers of other stages too. Raises Aborted between two of them."""
+        if not numbers:
+            return
+        engine, stack = self._engine, self._engine.stack
+        averages = self._full.read(recovers=False)["average"] if self._average else {}
+        with contextlib.ExitStack() as meanwhile:
+            meanwhile.enter_context(generators_kept())
+            meanwhile.enter_context(_for_evaluation(stack.model))
+            meanwhile.enter_context(stack.whole(self._full.values))
+            meanwhile.enter_context(_in_place(stack.model, averages))
+            batches = meanwhile.enter_context(contextlib.closing(self._data.batches(numbers)))
+            for number, batch in batches:
+                self._results[number] = self._result(number, batch)
+                engine.progress.tick()
+                engine.comm.ready(())
 
     def _result(self, number: int, batch: Any) -> Any:
         engine = self._engine

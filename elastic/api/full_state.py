@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,29 +38,42 @@ class FullState:
 
         After the end of a generation it recovers and goes on, or, without `recovers`, raises Aborted.
         """
-        engine, deadline = self._engine, time.monotonic() + GATHER_TIMEOUT_S
+        engine = self._engine
+        states = self._states([shard.index for shard in engine.stack.spec.shards], recovers=recovers)
+        return assemble(engine.stack, states, averaged=engine.optimizer.decay is not None)
+
+    def values(self, parameters: Collection[int]) -> dict[int, Tensor]:
+        """The values of these parameters, in one dimension. Raises Aborted after the end of a generation."""
+        shards = [shard for shard in self._engine.stack.spec.shards if shard.parameter in parameters]
+        states = self._states([shard.index for shard in shards], recovers=False)
+        parts: dict[int, list[Tensor]] = {}
+        for shard in shards:
+            parts.setdefault(shard.parameter, []).append(states[shard.index]["value"].detach().reshape(-1).cpu())
+        return {parameter: torch.cat(values) for parameter, values in parts.items()}
+
+    def _states(self, shards: Sequence[int], *, recovers: bool) -> dict[int, dict[str, Any]]:
+        deadline = time.monotonic() + GATHER_TIMEOUT_S
         while True:
-            states = self._shard_states()
-            if len(states) == len(engine.stack.spec.shards):
-                return assemble(engine.stack, states, averaged=engine.optimizer.decay is not None)
+            states = self._shard_states(shards)
+            if len(states) == len(shards):
+                return states
             if time.monotonic() > deadline:
                 raise UsageError(
-                    f"full_state_dict: {len(engine.stack.spec.shards) - len(states)} shards of version "
-                    f"{engine.version} did not appear in any snapshot keeper within {GATHER_TIMEOUT_S:g} s"
+                    f"full_state_dict: {len(shards) - len(states)} shards of version {self._engine.version} did not "
+                    f"appear in any snapshot keeper within {GATHER_TIMEOUT_S:g} s"
                 )
             if recovers:
                 self._parts.do(self._pause)
             else:
                 self._pause()
 
-    def _shard_states(self) -> dict[int, dict[str, Any]]:
+    def _shard_states(self, shards: Sequence[int]) -> dict[int, dict[str, Any]]:
         engine = self._engine
         engine.progress.tick()
         engine.snapshots.wait(engine.progress.tick)
         if self._alone:
             engine.check_values(thorough=True)
             return {s.index: dict(engine.store.state(s.index)) for s in engine.store.owned}
-        shards = [s.index for s in engine.stack.spec.shards]
         return self._recovery.loader.kept(shards, engine.version, engine.progress.tick)
 
     def _pause(self) -> None:

@@ -49,7 +49,7 @@ from .average import MovingAverage
 from .calls import Calls
 from .course import Course
 from .epochs import Epochs
-from .evaluation import Evaluation, check_whole
+from .evaluation import Evaluation
 from .full_state import FullState
 from .gradients import Gradients
 from .interruptible import Interruptible
@@ -350,17 +350,17 @@ class Run(Sharing, Gradients):
         A call of all ranks, between steps: the batches are dealt over the live ranks, and each is evaluated once; if a
         rank is lost, what it had is dealt again. Batches are those of the DataLoader (of a dataset: of
         `micro_batch_size` samples), in the order of the dataset. The model is in evaluation mode meanwhile, without
-        gradients; modes and random generators are left as they were. With `average` the parameters have the values of
-        `run.average` meanwhile. A result holds numbers, text, lists, tuples,
-        dictionaries, bytes, tensors and arrays.
+        gradients; modes and random generators are left as they were. With several stages each rank has the layers of
+        the others meanwhile, so `model(inputs)` works, and has to have the memory for the parameters of the whole
+        model. With `average` the parameters have the values of `run.average` meanwhile. A result holds numbers, text,
+        lists, tuples, dictionaries, bytes, tensors and arrays.
         """
         engine = self._trained()
-        check_whole(engine)
         if average and self._average is None:
             raise UsageError("run.evaluate(average=True): call run.average(model, decay) before run.prepare")
-        found, full = EvaluationData(data, self.settings.micro_batch_size, self.settings.seed), self._full_state()
-        averages = (lambda: full.read(recovers=False)["average"]) if average else None
-        return Evaluation(engine, self._parts_of_run(), found, function, averages).run(self._sharing())
+        found = EvaluationData(data, self.settings.micro_batch_size, self.settings.seed)
+        evaluation = Evaluation(engine, self._parts_of_run(), found, function, self._full_state(), average=average)
+        return evaluation.run(self._sharing())
 
     def heartbeat(self) -> None:
         """Report that this worker is alive, from user code that takes long: restarts its hang timeout.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -191,6 +192,30 @@ class LayerStack:
                 held.tensor.data = held.tensor.data.new_empty(0)
         self.held = range(start, stop)
         self._tie()
+
+    @contextlib.contextmanager
+    def whole(self, read: Callable[[list[int]], Mapping[int, Tensor]]) -> Iterator[None]:
+        """All layers have their values meanwhile, for forwards of the whole model; then those of others are released.
+
+        `read` gives the values of parameters that no layer held here has.
+        """
+        filled = {index: tensor.data for index, tensor in self._live.items()}
+        others = [
+            held for number, layer in enumerate(self.layers) if number not in self.held for held in layer.parameters
+        ]
+        try:
+            for number in set(range(len(self.layers))) - set(self.held):
+                lacking = self.layers[number].parameters
+                found = read([held.index for held in lacking if held.index not in filled])
+                for held in lacking:
+                    if held.index in found:
+                        filled[held.index] = held.tensor.data.new_empty_strided(held.shape, held.stride)
+                        filled[held.index].copy_(found[held.index].view(held.shape))
+                    held.tensor.data = filled[held.index]
+            yield
+        finally:
+            for held in others:
+                held.tensor.data = held.tensor.data.new_empty(0)
 
     def flat(self, parameter: int) -> Tensor:
         """A parameter held here as one dimension, in row-major order, sharing its memory.

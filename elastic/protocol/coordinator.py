@@ -78,7 +78,7 @@ from .recovering import (
     resumed,
     taken_in,
 )
-from .relayout import needs_whole, relayout_due, relayout_ordered
+from .relayout import relayout_due, relayout_ordered
 from .state import (
     Config,
     Phase,
@@ -349,7 +349,6 @@ _HANDLERS: dict[type[Any], Callable[[State, Any, float], Outcome]] = {
     e.WorkerIdled: _idled,
     e.WorkerCommitted: _committed,
     e.WorkerNoted: _noted,
-    e.WorkerNeedsWhole: needs_whole,
     e.WorkerLeft: left,
     e.WorkerWentOn: went_on,
     e.WaitNoticed: _wait_noticed,
@@ -396,7 +395,6 @@ _OF_MEMBERS: dict[type[Any], frozenset[Phase]] = {
     e.WorkerSwitched: _TRAINING,
     e.WorkerIdled: frozenset({Phase.RUNNING}),
     e.WorkerCommitted: _TRAINING,
-    e.WorkerNeedsWhole: _TRAINING,
     e.WorkerLeft: _TRAINING,
     e.WorkerWentOn: _TRAINING,
     e.WorkerFinished: _TRAINING,

@@ -200,14 +200,6 @@ class WorkerNoted:
 
 
 @dataclass(frozen=True)
-class WorkerNeedsWhole:
-    """The script does what needs the whole model on each rank: `what`. The job cannot go to several stages from now."""
-
-    worker: WorkerId
-    what: str
-
-
-@dataclass(frozen=True)
 class CheckpointSaved:
     """A checkpoint is committed. `fields`: its duration and its size."""
 
@@ -386,7 +378,6 @@ Event = (
     | WorkerIdled
     | WorkerCommitted
     | WorkerNoted
-    | WorkerNeedsWhole
     | CheckpointSaved
     | CheckpointUnreadable
     | WorkerLeft

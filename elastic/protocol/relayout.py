@@ -17,7 +17,7 @@ from everstep.resharding.relayout import relayout
 
 from . import events as e
 from .migrating import rebalanced
-from .outcome import Outcome, current
+from .outcome import Outcome
 from .protection import memory_needed, placement_for, too_small
 from .recovering import carry_out
 from .state import NOT_SEARCHED, Phase, State, Status
@@ -34,13 +34,6 @@ def relayout_ordered(state: State, event: e.RelayoutOrdered, now: float) -> Outc
     if why:
         return state, [e.Record("relayout_dropped", {"stages": event.stages, "why": why})]
     return relayout_due(replace(state, stages_asked=event.stages), now)
-
-
-def needs_whole(state: State, event: e.WorkerNeedsWhole, now: float) -> Outcome:
-    """The job has one stage, and cannot have more."""
-    if state.one_stage or current(state, event.worker) is None:
-        return state, []
-    return replace(state, one_stage=event.what), []
 
 
 def relayout_due(state: State, now: float) -> Outcome:
@@ -97,7 +90,7 @@ def _impossible(state: State, stages: int) -> str:
     assert layout is not None
     if stages == len(layout.stages) == len(layout.home):
         return f"the job has {stages} stage(s) already"
-    if stages > 1 and (why := job.one_stage or state.one_stage):
+    if stages > 1 and (why := job.one_stage):
         return f"the job has one stage only: {why}"
     try:
         target = _target(state, stages)

@@ -234,7 +234,6 @@ class State:
     join: Plan | None = None  # a prepared join, departure, rebalance or relayout that no member has switched to yet
     recovery: RecoveryStory | None = None
     balance: Balance = NOT_SEARCHED
-    one_stage: str = ""  # what the script does that needs the whole model on each rank; empty: nothing so far
     stages_asked: int = 0  # the number of stages that was ordered, until members are in such a layout; 0: none
     speeds: Mapping[int, float] = field(default_factory=dict)  # of ranks, as measured; 1 where none is
     placement: Placement | None = None  # of parity, in the newest generation

@@ -25,7 +25,6 @@ FromWorker = (
     | e.WorkerIdled
     | e.WorkerCommitted
     | e.WorkerNoted
-    | e.WorkerNeedsWhole
     | e.CheckpointSaved
     | e.CheckpointUnreadable
     | e.WorkerLeft

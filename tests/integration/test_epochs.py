@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.jobs import JOBS, assert_same_state, everstep, run_job, same
+from tests.jobs import JOBS, assert_same_state, run_job, same
 from tests.jobs.alone import script
 
 EPOCHS, STEPS = 3, 2  # of 21 samples, 8 in a batch
@@ -94,13 +94,3 @@ def test_the_steps_of_epochs(tmp_path: Path) -> None:
     assert alone(tmp_path / "steps", yields=True)["shared"]["epochs"] == [0, 0, 1, 1, 2, 2]
     stopped = alone(tmp_path / "stopped", stops=1)
     assert [entry[:2] for entry in stopped["shared"]["epochs"]] == [[0, 2], [1, 3]]
-
-
-@pytest.mark.soak
-def test_an_evaluation_fails(tmp_path: Path) -> None:
-    """The error names the batch, and the traceback is the user's."""
-    arguments = [str(JOBS / "epochs_job.py"), json.dumps({"out": str(tmp_path), "raises": 3})]
-    ended = everstep("run", "--nproc-per-node=2", f"--log-dir={tmp_path}/logs", *arguments)
-    assert ended.status == 1
-    assert "raised ValueError for batch 1 (samples 2 to 3): the user's own mistake" in ended.stderr.splitlines()[-1]
-    assert 'raise ValueError("the user\'s own mistake")' in ended.stderr

@@ -126,10 +126,6 @@ def loop(script: Script) -> None:
     script.state = replace(script.state, job=replace(script.job, one_stage="run.prepare drives one"))
 
 
-def evaluating(script: Script) -> None:
-    script(e.WorkerNeedsWhole(w(1), "its script calls run.evaluate"))
-
-
 def switching(script: Script) -> None:
     """Another layout is offered that no operator asked for."""
     script(e.RelayoutOrdered(1))
@@ -140,7 +136,6 @@ REFUSED: list[tuple[Callable[[Script], object], int, str]] = [
     (lambda s: None, 2, r"has 2 stage\(s\) already"),
     (lambda s: None, 5, "5 stages need at least as many workers; there are 4"),
     (loop, 4, "the job has one stage only: run.prepare drives one"),
-    (evaluating, 4, "the job has one stage only: its script calls run.evaluate"),
     (small, 4, "of memory for snapshots and parity"),
     (recovering, 4, "a recovery is under way: try again"),
     (lambda s: s(e.RelayoutOrdered(1)), 4, r"a relayout to 1 stage\(s\) is under way: try again"),

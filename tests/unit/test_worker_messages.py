@@ -50,7 +50,6 @@ SAID: list[FromWorker] = [
     e.WorkerCommitted(ME, 8, "{}", loss=None, digest="00ff", generation=6, protected=7, every=2),
     e.WorkerCommitted(ME, 8, "{}", loss=float("inf"), settled=True),
     e.WorkerNoted(ME, "warning", {"text": "a\nb\u2028é", "nested": {"1": [2, {"three": None}]}}),
-    e.WorkerNeedsWhole(ME, "its script calls run.evaluate"),
     e.CheckpointSaved(ME, e.Saved(8, "step-8", "{}"), {"seconds": 0.5, "bytes": 1 << 40}),
     e.CheckpointUnreadable(ME, "step-8", "chunk 3 is damaged"),
     e.WorkerLeft(ME, 9, "step-9"),
