@@ -32,7 +32,7 @@ from tests.jobs import (
     run_job,
     wait_until,
 )
-from tests.jobs.alone import script
+from tests.jobs.interpreter import script
 from tests.jobs.processes import saying
 
 LAYOUTS = {"1x4": (1, 4), "2x2": (2, 4), "4x1": (4, 4), "uneven": (2, 3), "1": (1, 1), "6": (3, 6)}

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.jobs import JOBS, Result, everstep, read_result, run_job
-from tests.jobs.alone import script
+from tests.jobs.interpreter import script
 
 STEPS = 8
 KILLS = [

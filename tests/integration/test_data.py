@@ -24,7 +24,7 @@ from everstep.elastic.step import data as sample_data
 from everstep.elastic.step.data import DataSource
 from everstep.elastic.step.streams import StreamPlace
 from tests.jobs import JOBS, Result, assert_same_state, command, read_result, run_job
-from tests.jobs.alone import script
+from tests.jobs.interpreter import script
 
 STEPS = 8
 KILLS = [{"rank": 1, "phase": "compute", "step": 3, "after": 1}, {"rank": 0, "phase": "reduce", "step": 5}]

@@ -12,7 +12,7 @@ import torch
 
 from everstep.elastic.step.streams import STATE_STEPS
 from tests.jobs import JOBS, assert_same_state, run_job
-from tests.jobs.alone import script
+from tests.jobs.interpreter import script
 
 STEPS, SAMPLES, WHOLE = 14, 92, 11  # the stream has 11 batches of 8
 KILLS = [{"rank": 1, "phase": "compute", "step": 2, "after": 1}, {"rank": 0, "phase": "reduce", "step": 9}]

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.jobs import JOBS, assert_same_state, run_job, same
-from tests.jobs.alone import script
+from tests.jobs.interpreter import script
 
 EPOCHS, STEPS = 3, 2  # of 21 samples, 8 in a batch
 KILLS = [[1, "epoch 1"], [0, "end 1"], [2, "evaluation 1"], [1, "evaluation 2 averaged"], [2, "last"]]

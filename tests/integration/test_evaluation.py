@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from tests.jobs import JOBS, assert_same_state, everstep, run_job, same
-from tests.jobs.alone import script
+from tests.jobs.interpreter import script
 
 KILLS = [[0, 1], [2, 3], [1, 5]]
 

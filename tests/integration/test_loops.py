@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.jobs import JOBS, Result, assert_same_state, command, read_result, run_job
-from tests.jobs.alone import script
+from tests.jobs.interpreter import script
 
 STEPS = 9
 KILLS = [

@@ -13,7 +13,7 @@ import pytest
 from everstep.elastic.contract.errors import UsageError
 from everstep.elastic.contract.settings import Settings, resolve
 from tests.jobs import JOBS, PROTECTION, Ended, command, everstep
-from tests.jobs.alone import script
+from tests.jobs.interpreter import script
 from tests.jobs.ports import free_port
 
 SCRIPT = str(JOBS / "bad_job.py")

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from tests.jobs import JOBS, assert_same_state, run_job
-from tests.jobs.alone import script
+from tests.jobs.interpreter import script
 
 STEPS = 5
 KINDS = ["channels_last", "transposed", "sliced", "empty", "unused", "sometimes", "weight_norm", "tied", "lazy"]

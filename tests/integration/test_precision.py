@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.jobs import JOBS, assert_same_state, run_job
-from tests.jobs.alone import script
+from tests.jobs.interpreter import script
 
 STEPS = 9
 KILLS = [

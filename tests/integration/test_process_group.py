@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from tests.jobs import JOBS, assert_same_state, run_job, same
-from tests.jobs.alone import script
+from tests.jobs.interpreter import script
 
 STEPS = 8
 KILLS = [

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict
 from everstep.checkpointing.universal.reader import committed, open_checkpoint
 from everstep.checkpointing.universal.store import open_store
 from tests.jobs import JOBS, everstep, run_job
-from tests.jobs.alone import script
+from tests.jobs.interpreter import script
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from tests.jobs import JOBS, assert_same_state, finish, run_job, same
-from tests.jobs.alone import script
 from tests.jobs.hosts import Hosts
+from tests.jobs.interpreter import script
 
 STEPS = 7
 KILLS = [[1, "before"], [0, 3], [2, "behind"]]

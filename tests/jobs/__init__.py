@@ -20,10 +20,11 @@ import torch
 
 from everstep.comms.base.process import die_with_parent
 
+from .interpreter import HANG_S, MARKER, PROTECTION, Ended, launchers
+
+__all__ = ["HANG_S", "MARKER", "PROTECTION", "Ended"]
+
 JOBS = Path(__file__).parent
-HANG_S = 120
-MARKER = "EVERSTEP_TEST_MARKER"  # in the environment of a test's processes
-PROTECTION = "everstep: protection: "  # prefix of the line, at the start of training, with the losses it survives
 
 
 @dataclass
@@ -87,23 +88,6 @@ def finish(process: subprocess.Popen[str], timeout_s: float = HANG_S) -> str:
     return output
 
 
-@dataclass
-class Ended:
-    """The result of a command."""
-
-    status: int
-    stdout: str
-    stderr: str
-
-    def error(self) -> str:
-        """The one line of standard error; asserts that it is one, and ours. Lines of the start may precede it."""
-        lines = [line for line in self.stderr.strip().splitlines() if not line.startswith(PROTECTION)]
-        assert len(lines) == 1, self.stderr
-        assert lines[0].startswith("everstep: error: "), self.stderr
-        assert self.status not in (0, None), self
-        return lines[0].removeprefix("everstep: error: ")
-
-
 def command(arguments: list[str], environment: dict[str, str] | None = None, timeout_s: float = HANG_S) -> Ended:
     """Run a Python command line in a session of its own; kills the session if it hangs."""
     process = subprocess.Popen(
@@ -137,22 +121,30 @@ def run_job(
     script: str = "gpt_job.py",
     flags: list[str] | None = None,
     timeout_s: float = HANG_S,
+    as_typed: bool = False,
     **config: Any,
 ) -> Result:
-    """Run a job to its end and read its results."""
+    """Run a job to its end and read its results.
+
+    The launcher is a fork of an interpreter that has imported torch, which saves half of what a small job costs;
+    with `as_typed` it is a process of its own, and strings have other hashes than in the other jobs of this run.
+    """
     out = Path(tempfile.mkdtemp(prefix="everstep-test-"))
     events = out / "events.jsonl"
     arguments = [json.dumps({"out": str(out), "steps": steps, "stages": stages, **config})]
     flags = ["--nproc-per-node", str(nproc), "--es-events", str(events), *(flags or [])]
-    process = launch(JOBS / script, arguments, flags, {"EVERSTEP_FAULTS": json.dumps(faults or [])})
-    output = finish(process, timeout_s)
-    return read_result(out, process.returncode, output)
+    environment = {"EVERSTEP_FAULTS": json.dumps(faults or [])}
+    if as_typed:
+        process = launch(JOBS / script, arguments, flags, environment)
+        return read_result(out, process.returncode, finish(process, timeout_s))
+    ended = launchers.run([*flags, str(JOBS / script), *arguments], environment, timeout_s, mixed=True)
+    return read_result(out, ended.status, ended.stdout)
 
 
 @lru_cache(maxsize=16)
 def reference(steps: int, **config: Any) -> Result:
     """The undisturbed run; its layout does not affect its bytes, as other tests show. Run once for all tests."""
-    return run_job(nproc=2, steps=steps, **config)
+    return run_job(nproc=2, steps=steps, as_typed=True, **config)
 
 
 def read_result(out: Path, status: int, output: str) -> Result:

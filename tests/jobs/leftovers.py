@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.jobs import MARKER, processes_of, wait_until
+from tests.jobs.interpreter import launchers
 from tests.jobs.networks import own_namespaces
 
 
@@ -31,10 +32,14 @@ def nothing_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[No
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     before = left_behind(tmp_path)
     yield
+
+    def running() -> set[int]:
+        return {*processes_of(marker), *launchers.descendants()}
+
     try:
-        wait_until(lambda: not processes_of(marker), 5, "all processes of the test have ended")
+        wait_until(lambda: not running(), 5, "all processes of the test have ended")
         wait_until(lambda: not left_behind(tmp_path) - before, 5, f"{left_behind(tmp_path) - before} is gone")
     finally:
-        for pid in processes_of(marker):
+        for pid in running():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

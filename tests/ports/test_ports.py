@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from tests.jobs import finish, launch, same
-from tests.jobs.alone import script
 from tests.jobs.hosts import Hosts
+from tests.jobs.interpreter import script
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent.parent / "docs" / "porting.md"
