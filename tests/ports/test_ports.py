@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.jobs import finish, launch, same
+from tests.jobs import HANG_S, finish, same
 from tests.jobs.hosts import Hosts
-from tests.jobs.interpreter import script
+from tests.jobs.interpreter import launchers, script
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent.parent / "docs" / "porting.md"
@@ -98,9 +98,9 @@ def test_kills_change_no_byte(name: str, tmp_path: Path) -> None:
     out, events = tmp_path / "killed", tmp_path / "events.jsonl"
     out.mkdir()
     flags = ["--nproc-per-node", str(RANKS), "--es-events", str(events)]
-    process = launch(HERE / name / "ported.py", [str(out)], flags, {"EVERSTEP_FAULTS": json.dumps(KILLS)})
-    output = finish(process)
-    assert process.returncode == 0, output[-4000:]
+    faults = {"EVERSTEP_FAULTS": json.dumps(KILLS)}
+    ended = launchers.run([*flags, str(HERE / name / "ported.py"), str(out)], faults, HANG_S, mixed=True)
+    assert ended.status == 0, ended.stdout[-4000:]
     assert not differences(results(out), expected)
     deaths = [
         event for line in events.read_text().splitlines() if (event := json.loads(line))["event"] == "worker_died"
