@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from .elastic.api.run import Run as Run
     from .elastic.contract.digest import state_digest as state_digest
     from .elastic.contract.errors import UsageError as UsageError
-    from .elastic.engine.engine import Step as Step
+    from .elastic.engine.user_loop import Step as Step
 
 __version__ = "0.1.0"
 __all__ = ["Run", "Step", "UsageError", "elastic", "join", "state_digest"]

@@ -12,7 +12,7 @@ import secrets
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -57,10 +57,11 @@ class Leader:
         links: NodeSessions,
         events: EventLog,
         listeners: Listeners,
+        polls: Sequence[Callable[[], e.Event | None]] = (),
     ) -> None:
         self.state = coordinator.initial_state(config, 0.0)
         self.events = events
-        self.polls: list[Callable[[], e.Event | None]] = []  # asked at every tick
+        self._polls = polls  # asked at every tick
         self._job = job
         self._config = config
         self._security = security
@@ -148,16 +149,16 @@ class Leader:
     def _tick(self) -> list[e.Effect]:
         effects: list[e.Effect] = []
         self._long_lived.look(self._links.attached)
-        if self._expected_s and self._links.alive:
+        alive = self._links.take_alive()
+        if self._expected_s and alive:
             self._expected_s, self._knocked = 0.0, False
         elif self._expected_s and self._knocked and time.monotonic() > self._expected_s:
             effects += self._abandon()
-        if self._links.alive:
-            alive, self._links.alive = tuple(self._links.alive), set()
+        if alive:
             for listener in self._listeners.heartbeats:
                 listener(len(alive))
             effects += self._decide(e.HeartbeatsReceived(alive))
-        for poll in self.polls:
+        for poll in self._polls:
             event = poll()
             effects += self._decide(event) if event is not None else []
         return effects + self._decide(e.Ticked())
@@ -194,7 +195,7 @@ class Leader:
             return []  # the node has not said hello, or was declared lost: its messages are ignored
         if item.WhichOneof("body") == "heartbeat":
             self._durable.acknowledge(session.node, item.heartbeat.received)
-            self._links.alive.add(session.node)
+            self._links.heard(session.node)
             kept = self._durable.channels[session.node].kept
             session.send(pb.AttachResponse(heartbeat=pb.Heartbeat(received=kept)))
             return []

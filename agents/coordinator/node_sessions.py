@@ -28,7 +28,7 @@ class NodeSessions:
     """All nodes that are in the job, or may return to it. In the event loop."""
 
     def __init__(self, durable: Durable, udp: socket.socket) -> None:
-        self.alive: set[str] = set()  # nodes that sent a heartbeat since the last check
+        self._alive: set[str] = set()  # nodes that sent a heartbeat since the last check
         self.attached = 0  # how often a node was
         self._durable = durable
         self._udp = udp
@@ -51,15 +51,24 @@ class NodeSessions:
         """Whether a node of the job has no stream at the moment."""
         return any(link.session is None for link in self._links.values())
 
+    def heard(self, node: str) -> None:
+        """A sign of life of a node."""
+        self._alive.add(node)
+
+    def take_alive(self) -> tuple[str, ...]:
+        """The nodes that gave a sign of life since this was last called."""
+        alive, self._alive = tuple(self._alive), set()
+        return alive
+
     def attach(self, node: str, session: Session) -> None:
         """The node's stream from now on."""
-        session.node = node
+        session.attach(node)
         link = self._links.setdefault(node, NodeSession())
         former, link.session = link.session, session
         if former is not None:
             former.end()
         self._names[beats.name_of(node)] = node
-        self.alive.add(node)
+        self.heard(node)
         self.attached += 1
 
     def detach(self, node: str) -> None:
@@ -95,7 +104,7 @@ class NodeSessions:
                 continue
             link = self._links[node]
             link.address, link.stamp = address, beat.stamp
-            self.alive.add(node)
+            self.heard(node)
             self._durable.acknowledge(node, beat.received)
             self.echo(node)
 

@@ -32,7 +32,7 @@ from everstep.comms.base.process import (
     rename_process,
 )
 from everstep.comms.base.security import Security, SecurityError
-from everstep.elastic.contract.progress import COORDINATOR
+from everstep.elastic.contract.faults import COORDINATOR
 from everstep.elastic.protocol.state import Config
 
 from .etcd import (
@@ -103,7 +103,7 @@ class EndAsked:
     def __init__(self) -> None:
         self.number = 0
         self.at_s = 0.0
-        self.may_wait: Callable[[], bool] = lambda: False  # for the end of the job
+        self._may_wait: Callable[[], bool] = lambda: False
 
     def listen(self) -> None:
         """To the signals that this process was not started to ignore."""
@@ -111,10 +111,14 @@ class EndAsked:
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._heard)
 
+    def wait_while(self, condition: Callable[[], bool]) -> None:
+        """From now on this process waits for the end of the job, if `condition` holds when the signal comes."""
+        self._may_wait = condition
+
     def _heard(self, number: int, frame: Any) -> None:
         if self.number and time.monotonic() - self.at_s < SAME_S:
             return
-        if self.number or not self.may_wait():
+        if self.number or not self._may_wait():
             os._exit(128 + number)
         self.number, self.at_s = number, time.monotonic()
 
@@ -164,7 +168,7 @@ async def _serve(task: Task, security: Security, on_ready: Callable[[int], None]
             on_ready(port)
         if store is None:
             return 0
-        asked.may_wait = lambda: not coordinator.standing_by
+        asked.wait_while(lambda: not coordinator.standing_by)
         lead = asyncio.create_task(coordinator.lead(store, lambda: rename_process(COORDINATOR)))
         over = await _is_over(lead, coordinator, asked)
         return 0 if over else 128 + asked.number
@@ -199,7 +203,7 @@ async def _elected(task: Task, security: Security, coordinator: Coordinator) -> 
     wait = Wait()
 
     def waits(why: str) -> None:
-        coordinator.standing_by = f"this coordinator stands by: {why}"
+        coordinator.stand_by(why)
         if task.log != "off":
             wait.look(f"coordinator of job {task.job} stands by: {why}")
 

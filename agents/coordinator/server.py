@@ -120,15 +120,26 @@ class Coordinator:
             raise StateStoreError("the store is of a job with another token: give that one, or move the store away")
         self._links = NodeSessions(durable, self._udp)
         self._leader = Leader(
-            self.job, self._config, self._security, durable, self._links, self._events, self.listeners
+            self.job,
+            self._config,
+            self._security,
+            durable,
+            self._links,
+            self._events,
+            self.listeners,
+            polls=(self._rendezvous_over, harmless(self.observer.poll), self._orders.poll),
         )
-        self._leader.polls += [lambda: RendezvousClosed() if self._rendezvous.over() else None]
-        self._leader.polls.append(harmless(self.observer.poll))
-        self._leader.polls.append(self._orders.poll)
         self._links.listen()
         self.standing_by = ""
         await self._server.tell_health(leads=True)
         await self._leader.lead(state, ahead_s, on_leading)
+
+    def _rendezvous_over(self) -> RendezvousClosed | None:
+        return RendezvousClosed() if self._rendezvous.over() else None
+
+    def stand_by(self, why: str) -> None:
+        """This coordinator does not lead, and waits until it may."""
+        self.standing_by = f"this coordinator stands by: {why}"
 
     async def stop(self) -> None:
         """Stop serving. Agents take that for a coordinator that will be back."""

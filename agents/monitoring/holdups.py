@@ -64,11 +64,11 @@ class Holdups:
 
     def poll(self, state: State, now: float, typical_s: float) -> WaitNoticed | None:
         """The next wait to report."""
-        self._spoken.first_s = max(FIRST_S, TYPICAL_STEPS * typical_s)
+        first_s = max(FIRST_S, TYPICAL_STEPS * typical_s)
         found = self.find(state, now)
         self._spoken.keep({holdup.key for holdup in found})
         for holdup in found:
-            if self._spoken.due(holdup.key, holdup.seconds):
+            if self._spoken.due(holdup.key, holdup.seconds, first_s):
                 return WaitNoticed(f"{holdup.text} (for {holdup.seconds:.0f} s)", holdup.ranks, holdup.step)
         return None
 

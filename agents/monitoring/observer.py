@@ -55,6 +55,11 @@ class RankSeries:
     node: str
     steps: deque[pb.StepTimes] = field(default_factory=lambda: deque(maxlen=RANK_STEPS))
 
+    def take(self, node: str, step: pb.StepTimes) -> None:
+        """The rank has made a step on this node."""
+        self.node = node
+        self.steps.append(step)
+
 
 class Observer:
     """Watches one job; thread-safe.
@@ -120,8 +125,7 @@ class Observer:
             self.metrics.telemetry_left_out.inc(max(0, telemetry.left_out - (before.left_out if before else 0)))
             for step in telemetry.steps:
                 series = self.ranks.setdefault(step.rank, RankSeries(node))
-                series.node = node
-                series.steps.append(step)
+                series.take(node, step)
             elapsed_s = telemetry.at_s - before.telemetry.at_s if before else 0.0
             self.suspects.take(telemetry, elapsed_s, now)
             self.holdups.take(telemetry.ranks, now)

@@ -59,12 +59,11 @@ class PageServer:
         handler = type("Handler", (_Handler,), served)
         try:
             security.check_bind(host)
-            self._server = _Server((host, port), handler)
+            self._server = _Server((host, port), handler, security)
         except SecurityError as error:
             raise AddressTaken(str(error)) from None
         except (OSError, OverflowError) as error:
             raise AddressTaken(f"{address}: {getattr(error, 'strerror', None) or error}") from None
-        self._server.security = security
         self.address = addresses.join(host, self._server.server_address[1])
         self.url = f"http{'s' if security.encrypts else ''}://{self.address}"
         threading.Thread(target=self._server.serve_forever, args=(0.2,), name="everstep-pages", daemon=True).start()
@@ -79,9 +78,9 @@ class _Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
     daemon_threads = True
     allow_reuse_address = True
     request_queue_size = 256
-    security = Security()
 
-    def __init__(self, address: tuple[str, int], handler: Any) -> None:
+    def __init__(self, address: tuple[str, int], handler: Any, security: Security) -> None:
+        self._security = security
         self.address_family, place = addresses.resolve(*address)
         self._room = threading.BoundedSemaphore(CONNECTIONS)
         super().__init__(place, handler)
@@ -100,7 +99,7 @@ class _Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
     def finish_request(self, request: Any, client_address: Any) -> None:
         request.settimeout(REQUEST_TIMEOUT_S)
-        with self.security.accept(request) as connection:
+        with self._security.accept(request) as connection:
             super().finish_request(connection, client_address)
 
     def handle_error(self, request: Any, client_address: Any) -> None:

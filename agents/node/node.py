@@ -20,8 +20,9 @@ from everstep.comms.base import addresses
 from everstep.comms.control import everstep_pb2 as pb
 from everstep.comms.control.attach import AbortHeard, Attachment, Broken
 from everstep.comms.control.telemetry_pb2 import AskSpans
+from everstep.elastic.contract.faults import Fault
 from everstep.elastic.contract.notices import Notice
-from everstep.elastic.contract.progress import Fault, StepPhase
+from everstep.elastic.contract.progress import StepPhase
 from everstep.elastic.contract.settings import WorkerContext
 from everstep.elastic.protocol import agent, worker_messages
 from everstep.elastic.protocol import agent_events as a

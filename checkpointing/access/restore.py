@@ -45,9 +45,9 @@ class Keepers:
             f"version {version}",
         )
 
-    def gradients(self, shards: Iterable[int], step: int) -> Iterator[Fetched]:
-        """The reduced gradients of a step, of the shards of which keepers have them, as they come."""
-        lines, agreed_in = self.lines, self.agreed_in
+    def gradients(self, shards: Iterable[int], step: int, agreed_in: int) -> Iterator[Fetched]:
+        """The reduced gradients of a step that was agreed on in this generation, as they come."""
+        lines = self.lines
         yield from self._from_all(
             shards,
             lambda client, part: client.gradients(part, step, lines=lines, agreed_in=agreed_in),

@@ -46,11 +46,19 @@ class Snapshots:
     """Writes this worker's shards into segments that its node's keeper guards.
 
     Without a keeper (`link` None: a script that runs alone) the memory is private and only the gradient slots are used.
+    `on_copied` is called, in the thread that copies, when a version is sealed: with the start in monotonic nanoseconds,
+    the bytes, and the seconds less the pauses.
     """
 
-    def __init__(self, link: KeeperLink | None, states: int = 2) -> None:
+    def __init__(
+        self,
+        link: KeeperLink | None,
+        states: int = 2,
+        on_copied: Callable[[int, int, float], None] = lambda started_ns, length, busy_s: None,
+    ) -> None:
         self._link = link
         self._states = states
+        self._on_copied = on_copied
         self._generation = 0
         self.lines: Lines = ()  # which records count from this generation on
         self._home: dict[int, tuple[int, Segment]] = {}  # shard -> segment
@@ -63,12 +71,20 @@ class Snapshots:
         self.checksums: dict[int, int] = {}  # shard -> xxh3 of its newest record
         self.version: dict[int, int] = {}  # shard -> newest version written or being written
         self.protected = -1  # the newest version that all members know to outlive lost nodes
-        self.saving = -1  # the version that a checkpoint is being made of
-        self.waited_s = 0.0
-        self.spread_s = 0.0  # a copy takes this long unless a caller waits for it, to leave time for compute
+        self._saving = -1  # the version that a checkpoint is being made of
         self._hurry = threading.Event()
-        self.on_copied: Callable[[int, int, float], None] = lambda started_ns, length, busy_s: None
-        """Called, in the thread that copies, when a version is sealed: with its bytes, and the time less the pauses."""
+
+    def outlives(self, version: int, *, forget: bool = False) -> None:
+        """All members know that `version` outlives lost nodes. `forget`: what they knew before does not count."""
+        self.protected = version if forget else max(self.protected, version)
+
+    def begin_saving(self, version: int) -> None:
+        """A checkpoint is made of `version`: it stays in its slots until `end_saving`."""
+        self._saving = version
+
+    def end_saving(self) -> None:
+        """The checkpoint is made, or given up."""
+        self._saving = -1
 
     def enter(
         self,
@@ -133,13 +149,14 @@ class Snapshots:
         shards: Iterable[int],
         *,
         protect: bool = False,
+        spread_s: float = 0.0,
         then: Callable[[], None] | None = None,
     ) -> None:
         """Start copying `version` of the shards. The values are copied already when this returns.
 
         The memory of the rest, the optimizer's state, must not change before `wait` returns. With `protect` it is to
-        outlive nodes too: keepers then make parity of it, behind all this. `then` is called, in the thread that
-        copies, when all is sealed.
+        outlive nodes too: keepers then make parity of it, behind all this. The copy takes `spread_s` seconds unless a
+        caller waits for it, to leave time for compute. `then` is called, in the thread that copies, when all is sealed.
         """
         if self._link is None:
             return
@@ -160,13 +177,13 @@ class Snapshots:
             if device.type != "cpu":  # another thread copies the rest, on a stream of its own: all is there by now
                 torch.get_device_module(device).synchronize(device)
         self._pending = self._pool.submit(
-            self._copy, self._generation, version, opened, self._pending, protect=protect, then=then
+            self._copy, self._generation, version, opened, self._pending, spread_s, protect=protect, then=then
         )
 
     def _open(self, shard: int, version: int, record: ShardRecord) -> _Begun:
         """Open a slot for a record, and copy its values, so that they cannot change any more."""
         number, segment = self._home[shard]
-        slot = segment.free_slot(shard, (self.protected, version - 1, self.saving), self.lines)
+        slot = segment.free_slot(shard, (self.protected, version - 1, self._saving), self.lines)
         start = segment.open_slot(shard, slot, record.length)
         room = self._bytes[number][start : start + segment.entries[shard].state_bytes]
         record.write_values(room.numpy().data)
@@ -178,6 +195,7 @@ class Snapshots:
         version: int,
         opened: Sequence[_Begun],
         earlier: Future[None] | None,
+        spread_s: float,
         *,
         protect: bool,
         then: Callable[[], None] | None,
@@ -189,12 +207,12 @@ class Snapshots:
         for begun in opened:
             self._write(generation, version, begun)
             done += begun.record.length
-            ahead_s = self.spread_s * done / total - (time.monotonic() - started)
+            ahead_s = spread_s * done / total - (time.monotonic() - started)
             if ahead_s > 0:
                 pause = time.monotonic()
                 self._hurry.wait(ahead_s)
                 paused_s += time.monotonic() - pause
-        self.on_copied(started_ns, total, time.monotonic() - started - paused_s)
+        self._on_copied(started_ns, total, time.monotonic() - started - paused_s)
         assert self._link is not None
         self._link.sealed(generation, version, self.protected, protect=protect)
         if then is not None:
@@ -206,16 +224,14 @@ class Snapshots:
         self.checksums[shard] = segment.seal_slot(shard, slot, version, record.length, checksum, generation)
 
     def wait(self, on_wait: Callable[[], None] = lambda: None) -> None:
-        """Return when everything begun is written; calls `on_wait` every 50 ms, adds the time to `waited_s`."""
+        """Return when everything begun is written; calls `on_wait` every 50 ms."""
         if self._pending is None:
             return
-        started = time.monotonic()
         self._hurry.set()
         while not futures.wait([self._pending], timeout=0.05).done:
             on_wait()
         self._pending.result()
         self._pending = None
-        self.waited_s += time.monotonic() - started
 
     def stored(self, shard: int, version: int) -> bytes | None:
         """A shard's record at `version` from this worker's own memory; None if it is not there, or damaged."""
@@ -293,7 +309,7 @@ class Snapshots:
         With `nodes` (they may be lost), a shard is needed until a version of its new owner outlives them. What a
         checkpoint is being made of is needed, too.
         """
-        if self.saving >= 0:
+        if self._saving >= 0:
             return
         for shard in [s for s, version in self._leaving.items() if not nodes or self.protected >= version]:
             del self._leaving[shard]

@@ -85,6 +85,10 @@ class Keeper:
         self._dead: set[tuple[int, int]] = set()  # workers whose segments are released once they are no longer needed
         self._protected = -1
 
+    def adopt(self, node: str) -> None:
+        """A new agent has adopted this keeper: this is its node's name."""
+        self.node = node
+
     # ------------------------------------------------------------ requests of workers
 
     def register(

@@ -182,7 +182,7 @@ class KeeperServer:
         if not self.leash.take():
             _answer(connection, {"adopted": False})
             return
-        self.keeper.node = node
+        self.keeper.adopt(node)
         _answer(connection, {"adopted": True, "protocol": PROTOCOL, "port": self.port, "pid": os.getpid()})
         with contextlib.suppress(OSError):
             reader.line()

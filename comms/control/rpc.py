@@ -80,6 +80,10 @@ class Session:
         self._outgoing: asyncio.Queue[pb.AttachResponse | None] = asyncio.Queue()
         self._orders = DifferenceSender()
 
+    def attach(self, node: str) -> None:
+        """The agent of this node has said hello."""
+        self.node = node
+
     def send(self, message: pb.AttachResponse) -> None:
         self._outgoing.put_nowait(self._orders.reduce(message))
 

@@ -87,12 +87,6 @@ class Communicator(abc.ABC):
         self.rank = rank
         self.generation = 0
         self.on_wait = on_wait or (lambda: None)  # called at least every 50 ms while a call waits
-        self.on_corruption: Callable[[int, str], None] = lambda source_rank, what: None
-        """Called once for a link whose bytes changed on their way, with the rank at its other end and what was found.
-
-        Both ends call, from within a call of theirs. The link is closed and what was hit is not delivered, so the
-        generation must be given up: after the next `edit` a new link takes its place.
-        """
 
     @property
     @abc.abstractmethod

@@ -63,6 +63,9 @@ class MeshCommunicator(Communicator):
     namespace, and reach each other through shared memory unless `shared_memory` is off on either. Ranks with another
     `token` are refused. `security` is what this process was started with, unless given: with certificates, TCP links
     are TLS. Every byte is checked on arrival (see `frames`). `ring_bytes` is the shared memory of one link.
+    `on_corruption` is called once for a link whose bytes changed on their way, with the generation, the rank at its
+    other end and what was found. Both ends call, from within a call of theirs. The link is closed and what was hit is
+    not delivered, so the generation must be given up: after the next `edit` a new link takes its place.
     The messages that a rank has not asked for yet are held in its memory, without a limit of their own: the order of a
     training step bounds them.
     """
@@ -78,9 +81,11 @@ class MeshCommunicator(Communicator):
         shared_memory: bool = True,
         ring_bytes: int = 4 << 20,
         on_wait: Callable[[], None] | None = None,
+        on_corruption: Callable[[int, int, str], None] | None = None,
         security: Security | None = None,
     ) -> None:
         super().__init__(rank, on_wait)
+        self._on_corruption = on_corruption
         self._security = security or own()
         self._security.check_bind(host)
         if ring_bytes < RING_MINIMUM_BYTES:
@@ -266,7 +271,8 @@ class MeshCommunicator(Communicator):
         return OutLink(peer, hello, self._poller, self._report_corruption, self._security)
 
     def _report_corruption(self, source_rank: int, what: str) -> None:
-        self.on_corruption(source_rank, what)
+        if self._on_corruption is not None:
+            self._on_corruption(self.generation, source_rank, what)
 
     def _flush(self, link: OutLink) -> None:
         if not link.flush():

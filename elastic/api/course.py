@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 from everstep.elastic.contract.errors import UsageError
 from everstep.elastic.engine.call_log import Place
-from everstep.elastic.engine.engine import Engine, Step
+from everstep.elastic.engine.engine import Engine
+from everstep.elastic.engine.user_loop import Step
 
 from .calls import AFTER, Calls
 
@@ -36,14 +37,14 @@ class Course:
                 "the loop over the prepared batches began again behind the batches of its epoch: each turn of "
                 "run.epochs has one such loop"
             )
-        if not self._engine.begun:
+        if not self._engine.user_loop.begun:
             self._begin()
 
     def show(self) -> Step:
         """The next step that the script has not seen, after its functions have had it."""
         engine = self._engine
         engine.progress.leave()
-        step = engine.turn = engine.results.pop(0)
+        step = engine.user_loop.show()
         self._calls.at(Place(f"after step {step.index}", until=step.index + 1))
         if engine.loops:
             engine.turn_over()
@@ -55,14 +56,14 @@ class Course:
         """The script has done what it does between two steps, and asks for the next one."""
         engine = self._engine
         if engine.loops:
-            engine.turns.pass_by(engine.version, first=engine.turn is not None)
-        engine.turn = None
+            engine.turns.pass_by(engine.version, first=engine.user_loop.turn is not None)
+        engine.user_loop.end_turn()
         self._calls.away()
 
     def stops(self) -> bool:
         """Whether a script has asked for the end, and all ranks agreed on it: then the user's loop ends."""
         engine = self._engine
-        if engine.results or not engine.stop_request.agreed(engine.agreement):
+        if engine.user_loop.unseen or not engine.stop_request.agreed(engine.agreement):
             return False
         self.stopped = True
         if self._epoch is not None:
@@ -110,7 +111,7 @@ class Course:
         there on a worker that joins now: that worker gets what the code has made.
         """
         if self._epoch is None:
-            self._engine.turn = None
+            self._engine.user_loop.end_turn()
         self.end()
 
     def end(self) -> None:

@@ -29,9 +29,10 @@ from everstep.elastic.contract.collectives import (
     raised_there,
 )
 from everstep.elastic.contract.errors import JobEnded, UsageError, shortened
+from everstep.elastic.contract.faults import Fault
 from everstep.elastic.contract.membership import AgentMembership, Membership, Solo
 from everstep.elastic.contract.notices import Notice, warn
-from everstep.elastic.contract.progress import Fault, Progress
+from everstep.elastic.contract.progress import Progress
 from everstep.elastic.contract.script_end import at_end
 from everstep.elastic.contract.settings import (
     SETTINGS,
@@ -198,20 +199,19 @@ def _run(settings: Settings, context: WorkerContext | None, membership: Membersh
     incarnation = context.incarnation if context else 0
     faults = Fault.parse(os.environ.get(Fault.VARIABLE, ""))
     progress = Progress(context.progress_fd if context else None, rank, incarnation, faults)
+
+    def corrupted(generation: int, source: int, what: str) -> None:
+        membership.tell(e.CorruptionFound(membership.worker, generation, "frame", rank=source, detail=what))
+
     comm = TimedMesh(
-        progress.telemetry,
+        progress,
         rank,
         incarnation,
         host=context.host if context else "127.0.0.1",
         host_id=context.host_id if context else uuid.uuid4().hex,
         token=context.token if context else uuid.uuid4().hex,
         shared_memory=context.shared_memory if context else True,
-        on_wait=progress.tick,
-    )
-    membership.on_abort = comm.abort
-    progress.awaited = comm.awaited
-    comm.on_corruption = lambda source, what: membership.tell(
-        e.CorruptionFound(membership.worker, comm.generation, "frame", rank=source, detail=what)
+        on_corruption=corrupted,
     )
     seed_everything(settings.seed)
     torch.set_num_threads(threads())

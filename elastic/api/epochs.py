@@ -27,7 +27,7 @@ class Epochs:
 
     def __iter__(self) -> Iterator[int]:
         engine, course = self._engine, self._course
-        epoch = (engine.version - len(engine.results)) // self._steps
+        epoch = (engine.version - len(engine.user_loop.unseen)) // self._steps
         try:
             while epoch < self._count:
                 course.begin_epoch(epoch, end=(epoch + 1) * self._steps)

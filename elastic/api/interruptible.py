@@ -44,7 +44,7 @@ class Interruptible:
 
     def _conclude(self) -> None:
         """Save this rank's part of the last version, if that is due."""
-        conclusion, self._membership.conclusion = self._membership.conclusion, None
+        conclusion = self._membership.take_conclusion()
         if conclusion is None:
             return
         try:
@@ -85,7 +85,7 @@ class Interruptible:
         engine = self._engine
         while True:
             if engine.switch is not None:
-                engine.turn = None  # who joins now has not seen the last step, and need not
+                engine.user_loop.end_turn()  # who joins now has not seen the last step, and need not
                 self.switch()
             elif not engine.ended():
                 self.compute_again()

@@ -68,7 +68,7 @@ class Batches:
 
     def __iter__(self) -> Iterator[Any]:
         self.course.begin()
-        self._turns.schedulers.in_batches = True
+        self._turns.schedulers.enter_batches()
         try:
             yield from self._micro_batches()
         except GeneratorExit:
@@ -76,14 +76,14 @@ class Batches:
             self.course.end_batches()
             raise
         finally:
-            self._turns.schedulers.in_batches = False
+            self._turns.schedulers.leave_batches()
 
     def _micro_batches(self) -> Iterator[Any]:
         engine, parts, course = self._engine, self._parts, self.course
         while True:
             self._end_turn()
             self._show_all()
-            engine.looping = True
+            engine.user_loop.compute()
             if course.epoch_over():
                 parts.do(engine.pause)
                 if course.epoch_over():  # no recovery has gone back
@@ -151,7 +151,7 @@ class Batches:
 
     def _show_all(self) -> None:
         """Tell the user's functions of the steps that were committed since the last turn."""
-        while self._engine.results:
+        while self._engine.user_loop.unseen:
             self.course.show()
 
     def _hand_out(self) -> tuple[Any] | None:
@@ -167,7 +167,7 @@ class Batches:
             engine.progress.mark(StepPhase.COMPUTE, state.step, finished=len(state.held))
             started_ns = time.monotonic_ns()
             with engine.progress.within(Pace.FETCH):
-                ready.append(to_device(engine.data.fetch(state.step, span.micro_batch), engine.stack.device))
+                ready.append(to_device(engine.fetch(state.step, span.micro_batch), engine.stack.device))
             tokens, samples = tokens_and_samples(ready[0])
             engine.progress.telemetry.span(
                 Spent.FETCH, started_ns, micro_batch=span.micro_batch, amount=tokens, value=samples
@@ -179,7 +179,7 @@ class Batches:
             self._tokens, self._version = None, engine.version
             self._gradients.forget()
             if self._turns.scaler is not None:
-                self._turns.scaler.called = False
+                self._turns.scaler.begin_turn()
             self._handed_out_ns = time.monotonic_ns()
             engine.progress.enter(Pace.USER)
 

@@ -18,7 +18,7 @@ class LoopScaler:
     """
 
     def __init__(self, scaler: GradScaler) -> None:
-        self.called = False  # scale(), since this was last set to False
+        self._called = False  # scale(), in this turn
         self._scale = scaler.scale
         self._optimizer: Optimizer | None = None
         for name in ("scale", "unscale_", "step", "update"):
@@ -28,16 +28,20 @@ class LoopScaler:
         """The optimizer that `prepare` returns."""
         self._optimizer = optimizer
 
+    def begin_turn(self) -> None:
+        """A turn of the user's loop begins."""
+        self._called = False
+
     def check_called(self, step: int) -> None:
         """A turn of the user's loop is over. Raises UsageError if the loss was not scaled."""
-        if not self.called:
+        if not self._called:
             raise UsageError(
                 f"scaler.scale(loss) was not called for a micro-batch of step {step}, and the gradient of the step is "
                 "divided by the scale: write scaler.scale(loss).backward(), or leave out run.prepare(scaler=)"
             )
 
     def scale(self, outputs: Any) -> Any:
-        self.called = True
+        self._called = True
         return self._scale(outputs)
 
     def unscale_(self, optimizer: Optimizer) -> None:

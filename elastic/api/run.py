@@ -26,9 +26,10 @@ from everstep.elastic.contract.progress import Progress
 from everstep.elastic.contract.settings import Settings, WorkerContext
 from everstep.elastic.contract.signals import saved_on_signals
 from everstep.elastic.contract.stateful import check_size, encode
-from everstep.elastic.engine.engine import STATE, Engine, Step
+from everstep.elastic.engine.engine import STATE, Engine
 from everstep.elastic.engine.recovery import Recovery
 from everstep.elastic.engine.resume import Resumption
+from everstep.elastic.engine.user_loop import Step
 from everstep.elastic.holding.buffer_rules import Rule
 from everstep.elastic.holding.stack import LayerStack
 from everstep.elastic.holding.user_optimizer import UserOptimizer, check_optimizer, is_elementwise
@@ -129,7 +130,7 @@ class Run(Sharing, Gradients):
         engine = self._engine
         if engine is None:
             return 0
-        return engine.version - (0 if engine.looping or not engine.loops else engine.unturned)
+        return engine.user_loop.seen(engine.version, loops=engine.loops)
 
     @property
     def stream_index(self) -> int:
@@ -277,7 +278,8 @@ class Run(Sharing, Gradients):
             return 0
         if self._batches is not None and self._batches.course.epoch is not None:
             return self._batches.course.epoch
-        step = engine.turn.index if engine.turn is not None else engine.version - len(engine.results)
+        loop = engine.user_loop
+        step = loop.turn.index if loop.turn is not None else engine.version - len(loop.unseen)
         order = engine.data.order
         if not order.samples:  # a stream
             return 0
@@ -287,7 +289,7 @@ class Run(Sharing, Gradients):
         course.begin()
         try:
             while True:
-                while engine.results:
+                while engine.user_loop.unseen:
                     yield course.show()
                 if engine.switch is not None:
                     course.go_on()
@@ -296,7 +298,7 @@ class Run(Sharing, Gradients):
                     return
                 elif engine.ended():
                     parts.do(engine.conclude)
-                    if engine.ended() and engine.switch is None and not engine.results:
+                    if engine.ended() and engine.switch is None and not engine.user_loop.unseen:
                         course.end()
                         return
                 else:
@@ -469,6 +471,7 @@ class Run(Sharing, Gradients):
             lineage = Lineage(hashlib.sha256(context.token.encode()).hexdigest()[:16])
             link = KeeperLink(context.keeper_name, context.token, context.rank, context.incarnation)
             slots = state_slots(settings.protection, context.max_nodes, checkpoints=bool(settings.checkpoint))
+        values = state_digest(model.state_dict())
         engine = Engine(
             settings=settings,
             stack=stack,
@@ -479,12 +482,15 @@ class Run(Sharing, Gradients):
             reduction=reduction,
             comm=self._comm,
             membership=self._membership,
-            snapshots=Snapshots(link, slots),
+            snapshots=Snapshots(link, slots, self._progress.telemetry.copied),
             progress=self._progress,
             link=link,
             lineage=lineage,
             registered=self._registered,
             loops=loops,
+            seeded=not self._loads_values(values),
+            token=context.token if context else "",
+            node=context.node if context else "",
         )
         if reduction.skip_nonfinite:
             engine.registered.driven.add(LOSS_SCALE)
@@ -493,20 +499,13 @@ class Run(Sharing, Gradients):
             engine.registered.driven.add(STREAM)
             engine.claim(STREAM, data.streams)
         self._schedulers = Schedulers(engine, optimizer, scheduler, by_epoch=by_epoch)
-        engine.birth = {
-            **engine.adjustments.terms(),
-            "registered": engine.registered.states(),
-        }
+        engine.note_birth()
         self._engine = engine
-        token, node = (context.token, context.node) if context else ("", "")
-        self._recovery = Recovery(engine, token, node)
-        engine.damage.committed = self._recovery.committed
+        self._recovery = Recovery(engine)
         self._parts = parts = Interruptible(engine, self._recovery)
         self._calls = Calls(
             engine.comm, engine.calls, engine.progress, lambda: engine.version, parts.interrupted, parts.reach
         )
-        values = state_digest(model.state_dict())
-        self._note_values(engine, values)
         job = Job(
             steps=settings.steps,
             stages=settings.stages,
@@ -534,7 +533,7 @@ class Run(Sharing, Gradients):
         )
         resumption = Resumption(settings, stack, engine, described, self._membership)
         saved = resumption.find() if context is None or context.rank == 0 else []
-        self._membership.ready(self._peer, job, saved)
+        self._membership.ready(self._peer, job, saved, self._comm.abort)
         self._gradients = GradientWatch(stack) if loops else None  # before a layer may be frozen
         complete_optimizer(optimizer, stack, self.full_state_dict)
         if context is not None and len(stack.layers) > 1:
@@ -545,20 +544,19 @@ class Run(Sharing, Gradients):
             self.ends.enter_context(saved_on_signals(engine.stop))
         return engine
 
-    def _note_values(self, engine: Engine, values: str) -> None:
-        """Warn about values that a replacement's script loads in vain."""
+    def _loads_values(self, values: str) -> bool:
+        """Whether a replacement's script loads values into its model, in vain; if so, warns about it."""
         begun = self._context.begun if self._context else None
-        if begun is None:
-            return
-        if values != begun.values:
-            engine.seeded = False
-            warn(
-                self._membership,
-                Notice.REPLACEMENT_VALUES,
-                "the script of a replacement initialised its model with other values than the job began with (a "
-                "checkpoint that it loads by itself?): the job's own values take their place; checkpoint=URL saves "
-                "and resumes by itself, and run.is_replacement tells a replacement",
-            )
+        if begun is None or values == begun.values:
+            return False
+        warn(
+            self._membership,
+            Notice.REPLACEMENT_VALUES,
+            "the script of a replacement initialised its model with other values than the job began with (a "
+            "checkpoint that it loads by itself?): the job's own values take their place; checkpoint=URL saves "
+            "and resumes by itself, and run.is_replacement tells a replacement",
+        )
+        return True
 
     def _note_variables(self) -> None:
         """Warn about variables that a replacement's script lacks, where the job keeps none of them."""
@@ -590,7 +588,7 @@ class Run(Sharing, Gradients):
             )
             warn(self._membership, Notice.HYPERPARAMETERS_DIFFER, text)
         self.state.begin(resumed=recovery.resumed or not recovery.guide_begun)
-        engine.begun = True
+        engine.user_loop.begin()
 
 
 def _no_loss(output: Any, targets: Any) -> Tensor:

@@ -19,7 +19,7 @@ class Schedulers:
     def __init__(self, engine: Engine, optimizer: Optimizer, passed: LRScheduler | None, *, by_epoch: bool) -> None:
         self._engine = engine
         self._by_epoch = by_epoch
-        self.in_batches = False  # the script is in the loop over the batches of an epoch
+        self._in_batches = False  # the script is in the loop over the batches of an epoch
         self._optimizers = [optimizer]  # the user's optimizer, and its replacement in a loop
         self._known: list[LRScheduler] = []
         self.left_in_loop: list[ScheduledRate] = []  # the scheduler that was found, not passed in
@@ -30,6 +30,14 @@ class Schedulers:
     def add_optimizer(self, prepared: Optimizer) -> None:
         """Look for schedulers on the optimizer that replaces the user's one in its loop, too."""
         self._optimizers.append(prepared)
+
+    def enter_batches(self) -> None:
+        """The script enters the loop over the batches of an epoch."""
+        self._in_batches = True
+
+    def leave_batches(self) -> None:
+        """The script leaves it."""
+        self._in_batches = False
 
     def take_over_late(self) -> bool:
         """Take over schedulers that were built after `prepare` or `steps`. Returns whether the runtime steps one."""
@@ -66,7 +74,7 @@ class Schedulers:
 
     def _check_place(self, name: str) -> None:
         """Ranks have different numbers of turns in an epoch, but each comes by behind it once."""
-        if self.in_batches:
+        if self._in_batches:
             raise UsageError(
                 f"{name}.step() was called in the loop over the batches of an epoch, with scheduler_every='epoch': "
                 "call it behind that loop, or leave scheduler_every out for a scheduler that steps once for each step"

@@ -55,19 +55,35 @@ class Membership(ABC):
 
     def __init__(self, worker: e.WorkerId) -> None:
         self.worker = worker
-        self.on_abort: Callable[[], None] = lambda: None
+        self._on_abort: Callable[[], None] = lambda: None
         self.save_asked = False  # a checkpoint is requested now
         self.lost_group: object | None = None  # that the script had made by then: it cannot be used any more
         self.changed = worker.incarnation > 0  # members were lost or joined; for a replacement, before it began
         self.conclusion: Conclusion | None = None  # is due
+
+    def ask_save(self) -> None:
+        """A checkpoint is requested. Safe in a signal handler."""
+        self.save_asked = True
+
+    def save_answered(self) -> None:
+        """A checkpoint was saved since it was requested."""
+        self.save_asked = False
+
+    def take_conclusion(self) -> Conclusion | None:
+        """The conclusion that is due, which this rank carries out."""
+        conclusion, self.conclusion = self.conclusion, None
+        return conclusion
 
     @abstractmethod
     def declare(self) -> None:
         """This script is elastic."""
 
     @abstractmethod
-    def ready(self, peer: Peer, job: Job, saved: Sequence[Saved]) -> None:
-        """This worker has built its model, and found these checkpoints, newest first."""
+    def ready(self, peer: Peer, job: Job, saved: Sequence[Saved], abort: Callable[[], None]) -> None:
+        """This worker has built its model, and found these checkpoints, newest first.
+
+        `abort` is called from now on, in any thread, when the worker has to stop waiting for other ranks.
+        """
 
     @abstractmethod
     def orders(self, on_wait: Callable[[], None]) -> Orders:
@@ -127,7 +143,8 @@ class Solo(Membership):
     def declare(self) -> None:
         pass
 
-    def ready(self, peer: Peer, job: Job, saved: Sequence[Saved]) -> None:
+    def ready(self, peer: Peer, job: Job, saved: Sequence[Saved], abort: Callable[[], None]) -> None:
+        self._on_abort = abort
         # One process holds all layers for any number of `stages`: the layout does not change the results.
         layout = initial_layout(job.model, [0], 1, job.micro_batches)
         nowhere = Placement(generation=1, width=0, losses=0, wanted=0, stripes=())
@@ -184,7 +201,7 @@ class Solo(Membership):
             assert self._orders is not None
             print(f"everstep: {message.why}: the checkpoint before it is used", file=sys.stderr, flush=True)
             self._resume(self._orders.plan.generation + 1)
-            self.on_abort()
+            self._on_abort()
 
     def note(self, what: str, fields: Mapping[str, Any]) -> None:
         if what == "checkpoint_failed":
@@ -229,7 +246,7 @@ class AgentMembership(Membership):
                 self._proposal = None
                 self.conclusion = None
                 self.changed, self.lost_group = True, group()
-                self.on_abort()
+                self._on_abort()
             elif isinstance(message, e.CarryOut):
                 self._take(message)
             elif isinstance(message, e.AskSave):
@@ -240,12 +257,12 @@ class AgentMembership(Membership):
             elif isinstance(message, e.Conclude):
                 self.conclusion = Conclusion(message.version, message.name)
                 if self._begun >= self.conclusion.version:  # else it has that step before it to do, as all others have
-                    self.on_abort()
+                    self._on_abort()
             elif isinstance(message, e.EndTraining):
                 self._trained = True
             elif isinstance(message, e.EndWorker):
                 self._ended = True
-                self.on_abort()
+                self._on_abort()
             self._changed.notify_all()
 
     def _take(self, message: e.CarryOut) -> None:
@@ -265,7 +282,8 @@ class AgentMembership(Membership):
     def declare(self) -> None:
         self.tell(e.WorkerDeclaredElastic(self.worker))
 
-    def ready(self, peer: Peer, job: Job, saved: Sequence[Saved]) -> None:
+    def ready(self, peer: Peer, job: Job, saved: Sequence[Saved], abort: Callable[[], None]) -> None:
+        self._on_abort = abort
         self.tell(e.WorkerReady(self.worker, asdict(peer), job, tuple(saved)))
 
     def orders(self, on_wait: Callable[[], None]) -> Orders:

@@ -1,4 +1,4 @@
-"""A worker's progress page: a few words of memory shared with its node agent; faults are injected here, too.
+"""A worker's progress page: a few words of memory shared with its node agent.
 
 After the page, the same memory has the ring of the worker's telemetry spans (`telemetry`).
 
@@ -12,22 +12,20 @@ from __future__ import annotations
 import contextlib
 import enum
 import faulthandler
-import json
 import mmap
 import os
 import signal
 import struct
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-
-import psutil
 
 from everstep.elastic.protocol.liveness import Pace
 from everstep.elastic.protocol.waiting import Spoken
 
 from . import robust_mutex
+from .faults import Fault, WorkerFaults
 from .telemetry import SHARED_BYTES, Spent, Telemetry
 
 _PAGE = struct.Struct("<QqqqqQ")  # counter, step, phase, finished micro-batches, pace, time of an injected fault (ns)
@@ -35,9 +33,6 @@ _WAITS = struct.Struct("<QHH")  # since when (monotonic ns; 0: no wait), letters
 _WAITS_OFFSET, MOST_TEXT, MOST_RANKS = 64, 200, 64
 STACKS_OFFSET = SHARED_BYTES  # where a worker's own handler writes its stacks, at the agent's signal
 STACKS_SIGNAL = signal.SIGRTMAX - 3  # real-time, and neither the first nor the last: few programs have a use for it
-
-
-COORDINATOR = "es-coordinator"  # the name of its process
 
 
 class StepPhase(enum.IntEnum):
@@ -82,31 +77,6 @@ class Reading:
     waits: Waits | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Fault:
-    """An injected fault: the `after`-th time that this incarnation of `rank` marks `phase`, from `step` on.
-
-    With `period`, only in every `period`-th step from `step` on: so faults of ranks that come back whenever they can
-    keep their distance.
-    """
-
-    rank: int
-    phase: str
-    step: int = 0
-    incarnation: int = 0
-    after: int = 0
-    period: int = 0
-    kind: str = "kill"  # kill | stop | loop | pause | node (all of it, at one instant) | coordinator | flip, ...
-    seconds: float = 0.0  # of a pause
-
-    VARIABLE = "EVERSTEP_FAULTS"
-
-    @classmethod
-    def parse(cls, text: str) -> list[Fault]:
-        items = json.loads(text) if text else []
-        return [cls(**item) for item in items if item.get("kind") != "unhealthy"]  # that is the agent's
-
-
 def create_page() -> int:
     """A descriptor of a new progress page, and of the ring of spans behind it."""
     fd = os.memfd_create("everstep-progress", os.MFD_CLOEXEC)
@@ -141,14 +111,11 @@ class Progress:
         self._first: int | None = None  # the first step of this process, or with these layers, once it has begun
         self._outside = True  # in the user's own code between steps, whose duration is not limited
         self._within: Pace | None = None  # in the user's code in the middle of a step: its dataset, or its loop
-        self.awaited: Callable[[], Waits | None] = lambda: None  # the peers that a transfer waits for
         self._waiting: Waits | None = None
         self._waits_written = False
         self._said = Spoken() if fd is None else None  # no agent looks at the page
         self._left_ns = time.monotonic_ns()
-        self._faults = [f for f in faults if f.rank == rank and f.incarnation == incarnation]
-        self._seen: dict[Fault, int] = {}
-        self.damage: Callable[[str], None] = lambda kind: None
+        self.faults = WorkerFaults(faults, rank, incarnation)
         self._write()
         if fd is not None:  # signals reach the handler also while the interpreter is held
             robust_mutex.hold(fd)  # again, if the worker has become another program
@@ -162,11 +129,11 @@ class Progress:
         pace = Pace.FREE if self._outside else pace if self._within is None else self._within
         _PAGE.pack_into(self._memory, 0, self._counter, step, phase, self._finished, pace, fault_ns)
 
-    def tick(self) -> None:
-        """Report progress; called repeatedly during waits."""
+    def tick(self, awaited: Waits | None = None) -> None:
+        """Report progress; called repeatedly during waits. `awaited`: the peers that a transfer waits for."""
         self._counter += 1
         self._write()
-        waits = self.awaited() or self._waiting
+        waits = awaited or self._waiting
         if waits is not None:
             self._write_waits(waits)
             if self._said is not None and self._said.due(waited_s := time.monotonic() - waits.since_s, waits.since_s):
@@ -246,7 +213,7 @@ class Progress:
         if self._waits_written:
             self._waits_over()
         self._place = (step, phase)
-        self.telemetry.step = step
+        self.telemetry.at(step)
         if finished is not None:
             self._finished = finished
         if phase in _MOVES:
@@ -257,65 +224,6 @@ class Progress:
             self._outside = False
             self.telemetry.span(Spent.OUTSIDE, self._left_ns)
         self._write()
-        if self._faults:
-            self._inject(phase, step)
-
-    def _inject(self, phase: StepPhase, step: int) -> None:
-        for fault in self._faults:
-            if fault.phase != phase.name.lower() or step < fault.step:
-                continue
-            if fault.period and (step - fault.step) % fault.period:
-                continue
-            seen = self._seen.get(fault, 0)
-            self._seen[fault] = seen + 1
-            if seen == fault.after:
-                self._suffer(fault)
-
-    def _suffer(self, fault: Fault) -> None:
-        self._write(time.monotonic_ns())
-        if fault.kind == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        elif fault.kind == "node":
-            _kill_node()
-        elif fault.kind == "coordinator":
-            _kill_coordinator()
-        elif fault.kind.startswith("flip"):
-            self.damage(fault.kind)
-        elif fault.kind == "pause":
-            time.sleep(fault.seconds)
-        elif fault.kind == "stop":
-            os.kill(os.getpid(), signal.SIGSTOP)
-        while fault.kind == "loop":
-            pass
-
-
-def _kill_coordinator() -> None:
-    """Kill the coordinator that this node's launcher has beside it, as soon as one serves."""
-    launcher = psutil.Process(os.getppid()).parent()
-    assert launcher is not None
-    while True:
-        for process in launcher.children():
-            with contextlib.suppress(psutil.NoSuchProcess):  # another one ended just now
-                if process.name() == COORDINATOR:
-                    process.kill()
-                    process.wait(10)
-                    return
-        time.sleep(0.01)
-
-
-def _kill_node() -> None:
-    """Kill this worker's node agent and all its descendants: stopped first, so that none sees another die.
-
-    This worker's parent is killed last: this process dies with it, and processes not yet killed would stay stopped.
-    """
-    parent = psutil.Process(os.getppid())
-    agent = parent.parent()
-    assert agent is not None
-    ancestors = [agent.pid, parent.pid]
-    family = [process.pid for process in agent.children(recursive=True)]
-    others = [*(pid for pid in family if pid not in (os.getpid(), parent.pid)), *ancestors]
-    for number in (signal.SIGSTOP, signal.SIGKILL):
-        for pid in others:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
-    os.kill(os.getpid(), signal.SIGKILL)
+        for fault in self.faults.due(phase.name.lower(), step):
+            self._write(time.monotonic_ns())
+            self.faults.inject(fault)

@@ -98,8 +98,8 @@ class Telemetry:
     def __init__(self, memory: mmap.mmap | None = None) -> None:
         self._memory = memory if memory is not None else mmap.mmap(-1, SHARED_BYTES)
         self._numbers = itertools.count(1)  # `next` is atomic: threads need no lock
-        self.step = -1  # that the worker is in
-        self.generation = 0
+        self._step = -1
+        self._generation = 0
         self._stepped_ns = 0  # when the last step was committed here; 0: none was, or a recovery came between
 
     def span(
@@ -117,8 +117,20 @@ class Telemetry:
         end_ns = end_ns or time.monotonic_ns()
         number = next(self._numbers)
         offset = RING_OFFSET + (number - 1) % RING_RECORDS * RECORD_BYTES
-        place = (self.step, self.generation, micro_batch, peer, kind, 0)
+        place = (self._step, self._generation, micro_batch, peer, kind, 0)
         _RECORD.pack_into(self._memory, offset, number, start_ns, end_ns, amount, value, *place, number)
+
+    def copied(self, started_ns: int, length: int, busy_s: float) -> None:
+        """A snapshot of `length` bytes is copied."""
+        self.span(Spent.SNAPSHOT, started_ns, amount=length, value=busy_s)
+
+    def at(self, step: int) -> None:
+        """The worker is in this step: spans that are written from now on belong to it."""
+        self._step = step
+
+    def enter(self, generation: int) -> None:
+        """The same for a generation."""
+        self._generation = generation
 
     def committed(self, loss: float | None, samples: int) -> None:
         """The step is committed: its span starts at the previous commit, if there was one."""

@@ -11,21 +11,21 @@ from torch import Tensor
 from everstep.comms.mesh.communicator import Aborted, Key
 from everstep.comms.mesh.mesh import MeshCommunicator
 
-from .progress import Waits
-from .telemetry import Spent, Telemetry
+from .progress import Progress, Waits
+from .telemetry import Spent
 
 LEAST_WAIT_NS = 2000  # a message that is there already is not waited for
 
 
 class TimedMesh(MeshCommunicator):
-    """A mesh communicator that writes spans of its calls."""
+    """A mesh communicator that writes spans of its calls, and, while it waits, the ranks that it waits for."""
 
-    def __init__(self, telemetry: Telemetry, *arguments: Any, **settings: Any) -> None:
-        super().__init__(*arguments, **settings)
-        self._telemetry = telemetry
+    def __init__(self, progress: Progress, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, on_wait=lambda: progress.tick(self._waits()), **settings)
+        self._telemetry = progress.telemetry
         self._awaited: tuple[int, Collection[tuple[int, Key]]] | None = None
 
-    def awaited(self) -> Waits | None:
+    def _waits(self) -> Waits | None:
         """The ranks that a call waits for now."""
         if self._awaited is None:
             return None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 
 import torch
@@ -19,6 +18,8 @@ from everstep.elastic.protocol import worker_events as w
 from everstep.elastic.protocol.replicas import Digests, Made, Odd, decide, disputed, odd_ones
 from everstep.elastic.protocol.terms import Terms
 
+from .loading import KEEPER_PATIENCE_S, Loader
+
 if TYPE_CHECKING:
     from .engine import Engine
 
@@ -28,16 +29,16 @@ DECISION = "the coordinator to begin a new generation"  # follows "waits for"
 class Damage:
     """Handles damaged values for one engine."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, loader: Loader) -> None:
         self._engine = engine
+        self._loader = loader
         self.suspects: dict[int, int] = {}  # shard that may be damaged here -> digest of its committed value
-        self.committed: Callable[[list[int]], dict[int, ShardState]] = lambda shards: {}  # what keepers hold of shards
 
     def explains(self, changed: Changed) -> bool:
         """Whether a value differs from the committed one by a single bit: memory fails like that, no script does."""
         engine, index = self._engine, changed.held.index
         shards = [shard for shard in engine.stack.spec.shards if shard.parameter == index]
-        committed = self.committed([shard.index for shard in shards])
+        committed = self._committed([shard.index for shard in shards])
         flat = changed.held.tensor.detach().reshape(-1)
         if len(committed) < len(shards):
             return False
@@ -46,6 +47,22 @@ class Damage:
             return False
         self.suspects.update({index: digest(value) for index, value in values.items()})
         return True
+
+    def compared(self) -> None:
+        """Replicas of the suspects were compared with others."""
+        self.suspects = {}
+
+    def _committed(self, shards: list[int]) -> dict[int, ShardState]:
+        """What keepers hold of this version; a part, if they still lack some after a while. Raises Aborted."""
+        engine = self._engine
+        found: dict[int, ShardState] = {}
+        engine.snapshots.wait(engine.patient)
+        deadline = time.monotonic() + KEEPER_PATIENCE_S
+        while self._loader.keepers and len(found) < len(shards) and time.monotonic() < deadline:
+            absent = [index for index in shards if index not in found]
+            found.update(self._loader.kept(absent, engine.version, engine.patient))
+            engine.patient()
+        return found
 
     def distrust(self, step: int, replicas: dict[int, Digests]) -> NoReturn:
         """Replicas differ: no rank passes this agreement. The wrong ones are discarded; raises Aborted, to recover.

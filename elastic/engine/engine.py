@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
@@ -70,9 +70,11 @@ from everstep.resharding.work import Work
 from .call_log import CallLog
 from .damage import Damage
 from .driver import Driver
+from .loading import Loader
 from .prefetcher import Prefetcher
 from .registered import Registered
 from .remarks import Remarks
+from .user_loop import Step, UserLoop
 from .user_turns import UserTurns
 
 # What a rank waits for, apart from other ranks, in words that follow "waits for".
@@ -81,15 +83,6 @@ PARITY = "the keepers of its parity group to hold the last version"
 SAVES = "checkpoints that are being saved"
 STATE = "run.state"  # its name among the registered objects
 PACE = 0.3  # share of a step's duration over which its snapshot is spread
-
-
-@dataclass(frozen=True)
-class Step:
-    """A committed step: its index, its global loss (None where the user computes it), the gradient's norm."""
-
-    index: int
-    loss: float | None
-    gradient_norm: float | None
 
 
 class Engine:
@@ -113,30 +106,32 @@ class Engine:
         lineage: Lineage | None,
         registered: dict[str, Any],
         loops: bool,
+        seeded: bool,
+        token: str,
+        node: str,
     ) -> None:
         self.settings = settings
         self.stack = stack
         self.optimizer = optimizer
         self.store = ShardStore(optimizer, stack.view)  # of the shards owned here
         self.data = data
-        data.upcoming = self._upcoming
         self.comm = comm
         self.membership = membership
         self.snapshots = snapshots
         self.progress = progress
         self.telemetry = progress.telemetry
-        snapshots.on_copied = self._copied
         self._remarks = Remarks(membership, lambda: self.version)
         self.reduction = reduction
-        what = (settings.seed, data.fetch, loss_fn, reduction)
+        what = (settings.seed, self.fetch, loss_fn, reduction)
         self.pipeline = Pipeline(stack, comm, progress, *what, self._remarks.attribute)
         self.exchange = Exchange(stack, comm)
         self.protection = Protection(settings, snapshots, membership)
         self.backups = Backups(optimizer, comm, snapshots, self.exchange)
-        self.prefetch = Prefetcher(optimizer, self.exchange, membership)
+        self.prefetch = Prefetcher(optimizer, self.exchange, membership, token)
+        self.loader = Loader(self, token, node)
         self.watch = ParameterWatch(stack)
-        self.damage = Damage(self)
-        progress.damage = self.damage.inject
+        self.damage = Damage(self, self.loader)
+        progress.faults.flips(self.damage.inject)
         self.replicas = Replicas(self.store, snapshots, self.backups, self.exchange, settings.verify_every)
         whose = {"optimizer": type(optimizer.user).__name__, "data": described}
         whose |= {"settings": pack(optimizer.hyper_parameters()), "dtypes": optimizer.masters()}
@@ -151,14 +146,9 @@ class Engine:
         self.worker = Driver(new_worker(comm.rank, stack.spec, settings.steps))
         self.state: StepState | None = None
         self.orders: dict[int, Orders] = {}  # generation -> the plan and addresses known for it
-        self.seeded = True  # the script has built its model from the seed, and loaded nothing into it
+        self.seeded = seeded  # the script has built its model from the seed, and loaded nothing into it
         self.gradients: dict[int, Tensor] = {}  # reduced, of the shards owned here; in keeper memory
-        self.begun = False  # the user's loop has begun
-        self.looping = False  # the user's own loop has asked for its first micro-batch
-        self.results: list[Step] = []  # committed, not yet returned to the user
-        self.unturned = 0  # on a rank that joined a user's own loop: of these, those whose turn has not ended elsewhere
-        self.shown = -1  # the last step that was, or will be, returned to the user: each step is returned once
-        self.turn: Step | None = None  # the step that the user's code is at
+        self.user_loop = UserLoop()
         self.after_leaving: dict[str, Any] | None = None  # the state of the user's code at that time
         self.birth: dict[str, Any] = {}  # hyper-parameters and registered states before the first step
         self.calls = CallLog()
@@ -241,6 +231,10 @@ class Engine:
         for step in range(state.step + 1, self.settings.steps if mine else 0):
             yield from ((step, micro_batch) for micro_batch in mine)
 
+    def fetch(self, step: int, micro_batch: int) -> Any:
+        """The samples of a micro-batch. The worker processes of a DataLoader fetch ahead for this rank."""
+        return self.data.fetch(step, micro_batch, self._upcoming)
+
     def run_step(self) -> None:
         """Compute, reduce, agree on, update and commit the step of this version."""
         self.worker.happened(w.StepDue())
@@ -255,9 +249,6 @@ class Engine:
         self.membership.begun(it.step)
         self.pipeline.run(state, it.depth)
         return w.Computed()
-
-    def _copied(self, started_ns: int, length: int, busy_s: float) -> None:
-        self.telemetry.span(Spent.SNAPSHOT, started_ns, amount=length, value=busy_s)
 
     def _reduce(self, it: w.Reduce) -> w.Event:
         layout, state = self.current()
@@ -310,17 +301,17 @@ class Engine:
             join=proposal.generation if proposal else 0,
             waits=self.prefetch.waits(proposal, self.rank),
             suspects=self.damage.suspects,
-            end=self.stop_request.at(state.step) or self.data.ends(state.step),
+            end=self.stop_request.at(state.step) or self.data.ends(state.step, self._upcoming),
             state=registered.get(STATE, {}),
         )
         merged, replicas = self.agreeing.begin(own, layout)
         if disputed(replicas):
             self.damage.distrust(state.step, replicas)
-        self.damage.suspects = {}
+        self.damage.compared()
         settled = self.agreeing.settle(own, merged)
         if settled.partly and not self.loops and self.rank == min(self.comm.members):
             self._remarks.partial(state.step, settled.partly)
-        self.data.share_states(state.step, registered, self.agreeing.texts)
+        self.data.share_states(state.step, registered, self.agreeing.texts, self._upcoming)
         answer = self._agreed_on(state.step, own, settled, proposal, registered)
         self.telemetry.span(Spent.AGREE, agree_ns)
         return answer
@@ -383,7 +374,7 @@ class Engine:
         oldest = min(versions, default=step) - 1
         for records in (self.adjustments, self.calls, self.registered, self.turns):
             records.forget(oldest)
-        return self.registered.record(step, again=step <= self.shown)
+        return self.registered.record(step, again=self.user_loop.knows(step))
 
     def claim(self, name: str, item: Any) -> None:
         """Register an object; if other ranks had one of that name when this rank joined, it receives its state."""
@@ -397,7 +388,7 @@ class Engine:
         case all ranks are lost at once.
         """
         registered, terms = self.registered, Terms.of(self.agreement)
-        began = self.turns.began = registered.users()
+        began = self.turns.begin()
         agreed = registered.of_users(terms.registered)
         if (began != agreed or self.adjustments.changed()) and self.rank == min(self.comm.members):
             others = {name: state for name, state in terms.registered.items() if name not in agreed}
@@ -421,7 +412,7 @@ class Engine:
         terms = Terms.of(agreement)
         self.progress.mark(StepPhase.UPDATE, terms.step)
         began_ns = time.monotonic_ns()
-        self.pipeline.base_statistics = {}  # from here on the statistics of the next version are written
+        self.pipeline.forget_statistics()  # from here on those of the next version are written
         self.store.update(self.gradients, terms)
         self.backups.update(terms)
         self.telemetry.span(Spent.UPDATE, began_ns)
@@ -447,10 +438,9 @@ class Engine:
         self.adjustments.settle(self.version)
         self.prefetch.committed(terms)
         self._save_or_protect(terms, layout)
-        if step > self.shown:
-            self.results.append(Step(step, terms.loss, terms.norm))
+        if not self.user_loop.knows(step):
+            self.user_loop.committed(Step(step, terms.loss, terms.norm))
             self.stop_request.committed(terms, first=self.rank == min(layout.ranks))
-            self.shown = step
         self._tell_committed(it.agreement, layout.generation)
         self.telemetry.span(Spent.COMMIT, began_ns)
         self.telemetry.committed(terms.loss, self.settings.global_batch_size)
@@ -478,15 +468,27 @@ class Engine:
         self.state = self._fresh_step(it.version, it.work)
         self.pipeline.begin_step()
 
+    def follow(self, orders: Orders) -> None:
+        """Enter the generation of a plan: other plans are out of date."""
+        self.orders = {orders.plan.generation: orders}
+        self.telemetry.enter(orders.plan.generation)
+        self.telemetry.interrupted()
+
+    def note_birth(self) -> None:
+        """The job begins with the present hyper-parameters, and with states that no step has changed."""
+        self.birth |= {**self.adjustments.terms(), "registered": self.registered.states()}
+
+    def drop_gradients(self) -> None:
+        """The reduced gradients are of a step that is computed again."""
+        self.gradients = {}
+
     def start_over(self) -> None:
         """Drop all results of the current step."""
         layout, state = self.current()
         self.state = self._fresh_step(state.step, layout.work)
 
     def _fresh_step(self, step: int, work: Work) -> StepState:
-        state = StepState.begin(step, self.rank, work)
-        state.leaves = self.settings.micro_batches
-        return state
+        return StepState.begin(step, self.rank, work, self.settings.micro_batches)
 
     def protect(self, *, anyway: bool = False, then: Callable[[], None] | None = None) -> None:
         """Have the keeper hold this version of every owned shard; the copy overlaps the computation of the next step.
@@ -500,9 +502,9 @@ class Engine:
             if not self.snapshots.has(s.index)
         )
         protect = self.protection.begins(self.version, anyway=anyway)
-        self.snapshots.spread_s = PACE * self.protection.step_s
+        spread_s = PACE * self.protection.step_s
         shards = sorted(self.owned | self.backups.level)
-        self.snapshots.begin(self.version, self._state_of, shards, protect=protect, then=then)
+        self.snapshots.begin(self.version, self._state_of, shards, protect=protect, spread_s=spread_s, then=then)
 
     def _state_of(self, shard: int) -> ShardState:
         return (self.store if shard in self.owned else self.backups.store).state(shard)
@@ -522,12 +524,12 @@ class Engine:
                 self._end_saved(self._stopping)
         elif self._stopping is not None:
             # The save that was in progress when the request came is of an older version.
-            self.membership.save_asked = True
+            self.membership.ask_save()
 
     def stop(self, number: signal.Signals) -> None:
         """A signal to a script without the launcher: save after this step, and end. Safe in a signal handler."""
         self._stopping = number
-        self.membership.save_asked = True
+        self.membership.ask_save()
 
     def _end_saved(self, number: signal.Signals) -> NoReturn:
         self.checkpoints.conclude(self.patient)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
@@ -19,10 +19,12 @@ from everstep.resharding.lines import Lines
 from everstep.resharding.moves import PROTECTED, Move, SourceKind, What
 from everstep.resharding.plan import Plan
 
-from .engine import Engine
 from .prefetcher import Prefetched
 from .resume import CheckpointStates
 from .sources import KeeperRecords, NeighborLayers, OwnMemory, SavedShards, Stripes
+
+if TYPE_CHECKING:
+    from .engine import Engine
 
 KEEPER_PATIENCE_S = 5.0  # how long to wait for a keeper that cannot be reached: it may be starting again
 ANSWERED_PATIENCE_S = 1.0  # how long to wait for shards that all keepers lack: a worker may be writing them

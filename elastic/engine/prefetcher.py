@@ -40,10 +40,11 @@ class _Over(Exception):
 class Prefetcher:
     """The copies of one rank. The thread reads and updates them; all other calls are the main thread's."""
 
-    def __init__(self, optimizer: UserOptimizer, exchange: Exchange, membership: Membership) -> None:
+    def __init__(self, optimizer: UserOptimizer, exchange: Exchange, membership: Membership, token: str) -> None:
         self._store = ShardStore(optimizer)
         self._exchange = exchange
         self._membership = membership
+        self._token = token  # of the job, for its keepers
         self._changed = threading.Condition()
         self._copies: Copies | None = None
         self._going_on = False  # the thread has not been told to end
@@ -51,7 +52,6 @@ class Prefetcher:
         self._terms: dict[int, Terms] = {}  # step -> what was agreed in it
         self._deadline_s = 0.0
         self._error: Exception | None = None
-        self.token = ""  # of the job, for its keepers
         self.generation = 0  # of the plan that was prefetched for last
         self.bytes = 0  # read for it
 
@@ -135,7 +135,7 @@ class Prefetcher:
     # ------------------------------------------------------------ the thread
 
     def _run(self, copies: Copies, addresses: Mapping[str, str], plan: Plan) -> None:
-        keepers = Keepers(addresses, self.token, lambda: self._check(copies), plan.lines)
+        keepers = Keepers(addresses, self._token, lambda: self._check(copies), plan.lines)
         try:
             make_current(self._exchange.stack.device)
             while True:
@@ -146,8 +146,8 @@ class Prefetcher:
                         self._load(copies, wanted, item)
                     time.sleep(time.monotonic() - began_s)
                 else:
-                    keepers.agreed_in = terms.generation
-                    self._update(copies, wanted, list(keepers.gradients(wanted.shards, wanted.version)), terms)
+                    found = list(keepers.gradients(wanted.shards, wanted.version, terms.generation))
+                    self._update(copies, wanted, found, terms)
                 if not self._got(copies, wanted, version):
                     time.sleep(AGAIN_S)
                     keepers.unreachable.clear()

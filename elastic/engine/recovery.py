@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
 
-from everstep.checkpointing.memory.record import ShardState
 from everstep.checkpointing.universal.manifest import CheckpointError
 from everstep.checkpointing.universal.store import StoreError
 from everstep.comms.mesh.communicator import Aborted, Key, Kind
@@ -35,9 +34,9 @@ from .engine import (
     SAVES,
     STATE,
     Engine,
-    Step,
 )
-from .loading import KEEPER_PATIENCE_S, LiveValues, Loader
+from .loading import LiveValues
+from .user_loop import Step
 
 _GUIDE, _CALLS = Key(Kind.SWITCH, 0), Key(Kind.SWITCH, 1)
 
@@ -45,10 +44,9 @@ _GUIDE, _CALLS = Key(Kind.SWITCH, 0), Key(Kind.SWITCH, 1)
 class Recovery:
     """Makes reports and carries out plans for one engine."""
 
-    def __init__(self, engine: Engine, token: str, node: str) -> None:
+    def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self.loader = Loader(engine, token, node)
-        engine.prefetch.token = token
+        self.loader = engine.loader
         self.resumed = False  # whether the job resumed from a checkpoint
         # The version at which this rank joined, and the agreement before it.
         self._joined: tuple[int, Terms | None] = (-1, None)
@@ -139,18 +137,6 @@ class Recovery:
             raise JobEnded
         raise Aborted(it.generation)
 
-    def committed(self, shards: list[int]) -> dict[int, ShardState]:
-        """What keepers hold of this version; a part, if they still lack some after a while. Raises Aborted."""
-        engine = self.engine
-        found: dict[int, ShardState] = {}
-        engine.snapshots.wait(self._patient)
-        deadline = time.monotonic() + KEEPER_PATIENCE_S
-        while self.loader.keepers and len(found) < len(shards) and time.monotonic() < deadline:
-            absent = [index for index in shards if index not in found]
-            found.update(self.loader.kept(absent, engine.version, self._patient))
-            self._patient()
-        return found
-
     def _report(self, generation: int) -> Report:
         engine = self.engine
         protected, before = engine.protection.report(engine.version)
@@ -170,11 +156,9 @@ class Recovery:
     def _edit_links(self, it: w.EditLinks) -> w.Event:
         engine, plan = self.engine, it.plan
         orders = engine.orders[plan.generation]
-        engine.orders = {plan.generation: orders}
         self._began, began_ns = time.monotonic(), time.monotonic_ns()
         self._ahead = engine.prefetch.bytes if engine.prefetch.generation == plan.generation else 0
-        engine.telemetry.generation = plan.generation
-        engine.telemetry.interrupted()
+        engine.follow(orders)
         self.loader.enter(orders.keepers, plan.lines)
         with engine.progress.waiting(f"links to the other ranks of generation {plan.generation}"):
             engine.comm.edit(plan.generation, orders.peers)
@@ -204,8 +188,7 @@ class Recovery:
         self._after, self.guide_begun = message["after"], message["begun"]
         engine.adjustments.take_records(message["records"])
         engine.calls.take(message["calls"])
-        engine.results = [Step(*step) for step in message["unseen"]]
-        engine.unturned = len(engine.results) if message["turning"] else 0
+        engine.user_loop.join([Step(*step) for step in message["unseen"]], open_turn=message["turning"])
         return w.Placed(message["version"], message["agreement"], message["left"])
 
     def _take_unseen(self, it: w.TakeUnseen) -> None:
@@ -213,12 +196,10 @@ class Recovery:
         engine = self.engine
         self._after, self.guide_begun = {}, True  # a guide of a generation that was aborted may have sent others
         terms = Terms.of(it.agreement) if it.agreement else None
-        engine.results, engine.unturned = [], 0
         resumed = terms is not None and (terms.advance is not None or (terms.after is not None and terms.shown))
-        if not resumed:
-            engine.results = [Step(*step) for step in self._unseen(it.version, it.agreement)]
-        if terms is not None and terms.after is None:
-            engine.unturned = len(engine.results)
+        engine.user_loop.join([], open_turn=False)
+        unseen = [] if resumed else [Step(*step) for step in self._unseen(it.version, it.agreement)]
+        engine.user_loop.join(unseen, open_turn=terms is not None and terms.after is None)
 
     def _tell_place(self, it: w.TellPlace) -> None:
         """Tell newcomers where the job is. Never raises Aborted: the machine counts on what follows in its list.
@@ -227,8 +208,8 @@ class Recovery:
         """
         engine, version = self.engine, it.version
         told = {"version": version, "agreement": it.agreement, "after": self._after_users(version)}
-        told |= {"left": engine.leave_at, "unseen": self._unseen(version, it.agreement), "begun": engine.begun}
-        told |= {"turning": not self._in_turn(version)}
+        told |= {"left": engine.leave_at, "unseen": self._unseen(version, it.agreement)}
+        told |= {"begun": engine.user_loop.begun, "turning": not self._in_turn(version)}
         told |= {"records": engine.adjustments.records(), "calls": engine.calls.records()}
         message = of_bytes(json.dumps(told).encode())
         with contextlib.suppress(Aborted):
@@ -240,22 +221,24 @@ class Recovery:
         if self._in_turn(version):  # it repeats the code behind the step, and its changes, from where that began
             return {"users": self.engine.turns.began} if self.engine.loops else {}
         after = self.engine.turns.present()
-        if not self.engine.begun and STATE in after["users"]:  # the script is about to set it, as the newcomer's will
+        # Before the loop begins, the script is about to set it, as the newcomer's will.
+        if not self.engine.user_loop.begun and STATE in after["users"]:
             entered = self.engine.registered.objects[STATE].entered
             after["users"] |= {STATE: entered or {}}
         return after if self.engine.version == version else {"users": after["users"]}
 
     def _in_turn(self, version: int) -> bool:
         """Whether the user's code here is at the last step before `version`, or has left the loop in it."""
-        turn = self.engine.turn
+        turn = self.engine.user_loop.turn
         return turn is not None and turn.index == version - 1 and self.engine.version == version
 
     def _unseen(self, version: int, agreement: str) -> list[list[Any]]:
         """The steps before `version` for which the user's code on this rank has not run."""
         engine = self.engine
-        if engine.turn is not None and self._in_turn(version):
-            return [[engine.turn.index, engine.turn.loss, engine.turn.gradient_norm]]
-        steps = [[step.index, step.loss, step.gradient_norm] for step in engine.results]
+        loop = engine.user_loop
+        if loop.turn is not None and self._in_turn(version):
+            return [[loop.turn.index, loop.turn.loss, loop.turn.gradient_norm]]
+        steps = [[step.index, step.loss, step.gradient_norm] for step in loop.unseen]
         if engine.version < version and agreement:
             terms = Terms.of(agreement)
             steps.append([terms.step, terms.loss, terms.norm])
@@ -268,9 +251,8 @@ class Recovery:
         joins = plan.version is None and not plan.leaving
         engine.protection.enter(plan.generation, orders.placement, joins=joins)
         snapshots = engine.snapshots
-        if plan.checkpoint or plan.forks:  # what outlived nodes was of another line
-            snapshots.protected = -1
-        snapshots.protected = max(snapshots.protected, plan.protected)
+        # With a checkpoint or a fork, what outlived nodes was of another line.
+        snapshots.outlives(plan.protected, forget=bool(plan.checkpoint or plan.forks))
         for shard in plan.stand_ins:
             snapshots.discard(shard)
         placement = orders.placement
@@ -293,7 +275,7 @@ class Recovery:
         self._catch_up(terms, it.version, back=True)
         if engine.loops and terms is not None:  # the user's own loop computes again, from the state in which it was
             engine.turns.go_back(it.version, terms.after or {})
-        engine.gradients = {}
+        engine.drop_gradients()
 
     def _take_places(self, it: w.TakePlaces) -> None:
         """Hold the layers and own the shards of the plan; gained layers have no values yet, unless from the seed."""
@@ -366,7 +348,7 @@ class Recovery:
         self.resumed = bool(it.plan.checkpoint)
         self._joined = (it.version, terms)
         self.come_up()
-        engine.shown = max([engine.shown, *(step.index for step in engine.results)])
+        engine.user_loop.joined()
 
     def _resume_step(self, it: w.ResumeStep) -> None:
         engine, plan = self.engine, it.plan

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -36,7 +36,8 @@ from everstep.elastic.protocol.terms import Terms
 from everstep.elastic.step.loss_scale import LOSS_SCALE
 from everstep.resharding.units import Shard
 
-from .engine import Engine
+if TYPE_CHECKING:
+    from .engine import Engine
 
 REMEMBERED_CHUNKS = 6
 LOOKED_AT = 32  # checkpoints of a folder whose run is determined

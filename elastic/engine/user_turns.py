@@ -27,6 +27,11 @@ class UserTurns:
         self._at: dict[int, dict[str, Any]] = {}  # version -> what the first turn behind it began with
         self._passed = -1  # the version of which that was last recorded, or put in force
 
+    def begin(self) -> dict[str, Any]:
+        """Functions for the last committed step begin, with these states of registered objects."""
+        self.began = self._registered.users()
+        return self.began
+
     def present(self) -> dict[str, Any]:
         """What the user's code may change between steps: settings, and the states of the objects that it registered."""
         users = self._registered.users()

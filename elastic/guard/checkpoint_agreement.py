@@ -150,7 +150,8 @@ class Checkpoints:
         if self._membership.save_asked and self._asked_after is None:
             self._asked_after = self.newest
         if self._asked_after is not None and self.newest > self._asked_after:
-            self._membership.save_asked, self._asked_after = False, None
+            self._membership.save_answered()
+            self._asked_after = None
         return self._asked_after is not None
 
     # ------------------------------------------------------------ saving
@@ -167,7 +168,7 @@ class Checkpoints:
         if not name:
             return None
         self._attempt = (version, layout.generation)
-        self._snapshots.saving = version
+        self._snapshots.begin_saving(version)
         self._opened(f"rank-{rank}", name)
         waiting = self._waiting = _Waiting(name, version, terms, layout, rank)
         if rank == layout.ranks[0]:
@@ -223,7 +224,7 @@ class Checkpoints:
         if waiting is not None:
             self._open.clear()
             self._moved_s.clear()
-            self._snapshots.saving = -1
+            self._snapshots.end_saving()
 
     def _start(self, waiting: _Waiting) -> None:
         with self._lock:
@@ -388,7 +389,7 @@ class Checkpoints:
         for result in results:
             self._take(result)
         if not self._open:
-            self._snapshots.saving = -1
+            self._snapshots.end_saving()
 
     def _stalls(self, writer: str, name: str) -> bool:
         """Whether a save has made no progress for too long; a warning precedes that."""

@@ -81,10 +81,9 @@ class Protection:
             time.sleep(POLL_S)
             self._look()
             if time.monotonic() - started > PATIENCE_S:
-                self._state.given_up = True
+                self._state.give_up()
                 fields = {"step": step, "versions": list(self._state.begun)}
                 self._membership.note("unprotected", fields)
-        self._snapshots.waited_s += time.monotonic() - started
 
     def share(self, step: int, rank: int) -> tuple[Kept, float]:
         """This rank's contribution to the agreement of a step, with the duration of the last step, 0 if unknown."""
@@ -111,5 +110,5 @@ class Protection:
     def adopt(self, terms: Terms) -> None:
         """Adopt what was agreed."""
         if of_this_line(self._snapshots.lines, terms.step):
-            self._snapshots.protected = max(self._snapshots.protected, terms.protected)
-        self._state.every = terms.every
+            self._snapshots.outlives(terms.protected)
+        self._state.adopt(terms.every)

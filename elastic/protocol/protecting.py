@@ -37,6 +37,14 @@ class Protecting:
         self.whole = -1
         self.given_up = False
 
+    def adopt(self, every: int) -> None:
+        """The members agreed on an interval."""
+        self.every = every
+
+    def give_up(self) -> None:
+        """Training continues without the version that does not become whole."""
+        self.given_up = True
+
     def begins(self, version: int, *, anyway: bool) -> bool:
         """Whether `version` is to be protected; `anyway`: the first version of a generation always is."""
         if self.replay or not self.nodes or not (anyway or version % self.every == 0):

@@ -35,11 +35,11 @@ class Spoken:
 class SpokenOf:
     """The same for several concurrent waits, each with a name."""
 
-    first_s: float = FIRST_S
     _known: dict[Hashable, Spoken] = field(default_factory=dict)
 
-    def due(self, name: Hashable, waited_s: float, wait: Hashable = None) -> bool:
-        return self._known.setdefault(name, Spoken(self.first_s)).due(waited_s, wait)
+    def due(self, name: Hashable, waited_s: float, first_s: float = FIRST_S) -> bool:
+        """See `Spoken.due`. `first_s`: when a wait that is new here is reported first."""
+        return self._known.setdefault(name, Spoken(first_s)).due(waited_s)
 
     def keep(self, names: set[Hashable]) -> None:
         """Forget all other waits: they are over."""

@@ -60,7 +60,7 @@ class Protection:
             yield POLL_S
             self._look()
             if self._world.now - started > PATIENCE_S:
-                self._state.given_up = True
+                self._state.give_up()
 
     def share(self, step: int, rank: int) -> Kept:
         """This rank's contribution to the agreement of a step."""
@@ -75,5 +75,5 @@ class Protection:
         """Adopt what was agreed."""
         terms = Terms.of(agreement)
         if of_this_line(self._snapshots.lines, terms.step):
-            self._snapshots.protected = max(self._snapshots.protected, terms.protected)
-        self._state.every = terms.every
+            self._snapshots.outlives(terms.protected)
+        self._state.adopt(terms.every)

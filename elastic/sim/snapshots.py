@@ -37,6 +37,10 @@ class Snapshots:
         self._generation, self.lines = generation, lines
         self._keeper.enter(generation, placement, lines)
 
+    def outlives(self, version: int, *, forget: bool = False) -> None:
+        """All members know that `version` outlives lost nodes. `forget`: what they knew before does not count."""
+        self.protected = version if forget else max(self.protected, version)
+
     def has(self, shard: int) -> bool:
         return shard in self._home and shard not in self._leaving
 

@@ -293,9 +293,8 @@ class SimWorker:
         yield from ()
         plan, placement = it.plan, self._orders[it.plan.generation].placement
         self.protection.enter(plan.generation, placement, joins=plan.version is None and not plan.leaving)
-        if plan.checkpoint or plan.forks:  # what outlived nodes was of another line
-            self.snapshots.protected = -1
-        self.snapshots.protected = max(self.snapshots.protected, plan.protected)
+        # With a checkpoint or a fork, what outlived nodes was of another line.
+        self.snapshots.outlives(plan.protected, forget=bool(plan.checkpoint or plan.forks))
         for shard in plan.stand_ins:
             self.snapshots.discard(shard)
         self.snapshots.enter(plan.generation, replace(placement, stripes=()) if self.replays else placement, plan.lines)

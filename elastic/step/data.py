@@ -43,6 +43,7 @@ from .streams import STREAM, StreamPlace, Streams
 
 Collate = Callable[[list[Any]], Any]
 Key = tuple[int, int]  # (step, micro-batch); (PROBE, sample) requests one sample
+Upcoming = Callable[[], Iterable[Key]]  # gives the micro-batches that this rank will need, in their order
 PROBE = -1
 BROKEN_OFF = (RuntimeError, OSError, EOFError, pickle.UnpicklingError)  # what a killed worker process may raise in us
 DEATH_SEEN_S = 0.5
@@ -102,7 +103,6 @@ class DataSource:
             pad=settings.last_batch == "pad",
         )
         self._ahead: _Ahead | None = None
-        self.upcoming: Callable[[], Iterable[Key]] = lambda: ()
 
     def _begin_streams(self, settings: Settings) -> Streams:
         """The streams of all micro-batches of a step. Raises UsageError for one without a sample."""
@@ -153,13 +153,13 @@ class DataSource:
                 self._bad[number] = f"{type(error).__name__}: {error}"
             number, tried = (number + 1) % self.samples, tried + 1
 
-    def fetch(self, step: int, micro_batch: int) -> Any:
-        """The samples of a micro-batch, collated."""
+    def fetch(self, step: int, micro_batch: int, upcoming: Upcoming = tuple) -> Any:
+        """The samples of a micro-batch, collated. `upcoming`: what worker processes fetch ahead, from this one on."""
         if self._loader is None or not self._loader.num_workers:
             item, bad = self._load_noting((step, micro_batch))
         else:
             if self._ahead is None:
-                self._ahead = _Ahead(self._loader, self._load_noting, lambda: self.upcoming(), self._channel)
+                self._ahead = _Ahead(self._loader, self._load_noting, upcoming, self._channel)
             item, bad = self._ahead.take((step, micro_batch))
         for number, why in bad.items():
             self._skip(number, why)
@@ -183,30 +183,33 @@ class DataSource:
         text = f"sample {number} of {dataset} cannot be read, and the next one takes its place: {why}"
         warn(self._channel, Notice.SAMPLE_SKIPPED, text, sample=number)
 
-    def ends(self, step: int) -> str:
-        """Why no step can follow this one: a stream has no samples for a micro-batch of this rank in it. Or empty."""
+    def ends(self, step: int, upcoming: Upcoming) -> str:
+        """Why no step can follow this one: a stream lacks samples for one of the `upcoming` micro-batches. Or empty."""
         if self.streams is None:
             return ""
         with generators_kept(), self._place.progress.within(Pace.FETCH):
-            for following, number in self._until(step + 1):
+            for following, number in _until(step + 1, upcoming):
                 if following == step + 1 and self.streams.samples(following, number) is None:
                     text = f"the stream has ended, and training ends after step {step}, in front of the last of the job"
                     warn(self._channel, Notice.STREAM_ENDED, text)
                     return "the stream has ended"
         return ""
 
-    def share_states(self, step: int, registered: dict[str, Any], exchange: Callable[[str], Mapping[int, str]]) -> None:
+    def share_states(
+        self,
+        step: int,
+        registered: dict[str, Any],
+        exchange: Callable[[str], Mapping[int, str]],
+        upcoming: Upcoming,
+    ) -> None:
         """Every few steps, agree on the states of streams with all ranks, and have them among the registered states."""
         if self.streams is None or not self.streams.shares(step):
             return
-        mine = [number for following, number in self._until(step + 1) if following == step + 1]
+        mine = [number for following, number in _until(step + 1, upcoming) if following == step + 1]
         texts = exchange(json.dumps(encode(self.streams.states(step, mine), "the states of streams")))
         found = {index: state for text in texts.values() for index, state in decode(json.loads(text)).items()}
         self.streams.agree(step, dict(sorted(found.items())))
         registered[STREAM] = encode(self.streams.state_dict(), STREAM)
-
-    def _until(self, step: int) -> Iterator[Key]:
-        return takewhile(lambda key: key[0] <= step, self.upcoming())
 
     def digests(self) -> tuple[str, ...]:
         """Digests of the first, the middle and the last sample; empty if they differ when fetched again.
@@ -250,6 +253,10 @@ class DataSource:
             self._ahead = None
 
 
+def _until(step: int, upcoming: Upcoming) -> Iterator[Key]:
+    return takewhile(lambda key: key[0] <= step, upcoming())
+
+
 class _Ahead:
     """Takes micro-batches from a DataLoader's worker processes in the order in which they will be needed."""
 
@@ -257,7 +264,7 @@ class _Ahead:
         self,
         loader: DataLoader[Any],
         load: Callable[[Key], Any],
-        upcoming: Callable[[], Iterable[Key]],
+        upcoming: Upcoming,
         channel: WarningChannel,
     ) -> None:
         self._loader = loader

@@ -162,8 +162,12 @@ class Pipeline:
 
     def begin_step(self) -> None:
         """Record the batch-norm statistics from which every micro-batch of the step starts."""
-        self.base_statistics = {}
+        self.forget_statistics()
         self.extend_step()
+
+    def forget_statistics(self) -> None:
+        """The step is computed: from here on the buffers are those of the next version."""
+        self.base_statistics = {}
 
     def extend_step(self) -> None:
         """The same for layers that this rank gained in the middle of the step."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Self
 
 from torch import Tensor
 
@@ -34,6 +35,11 @@ class StepState(StepWork):
     losses: dict[int, float] = field(default_factory=dict)
     tokens: dict[int, int] = field(default_factory=dict)  # micro-batch -> number, where they are counted
     touched: set[int] = field(default_factory=set)  # parameters of which a micro-batch here had a gradient
+
+    @classmethod
+    def begin(cls, step: int, rank: int, work: Work, leaves: int = 0) -> Self:
+        """See `StepWork.begin`."""
+        return cls(step, rank, work, list(work.spans_of(rank)), leaves=leaves)
 
     def resume(self, work: Work, started: Iterable[AssignedLeg]) -> None:
         """Continue with the work of a plan; results that other ranks compute now are dropped."""

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from everstep.comms.base.process import die_with_parent
-from everstep.elastic.contract.progress import Fault
+from everstep.elastic.contract.faults import Fault
 from everstep.elastic.step.order import DataOrder
 
 from . import job

@@ -66,7 +66,7 @@ class MeshBackend(Backend):
     def victim_arguments(self):
         return {"backend": "mesh", "shared_memory": self.shared_memory}
 
-    def make(self, rank, incarnation, token="job"):
+    def make(self, rank, incarnation, token="job", on_corruption=None):
         return MeshCommunicator(
             rank,
             incarnation,
@@ -74,6 +74,7 @@ class MeshBackend(Backend):
             token=token,
             shared_memory=self.shared_memory,
             ring_bytes=RING_BYTES,
+            on_corruption=on_corruption,
         )
 
 

@@ -275,7 +275,7 @@ class Ahead(AsGradient):
         layout = replace(rank.layout, generation=2, owners=(0,) * len(rank.shards))
         self.plan = Plan(layout=layout, version=None, moves=ahead(own_moves(layout, rank.shards)))
         orders = Orders(self.plan, {}, self.nodes.addresses, self.nodes.placement, {1: "a"})
-        self.prefetch = Prefetcher(rank.optimizer, rank.exchange, Solo())
+        self.prefetch = Prefetcher(rank.optimizer, rank.exchange, Solo(), TOKEN)
         self.prefetch.token = TOKEN
         self._ending.callback(self.prefetch.end)
         assert self.prefetch.waits(self.plan, 0), "it has not begun"

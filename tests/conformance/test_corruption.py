@@ -40,12 +40,13 @@ class Pair:
 
     def __init__(self, shared_memory: bool) -> None:
         backend = MeshBackend(shared_memory)
-        self.sender, self.receiver = (backend.make(rank, 1) for rank in (0, 1))
+        self.reports: dict[int, list[tuple[int, str]]] = {0: [], 1: []}
+        self.sender, self.receiver = (
+            backend.make(rank, 1, on_corruption=lambda generation, *found, own=rank: self.reports[own].append(found))
+            for rank in (0, 1)
+        )
         self.ranks = (self.sender, self.receiver)
         self.proxy = FlippingProxy(self.receiver.peer.address)
-        self.reports: dict[int, list[tuple[int, str]]] = {0: [], 1: []}
-        for comm in self.ranks:
-            comm.on_corruption = lambda rank, what, own=comm.rank: self.reports[own].append((rank, what))
         self.edit()
 
     def edit(self) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from everstep.elastic.contract.progress import COORDINATOR
+from everstep.elastic.contract.faults import COORDINATOR
 from tests.jobs import JOBS, assert_same_run, finish, launch, read_result, reference, slowly, wait_until
 
 STEPS = 14

@@ -152,11 +152,11 @@ def test_a_killed_worker_process_interrupts_nothing_but_the_fetch() -> None:
     numbers = Numbers()
     loader = torch.utils.data.DataLoader(numbers, batch_size=2, num_workers=2)
     data = DataSource(loader, settings, None, told, StreamPlace(Progress(None, 0, 1, [])))
-    data.upcoming = lambda: ((step, number) for step in range(5) for number in range(4))
+    ahead = [(step, number) for step in range(5) for number in range(4)]
     data.digests()
     evaluation = iter(torch.utils.data.DataLoader(numbers, batch_size=2, num_workers=1))
     its = set(psutil.Process().children())
-    assert data.fetch(0, 0).tolist() == [[0], [1]]
+    assert data.fetch(0, 0, lambda: ahead).tolist() == [[0], [1]]
     ours = set(psutil.Process().children()) - its
     assert len(ours) == 2
     for process in ours:
@@ -164,7 +164,7 @@ def test_a_killed_worker_process_interrupts_nothing_but_the_fetch() -> None:
     deadline = time.monotonic() + 1
     while time.monotonic() < deadline:
         time.sleep(0.01)  # torch's handler would raise here
-    assert [data.fetch(0, number).tolist() for number in (1, 2)] == [[[2], [3]], [[4], [5]]]
+    assert [data.fetch(0, number, lambda: ahead).tolist() for number in (1, 2)] == [[[2], [3]], [[4], [5]]]
     assert any("was lost, and its samples are fetched again" in text for text in told.texts)
     assert next(evaluation).tolist() == [[0], [1]]
     data.close()

@@ -31,7 +31,7 @@ from everstep.comms.control.rpc import channel_to, stub
 from everstep.comms.mesh.communicator import Aborted, Key, Kind
 from everstep.comms.mesh.frames import Hello, token_digest
 from everstep.comms.mesh.mesh import MeshCommunicator
-from everstep.elastic.contract.progress import COORDINATOR
+from everstep.elastic.contract.faults import COORDINATOR
 from tests.jobs import JOBS, assert_same_run, finish, launch, read_result, reference, wait_until
 from tests.jobs.ports import free_ports
 from tests.jobs.processes import each, named, saying

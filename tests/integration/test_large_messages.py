@@ -143,7 +143,7 @@ try:
     worker.tell(e.CheckpointUnreadable(me, worker.conclusion.name, ""))
 except UsageError as error:
     worker.tell(e.WorkerRaised(me, str(error), ""))
-worker.conclusion = None
+worker.take_conclusion()
 try:
     worker.wait_for_end(lambda: None)
 except JobEnded:

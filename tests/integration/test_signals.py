@@ -19,7 +19,7 @@ import pytest
 from everstep.checkpointing.universal.reader import committed
 from everstep.checkpointing.universal.store import open_store
 from everstep.comms.base.process import NOTICES, SAME_S, STOPS
-from everstep.elastic.contract.progress import COORDINATOR
+from everstep.elastic.contract.faults import COORDINATOR
 from tests.jobs import JOBS, Result, assert_same_state, finish, launch, read_result, wait_until
 from tests.jobs.ports import free_port
 from tests.jobs.processes import named

@@ -28,7 +28,7 @@ import pytest
 
 from everstep.agents.launch.certs import make
 from everstep.comms.base.process import die_with_parent
-from everstep.elastic.contract.progress import COORDINATOR
+from everstep.elastic.contract.faults import COORDINATOR
 from everstep.elastic.contract.telemetry import Spent
 from tests.jobs import JOBS, everstep, launch, wait_until
 from tests.jobs.browser import browser, needs_chromium

@@ -23,7 +23,7 @@ import pytest
 
 from deploy.prometheus.generate import Speed, rules
 from everstep.comms.base.process import die_with_parent
-from everstep.elastic.contract.progress import COORDINATOR
+from everstep.elastic.contract.faults import COORDINATOR
 from tests.jobs import JOBS, launch, slowly, wait_until
 from tests.jobs.ports import free_ports
 from tests.jobs.processes import disk_full, named

@@ -96,15 +96,17 @@ def test_the_end_is_seen_one_step_ahead() -> None:
     """By the rank whose micro-batch is missing; the generators stay as they were."""
     told = Told()
     found = source(Numbers(22), told=told)
-    found.upcoming = lambda: ((step, micro_batch) for step in range(9) for micro_batch in (1, 2))
+
+    def numbers(*wanted: int) -> list[tuple[int, int]]:
+        return [(step, micro_batch) for step in range(9) for micro_batch in wanted]
+
     for step in range(2):
         found.fetch(step, 1)
         before = torch.get_rng_state()
-        assert found.ends(step) == ""
+        assert found.ends(step, lambda: numbers(1, 2)) == ""
         assert torch.equal(torch.get_rng_state(), before)
-    found.upcoming = lambda: ((step, micro_batch) for step in range(9) for micro_batch in (0, 3))
-    assert found.ends(0) == ""
-    assert found.ends(1) == "the stream has ended"
+    assert found.ends(0, lambda: numbers(0, 3)) == ""
+    assert found.ends(1, lambda: numbers(0, 3)) == "the stream has ended"
     assert told.texts == [
         "stream-ended: the stream has ended, and training ends after step 1, in front of the last of the job"
     ]
@@ -113,7 +115,7 @@ def test_the_end_is_seen_one_step_ahead() -> None:
 
 
 def test_a_dataset_with_a_length_does_not_end() -> None:
-    assert source(list(range(10))).ends(7) == ""
+    assert source(list(range(10))).ends(7, lambda: [(8, 0)]) == ""
 
 
 def test_a_stream_that_gives_other_samples_each_time_is_noticed() -> None:
@@ -161,8 +163,8 @@ def test_a_loader_has_the_size_of_the_micro_batch_or_of_the_batch(size: int) -> 
     numbers = list(range(16))
     for workers in (0, 1):
         found = source(DataLoader(numbers, batch_size=size, num_workers=workers))  # type: ignore[arg-type]
-        found.upcoming = lambda: [(0, 0), (0, 1)]
-        assert [found.fetch(0, micro_batch).tolist() for micro_batch in range(2)] == [[0, 1], [2, 3]]
+        keys = [(0, 0), (0, 1)]
+        assert [found.fetch(*key, lambda keys=keys: keys).tolist() for key in keys] == [[0, 1], [2, 3]]
         found.close()
 
 
@@ -180,8 +182,8 @@ class Broken(torch.utils.data.Dataset[Any]):
 def test_a_sample_that_cannot_be_read_is_skipped(workers: int) -> None:
     told = Told()
     found = source(DataLoader(Broken(), batch_size=2, num_workers=workers), replace(SETTINGS, skip_bad_samples=1), told)
-    found.upcoming = lambda: [(0, 2), (2, 2)]
-    assert [found.fetch(step, 2).tolist() for step in (0, 2)] == [[4, 6], [4, 6]]
+    keys = [(0, 2), (2, 2)]
+    assert [found.fetch(*key, lambda: keys).tolist() for key in keys] == [[4, 6], [4, 6]]
     assert told.texts == [
         "sample-skipped: sample 5 of the dataset (Broken) cannot be read, and the next one takes its place: OSError: a "
         "picture that is none"
@@ -207,9 +209,8 @@ def test_more_samples_than_allowed_cannot_be_read() -> None:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_sample_that_cannot_be_read_is_named(workers: int) -> None:
     found = source(DataLoader(Broken(), batch_size=2, num_workers=workers))
-    found.upcoming = lambda: [(0, 2)]
     with pytest.raises(OSError, match="a picture that is none") as caught:
-        found.fetch(0, 2)
+        found.fetch(0, 2, lambda: [(0, 2)])
     text = "".join(traceback.format_exception(caught.value))
     assert "everstep: this is sample 5 of the dataset (Broken)" in text
     found.close()

@@ -48,7 +48,7 @@ def node():
 
 def work(telemetry: Telemetry, steps: int, peers: int = 1) -> None:
     for step in range(steps):
-        telemetry.step = step
+        telemetry.at(step)
         for peer in range(peers):
             telemetry.span(Spent.SEND, 1, peer=peer, amount=10, end_ns=1001)
         telemetry.committed(1.0, 8)

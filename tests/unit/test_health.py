@@ -13,7 +13,7 @@ import pytest
 from everstep.agents.analysis.health import judge, odd
 from everstep.agents.launch.quarantine_flag import Policy, policy
 from everstep.agents.node import checkup
-from everstep.elastic.contract.progress import Fault
+from everstep.elastic.contract.faults import Fault
 from everstep.elastic.protocol.state import Config
 
 WELL = {

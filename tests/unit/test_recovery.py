@@ -13,8 +13,8 @@ from everstep.comms.mesh.communicator import Aborted
 from everstep.comms.mesh.tensors import of_bytes
 from everstep.elastic.engine.call_log import CallLog
 from everstep.elastic.engine.driver import Driver
-from everstep.elastic.engine.engine import Step
 from everstep.elastic.engine.recovery import Recovery
+from everstep.elastic.engine.user_loop import Step, UserLoop
 from everstep.elastic.protocol import worker_events as w
 from everstep.elastic.protocol.worker_state import Holding, WorkerPhase, WorkerState
 from everstep.resharding.plan import Plan
@@ -40,19 +40,21 @@ def test_what_a_guide_told_ends_with_its_plan() -> None:
     comm = SimpleNamespace(receive=lambda rank, key: of_bytes(json.dumps(told).encode()))
     adjustments = SimpleNamespace(take_records=records.append)
     parts = {"adjustments": adjustments, "calls": CallLog()}
-    engine = SimpleNamespace(rank=3, comm=comm, results=[], version=0, turn=None, **parts)
+    engine = SimpleNamespace(rank=3, comm=comm, user_loop=UserLoop(), version=0, **parts)
     recovery = Recovery.__new__(Recovery)
     recovery.engine, recovery._after = engine, {}
     assert recovery._ask_place(w.AskPlace(1)) == w.Placed(30, "{}", None)
-    assert (recovery._after, engine.results) == (told["after"], [Step(29, 1.0, 2.0)])
+    assert (recovery._after, engine.user_loop.unseen) == (told["after"], [Step(29, 1.0, 2.0)])
     assert records == [told["records"]]
     assert (recovery.guide_begun, engine.calls.records()) == (False, told["calls"])
     terms = agreed(step=28, loss=3.0, norm=1.0)
     recovery._take_unseen(w.TakeUnseen(29, terms.to_text()))
     assert recovery.guide_begun, "the guide is gone, and this rank's own code decides"
-    assert (recovery._after, engine.results) == ({}, [Step(28, 3.0, 1.0)]), "nobody is left whose code has seen step 28"
+    assert (recovery._after, engine.user_loop.unseen) == ({}, [Step(28, 3.0, 1.0)]), (
+        "nobody is left whose code has seen step 28"
+    )
     recovery._take_unseen(w.TakeUnseen(29, replace(terms, after={}).to_text()))
-    assert engine.results == [], "a checkpoint has what the user's code made of its last step"
+    assert engine.user_loop.unseen == [], "a checkpoint has what the user's code made of its last step"
 
 
 def test_an_abort_while_newcomers_are_told_leaves_the_rest_of_the_list() -> None:
@@ -77,7 +79,7 @@ def test_an_abort_while_newcomers_are_told_leaves_the_rest_of_the_list() -> None
     recovery = Interrupted.__new__(Interrupted)
     turns, adjustments = SimpleNamespace(present=lambda: {"users": {}}), SimpleNamespace(records=dict)
     parts = {"comm": SimpleNamespace(send=aborted), "adjustments": adjustments, "calls": CallLog(), "turns": turns}
-    recovery.engine = SimpleNamespace(version=2, turn=None, results=[], leave_at=None, begun=True, **parts)
+    recovery.engine = SimpleNamespace(version=2, user_loop=UserLoop(), leave_at=None, **parts)
     kinds = (w.EditLinks, w.EnterProtection, w.RunOptimizer, w.TakePlaces)
     driver.carries(dict.fromkeys(kinds, recovery.note))
     driver.carries({w.TellPlace: recovery._tell_place, w.Restore: recovery._restore, w.AwaitPlan: lambda it: None})

@@ -29,7 +29,8 @@ import mmap, sys
 from everstep.elastic.contract.telemetry import SHARED_BYTES, Spent, Telemetry
 telemetry = Telemetry(mmap.mmap(int(sys.argv[1]), SHARED_BYTES))
 for n in range(1, int(sys.argv[2]) + 1):
-    telemetry.step = telemetry.generation = n
+    telemetry.at(n)
+    telemetry.enter(n)
     telemetry.span(Spent.SEND, n, micro_batch=n, peer=n, amount=n, value=n, end_ns=n)
 """
 
@@ -54,7 +55,8 @@ def reader(page: int) -> Iterator[TelemetryReader]:
 
 
 def test_what_is_written_is_read_once_and_in_order(writer, reader) -> None:
-    writer.step, writer.generation = 7, 2
+    writer.at(7)
+    writer.enter(2)
     writer.span(Spent.FORWARD, 10, micro_batch=3, end_ns=25)
     writer.span(Spent.WAIT, 30, peer=1, end_ns=40)
     first, second = spans(reader.read())
@@ -121,10 +123,11 @@ def test_a_span_costs_about_a_microsecond(writer) -> None:
 
 def test_steps_are_the_sums_of_their_spans(writer, reader) -> None:
     sums = StepSums(rank=3)
-    writer.step, writer.generation = 0, 1
+    writer.at(0)
+    writer.enter(1)
     writer.committed(2.0, 16)  # the start of the first step is not known
     assert sums.add(reader.read()) == []
-    writer.step = 1
+    writer.at(1)
     writer.span(Spent.FETCH, 0, micro_batch=0, amount=64, value=2.0, end_ns=10**6)
     for micro_batch, seconds in ((0, 0.010), (1, 0.030)):
         writer.span(Spent.FORWARD, 0, micro_batch=micro_batch, end_ns=int(seconds * 1e9))
