@@ -1,4 +1,4 @@
-"""Two hundred random kills in one job, several or all at once among them; a hundred faults of all kinds."""
+"""Two hundred random kills in one job, several or all at once among them; a hundred disturbances of all kinds."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import contextlib
 import os
 import random
 import signal
+import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import pytest
 
 from tests.jobs import assert_same_run, reference, run_job
 from tests.jobs.cluster import Cluster
-from tests.jobs.hosts import Hosts
+from tests.jobs.hosts import COORDINATOR, Hosts
 
 PHASES = ("compute", "reduce", "agree", "update", "commit", "recover", "restore", "join")
 KILLS = 200
@@ -62,12 +64,14 @@ def test_one_worker_alone() -> None:
     assert_same_run(result, reference(8))
 
 
-NODE_FAULTS = {"node killed": 6, "node stopped": 4, "node cut off": 5}
-WORKER_FAULTS = {"worker killed": 73, "worker stopped": 12}
+NODES = {"node killed": 4, "node stopped": 4, "node cut off": 4}
+OTHERS = {"worker killed": 52, "worker stopped": 8, "worker slowed": 12, "relayout": 16}
+SLOWED_S = 2.0
+SLOWED_PAUSES = 40
 
 
 class Soak:
-    """Injects faults into a job, one node at a time, and workers in between and meanwhile."""
+    """Disturbs a job: one node at a time is lost, and workers, their speeds and the layout in between and meanwhile."""
 
     def __init__(self, job: Cluster, seed: int) -> None:
         self.job, self.hosts = job, job.hosts
@@ -75,23 +79,23 @@ class Soak:
         self.struck: Counter[str] = Counter()
 
     def run(self) -> None:
-        nodes, workers = self._shuffled(NODE_FAULTS), self._shuffled(WORKER_FAULTS)
-        share = -(-len(workers) // len(nodes))
+        nodes, others = self._shuffled(NODES), self._shuffled(OTHERS)
+        share = -(-len(others) // len(nodes))
         while nodes:
             self.job.await_whole()
             self.job.advance(self.rng.randrange(1, 4))
             host, kind = self.rng.choice(self.hosts.hosts), nodes.pop()
             self._strike_node(kind, host)
-            for _ in range(min(share, len(workers))):
-                self._strike_worker(workers.pop(), host)
+            for _ in range(min(share, len(others))):
+                self._disturb(others.pop(), host)
                 self.job.advance(self.rng.randrange(1, 4))
             if kind == "node cut off":
                 self.hosts.heal(host)
 
-    def _shuffled(self, faults: dict[str, int]) -> list[str]:
-        kinds = [kind for kind, count in faults.items() for _ in range(count)]
-        self.rng.shuffle(kinds)
-        return kinds
+    def _shuffled(self, kinds: dict[str, int]) -> list[str]:
+        found = [kind for kind, count in kinds.items() for _ in range(count)]
+        self.rng.shuffle(found)
+        return found
 
     def _strike_node(self, kind: str, host: int) -> None:
         """The host is lost; a stopped one continues as soon as it has been declared lost."""
@@ -104,12 +108,24 @@ class Soak:
             self.hosts.cont(host)
         self.struck[kind] += 1
 
-    def _strike_worker(self, kind: str, lost: int) -> None:
-        """A worker of a live host. A stopped one counts as hung, unless it was in the user's code."""
+    def _disturb(self, kind: str, lost: int) -> None:
+        if kind == "relayout":
+            self._relayout()
+        elif kind == "worker slowed":
+            self._slow_worker(lost)
+        else:
+            self._strike_worker(kind, lost)
+
+    def _worker(self, lost: int) -> int:
+        """The process of a worker of a live host."""
         others = [host for host in self.hosts.hosts if host != lost]
         found: dict[int, object] = {}
         self.job.until(lambda: found.update(self.job.workers_of(*others)) or found, 30, "there is a worker")
-        pid, died = self.rng.choice(sorted(found)), len(self.job.events("worker_died"))
+        return self.rng.choice(sorted(found))
+
+    def _strike_worker(self, kind: str, lost: int) -> None:
+        """A stopped one counts as hung, unless it was in the user's code."""
+        pid, died = self._worker(lost), len(self.job.events("worker_died"))
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL if kind == "worker killed" else signal.SIGSTOP)
             self.struck[kind] += 1
@@ -117,13 +133,38 @@ class Soak:
                 self.struck["of these not fenced"] += 1
                 os.kill(pid, signal.SIGCONT)
 
+    def _slow_worker(self, lost: int) -> None:
+        """It has half of its processor for a while."""
+        pid = self._worker(lost)
+        with contextlib.suppress(ProcessLookupError):
+            for _ in range(SLOWED_PAUSES):
+                for number in (signal.SIGSTOP, signal.SIGCONT):
+                    os.kill(pid, number)
+                    time.sleep(SLOWED_S / SLOWED_PAUSES / 2)
+        self.struck["worker slowed"] += 1
+
+    def _relayout(self) -> None:
+        """To another number of stages; what follows may come before it, in it, or behind it."""
+        with self.job.slowly():
+            self.job.until(self._order, 60, "a relayout is taken")
+        self.struck["relayout"] += 1
+
+    def _order(self) -> bool:
+        """Whether the coordinator takes it: there may be too few workers, or a recovery under way."""
+        stages = str(self.rng.choice((1, 2, 3)))
+        arguments = ["relayout", self.hosts.endpoint, "--stages", stages]
+        process = self.hosts.run(COORDINATOR, sys.executable, "-m", "everstep", *arguments)
+        process.communicate(timeout=60)
+        return process.returncode == 0
+
 
 @pytest.mark.soak
-def test_a_hundred_faults_of_all_kinds(tmp_path: Path) -> None:
+def test_a_hundred_faults_slow_workers_and_relayouts(tmp_path: Path) -> None:
     """Workers and nodes are killed, stopped and unplugged in training; the bytes are those of a quiet run."""
     with Hosts(4) as hosts:
         hosts.require("partition")
-        job = Cluster(hosts, tmp_path, steps=700, flags=["--es-hang-timeout=1"], global_batch_size=8)
+        flags = ["--es-hang-timeout=1"]
+        job = Cluster(hosts, tmp_path, steps=800, flags=flags, global_batch_size=8)
         job.start()
         soak = Soak(job, seed=1)
         soak.run()
@@ -132,6 +173,11 @@ def test_a_hundred_faults_of_all_kinds(tmp_path: Path) -> None:
         job.see_to_the_end(120)
         result = job.check()
     lost, died = result.named("node_lost"), result.named("worker_died")
-    again = result.named("committed_again")
-    print(f"{len(lost)} nodes and {len(died)} workers lost, {len(again)} steps computed again")
-    assert soak.struck["worker killed"] + soak.struck["worker stopped"] + len(lost) >= 100
+    again, changed = result.named("committed_again"), result.named("rebalanced")
+    joined = result.named("joined")
+    print(f"{len(lost)} nodes and {len(died)} workers lost, {len(joined)} joined, {len(again)} steps computed again")
+    print(f"{len(changed)} new layouts without a loss, {len(result.named('relayout_prepared'))} of them ordered")
+    assert (
+        sum(soak.struck[kind] for kind in (*NODES, *OTHERS)) >= 98
+    )  # the process of a worker may have ended by itself
+    assert changed
