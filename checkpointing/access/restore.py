@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from everstep.checkpointing.memory.segment import checksum_of
+from everstep.checkpointing.memory.checksum import matches
 from everstep.resharding.lines import Lines
 
 from .client import Fetched, KeeperClient, KeeperRefused
@@ -140,7 +140,8 @@ class Keepers:
         available: dict[int, bytearray] = {}
         for item in present:
             member, record = members.index(item.shard), item.parts[0]
-            if [len(record), checksum_of(record, item.shard, version)] == described[member]:
+            length, checksum = described[member]
+            if len(record) == length and matches(record, checksum, item.shard, version):
                 available[member] = record
         rows: dict[int, bytearray] = {}
         for node, block in blocks:
@@ -158,7 +159,7 @@ class Keepers:
         # Blocks may be of placements with different numbers of rows; a row is the same in all of them.
         Code(len(members), max(block["rows"] for _, block in blocks)).decode(sources, missing, out)
         for i, made in zip(missing, out, strict=True):
-            if checksum_of(made, members[i], version) != described[i][1]:
+            if not matches(made, described[i][1], members[i], version):
                 self._found_damage("parity", blocks[0][0], members[i], f"version {version}, after decoding")
             elif members[i] in lost:
                 yield Fetched(members[i], version, [made])

@@ -24,8 +24,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from everstep.checkpointing.memory.checksum import seed_of
 from everstep.checkpointing.memory.record import ShardRecord, ShardState
-from everstep.checkpointing.memory.segment import Segment, seed_of
+from everstep.checkpointing.memory.segment import Segment
 from everstep.resharding.lines import Lines
 from everstep.resharding.placement import Placement
 

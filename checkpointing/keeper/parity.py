@@ -12,10 +12,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-import xxhash
-
 from everstep.checkpointing.access.erasure import Code
-from everstep.checkpointing.memory.segment import seed_of
+from everstep.checkpointing.memory.checksum import checksum_of, matches
 from everstep.resharding.lines import Lines, since
 from everstep.resharding.placement import Stripe
 
@@ -59,7 +57,7 @@ class ParityBlock:
                 self.members[member] = (len(data), checksum)
                 if len(self.members) == len(self.stripe.shards):
                     with room[: self.length] as whole:
-                        self.checksum = xxhash.xxh3_64_intdigest(whole, self._seed())
+                        self.checksum = checksum_of(whole, ANY_SHARD - self.row, self.version)
 
     def _make_room(self, length: int) -> None:
         """For a record that is longer than any was when the generation began; parity is zero beyond what is in."""
@@ -68,15 +66,13 @@ class ParityBlock:
             larger[: self.capacity] = self.memory[: self.capacity]
             self.memory, self.capacity = larger, length
 
-    def _seed(self) -> int:
-        return seed_of(ANY_SHARD - self.row, self.version, self.length)
-
     def read(self) -> bytes | None:
         """The parity, or None if it does not match its checksum."""
         with self.lock:
+            if self.checksum is None:
+                return None
             data = self.memory[: self.length]
-            sound = self.checksum is not None and xxhash.xxh3_64_intdigest(data, self._seed()) == self.checksum
-            return data if sound else None
+            return data if matches(data, self.checksum, ANY_SHARD - self.row, self.version) else None
 
     def describe(self) -> dict[str, Any]:
         """The block's description, for decoding."""

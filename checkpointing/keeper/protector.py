@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from everstep.checkpointing.access.client import KeeperClient, KeeperRefused
-from everstep.checkpointing.memory.segment import checksum_of
+from everstep.checkpointing.memory.checksum import matches
 from everstep.comms.base.process import let_compute_go_first
 
 from .keeper import Generation, Keeper
@@ -153,7 +153,7 @@ class Protector:
                 for piece, length, checksum in self._collect(client, membership, version, pieces, staging):
                     started = time.monotonic()
                     with memoryview(staging) as whole, whole[:length] as data:
-                        sound = checksum_of(data, piece.shard, version) == checksum
+                        sound = matches(data, checksum, piece.shard, version)
                         if sound:
                             piece.block.add(piece.member, data, checksum)
                     if sound:

@@ -2,8 +2,8 @@
 
 For each shard it has a few state slots, each for one version, and two gradient slots (the reduced gradient of step k
 lies in slot k % 2). A slot's header is cleared before its bytes change and written, with their checksum, after: a torn
-slot is never valid. The checksum covers what the bytes are (shard, version, length) too, so damage to a header is
-noticed as well; not the generation in which they were written, since a record may count as written again. The memory is
+slot is never valid. The checksum (see `checksum`) covers the header too, so damage to it is noticed as well; not the
+generation in which they were written, since a record may count as written again. The memory is
 anonymous (memfd): it has no name that could be left behind, and lives as long as the worker or the keeper holds it.
 """
 
@@ -15,19 +15,18 @@ import os
 import struct
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
-
-import xxhash
-from typing_extensions import Buffer
+from typing import NamedTuple, TypeVar
 
 from everstep.resharding.lines import Lines, since, slot_to_write
 
+from .checksum import checksum_of, matches
+
 _HEADER = struct.Struct("<qQQq")  # version or step (-1: invalid), length in bytes, checksum, generation
 _GENERATION = struct.Struct("<q")
-_SEED = struct.Struct("<qqqq")
 _SLOT_HEADER_BYTES = 32
 _ALIGN = 64
 _GRADIENTS = 2
+_Data = TypeVar("_Data", bytes, memoryview)
 
 
 class Entry(NamedTuple):
@@ -51,16 +50,10 @@ class Stored:
     gradient: bool = False
     generation: int = 0  # in which it was written
 
-
-def seed_of(shard: int, version: int, length: int, *, gradient: bool = False) -> int:
-    """The xxh3 seed for bytes that claim to be this: the same bytes under another name have another checksum."""
-    return xxhash.xxh3_64_intdigest(_SEED.pack(shard, version, length, gradient))
-
-
-def checksum_of(data: Buffer, shard: int, version: int, *, gradient: bool = False) -> int:
-    """The checksum of a shard's record, or of its gradient."""
-    view = memoryview(data)
-    return xxhash.xxh3_64_intdigest(view, seed_of(shard, version, view.nbytes, gradient=gradient))
+    def checked(self, data: _Data) -> _Data | None:
+        """The bytes that were read from the slot, or None if they do not match its checksum."""
+        sound = matches(data, self.checksum, self.shard, self.version, gradient=self.gradient)
+        return data if sound else None
 
 
 def _aligned(size: int) -> int:
@@ -192,18 +185,14 @@ class Segment:
 
     def read(self, stored: Stored) -> bytes | None:
         """The bytes of a slot, or None if they do not match their checksum."""
-        data = self.memory[stored.offset : stored.offset + stored.length]
-        sound = checksum_of(data, stored.shard, stored.version, gradient=stored.gradient) == stored.checksum
-        return data if sound else None
+        return stored.checked(self.memory[stored.offset : stored.offset + stored.length])
 
     def view(self, stored: Stored) -> memoryview | None:
         """The bytes of a slot, in place, or None if they do not match their checksum.
 
         A later version overwrites them.
         """
-        data = memoryview(self.memory)[stored.offset : stored.offset + stored.length]
-        sound = checksum_of(data, stored.shard, stored.version, gradient=stored.gradient) == stored.checksum
-        return data if sound else None
+        return stored.checked(memoryview(self.memory)[stored.offset : stored.offset + stored.length])
 
     def newest(self, lines: Lines = ()) -> int:
         """The greatest state version in the segment that is of these lines, -1 if it has none."""
