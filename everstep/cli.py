@@ -19,7 +19,7 @@ USAGE = """usage: everstep COMMAND ...
   drain        have a node hand over to the others, and leave the job
   quarantine   keep a host out of the job for some time
   release      end the quarantine of a host
-  relayout     change the number of pipeline stages, while training goes on
+  relayout     change the number of pipeline stages, while training continues
   certs        make certificates for a cluster that is not trusted
   convert      bring a checkpoint of another framework into the universal form, or out of it
   inspect      what is in a checkpoint

@@ -84,7 +84,7 @@ class _Run:
         return last
 
     def _next(self, rank: int, now: float, turns: list[tuple[float, int]]) -> Forward | Backward | None:
-        """What the rank does now; None if it waits for what nobody has sent so far, or for what is on its way."""
+        """What the rank does now; None if it waits for a message that is not sent yet, or on its way."""
         work, there = self._work[rank], self._there[rank]
         arrived = min(
             (n for n in work.gradients() if there.get(n, now + 1) <= now), key=there.__getitem__, default=None

@@ -1,4 +1,4 @@
-"""Lines of history: which records of a version belong to the run that goes on.
+"""Lines of history: which records of a version belong to the run that continues.
 
 A version that is computed again has the same bytes, so any record of it will do. Once shards are approximated this no
 longer holds: the versions that follow differ from those computed before, and keepers may hold records of both. So each
@@ -32,7 +32,7 @@ def of_this_line(lines: Sequence[Fork], step: int) -> bool:
 
 
 def forked(lines: Sequence[Fork], version: int, generation: int) -> Lines:
-    """The lines when all go on from `version`, in `generation`, with other bytes than before."""
+    """The lines when all ranks continue from `version`, in `generation`, with other bytes than before."""
     return (*(fork for fork in lines if fork.version <= version), Fork(version, generation))
 
 

@@ -145,7 +145,7 @@ class Plan:
 
     @property
     def lines_before(self) -> Lines:
-        """Which records count for reading what the plan goes on from."""
+        """Which records count for reading what the plan continues from."""
         return self.lines[:-1] if self.forks else self.lines
 
     @property

@@ -54,7 +54,7 @@ def deal_micro_batches(
     """Contiguous ranges: each rank's share of a step, by speed (1 where none is given).
 
     Ranks of one speed get shares that differ by at most one. Otherwise each gets one, if there are enough, so that its
-    speed goes on being measured; and the rank that would be finished first gets the next one, again and again.
+    speed is still measured; and the rank that would be finished first gets the next one, again and again.
     """
     count = len(ranks)
     speed = [(speeds or {}).get(rank, 1.0) for rank in ranks]

@@ -74,7 +74,7 @@ def _event(request: pb.OrderRequest, state: State, taken: Collection[e.Event]) -
             raise Refused("another order waits: try again when that is over")
         if why := why_not(state, stages):
             raise Refused(why)
-        return e.RelayoutOrdered(stages), f"the job goes to {stages} stage(s) at a step boundary; training goes on"
+        return e.RelayoutOrdered(stages), f"the job goes to {stages} stage(s) at a step boundary; training continues"
     raise Refused("no order that this version knows")
 
 

@@ -39,7 +39,7 @@ def add_coordinator_flags(group: argparse._ActionsContainer, *, log: str) -> Non
         "--es-prefetch",
         choices=("on", "off"),
         default="on",
-        help="whether what a rebalance moves is copied ahead, while training goes on (off: it is read at the switch)",
+        help="whether what a rebalance moves is copied ahead, while training continues (off: it is read at the switch)",
     )
     group.add_argument(
         "--es-quarantine",

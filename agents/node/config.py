@@ -39,7 +39,7 @@ class NodeConfig(AgentConfig):
     share_gpu: bool = False
     virtual_local_rank: bool = False
     numa_binding: str = ""  # one of torch's AffinityMode
-    preemption: str = ""  # one of preemption.PROVIDERS; empty: nobody is asked
+    preemption: str = ""  # one of preemption.PROVIDERS; empty: no provider is asked
     preemption_endpoint: str = ""  # empty: the provider's own
     metrics: str = ""  # host:port; empty: not served
     health_check: str = "quick"  # one of checkup.LEVELS

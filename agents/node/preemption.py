@@ -102,7 +102,7 @@ class Azure:
     """Azure gives notice of 30 seconds (spot) or more. Every machine of a scale set hears the events of all of them."""
 
     endpoint = "http://169.254.169.254"
-    ENDS = ("Preempt", "Terminate", "Redeploy", "Reboot")  # not Freeze: the machine goes on
+    ENDS = ("Preempt", "Terminate", "Redeploy", "Reboot")  # not Freeze: the machine continues
 
     def __init__(self) -> None:
         self._name = ""
@@ -173,7 +173,7 @@ class MetadataService:
 
 
 class PreemptionWatch:
-    """Looks for a notice until it is closed. A notice is told at every look: a node may not be part of the job yet."""
+    """Looks for a notice until it is closed. A notice is reported each time: the node may join later."""
 
     def __init__(
         self,

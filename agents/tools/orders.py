@@ -16,7 +16,7 @@ DESCRIPTIONS = {
     "drain": "Have a node hand over to the others, and leave the job.",
     "quarantine": "Keep a host out of the job for some time; its nodes hand over when the job can spare them.",
     "release": "End the quarantine of a host.",
-    "relayout": "Change the number of pipeline stages, while training goes on.",
+    "relayout": "Change the number of pipeline stages, while training continues.",
 }
 HOUR_S = 3600.0
 

@@ -385,5 +385,5 @@ class KeeperLink:
             return True
 
     def close(self) -> None:
-        """Close the connection; the keeper goes on guarding the segments."""
+        """Close the connection; the keeper still guards the segments."""
         self._socket.close()

@@ -1,6 +1,6 @@
 """Shards back from the keepers of a job: a keeper's copy, the copy before it and a gradient, or the rest of a stripe.
 
-What is damaged is passed over and reported; what is missing everywhere is said to be, not waited for.
+Damaged copies are skipped and reported; shards that no source has are reported as missing, without waiting.
 """
 
 from __future__ import annotations

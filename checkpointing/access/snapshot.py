@@ -5,7 +5,7 @@ The order that makes any single loss exact:
 1. the state of version k is copied while step k computes; the optimizer waits for what is not copied yet. The
    parameter values, which the user's code can change as soon as it runs, are copied before that;
 2. the reduced gradient of step k is summed straight into keeper memory and sealed before the step is agreed on;
-3. so once anybody has passed the agreement of step k, the keepers can give version k + 1 of every shard: as itself, or
+3. so once any rank has passed the agreement of step k, the keepers can give version k + 1 of every shard: as itself, or
    as version k and the gradient that leads to it.
 
 Where nodes may be lost, a third slot holds the newest version that is known to outlive them (`protected`) until a newer
@@ -107,7 +107,7 @@ class Snapshots:
         return shard in self._home and shard not in self._leaving
 
     def protect(self, sizes: Iterable[tuple[int, int, int]]) -> None:
-        """Make room for (shard, state bytes, gradient bytes); shards that have room already are passed over."""
+        """Make room for (shard, state bytes, gradient bytes); shards that have room already are skipped."""
         new = [item for item in sizes if not self.has(item[0])]
         if not new:
             return
@@ -325,7 +325,7 @@ class Snapshots:
                 self._link.drop(number)
 
     def close(self) -> None:
-        """Stop copying. The keeper goes on guarding what was written."""
+        """Stop copying. The keeper still guards what was written."""
         if self._pool is not None:
             self._pool.shutdown(wait=True)
         if self._link is not None:

@@ -37,7 +37,7 @@ HELLO_BYTES = _HELLO.size + _CHECKSUM.size
 
 
 class ProtocolError(Exception):
-    """The peer sent bytes that are no frame of this protocol: the link is closed, this rank goes on."""
+    """The peer sent bytes that are no frame of this protocol: the link is closed, and this rank continues."""
 
 
 class CorruptFrame(ProtocolError):

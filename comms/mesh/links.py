@@ -154,7 +154,7 @@ class OutLink(Link):
         return f"link to rank {self.peer.rank} (incarnation {self.peer.incarnation})"
 
     def gone(self) -> bool:
-        """The link is broken, or its peer has closed it, though the poller has not told yet."""
+        """The link is broken, or its peer has closed it, though the poller has not reported it yet."""
         if self.broken or not self._connected:
             return self.broken
         look = select.poll()

@@ -2,7 +2,7 @@
 
 A call is a gather to the lowest rank, which works out the result, and a message back. A rank returns from it only when
 all members have entered it, so ranks are never further apart than one call. If the generation ends in a call, some
-ranks may have completed it and gone on: the plan of the recovery says which rank sends the results to those without
+ranks may have completed it and continued: the plan of the recovery says which rank sends the results to those without
 (`Plan.caller`), and these do not make the call again. See `call_log`.
 """
 
@@ -159,7 +159,7 @@ class Calls:
     # ------------------------------------------------------------ the end
 
     def announce_end(self) -> None:
-        """This rank's training function has ended: a rank that waits for it in a call is told, in each generation."""
+        """This rank's training function has ended: in each generation, ranks that wait for it are informed."""
         root = self._comm.members[0]
         if self._comm.rank != root:
             with contextlib.suppress(Aborted):
@@ -205,7 +205,7 @@ def _differ(rank: int, turn: Turn, other_rank: int, other: Turn) -> str:
 
 
 def _left_behind(rank: int, turn: Turn, other: int, step: int) -> str:
-    return f"rank {rank} {turn.words()}, and rank {other} goes on with step {step} without it: {SAME_CALLS}"
+    return f"rank {rank} {turn.words()}, and rank {other} continues with step {step} without it: {SAME_CALLS}"
 
 
 def _site() -> str:

@@ -107,7 +107,7 @@ class Course:
     def end_batches(self) -> None:
         """The loop over the prepared batches is over.
 
-        Unless an epoch goes on behind it, the script's code for the last step has run in the loop, and has no turn
+        Unless an epoch continues after it, the script's code for the last step has run in the loop, and has no turn
         there on a worker that joins now: that worker gets what the code has made.
         """
         if self._epoch is None:

@@ -36,7 +36,7 @@ class FullState:
     def read(self, *, recovers: bool = True) -> dict[str, Any]:
         """The state as `Run.full_state_dict` returns it. Raises UsageError if shards do not appear.
 
-        After the end of a generation it recovers and goes on, or, without `recovers`, raises Aborted.
+        After the end of a generation it recovers and continues, or, without `recovers`, raises Aborted.
         """
         engine = self._engine
         states = self._states([shard.index for shard in engine.stack.spec.shards], recovers=recovers)

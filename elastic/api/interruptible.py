@@ -1,4 +1,4 @@
-"""What waits for other ranks, and may be interrupted by the end of a generation: this rank recovers, and goes on."""
+"""Actions that wait for other ranks. When the generation ends meanwhile, this rank recovers and continues."""
 
 from __future__ import annotations
 

@@ -384,8 +384,8 @@ class Engine:
     def turn_over(self) -> None:
         """In the user's own loop, the turn that ended the last step is over; functions for that step follow.
 
-        What the turn changed behind optimizer.step() is not in the agreement of the step: the coordinator is told, in
-        case all ranks are lost at once.
+        What the turn changed behind optimizer.step() is not in the agreement of the step: the coordinator
+        receives it, in case all ranks are lost at once.
         """
         registered, terms = self.registered, Terms.of(self.agreement)
         began = self.turns.begin()

@@ -30,7 +30,7 @@ from everstep.resharding.layout import Layout
 from everstep.resharding.plan import Plan
 
 AGAIN_S = 0.02  # interval at which keepers are asked again for what they lack
-LAST_S = 5.0  # how long the switch waits for the gradient of the last step, before all is read anew
+LAST_S = 5.0  # how long the switch waits for the gradient of the last step, before all is read again
 
 
 class _Over(Exception):
@@ -47,7 +47,7 @@ class Prefetcher:
         self._token = token  # of the job, for its keepers
         self._changed = threading.Condition()
         self._copies: Copies | None = None
-        self._going_on = False  # the thread has not been told to end
+        self._going_on = False  # the thread has not been asked to end
         self._version = 0  # of the rank
         self._terms: dict[int, Terms] = {}  # step -> what was agreed in it
         self._deadline_s = 0.0
@@ -88,7 +88,7 @@ class Prefetcher:
             return Copying(self.generation, self._copies, self._version, late).waits(plan, rank)
 
     def _warn_of_failure(self) -> None:
-        """Copies save time, and are needed by nothing: where making them fails, training goes on without them."""
+        """Copies only save time: where making them fails, training continues without them."""
         with self._changed:
             error = self._error
         if error is not None:

@@ -204,7 +204,7 @@ class Recovery:
     def _tell_place(self, it: w.TellPlace) -> None:
         """Tell newcomers where the job is. Never raises Aborted: the machine counts on what follows in its list.
 
-        A newcomer that is not told takes part in the next recovery as one that knows nothing.
+        A newcomer that does not receive this takes part in the next recovery as one without any state.
         """
         engine, version = self.engine, it.version
         told = {"version": version, "agreement": it.agreement, "after": self._after_users(version)}

@@ -222,7 +222,7 @@ class Resumption:
         elif found and not self._looked_at:  # older ones are examined, too
             text = (
                 f"the script has other settings than the one that saved {url}: {'; '.join(found[:3])}. The "
-                "checkpoint's go on. To take the script's: --es-resume-hyperparameters=script"
+                "checkpoint's are used. To take the script's: --es-resume-hyperparameters=script"
             )
             warn(self._channel, Notice.HYPERPARAMETERS_DIFFER, text)
         if not self._looked_at:
@@ -236,10 +236,10 @@ class Resumption:
             return
         if self._masters:
             change = "was saved without float32 masters, which begin with its values"
-            way = "To go on without them: --es-master-dtype=none"
+            way = "To continue without them: --es-master-dtype=none"
         else:
             change = "has float32 masters, which are rounded, since the job has master_dtype=none"
-            way = "To go on with them: --es-master-dtype=float32"
+            way = "To continue with them: --es-master-dtype=float32"
         warn(self._channel, Notice.HYPERPARAMETERS_DIFFER, f"{url} {change}; the numbers change here. {way}")
 
     def _first_agreement(self, step: int) -> str:

@@ -35,5 +35,5 @@ class StopRequest:
 
     @staticmethod
     def agreed(agreement: str) -> str:
-        """The reason for which training ends with the version that this agreement made; empty if it goes on."""
+        """The reason for which training ends with the version that this agreement made; empty if it continues."""
         return Terms.of(agreement).end if agreement else ""

@@ -1,4 +1,4 @@
-"""Notices when the script changes the values that training goes on with.
+"""Notices when the script changes the values that training continues with.
 
 Between two steps, and within one, the user's code has the live parameters in its hands: averaged weights are put in for
 an evaluation, a forward clamps its weights, `.data` is written to. What is put back in time is harmless, since the
@@ -138,13 +138,13 @@ class ParameterWatch:
 
 
 def describe(name: str, step: int, *, within: bool, replaced: bool) -> str:
-    """What is told the user of a parameter that is not what was committed before `step`."""
+    """The message about a parameter that is not what was committed before `step`."""
     when = "before or in the first step" if step == 0 else f"between steps {step - 1} and {step}"
     if within:
         when = f"in step {step}, or between steps {step - 1} and {step}" if step else "before or in the first step"
     how = "was replaced by another tensor" if replaced else "was changed"
     return (
-        f"parameter {name!r} {how} by the script {when}: training goes on with what the optimizer made, which every "
+        f"parameter {name!r} {how} by the script {when}: training continues with what the optimizer made, which every "
         "rank has. Put the old values back before the next batch, as after an evaluation with averaged weights; write "
         "a change that is to last as the step() of a torch.optim.Optimizer subclass, and load starting weights before "
         "run.steps(...) or run.prepare(...)"

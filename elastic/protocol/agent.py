@@ -313,7 +313,7 @@ def _leave_asked(state: AgentState, event: LeaveAsked, now: float) -> Result:
 
 def _preemption_noticed(state: AgentState, event: PreemptionNoticed, now: float) -> Result:
     """Request a drain, as on SIGTERM. A signal that follows is the first one: it does not end the node at once."""
-    if state.phase in (AgentPhase.FENCED, AgentPhase.REJOINING):  # to join again is of no use
+    if state.phase in (AgentPhase.FENCED, AgentPhase.REJOINING):  # to join again would not help
         return _stop_asked(state, StopAsked(event.why), now)
     return state, [AskDrain(event.why)]
 
@@ -343,7 +343,7 @@ def _serving(state: AgentState, event: TimePassed, now: float) -> Result:
 
 
 def _alone_for(state: AgentState, event: TimePassed, now: float) -> tuple[AgentState, float]:
-    """How long this node has had neither a coordinator nor a connection to other members.
+    """How long this node has been without a coordinator and without a connection to other members.
 
 
     While its workers commit steps the count stays at 0: only the coordinator is away, and it is expected to return.

@@ -33,7 +33,7 @@ class Departure(enum.Enum):
     """The party that requests a node to leave the job."""
 
     ASKED = "asked"  # its operator: a signal, `everstep drain`, a preemption
-    QUARANTINE = "quarantine"  # the coordinator, because its host has had too many troubles
+    QUARANTINE = "quarantine"  # the coordinator, because its host had too many failures
 
 
 class Ending(enum.Enum):

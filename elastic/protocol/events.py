@@ -187,7 +187,7 @@ class WorkerCommitted:
     generation: int = 0  # in which it was committed
     protected: int = -1  # the newest version that survives the loss of nodes
     every: int = 0  # steps between protected versions, 0 if not known
-    settled: bool = False  # told again: `agreement` has what the user's code changed behind the step
+    settled: bool = False  # sent again: `agreement` has what the user's code changed behind the step
 
 
 @dataclass(frozen=True)

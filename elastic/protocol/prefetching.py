@@ -1,4 +1,4 @@
-"""Prefetching: future owners of shards copy them while training goes on, and keep the copies at the version of the job.
+"""Prefetching: future owners of shards copy them during training, and keep the copies at the version of the job.
 
 A rebalance is not entered at once. Each rank that is to own a shard copies its record from a keeper, at whatever
 version the job is, and then the reduced gradient of every step, with which it runs the optimizer on its copy. No other

@@ -80,7 +80,7 @@ def _judged(state: State, step_s: float) -> Outcome:
 
 
 def _quiet(state: State) -> bool:
-    """Whether the members train, and nobody is about to come or to go."""
+    """Whether the members train, and no member is about to join or leave."""
     assert state.job is not None
     busy = state.join is not None or state.recovery is not None or state.leaving or state.stopping is not None
     coming = any(w.status in (Status.STARTING, Status.READY) for w in state.workers.values())

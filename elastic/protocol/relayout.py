@@ -1,4 +1,4 @@
-"""Another number of pipeline stages, as an operator asks for it, while training goes on.
+"""Another number of pipeline stages, as an operator asks for it, while training continues.
 
     asked -> a plan with so many stages is offered -> members copy ahead -> all enter it at a step boundary
 

@@ -191,7 +191,7 @@ class TakeUnseen:
 
 @dataclass(frozen=True)
 class Prefetch:
-    """Begin to copy the shards that this rank is to own by `plan`, while training goes on."""
+    """Begin to copy the shards that this rank is to own by `plan`, while training continues."""
 
     plan: Plan
 

@@ -85,7 +85,7 @@ def _decoded(
 ) -> dict[int, ShardState]:
     """The lost members of a stripe, if there is as much of it, parity included, as it has members.
 
-    A member of which the parity was not made is of no use: it is of another line of history, or (`alike`: no shard was
+    A member of which the parity was not made is unusable: it is of another line of history, or (`alike`: no shard was
     made up) a bug.
     """
     for block in blocks:

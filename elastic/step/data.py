@@ -453,7 +453,7 @@ def _check_stream(dataset: Any, settings: Settings) -> None:
     if settings.skip_bad_samples:
         raise UsageError(
             f"skip_bad_samples={settings.skip_bad_samples} needs a dataset with a length, and "
-            f"{type(dataset).__name__} is a stream, which cannot go on behind an exception: catch it in there"
+            f"{type(dataset).__name__} is a stream, which cannot continue after an exception: catch it in there"
         )
     if settings.epochs:
         raise UsageError(

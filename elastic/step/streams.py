@@ -118,7 +118,7 @@ class Line:
         return self._states.get(number)
 
     def restore(self, number: int, state: Any) -> None:
-        """Go on in front of a unit, with the dataset in this state."""
+        """Continue before a unit, with the dataset in this state."""
         self._states = {number: state} if number else {}
         self._samples, self.position, self._end = None, number, None
 

@@ -1,4 +1,4 @@
-"""What is left of the throughput when ranks are lost for good: measured, forecast, and the most that could be left.
+"""Throughput after ranks are lost for good: measured, forecast, and the upper bound.
 
     python tests/bench/after_loss.py --json [--only 4x2-1,...] [--steps N]
 
@@ -45,7 +45,7 @@ class SleepingJob(HostJob):
     """A job of one rank per host that rebalances after `after_s`."""
 
     def __init__(self, hosts: Hosts, out: Path, *, stages: int, after_s: float, least: int = 0) -> None:
-        """`least`: how many nodes the job begins with; 0: all."""
+        """`least`: the number of nodes with which the job begins; 0: all."""
         self._after_s = after_s
         count = len(hosts.hosts)
         super().__init__(hosts, out, nnodes=f"{least or count}:{count}", steps=10_000, stages=stages)
@@ -57,7 +57,7 @@ class SleepingJob(HostJob):
         return self.coordinator
 
     def flags(self) -> list[str]:
-        """Of the coordinator."""
+        """Flags of the coordinator."""
         return [f"--es-events={self._events}", f"--es-rebalance-after={self._after_s}"]
 
     def start(self, *hosts: int) -> None:
@@ -67,7 +67,7 @@ class SleepingJob(HostJob):
             self.hosts.launch(host, SCRIPT, [self._config], flags)
 
     def hosts_of(self, ranks: tuple[int, ...]) -> list[int]:
-        """Where these ranks are."""
+        """The hosts of these ranks."""
         addresses = [event["host"] for event in self.events("node_joined")]  # in the order of their ranks
         return [next(h for h in self.hosts.hosts if self.hosts.address(h) == addresses[rank]) for rank in ranks]
 
@@ -91,7 +91,7 @@ def wait(condition: Callable[[], Any], what: str) -> None:
 
 
 def layout_of(text: str) -> Layout:
-    """The layout that an event describes."""
+    """Parse the layout in an event."""
     stages = []
     for start, last, ranks in re.findall(r"layers (\d+)-(\d+): ranks ([\d,]+)", text):
         members = tuple(int(rank) for rank in ranks.split(","))

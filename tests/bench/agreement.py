@@ -62,7 +62,7 @@ RANKS_PER_NODE = 8
 
 
 def model(shards: int, stages: int) -> ModelSpec:
-    """A model of so many shards: four to a parameter, and two layers to a stage."""
+    """A model with this number of shards, four per parameter, and two layers per stage."""
     layers = 2 * stages
     count = shards // 4
     parameters = tuple(ParameterSpec(f"{i}", (16, 1 << 18), "float32", 4, (i * layers // count,)) for i in range(count))
@@ -75,7 +75,7 @@ def model(shards: int, stages: int) -> ModelSpec:
 
 
 class Ranks:
-    """All ranks of a job, and when each would be through if all ran at once."""
+    """All ranks of a job, and when each would finish if all ran at the same time."""
 
     def __init__(self, ranks: int, shards: int) -> None:
         network, rng = MemoryNetwork(), random.Random(0)
@@ -87,7 +87,7 @@ class Ranks:
         self.hops = 0
 
     def share(self, rank: int, step: int) -> Share:
-        """What a rank adds in a job in which everything is used."""
+        """The share of a rank in a job that uses every feature."""
         return Share(
             digest=random.Random(rank).getrandbits(64),
             join=0,
@@ -104,7 +104,7 @@ class Ranks:
         )
 
     def step(self, number: int) -> tuple[float, float]:
-        """Seconds of a step's agreement, and the most that one rank works for it."""
+        """Seconds of a step's agreement, and of the rank with the most work in it."""
         clock = [0.0] * len(self.comms)
         spent = [0.0] * len(self.comms)
         depth = [0] * len(self.comms)
@@ -180,7 +180,7 @@ def agreement(ranks: int, shards: int) -> dict[str, Any]:
 
 
 def look_up(layout: Layout, spec: ModelSpec, plan: Plan, rank: int) -> int:
-    """Everything that a rank looks up in a generation that is new to it; returns how many messages it will exchange."""
+    """Every look-up of a rank that enters a generation; returns the number of messages that it will exchange."""
     index, work = layout.index(spec), Work(plan.work, plan.kept)
     layout.stage_of(rank)
     messages = len(received(plan.moves, rank))
@@ -199,7 +199,7 @@ def look_up(layout: Layout, spec: ModelSpec, plan: Plan, rank: int) -> int:
 
 
 def report(spec: ModelSpec, layout: Layout, rank: int) -> Report:
-    """What a survivor has in the middle of a step: half of its work is done."""
+    """The report of a survivor in the middle of a step, with half of its work done."""
     stage, spans = layout.stage_of(rank), layout.work.spans_of(rank)
     return Report(
         rank=rank,
@@ -245,7 +245,7 @@ def entering(ranks: int, shards: int, stages: int) -> dict[str, Any]:
 
 
 def orders(spec: ModelSpec, plan: Plan, placement: Placement) -> dict[str, Any]:
-    """What travels to a node: the order of this plan, whole, and then that of the next loss, as what changed."""
+    """The bytes sent to a node: the whole order of this plan, then the changes for the next loss."""
     sender, receiver, sent, took = DifferenceSender(), DifferenceReceiver(), [], []
     for another in (False, True):
         if another:

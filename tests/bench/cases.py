@@ -1,4 +1,4 @@
-"""The faults of the recovery benchmark: how each strikes, what is measured then, and which systems have the case."""
+"""The faults of the recovery benchmark: how each is injected, what is measured, and to which systems it applies."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Strike:
 
 @dataclass(frozen=True)
 class Case:
-    """A kind of fault. `strike` carries it out on these workers and says when; `after` undoes what is left of it."""
+    """A kind of fault. `strike` injects it into these workers and returns the time; `after` undoes its effects."""
 
     name: str
     what: str
@@ -54,7 +54,7 @@ class Case:
     victims: int = 1
     gone: Callable[[System, Strike], bool] = lambda system, strike: (
         True
-    )  # whether `after` may come, once the others have gone on
+    )  # whether `after` may come, once the other ranks continue
     after: Callable[[System, Strike], None] = lambda system, strike: None
     lost: str = "worker_died"  # everstep's event that says that it is detected
     changes: dict[str, Any] = field(default_factory=dict)  # to the job
@@ -72,7 +72,7 @@ def kill(system: System, victims: Sequence[Process]) -> float:
 
 
 def stop(system: System, victims: Sequence[Process]) -> float:
-    """It stands still, and its sockets stay open."""
+    """Stop the process; its sockets stay open."""
     t = time.monotonic()
     for victim in victims:
         os.kill(victim.pid, signal.SIGSTOP)
@@ -80,7 +80,7 @@ def stop(system: System, victims: Sequence[Process]) -> float:
 
 
 def kill_stopped(system: System, strike: Strike) -> None:
-    """Who has stopped a worker of a system that only leaves it out has to end it."""
+    """End a stopped worker, for systems that only leave it out."""
     for pid in strike.victims:
         if psutil.pid_exists(pid):
             os.kill(pid, signal.SIGKILL)
@@ -104,7 +104,7 @@ def _node(system: System, victim: int) -> tuple[EverstepNodes, int]:
 
 
 def kill_node(system: System, victims: Sequence[Process]) -> float:
-    """All its processes at one instant: stopped first, so that none of them sees another one die."""
+    """Kill all processes of a node at one instant: they are stopped first, so that none sees another one die."""
     nodes, number = _node(system, victims[0].pid)
     nodes.signal(number, signal.SIGSTOP)
     t = time.monotonic()
@@ -206,7 +206,7 @@ CASES = {
 
 
 def account(strike: Strike, case: Case, stamps: Stamps, workers: int, step_s: float) -> None:
-    """Fill in what the workers' stamps tell, once the job has settled."""
+    """Fill in what follows from the workers' stamps, once the job has settled."""
     before = [c for c in stamps.commits() if c.t <= strike.t]
     strike.last_step = max(c.step for c in before)
     newest = min(c.t for c in before if c.step == strike.last_step)
@@ -237,7 +237,7 @@ def account(strike: Strike, case: Case, stamps: Stamps, workers: int, step_s: fl
 
 
 def own_account(strike: Strike, case: Case, stamps: Stamps, events: Sequence[dict[str, Any]], until: float) -> None:
-    """Fill in what everstep's event log tells of the time from this strike to the next one."""
+    """Fill in what everstep's event log has about the time from this strike to the next one."""
     window = [e for e in events if strike.t < e.get("at_s", 0.0) < until]
     named = {name: [e for e in window if e["event"] == name] for name in {e["event"] for e in window}}
     lost = named.get(case.lost, [])
@@ -264,7 +264,7 @@ def own_account(strike: Strike, case: Case, stamps: Stamps, events: Sequence[dic
 def stall(stamps: Stamps, without: set[int], start: float, end: float) -> float | None:
     """How much longer the longest step from `start` to the one after `end` took than the median of those before.
 
-    Of the workers that were there all the time: those `without` are left out. None if nothing tells.
+    Over the workers that ran all the time, except those in `without`. None if no stamp allows it.
     """
     first: dict[int, float] = {}
     for commit in stamps.commits():
@@ -277,7 +277,7 @@ def stall(stamps: Stamps, without: set[int], start: float, end: float) -> float 
 
 
 def choose(stamps: Stamps, rng: random.Random, count: int, running: Callable[[int], bool]) -> list[Process]:
-    """Workers that take part in training now."""
+    """Choose among the workers that train now."""
     newest = stamps.last_step()
     able = [p for p in stamps.processes.values() if p.commits and p.commits[-1].step >= newest - 1 and running(p.pid)]
     return rng.sample(sorted(able, key=lambda p: (p.rank, p.pid)), count)

@@ -50,7 +50,7 @@ Values = dict[str, torch.Tensor]
 
 
 def sync(folder: Path) -> None:
-    """What others leave in the page cache goes to the disk, as ours does."""
+    """Write what other formats leave in the page cache to the disk, as ours does."""
     for file in [folder, *folder.rglob("*")]:
         handle = os.open(file, os.O_RDONLY)
         os.fsync(handle)
@@ -153,7 +153,7 @@ CONTENDERS: dict[str, tuple[Callable[[Values, Path], None], Callable[[Values, Pa
 
 
 def measure(megabytes: int, rounds: int, folder: Path) -> dict[str, Any]:
-    """Seconds of each contender's saves and loads, by round."""
+    """Seconds of each system's saves and loads, by round."""
     count = max(1, megabytes * 1_000_000 // (TENSOR_ELEMENTS * 4))
     values = {f"layer.{i}.weight": torch.randn(2048, 2048) for i in range(count)}
     into = {name: torch.zeros_like(tensor) for name, tensor in values.items()}
@@ -205,7 +205,7 @@ def command(arguments: list[str | Path], out: Path) -> dict[str, float]:
 
 
 def convert(millions: int, rounds: int, folder: Path) -> dict[str, Any]:
-    """Both conversions, ours and theirs, in turns."""
+    """Run both conversions, ours and the other tool's, alternately."""
     everstep = [sys.executable, "-m", "everstep", "convert"]
     found: dict[str, Any] = {}
     source = folder / "dcp"
@@ -246,7 +246,7 @@ def convert(millions: int, rounds: int, folder: Path) -> dict[str, Any]:
 
 
 def in_turns(work: dict[str, Callable[[], dict[str, float]]], rounds: int) -> dict[str, list[dict[str, float]]]:
-    """Every piece of work `rounds` times, after once to warm up, in rotating order."""
+    """Run every task `rounds` times in rotating order, after one warm-up."""
     found: dict[str, list[dict[str, float]]] = {name: [] for name in work}
     names = list(work)
     for turn in range(rounds + 1):
@@ -258,7 +258,7 @@ def in_turns(work: dict[str, Callable[[], dict[str, float]]], rounds: int) -> di
 
 
 def ratio(ours: list[float], theirs: list[float]) -> float:
-    """How many times ours theirs takes: the median of the rounds."""
+    """The other's time over ours: the median of the rounds."""
     return median(b / a for a, b in zip(ours, theirs, strict=True))
 
 

@@ -1,4 +1,4 @@
-"""What a coordinator of very many nodes costs at one heartbeat a second from each, and how fast it aborts.
+"""The load of a coordinator with thousands of nodes that send a heartbeat a second, and its time to abort.
 
     python tests/bench/control.py --json [--agents 1000,4000,10000]
 
@@ -63,7 +63,7 @@ def names(count: int) -> list[str]:
 
 
 def training(count: int) -> State:
-    """A job that trains on so many nodes."""
+    """A job that trains on this number of nodes."""
     parameters = tuple(ParameterSpec(f"{i}.weight", (1024, 256), "float32", 4, (i,)) for i in range(4))
     model = ModelSpec((1.0,) * 4, parameters)
     job = e.Job(steps=10**6, stages=1, micro_batches=count, global_batch_size=count, model=model, protection="none")
@@ -89,7 +89,7 @@ def training(count: int) -> State:
 
 
 def write_store(path: Path, count: int) -> None:
-    """What the coordinator before would have left."""
+    """Write what an earlier coordinator would have stored."""
     store = SqliteStore(path, JOB)
     durable = Durable(store, TOKEN)
     for name in names(count):
@@ -102,7 +102,7 @@ def write_store(path: Path, count: int) -> None:
 
 
 class Agents:
-    """All of them."""
+    """All agents of the job, in one process."""
 
     def __init__(self, address: str, count: int) -> None:
         self.names = names(count)
@@ -251,7 +251,7 @@ async def play(address: str, count: int, coordinator: int) -> dict[str, Any]:
 
 
 def measure(count: int) -> dict[str, Any]:
-    """One coordinator, so many agents."""
+    """Measure one coordinator with this number of agents."""
     with tempfile.TemporaryDirectory(prefix="everstep-bench-") as folder:
         store = Path(folder) / "store.sqlite"
         write_store(store, count)

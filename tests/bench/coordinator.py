@@ -1,4 +1,4 @@
-"""Who goes on when its coordinator is killed: everstep's coordinator and torchft's lighthouse, by the same kill.
+"""Which systems continue when their coordinator is killed: everstep's coordinator and torchft's lighthouse.
 
     python tests/bench/coordinator.py --json
 
@@ -37,7 +37,7 @@ SYSTEMS: dict[str, tuple[type[System], dict[str, Any] | None]] = {
 
 
 class Coordinated:
-    """A system whose coordinator may die without that being the end of the measurement."""
+    """A system whose coordinator may die during the measurement."""
 
     def __init__(self, system: System) -> None:
         self.system = system

@@ -33,7 +33,7 @@ WARM_UP = 5
 
 
 class Slow(torch.utils.data.Dataset[Any]):
-    """Takes its time for each sample."""
+    """A dataset with a fixed loading time per sample."""
 
     def __len__(self) -> int:
         return 100 * BATCH
@@ -44,7 +44,7 @@ class Slow(torch.utils.data.Dataset[Any]):
 
 
 class Watch:
-    """Notes how long steps take, and how long a rank waits for its micro-batches in them."""
+    """Records the duration of steps, and how long the rank waits for micro-batches in them."""
 
     def __init__(self, out: Path) -> None:
         self.out = out
@@ -123,7 +123,7 @@ def with_ddp(out: Path, steps: int) -> None:
 
 
 def block(system: str, steps: int) -> dict[str, float]:
-    """One run: the median step, and the share of it that the rank that waits most has waited."""
+    """One run: the median step, and the longest waiting time of a rank as a share of it."""
     with tempfile.TemporaryDirectory(prefix="everstep-data-") as folder:
         runner = ["everstep", "run"] if system == "everstep" else ["torch.distributed.run"]
         command = [sys.executable, "-m", *runner, f"--nproc-per-node={RANKS}", f"--log-dir={folder}/logs"]

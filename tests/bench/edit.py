@@ -1,4 +1,4 @@
-"""What it costs to take one of n ranks out of a running communicator: ours edits it, gloo's has to be rebuilt.
+"""The time to remove one of n ranks from a running communicator: ours is edited, gloo's is rebuilt.
 
     python tests/bench/edit.py --json
 
@@ -48,7 +48,7 @@ class Turn:
 
 
 def mesh_turn(rank: int, size: int, turn: int, shared_memory: bool, pipe: Connection) -> Turn | None:
-    """Ours: every pair exchanges a message, the last rank leaves, the others edit."""
+    """Everstep: every pair exchanges a message, the last rank leaves, the others edit."""
     comm = MeshCommunicator(rank, turn, host_id="bench", token="bench", shared_memory=shared_memory)
     try:
         pipe.send(comm.peer)
@@ -76,7 +76,7 @@ def mesh_turn(rank: int, size: int, turn: int, shared_memory: bool, pipe: Connec
 
 
 def gloo_turn(rank: int, size: int, turn: int, store: TCPStore, pipe: Connection) -> Turn | None:
-    """gloo: the same, with a process group that is dropped and rebuilt among the survivors."""
+    """gloo: the same, with a process group that is destroyed and rebuilt among the survivors."""
 
     def group(name: str, members: int) -> Any:
         return ProcessGroupGloo(PrefixStore(f"{turn}/{name}", store), rank, members, GLOO_TIMEOUT)
@@ -118,7 +118,7 @@ def worker(rank: int, size: int, port: int, pipe: Connection) -> None:
 
 
 def answers(pipes: list[Connection]) -> list[Any]:
-    """One answer of each worker, or an error rather than a hang."""
+    """Wait for one answer of each worker; raises an error instead of hanging."""
     found = []
     for rank, pipe in enumerate(pipes):
         if not pipe.poll(ANSWER_TIMEOUT_S):
@@ -128,13 +128,13 @@ def answers(pipes: list[Connection]) -> list[Any]:
 
 
 def tell(pipes: list[Connection], what: object) -> None:
-    """The same to every worker."""
+    """Send a message to every worker."""
     for pipe in pipes:
         pipe.send(what)
 
 
 def play(system: str, turn: int, pipes: list[Connection]) -> tuple[float, Turn]:
-    """One turn of all workers: how long the survivors took, and one survivor's links."""
+    """Run one turn of all workers; returns the survivors' time, and the links of one of them."""
     tell(pipes, (system, turn))
     if system != "gloo":
         tell(pipes, answers(pipes))
@@ -144,7 +144,7 @@ def play(system: str, turn: int, pipes: list[Connection]) -> tuple[float, Turn]:
 
 
 def measure(size: int, repeats: int) -> dict[str, Any]:
-    """Medians for `size` ranks, the systems taking turns."""
+    """Medians for `size` ranks; the systems alternate."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context = multiprocessing.get_context("spawn")
     ends = [context.Pipe() for _ in range(size)]
@@ -181,7 +181,7 @@ def measure(size: int, repeats: int) -> dict[str, Any]:
 
 
 def targets(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Ours is not slower than gloo's, at any size."""
+    """Everstep is not slower than gloo at any size."""
     found = []
     for result in results:
         bound = result["median_ms"]["gloo"]

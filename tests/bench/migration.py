@@ -1,11 +1,11 @@
-"""What a rebalance costs: with what moves copied ahead, and with all of it moved at the switch (stop, copy, go).
+"""The cost of a rebalance: with prefetching, and with all copies made at the switch (stop, copy, go).
 
     python tests/bench/migration.py --json [--megabytes 10,50,200] [--steps N]
 
-2 stages x 1 rank, one rank a node, links of 1 Gbit/s (network namespaces and tc; without them the JSON says so, and
+2 stages x 1 rank, one rank a node, links of 1 Gbit/s (network namespaces and tc; without them the JSON reports it, and
 the links are those of the loopback interface). A third node joins the first stage, and then one of the second stage's
 three layers moves to the first. Layers are as large as it takes for about so many megabytes to move at the switch;
-Adam; no parity, whose transfers would take a part of the links at random times.
+Adam; no parity: its transfers would use a part of the links at random times.
 
 Times are those between commits, by the coordinator's clock. `stall_s`: the longest time that a rank stood still to
 enter the new layout, by its own clock. `longest_s`: the longest step from the announcement to the second step behind
@@ -39,7 +39,7 @@ BEHIND = 2  # steps behind the switch that may still take longer, while snapshot
 
 
 class MigratingJob(SleepingJob):
-    """A job whose layers have so many parameters."""
+    """A job with layers of this many parameters."""
 
     def __init__(self, hosts: Hosts, out: Path, *, width: int, ahead: bool, after_s: float) -> None:
         self._ahead = ahead
@@ -53,7 +53,7 @@ class MigratingJob(SleepingJob):
 
 
 def limited(hosts: Hosts) -> bool:
-    """Give every host links of BITS_PER_S, if that is possible here."""
+    """Limit the links of every host to BITS_PER_S, where network namespaces are available."""
     try:
         hosts.limit(*hosts.hosts, bits_per_s=BITS_PER_S)
     except Cannot:
@@ -99,7 +99,7 @@ def measure(megabytes: float, steps: int, *, ahead: bool) -> dict[str, Any]:
 
 
 def compare(megabytes: float, steps: int) -> dict[str, Any]:
-    """Both ways."""
+    """Measure with and without prefetching."""
     copied = measure(megabytes, steps, ahead=True)
     stopped = measure(megabytes, steps, ahead=False)
     return {

@@ -1,4 +1,4 @@
-"""What everstep costs when nothing fails: its step time over that of plain torch, block by block in turn.
+"""The overhead of everstep without failures: its step time over that of plain torch, in alternating blocks.
 
     python tests/bench/overhead.py --json [--pairs N] [--steps N] [--only data_parallel,pipeline] [--torchft] [--quick]
 
@@ -49,7 +49,7 @@ START_TIMEOUT_S = 180.0
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is compared: with how many stages, whose step time over whose, and what it is to be at most."""
+    """A comparison: the number of stages, the two systems, and the target of their ratio of step times."""
 
     stages: int
     ours: type[System]
@@ -72,14 +72,14 @@ def say(text: str) -> None:
 
 @dataclass(frozen=True)
 class Block:
-    """One run: step times in seconds, of the process that took longest over them; processor seconds of a step."""
+    """One run: step times in seconds, of the slowest process; processor seconds of a step."""
 
     times: list[float]
     processor_s: float
 
 
 def processor_s(system: System) -> float:
-    """What all processes of a system have used since they began."""
+    """Processor seconds of all processes of a system since their start."""
     total = 0.0
     for child in system.children:
         with contextlib.suppress(psutil.Error):
@@ -121,7 +121,7 @@ def block(kind: type[System], job: Job) -> Block:
 def compare(
     name: str, ours: type[System], theirs: type[System], job: Job, pairs: int, folder: Path, options: dict[str, Any]
 ) -> dict[str, Any]:
-    """Alternate the two for `pairs` pairs of blocks; a system that cannot run is reported, the other still measured."""
+    """Alternate the two systems for `pairs` pairs of blocks; a system that cannot run is reported."""
     blocks: dict[str, list[Block]] = {"ours": [], "theirs": []}
     reasons = {"ours": ours.unavailable(), "theirs": theirs.unavailable()}
     for pair in range(pairs):

@@ -75,7 +75,7 @@ def draw(axes: Any, panel: Panel, job: WatchedJob, end_s: float, marks: Sequence
 
 
 def faults(job: WatchedJob) -> list[tuple[float, str]]:
-    """When what was injected happened, in seconds since the start, and its colour."""
+    """The times of injected faults, in seconds since the start, with their colours."""
     ahead_s = time.time() - time.monotonic() - job.started_s
     return [(event["at_s"] + ahead_s, color) for name, (color, _) in MARKS.items() for event in job.events(name)]
 

@@ -1,4 +1,4 @@
-"""Processes that do not outlive the benchmark, whatever ends it."""
+"""Processes that end with the benchmark, however it ends."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def die_with_parent() -> None:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """For workers: one thread each, gloo on the loopback, our modules importable."""
+    """Environment of workers: one thread each, gloo on the loopback, our modules importable."""
     path = os.pathsep.join(p for p in (str(HERE), os.environ.get("PYTHONPATH")) if p)
     ours = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": path, _BENCHMARK: str(os.getpid())}
     return {**os.environ, **ours, **more}
 
 
 def start(arguments: list[str], log: Path, **more: str) -> subprocess.Popen[bytes]:
-    """`python arguments...` in a session of its own, output appended to `log`, dying with us."""
+    """`python arguments...` in a session of its own, output appended to `log`; it ends with the benchmark."""
     with log.open("ab") as sink:
         return subprocess.Popen(
             [sys.executable, *arguments],
@@ -49,7 +49,7 @@ def start(arguments: list[str], log: Path, **more: str) -> subprocess.Popen[byte
 
 
 def stop(process: subprocess.Popen[bytes], *, patience_s: float) -> None:
-    """SIGTERM, then after `patience_s` SIGKILL, to the process and all it has started."""
+    """Send SIGTERM, and after `patience_s` SIGKILL, to the process and its descendants."""
     tree = _descendants(process.pid)
     if process.poll() is None and patience_s > 0:
         process.terminate()
@@ -82,7 +82,7 @@ def alive(pid: int) -> bool:
 
 
 def wait_until_file(path: Path, *, timeout_s: float) -> None:
-    """For gates between the benchmark and its workers."""
+    """Wait for a file, a gate between the benchmark and its workers."""
     deadline = time.monotonic() + timeout_s
     while not path.exists():
         if time.monotonic() > deadline:

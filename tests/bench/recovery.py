@@ -1,4 +1,4 @@
-"""How long a fault stops a training job, what it costs, and whether the numbers stay the same.
+"""How long a fault interrupts training, what it costs, and whether the results stay the same.
 
     python tests/bench/recovery.py --json [--kills N] [--only CASE,...] [--systems everstep,torchft-tuned,...] [--quick]
 
@@ -74,7 +74,7 @@ MEDIAN_S, P95_S, GOAL_S = 0.030, 0.060, 0.020  # everstep's budget of a fault be
 
 @dataclass
 class Outcome:
-    """What one system did under fire."""
+    """The results of one system with faults."""
 
     strikes: list[Strike] = field(default_factory=list)
     step_s: float = 0.0
@@ -120,7 +120,7 @@ def step_time(stamps: Stamps, newest: int = 40) -> float:
 
 
 def strike_one(case: Case, system: System, stamps: Stamps, rng: random.Random, step_s: float) -> Strike:
-    """The case's fault for random workers at a random point of a step."""
+    """Inject the case's fault into random workers at a random point of a step."""
     seen = stamps.last_step()
     while stamps.last_step() == seen:
         stamps.poll()
@@ -132,7 +132,7 @@ def strike_one(case: Case, system: System, stamps: Stamps, rng: random.Random, s
 
 
 def under_fire(case: Case, system: System, kills: int, rng: random.Random, name: str) -> Outcome:
-    """Run the job and let the fault strike `kills` times, one after the other."""
+    """Run the job and inject the fault `kills` times, one after the other."""
     outcome = Outcome()
     job, stamps = system.job, Stamps(system.folder)
     try:
@@ -168,21 +168,21 @@ def under_fire(case: Case, system: System, kills: int, rng: random.Random, name:
 
 
 def survive(case: Case, system: System, stamps: Stamps, strike: Strike) -> None:
-    """Wait until the others go on, and only then bring back what the fault took away."""
+    """Wait until the other ranks continue, and only then restore what the fault took away."""
     others = system.job.workers - len(strike.victims)
 
     def on() -> bool:
-        """Two later commits each: one of the steps needed what was struck."""
+        """Wait for two more commits of each worker: one of the steps needed the affected workers."""
         later = Counter(c.pid for c in stamps.commits() if c.t > strike.t and c.pid not in strike.victims)
         return sum(count >= 2 for count in later.values()) >= others
 
-    drive(system, stamps, on, SETTLE_TIMEOUT_S, "the survivors go on")
+    drive(system, stamps, on, SETTLE_TIMEOUT_S, "the survivors continue")
     drive(system, stamps, lambda: case.gone(system, strike), SETTLE_TIMEOUT_S, "what was struck has gone")
     case.after(system, strike)
 
 
 def samples_lost(stamps: Stamps, job: Job) -> int | None:
-    """Samples of committed steps that no update has seen; None where the system does not say."""
+    """Samples of committed steps that no update has used; None where the system does not report it."""
     seen: dict[int, int] = {}
     for commit in stamps.commits():
         if commit.samples is None:
@@ -192,7 +192,7 @@ def samples_lost(stamps: Stamps, job: Job) -> int | None:
 
 
 def undisturbed(system: System, disturbed: dict[int, set[str]], name: str) -> dict[int, set[str]]:
-    """The digests of the same job with nothing struck, up to the last step, or to the first that differs."""
+    """The digests of the same job without faults, up to the last step, or to the first that differs."""
     stamps = Stamps(system.folder)
     last = max(disturbed, default=-1)
 
@@ -249,7 +249,7 @@ def spread(values: list[float]) -> dict[str, float | int | None]:
 
 
 def measure(case: Case, name: str, job: Job, kills: int, seed: int, folder: Path) -> tuple[Outcome, dict[str, Any]]:
-    """One system in one case, under fire."""
+    """Measure one system in one case."""
     kind = case.systems[name]
     options = {**SYSTEMS[name], "flags": [*case.flags]} if name == "everstep" else SYSTEMS[name]
     job = replace(job, options=options, **case.changes)
@@ -269,7 +269,7 @@ def measure(case: Case, name: str, job: Job, kills: int, seed: int, folder: Path
 
 
 def compare(name: str, job: Job, outcomes: dict[str, Outcome], found: dict[str, dict[str, Any]], folder: Path) -> None:
-    """Fill in whether a system's digests are those of its undisturbed run: whatever the case, it trains the same."""
+    """Fill in whether a system's digests equal those of its undisturbed run, in every case."""
     disturbed: dict[int, set[str]] = {}
     for outcome in outcomes.values():
         for step, digests in outcome.digests.items():

@@ -1,4 +1,4 @@
-"""What ranks that join bring: throughput with 2, 3 and 4 ranks on 2 stages, and what their coming costs the others.
+"""Throughput gained by ranks that join: with 2, 3 and 4 ranks on 2 stages, and the cost of a join for the others.
 
     python tests/bench/scale_out.py --json [--steps N]
 
@@ -35,7 +35,7 @@ LOOKS = 3  # times AFTER_S in which the coordinator has looked for a faster layo
 
 
 class GrowingJob(SleepingJob):
-    """A job that begins with one rank in a stage, and takes in more."""
+    """A job that begins with one rank per stage, and grows."""
 
     def __init__(self, hosts: Hosts, out: Path) -> None:
         super().__init__(hosts, out, stages=STAGES, after_s=AFTER_S, least=STAGES)
@@ -46,14 +46,14 @@ class GrowingJob(SleepingJob):
         return float(self.events("committed")[-1]["at_s"])
 
     def settles(self, since: int) -> bool:
-        """Wait for one more rebalance than so many, or until none is to be expected; whether there was one."""
+        """Wait for a rebalance beyond the first `count`, or until none is expected; returns whether there was one."""
         until_s = self.newest_s() + LOOKS * AFTER_S
         wait(lambda: len(self.events("rebalanced")) > since or self.newest_s() > until_s, "the rebalance")
         return len(self.events("rebalanced")) > since
 
 
 def measure(steps: int) -> list[dict[str, Any]]:
-    """The states of one job, from two ranks to four."""
+    """Measure one job at each size, from two ranks to four."""
     with tempfile.TemporaryDirectory() as folder, Hosts(RANKS, namespaces=False) as hosts:
         job = GrowingJob(hosts, Path(folder))
         job.start(*hosts.hosts[:STAGES])

@@ -1,4 +1,4 @@
-"""What a slow rank costs: throughput while it is slow, over the sum of the ranks' speeds, and after it has recovered.
+"""The cost of a slow rank: throughput while it is slow, over the sum of the ranks' speeds, and after it recovers.
 
     python tests/bench/slow.py --json [--only 1.5,...] [--steps N]
 
@@ -36,7 +36,7 @@ AFTER_S = 3.0  # a layout has to last before it is looked at
 
 
 class SlowJob(SleepingJob):
-    """A job of which one rank can be made slow."""
+    """A job in which one rank can be slowed down."""
 
     def __init__(self, hosts: Hosts, out: Path, *, after_s: float = AFTER_S) -> None:
         super().__init__(hosts, out, stages=1, after_s=after_s)
@@ -50,18 +50,18 @@ class SlowJob(SleepingJob):
         assert not self.events("ended"), self.events("ended")
 
     def slow(self, factor: str) -> float:
-        """One rank takes so many times as long; returns the time of the last commit before."""
+        """Slow one rank down by this factor; returns the time of the last commit before."""
         (self._out / f"slow-{SLOW}").write_text(factor)
         return float(self.events("committed")[-1]["at_s"])
 
     def balanced(self, since: int) -> dict[str, Any]:
-        """The newest of more than so many rebalances."""
+        """The newest rebalance, once there are more than `count`."""
         wait(lambda: len(self.events("rebalanced")) > since, "the rebalance")
         return self.events("rebalanced")[-1]
 
 
 def measure(factor: str, steps: int) -> dict[str, Any]:
-    """One factor."""
+    """Measure one slowdown factor."""
     with tempfile.TemporaryDirectory() as folder, Hosts(RANKS, namespaces=False) as hosts:
         job = SlowJob(hosts, Path(folder))
         job.trains()
@@ -94,7 +94,7 @@ def measure(factor: str, steps: int) -> dict[str, Any]:
 
 
 def healthy(rounds: int, steps: int) -> dict[str, Any]:
-    """Jobs that may rebalance and jobs that may not, in turn."""
+    """Alternate jobs with and without rebalancing."""
     times: dict[float, list[float]] = {AFTER_S: [], 0.0: []}
     for _ in range(rounds):
         for after_s, found in times.items():

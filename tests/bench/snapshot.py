@@ -1,4 +1,4 @@
-"""What a snapshot costs the training thread, beside torch's own checkpoints and a plain copy of the same bytes.
+"""The cost of a snapshot for the training thread, beside torch's checkpoints and a plain copy of the same bytes.
 
     python tests/bench/snapshot.py --json [--megabytes N] [--rounds N] [--quick]
 
@@ -55,11 +55,11 @@ class Contender:
     """A way to save the state."""
 
     def save(self, state: State, between: Between) -> float:
-        """Save once, calling `between` as soon as training may go on; returns the seconds of blocking."""
+        """Save once, calling `between` as soon as training may continue; returns the seconds of blocking."""
         raise NotImplementedError
 
     def close(self) -> None:
-        """Let go of what it holds."""
+        """Release its resources."""
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
@@ -69,7 +69,7 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
 
 
 class Nothing(Contender):
-    """Only the compute in between, to see what the others take from it."""
+    """Only the compute in between, as the baseline."""
 
     def save(self, state: State, between: Between) -> float:
         between()
@@ -169,7 +169,7 @@ def make_state(megabytes: int) -> State:
 
 @contextlib.contextmanager
 def keeper() -> Any:
-    """A keeper in a process of its own; gives its name."""
+    """Run a keeper in another process; yields its name."""
     name = f"everstep-benchmark-{os.getpid()}"
     command = [sys.executable, "-m", "everstep.checkpointing.keeper.service", "--node", "0", "--name", name]
     process = subprocess.Popen(
@@ -213,7 +213,7 @@ class Compute:
 
 
 def blocking(state: State, rounds: int, folder: Path) -> dict[str, Any]:
-    """Every contender in turn, `rounds` times; seconds of blocking, and how much compute was got done meanwhile."""
+    """Run every contender `rounds` times; returns seconds of blocking, and the compute done meanwhile."""
     dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
     compute = Compute()
     with keeper() as name:
@@ -263,7 +263,7 @@ def blocking(state: State, rounds: int, folder: Path) -> dict[str, Any]:
 
 
 def step(state: State) -> None:
-    """What an optimizer does: every tensor changes."""
+    """Change every tensor, as an optimizer does."""
     for shard in state:
         for tensor in shard.values():
             tensor.mul_(0.999)

@@ -1,7 +1,7 @@
 """Commit stamps: each worker process appends to a file of its own, the benchmark reads them all.
 
 A line is one JSON object. The first one describes the process; a `step` line says that this process has committed that
-step, a `failed` line that a step's work was thrown away. Times are CLOCK_MONOTONIC seconds, comparable between the
+step, a `failed` line that the work of a step was discarded. Times are CLOCK_MONOTONIC seconds, comparable between the
 processes of a host.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 
 
 class Stamper:
-    """Written by one worker process."""
+    """The writer, in one worker process."""
 
     def __init__(self, folder: str, rank: int) -> None:
         path = Path(folder) / f"stamps-{os.getpid()}.jsonl"
@@ -28,7 +28,7 @@ class Stamper:
         self._write({"step": step, "t": time.monotonic(), **fields})
 
     def failed(self, step: int) -> None:
-        """The work of `step` on this worker was discarded and is done again."""
+        """The work of `step` on this worker was discarded, and will be repeated."""
         self._write({"failed": step, "t": time.monotonic()})
 
     def _write(self, line: dict[str, Any]) -> None:
@@ -46,7 +46,7 @@ class Commit:
 
 @dataclass
 class Process:
-    """What one worker process has reported so far."""
+    """The stamps of one worker process so far."""
 
     pid: int
     rank: int
@@ -113,7 +113,7 @@ def median(values: list[float]) -> float:
 
 
 def percentile(values: list[float], percent: float) -> float:
-    """Linear interpolation between the closest ranks; nan of nothing."""
+    """Linear interpolation between the closest ranks; nan for no values."""
     if not values:
         return float("nan")
     ordered = sorted(values)

@@ -1,4 +1,4 @@
-"""How each system under measurement is started, kept going and stopped."""
+"""How each measured system is started, supervised and stopped."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from workload import Job
 
 @dataclass(kw_only=True)
 class System:
-    """A job that runs. `tick` is called every few milliseconds while it does."""
+    """A running job. `tick` is called every few milliseconds while it runs."""
 
     job: Job
     patience_s: float = 0.0  # what `stop` grants between SIGTERM and SIGKILL
@@ -37,7 +37,7 @@ class System:
         raise NotImplementedError
 
     def tick(self) -> None:
-        """Raises RuntimeError when the job as a whole has ended too early."""
+        """Supervise the job. Raises RuntimeError when it has ended too early."""
         for child in self.children:
             if child.poll() not in (None, 0):
                 raise RuntimeError(f"ended with {child.returncode}: {self.tail()}")
@@ -54,16 +54,16 @@ class System:
 
     @classmethod
     def unavailable(cls) -> str | None:
-        """Why this system cannot be measured here, if it cannot."""
+        """The reason why this system cannot be measured here; empty if it can."""
         return None
 
     def events(self) -> list[dict[str, Any]]:
-        """The system's own account of what happened, if it gives one."""
+        """The system's own event log, if it has one."""
         return []
 
 
 class Torchrun(System):
-    """One script under `torch.distributed.run`, which starts all workers again when one dies."""
+    """One script under `torch.distributed.run`, which restarts all workers when one dies."""
 
     script = "ddp_worker.py"
 
@@ -81,7 +81,7 @@ class Pipelining(Torchrun):
 
 
 class Torchft(System):
-    """A lighthouse and one replica group per worker; a dead replica is started again at once."""
+    """A lighthouse and one replica group per worker; a dead replica is restarted at once."""
 
     @classmethod
     def unavailable(cls) -> str | None:
@@ -113,7 +113,7 @@ class Torchft(System):
             raise RuntimeError("the lighthouse has ended")
 
     def _open_gate(self) -> None:
-        """The first replicas start together, so that the first step has them all."""
+        """Let the first replicas start together, so that all take part in the first step."""
         gate = self.folder / "go"
         if not gate.exists() and len(list(self.folder.glob("stamps-*"))) >= self.job.workers:
             time.sleep(1.0)
@@ -166,19 +166,19 @@ class Protected(Everstep):
 
 
 class Replicated(Protected):
-    """The same, by copies."""
+    """The same, protected by copies."""
 
     protection = "replicate"
 
 
 class Replayed(Protected):
-    """The same, by backups that run the same optimizer."""
+    """The same, protected by backups that run the same optimizer."""
 
     protection = "replay"
 
 
 class Unprotected(Protected):
-    """The same two nodes; a lost one would take its shards along."""
+    """The same two nodes without protection: a lost node loses its shards."""
 
     protection = "none"
 
@@ -215,7 +215,7 @@ class EverstepNodes(Everstep):
         return next(number for number, launcher in self.nodes.items() if launcher.pid in parents)
 
     def signal(self, number: int, sent: signal.Signals) -> None:
-        """To all processes of a node, also to those that they start meanwhile if they are to stop."""
+        """Signal all processes of a node; for a stop, also those that they start meanwhile."""
         reached: set[int] = set()
         while new := [process for process in self._processes(number) if process.pid not in reached]:
             for process in new:
@@ -227,7 +227,7 @@ class EverstepNodes(Everstep):
         self.stopped.add(number)
 
     def restart(self) -> None:
-        """Start what was stopped, killed or has left again."""
+        """Restart the nodes that were stopped, were killed or have left."""
         for number, launcher in list(self.nodes.items()):
             if number in self.stopped or launcher.poll() is not None:
                 stop(launcher, patience_s=0.0)
@@ -241,7 +241,7 @@ class EverstepNodes(Everstep):
 
 
 def versions() -> dict[str, str | float | None]:
-    """What was measured, on what."""
+    """Versions of what was measured, and the machine."""
 
     def version(name: str) -> str | None:
         try:

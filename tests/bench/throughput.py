@@ -1,4 +1,4 @@
-"""Bytes per second of what a snapshot is made of: copies with a checksum, erasure coding and its decoding.
+"""Throughput of the parts of a snapshot: copies with a checksum, erasure coding and decoding.
 
 A memcpy's throughput is bytes copied per second; encoding's and decoding's are bytes of members read per second: k
 members are read to make m parity rows, or to make the two that were lost.
@@ -26,7 +26,7 @@ Bytes = np.ndarray[tuple[int], np.dtype[np.uint8]]
 
 
 def warm(size_bytes: int, *, shared: bool = False) -> Bytes:
-    """Memory that has been touched, with something in it; `shared` as the keeper's is."""
+    """Memory that has been touched, with random content; `shared` like the keeper's."""
     kind = mmap.MAP_SHARED if shared else mmap.MAP_PRIVATE
     memory = mmap.mmap(-1, size_bytes, flags=kind | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)
     array = np.frombuffer(memory, dtype=np.uint8)
@@ -57,7 +57,7 @@ def rates(works: dict[str, Callable[[int], object]], items: int, item_bytes: int
 
 
 def copying(blocks: int, block_bytes: int, rounds: int) -> dict[str, float]:
-    """Copies into keeper memory: as fast as memory goes, with a checksum on the way, and with one afterwards."""
+    """Copies into keeper memory: plain, with a checksum on the way, and with a checksum afterwards."""
     sources = [warm(block_bytes) for _ in range(blocks)]
     targets = [warm(block_bytes, shared=True) for _ in range(blocks)]
 
@@ -76,9 +76,9 @@ def copying(blocks: int, block_bytes: int, rounds: int) -> dict[str, float]:
 
 
 def coding(stripes: int, block_bytes: int, rounds: int) -> dict[str, float]:
-    """Encoding and decoding of stripes, by us and through pyeclib's drivers, beside copies of the same members.
+    """Encoding and decoding of stripes, by Everstep and by pyeclib's drivers, beside copies of the same members.
 
-    `encode_by_pieces` is how keepers do it, who get members one after the other over the network.
+    `encode_by_pieces` is how keepers encode, since members arrive one after the other over the network.
     """
     code = Code(DATA, PARITY)
     members = [[warm(block_bytes) for _ in range(DATA)] for _ in range(stripes)]

@@ -1,4 +1,4 @@
-"""Bytes between nodes, counted by the kernel at their interfaces, that each way of outliving nodes adds to a step.
+"""Bytes between nodes that each kind of protection adds to a step, counted by the kernel at their interfaces.
 
 Three nodes in network namespaces, one worker each, a version protected at every step: parity is made of stripes of two
 shards and one parity block. What the step itself sends (partial sums, values) is what a job without protection sends.
@@ -20,7 +20,7 @@ FIRST, LAST = 10, 60  # steps between which bytes are counted
 
 
 def bytes_on_the_wire() -> dict[str, Any]:
-    """Per parameter and step, by way of protecting it, beyond what a step sends without; or why it was not measured."""
+    """Bytes per parameter and step, by kind of protection, beyond a step without it; or why it was not measured."""
     sys.path.insert(0, str(ROOT))
     from tests.jobs.hosts import Hosts
     from tests.jobs.networks import available
@@ -55,7 +55,7 @@ def _count(hosts: Any, folder: Path, mode: str) -> float:
 
 
 def _sent() -> int:
-    """Bytes that all hosts' interfaces have sent so far."""
+    """Bytes sent by the interfaces of all hosts so far."""
     from tests.jobs.networks import own_namespaces
 
     total = 0

@@ -1,4 +1,4 @@
-"""What every system of a benchmark trains: one model, one data order, one batch; and the arguments of a worker."""
+"""The workload of every system in a benchmark: model, data order and batch; and the arguments of a worker."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from everstep.demo.text import SourceText
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One training job; travels to the workers as a JSON file."""
+    """One training job; the workers read it from a JSON file."""
 
     folder: str = "."  # stamps, checkpoints and gates are files in it
     workers: int = 4
@@ -127,7 +127,7 @@ def share_of(job: Job, rank: int) -> range:
 
 
 def ballast(job: Job) -> bytearray:
-    """Memory that is resident, for as long as this is kept."""
+    """Resident memory, as long as the returned object lives."""
     held = bytearray(job.ballast_mib << 20)
     for start in range(0, len(held), 4096):
         held[start] = 1
@@ -135,7 +135,7 @@ def ballast(job: Job) -> bytearray:
 
 
 def warm_up(job: Job) -> None:
-    """One throw-away step: the first optimizer step of a process imports for seconds, which no peer should pay late."""
+    """Run one step and discard it: the first optimizer step of a process imports for seconds."""
     torch.set_num_threads(1)
     model, optimizer = build(job)
     tokens = torch.zeros(1, job.context, dtype=torch.int64)

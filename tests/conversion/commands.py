@@ -16,7 +16,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 class Commands:
-    """`everstep` as a user runs it, but for the process."""
+    """`everstep` as a user runs it, in this process."""
 
     def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
         self._capsys = capsys
@@ -31,13 +31,13 @@ class Commands:
         return Ended(status, found.out, found.err)
 
     def done(self, *arguments: str | Path) -> str:
-        """What a command that ends well prints."""
+        """The output of a command that succeeds."""
         ended = self(*arguments)
         assert ended.status == 0, (arguments, ended)
         return ended.stdout
 
     def refused(self, source: Path, *arguments: str | Path, to: str = "universal") -> str:
-        """The one line with which a conversion is refused; asserts that it leaves nothing."""
+        """The error line of a refused conversion; asserts that no files are left."""
         target = source.parent / "refused"
         before = sorted(source.parent.iterdir())
         message = self("convert", source, target, "--to", to, *arguments).error()
@@ -69,5 +69,5 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def chunks(universal: Path) -> dict[str, bytes]:
-    """The files of a universal checkpoint, but for the manifest: it tells the time."""
+    """The files of a universal checkpoint, except the manifest, which contains the time."""
     return {name: data for name, data in files(universal).items() if name != "manifest.json"}

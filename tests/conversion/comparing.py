@@ -1,4 +1,4 @@
-"""Whether what was read of a checkpoint is what live processes held, and the writing of contents for tests."""
+"""Compares the content of a checkpoint with the state of live processes; writes contents for tests."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def assert_tensors(found: Mapping[str, Lazy], truth: Mapping[str, torch.Tensor],
 
 
 def assert_equal_contents(one: Content, other: Content) -> None:
-    """Two contents hold the same, bit for bit; where the tensors come from may differ."""
+    """Two contents are equal, bit for bit; the sources of their tensors may differ."""
     rooms = [{(room, name): tensor for room, name, tensor in each.tensors()} for each in (one, other)]
     assert rooms[0].keys() == rooms[1].keys()
     for key, tensor in rooms[0].items():

@@ -21,7 +21,7 @@ FRAMEWORKS = {
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What the frameworks themselves write or load takes minutes. `items` are those of all folders."""
+    """Tests that run the frameworks themselves take minutes. `items` are those of all folders."""
     for item in items:
         if SCRIPTS.parent in item.path.parents and needs_frameworks(item):
             item.add_marker(pytest.mark.soak)
@@ -40,7 +40,7 @@ def needs_frameworks(item: pytest.Item) -> bool:
 
 @pytest.fixture(scope="session")
 def deepspeed_samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for each variant: its checkpoint, DeepSpeed's own conversion of it, and what the engines held."""
+    """A folder for each variant: its checkpoint, DeepSpeed's own conversion of it, and the state of the engines."""
     out = tmp_path_factory.mktemp("deepspeed")
     script = SCRIPTS / "deepspeed_samples.py"
     run_peer(script, out, "2", *PLAIN, *PARALLEL)
@@ -60,7 +60,7 @@ def deepspeed_kinds(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def megatron_samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for each case, with a checkpoint in both forms and what the live processes held."""
+    """A folder for each case, with a checkpoint in both forms and the state of the live processes."""
     root = tmp_path_factory.mktemp("megatron")
     run_peer(SCRIPTS / "megatron_save.py", root)
     return root
@@ -68,7 +68,7 @@ def megatron_samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def fsdp_samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for each case: the checkpoint that torch wrote, and what the live processes held."""
+    """A folder for each case: the checkpoint that torch wrote, and the state of the live processes."""
     root = tmp_path_factory.mktemp("fsdp")
     run_peer(SCRIPTS / "fsdp_samples.py", "save", root)
     return root
@@ -76,7 +76,7 @@ def fsdp_samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def transformers_samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for each case: the model that transformers saved, and what it held."""
+    """A folder for each case: the model that transformers saved, and its tensors."""
     root = tmp_path_factory.mktemp("transformers")
     run_peer(SCRIPTS / "transformers_samples.py", "save", root)
     return root

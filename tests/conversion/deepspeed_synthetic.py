@@ -1,4 +1,4 @@
-"""Checkpoints laid out as DeepSpeed's, of what it cannot write on CPU or what few jobs have: fp16, uneven fused
+"""Checkpoints in DeepSpeed's layout that it cannot write on CPU, or that few jobs have: fp16, uneven fused
 parameters, padded vocabularies, averaged slices, the elastic form, experts in the other order of ranks.
 
 Written with our own writer of torch's files, after the layouts in DeepSpeed's sources; the samples that DeepSpeed
@@ -35,7 +35,7 @@ def state_of(array: np.ndarray, state: str) -> np.ndarray:
 
 @dataclass
 class Job:
-    """What a synthetic job was like. `groups`: names by optimizer group; `settings`: of each group."""
+    """A synthetic job. `groups`: names by optimizer group; `settings`: of each group."""
 
     pieces: Pieces
     data: int = 2

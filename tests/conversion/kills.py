@@ -26,7 +26,7 @@ NEVER = 1e9
 
 
 def pieces(partial: Path) -> dict[str, dict[str, Any]]:
-    """What is done, by the parts of a universal checkpoint or by the journal: when it was written, how often told."""
+    """What is done, by the parts of a universal checkpoint or by the journal: when each was written, and how often."""
     found: dict[str, dict[str, Any]] = {}
     for part in (partial / "parts").glob("*.json"):
         try:

@@ -1,4 +1,4 @@
-"""Boxes of tensors that are stored in chunks: any box of any partition is what the whole has there."""
+"""Boxes of tensors that are stored in chunks: any box of any partition equals that part of the whole."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`everstep convert`, `inspect`, `verify` and `diff` as a user runs them, on what the frameworks themselves wrote."""
+"""`everstep convert`, `inspect`, `verify` and `diff` as a user runs them, on checkpoints that the frameworks wrote."""
 
 from __future__ import annotations
 
@@ -301,7 +301,7 @@ def test_at_a_url(model: Path, tmp_path: Path, run: Commands) -> None:
 
 
 def test_names_of_any_kind(tmp_path: Path, run: Commands) -> None:
-    """None leads out of the folder, none is mixed up with zarr's files, and none writes to the terminal."""
+    """No name leads out of the folder, is confused with zarr's files, or writes to the terminal."""
     names = [
         "..",
         ".",

@@ -1,4 +1,4 @@
-"""What is wrong with sources and disks: one line, an exit status, nothing written, nothing executed."""
+"""Faulty sources and disks: one line, an exit status, nothing written, nothing executed."""
 
 from __future__ import annotations
 
@@ -287,7 +287,7 @@ WRITERS = ("universal", "deepspeed", "deepspeed-universal", "dcp", "hf")
 
 @pytest.mark.parametrize("to", [*WRITERS, "megatron"])
 def test_files_that_cannot_grow(to: str, tmp_path: Path, run: Commands) -> None:
-    """A disk that refuses while a tensor is written: what is written stays for the next attempt."""
+    """A disk that is full while a tensor is written: what is written stays for the next attempt."""
     names = {f"decoder.layers.{n}.mlp.linear_fc2.weight": (256, 512) for n in range(3)}
     source = safetensors(tmp_path / "model" / "model.safetensors", names)
     arguments = ["convert", str(source), str(tmp_path / "out"), "--to", to]
@@ -330,7 +330,7 @@ print(status["VmHWM"].split()[0])
 
 
 def peak_bytes(*arguments: str | Path) -> int:
-    """The most memory that a command had. Not what `wait4` tells: that begins with what its parent had."""
+    """The peak memory of a command. `wait4` is of no help: its number includes the parent's memory at the fork."""
     ended = command(["-c", MEASURED, *map(str, arguments)])
     assert ended.status == 0, ended.stderr
     return int(ended.stdout) * 1024

@@ -1,4 +1,4 @@
-"""Conversions that are killed: the destination is absent or whole at every moment, and nothing is done twice."""
+"""Conversions that are killed: the destination is absent or whole at every moment, and no work is repeated."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def killed(target: Path, after: list[float], *arguments: str | Path) -> list[dict]:
-    """The attempts at a conversion: each killed after so many pieces (see kills.py), but for the last one."""
+    """The attempts at a conversion: each killed after some pieces (see kills.py), except the last one."""
     done = subprocess.run(
         [sys.executable, KILLS, target, json.dumps(after), *map(str, arguments)],
         capture_output=True, text=True, timeout=120,
@@ -47,7 +47,7 @@ def killed(target: Path, after: list[float], *arguments: str | Path) -> list[dic
 
 
 def assert_nothing_twice(attempts: list[dict]) -> None:
-    """What was done before a kill is as it was after the next one."""
+    """The pieces finished before a kill are unchanged after the next one."""
     for before, after in itertools.pairwise(attempts):
         if after["pieces"]:  # else it has ended
             assert {name: after["pieces"].get(name) for name in before["pieces"]} == before["pieces"]
@@ -122,7 +122,7 @@ def begun(out: Path) -> Path:
 
 
 def partly(model: Path, out: Path, *arguments: str) -> dict[str, bytes]:
-    """A real process that is killed when it has written something; what it leaves."""
+    """Kill a real process once it has written something; returns what it leaves."""
     command = [sys.executable, "-m", "everstep", "convert", str(model), str(out), *arguments, *SLOWLY]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60

@@ -1,4 +1,4 @@
-"""DeepSpeed's checkpoints against the engines that wrote them, bit for bit; and its engines on what we write."""
+"""DeepSpeed's checkpoints against the engines that wrote them, bit for bit; and its engines on our checkpoints."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def truths(folder: Path) -> list[dict]:
 
 
 def whole(pieces: list[torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
-    """Slices of tensor-parallel ranks, put together as the shape of the whole tells: not as any pattern does."""
+    """Slices of tensor-parallel ranks, joined by the shape of the whole, not by any pattern."""
     if tuple(pieces[0].shape) == shape:
         return pieces[0]
     (dim,) = (dim for dim, (ours, all_) in enumerate(zip(pieces[0].shape, shape, strict=True)) if ours != all_)
@@ -125,7 +125,7 @@ def test_what_is_read_is_what_the_engines_held(variant: str, samples: Path) -> N
 
 @pytest.mark.parametrize("variant", UNIVERSAL)
 def test_deepspeeds_own_conversion_is_read(variant: str, samples: Path) -> None:
-    """Of either form, with what the original has and DeepSpeed's form drops: shapes, steps, buffers, frozen, ties."""
+    """In either form, with what DeepSpeed's form drops of the original: shapes, steps, buffers, frozen, ties."""
     folder = samples / variant / "global_step3_universal"
     assert detect(folder) == "deepspeed-universal"
     content = deepspeed_universal.read(folder, Options())
@@ -202,7 +202,7 @@ LOADS = {"load-z1-fp32": "z1-fp32", "load-z2-bf16": "z1-bf16", "load-z1-bf16": "
 
 @pytest.fixture(scope="session")
 def loads(samples: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Engines of one rank and another stage that loaded what we wrote of checkpoints of two."""
+    """Engines of one rank, with another stage, that loaded conversions of checkpoints of two ranks."""
     out = tmp_path_factory.mktemp("loads")
     for name, variant in LOADS.items():
         written(deepspeed.read(samples / variant, Options()), out / name)

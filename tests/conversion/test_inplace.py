@@ -1,4 +1,4 @@
-"""Checkpoints of other frameworks read where they lie, as a job that resumes from one does."""
+"""Checkpoints of other frameworks, read in place as by a job that resumes from one."""
 
 from __future__ import annotations
 

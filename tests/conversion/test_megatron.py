@@ -234,7 +234,7 @@ def test_refuses_other_backends(saved: Path, tmp_path: Path) -> None:
 
 
 def test_buckets_that_are_not_the_weights_are_refused(saved: Path, tmp_path: Path) -> None:
-    """The order in buckets is inferred: where it is not what was assumed, the weights tell."""
+    """The order in buckets is inferred: where the assumption is wrong, the weights show it."""
     content = read("megatron", saved / "buckets")
     folder = damaged(saved, tmp_path / "bad")
     for file in folder.glob("*.distcp"):  # the sign of one bias

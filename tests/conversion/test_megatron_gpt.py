@@ -78,7 +78,7 @@ def test_kills_change_no_byte(alone: Path, tmp_path: Path) -> None:
 
 
 def test_a_job_goes_on_from_a_checkpoint_of_megatron(alone: Path, tmp_path: Path) -> None:
-    """As Megatron itself has gone on: from the folder that its dist_checkpointing wrote, on two stages, with kills."""
+    """As Megatron itself continues: from the folder that its dist_checkpointing wrote, on two stages, with kills."""
     flags = [f"--es-resume={alone / 'tied' / 'megatron'}"]
     faults = [{"rank": 1, "phase": "compute", "step": SAVED}, {"rank": 2, "phase": "update", "step": SAVED}]
     losses = job("2 stages x 2 ranks", "--dropout=0", save=tmp_path / "state.pt", flags=flags, faults=faults)

@@ -1,4 +1,4 @@
-"""The rules from Hugging Face to Megatron, by what the renamed models compute: both libraries' logits are the same."""
+"""The rules from Hugging Face to Megatron: renamed models give the same logits in both libraries."""
 
 from __future__ import annotations
 

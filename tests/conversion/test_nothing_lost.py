@@ -1,5 +1,5 @@
-"""A conversion drops nothing and guesses nothing: kinds of checkpoints of which something could be lost, or taken for
-something else, each converted as a user does it.
+"""A conversion drops nothing and guesses nothing: kinds of checkpoints of which parts could be lost or mistaken, each
+converted as a user does it.
 
 Those of DeepSpeed and Megatron, and the sharded safetensors, were written by the libraries themselves and are kept in
 `data`, with what the live processes held.
@@ -312,7 +312,7 @@ def test_names_that_a_rule_leaves_out_are_listed(tmp_path: Path, run: Commands) 
 
 
 def truths(folder: Path, key: str) -> dict[str, torch.Tensor]:
-    """What the live engines held, all ranks' as one."""
+    """The state of the live engines, all ranks merged."""
     found: dict[str, torch.Tensor] = {}
     for path in sorted(folder.glob("truth_*.pt")):
         found.update(torch.load(path, weights_only=True)[key])
@@ -416,7 +416,7 @@ def flats(path: Path) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("case", ["z1-bf16-grads", "pp2-z0-fp32"])
 def test_other_optimizers_of_deepspeed(case: str, deepspeed_kinds: Path, tmp_path: Path, run: Commands) -> None:
-    """BF16 with gradients accumulated in float32; a pipeline in float32 without ZeRO, whose optimizers name nothing."""
+    """BF16 with gradients accumulated in float32; a pipeline in float32 without ZeRO: its optimizers have no names."""
     run.done("convert", deepspeed_kinds / case, tmp_path / "out", "--to", "universal")
     content = read_universal(tmp_path / "out")
     assert_tensors(content.params, truths(deepspeed_kinds / case, "fp32"), "params")

@@ -23,7 +23,7 @@ def test_more_is_lost_than_was_protected_but_there_is_a_checkpoint(tmp_path: Pat
             job.advance(2)
             hosts.kill(*lost)
             saved = job.events("checkpoint_saved")[-1]["version"]
-            job.until(lambda: job.events("planned"), 60, "the others go on")
+            job.until(lambda: job.events("planned"), 60, "the others continue")
         job.see_to_the_end(120)
         result = job.check()
     plans = [event["summary"] for event in result.named("planned")]

@@ -42,7 +42,7 @@ def test_a_lost_stage_without_protection(rank: int, dtype: str, tmp_path: Path) 
     losses = [event["loss"] for event in job.events("committed")]
     assert len(losses) == STEPS
     assert all(map(math.isfinite, losses))
-    assert losses[-1] < losses[0], "it goes on learning"
+    assert losses[-1] < losses[0], "it still learns"
     state = torch.load(next(tmp_path.glob("state-*.pt")), weights_only=True)
     assert ("masters" in state) == (dtype == "bfloat16")
     for name, master in state.get("masters", {}).items():

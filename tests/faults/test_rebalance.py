@@ -1,4 +1,4 @@
-"""Layers, micro-batches and ranks move to where they are computed fastest, while training goes on: the same bytes."""
+"""Layers, micro-batches and ranks move to where they are computed fastest, while training continues: the same bytes."""
 
 from __future__ import annotations
 

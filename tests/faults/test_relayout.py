@@ -119,7 +119,7 @@ def test_there_and_back_with_a_death_in_a_switch(tmp_path: Path) -> None:
             job.until(lambda: job.order(4) == 0, "the order is taken")
             job.until(lambda: len(job.events("relayout_prepared")) == 2, "a layout of 4 stages is ready")
             os.kill(max(job.pids()[3]), signal.SIGKILL)
-            job.until(lambda: job.events("recovered"), "the others go on")
+            job.until(lambda: job.events("recovered"), "the others continue")
             job.until(lambda: job.stages() == 4 and job.events("joined"), "4 stages")
             job.trains(1)
             job.goes_to(2)

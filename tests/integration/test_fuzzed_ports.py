@@ -273,7 +273,7 @@ def test_ten_thousand_malformed_inputs_for_a_rank() -> None:
         for place in (port, names[0]):
             throw_all(("a rank", place), rng, known, INPUTS)
         so_far = min(passed)
-        wait_until(lambda: min(passed) > so_far + 10, 10, "they go on talking")
+        wait_until(lambda: min(passed) > so_far + 10, 10, "they still communicate")
         wait_until(lambda: psutil.Process().num_fds() <= descriptors + 4, 10, "descriptors are given back")
         assert ranks[0].broken == ranks[1].broken == ()
     finally:

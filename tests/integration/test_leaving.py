@@ -90,7 +90,7 @@ def test_a_script_stops_training(tmp_path: Path, loop: bool) -> None:
     assert (killed / "steps-1").read_text().split() == steps
     again = job(plain, "--es-resume-data=ignore", loop=loop, steps=AT + 5)
     assert again.status == 0, again.stderr
-    assert saved(plain)[0] == AT + 5, "a job that goes on from there trains on"
+    assert saved(plain)[0] == AT + 5, "a job that resumes there continues training"
 
 
 @pytest.mark.parametrize(("how", "loop"), [("break", False), ("break", True), ("exit", False), ("vanish", True)])

@@ -67,7 +67,7 @@ IN_A_JOB = {
     "settings_differ": "give every rank the same settings",
     "optimizers_differ": "built a different optimizer than the others",
     "states_differ": "differs in step 1: expected the same on all ranks, got 0.0 on rank 0 and 0.5 on rank 1. Set it",
-    "call_of_one_rank": "and rank 1 goes on with step 1 without it: all ranks have to make the same calls",
+    "call_of_one_rank": "and rank 1 continues with step 1 without it: all ranks have to make the same calls",
     "rate_of_each_rank": "rank 0 set lr of parameter group 0 to 0.3 and rank 1 to 0.15: work it out from what is equal",
 }
 

@@ -150,7 +150,7 @@ def test_a_node_without_its_coordinator_ends(tmp_path: Path) -> None:
     wait_until(lambda: job.committed(1), 60, "two steps")
     second.kill()
     finish(second, timeout_s=10)
-    wait_until(lambda: job.named("recovered"), 20, "the job goes on without it")
+    wait_until(lambda: job.named("recovered"), 20, "the job continues without it")
     (lost,) = job.named("node_lost")
     assert lost["node"].endswith(f"-{second.pid}")
     assert (lost["host"], lost["ranks"]) == ("127.0.0.1", [1])

@@ -59,7 +59,7 @@ class Family:
 
     def advance(self) -> None:
         goal = self.committed() + 2
-        wait_until(lambda: self.committed() >= goal, 60, "training goes on")
+        wait_until(lambda: self.committed() >= goal, 60, "training continues")
 
 
 @pytest.fixture

@@ -101,7 +101,7 @@ def test_torchrun_meets_at_our_coordinator(meeting: Meeting) -> None:
     meeting.coordinators[0].kill()
     before = len(meeting.ranks())
     meeting.coordinators.append(meeting.start_coordinator())
-    wait_until(lambda: len(meeting.ranks()) >= before + 2, 60, "the other two go on")
+    wait_until(lambda: len(meeting.ranks()) >= before + 2, 60, "the other two continue")
     assert [r["world_size"] for r in meeting.ranks()[before:]] == [2, 2]
     (meeting.out / "go").touch()
     for agent in agents[1:]:

@@ -1,4 +1,4 @@
-"""Simulated jobs whose storage of checkpoints is full for a while: training goes on, only what is whole is saved."""
+"""Simulated jobs whose checkpoint storage is full for a while: training continues; only whole versions are saved."""
 
 from __future__ import annotations
 

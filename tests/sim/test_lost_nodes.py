@@ -99,7 +99,7 @@ def test_again_and_again(name: str) -> None:
 
 @pytest.mark.parametrize("alone", [False, True], ids=["from the coordinator", "from everybody"])
 def test_a_silent_node(alone: bool) -> None:
-    """It is declared lost while its workers go on; nothing that it says or does afterwards counts."""
+    """It is declared lost while its workers continue; nothing that it sends or does afterwards counts."""
     for name, seed in itertools.product(("3 nodes", "4 nodes", "5 nodes"), range(4)):
         fault = NodeFault(victims=1, phase="commit", after=1 + 2 * seed, silent_s=8.0, alone=alone, back_s=0.1)
         outcome = simulate(seed, SHAPES[name], faults=[fault])
@@ -115,7 +115,7 @@ def test_a_short_silence_costs_nothing() -> None:
 
 
 def test_more_nodes_than_promised() -> None:
-    """The job ends and says why, or goes on with the right bytes: where nothing that only they held was needed."""
+    """The job ends with its reason, or continues with the right bytes if nothing that only they held was needed."""
     ended = 0
     for name, seed in itertools.product(("3 nodes", "4 nodes", "6 nodes"), range(8)):
         shape = SHAPES[name]

@@ -12,7 +12,7 @@ SEEDS = range(24)
 
 @pytest.mark.parametrize("name", MADE_UP)
 def test_more_is_lost_than_the_promise_allows(name: str) -> None:
-    """All go on from the same values, and end with the bytes of a run that goes on from them undisturbed."""
+    """All continue from the same values, and end with the bytes of a run that continues from them undisturbed."""
     outcomes = [simulate(seed, SHAPES[name]) for seed in SEEDS]
     made_up = [outcome for outcome in outcomes if outcome.happenings["shards made up"]]
     assert len(made_up) >= 2

@@ -28,7 +28,7 @@ def test_nodes_are_lost_in_replay(name: str) -> None:
     """Within the promise, no lost node takes a version along."""
     outcomes = [simulate(seed, SHAPES[name]) for seed in SEEDS]
     assert sum(outcome.nodes_lost for outcome in outcomes) > len(SEEDS) // 2
-    if not SHAPES[name].drains:  # else those who were to go on may be lost
+    if not SHAPES[name].drains:  # else those that would continue may be lost
         assert all(outcome.broken for outcome in outcomes if outcome.why)
     kept = [outcome for outcome in outcomes if not outcome.broken]
     assert len(kept) > len(SEEDS) // 2

@@ -281,7 +281,7 @@ def test_a_rank_that_was_interrupted_takes_the_result_that_others_have() -> None
 
 @pytest.mark.parametrize("lives", [{}, {0: 0}, {0: 1}, {0: 2, 1: 3}])
 def test_one_rank_saves_whoever_dies(lives: dict[int, int], tmp_path: Path) -> None:
-    """The file is there, whole, when a rank goes on; it is not written again by ranks that come by later."""
+    """The file exists, whole, when a rank continues; ranks that make the call later do not write it again."""
     path = tmp_path / "weights.pt"
 
     def script(rank: Rank) -> Any:
@@ -378,7 +378,7 @@ def test_a_rank_goes_on_without_the_call(gone: int) -> None:
     results = Cluster(2, script).run()
     line = results[1 - gone]
     assert f"rank {1 - gone} calls run.barrier before the loop (" in line
-    assert f"and rank {gone} goes on with step 0 without it" in line
+    assert f"and rank {gone} continues with step 0 without it" in line
 
 
 def test_a_call_after_the_end_of_the_lowest_rank() -> None:

@@ -202,7 +202,7 @@ def test_more_samples_than_allowed_cannot_be_read() -> None:
     assert [found.fetch(0, number).tolist() for number in range(3)] == [[0, 2], [2, 3], [4, 6]]
     with pytest.raises(UsageError, match=r"^skip_bad_samples=2: 3 samples of the dataset \(Sparse\) could not be read"):
         found.fetch(1, 0)
-    with pytest.raises(UsageError, match="is a stream, which cannot go on behind an exception"):
+    with pytest.raises(UsageError, match="is a stream, which cannot continue after an exception"):
         source(Numbers(40), replace(SETTINGS, skip_bad_samples=2))
 
 

@@ -47,7 +47,7 @@ def test_what_was_decided_is_told_by_the_next(tmp_path: Path) -> None:
     assert [(line["number"], line["event"]) for line in durable.records] == [(1, "node_joined"), (2, "later")]
     message = pb.AttachResponse(notice=pb.Notice(text="third"))
     durable.order("n0", message)
-    assert message.number == 3, "numbers go on"
+    assert message.number == 3, "numbers continue"
     assert isinstance(ahead_s, float)
     durable.close("n0")
     durable.write(durable.gather(state, 8.0), sync=False)

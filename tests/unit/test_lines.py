@@ -140,7 +140,7 @@ def test_newer_versions_of_the_former_line_are_not_given(nodes: Nodes) -> None:
     nodes.write(6, 60.0)
     assert nodes.read(6) == AFTER
     nodes.enter(2, LINES)
-    assert nodes.read(5) == BEFORE, "by the plan that forks, what it goes on from is read"
+    assert nodes.read(5) == BEFORE, "by the plan that forks, what it continues from is read"
     assert nodes.read(5, LINES) == {}, "it is not known yet which of these are approximated"
     for number, name in enumerate(NODES):
         assert nodes.snapshots[name].resume(number, 5) is not None

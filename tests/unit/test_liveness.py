@@ -191,7 +191,7 @@ def test_the_pace_of_a_worker() -> None:
         return read_page(progress._memory).pace
 
     assert pace() is Pace.FREE, "it imports, and builds its model"
-    for step, expected in ((5, Pace.FIRST), (6, Pace.STEADY)):  # 5: it goes on from a checkpoint, or has joined
+    for step, expected in ((5, Pace.FIRST), (6, Pace.STEADY)):  # 5: it resumes from a checkpoint, or has joined
         progress.mark(StepPhase.COMPUTE, step)
         with progress.within(Pace.FETCH):
             assert pace() is Pace.FETCH
@@ -214,7 +214,7 @@ def test_the_pace_of_a_worker() -> None:
     progress.leave()
     with progress.called():
         progress.mark(StepPhase.RECOVER, 8)
-    assert pace() is Pace.FREE, "the user's code goes on"
+    assert pace() is Pace.FREE, "the user's code continues"
 
 
 def test_what_a_worker_waits_for_is_on_its_page() -> None:

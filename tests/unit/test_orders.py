@@ -98,7 +98,9 @@ def test_a_relayout_waits_for_no_other_order() -> None:
     script.job = replace(script.job, steps=1000)
     script.train()
     orders, relayout = OperatorOrders(), pb.OrderRequest(relayout=pb.Relayout(stages=4))
-    assert orders.take(relayout, script.state).text == "the job goes to 4 stage(s) at a step boundary; training goes on"
+    assert (
+        orders.take(relayout, script.state).text == "the job goes to 4 stage(s) at a step boundary; training continues"
+    )
     assert "another order waits: try again" in orders.take(relayout, script.state).refused
     assert orders.poll() == e.RelayoutOrdered(4)
     script(e.RelayoutOrdered(4))

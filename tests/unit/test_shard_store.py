@@ -240,7 +240,7 @@ def test_statistics_of_a_batch_norm_are_their_own_values() -> None:
 
 @pytest.mark.parametrize(("dtype", "masters"), [(torch.float32, "none"), (torch.bfloat16, "float32")])
 def test_moving_averages_are_torchs(dtype: torch.dtype, masters: str) -> None:
-    """Those of `torch.optim.swa_utils` over what the optimizer steps; a state that is loaded goes on with them."""
+    """Those of `torch.optim.swa_utils` over what the optimizer steps; a loaded state continues with them."""
     trained = Trained(dtype, masters, decay=0.75)
     other = Trained(dtype, masters, decay=0.75)
     step_values = lambda: [trained.store.state(s.index)["value"] for s in trained.shards]  # noqa: E731

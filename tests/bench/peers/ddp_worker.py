@@ -30,7 +30,7 @@ def main() -> None:
         optimizer.load_state_dict(saved["optimizer"])
         first = saved["step"] + 1
     # DDP changes the layout of its buckets after the first step of a process, and gloo's sums depend on the layout: a
-    # job that goes on from a checkpoint does not repeat its bits, unless option "ddp" is {"find_unused_parameters":
+    # job that continues from a checkpoint does not repeat its bits, unless option "ddp" is {"find_unused_parameters":
     # True}.
     wrapped = DistributedDataParallel(model, **job.option("ddp", {}))
     _held = ballast(job)

@@ -1,6 +1,6 @@
 """Run a command and print its wall time and the largest memory of any of its processes, as JSON.
 
-A process of its own, and a small one: the kernel counts what a process was before it became the command.
+This is a separate, small process: the kernel counts the memory of a process before it executes the command too.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Everstep on layers that sleep: many ranks are honest on a few processors, since a rank that computes needs none.
+"""Everstep on layers that sleep: a computing rank needs no processor, so a few processors serve many ranks.
 
 Arguments: a JSON object with `layers`, `stages`, `micro_batches`, `steps`, `forward_s` and `backward_s` of a layer; if
 wanted also `width`, of a layer, `optimizer`, by its name in torch.optim, and `protection`. A file `slow-RANK` in the
@@ -24,7 +24,7 @@ WIDTH = config.get("width", 16)
 
 
 def pace() -> float:
-    """How many times as long this rank takes now."""
+    """The slowdown of this rank at present, as a factor."""
     try:
         return float((Path(config["slow"]) / f"slow-{os.environ['RANK']}").read_text())
     except (KeyError, OSError):
@@ -44,7 +44,7 @@ class _Sleep(torch.autograd.Function):
 
 
 class Sleeping(nn.Module):
-    """A layer that takes as long as it is said to."""
+    """A layer with a given duration."""
 
     def __init__(self) -> None:
         super().__init__()

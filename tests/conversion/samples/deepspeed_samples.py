@@ -1,4 +1,4 @@
-"""Checkpoints that DeepSpeed wrote, and beside each what its engines held: run by the peers' interpreter.
+"""Checkpoints that DeepSpeed wrote, each with the state of its engines: run by the peers' interpreter.
 
     deepspeed_samples.py OUT WORLD VARIANT...
 
@@ -120,7 +120,7 @@ def masters(engine: deepspeed.DeepSpeedEngine) -> dict[nn.Parameter, torch.Tenso
 
 
 def truth(engine: deepspeed.DeepSpeedEngine) -> dict:
-    """What this rank's engine holds, by the names of its module."""
+    """The tensors of this rank's engine, by the names of its module."""
     if engine.zero_optimization() and engine.zero_optimization_stage() < 3:  # fp32 engines link the moments too early
         engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()
@@ -243,7 +243,7 @@ def experts(out: Path, rank: int, stage: int, dtype: str) -> None:
 
 
 def autotp(out: Path, rank: int, stage: int, dtype: str) -> None:
-    """A Llama whose linears DeepSpeed cuts over two ranks; truth is in rank's slices, gathered by the reader of it."""
+    """A Llama whose linears DeepSpeed cuts over two ranks; the reader gathers the truth from each rank's slices."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(1)

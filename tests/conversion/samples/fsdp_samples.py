@@ -1,4 +1,4 @@
-"""FSDP2 models in two processes: trained, saved by torch.distributed.checkpoint, and loaded from what was converted.
+"""FSDP2 models in two processes: trained, saved by torch.distributed.checkpoint, and loaded from converted checkpoints.
 
 Usage: fsdp_samples.py save FOLDER, or: fsdp_samples.py load FOLDER.
 Makes FOLDER/<case>/{checkpoint, truth.pt}; loads FOLDER/<case>/converted and writes FOLDER/<case>/loaded.pt.

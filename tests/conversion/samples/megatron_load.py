@@ -1,4 +1,4 @@
-"""Load converted checkpoints into Megatron worlds of other shapes, and write down what their processes then hold.
+"""Load converted checkpoints into Megatron worlds of other shapes, and record the state of their processes.
 
 Usage: megatron_load.py FOLDER CONVERTED. For every case in both, writes CONVERTED/<case>/loaded.pt.
 """

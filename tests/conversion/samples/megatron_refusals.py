@@ -1,4 +1,4 @@
-"""What everstep.integrations.megatron says to models and groups that do not go with it: a JSON object of texts."""
+"""The errors of everstep.integrations.megatron for unsupported models and groups: a JSON object of texts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def refused(action: Callable[[], Any]) -> str:
 
 
 def changed(**settings: Any) -> str:
-    """What is said to a model whose configuration differs."""
+    """The error for a model with another configuration."""
     model = megatron_gpt.gpt(megatron_gpt.parser.parse_args(["--layers=1", "--width=16"]))
     for name, value in settings.items():
         setattr(model.config if hasattr(model.config, name) else model, name, value)

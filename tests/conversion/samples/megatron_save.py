@@ -1,4 +1,4 @@
-"""Train tiny Megatron GPTs, save each in every form, and write down what their processes held.
+"""Train tiny Megatron GPTs, save each in every form, and record the state of their processes.
 
 Usage: megatron_save.py FOLDER. Makes FOLDER/<case>/{iter_0000003, latest_..., truth.pt}, and FOLDER/<case>/legacy.
 """

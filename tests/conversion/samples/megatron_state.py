@@ -1,4 +1,4 @@
-"""What the live tensors of a Megatron world hold, whole and by name; and that world's checkpoints, saved and loaded."""
+"""The live tensors of a Megatron world, whole and by name; saves and loads that world's checkpoints."""
 
 from __future__ import annotations
 
@@ -198,7 +198,7 @@ def save(case: Case, model: Any, optimizer: Any, root: Path) -> None:
 
 
 def save_legacy(case: Case, model: Any, optimizer: Any, root: Path) -> None:
-    """What Megatron-LM's own saving (which megatron-core lacks) does with `--ckpt-format torch`, of live objects."""
+    """Save live objects as Megatron-LM does with `--ckpt-format torch`, which megatron-core lacks."""
     pp, tp = parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_tensor_model_parallel_rank()
     name = f"mp_rank_{tp:02d}" + (f"_{pp:03d}" if case.pp > 1 else "")
     folder = root / "iter_0000003" / name
@@ -222,7 +222,7 @@ def save_legacy(case: Case, model: Any, optimizer: Any, root: Path) -> None:
 
 
 def restore(case: Case, model: Any, optimizer: Any, folder: Path) -> dict[str, Any]:
-    """Load a checkpoint into a world of another shape; returns what was common in it."""
+    """Load a checkpoint into a world of another shape; returns its common state."""
     state = dist_checkpointing.load(sharded(case, model, optimizer, loading=True), folder)
     model.module.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])

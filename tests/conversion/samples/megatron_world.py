@@ -1,4 +1,4 @@
-"""Worlds of megatron-core on the CPU: processes over gloo, tiny GPT models, and what their live tensors hold."""
+"""Worlds of megatron-core on the CPU: processes over gloo, tiny GPT models, and their live tensors."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ set_states = DistributedOptimizer._set_main_param_and_optimizer_states
 
 
 def keep_step(self: Any, weight: Any, tensors: dict[str, Any]) -> None:
-    """What megatron-core 0.16 forgets where the optimizer is torch's own: its step, which is already right."""
+    """Keep the step of torch's own optimizer, which megatron-core 0.16 forgets."""
     group, order = self.model_param_group_index_map[weight]
     state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
     set_states(self, weight, {**tensors, "step": state["step"].clone()})
@@ -197,7 +197,7 @@ def one_process(rank: int, world: int, address: str, job: Callable[[], None]) ->
     torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment]
     moe_utils.te_general_gemm = None  # not defined without Transformer Engine
     tensor_parallel.random.CudaRNGStatesTracker.fork = lambda *_, **__: nullcontext()  # type: ignore[method-assign]
-    filesystem_async._results_queue = mp.get_context("fork").Manager().Queue()  # spawned, it imports all anew
+    filesystem_async._results_queue = mp.get_context("fork").Manager().Queue()  # spawned, it imports everything again
     DistributedOptimizer._set_main_param_and_optimizer_states = keep_step  # type: ignore[method-assign]
     dist.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=world)
     with OnCpu():

@@ -65,7 +65,7 @@ def save(out: Path) -> None:
 
 
 def gpt(name: str) -> Any:
-    """The GPTModel that is to compute the same, of one process."""
+    """The GPTModel of one process that should compute the same."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.transformer.transformer_config import TransformerConfig

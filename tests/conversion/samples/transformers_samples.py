@@ -1,4 +1,4 @@
-"""Hugging Face models: saved with their library, and loaded by it from what was converted.
+"""Hugging Face models: saved with their library, and loaded by it from converted checkpoints.
 
 Usage: transformers_samples.py save FOLDER, or: transformers_samples.py load FOLDER.
 Makes FOLDER/<case>/{model, truth.pt}; loads FOLDER/<case>/<form> for the forms below and writes <form>.pt.
