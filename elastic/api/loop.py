@@ -24,6 +24,7 @@ from .course import Course
 from .interruptible import Interruptible
 from .loop_scaler import LoopScaler
 from .schedulers import Schedulers
+from .updates import Updates
 
 
 class _NoLength(UsageError, TypeError):
@@ -40,6 +41,7 @@ class Turns:
     gradients: GradientWatch
     schedulers: Schedulers
     scaler: LoopScaler | None
+    updates: Updates
     accumulates: bool
 
 
@@ -56,6 +58,7 @@ class Batches:
         self._engine = engine
         self._turns = turns
         self._gradients = turns.gradients
+        self._updates = turns.updates
         self._parts = parts
         self.course = course
         self._turn = -1  # the step of the last micro-batch that was handed out; -1: nothing to check of it
@@ -72,6 +75,7 @@ class Batches:
         try:
             yield from self._micro_batches()
         except GeneratorExit:
+            self._updates.end()
             self._show_all()  # the step that the last turn has ended
             self.course.end_batches()
             raise
@@ -122,9 +126,9 @@ class Batches:
         return True
 
     def __len__(self) -> int:
-        """Steps of an epoch."""
+        """Batches of an epoch: its steps, unless several optimizers take turns on each batch."""
         if self._engine.data.order.by_epoch:
-            return self._engine.data.order.epoch_steps
+            return self._engine.data.order.epoch_batches
         raise _NoLength(
             "len(batches): how many micro-batches a rank computes changes with the membership; the job has run.step of "
             "run.settings.steps steps. With epochs= in place of steps=, it is the number of steps of an epoch"
@@ -132,6 +136,9 @@ class Batches:
 
     def _end_turn(self) -> None:
         """The user's code requests the next micro-batch, so it has finished the last one."""
+        self._updates.end()
+        if self._turn >= 0 and not self._skipped:
+            self._updates.check_called()
         if self._open is not None and self._turns.accumulates:
             if not self._gradients.found:
                 raise UsageError(
@@ -173,11 +180,12 @@ class Batches:
                 Spent.FETCH, started_ns, micro_batch=span.micro_batch, amount=tokens, value=samples
             )
             engine.pipeline.restore_statistics(0)
-            engine.pipeline.seed_forward(state.step, span.micro_batch)
+            engine.pipeline.seed_forward(engine.data.order.batch_of(state.step), span.micro_batch)
             engine.pipeline.forwards.before(0)
             self._open, self._turn, self._skipped, self._stepped = span, state.step, False, False
             self._tokens, self._version = None, engine.version
             self._gradients.forget()
+            self._updates.begin()
             if self._turns.scaler is not None:
                 self._turns.scaler.begin_turn()
             self._handed_out_ns = time.monotonic_ns()
@@ -186,10 +194,16 @@ class Batches:
         self._parts.do(fetch)
         return (ready[0],) if self._open is not None else None
 
-    def take(self) -> None:
-        """Make a leaf of the open micro-batch's gradients, and end the step if it was the last one."""
+    def take(self, number: int) -> None:
+        """Make a leaf of the open micro-batch's gradients, and end the step if it was the last one.
+
+        `number`: of the optimizer whose `step()` was called. Where there are several, one call of the turn does that.
+        """
+        if self._turn >= 0 and not self._skipped and not self._updates.step(number, self._turn):
+            return
         self._stepped = True
         self._end_micro_batch("optimizer.step()")
+        self._updates.lend()
 
     def count_tokens(self, count: Any) -> None:
         """The open micro-batch has so many tokens more."""
@@ -211,6 +225,9 @@ class Batches:
 
     def skip(self) -> None:
         """Leave the open micro-batch out: its leaf is zero, and the batch-norm statistics stay as they were."""
+        if self._updates.several and self._stepped and not self._skipped:
+            self._skipped = True  # its gradients are taken, and the rest of the turn has no effect
+            return
         self._end_micro_batch("run.skip()")
 
     def _end_micro_batch(self, call: str) -> None:
@@ -222,7 +239,7 @@ class Batches:
         self._open, self._skipped = None, call == "run.skip()"
         _, state = engine.current()
         engine.pipeline.forwards.after(0)
-        if span not in state.todo:  # a recovery inside the user's turn gave it to another rank
+        if span not in state.todo or state.step != self._turn:  # a recovery inside the turn gave it to another rank
             engine.pipeline.drop_gradients(span)
             self._gradients.forget()
             self._complete_what_is_done()
@@ -231,7 +248,9 @@ class Batches:
             engine.pipeline.drop_gradients(span)
             engine.pipeline.restore_statistics(0)
         else:
-            self._gradients.check(engine.stack.layers[0])
+            self._gradients.check(held.tensor for held in engine.stack.layers[0].parameters)
+            if self._updates.restores_buffers(state.step):
+                engine.pipeline.restore_statistics(0)
             if self._turns.scaler is not None:
                 self._turns.scaler.check_called(state.step)
             if engine.reduction.counts_tokens and self._tokens is None:
@@ -267,11 +286,13 @@ class ElasticOptimizer(Optimizer):
 
     _step_supports_amp_scaling = True  # so that a GradScaler calls `step` in any case, and can be named
 
-    def __init__(self, optimizer: Optimizer, batches: Batches) -> None:
+    def __init__(self, optimizer: Optimizer, batches: Batches, updates: Updates, number: int) -> None:
         # Not Optimizer.__init__: this is a view of the user's optimizer, with the same groups and hooks.
         self.__dict__.update(optimizer.__dict__)
         self.__dict__.pop("step", None)  # a scheduler's patch of the user's instance
         self._batches = batches
+        self._updates = updates
+        self._number = number
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Take the micro-batch's gradients; update when they were the last of the step."""
@@ -282,7 +303,8 @@ class ElasticOptimizer(Optimizer):
                 "scaler.step(optimizer): this GradScaler was not handed over, and would adapt its scale to the "
                 "micro-batches that this rank happens to have: run.prepare(..., scaler=scaler)"
             )
-        self._batches.take()
+        self._batches.take(self._number)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Nothing is left to clear: `step` takes the gradients out of the parameters."""
+        """Nothing is left to clear, but by the losses of other optimizers: `step` takes the gradients out."""
+        self._updates.clear(self._number)

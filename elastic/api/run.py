@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ from everstep.elastic.engine.recovery import Recovery
 from everstep.elastic.engine.resume import Resumption
 from everstep.elastic.engine.user_loop import Step
 from everstep.elastic.holding.buffer_rules import Rule
+from everstep.elastic.holding.several_optimizers import AnyOptimizer, parts_of
 from everstep.elastic.holding.stack import LayerStack
 from everstep.elastic.holding.user_optimizer import UserOptimizer, check_optimizer, is_elementwise
 from everstep.elastic.holding.whole_state import complete_model, complete_optimizer
@@ -42,8 +43,7 @@ from everstep.elastic.step.evaluation_data import EvaluationData
 from everstep.elastic.step.gradients import GradientWatch
 from everstep.elastic.step.loss_scale import LOSS_SCALE, LossScale
 from everstep.elastic.step.reduction import Reduction
-from everstep.elastic.step.schedule import ScheduleState, check_scheduler
-from everstep.elastic.step.streams import STREAM, StreamPlace, Streams
+from everstep.elastic.step.streams import STREAM, StreamPlace
 from everstep.resharding.layout import Layout
 
 from .average import MovingAverage
@@ -56,9 +56,13 @@ from .gradients import Gradients
 from .interruptible import Interruptible
 from .loop import Batches, ElasticOptimizer, Turns
 from .loop_scaler import LoopScaler
-from .schedulers import Schedulers
+from .replacement import loads_values, note_variables
+from .schedulers import Schedulers, checked
 from .sharing import SharedState, Sharing
+from .updates import Updates, as_one, check_several
 
+Models = TypeVar("Models", bound=nn.Module | Sequence[nn.Module])
+Optimizers = TypeVar("Optimizers", bound=Optimizer | Sequence[Optimizer])
 Loss = Callable[[Any, Any], Any]  # (output, targets) -> a tensor, or (a tensor, the number of tokens)
 
 
@@ -163,18 +167,19 @@ class Run(Sharing, Gradients):
 
     def prepare(
         self,
-        model: nn.Module,
-        optimizer: Optimizer,
+        model: Models,
+        optimizer: Optimizers,
         dataset: Any,
         *,
         collate_fn: Callable[[list[Any]], Any] | None = None,
-        scheduler: LRScheduler | None = None,
+        scheduler: LRScheduler | Sequence[LRScheduler] | None = None,
         scheduler_every: Literal["step", "epoch"] = "step",
         skip_nonfinite: bool = False,
         scaler: GradScaler | None = None,
         accumulation: int = 1,
         buffers: Mapping[str, Rule] | None = None,
-    ) -> tuple[nn.Module, ElasticOptimizer, Batches]:
+        updates: Literal["alternating", "simultaneous"] = "alternating",
+    ) -> tuple[Models, Optimizers, Batches]:
         """Make an ordinary loop elastic: returns the model, an optimizer and an iterable of this rank's micro-batches.
 
         Each pass of the loop does one micro-batch: forward, `loss.backward()`, `optimizer.step()`, which acts when the
@@ -186,6 +191,10 @@ class Run(Sharing, Gradients):
         and calls `optimizer.step()` in every k-th turn. `buffers`: how the step's micro-batches combine in buffers that
         forwards change, by name or pattern: "mean", "sum", "max" or "last". Supports one pipeline stage; `steps` any
         number.
+
+        Models and optimizers may be lists, each of any length, for a loop that calls each `step()` once. `updates`:
+        whether the optimizers take turns on each batch, one step of the job after the other, as in a plain loop (a turn
+        then takes the gradients of one of them, so each batch is handed out once for each), or step together.
         """
         if self.settings.stages != 1:
             raise UsageError(
@@ -196,25 +205,33 @@ class Run(Sharing, Gradients):
         by_epoch = scheduler_every == "epoch"
         if by_epoch and not self.settings.epochs:
             raise UsageError("scheduler_every='epoch' is for a job with epochs=, whose loop is over run.epochs()")
+        models, joined = as_one(model, optimizer, updates)
+        optimizers = parts_of(joined)
+        if len(optimizers) > 1:
+            check_several(self.settings, len(optimizers), updates, scaler, accumulation)
         scale = LossScale(scaler)
         reduction = Reduction(self.settings, scale, skip_nonfinite=skip_nonfinite, accumulation=accumulation)
         engine = self._set_up(
-            *(model, optimizer, dataset, collate_fn, _no_loss, scheduler, reduction, buffers),
+            *(models, joined, dataset, collate_fn, _no_loss, scheduler, reduction, buffers),
             loops=True,
             by_epoch=by_epoch,
+            updates=len(optimizers) if updates == "alternating" else 1,
         )
         assert self._gradients is not None
         assert self._schedulers is not None
         scales = LoopScaler(scale.scaler) if scale.scaler is not None else None
-        turns = Turns(self._gradients, self._schedulers, scales, accumulates=accumulation > 1)
+        taken = Updates(engine.stack, optimizers, self._gradients, alternating=updates == "alternating")
+        turns = Turns(self._gradients, self._schedulers, scales, taken, accumulates=accumulation > 1)
         batches = self._batches = Batches(engine, turns, *self._course())
-        if "module" not in model.__dict__ and "module" not in model._modules:
-            model.__dict__["module"] = model  # scripts for DDP write model.module; not a submodule of itself
-        prepared = ElasticOptimizer(optimizer, batches)
-        self._schedulers.add_optimizer(prepared)
+        for one in [model] if isinstance(model, nn.Module) else model:
+            if "module" not in one.__dict__ and "module" not in one._modules:
+                one.__dict__["module"] = one  # scripts for DDP write model.module; not a submodule of itself
+        prepared = [ElasticOptimizer(one, batches, taken, number) for number, one in enumerate(optimizers)]
+        self._schedulers.add_optimizers(prepared)
         if scales is not None:
-            scales.serve(prepared)
-        return model, prepared, batches
+            scales.serve(prepared[0])
+        found: Any = prepared[0] if isinstance(optimizer, Optimizer) else prepared
+        return model, found, batches
 
     def steps(
         self,
@@ -280,10 +297,7 @@ class Run(Sharing, Gradients):
             return self._batches.course.epoch
         loop = engine.user_loop
         step = loop.turn.index if loop.turn is not None else engine.version - len(loop.unseen)
-        order = engine.data.order
-        if not order.samples:  # a stream
-            return 0
-        return step // order.epoch_steps if order.by_epoch else step * order.global_batch_size // order.samples
+        return engine.data.order.epoch_of(step)
 
     def _run(self, engine: Engine, parts: Interruptible, course: Course) -> Iterator[Step]:
         course.begin()
@@ -437,30 +451,32 @@ class Run(Sharing, Gradients):
     def _set_up(
         self,
         model: nn.Module,
-        optimizer: Optimizer,
+        optimizer: AnyOptimizer,
         dataset: Any,
         collate_fn: Callable[[list[Any]], Any] | None,
         loss_fn: Loss,
-        scheduler: LRScheduler | None,
+        scheduler: LRScheduler | Sequence[LRScheduler] | None,
         reduction: Reduction,
         buffers: Mapping[str, Rule] | None,
         *,
         loops: bool,
         by_epoch: bool = False,
+        updates: int = 1,
     ) -> Engine:
         if self._engine is not None:
             raise UsageError("run.prepare or run.steps was called twice; a run trains one model")
         settings = self.settings
         check_optimizer(optimizer, model)
-        if scheduler is not None and not by_epoch:
-            check_scheduler(scheduler)
+        schedulers = checked(scheduler, by_epoch=by_epoch)
         known = self._context.begun.samples if self._context and self._context.begun else 0
-        data = DataSource(dataset, settings, collate_fn, self._membership, self._stream_place, known)
+        data = DataSource(dataset, settings, collate_fn, self._membership, self._stream_place, known, updates)
         if settings.epochs:
             settings = self.settings = replace(settings, steps=settings.epochs * data.order.epoch_steps)
         described = data.described()
         stack = LayerStack(model, cut=not loops, whole=not is_elementwise(optimizer), buffers=buffers)
         make_current(stack.device)
+        if self._average is not None and len(parts_of(optimizer)) > 1:
+            raise UsageError("run.average keeps the averages of one model that one optimizer steps, not of a list")
         if self._average is not None and self._average[0] is not model:
             raise UsageError("run.average was called with another model than run.prepare or run.steps")
         decay = self._average[1] if self._average is not None else None
@@ -488,7 +504,7 @@ class Run(Sharing, Gradients):
             lineage=lineage,
             registered=self._registered,
             loops=loops,
-            seeded=not self._loads_values(values),
+            seeded=not loads_values(self._membership, context.begun if context else None, values),
             token=context.token if context else "",
             node=context.node if context else "",
         )
@@ -498,7 +514,7 @@ class Run(Sharing, Gradients):
         if data.streams is not None and data.streams.stateful:
             engine.registered.driven.add(STREAM)
             engine.claim(STREAM, data.streams)
-        self._schedulers = Schedulers(engine, optimizer, scheduler, by_epoch=by_epoch)
+        self._schedulers = Schedulers(engine, parts_of(optimizer), schedulers, by_epoch=by_epoch)
         engine.note_birth()
         self._engine = engine
         self._recovery = Recovery(engine)
@@ -521,7 +537,7 @@ class Run(Sharing, Gradients):
             epochs=settings.epochs,
             last_batch=settings.last_batch,
             loss_reduction=settings.loss_reduction,
-            optimizer=engine.optimizer.describe() + reduction.describe(),
+            optimizer=engine.optimizer.describe() + reduction.describe() + f" in {updates} turns" * (updates > 1),
             protection=settings.protection,
             node_losses=settings.node_losses,
             on_loss=settings.on_loss,
@@ -535,41 +551,16 @@ class Run(Sharing, Gradients):
         saved = resumption.find() if context is None or context.rank == 0 else []
         self._membership.ready(self._peer, job, saved, self._comm.abort)
         self._gradients = GradientWatch(stack) if loops else None  # before a layer may be frozen
-        complete_optimizer(optimizer, stack, self.full_state_dict)
+        for part in parts_of(optimizer):
+            complete_optimizer(part, stack, self.full_state_dict)
         if context is not None and len(stack.layers) > 1:
             complete_model(stack, self.full_state_dict)
         self._recovery.enter()
-        self._note_variables()
+        if self.is_replacement:
+            note_variables(self._membership, self._registered)
         if context is None and settings.checkpoint:
             self.ends.enter_context(saved_on_signals(engine.stop))
         return engine
-
-    def _loads_values(self, values: str) -> bool:
-        """Whether a replacement's script loads values into its model, in vain; if so, warns about it."""
-        begun = self._context.begun if self._context else None
-        if begun is None or values == begun.values:
-            return False
-        warn(
-            self._membership,
-            Notice.REPLACEMENT_VALUES,
-            "the script of a replacement initialised its model with other values than the job began with (a "
-            "checkpoint that it loads by itself?): the job's own values take their place; checkpoint=URL saves "
-            "and resumes by itself, and run.is_replacement tells a replacement",
-        )
-        return True
-
-    def _note_variables(self) -> None:
-        """Warn about variables that a replacement's script lacks, where the job keeps none of them."""
-        own = [item for item in self._registered.values() if not isinstance(item, ScheduleState | Streams)]
-        if self.is_replacement and own == [self.state] and not self.state:
-            warn(
-                self._membership,
-                Notice.REPLACEMENT_STATE,
-                "a replacement runs the script from its beginning: the script's own variables (averages, counters, "
-                "best scores) start again on it, and files opened with 'w' are emptied; run.state and "
-                "run.register_state(name, item) keep variables equal on all ranks, and run.is_replacement tells a "
-                "replacement",
-            )
 
     def _begin(self) -> None:
         """The user's loop begins."""

@@ -2,34 +2,60 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from everstep.elastic.contract.errors import UsageError
 from everstep.elastic.engine.engine import Engine
-from everstep.elastic.step.schedule import EpochSchedule, ScheduledRate, ScheduleState, refuse, schedulers_of
+from everstep.elastic.step.schedule import (
+    EpochSchedule,
+    ScheduledRate,
+    ScheduleState,
+    check_scheduler,
+    refuse,
+    schedulers_of,
+)
+
+
+def checked(passed: LRScheduler | Sequence[LRScheduler] | None, *, by_epoch: bool) -> list[LRScheduler]:
+    """The schedulers that a script passes. Raises UsageError for one that the runtime is to step and cannot."""
+    found = [] if passed is None else list(passed) if isinstance(passed, Sequence) else [passed]
+    for scheduler in () if by_epoch else found:
+        check_scheduler(scheduler)
+    return found
 
 
 class Schedulers:
-    """The schedulers that are built on a run's optimizer: `passed` to the runtime, or found.
+    """The schedulers that are built on a run's optimizers: `passed` to the runtime, or found.
 
     `by_epoch`: the script steps them, once per epoch, in front of or behind its batches.
     """
 
-    def __init__(self, engine: Engine, optimizer: Optimizer, passed: LRScheduler | None, *, by_epoch: bool) -> None:
+    def __init__(
+        self, engine: Engine, optimizers: Sequence[Optimizer], passed: Sequence[LRScheduler], *, by_epoch: bool
+    ) -> None:
         self._engine = engine
         self._by_epoch = by_epoch
         self._in_batches = False  # the script is in the loop over the batches of an epoch
-        self._optimizers = [optimizer]  # the user's optimizer, and its replacement in a loop
+        self._optimizers = list(optimizers)  # the user's optimizers, and their replacements in a loop
+        self._count = len(optimizers)
         self._known: list[LRScheduler] = []
-        self.left_in_loop: list[ScheduledRate] = []  # the scheduler that was found, not passed in
-        if passed is not None and not by_epoch:
-            self._drive(passed)
+        self._driven: set[int] = set()  # the optimizers, by number, whose scheduler the runtime steps
+        self.left_in_loop: list[ScheduledRate] = []  # the schedulers that were found, not passed in
+        for scheduler in () if by_epoch else passed:
+            self._drive(scheduler)
         self.take_over()
 
-    def add_optimizer(self, prepared: Optimizer) -> None:
-        """Look for schedulers on the optimizer that replaces the user's one in its loop, too."""
-        self._optimizers.append(prepared)
+    def add_optimizers(self, prepared: Sequence[Optimizer]) -> None:
+        """Look for schedulers on the optimizers that replace the user's ones in their loop, too."""
+        self._optimizers += prepared
+
+    def _number(self, scheduler: LRScheduler) -> int:
+        """The number of the optimizer on which a scheduler was built."""
+        own = [place for place, optimizer in enumerate(self._optimizers) if optimizer is scheduler.optimizer]
+        return own[0] % self._count if own else 0
 
     def enter_batches(self) -> None:
         """The script enters the loop over the batches of an epoch."""
@@ -65,12 +91,16 @@ class Schedulers:
                 engine.claim(name, EpochSchedule(item, self._check_place) if self._by_epoch else ScheduleState(item))
             return False
         refuse(plateaus, "the loss of a micro-batch differs between ranks. Use run.steps(...), and step.loss there")
-        if "scheduler" in engine.registered.driven or len(others) > 1:
-            refuse(others, "the runtime steps one scheduler: combine them (SequentialLR, ChainedScheduler) into that")
-        elif others:
-            self.left_in_loop.append(self._drive(others[0]))
-            return True
-        return False
+        drives = False
+        for number in sorted({self._number(item) for item in others}):
+            own = [item for item in others if self._number(item) == number]
+            if number in self._driven or len(own) > 1:
+                why = "the runtime steps one scheduler of an optimizer: combine them (SequentialLR, ChainedScheduler)"
+                refuse(own, why)
+            else:
+                self.left_in_loop.append(self._drive(own[0]))
+                drives = True
+        return drives
 
     def _check_place(self, name: str) -> None:
         """Ranks have different numbers of turns in an epoch, but each comes by behind it once."""
@@ -81,10 +111,13 @@ class Schedulers:
             )
 
     def _drive(self, scheduler: LRScheduler) -> ScheduledRate:
-        """Step the scheduler once per committed step."""
-        rate = ScheduledRate(scheduler)
+        """Step the scheduler once per committed step; where optimizers take turns, once for each batch."""
+        engine, number = self._engine, self._number(scheduler)
+        rate = ScheduledRate(scheduler, every=engine.data.order.updates)
+        name = f"scheduler {number}" if number else "scheduler"
         self._known.append(scheduler)
-        self._engine.on_commit.append(rate.advance)
-        self._engine.registered.driven.add("scheduler")
-        self._engine.claim("scheduler", rate)
+        self._driven.add(number)
+        engine.on_commit.append(rate.advance)
+        engine.registered.driven.add(name)
+        engine.claim(name, rate)
         return rate

@@ -133,13 +133,13 @@ class Engine:
         self.damage = Damage(self, self.loader)
         progress.faults.flips(self.damage.inject)
         self.replicas = Replicas(self.store, snapshots, self.backups, self.exchange, settings.verify_every)
-        whose = {"optimizer": type(optimizer.user).__name__, "data": described}
+        whose = {"optimizer": optimizer.name, "data": described}
         whose |= {"settings": pack(optimizer.hyper_parameters()), "dtypes": optimizer.masters()}
         self.checkpoints = Checkpoints(settings, stack, snapshots, membership, whose, link, lineage)
         self.registered = Registered(registered)
         self.loops = loops  # the user's own loop computes the micro-batches
         self.record_bytes = [optimizer.state_bytes(shard) for shard in stack.spec.shards]
-        self.on_commit: list[Callable[[], None]] = []  # called after each commit: the scheduler's step
+        self.on_commit: list[Callable[[int], None]] = []  # called with each step that is committed: the scheduler's
         self.adjustments = Adjustments(optimizer, stack)
         self.turns = UserTurns(self.registered, self.adjustments, optimizer)
         self.agreeing = Agreeing(stack, comm, self.adjustments, self.protection, self.checkpoints, self.replicas)
@@ -433,7 +433,7 @@ class Engine:
             self.stack.hold(layout.stage_of(self.rank).start, layout.stage_of(self.rank).stop)
         self.adjustments.adopt(step, terms.settings)
         for advance in self.on_commit:
-            advance()
+            advance(step)
         self.reduction.loss_scale.advance(terms)
         self.adjustments.settle(self.version)
         self.prefetch.committed(terms)

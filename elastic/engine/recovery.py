@@ -403,8 +403,8 @@ class Recovery:
                 registered.load(name, state)
         if terms is not None:
             engine.protection.adopt(terms)
-            for _ in range(1 if terms.advance is None else terms.advance):
-                for step in engine.on_commit:
-                    step()
+            for step in range(version - 1, version) if terms.advance is None else range(terms.advance):
+                for advance in engine.on_commit:
+                    advance(step)
             engine.reduction.loss_scale.advance(terms)
         engine.adjustments.settle(version)

@@ -8,7 +8,6 @@ the last place of the parameter are lost (Micikevicius et al., 2018).
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from .hyperparameters import (
     same,
     settings_of,
 )
+from .several_optimizers import AnyOptimizer, clone_of, parts_of
 from .stack import LayerStack
 
 _ELEMENTWISE = frozenset(
@@ -36,20 +36,26 @@ _PROBE = 7  # elements of the dummy parameter that reveals an optimizer's state
 _MARGIN_BYTES = 256  # of a record, beyond the size of its state after the first step
 
 
-def is_elementwise(optimizer: Optimizer) -> bool:
+def is_elementwise(optimizer: AnyOptimizer) -> bool:
     """Whether the optimizer treats each element separately, so that a parameter may be cut."""
-    kind = type(optimizer)
-    return kind.__module__.startswith("torch.optim") and kind.__name__ in _ELEMENTWISE
+    kinds = [type(part) for part in parts_of(optimizer)]
+    return all(kind.__module__.startswith("torch.optim") and kind.__name__ in _ELEMENTWISE for kind in kinds)
 
 
-def check_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
+def check_optimizer(optimizer: AnyOptimizer, model: nn.Module) -> None:
     """Raise UsageError for an optimizer that cannot drive this model's shards."""
-    for what, expected, got in (("model", nn.Module, model), ("optimizer", Optimizer, optimizer)):
-        if not isinstance(got, expected):
+    kinds = (("model", "Module", model, nn.Module), ("optimizer", "Optimizer", optimizer, AnyOptimizer))
+    for what, name, got, kind in kinds:
+        if not isinstance(got, kind):
             raise UsageError(
-                f"the {what} must be one torch {expected.__name__}, got {type(got).__name__}: a job trains one model "
-                "with one optimizer; several models are one as an nn.ModuleDict, with a parameter group each"
+                f"the {what} must be one torch {name}, got {type(got).__name__}: run.prepare([g, d], [opt_g, opt_d], "
+                "data) trains several models with their optimizers, run.steps trains one with one"
             )
+    for part in parts_of(optimizer):
+        _check_part(part, model)
+
+
+def _check_part(optimizer: Optimizer, model: nn.Module) -> None:
     known = {id(p) for p in model.parameters()}
     for number, group in enumerate(optimizer.param_groups):
         for parameter in group["params"]:
@@ -59,7 +65,11 @@ def check_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
                     "lacks: build the optimizer from model.parameters() of the model you pass"
                 )
     if type(optimizer).__name__ == "LBFGS":
-        raise UsageError("LBFGS is not supported: it calls a closure several times a step; use AdamW, or SGD")
+        raise UsageError(
+            "LBFGS is not supported: it evaluates the loss of all data several times a step, and needs sums over all "
+            "parameters, of which each rank steps a part. Use AdamW or SGD, or leave the script as it is: everstep run "
+            "also runs plain torch scripts, and restarts them"
+        )
     if type(optimizer).__name__ == "SparseAdam":
         raise UsageError(
             "SparseAdam is not supported: it needs sparse gradients; use Adam with dense ones (sparse=False)"
@@ -78,7 +88,7 @@ class UserOptimizer:
     """The optimizer that the user built. It never steps itself: each `ShardStore` steps a clone of it."""
 
     def __init__(
-        self, optimizer: Optimizer, stack: LayerStack, master_dtype: str = "none", decay: float | None = None
+        self, optimizer: AnyOptimizer, stack: LayerStack, master_dtype: str = "none", decay: float | None = None
     ) -> None:
         """`decay`: of the moving average of each parameter that is kept beside its state; None: none is."""
         self.user = optimizer
@@ -96,14 +106,14 @@ class UserOptimizer:
         }
         self._templates: dict[int, dict[str, Any]] = {}
 
-    def clone(self) -> Optimizer:
+    def clone(self) -> AnyOptimizer:
         """The same optimizer with no parameters and no state."""
-        clone: Optimizer = type(self.user).__new__(type(self.user))
-        clone.__dict__.update(self.user.__dict__)
-        clone.__dict__.pop("step", None)  # a scheduler may have patched the user's instance
-        clone.state = defaultdict(dict)
-        clone.param_groups = [{**group, "params": []} for group in self.user.param_groups]
-        return clone
+        return clone_of(self.user)
+
+    @property
+    def name(self) -> str:
+        """The type of the optimizer; the types of several, in their order, where they differ."""
+        return " and ".join(dict.fromkeys(type(part).__name__ for part in parts_of(self.user)))
 
     def group_of(self, parameter: int) -> int | None:
         """The number of a parameter's group; None if the optimizer does not have the parameter."""
@@ -133,7 +143,7 @@ class UserOptimizer:
         """The optimizer's type and settings, for comparison between ranks."""
         masters = " with float32 masters" if self.masters() else ""
         average = f" with an average of decay {self.decay}" if self.decay is not None else ""
-        return f"{type(self.user).__name__}{masters}{average} {json.dumps(pack(self.hyper_parameters())['settings'])}"
+        return f"{self.name}{masters}{average} {json.dumps(pack(self.hyper_parameters())['settings'])}"
 
     def set_hyper_parameters(self, groups: Groups) -> None:
         """Give the user's groups these settings."""
@@ -186,6 +196,6 @@ class UserOptimizer:
         dummy = nn.Parameter(like)
         dummy.grad = torch.zeros_like(like)
         clone = self.clone()
-        clone.param_groups = [{**clone.param_groups[self._group[shard.parameter] or 0], "params": [dummy]}]
+        clone.param_groups[self._group[shard.parameter] or 0]["params"] = [dummy]
         clone.step()
         return dict(clone.state.get(dummy, {}))

@@ -65,8 +65,9 @@ class DataSource:
         channel: WarningChannel,
         place: StreamPlace,
         known: int = 0,
+        updates: int = 1,
     ) -> None:
-        """Raises UsageError for data that cannot be divided into micro-batches."""
+        """`updates`: steps in a row that use the same batch. Raises UsageError for data that cannot be divided."""
         self._loader = given if isinstance(given, DataLoader) else None
         dataset = given.dataset if self._loader is not None else given
         shuffle = True
@@ -74,6 +75,11 @@ class DataSource:
             shuffle = _check_loader(self._loader, settings, collate_fn)
             collate_fn = self._loader.collate_fn
         is_stream = isinstance(dataset, IterableDataset)
+        if is_stream and updates > 1:
+            raise UsageError(
+                f"{type(dataset).__name__} is a stream, and alternating updates of several optimizers need each batch "
+                "several times: use a dataset with a length, or run.prepare(..., updates='simultaneous')"
+            )
         (_check_stream if is_stream else _check_dataset)(dataset, settings)
         self.dataset = dataset
         self._collate = collate_fn or default_collate
@@ -101,6 +107,7 @@ class DataSource:
             shuffle=shuffle and not is_stream,
             by_epoch=settings.epochs > 0,
             pad=settings.last_batch == "pad",
+            updates=updates,
         )
         self._ahead: _Ahead | None = None
 
@@ -132,7 +139,7 @@ class DataSource:
                 raise UsageError(_ended(self.dataset, step, number))
             seed_generators(derive_seed("data", self._seed, step, number))
             return self._collate(samples)
-        seed_generators(derive_seed("data", self._seed, step, number))
+        seed_generators(derive_seed("data", self._seed, self.order.batch_of(step), number))
         if step == PROBE:
             return self._sample(number)
         return self._collate([self._sample(i) for i in self.order.indices(step, number)])

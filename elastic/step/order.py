@@ -59,6 +59,7 @@ class DataOrder:
     shuffle: bool = True
     by_epoch: bool = False
     pad: bool = False
+    updates: int = 1  # steps in a row that use the same batch: one for each of several optimizers
 
     @property
     def micro_batches(self) -> int:
@@ -67,11 +68,29 @@ class DataOrder:
     @property
     def epoch_steps(self) -> int:
         """Steps of an epoch, where epochs begin with a batch of their own."""
+        return self.epoch_batches * self.updates
+
+    @property
+    def epoch_batches(self) -> int:
+        """Global batches of an epoch."""
         return -(-self.samples // self.global_batch_size) if self.pad else self.samples // self.global_batch_size
+
+    def batch_of(self, step: int) -> int:
+        """The number of the global batch that a step uses."""
+        return step // self.updates
+
+    def epoch_of(self, step: int) -> int:
+        """The epoch in which a step is; 0 of a stream."""
+        if not self.samples:
+            return 0
+        if self.by_epoch:
+            return step // self.epoch_steps
+        return self.batch_of(step) * self.global_batch_size // self.samples
 
     def indices(self, step: int, micro_batch: int) -> list[int]:
         """The dataset indices of a micro-batch, in order."""
-        epoch, within = divmod(step, self.epoch_steps) if self.by_epoch else (0, step)
+        batch = self.batch_of(step)
+        epoch, within = divmod(batch, self.epoch_batches) if self.by_epoch else (0, batch)
         first = within * self.global_batch_size + micro_batch * self.micro_batch_size
         positions = range(first, first + self.micro_batch_size)
         if self.by_epoch:

@@ -43,13 +43,20 @@ class ScheduleState:
 class ScheduledRate(ScheduleState):
     """Takes over a scheduler: `advance` steps it, and the user's own calls of `step()` have no effect any more."""
 
-    def __init__(self, scheduler: LRScheduler) -> None:
+    def __init__(self, scheduler: LRScheduler, every: int = 1) -> None:
+        """`every`: how many steps of the job make one of the scheduler."""
         super().__init__(scheduler)
-        self.advance = scheduler.step
+        self._step = scheduler.step
+        self._every = every
         self.called = False  # by the user's code, since this was last set to False
         optimizer: Any = scheduler.optimizer
         optimizer._opt_called = True  # its shards are stepped instead: suppress torch's warning that it never was
         scheduler.step = self._already_stepped  # type: ignore[method-assign]
+
+    def advance(self, step: int) -> None:
+        """`step` of the job is committed."""
+        if (step + 1) % self._every == 0:
+            self._step()
 
     def _already_stepped(self, epoch: int | None = None) -> None:
         """The runtime stepped the scheduler when the step was committed."""

@@ -81,6 +81,32 @@ def several_optimizers(run):
     train_steps(run, model, [sgd(model), sgd(model)])
 
 
+def two(run, dataset=None):
+    models = [stack(), stack()]
+    return run.prepare(models, [sgd(model) for model in models], dataset or samples())
+
+
+def one_of_two_steps(run):
+    (first, _), (optimizer, _), batches = two(run)
+    for inputs, _ in batches:
+        first(inputs).sum().backward()
+        optimizer.step()
+
+
+def average_of_several(run):
+    run.average(stack(), 0.9)
+    two(run)
+
+
+def turns_on_a_stream(run):
+    two(run, Stream())
+
+
+def lbfgs(run):
+    model = stack()
+    train_loop(run, model, torch.optim.LBFGS(model.parameters()))
+
+
 def optimizer_state(run):
     model = stack()
     optimizer = torch.optim.Adam(model.parameters())

@@ -109,7 +109,7 @@ def test_kills_change_no_byte(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("name", ["image_classifier", "diffusion"])
+@pytest.mark.parametrize("name", ["image_classifier", "diffusion", "dcgan"])
 def test_a_node_is_lost(name: str, tmp_path: Path) -> None:
     """Four nodes of one worker each; the node of rank 1 dies, and three continue."""
     alone(name, "ported", tmp_path / "alone")

@@ -1,0 +1,190 @@
+"""Several optimizers in the user's own loop, such as those of a GAN: which gradients each `step()` of a turn takes.
+
+*Alternating*: a step of the job is a step of one optimizer, and the next step uses the same batch for the next one. A
+turn of the loop runs the script's body for one micro-batch, and cannot wait in its middle for the other micro-batches
+of the step. So the turns of a step take the gradients of its optimizer alone; when all micro-batches are done and its
+parameters have their new values, they are handed out again for the next optimizer. A turn therefore depends on its step
+and micro-batch alone, never on which other turns its rank had.
+
+*Simultaneous*: a turn takes the gradients of each optimizer at its `step()`, and all of them step together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+
+from everstep.elastic.contract.errors import UsageError
+from everstep.elastic.contract.settings import Settings
+from everstep.elastic.holding.several_optimizers import AnyOptimizer, SeveralOptimizers
+from everstep.elastic.holding.stack import LayerStack
+from everstep.elastic.step.gradients import GradientWatch
+
+KINDS = ("alternating", "simultaneous")
+
+
+def as_one(models: Any, optimizers: Any, updates: str) -> tuple[Any, AnyOptimizer | Any]:
+    """Lists of models and optimizers as one each; others as they are. Raises UsageError."""
+    if updates not in KINDS:
+        raise UsageError(f"updates must be 'alternating' or 'simultaneous', got {updates!r}")
+    if not isinstance(models, list | tuple) and not isinstance(optimizers, list | tuple):
+        return models, optimizers
+    for what, kind, items in (("models", nn.Module, models), ("optimizers", Optimizer, optimizers)):
+        if not isinstance(items, list | tuple) or not items:
+            raise UsageError(
+                "run.prepare([g, d], [opt_g, opt_d], data) takes a list of models and a list of optimizers: the "
+                f"{what} are {_described(items)}"
+            )
+        for number, item in enumerate(items):
+            if not isinstance(item, kind):
+                raise UsageError(
+                    f"{what}[{number}] of run.prepare must be a torch {kind.__name__}, got {_described(item)}"
+                )
+            if any(item is other for other in items[:number]):
+                raise UsageError(f"{what}[{number}] of run.prepare stands in the list twice")
+    whose: dict[int, int] = {}
+    for number, optimizer in enumerate(optimizers):
+        for parameter in parameters_of(optimizer):
+            if whose.setdefault(id(parameter), number) != number:
+                raise UsageError(
+                    f"optimizers[{whose[id(parameter)]}] and optimizers[{number}] of run.prepare both have a parameter "
+                    f"of shape {tuple(parameter.shape)}: give each parameter to one of them"
+                )
+    return nn.ModuleList(models), SeveralOptimizers(optimizers)
+
+
+def check_several(settings: Settings, count: int, updates: str, scaler: GradScaler | None, accumulation: int) -> None:
+    """Raise UsageError for what a loop with `count` optimizers cannot have."""
+    for given, what in (
+        (scaler is not None, "scaler= (train in bfloat16, which needs none)"),
+        (accumulation > 1, f"accumulation={accumulation} (leave it out: the runtime accumulates)"),
+        (settings.loss_reduction == "tokens", 'loss_reduction="tokens"'),
+    ):
+        if given:
+            raise UsageError(f"run.prepare with several optimizers does not take {what}")
+    if updates == "alternating" and not settings.epochs and settings.steps % count:
+        raise UsageError(
+            f"steps={settings.steps} must be a multiple of {count}: {count} optimizers take turns on each batch, and a "
+            "step of the job is a step of one of them"
+        )
+
+
+def _described(item: Any) -> str:
+    return "an empty list" if isinstance(item, list | tuple) and not item else f"a {type(item).__name__}"
+
+
+def parameters_of(optimizer: Optimizer) -> Iterator[Tensor]:
+    """The parameters of all groups."""
+    for group in optimizer.param_groups:
+        yield from group["params"]
+
+
+class Updates:
+    """Which calls of `step()` a turn has had, and what they took. The optimizers' numbers are their places."""
+
+    def __init__(
+        self, stack: LayerStack, optimizers: Sequence[Optimizer], gradients: GradientWatch, *, alternating: bool
+    ) -> None:
+        self.several = len(optimizers) > 1
+        self._parameters = [list(parameters_of(optimizer)) for optimizer in optimizers]
+        self._all = [held.tensor for held in stack.layers[0].parameters if held.rule is None]
+        self._gradients = gradients
+        self._alternating = alternating
+        self._order: list[int] = []  # of the calls in the turns before
+        self._called: list[int] = []  # in this turn
+        self._taken: list[tuple[Tensor, Tensor | None, bool]] = []  # parameter, its gradient, whether it requires one
+        buffers = {id(held.tensor): held.tensor for held in stack.layers[0].parameters if held.rule is not None}
+        self._buffers = [
+            (module, name, buffer)
+            for module in stack.model.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None and id(buffer) in buffers
+        ]
+        self._lent = False
+
+    def begin(self) -> None:
+        """A turn begins."""
+        self._called, self._taken = [], []
+
+    def step(self, number: int, step: int) -> bool:
+        """`optimizers[number].step()` is called in a turn of `step`. Returns whether the turn's gradients are complete.
+
+        They are those of the parameters. Raises UsageError.
+        """
+        if not self.several:
+            return True
+        if number in self._called:
+            raise UsageError(
+                f"optimizers[{number}].step() was called twice in a turn of the loop: each turn has one call of each"
+            )
+        place = len(self._called)
+        self._called.append(number)
+        if not self._alternating:
+            return self._take(number)
+        if self._order[place : place + 1] not in ([], [number]):
+            raise UsageError(
+                f"optimizers[{number}].step() came at place {place} of a turn, where optimizers[{self._order[place]}] "
+                "was in the turns before: call them in the same order in each turn"
+            )
+        self._order[place:] = self._order[place:] or [number]
+        if place != step % len(self._parameters):
+            self._drop(self._parameters[number])
+            return False
+        own = {id(parameter) for parameter in self._parameters[number]}
+        self._drop(parameter for parameter in self._all if id(parameter) not in own)
+        return True
+
+    def _take(self, number: int) -> bool:
+        """Take the gradients of an optimizer; with the last of them, give the parameters all that were taken."""
+        parameters = self._parameters[number]
+        self._gradients.check(parameters)
+        self._taken += [(parameter, parameter.grad, parameter.requires_grad) for parameter in parameters]
+        self._drop(parameters)
+        if len(self._called) < len(self._parameters):
+            return False
+        self._drop(self._all)
+        self._gradients.forget()
+        for parameter, gradient, required in self._taken:
+            parameter.grad = gradient
+            parameter.requires_grad_(required)
+        return True
+
+    def _drop(self, parameters: Iterable[Tensor]) -> None:
+        for parameter in parameters:
+            parameter.grad = None
+
+    def clear(self, number: int) -> None:
+        """`optimizers[number].zero_grad()`: what other losses have left in its parameters."""
+        if self.several:
+            self._drop(self._parameters[number])
+
+    def lend(self) -> None:
+        """The turn goes on, and its gradients are taken: what its forwards make of buffers does not count."""
+        if self.several and len(self._called) < len(self._parameters):
+            self._lent = True
+            for module, name, buffer in self._buffers:
+                module._buffers[name] = buffer.detach().clone()
+
+    def end(self) -> None:
+        """The turn is over, or left."""
+        if self._lent:
+            self._lent = False
+            for module, name, buffer in self._buffers:
+                module._buffers[name] = buffer
+
+    def check_called(self) -> None:
+        """Raise UsageError if an optimizer was not stepped in the turn that is over."""
+        missing = [number for number in range(len(self._parameters)) if number not in self._called]
+        if self.several and missing:
+            raise UsageError(
+                f"optimizers[{missing[0]}].step() was not called in a turn of the loop: each turn calls step() of each "
+                "optimizer once, or run.skip() to leave the micro-batch out"
+            )
+
+    def restores_buffers(self, step: int) -> bool:
+        """Whether what a step's forwards made of buffers is dropped: those of the turn's last optimizer count."""
+        return self.several and self._alternating and step % len(self._parameters) != len(self._parameters) - 1

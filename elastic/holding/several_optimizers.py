@@ -1,0 +1,58 @@
+"""The optimizers of a loop that trains several models, such as a GAN: to the runtime they are one.
+
+Its parameter groups are theirs, one after the other. A parameter belongs to one of them, and is stepped by that one.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+class SeveralOptimizers:
+    """Steps each of its parts, which have disjoint parameters."""
+
+    def __init__(self, parts: Sequence[Optimizer]) -> None:
+        self.parts = list(parts)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [group for part in self.parts for group in part.param_groups]
+
+    @property
+    def state(self) -> defaultdict[Tensor, Any]:
+        """Of clones, which share it."""
+        return self.parts[0].state
+
+    def step(self) -> None:
+        for part in self.parts:
+            part.step()
+
+
+AnyOptimizer = Optimizer | SeveralOptimizers
+
+
+def parts_of(optimizer: AnyOptimizer) -> list[Optimizer]:
+    """The optimizers that the user built."""
+    return optimizer.parts if isinstance(optimizer, SeveralOptimizers) else [optimizer]
+
+
+def clone_of(optimizer: AnyOptimizer) -> AnyOptimizer:
+    """The same optimizer with no parameters and no state."""
+    state: defaultdict[Tensor, Any] = defaultdict(dict)
+    if isinstance(optimizer, SeveralOptimizers):
+        return SeveralOptimizers([_clone(part, state) for part in optimizer.parts])
+    return _clone(optimizer, state)
+
+
+def _clone(optimizer: Optimizer, state: defaultdict[Tensor, Any]) -> Optimizer:
+    clone: Optimizer = type(optimizer).__new__(type(optimizer))
+    clone.__dict__.update(optimizer.__dict__)
+    clone.__dict__.pop("step", None)  # a scheduler may have patched the user's instance
+    clone.state = state
+    clone.param_groups = [{**group, "params": []} for group in optimizer.param_groups]
+    return clone
