@@ -57,11 +57,12 @@ from everstep.elastic.protocol.replicas import disputed
 from everstep.elastic.protocol.terms import Terms
 from everstep.elastic.protocol.worker import offered
 from everstep.elastic.protocol.worker_state import new_worker
-from everstep.elastic.step.data import DataSource, Key
+from everstep.elastic.step.data import DataSource
 from everstep.elastic.step.exchange import Exchange
 from everstep.elastic.step.pipeline import Pipeline
 from everstep.elastic.step.reduction import Reduction
 from everstep.elastic.step.steps import StepState
+from everstep.elastic.step.worker_processes import Key
 from everstep.resharding.layout import Layout
 from everstep.resharding.plan import Plan
 from everstep.resharding.units import Shard

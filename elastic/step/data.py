@@ -9,19 +9,13 @@ from __future__ import annotations
 
 import copy
 import json
-import multiprocessing.connection
-import pickle
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
 from itertools import takewhile
 from typing import Any
 
-import torch
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
-    Dataset,
     IterableDataset,
     RandomSampler,
     SequentialSampler,
@@ -33,21 +27,17 @@ from everstep.elastic.contract.digest import content_digest
 from everstep.elastic.contract.errors import UsageError
 from everstep.elastic.contract.notices import Notice, WarningChannel, warn
 from everstep.elastic.contract.settings import Settings
-from everstep.elastic.contract.signals import outlive_first_signal
 from everstep.elastic.contract.stateful import decode, encode
 from everstep.elastic.protocol.liveness import Pace
 
 from .devices import generators_kept, seed_generators
 from .order import DataOrder, derive_seed
+from .stream_readers import StreamReaders
 from .streams import STREAM, StreamPlace, Streams
+from .worker_processes import BROKEN_OFF, Key, Lost, Upcoming, begin, shut, worker_loader
 
 Collate = Callable[[list[Any]], Any]
-Key = tuple[int, int]  # (step, micro-batch); (PROBE, sample) requests one sample
-Upcoming = Callable[[], Iterable[Key]]  # gives the micro-batches that this rank will need, in their order
-PROBE = -1
-BROKEN_OFF = (RuntimeError, OSError, EOFError, pickle.UnpicklingError)  # what a killed worker process may raise in us
-DEATH_SEEN_S = 0.5
-WORKER_DEATHS = 5  # of a DataLoader's worker processes in a row, without a micro-batch between them
+PROBE = -1  # in the place of a step: the key requests one sample
 
 
 class DataSource:
@@ -89,6 +79,7 @@ class DataSource:
         self._bad: dict[int, str] = {}  # sample -> why it cannot be read, in this process
         self._skipped: set[int] = set()  # those that were in this rank's micro-batches
         self._place = place
+        self._readers: StreamReaders | None = None
         self.streams = self._begin_streams(settings) if is_stream else None
         self.samples = 0 if is_stream else len(dataset)
         if known and self.samples > known:
@@ -118,31 +109,36 @@ class DataSource:
             collate, size = self._collate, 1
             # A copy, since the script may change a batch, and the item is kept for a step that is computed again.
             self._collate = lambda items: collate(copy.deepcopy(items[0]))
-        if loader is not None and loader.num_workers:
-            text = (
-                f"the DataLoader's num_workers={loader.num_workers} has no effect: each rank reads a stream in its own "
-                "process"
-            )
-            warn(self._channel, Notice.SETTING_IGNORED, text)
-        self._loader = None
         streams = Streams(self.dataset, size, settings.micro_batches, settings.seed, self._place)
         if streams.first is None:
             raise UsageError(_ended(self.dataset, 0, 0))
+        if loader is not None and loader.num_workers:
+            self._readers = StreamReaders(loader, streams, self._stream_item, self._channel)
+            if loader.num_workers > 1 and not streams.divided:
+                text = (
+                    f"the DataLoader has num_workers={loader.num_workers}, and one process reads its stream ahead: "
+                    "several would each read all of it; a dataset that divides itself by run.stream_index is read by "
+                    "all of them"
+                )
+                warn(self._channel, Notice.SETTING_IGNORED, text)
         return streams
 
     def load(self, key: Key) -> Any:
         """The item of a key, fetched in this process. The key seeds random augmentation."""
         step, number = key
-        if self.streams is not None:
-            samples = self.streams.samples(step, number)
-            if samples is None:
-                raise UsageError(_ended(self.dataset, step, number))
-            seed_generators(derive_seed("data", self._seed, step, number))
-            return self._collate(samples)
         seed_generators(derive_seed("data", self._seed, self.order.batch_of(step), number))
         if step == PROBE:
             return self._sample(number)
         return self._collate([self._sample(i) for i in self.order.indices(step, number)])
+
+    def _stream_item(self, key: Key) -> tuple[Any] | None:
+        """The item of a key, of a stream; None if the stream has ended before it."""
+        assert self.streams is not None
+        samples = self.streams.samples(*key)
+        if samples is None:
+            return None
+        seed_generators(derive_seed("data", self._seed, *key))
+        return (self._collate(samples),)
 
     def _sample(self, index: int) -> Any:
         """A sample of the dataset; an exception of the user's says which one it is.
@@ -162,6 +158,12 @@ class DataSource:
 
     def fetch(self, step: int, micro_batch: int, upcoming: Upcoming = tuple) -> Any:
         """The samples of a micro-batch, collated. `upcoming`: what worker processes fetch ahead, from this one on."""
+        if self.streams is not None:
+            key = step, micro_batch
+            found = self._stream_item(key) if self._readers is None else self._readers.take(key, upcoming)
+            if found is None:
+                raise UsageError(_ended(self.dataset, step, micro_batch))
+            return found[0]
         if self._loader is None or not self._loader.num_workers:
             item, bad = self._load_noting((step, micro_batch))
         else:
@@ -196,11 +198,15 @@ class DataSource:
             return ""
         with generators_kept(), self._place.progress.within(Pace.FETCH):
             for following, number in _until(step + 1, upcoming):
-                if following == step + 1 and self.streams.samples(following, number) is None:
+                if following == step + 1 and not self._has((following, number), upcoming):
                     text = f"the stream has ended, and training ends after step {step}, in front of the last of the job"
                     warn(self._channel, Notice.STREAM_ENDED, text)
                     return "the stream has ended"
         return ""
+
+    def _has(self, key: Key, upcoming: Upcoming) -> bool:
+        assert self.streams is not None
+        return self.streams.samples(*key) is not None if self._readers is None else self._readers.has(key, upcoming)
 
     def share_states(
         self,
@@ -213,7 +219,9 @@ class DataSource:
         if self.streams is None or not self.streams.shares(step):
             return
         mine = [number for following, number in _until(step + 1, upcoming) if following == step + 1]
-        texts = exchange(json.dumps(encode(self.streams.states(step, mine), "the states of streams")))
+        readers = self._readers
+        own = self.streams.states(step, mine) if readers is None else readers.states(step, mine, upcoming)
+        texts = exchange(json.dumps(encode(own, "the states of streams")))
         found = {index: state for text in texts.values() for index, state in decode(json.loads(text)).items()}
         self.streams.agree(step, dict(sorted(found.items())))
         registered[STREAM] = encode(self.streams.state_dict(), STREAM)
@@ -255,6 +263,8 @@ class DataSource:
 
     def close(self) -> None:
         """End the worker processes."""
+        if self._readers is not None:
+            self._readers.close()
         if self._ahead is not None:
             self._ahead.close()
             self._ahead = None
@@ -277,9 +287,8 @@ class _Ahead:
         self._loader = loader
         self._load = load
         self._upcoming = upcoming
-        self._channel = channel
         self._running: Iterator[tuple[Key, Any]] | None = None
-        self._deaths = 0
+        self._lost = Lost(channel)
 
     def take(self, key: Key) -> Any:
         """Return this micro-batch. If another one was expected, prefetching begins again from this one."""
@@ -289,9 +298,10 @@ class _Ahead:
             try:
                 found, batch = next(self._running, (None, None))
             except BROKEN_OFF as error:
-                self._failed(error)
+                running, self._running = self._running, None
+                self._lost.note(error, running)
                 continue
-            self._deaths = 0
+            self._lost.forget()
             if found == key:
                 return batch
             self.close()
@@ -299,115 +309,15 @@ class _Ahead:
     def _start(self, key: Key) -> Iterator[tuple[Key, Any]]:
         return begin(worker_loader(self._loader, self._load, _from(key, self._upcoming())))
 
-    def _failed(self, error: Exception) -> None:
-        """Handle a failure in fetching: a killed worker process is replaced, an exception of the user's code raised."""
-        died = _names_dead_worker(error) or _has_dead_worker(self._running)
-        self.close()
-        if not died:
-            raise error
-        self._deaths += 1
-        if self._deaths >= WORKER_DEATHS:
-            raise error
-        text = f"a worker process of the DataLoader was lost, and its samples are fetched again: {error}"
-        warn(self._channel, Notice.DATA_WORKER_LOST, text)
-
     def close(self) -> None:
-        shut = getattr(self._running, "_shutdown_workers", None)
-        self._running = None  # its destructor ends the processes
-        if shut is not None:
-            shut()
-
-
-def _names_dead_worker(error: Exception) -> bool:
-    text = str(error)
-    return isinstance(error, RuntimeError) and "DataLoader worker" in text and ("killed" in text or "exited" in text)
-
-
-def _has_dead_worker(running: object) -> bool:
-    """Whether a worker process of this iterator has ended, or ends within a moment.
-
-    One that is killed while it sends closes its sockets before it can be seen to be dead; torch looks only once.
-    """
-    sentinels = [process.sentinel for process in getattr(running, "_workers", ())]
-    return bool(sentinels) and bool(multiprocessing.connection.wait(sentinels, DEATH_SEEN_S))
+        running, self._running = self._running, None
+        shut(running)
 
 
 def _from(first: Key, others: Iterable[Key]) -> Iterator[Key]:
     """`first`, then the others."""
     yield first
     yield from (key for key in others if key != first)
-
-
-def begin(loader: DataLoader[tuple[Key, Any]]) -> Iterator[tuple[Key, Any]]:
-    """Start the worker processes, and have the loss of one raise only where their items are received.
-
-    Torch's handler for SIGCHLD, whether one of ours or of the script's DataLoaders installed it, raises wherever the
-    main thread is, even in the middle of a commit, when a process that it knows is lost. This function makes it forget
-    these processes; the iterator itself checks them every few seconds while it waits.
-    """
-    running = iter(loader)
-    if getattr(running, "_worker_pids_set", False):
-        torch._C._remove_worker_pids(id(running))
-        running._worker_pids_set = False  # type: ignore[attr-defined]  # the iterator shall not repeat it
-    return running
-
-
-class _Keyed(Dataset[Any]):
-    """The dataset of the worker processes: an item per key."""
-
-    def __init__(self, load: Callable[[Key], Any]) -> None:
-        self._load = load
-
-    def __getitem__(self, key: Key) -> tuple[Key, Any]:
-        return key, self._load(key)
-
-
-class _Keys:
-    """A lazy sampler of these keys: torch requests as many as its workers prefetch."""
-
-    def __init__(self, keys: Iterable[Key]) -> None:
-        self._keys = keys
-
-    def __iter__(self) -> Iterator[Key]:
-        return iter(self._keys)
-
-
-def worker_loader(
-    like: DataLoader[Any], load: Callable[[Key], Any], keys: Iterable[Key], workers: int = 0
-) -> DataLoader[Any]:
-    """A DataLoader with the worker settings of another one, for keys instead of samples: yields (key, item)."""
-    with warnings.catch_warnings():
-        # Torch has shown its warnings about these settings when the script created the loader.
-        warnings.simplefilter("ignore")
-        return _loader_like(like, load, keys, workers)
-
-
-def _loader_like(
-    like: DataLoader[Any], load: Callable[[Key], Any], keys: Iterable[Key], workers: int
-) -> DataLoader[Any]:
-    return DataLoader(
-        _Keyed(load),
-        batch_size=None,
-        sampler=_Keys(keys),
-        num_workers=workers or like.num_workers,
-        collate_fn=_unchanged,
-        pin_memory=like.pin_memory,
-        timeout=like.timeout,
-        worker_init_fn=partial(_begin_worker, like.worker_init_fn),
-        multiprocessing_context=like.multiprocessing_context,
-        prefetch_factor=like.prefetch_factor,
-        generator=torch.Generator(),  # otherwise torch draws a seed from the generator that the script uses
-    )
-
-
-def _begin_worker(users: Callable[[int], Any] | None, number: int) -> None:
-    outlive_first_signal()
-    if users is not None:
-        users(number)
-
-
-def _unchanged(item: Any) -> Any:
-    return item
 
 
 def _check_loader(loader: DataLoader[Any], settings: Settings, collate_fn: Collate | None) -> bool:

@@ -17,9 +17,9 @@ from torch.utils.data.distributed import DistributedSampler
 
 from everstep.elastic.contract.errors import UsageError
 
-from .data import Key, begin, worker_loader
 from .devices import seed_generators
 from .order import derive_seed
+from .worker_processes import Key, begin, shut, worker_loader
 
 EVALUATION = -2  # in the place of a step in a key
 
@@ -63,9 +63,7 @@ class EvaluationData:
             for (_, number), batch in fetched:
                 yield number, batch
         finally:
-            shut = getattr(fetched, "_shutdown_workers", None)
-            if shut is not None:
-                shut()
+            shut(fetched)
 
     def _load(self, key: Key) -> Any:
         """The batch of a key, fetched in this process. The key seeds what the dataset draws."""

@@ -38,7 +38,13 @@ class StreamPlace:
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
         self.asked = False  # the dataset divides itself
+        self._left = False
         self._place: tuple[int, int] | None = None
+
+    def leave_page(self) -> None:
+        """In a worker process, which is no sign of life of its rank."""
+        if not self._left:
+            self.progress, self._left = Progress(None, 0, 1, []), True
 
     @contextlib.contextmanager
     def within(self, index: int, count: int) -> Iterator[None]:
@@ -166,26 +172,33 @@ class Streams:
     def __init__(self, dataset: Iterable[Any], size: int, micro_batches: int, seed: int, place: StreamPlace) -> None:
         self._dataset = dataset
         self._size = size
-        self._micro_batches = micro_batches
+        self.micro_batches = micro_batches
         self._seed = seed
-        self._place = place
+        self.place = place
+        self.restored = 0  # how often it was given other states than were agreed on last
+        self._kept_steps = KEPT_STEPS
         self._agreed: dict[str, Any] = {"step": 0, "states": {}}  # by line, as text
         self.first = self.again()
-        self._units = 1 if place.asked else micro_batches  # of a line, in a step
+        self.divided = place.asked  # by the dataset itself: a line for each micro-batch of a step
+        self._units = 1 if self.divided else micro_batches  # of a line, in a step
         methods = (getattr(dataset, name, None) for name in ("state_dict", "load_state_dict"))
         self.stateful = all(map(callable, methods))
         self._lines: dict[int, Line] = {}
 
+    def read_ahead(self, steps: int) -> None:
+        """So many steps more than else are read ahead: units are kept as long as their step may be computed again."""
+        self._kept_steps = KEPT_STEPS + steps
+
     def again(self) -> list[Any] | None:
         """The samples of the first micro-batch, read from the beginning; None if there are fewer."""
-        return Line(self._dataset, self._size, self._seed, self._place, (0, self._micro_batches), 0).unit(0, 1)
+        return Line(self._dataset, self._size, self._seed, self.place, (0, self.micro_batches), 0).unit(0, 1)
 
     def samples(self, step: int, micro_batch: int) -> list[Any] | None:
         """The samples of a micro-batch; None if its stream has ended."""
-        if self._units == 1 < self._micro_batches:
-            return self._line(micro_batch).unit(step, KEPT_STEPS)
-        found = self._line(0).unit(step * self._units + micro_batch, KEPT_STEPS * self._units)
-        if self._place.asked and self._micro_batches > 1:
+        if self._units == 1 < self.micro_batches:
+            return self._line(micro_batch).unit(step, self._kept_steps)
+        found = self._line(0).unit(step * self._units + micro_batch, self._kept_steps * self._units)
+        if self.place.asked and self.micro_batches > 1:
             raise UsageError(
                 "run.stream_index was read behind the first sample of the stream, which is divided already: read it at "
                 "the beginning of __iter__"
@@ -198,7 +211,7 @@ class Streams:
         begin = self._agreed["step"] * self._units if key in self._agreed["states"] else 0
         if index not in self._lines or self._lines[index].position < begin:
             every = self._units * STATE_STEPS if self.stateful else 0
-            line = Line(self._dataset, self._size, self._seed, self._place, (index, self._micro_batches), every)
+            line = Line(self._dataset, self._size, self._seed, self.place, (index, self.micro_batches), every)
             if begin:
                 line.restore(begin, self._agreed["states"][key])
             self._lines[index] = line
@@ -212,9 +225,9 @@ class Streams:
 
     def states(self, step: int, micro_batches: Collection[int]) -> dict[str, Any]:
         """The dataset's states in front of this step, of the lines of these micro-batches."""
-        lines = set(micro_batches) if self._units < self._micro_batches else {0} if micro_batches else set()
-        unit, keep = step * self._units, KEPT_STEPS * self._units
-        with generators_kept(), self._place.progress.within(Pace.FETCH):
+        lines = set(micro_batches) if self._units < self.micro_batches else {0} if micro_batches else set()
+        unit, keep = step * self._units, self._kept_steps * self._units
+        with generators_kept(), self.place.progress.within(Pace.FETCH):
             found = {str(index): self._line(index).state(unit, keep) for index in sorted(lines)}
         return {index: state for index, state in found.items() if state is not None}
 
@@ -229,3 +242,4 @@ class Streams:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._agreed = dict(state)
         self._lines.clear()
+        self.restored += 1

@@ -29,18 +29,31 @@ def alone(out: Path, environment: dict[str, str] | None = None, **config: Any) -
     return state
 
 
-@pytest.mark.parametrize("how", [{"loop": True}, {"divided": True, "stateful": True}])
-def test_ranks_die_and_the_stream_ends(how: dict[str, bool], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("how", "workers"),
+    [
+        ({"loop": True}, 0),
+        ({"divided": True, "stateful": True}, 0),
+        pytest.param({"loop": True}, 1, marks=pytest.mark.soak),
+        ({"loop": True, "divided": True, "stateful": True}, 2),
+    ],
+)
+def test_ranks_die_and_the_stream_ends(how: dict[str, bool], workers: int, tmp_path: Path) -> None:
+    """Whether the ranks read for themselves, or processes that are killed, too, read ahead for them."""
     saves = {"EVERSTEP_CHECKPOINT": str(tmp_path / "saved")}
     with ThreadPoolExecutor(3) as pool:
         undisturbed = pool.submit(alone, tmp_path / "alone", **how)
-        resumed = pool.submit(alone, tmp_path / "resumed", saves, resumes=True, **how)
-        job = run_job(nproc=2, script="stream_job.py", steps=STEPS, samples=SAMPLES, faults=KILLS, **how)
+        resumed = pool.submit(alone, tmp_path / "resumed", saves, resumes=True, workers=workers, **how)
+        reads = {"workers": workers, "kills": 4 if workers else -1, "faults": KILLS, **how}
+        job = run_job(nproc=2, script="stream_job.py", steps=STEPS, samples=SAMPLES, **reads)
     expected = undisturbed.result()
     assert job.status == 0, job.output
     assert expected["step"] == WHOLE
     assert_same_state(resumed.result(), expected)
     assert len(job.named("worker_died")) == 2
+    if workers:
+        assert (job.out / "killed").read_text() == str(workers)
+        assert "data-worker-lost" in [event["notice"] for event in job.named("warning")]
     assert [event["why"] for event in job.named("script_stopped")] == ["the stream has ended"]
     for rank in range(2):
         assert job.state(rank)["step"] == WHOLE

@@ -1,6 +1,10 @@
-"""A job over a stream that ends before the last step; the JSON argument says how the stream is divided and given."""
+"""A job over a stream that ends before the last step; the JSON argument says how the stream is divided and given.
+
+`workers`: how many worker processes the DataLoader has. `kills`: after this step, rank 0 kills them, once.
+"""
 
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -78,15 +82,20 @@ def train(run):
     def seen(step):
         if config.get("resumes"):
             signal.raise_signal(signal.SIGTERM)
+        if (mine, step.index) == ("0", config.get("kills")) and not (out / "killed").exists():
+            readers = multiprocessing.active_children()
+            (out / "killed").write_text(str(len(readers)))
+            for reader in readers:
+                reader.kill()
 
+    loader = torch.utils.data.DataLoader(data, batch_size=2, num_workers=config.get("workers", 0))
     if config.get("loop"):
-        loader = torch.utils.data.DataLoader(data, batch_size=2)
         model, optimizer, batches = run.prepare(model, optimizer, loader)
         for inputs, targets in batches:
             nn.functional.mse_loss(model(inputs), targets).backward()
             optimizer.step()
     else:
-        for _ in run.steps(model, optimizer, data, loss_fn=nn.functional.mse_loss):
+        for _ in run.steps(model, optimizer, loader, loss_fn=nn.functional.mse_loss):
             assert run.epoch == 0
     torch.save({**run.full_state_dict(), "step": run.step}, out / f"state-{mine}.pt")
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import multiprocessing
+import os
 import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +19,7 @@ from torch.utils.data import DataLoader
 from everstep.elastic.contract.errors import UsageError
 from everstep.elastic.contract.progress import Progress
 from everstep.elastic.contract.settings import Settings
+from everstep.elastic.contract.stateful import decode
 from everstep.elastic.step.data import DataSource
 from everstep.elastic.step.streams import StreamPlace
 
@@ -53,8 +59,19 @@ def place() -> StreamPlace:
     return StreamPlace(Progress(None, 0, 1, []))
 
 
+made: list[DataSource] = []
+
+
+@pytest.fixture(autouse=True)
+def closed() -> Iterator[None]:
+    yield
+    while made:
+        made.pop().close()
+
+
 def source(data: Any, settings: Settings = SETTINGS, told: Told | None = None, at: StreamPlace | None = None) -> Any:
-    return DataSource(data, settings, None, told or Told(), at or place())
+    made.append(DataSource(data, settings, None, told or Told(), at or place()))
+    return made[-1]
 
 
 @pytest.mark.parametrize(
@@ -63,18 +80,20 @@ def source(data: Any, settings: Settings = SETTINGS, told: Told | None = None, a
         Numbers(40),
         DataLoader(Numbers(40), batch_size=2),
         DataLoader(Batches(20), batch_size=None),
-        DataLoader(Numbers(40), batch_size=2, num_workers=2),
+        DataLoader(Numbers(40), batch_size=2, num_workers=1),
+        DataLoader(Batches(20), batch_size=None, num_workers=2),
         DataLoader(Numbers(40), batch_size=8),
     ],
 )
 def test_a_loader_and_its_dataset_give_the_same(data: Any) -> None:
     told = Told()
     found = source(data, told=told)
-    batches = [found.fetch(step, micro_batch).tolist() for step in range(5) for micro_batch in range(4)]
+    keys = [(step, micro_batch) for step in range(5) for micro_batch in range(4)]
+    batches = [found.fetch(*key, partial(iter, keys)).tolist() for key in keys]
     assert batches == [[2 * number, 2 * number + 1] for number in range(20)]
     described = found.described()
     assert (described["samples"], described["shuffle"], len(described["sample_digests"])) == (0, False, 1)
-    workers = "setting-ignored: the DataLoader's num_workers=2 has no effect: each rank reads a stream in its own"
+    workers = "setting-ignored: the DataLoader has num_workers=2, and one process reads its stream ahead: several would"
     assert [text for text in told.texts if not text.startswith(workers)] == []
     assert bool(told.texts) == (getattr(data, "num_workers", 0) == 2)
 
@@ -110,6 +129,116 @@ def test_the_end_is_seen_one_step_ahead() -> None:
     assert told.texts == [
         "stream-ended: the stream has ended, and training ends after step 1, in front of the last of the job"
     ]
+    with pytest.raises(UsageError, match="Numbers ended before it had the samples of micro-batch 3 of step 2"):
+        found.fetch(2, 3)
+
+
+class Counting(Numbers):
+    """Random samples, with a state that says how many were given; it notes where each iteration begins, and how far
+    it has come.
+    """
+
+    def __init__(self, count: int, place: StreamPlace, log: Path) -> None:
+        super().__init__(count, place)
+        self.given = 0
+        self.log = log
+
+    def __iter__(self) -> Iterator[Any]:
+        assert self.place is not None
+        number = self.place.index
+        self.write(f"{os.getpid()} begins {number} {self.given}")
+        while self.given < self.count:
+            self.given += 1
+            self.write(f"{os.getpid()} gives {number} {self.given}")
+            yield torch.rand(()) + 100 * number + self.given
+
+    def write(self, line: str) -> None:
+        with self.log.open("a") as file:
+            file.write(line + "\n")
+
+    def state_dict(self) -> dict[str, int]:
+        return {"given": self.given}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        self.given = state["given"]
+
+    def lines(self, what: str) -> list[tuple[int, int, int]]:
+        """(process, stream, how many were given), of what it has noted."""
+        found = [line.split() for line in self.log.read_text().splitlines()]
+        return [(int(pid), int(number), int(given)) for pid, how, number, given in found if how == what]
+
+
+def counting(log: Path, workers: int, told: Told | None = None) -> tuple[Any, Counting]:
+    at = place()
+    numbers = Counting(60, at, log)
+    return source(DataLoader(numbers, batch_size=2, num_workers=workers), told=told, at=at), numbers
+
+
+def test_states_are_those_of_what_was_handed_out(tmp_path: Path) -> None:
+    """Not of what worker processes have read ahead; one that is killed goes on with the states that were agreed on."""
+    told = Told()
+    expected, _ = counting(tmp_path / "here", 0)
+    found, numbers = counting(tmp_path / "there", 2, told)
+    said: list[Any] = []
+    upcoming: dict[Any, Any] = {}
+
+    def share(data: Any, step: int) -> dict[str, Any]:
+        def exchange(text: str) -> dict[int, str]:
+            said.append(text)
+            return {0: text, 1: said[0]}
+
+        registered: dict[str, Any] = {}
+        data.share_states(step, registered, exchange, upcoming[data])
+        return registered
+
+    for step in range(30):
+        mine = (0, 1, 2) if step < 20 else (0, 1, 2, 3)  # the last is taken over from another rank
+        for data, slots in ((expected, (0, 1, 2, 3)), (found, mine)):
+            upcoming[data] = partial(iter, [(later, slot) for later in range(step, 30) for slot in slots])
+        if step == 21:
+            readers = multiprocessing.active_children()
+            assert len(readers) == 2
+            readers[0].kill()
+            readers[0].join()
+            killed = len(numbers.lines("begins"))
+        batches = [expected.fetch(step, slot) for slot in range(4)]
+        for slot in mine:
+            assert torch.equal(found.fetch(step, slot, upcoming[found]), batches[slot]), (step, slot)
+        said.clear()
+        assert [data.ends(step, upcoming[data]) for data in (expected, found)] == ["", ""]
+        assert share(expected, step) == share(found, step)
+        assert bool(said) == (step in (8, 16, 24))
+        if said:
+            whole, own = (decode(json.loads(text)) for text in said)
+            assert own == {slot: whole[slot] for slot in map(str, mine)}
+    begun = [(number, given) for _, number, given in numbers.lines("begins")]
+    assert (3, 2 * 16) in begun[:killed], "who takes over begins with the state that was agreed on"
+    assert [given for _, given in begun[killed:]] == [2 * 16] * 2, "two streams go on behind step 16"
+    assert [text.split(":")[0] for text in told.texts] == ["data-worker-lost"]
+
+
+def test_processes_outlive_a_change_of_the_membership(tmp_path: Path) -> None:
+    """They are asked for other micro-batches next, and have not forgotten those of a step that is computed again."""
+    found, numbers = counting(tmp_path / "log", 2)
+    expected, _ = counting(tmp_path / "here", 0)
+    first = len(numbers.lines("begins"))
+    slots = {0: (0, 1), 1: (0, 1), 2: (0, 1, 2, 3), 3: (0, 1, 2, 3), 4: (3,), 5: (3,)}
+    for step, mine in slots.items():
+        keys = [(later, slot) for later in range(step, 9) for slot in mine]
+        for slot in (*mine, mine[0]):
+            assert torch.equal(found.fetch(step, slot, partial(iter, keys)), expected.fetch(step, slot)), (step, slot)
+    begun = numbers.lines("begins")[first:]
+    assert sorted(number for _, number, _ in begun) == [0, 1, 2, 3], "each stream was begun once"
+    assert len({pid for pid, _, _ in begun}) == 2
+
+
+def test_the_end_is_seen_by_processes_that_read_ahead() -> None:
+    found = source(DataLoader(Numbers(22), batch_size=2, num_workers=1))
+    upcoming = partial(iter, [(step, slot) for step in range(9) for slot in range(4)])
+    found.fetch(0, 3, upcoming)
+    assert found.ends(0, upcoming) == ""
+    assert found.ends(1, upcoming) == "the stream has ended"
+    assert found.fetch(1, 3).tolist() == [14, 15]
     with pytest.raises(UsageError, match="Numbers ended before it had the samples of micro-batch 3 of step 2"):
         found.fetch(2, 3)
 
@@ -164,8 +293,7 @@ def test_a_loader_has_the_size_of_the_micro_batch_or_of_the_batch(size: int) -> 
     for workers in (0, 1):
         found = source(DataLoader(numbers, batch_size=size, num_workers=workers))  # type: ignore[arg-type]
         keys = [(0, 0), (0, 1)]
-        assert [found.fetch(*key, lambda keys=keys: keys).tolist() for key in keys] == [[0, 1], [2, 3]]
-        found.close()
+        assert [found.fetch(*key, partial(iter, keys)).tolist() for key in keys] == [[0, 1], [2, 3]]
 
 
 class Broken(torch.utils.data.Dataset[Any]):
@@ -188,7 +316,6 @@ def test_a_sample_that_cannot_be_read_is_skipped(workers: int) -> None:
         "sample-skipped: sample 5 of the dataset (Broken) cannot be read, and the next one takes its place: OSError: a "
         "picture that is none"
     ]
-    found.close()
 
 
 def test_more_samples_than_allowed_cannot_be_read() -> None:
@@ -213,4 +340,3 @@ def test_a_sample_that_cannot_be_read_is_named(workers: int) -> None:
         found.fetch(0, 2, lambda: [(0, 2)])
     text = "".join(traceback.format_exception(caught.value))
     assert "everstep: this is sample 5 of the dataset (Broken)" in text
-    found.close()
