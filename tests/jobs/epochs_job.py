@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 import everstep
-from everstep.elastic.contract.progress import _kill_node
+from everstep.elastic.contract.faults import _kill_node
 
 config = json.loads(sys.argv[1])
 out = Path(config["out"])
