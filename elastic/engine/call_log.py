@@ -6,7 +6,7 @@ comes later: it runs the script from its beginning, and makes calls that the oth
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -56,7 +56,7 @@ class CallLog:
         """All of it as JSON values, for a rank that lacks some."""
         return {"count": self.count, "made": [list(vars(made).values()) for made in self._made.values()]}
 
-    def take(self, records: dict[str, Any]) -> None:
+    def take(self, records: Mapping[str, Any]) -> None:
         """Take what another rank has."""
         self.count = max(self.count, records["count"])
         known: Iterable[list[Any]] = records["made"]

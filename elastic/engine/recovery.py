@@ -36,6 +36,7 @@ from .engine import (
     Engine,
 )
 from .loading import LiveValues
+from .position import Position
 from .user_loop import Step
 
 _GUIDE, _CALLS = Key(Kind.SWITCH, 0), Key(Kind.SWITCH, 1)
@@ -50,7 +51,7 @@ class Recovery:
         self.resumed = False  # whether the job resumed from a checkpoint
         # The version at which this rank joined, and the agreement before it.
         self._joined: tuple[int, Terms | None] = (-1, None)
-        self._after: dict[str, Any] = {}  # the state of the user's code on the guide
+        self._after: Mapping[str, Any] = {}  # the state of the user's code on the guide
         self.guide_begun = True  # its loop had begun
         self._began = self._edited = 0.0  # times within the entry into the current generation
         self._edited_ns = 0
@@ -184,12 +185,12 @@ class Recovery:
 
     def _ask_place(self, it: w.AskPlace) -> w.Event:
         engine = self.engine
-        message = json.loads(bytes(host_bytes(engine.comm.receive(it.rank, _GUIDE))))
-        self._after, self.guide_begun = message["after"], message["begun"]
-        engine.adjustments.take_records(message["records"])
-        engine.calls.take(message["calls"])
-        engine.user_loop.join([Step(*step) for step in message["unseen"]], open_turn=message["turning"])
-        return w.Placed(message["version"], message["agreement"], message["left"])
+        found = Position.of_message(engine.comm.receive(it.rank, _GUIDE))
+        self._after, self.guide_begun = found.after, found.begun
+        engine.adjustments.take_records(found.records)
+        engine.calls.take(found.calls)
+        engine.user_loop.join(found.unseen, open_turn=found.turning)
+        return w.Placed(found.version, found.agreement, found.left)
 
     def _take_unseen(self, it: w.TakeUnseen) -> None:
         """Changes that other ranks' code made after the last step are lost with them, unless a checkpoint has them."""
@@ -198,7 +199,7 @@ class Recovery:
         terms = Terms.of(it.agreement) if it.agreement else None
         resumed = terms is not None and (terms.advance is not None or (terms.after is not None and terms.shown))
         engine.user_loop.join([], open_turn=False)
-        unseen = [] if resumed else [Step(*step) for step in self._unseen(it.version, it.agreement)]
+        unseen = [] if resumed else self._unseen(it.version, it.agreement)
         engine.user_loop.join(unseen, open_turn=terms is not None and terms.after is None)
 
     def _tell_place(self, it: w.TellPlace) -> None:
@@ -207,11 +208,17 @@ class Recovery:
         A newcomer that does not receive this takes part in the next recovery as one without any state.
         """
         engine, version = self.engine, it.version
-        told = {"version": version, "agreement": it.agreement, "after": self._after_users(version)}
-        told |= {"left": engine.leave_at, "unseen": self._unseen(version, it.agreement)}
-        told |= {"begun": engine.user_loop.begun, "turning": not self._in_turn(version)}
-        told |= {"records": engine.adjustments.records(), "calls": engine.calls.records()}
-        message = of_bytes(json.dumps(told).encode())
+        message = Position(
+            version=version,
+            agreement=it.agreement,
+            left=engine.leave_at,
+            begun=engine.user_loop.begun,
+            unseen=tuple(self._unseen(version, it.agreement)),
+            turning=not self._in_turn(version),
+            after=self._after_users(version),
+            records=engine.adjustments.records(),
+            calls=engine.calls.records(),
+        ).to_message()
         with contextlib.suppress(Aborted):
             for rank in it.ranks:
                 engine.comm.send(rank, _GUIDE, [message])
@@ -232,16 +239,16 @@ class Recovery:
         turn = self.engine.user_loop.turn
         return turn is not None and turn.index == version - 1 and self.engine.version == version
 
-    def _unseen(self, version: int, agreement: str) -> list[list[Any]]:
+    def _unseen(self, version: int, agreement: str) -> list[Step]:
         """The steps before `version` for which the user's code on this rank has not run."""
         engine = self.engine
         loop = engine.user_loop
         if loop.turn is not None and self._in_turn(version):
-            return [[loop.turn.index, loop.turn.loss, loop.turn.gradient_norm]]
-        steps = [[step.index, step.loss, step.gradient_norm] for step in loop.unseen]
+            return [loop.turn]
+        steps = list(loop.unseen)
         if engine.version < version and agreement:
             terms = Terms.of(agreement)
-            steps.append([terms.step, terms.loss, terms.norm])
+            steps.append(Step(terms.step, terms.loss, terms.norm))
         return steps
 
     def _enter_protection(self, it: w.EnterProtection) -> None:

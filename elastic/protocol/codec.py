@@ -38,9 +38,7 @@ def encode(value: Any) -> Any:
     return value
 
 
-_OBJECT = Mapping[
-    str, Any
-]  # JSON as it is: what `encode` makes of a mapping in it could not be distinguished from a list
+_OBJECT = Mapping[str, Any]  # JSON as it is: `encode` would make lists of the mappings in it
 _NONE = type(None)
 _AS_IT_IS: dict[Any, tuple[type[Any], ...]] = {
     **{kind: (kind,) for kind in (bool, int, float, str)},

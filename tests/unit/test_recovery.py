@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -10,9 +9,9 @@ from typing import Any
 import pytest
 
 from everstep.comms.mesh.communicator import Aborted
-from everstep.comms.mesh.tensors import of_bytes
 from everstep.elastic.engine.call_log import CallLog
 from everstep.elastic.engine.driver import Driver
+from everstep.elastic.engine.position import Position
 from everstep.elastic.engine.recovery import Recovery
 from everstep.elastic.engine.user_loop import Step, UserLoop
 from everstep.elastic.protocol import worker_events as w
@@ -25,28 +24,29 @@ from tests.terms import agreed
 
 def test_what_a_guide_told_ends_with_its_plan() -> None:
     """The message's plan is aborted, and the next plan goes back to an older version, with other settings."""
-    told = {
-        "version": 30,
-        "agreement": "{}",
-        "after": {"groups": [{"lr": 0.1}]},
-        "left": None,
-        "records": {"29": {"frozen": []}},
-        "unseen": [[29, 1.0, 2.0]],
-        "turning": True,
-        "begun": False,
-        "calls": {"count": 7, "made": [["after step 29", 0, "run.barrier", "null", 30]]},
-    }
+    told = Position(
+        version=30,
+        agreement="{}",
+        after={"groups": [{"lr": 0.1}]},
+        left=None,
+        records={"29": {"frozen": []}},
+        unseen=(Step(29, 1.0, 2.0),),
+        turning=True,
+        begun=False,
+        calls={"count": 7, "made": [["after step 29", 0, "run.barrier", "null", 30]]},
+    )
+    assert Position.of_message(told.to_message()) == told
     records: list[dict[str, Any]] = []
-    comm = SimpleNamespace(receive=lambda rank, key: of_bytes(json.dumps(told).encode()))
+    comm = SimpleNamespace(receive=lambda rank, key: told.to_message())
     adjustments = SimpleNamespace(take_records=records.append)
     parts = {"adjustments": adjustments, "calls": CallLog()}
     engine = SimpleNamespace(rank=3, comm=comm, user_loop=UserLoop(), version=0, **parts)
     recovery = Recovery.__new__(Recovery)
     recovery.engine, recovery._after = engine, {}
     assert recovery._ask_place(w.AskPlace(1)) == w.Placed(30, "{}", None)
-    assert (recovery._after, engine.user_loop.unseen) == (told["after"], [Step(29, 1.0, 2.0)])
-    assert records == [told["records"]]
-    assert (recovery.guide_begun, engine.calls.records()) == (False, told["calls"])
+    assert (recovery._after, engine.user_loop.unseen) == (told.after, [Step(29, 1.0, 2.0)])
+    assert records == [told.records]
+    assert (recovery.guide_begun, engine.calls.records()) == (False, told.calls)
     terms = agreed(step=28, loss=3.0, norm=1.0)
     recovery._take_unseen(w.TakeUnseen(29, terms.to_text()))
     assert recovery.guide_begun, "the guide is gone, and this rank's own code decides"
