@@ -52,7 +52,7 @@ class Settings:
     steps: int = setting("Optimizer steps in all; or give `epochs`.", unit="steps", default=0, least=1)
     epochs: int = setting(
         "Passes over the dataset in all, instead of `steps`.",
-        more="See [epochs](epochs.md).",
+        more="See [epochs](guide/data.md#epochs).",
         unit="epochs",
         default=0,
         least=1,
@@ -65,7 +65,7 @@ class Settings:
     )
     skip_bad_samples: int = setting(
         "How many samples of the dataset may raise when a rank reads them; the next one takes the place of each.",
-        more="See [data](data.md#samples-that-cannot-be-read).",
+        more="See [data](guide/data.md#samples-that-cannot-be-read).",
         unit="samples",
         default=0,
         least=0,
@@ -77,14 +77,14 @@ class Settings:
     master_dtype: str = setting(
         'The type in which the optimizer steps parameters of lower precision (bfloat16, float16): `"float32"`, or '
         '`"none"` for their own.',
-        more="See [low precision](loops.md#low-precision).",
+        more="See [low precision](guide/models.md#low-precision).",
         default="float32",
         choices=("float32", "none"),
     )
     loss_reduction: str = setting(
         'What the loss of a micro-batch is: the `"mean"` or the `"sum"` over its samples, or the sum over its '
         '`"tokens"`, divided by the number of tokens of the whole step.',
-        more="See [losses](precision.md#losses-that-are-sums).",
+        more="See [losses](guide/models.md#losses-that-are-sums).",
         default="mean",
         choices=("mean", "sum", "tokens"),
     )
