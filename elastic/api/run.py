@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, TypeVar
@@ -14,9 +13,6 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from everstep.checkpointing.access.client import KeeperLink
-from everstep.checkpointing.access.snapshot import Snapshots
-from everstep.checkpointing.universal.lineage import Lineage
 from everstep.comms.mesh.communicator import Communicator, Peer
 from everstep.elastic.contract.digest import state_digest
 from everstep.elastic.contract.errors import UsageError
@@ -35,19 +31,18 @@ from everstep.elastic.holding.several_optimizers import AnyOptimizer, parts_of
 from everstep.elastic.holding.stack import LayerStack
 from everstep.elastic.holding.user_optimizer import UserOptimizer, check_optimizer, is_elementwise
 from everstep.elastic.holding.whole_state import complete_model, complete_optimizer
-from everstep.elastic.protocol.events import Job
-from everstep.elastic.protocol.protection import state_slots
 from everstep.elastic.step.data import DataSource
 from everstep.elastic.step.devices import make_current, own_device
 from everstep.elastic.step.evaluation_data import EvaluationData
 from everstep.elastic.step.gradients import GradientWatch
-from everstep.elastic.step.loss_scale import LOSS_SCALE, LossScale
+from everstep.elastic.step.loss_scale import LossScale
 from everstep.elastic.step.reduction import Reduction
-from everstep.elastic.step.streams import STREAM, StreamPlace
+from everstep.elastic.step.streams import StreamPlace
 from everstep.resharding.layout import Layout
 
 from .average import MovingAverage
 from .calls import Calls
+from .compose import engine_of, job_of
 from .course import Course
 from .epochs import Epochs
 from .evaluation import Evaluation
@@ -56,7 +51,7 @@ from .gradients import Gradients
 from .interruptible import Interruptible
 from .loop import Batches, ElasticOptimizer, Turns
 from .loop_scaler import LoopScaler
-from .replacement import loads_values, note_variables
+from .replacement import note_variables
 from .schedulers import Schedulers, checked
 from .sharing import SharedState, Sharing
 from .updates import Updates, as_one, check_several
@@ -481,39 +476,23 @@ class Run(Sharing, Gradients):
             raise UsageError("run.average was called with another model than run.prepare or run.steps")
         decay = self._average[1] if self._average is not None else None
         stack.check_stages(settings.stages)
-        link, lineage, slots, context = None, None, 2, self._context
-        if context is not None:
-            # The token is a secret; its hash names the run.
-            lineage = Lineage(hashlib.sha256(context.token.encode()).hexdigest()[:16])
-            link = KeeperLink(context.keeper_name, context.token, context.rank, context.incarnation)
-            slots = state_slots(settings.protection, context.max_nodes, checkpoints=bool(settings.checkpoint))
-        values = state_digest(model.state_dict())
-        engine = Engine(
+        values, context = state_digest(model.state_dict()), self._context
+        engine = engine_of(
+            context,
+            self._comm,
+            self._membership,
+            self._progress,
             settings=settings,
             stack=stack,
             optimizer=UserOptimizer(optimizer, stack, settings.master_dtype, decay),
             data=data,
             described=described,
+            values=values,
             loss_fn=loss_fn,
             reduction=reduction,
-            comm=self._comm,
-            membership=self._membership,
-            snapshots=Snapshots(link, slots, self._progress.telemetry.copied),
-            progress=self._progress,
-            link=link,
-            lineage=lineage,
             registered=self._registered,
             loops=loops,
-            seeded=not loads_values(self._membership, context.begun if context else None, values),
-            token=context.token if context else "",
-            node=context.node if context else "",
         )
-        if reduction.skip_nonfinite:
-            engine.registered.driven.add(LOSS_SCALE)
-            engine.claim(LOSS_SCALE, reduction.loss_scale)
-        if data.streams is not None and data.streams.stateful:
-            engine.registered.driven.add(STREAM)
-            engine.claim(STREAM, data.streams)
         self._schedulers = Schedulers(engine, parts_of(optimizer), schedulers, by_epoch=by_epoch)
         engine.note_birth()
         self._engine = engine
@@ -522,33 +501,9 @@ class Run(Sharing, Gradients):
         self._calls = Calls(
             engine.comm, engine.calls, engine.progress, lambda: engine.version, parts.interrupted, parts.reach
         )
-        job = Job(
-            steps=settings.steps,
-            stages=settings.stages,
-            micro_batches=settings.micro_batches,
-            global_batch_size=settings.global_batch_size,
-            model=stack.spec,
-            seed=settings.seed,
-            values=values,
-            constants=state_digest(dict(stack.constants())),
-            samples=data.samples,
-            shuffle=data.order.shuffle,
-            sample_digests=tuple(described["sample_digests"]),
-            epochs=settings.epochs,
-            last_batch=settings.last_batch,
-            loss_reduction=settings.loss_reduction,
-            optimizer=engine.optimizer.describe() + reduction.describe() + f" in {updates} turns" * (updates > 1),
-            protection=settings.protection,
-            node_losses=settings.node_losses,
-            on_loss=settings.on_loss,
-            checkpoints=bool(settings.checkpoint),
-            one_stage="run.prepare drives one, run.steps(...) several" if loops else stack.why_one_stage(),
-            on_damage=settings.on_damage,
-            state_bytes=tuple(engine.record_bytes),
-            gradient_bytes=tuple(engine.gradient_bytes(shard) for shard in stack.spec.shards),
-        )
         resumption = Resumption(settings, stack, engine, described, self._membership)
         saved = resumption.find() if context is None or context.rank == 0 else []
+        job = job_of(engine, described, values, updates)
         self._membership.ready(self._peer, job, saved, self._comm.abort)
         self._gradients = GradientWatch(stack) if loops else None  # before a layer may be frozen
         for part in parts_of(optimizer):

@@ -118,6 +118,5 @@ class Schedulers:
         self._known.append(scheduler)
         self._driven.add(number)
         engine.on_commit.append(rate.advance)
-        engine.registered.driven.add(name)
-        engine.claim(name, rate)
+        engine.drive(name, rate)
         return rate

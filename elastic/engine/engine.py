@@ -382,6 +382,11 @@ class Engine:
         self.birth.setdefault("registered", {})[name] = encode(item.state_dict(), f"the state of {name!r}")
         self.registered.claim(name, item)
 
+    def drive(self, name: str, item: Any) -> None:
+        """Register an object that the runtime itself steps, with the version."""
+        self.registered.driven.add(name)
+        self.claim(name, item)
+
     def turn_over(self) -> None:
         """In the user's own loop, the turn that ended the last step is over; functions for that step follow.
 
@@ -563,11 +568,7 @@ class Engine:
         self.worker.happened(w.EndDue())
 
     def pause(self) -> None:
-        """Between two epochs: return when the version is whole here, so that no loss of a node takes the job back.
-
-        The script's code between epochs may use the model of this version for long, and no loop would be there to
-        compute steps again.
-        """
+        """Between two epochs: return when the version is whole here. No loop could compute steps again after a loss."""
         self.worker.happened(w.PauseDue())
 
     def _conclude(self, it: w.WaitUntilWhole) -> w.Event:

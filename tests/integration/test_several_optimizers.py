@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from tests.jobs import JOBS, run_job, same
-from tests.jobs.interpreter import script
 from tests.jobs.gan_job import SAMPLES, loss_of_d, loss_of_g, models, optimizers
+from tests.jobs.interpreter import script
 
 BATCHES = 7
 STEPS = {"alternating": 2 * BATCHES, "simultaneous": BATCHES}
