@@ -87,7 +87,7 @@ class Run(Sharing, Gradients):
         self._stream_place = StreamPlace(progress)
         self._registered: dict[str, Any] = {STATE: self.state}
         self._batches: Batches | None = None
-        self._average: tuple[nn.Module, float] | None = None  # the model whose parameters are averaged, the decay
+        self._average: MovingAverage | None = None
         self._gradients: GradientWatch | None = None
         self._schedulers: Schedulers | None = None
         self._step_functions: list[Callable[[Step], None]] = []
@@ -344,16 +344,17 @@ class Run(Sharing, Gradients):
     def average(self, model: nn.Module, decay: float) -> MovingAverage:
         """Keep a moving average of the parameters: after each step `average = decay * average + (1 - decay) * value`.
 
-        Call it before `prepare` or `steps`, with the same model. The averages are kept as the optimizer's state is:
-        sharded, protected, saved, restored. `run.evaluate(..., average=True)` evaluates with them, and
-        `run.full_state_dict()["average"]` has them by name, and so has the `state_dict()` of what is returned.
+        Call it before `prepare` or `steps`, with the same model, or with one of several. The averages are kept as the
+        optimizer's state is: sharded, protected, saved, restored. `run.evaluate(..., average=True)` evaluates with
+        them, and `run.full_state_dict()["average"]` has them by name, and so has the `state_dict()` of what is
+        returned.
         """
         if self._engine is not None:
             raise UsageError("run.average(model, decay) has to be called before run.prepare or run.steps")
         if not isinstance(decay, int | float) or not 0 <= decay < 1:
             raise UsageError(f"run.average: decay must be a number from 0 to less than 1, such as 0.999; got {decay!r}")
-        self._average = (model, float(decay))
-        return MovingAverage(model, self.full_state_dict)
+        self._average = MovingAverage(model, float(decay), self.full_state_dict)
+        return self._average
 
     def evaluate(self, data: Any, function: Callable[[Any], Any], *, average: bool = False) -> list[Any]:
         """The results of `function(batch)` for all batches of a dataset or DataLoader, in their order, on every rank.
@@ -470,11 +471,7 @@ class Run(Sharing, Gradients):
         described = data.described()
         stack = LayerStack(model, cut=not loops, whole=not is_elementwise(optimizer), buffers=buffers)
         make_current(stack.device)
-        if self._average is not None and len(parts_of(optimizer)) > 1:
-            raise UsageError("run.average keeps the averages of one model that one optimizer steps, not of a list")
-        if self._average is not None and self._average[0] is not model:
-            raise UsageError("run.average was called with another model than run.prepare or run.steps")
-        decay = self._average[1] if self._average is not None else None
+        decay, averaged = self._average.train_within(model) if self._average is not None else (None, None)
         stack.check_stages(settings.stages)
         values, context = state_digest(model.state_dict()), self._context
         engine = engine_of(
@@ -484,7 +481,7 @@ class Run(Sharing, Gradients):
             self._progress,
             settings=settings,
             stack=stack,
-            optimizer=UserOptimizer(optimizer, stack, settings.master_dtype, decay),
+            optimizer=UserOptimizer(optimizer, stack, settings.master_dtype, decay, averaged),
             data=data,
             described=described,
             values=values,

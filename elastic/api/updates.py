@@ -54,7 +54,7 @@ def as_one(models: Any, optimizers: Any, updates: str) -> tuple[Any, AnyOptimize
                     f"optimizers[{whose[id(parameter)]}] and optimizers[{number}] of run.prepare both have a parameter "
                     f"of shape {tuple(parameter.shape)}: give each parameter to one of them"
                 )
-    return nn.ModuleList(models), SeveralOptimizers(optimizers)
+    return nn.ModuleList(models), SeveralOptimizers(optimizers, alternating=updates == "alternating")
 
 
 def check_several(settings: Settings, count: int, updates: str, scaler: GradScaler | None, accumulation: int) -> None:

@@ -14,10 +14,11 @@ from torch.optim import Optimizer
 
 
 class SeveralOptimizers:
-    """Steps each of its parts, which have disjoint parameters."""
+    """Steps each of its parts, which have disjoint parameters. `alternating`: a step of the job is one of one part."""
 
-    def __init__(self, parts: Sequence[Optimizer]) -> None:
+    def __init__(self, parts: Sequence[Optimizer], *, alternating: bool) -> None:
         self.parts = list(parts)
+        self.alternating = alternating and len(self.parts) > 1
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -41,11 +42,16 @@ def parts_of(optimizer: AnyOptimizer) -> list[Optimizer]:
     return optimizer.parts if isinstance(optimizer, SeveralOptimizers) else [optimizer]
 
 
+def takes_turns(optimizer: AnyOptimizer) -> bool:
+    """Whether a step of the job is one of a part of it."""
+    return isinstance(optimizer, SeveralOptimizers) and optimizer.alternating
+
+
 def clone_of(optimizer: AnyOptimizer) -> AnyOptimizer:
     """The same optimizer with no parameters and no state."""
     state: defaultdict[Tensor, Any] = defaultdict(dict)
     if isinstance(optimizer, SeveralOptimizers):
-        return SeveralOptimizers([_clone(part, state) for part in optimizer.parts])
+        return SeveralOptimizers([_clone(part, state) for part in optimizer.parts], alternating=optimizer.alternating)
     return _clone(optimizer, state)
 
 

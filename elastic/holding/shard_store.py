@@ -18,6 +18,7 @@ from everstep.resharding.units import Shard
 
 from .buffer_rules import after_step
 from .hyperparameters import unpack
+from .several_optimizers import takes_turns
 from .user_optimizer import AVERAGE, UserOptimizer
 
 
@@ -114,7 +115,7 @@ class ShardStore:
                 parameter.grad = clipped.to(parameter.device, parameter.dtype).view(parameter.shape)
         for group, settings in zip(self._inner.param_groups, unpack(terms.groups), strict=True):
             group.update(settings)
-        averaged = self._averaged(gradients)
+        averaged = self._averaged(gradients, terms)
         try:
             self._inner.step()
         finally:
@@ -127,11 +128,18 @@ class ShardStore:
             if index in gradients:
                 self._round(index)
 
-    def _averaged(self, gradients: Mapping[int, Tensor]) -> list[int]:
-        """The shards whose values are averaged; an average begins with the values before the first step."""
+    def _averaged(self, gradients: Mapping[int, Tensor], terms: Terms) -> list[int]:
+        """The shards whose values are averaged; an average begins with the values before the first step.
+
+        Where optimizers take turns, an average goes on in the steps of its parameter's own one.
+        """
         if self.optimizer.decay is None:
             return []
-        found = [i for i in gradients if i in self._shards and self.optimizer.steps(self._shards[i].parameter)]
+        idle = set(terms.idle) if takes_turns(self.optimizer.user) else ()
+        parameters = {index: self._shards[index].parameter for index in gradients if index in self._shards}
+        found = [
+            i for i, parameter in parameters.items() if self.optimizer.averages(parameter) and parameter not in idle
+        ]
         for index in found:
             if index not in self._averages:
                 self._averages[index] = self._parameters[index].data.clone()
@@ -159,7 +167,7 @@ class ShardStore:
             self._round(shard)
         rest = {name: value for name, value in state.items() if name not in ("value", AVERAGE)}
         self._averages.pop(shard, None)
-        if AVERAGE in state and self.optimizer.decay is not None:
+        if AVERAGE in state and self.optimizer.averages(self._shards[shard].parameter):
             self._averages[shard] = self._placed(state[AVERAGE], shard, state["value"].dtype)
         self._inner.state.pop(parameter, None)
         if rest:

@@ -88,12 +88,20 @@ class UserOptimizer:
     """The optimizer that the user built. It never steps itself: each `ShardStore` steps a clone of it."""
 
     def __init__(
-        self, optimizer: AnyOptimizer, stack: LayerStack, master_dtype: str = "none", decay: float | None = None
+        self,
+        optimizer: AnyOptimizer,
+        stack: LayerStack,
+        master_dtype: str = "none",
+        decay: float | None = None,
+        averaged: nn.Module | None = None,
     ) -> None:
-        """`decay`: of the moving average of each parameter that is kept beside its state; None: none is."""
+        """`decay`: of the moving average that is kept beside the state of each parameter of `averaged`, by default the
+        whole model; None: none is."""
         self.user = optimizer
         self.stack = stack
         self.decay = decay
+        of_model = {id(parameter) for parameter in (averaged or stack.model).parameters()}
+        self._averaged = {index for index, tensor in stack.parameter_of.items() if id(tensor) in of_model}
         of_tensor = {
             id(parameter): number
             for number, group in enumerate(optimizer.param_groups)
@@ -122,6 +130,10 @@ class UserOptimizer:
     def steps(self, parameter: int) -> bool:
         """Whether the optimizer steps a parameter: it has it, and it is no statistic of a batch norm."""
         return self._group[parameter] is not None and not self.stack.is_buffer(parameter)
+
+    def averages(self, parameter: int) -> bool:
+        """Whether a moving average of a parameter is kept."""
+        return self.decay is not None and parameter in self._averaged and self.steps(parameter)
 
     def dtype_of(self, parameter: int) -> torch.dtype:
         """The type in which a parameter is stepped: its own, or that of its master."""
@@ -189,7 +201,7 @@ class UserOptimizer:
                 name: value if isinstance(item, Tensor) and item.numel() == _PROBE else item
                 for name, item in self._templates[group].items()
             }
-        average = {AVERAGE: value} if self.decay is not None else {}
+        average = {AVERAGE: value} if self.averages(shard.parameter) else {}
         return record_bytes({"value": value, **state, **average}) + _MARGIN_BYTES
 
     def _probe(self, like: Tensor, shard: Shard) -> dict[str, Any]:

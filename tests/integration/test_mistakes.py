@@ -29,7 +29,7 @@ ANYWHERE = {
     "several_optimizers": "the optimizer must be one torch Optimizer, got list: run.prepare([g, d], [opt_g, opt_d]",
     "one_of_two_steps": "optimizers[1].step() was not called in a turn of the loop: each turn calls step() of each",
     "lbfgs": "LBFGS is not supported: it evaluates the loss of all data several times a step",
-    "average_of_several": "run.average keeps the averages of one model that one optimizer steps, not of a list",
+    "average_of_another": "run.average was called with another model than run.prepare or run.steps",
     "turns_on_a_stream": "Stream is a stream, and alternating updates of several optimizers need each batch several",
     "optimizer_state": "the optimizer has state already",
     "nothing": "nothing returned without calling run.prepare(...) or run.steps(...)",

@@ -62,6 +62,7 @@ def plain_torch(updates: str) -> dict[str, Any]:
         for parameter, gradient in zip(parameters, mean_gradients(losses, parameters), strict=True):
             parameter.grad = gradient
 
+    average = {name: value.clone() for name, value in g.state_dict().items()}
     for number in range(BATCHES):
         samples = [SAMPLES[(8 * number + i) % len(SAMPLES)] for i in range(8)]
         batches = [torch.utils.data.default_collate(samples[i : i + 2]) for i in range(0, 8, 2)]
@@ -75,12 +76,15 @@ def plain_torch(updates: str) -> dict[str, Any]:
         opt_g.step()
         for rate in rates:
             rate.step()
-    return {"g": g.state_dict(), "d": d.state_dict(), "opt_g": opt_g.state_dict(), "opt_d": opt_d.state_dict()}
+        for name, value in g.state_dict().items():
+            average[name].lerp_(value, 0.25)
+    state = {"g": g.state_dict(), "d": d.state_dict(), "opt_g": opt_g.state_dict(), "opt_d": opt_d.state_dict()}
+    return {**state, "average": average}
 
 
 @pytest.mark.parametrize("updates", STEPS)
 def test_the_numbers_are_those_of_plain_torch(updates: str, tmp_path: Path) -> None:
-    """Parameters, the state of both optimizers, and the rates that a scheduler of each has set."""
+    """Parameters, averages of one model, the state of both optimizers, and the rates that schedulers have set."""
     found, expected = alone(tmp_path, plain=True, updates=updates), plain_torch(updates)
     assert len(found.pop("norms")) == STEPS[updates]
     draws = torch.stack(found.pop("draws"))

@@ -93,7 +93,7 @@ def one_of_two_steps(run):
         optimizer.step()
 
 
-def average_of_several(run):
+def average_of_another(run):
     run.average(stack(), 0.9)
     two(run)
 

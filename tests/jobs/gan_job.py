@@ -50,6 +50,7 @@ def loss_of_g(d, fake):
 def train(run, out, plain, updates, stop=None):
     g, d = models(plain)
     (opt_g, opt_d), (rate_g, rate_d) = optimizers(g, d)
+    average = run.average(g, 0.75)
     buffers = None if plain else {"*._u": "last", "*._v": "last"}
     (g, d), (opt_g, opt_d), batches = run.prepare(
         [g, d], [opt_g, opt_d], torch.utils.data.DataLoader(SAMPLES, batch_size=8), updates=updates, buffers=buffers
@@ -79,6 +80,7 @@ def train(run, out, plain, updates, stop=None):
         rate_g.step()
         rate_d.step()
     state = {"g": g.state_dict(), "d": d.state_dict(), "opt_g": opt_g.state_dict(), "opt_d": opt_d.state_dict()}
+    state["average"] = average.state_dict()
     torch.save({**state, "norms": norms, "draws": draws}, out / f"state-{os.environ.get('RANK', '0')}.pt")
 
 

@@ -13,7 +13,7 @@ def test_the_state_of_a_model_with_its_averages() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 3))
     model[2].weight = model[0].weight
     averages = {"0.weight": torch.ones(3, 3), "1.bias": torch.full((3,), 2.0)}
-    average = MovingAverage(model, lambda: {"average": averages})
+    average = MovingAverage(model, 0.9, lambda: {"average": averages})
     average.update_parameters(model)
     found = average.module.state_dict()
     expected = {**model.state_dict(), **averages, "2.weight": averages["0.weight"]}
