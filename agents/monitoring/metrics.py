@@ -278,7 +278,7 @@ class NodeMetrics(_Metrics):
             self.longest.labels(str(rank)).set(step.longest_s)
 
     def worker_ended(self, rank: int) -> None:
-        """The worker of this rank is gone; its counters stay, and its heir's totals begin at nothing."""
+        """The worker of this rank is gone; its counters stay, and its replacement's totals begin at nothing."""
         self._rising.forget(rank)
         for gauge in (self.last_step, self.longest):
             if (str(rank),) in gauge._metrics:

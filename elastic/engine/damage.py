@@ -103,7 +103,7 @@ class Damage:
         engine = self._engine
         for item in odd:
             if item.backup:
-                engine.backups.level.discard(item.shard)
+                engine.backups.in_sync.discard(item.shard)
                 # Earlier versions come from the same copy: the owner has other ones.
                 engine.snapshots.discard(item.shard)
         wrong = frozenset(item.shard for item in odd if not item.backup)

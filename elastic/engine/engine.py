@@ -509,7 +509,7 @@ class Engine:
         )
         protect = self.protection.begins(self.version, anyway=anyway)
         spread_s = PACE * self.protection.step_s
-        shards = sorted(self.owned | self.backups.level)
+        shards = sorted(self.owned | self.backups.in_sync)
         self.snapshots.begin(self.version, self._state_of, shards, protect=protect, spread_s=spread_s, then=then)
 
     def _state_of(self, shard: int) -> ShardState:

@@ -295,25 +295,25 @@ class Recovery:
         replay = engine.settings.protection == "replay"
         ranks = backup_ranks(layout, orders.placement, orders.nodes) if replay else {}
         engine.backups.take_places(layout, ranks, discard=it.discard)
-        engine.backups.level.difference_update(it.plan.stand_ins)
+        engine.backups.in_sync.difference_update(it.plan.stand_ins)
         if it.seeded:
             engine.store.seed()
             engine.backups.store.seed()
-            engine.backups.level.update(shard.index for shard in engine.backups.shards)
+            engine.backups.in_sync.update(shard.index for shard in engine.backups.shards)
         now = it.shards | {s.index for s in engine.backups.shards}
         engine.snapshots.leave(before - now, it.version)
 
     def _restore(self, it: w.Restore) -> w.Event:
         """Carry out the moves of missing shards, and of backups that are not up to date."""
         engine, checkpoint = self.engine, self.loader.checkpoint
-        backups = [s.index for s in engine.backups.shards if s.index not in engine.backups.level]
+        backups = [s.index for s in engine.backups.shards if s.index not in engine.backups.in_sync]
         passive = it.plan.moves_of(backups, engine.rank, What.BACKUP)
         try:
             self.loader.load(it.plan, engine.store, it.moves, it.version, it.agreement)
             self.loader.load(it.plan, engine.backups.store, passive, it.version, it.agreement)
         except (CheckpointError, StoreError) as error:
             self._unreadable(it.plan.checkpoint, error)
-        engine.backups.level.update(backups)
+        engine.backups.in_sync.update(backups)
         if checkpoint is not None:
             script = Terms.of(it.agreement).script if it.agreement else None
             engine.checkpoints.resumed(it.version, script, it.plan.checkpoint, checkpoint.lineage)

@@ -37,9 +37,9 @@ class Backups:
         self._gradients: dict[int, Tensor] = {}
 
     @property
-    def level(self) -> set[int]:
+    def in_sync(self) -> set[int]:
         """The copies that are at the version of the rank."""
-        return self.places.level
+        return self.places.in_sync
 
     @property
     def shards(self) -> tuple[Shard, ...]:

@@ -26,22 +26,22 @@ def backup_ranks(layout: Layout, placement: Placement, nodes: Mapping[int, str])
 
 @dataclass
 class BackingUp:
-    """The part of one rank: `mine` are the shards that it backs up; the copies of `level` are at the rank's version."""
+    """The part of one rank: `mine` are the shards that it backs up; the copies of `in_sync` are at the rank's version."""
 
     rank: int
     ranks: Mapping[int, tuple[int, ...]] = field(default_factory=dict)  # shard -> the ranks that back it up
     mine: tuple[int, ...] = ()
-    level: set[int] = field(default_factory=set)
+    in_sync: set[int] = field(default_factory=set)
 
     def enter(self, ranks: Mapping[int, tuple[int, ...]], *, discard: bool) -> None:
         """Enter a generation and its assignment; `discard`: drop all copies."""
         self.ranks = dict(ranks)
         self.mine = tuple(shard for shard, backups in sorted(ranks.items()) if self.rank in backups)
-        self.level = set() if discard else self.level.intersection(self.mine)
+        self.in_sync = set() if discard else self.in_sync.intersection(self.mine)
 
     def behind(self) -> list[int]:
         """The shards of this rank whose copies have to be fetched."""
-        return [shard for shard in self.mine if shard not in self.level]
+        return [shard for shard in self.mine if shard not in self.in_sync]
 
     def sends(self, shards: Iterable[int]) -> dict[int, list[int]]:
         """Backup rank -> the given shards, owned here, whose gradients this rank sends to it. In the order of ranks."""

@@ -140,15 +140,15 @@ def _replaced(state: State, worker: Worker) -> Outcome:
     if worker.node in state.leaving and not trained:
         others = {r: other for r, other in state.workers.items() if r != rank}
         return replace(state, workers=others, vacant={**state.vacant, rank: incarnation}), []
-    heir = Worker(
+    replacement = Worker(
         e.WorkerId(rank, incarnation + 1),
         worker.node,
         deaths=worker.deaths,
         hangs=worker.hangs,
         owes_end=trained or worker.owes_end,
     )
-    state = with_workers(state, heir)
-    return state, [start_workers(state, worker.node, heir.id)]
+    state = with_workers(state, replacement)
+    return state, [start_workers(state, worker.node, replacement.id)]
 
 
 def lacking(state: State, event: e.WorkerLacking, now: float) -> Outcome:

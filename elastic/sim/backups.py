@@ -29,7 +29,7 @@ class Backups:
         """Enter a generation and its assignment of backups; copies of shards that are `gone` are not used."""
         places = self.places
         places.enter(ranks, discard=discard)
-        places.level.difference_update(gone)
+        places.in_sync.difference_update(gone)
         self.states = {shard: state for shard, state in self.states.items() if shard in places.mine}
         self._gradients = {}
         if seeded:
@@ -38,7 +38,7 @@ class Backups:
     def load(self, states: Mapping[int, ShardState]) -> None:
         """Adopt copies that are up to date."""
         self.states.update(states)
-        self.places.level.update(states)
+        self.places.in_sync.update(states)
 
     def exchange(self, step: int, layout: Layout, gradients: Mapping[int, str]) -> Steps[None]:
         """Send the gradients of the owned shards to their backups, and receive those of the shards backed up here."""

@@ -481,7 +481,7 @@ class SimWorker:
         mine = [item for item in odd if item.rank == self.rank]
         for item in mine:
             if item.backup:
-                self.backups.places.level.discard(item.shard)
+                self.backups.places.in_sync.discard(item.shard)
                 self.snapshots.discard(item.shard)
         wrong = frozenset(item.shard for item in mine if not item.backup)
         yield from self._happened(w.Distrusted(wrong, values=bool(wrong)))
@@ -498,7 +498,7 @@ class SimWorker:
     def _flip(self, *kinds: str) -> None:
         """Flip the bits that are due: not in version 0, which is compared before training."""
         held = {s.index for layer in range(*self.machine.holding.layers) for s in self.spec.shards_of_layer[layer]}
-        shards = {"owned": self.owned, "read": held - self.owned, "backup": self.backups.places.level}
+        shards = {"owned": self.owned, "read": held - self.owned, "backup": self.backups.places.in_sync}
         for kind in [kind for kind in self.flips if kind in kinds and shards[kind] and self.version]:
             self.flips.remove(kind)
             shard = min(shards[kind])
@@ -575,7 +575,7 @@ class SimWorker:
         """Have the keeper hold this version of every owned shard; the copy overlaps the next step."""
         self.snapshots.protect(sorted(self.mine.union(self.backups.places.mine)))
         protect = self.protection.begins(self.version, anyway=anyway)
-        shards = sorted(self.owned | self.backups.places.level)
+        shards = sorted(self.owned | self.backups.places.in_sync)
         self.snapshots.begin(self.version, self._state_of, shards, protect=protect)
 
     def _state_of(self, shard: int) -> ShardState:

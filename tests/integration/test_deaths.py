@@ -224,7 +224,7 @@ def test_training_goes_on_before_a_dead_worker_is_gone_and_its_heir_waits(tmp_pa
         assert exit_status(victim) == -signal.SIGKILL, "it is not reaped: it is not gone"
         assert job.workers() == before, "nobody was forked in its place"
         assert not job.events("joined")
-    wait_until(lambda: job.events("joined"), 60, "its heir has joined")
+    wait_until(lambda: job.events("joined"), 60, "its replacement has joined")
     (tmp_path / "slow").unlink()
     assert_same_run(job.result(), reference(8))
 

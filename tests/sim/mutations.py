@@ -221,8 +221,8 @@ MUTATIONS = (
     Mutation(
         "copies of what was not backed up here before count as level",
         "backing_up.py",
-        "self.level = set() if discard else self.level.intersection(self.mine)",
-        "self.level = set() if discard else set(self.mine)",
+        "self.in_sync = set() if discard else self.in_sync.intersection(self.mine)",
+        "self.in_sync = set() if discard else set(self.mine)",
         ("3 nodes, replay", "4 nodes, replay", "4 nodes, replay, leaving"),
     ),
     Mutation(

@@ -136,9 +136,9 @@ class Cluster:
             for other in self.ranks.values():
                 other.comm.abort()
             if self.replaces:
-                heir = self.ranks[item.rank] = Rank(self, item.rank, item.incarnation + 1)
+                replacement = self.ranks[item.rank] = Rank(self, item.rank, item.incarnation + 1)
                 self.fresh.add(item.rank)
-                threading.Thread(target=self._live, args=(heir,), kwargs={"joins": True}, daemon=True).start()
+                threading.Thread(target=self._live, args=(replacement,), kwargs={"joins": True}, daemon=True).start()
             self.changed.notify_all()
 
     def wait(self, item: Rank) -> None:
