@@ -26,7 +26,7 @@ def backup_ranks(layout: Layout, placement: Placement, nodes: Mapping[int, str])
 
 @dataclass
 class BackingUp:
-    """The part of one rank: `mine` are the shards that it backs up; the copies of `in_sync` are at the rank's version."""
+    """The part of one rank: `mine` are the shards that it backs up; copies of `in_sync` are at the rank's version."""
 
     rank: int
     ranks: Mapping[int, tuple[int, ...]] = field(default_factory=dict)  # shard -> the ranks that back it up
