@@ -194,7 +194,10 @@ class Resumption:
             text = f"{url} is continued with other data: {', '.join(changed)}; the order of the data changes here"
             warn(self._channel, Notice.RESUME_DATA, text)
         elif digests and theirs and digests != theirs:
-            text = f"the first, the middle or the last sample of the dataset is not the one that {url} was trained on"
+            text = (
+                "the first, the middle or the last sample of the dataset, or the order of its sampler, is not the one "
+                f"that {url} was trained on"
+            )
             warn(self._channel, Notice.RESUME_DATA, text)
 
     def _next_agreement(self, manifest: Manifest, terms: Terms, url: str) -> str:

@@ -41,9 +41,9 @@ def difference(state: State, theirs: e.Job, rank: int) -> str:
         )
     if ours.sample_digests != theirs.sample_digests:
         return (
-            f"the first, the middle or the last sample of the dataset is another one on rank {rank} than on the "
-            "others: give every rank the same data in the same order (the runtime deals it to ranks), which does not "
-            "change while the job runs"
+            "the first, the middle or the last sample of the dataset, or the order of its sampler, is another one on "
+            f"rank {rank} than on the others: give every rank the same data in the same order (the runtime deals it to "
+            "ranks), which does not change while the job runs"
         )
     if ours.model != theirs.model:
         names = [p.name for p in ours.model.parameters]

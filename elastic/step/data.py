@@ -32,6 +32,7 @@ from everstep.elastic.protocol.liveness import Pace
 
 from .devices import generators_kept, seed_generators
 from .order import DataOrder, derive_seed
+from .sampled import SampledOrder
 from .stream_readers import StreamReaders
 from .streams import STREAM, StreamPlace, Streams
 from .worker_processes import BROKEN_OFF, Key, Lost, Upcoming, begin, shut, worker_loader
@@ -60,9 +61,8 @@ class DataSource:
         """`updates`: steps in a row that use the same batch. Raises UsageError for data that cannot be divided."""
         self._loader = given if isinstance(given, DataLoader) else None
         dataset = given.dataset if self._loader is not None else given
-        shuffle = True
         if self._loader is not None:
-            shuffle = _check_loader(self._loader, settings, collate_fn)
+            _check_loader(self._loader, settings, collate_fn)
             collate_fn = self._loader.collate_fn
         is_stream = isinstance(dataset, IterableDataset)
         if is_stream and updates > 1:
@@ -82,6 +82,11 @@ class DataSource:
         self._readers: StreamReaders | None = None
         self.streams = self._begin_streams(settings) if is_stream else None
         self.samples = 0 if is_stream else len(dataset)
+        shuffle, sampler = (False, None) if is_stream else _order_of(self._loader)
+        self._sampled: SampledOrder | None = None
+        if sampler is not None:
+            self._sampled = SampledOrder(sampler, self.samples, settings.global_batch_size, settings.seed)
+            self.samples, known = self._sampled.samples, 0
         if known and self.samples > known:
             warn(
                 channel,
@@ -90,12 +95,14 @@ class DataSource:
                 f"first {known} are used",
             )
             self.samples = known
+        self._readable = self.samples if self._sampled is None else len(dataset)  # of the dataset
         self.order = DataOrder(
             samples=self.samples,
             global_batch_size=settings.global_batch_size,
             micro_batch_size=settings.micro_batch_size,
             seed=settings.seed,
-            shuffle=shuffle and not is_stream,
+            shuffle=shuffle,
+            sampled=self._sampled.sample if self._sampled is not None else None,
             by_epoch=settings.epochs > 0,
             pad=settings.last_batch == "pad",
             updates=updates,
@@ -154,7 +161,7 @@ class DataSource:
                     error.add_note(f"everstep: this is sample {number} of the dataset ({type(self.dataset).__name__})")
                     raise
                 self._bad[number] = f"{type(error).__name__}: {error}"
-            number, tried = (number + 1) % self.samples, tried + 1
+            number, tried = (number + 1) % self._readable, tried + 1
 
     def fetch(self, step: int, micro_batch: int, upcoming: Upcoming = tuple) -> Any:
         """The samples of a micro-batch, collated. `upcoming`: what worker processes fetch ahead, from this one on."""
@@ -234,7 +241,7 @@ class DataSource:
         The worker processes of a DataLoader fetch them: what a dataset opens at its first use, such as a file, must not
         be shared with processes that are forked later.
         """
-        keys = [(PROBE, index) for index in sorted({0, self.samples // 2, self.samples - 1})]
+        keys = [(PROBE, index) for index in sorted({0, self._readable // 2, self._readable - 1})]
         twice = [*keys, *keys]
         if self.streams is not None:
             found = [content_digest(samples) for samples in (self.streams.first, self.streams.again())]
@@ -245,7 +252,8 @@ class DataSource:
             found = [digest for _, digest in probes]
         half = len(found) // 2
         if found[:half] == found[half:]:
-            return tuple(found[:half])
+            order = [content_digest(self._sampled.first)] if self._sampled is not None else []
+            return (*found[:half], *order)
         warn(
             self._channel,
             Notice.DATA_NOT_REPEATABLE,
@@ -320,13 +328,13 @@ def _from(first: Key, others: Iterable[Key]) -> Iterator[Key]:
     yield from (key for key in others if key != first)
 
 
-def _check_loader(loader: DataLoader[Any], settings: Settings, collate_fn: Collate | None) -> bool:
-    """Refuse data that cannot be divided into micro-batches; returns whether the samples are shuffled."""
+def _check_loader(loader: DataLoader[Any], settings: Settings, collate_fn: Collate | None) -> None:
+    """Refuse data that cannot be divided into micro-batches."""
     if collate_fn is not None:
         raise UsageError("collate_fn was passed together with a DataLoader, which has its own: leave it out")
     is_stream = isinstance(loader.dataset, IterableDataset)
     if is_stream and loader.batch_size is None:
-        return False
+        return
     if loader.batch_size is None or type(loader.batch_sampler) is not BatchSampler:
         raise UsageError(
             "the DataLoader has no fixed batch size, or has its own batch sampler: give it batch_size="
@@ -338,19 +346,20 @@ def _check_loader(loader: DataLoader[Any], settings: Settings, collate_fn: Colla
             f"({settings.micro_batch_size}) nor its global_batch_size ({settings.global_batch_size}): give it one of "
             "them; either way its collate_fn gets the samples of one micro-batch"
         )
-    sampler = loader.sampler
-    if is_stream:
-        return False
+
+
+def _order_of(loader: DataLoader[Any] | None) -> tuple[bool, Any]:
+    """Whether the samples are shuffled; a sampler that gives their order, if there is one of the script's."""
+    sampler = loader.sampler if loader is not None else None
+    if sampler is None:
+        return True, None
     if isinstance(sampler, DistributedSampler):  # the runtime itself assigns samples to ranks
-        return bool(sampler.shuffle)
+        return bool(sampler.shuffle), None
     if type(sampler) is SequentialSampler:
-        return False
+        return False, None
     if type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == len(sampler.data_source):
-        return True
-    raise UsageError(
-        f"the DataLoader's sampler is a {type(sampler).__name__}, whose order cannot be dealt out to ranks that come "
-        "and go: use shuffle=True or shuffle=False, and choose samples by a torch.utils.data.Subset"
-    )
+        return True, None
+    return True, sampler
 
 
 def _check_dataset(dataset: Any, settings: Settings) -> None:

@@ -10,6 +10,7 @@ Rogaway, 2002), so no list is stored.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -59,6 +60,7 @@ class DataOrder:
     shuffle: bool = True
     by_epoch: bool = False
     pad: bool = False
+    sampled: Callable[[int, int], int] | None = None  # (epoch, offset) -> sample, by a sampler of the script
     updates: int = 1  # steps in a row that use the same batch: one for each of several optimizers
 
     @property
@@ -98,6 +100,8 @@ class DataOrder:
         return [self._sample(*divmod(position, self.samples)) for position in positions]
 
     def _sample(self, epoch: int, offset: int) -> int:
+        if self.sampled is not None:
+            return self.sampled(epoch, offset)
         if not self.shuffle:
             return offset
         return permuted(offset, self.samples, self.seed, epoch)

@@ -85,6 +85,19 @@ def test_a_data_loaders_workers_fetch_the_same_samples(
     assert len(fetchers) > 4, "each of two ranks has two processes, and one that looked at the data first"
 
 
+def test_a_weighted_sampler(folder: Path, tmp_path: Path) -> None:
+    """Two ranks killed: the order of each epoch, of three batches, is that of one process."""
+    loader = {"batch_size": 2, "drawn": 24}
+    result = run_job(
+        nproc=2, steps=STEPS, script="data_job.py", faults=KILLS, folder=str(folder), loader=loader, loop=True
+    )
+    reference = alone(tmp_path / "alone", folder, loop=True, loader=loader)
+    assert_same_end(result, reference)
+    assert len(result.named("worker_died")) == len(KILLS)
+    fetched = [int(line.split()[1]) for line in (reference.out / "fetched-0").read_text().splitlines()][-8 * STEPS :]
+    assert sum(number % 2 for number in fetched) > 4 * STEPS, "odd ones are drawn three times as often"
+
+
 def test_a_token_file(tmp_path: Path) -> None:
     """A pair as Megatron writes it, two ranks killed: as in one process."""
     tokens = np.random.default_rng(4).integers(0, 32, 200).astype(np.uint16)

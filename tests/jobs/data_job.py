@@ -46,7 +46,10 @@ def data(run):
         files.files = files.files[: config["stretch"]]
     if "loader" not in config:
         return files
-    return torch.utils.data.DataLoader(files, **config["loader"])
+    how = dict(config["loader"])
+    if "drawn" in how:
+        how["sampler"] = torch.utils.data.WeightedRandomSampler([1.0, 3.0] * (len(files) // 2), how.pop("drawn"))
+    return torch.utils.data.DataLoader(files, **how)
 
 
 @everstep.elastic(

@@ -1,0 +1,72 @@
+"""The order that a DataLoader's sampler gives, as a function of (seed, epoch): each rank works it out for itself.
+
+A copy of the sampler is iterated over with generators that are seeded for the epoch. So the order is the same on all
+ranks and after a resume, if the sampler draws from torch's, NumPy's or Python's global generators, or from its own
+`generator`, and keeps nothing from one iteration to the next.
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from everstep.elastic.contract.errors import UsageError
+
+from .devices import generators_kept, seed_generators
+from .order import derive_seed
+
+
+class SampledOrder:
+    """The indices of each epoch by `sampler`, for a dataset of `length` samples. Raises UsageError."""
+
+    def __init__(self, sampler: Any, length: int, batch_size: int, seed: int) -> None:
+        self._sampler = sampler
+        self._name = type(sampler).__name__
+        self._length = length
+        self._seed = seed
+        self._drawn = lru_cache(maxsize=2)(self._draw)
+        self.first = self._drawn(0)  # what ranks compare
+        self.samples = len(self.first)
+        if self.samples < batch_size:
+            raise UsageError(
+                f"the DataLoader's sampler ({self._name}) gives {self.samples} samples, fewer than one batch "
+                f"(global_batch_size = {batch_size}): let it give more, or choose a smaller batch"
+            )
+        if not np.array_equal(self.first, self._draw(0)):
+            raise UsageError(
+                f"the DataLoader's sampler ({self._name}) gives another order when it is iterated over again: draw "
+                "random numbers from torch's, NumPy's or Python's global generators, or from its attribute generator, "
+                "which are seeded for each epoch, and keep no position in it"
+            )
+
+    def sample(self, epoch: int, offset: int) -> int:
+        """The index of a sample of an epoch."""
+        drawn = self._drawn(epoch)
+        if len(drawn) != self.samples:
+            raise UsageError(
+                f"the DataLoader's sampler ({self._name}) gives {len(drawn)} samples in epoch {epoch}, and "
+                f"{self.samples} in the first: let it give as many in each"
+            )
+        return int(drawn[offset])
+
+    def _draw(self, epoch: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+        seed = derive_seed("sampler", self._seed, epoch)
+        with generators_kept():
+            seed_generators(seed)
+            sampler = copy.copy(self._sampler)
+            if isinstance(getattr(sampler, "generator", None), torch.Generator):
+                sampler.generator = torch.Generator(sampler.generator.device).manual_seed(seed)
+            if callable(getattr(sampler, "set_epoch", None)):
+                sampler.set_epoch(epoch)
+            drawn = np.fromiter((int(index) for index in sampler), np.int64)
+        wrong = drawn[(drawn < 0) | (drawn >= self._length)]
+        if wrong.size:
+            raise UsageError(
+                f"the DataLoader's sampler ({self._name}) gives index {wrong[0]}, and the dataset has {self._length} "
+                "samples"
+            )
+        return drawn

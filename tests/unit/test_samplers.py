@@ -1,0 +1,126 @@
+"""The samplers of a DataLoader: their order is a function of (seed, epoch), and each sample is fetched in it."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
+
+from everstep.elastic.contract.errors import UsageError
+from everstep.elastic.contract.progress import Progress
+from everstep.elastic.contract.settings import Settings
+from everstep.elastic.step.data import DataSource
+from everstep.elastic.step.streams import StreamPlace
+
+SETTINGS = Settings(epochs=3, global_batch_size=8, micro_batch_size=2)
+NUMBERS: Any = list(range(100, 140))
+
+
+class Silent:
+    def note(self, what: str, fields: Any) -> None:
+        raise AssertionError(fields)
+
+
+def source(sampler: Any, settings: Settings = SETTINGS, workers: int = 0, seed: int = 0) -> DataSource:
+    loader = DataLoader(NUMBERS, batch_size=2, sampler=sampler, num_workers=workers)
+    return DataSource(loader, replace(settings, seed=seed), None, Silent(), StreamPlace(Progress(None, 0, 1, [])))
+
+
+def epoch(data: DataSource, number: int) -> list[int]:
+    """Its samples, in their order."""
+    steps = data.order.epoch_steps
+    keys = [(step, slot) for step in range(number * steps, (number + 1) * steps) for slot in range(4)]
+    return [int(x) for key in keys for x in data.fetch(*key, partial(iter, keys))]
+
+
+class Own:
+    """Draws from Python's generator, and wants to know the epoch."""
+
+    epoch = -1
+
+    def set_epoch(self, number: int) -> None:
+        self.epoch = number
+
+    def __len__(self) -> int:
+        return 16
+
+    def __iter__(self) -> Iterator[int]:
+        yield from (random.randrange(20) + 5 * self.epoch for _ in range(16))
+
+
+WEIGHTS = [0.0] * 20 + [1.0] * 19 + [10.0]
+SAMPLERS: dict[str, Any] = {
+    "weighted": lambda: WeightedRandomSampler(WEIGHTS, 60),
+    "weighted, with a generator": lambda: WeightedRandomSampler(WEIGHTS, 60, generator=torch.Generator()),
+    "subset": lambda: SubsetRandomSampler(range(3, 27)),
+    "again": lambda: RandomSampler(NUMBERS, replacement=True, num_samples=24),
+    "own": Own,
+}
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_order_is_a_function_of_seed_and_epoch(name: str) -> None:
+    """Whatever the process has drawn and fetched before, and whoever fetches; the script's sampler is left alone."""
+    made = SAMPLERS[name]()
+    before = random.getstate(), torch.get_rng_state(), made.__dict__.copy()
+    first = source(made)
+    assert random.getstate() == before[0]
+    assert torch.equal(torch.get_rng_state(), before[1])
+    epochs = [epoch(first, number) for number in range(3)]
+    assert made.__dict__ == before[2]
+    random.seed(7)
+    torch.manual_seed(7)
+    again = source(SAMPLERS[name](), workers=1)
+    assert [epoch(again, number) for number in (2, 0)] == [epochs[2], epochs[0]]
+    again.close()
+    assert len({tuple(found) for found in epochs}) == 3
+    assert epoch(source(made, seed=1), 0) != epochs[0]
+    assert all(len(found) == first.samples // 8 * 8 for found in epochs)
+    if name.startswith("weighted"):
+        assert min(epochs[0]) >= 120
+        assert Counter(epochs[0]).most_common(1)[0][0] == 139
+    elif name == "subset":
+        assert all(sorted(found) == list(range(103, 127)) for found in epochs)
+    elif name == "own":
+        assert all(100 + 5 * number <= min(found) for number, found in enumerate(epochs))
+
+
+def test_ranks_compare_the_order() -> None:
+    digests = [source(WeightedRandomSampler(weights, 60)).digests() for weights in (WEIGHTS, WEIGHTS[::-1])]
+    assert digests[0][:3] == digests[1][:3]
+    assert digests[0] != digests[1]
+
+
+class Changing(Own):
+    def __init__(self) -> None:
+        self.drawn = [0]
+
+    def __iter__(self) -> Iterator[int]:
+        self.drawn[0] += 1
+        yield from range(self.drawn[0], self.drawn[0] + 16)
+
+
+class Growing(Own):
+    def __iter__(self) -> Iterator[int]:
+        yield from range(16 + self.epoch)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "text"),
+    [
+        (SubsetRandomSampler(range(7)), r"\(SubsetRandomSampler\) gives 7 samples, fewer than one batch"),
+        (SubsetRandomSampler(range(30, 41)), r"\(SubsetRandomSampler\) gives index 40, and the dataset has 40 samples"),
+        (Changing(), r"\(Changing\) gives another order when it is iterated over again"),
+        (Growing(), r"\(Growing\) gives 17 samples in epoch 1, and 16 in the first: let it give as many in each"),
+    ],
+)
+def test_what_cannot_be_is_refused(sampler: Any, text: str) -> None:
+    with pytest.raises(UsageError, match=text):
+        epoch(source(sampler), 1)
