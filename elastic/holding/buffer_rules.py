@@ -71,11 +71,16 @@ def after_step(rule: Rule, before: Tensor, total: Tensor) -> Tensor:
     return before + total.to(before.dtype) if rule == "sum" else total
 
 
-def statistics_of(model: nn.Module) -> set[str]:
-    """The running statistics of batch norms, whose rule is "mean" unless another one is declared."""
-    found: set[str] = set()
+def ready_rules(model: nn.Module) -> dict[str, Rule]:
+    """Name -> rule, for buffers that need no declaration: batch norms' running statistics, spectral norms' vectors."""
+    found: dict[str, Rule] = {}
     for prefix, module in model.named_modules():
+        rule: Rule | None = None
         if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
+            rule = "mean"
+        elif isinstance(module, nn.utils.parametrizations._SpectralNorm):
+            rule = "last"
+        if rule is not None:
             names = [name for name, _ in module.named_buffers(recurse=False)]
-            found.update(f"{prefix}.{name}" if prefix else name for name in names)
+            found.update({f"{prefix}.{name}" if prefix else name: rule for name in names})
     return found

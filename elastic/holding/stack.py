@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 from everstep.elastic.contract.errors import UsageError
 from everstep.resharding.units import ModelSpec, ParameterSpec, Shard
 
-from .buffer_rules import Rule, rules_of, statistics_of
+from .buffer_rules import Rule, ready_rules, rules_of
 
 
 @dataclass
@@ -342,7 +342,7 @@ def _changing(model: nn.Module, declared: Mapping[str, Rule]) -> dict[int, tuple
     """The buffers that forwards change, by identity: their names (without `torch.compile`), and their rules."""
     buffers = {plain_name(name): buffer for name, buffer in model.named_buffers()}
     saved = {plain_name(name) for name in model.state_dict()} if declared else set()
-    rules: dict[str, Rule] = dict.fromkeys((plain_name(name) for name in statistics_of(model)), "mean")
+    rules = {plain_name(name): rule for name, rule in ready_rules(model).items()}
     rules |= rules_of(buffers, declared, saved)
     return {id(buffers[name]): (name, rule) for name, rule in rules.items() if name in buffers}
 

@@ -331,13 +331,6 @@ def _a(constant: _Constant) -> str:
 
 def _leaves(where: str, what: str, *, buffer: bool = False) -> str:
     """The error text for state that a forward leaves behind."""
-    if "_SpectralNorm" in where:
-        return (
-            f"{where} changes its {what} in forward: spectral norm continues with the vectors of the forward before. "
-            "Say that those of the step's last micro-batch count, buffers={'*._u': 'last', '*._v': 'last'} of "
-            "run.prepare or run.steps; or use torch.nn.utils.parametrizations.weight_norm or orthogonal, which keep "
-            "nothing"
-        )
     if buffer:
         return (
             f"{where} changes its {what} in forward: say how micro-batches of a step combine, buffers={{NAME: 'mean'}} "

@@ -104,7 +104,11 @@ def with_everstep(kind, steps):
     @everstep.elastic(steps=steps, global_batch_size=GLOBAL, micro_batch_size=MICRO, seed=SEED)
     def train(run):
         net, optimizer = build(kind)
-        how = {"loss_fn": nn.functional.mse_loss, "collate_fn": collate, "buffers": BUFFERS.get(kind)}
+        how = {
+            "loss_fn": nn.functional.mse_loss,
+            "collate_fn": collate,
+            "buffers": BUFFERS[kind] if kind == "buffers" else None,
+        }
         for _ in run.steps(net, optimizer, Pictures(), **how):
             pass
         found.update(run.full_state_dict())

@@ -35,6 +35,13 @@ def test_batch_norms_have_one_and_others_are_declared() -> None:
     assert rules(ANY__running_mean="last")["1.running_mean"] == "last"
 
 
+def test_spectral_norm_has_one_too() -> None:
+    norm = nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3))
+    stack = LayerStack(nn.Sequential(norm, nn.Conv2d(1, 1, 1)), cut=True)
+    found = {spec.name: stack.rule(index) for index, spec in enumerate(stack.spec.parameters) if stack.is_buffer(index)}
+    assert found == {f"0.parametrizations.weight.0.{name}": "last" for name in ("_u", "_v")}
+
+
 @pytest.mark.parametrize(
     ("declared", "text"),
     [

@@ -223,13 +223,3 @@ def test_the_middle_of_a_large_buffer_is_seen_in_its_turn() -> None:
     trial.module.large.data[EDGE_BYTES // 2] = 1
     with pytest.raises(UsageError, match="'large'"):
         trial.check()
-
-
-def test_spectral_norm_is_named() -> None:
-    torch.manual_seed(0)  # the vectors of other values may have converged
-    model = nn.utils.parametrizations.spectral_norm(nn.Linear(30, 30))
-    forwards = Forwards(LayerStack(model, cut=False), print)
-    forwards.before(0)
-    model(torch.ones(1, 30))
-    with pytest.raises(UsageError, match="spectral norm"):
-        forwards.after(0)
