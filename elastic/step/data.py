@@ -14,10 +14,8 @@ from itertools import takewhile
 from typing import Any
 
 from torch.utils.data import (
-    BatchSampler,
     DataLoader,
     IterableDataset,
-    RandomSampler,
     SequentialSampler,
     default_collate,
 )
@@ -32,7 +30,7 @@ from everstep.elastic.protocol.liveness import Pace
 
 from .devices import generators_kept, seed_generators
 from .order import DataOrder, derive_seed
-from .sampled import SampledOrder
+from .sampled import SampledOrder, has_fixed_batches, is_permutation
 from .stream_readers import StreamReaders
 from .streams import STREAM, StreamPlace, Streams
 from .worker_processes import BROKEN_OFF, Key, Lost, Upcoming, begin, shut, worker_loader
@@ -335,7 +333,7 @@ def _check_loader(loader: DataLoader[Any], settings: Settings, collate_fn: Colla
     is_stream = isinstance(loader.dataset, IterableDataset)
     if is_stream and loader.batch_size is None:
         return
-    if loader.batch_size is None or type(loader.batch_sampler) is not BatchSampler:
+    if not has_fixed_batches(loader):
         raise UsageError(
             "the DataLoader has no fixed batch size, or has its own batch sampler: give it batch_size="
             f"{settings.micro_batch_size} (the job's micro_batch_size)"
@@ -357,9 +355,7 @@ def _order_of(loader: DataLoader[Any] | None) -> tuple[bool, Any]:
         return bool(sampler.shuffle), None
     if type(sampler) is SequentialSampler:
         return False, None
-    if type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == len(sampler.data_source):
-        return True, None
-    return True, sampler
+    return True, None if is_permutation(sampler) else sampler
 
 
 def _check_dataset(dataset: Any, settings: Settings) -> None:

@@ -6,10 +6,8 @@ from collections.abc import Generator, Sequence
 from typing import Any
 
 from torch.utils.data import (
-    BatchSampler,
     DataLoader,
     IterableDataset,
-    RandomSampler,
     SequentialSampler,
     default_collate,
 )
@@ -19,6 +17,7 @@ from everstep.elastic.contract.errors import UsageError
 
 from .devices import seed_generators
 from .order import derive_seed
+from .sampled import has_fixed_batches, is_permutation
 from .worker_processes import Key, begin, shut, worker_loader
 
 EVALUATION = -2  # in the place of a step in a key
@@ -75,11 +74,12 @@ def _checked(loader: DataLoader[Any]) -> tuple[int, bool]:
     """The size of the loader's batches, and whether it drops a last one that is smaller."""
     if isinstance(loader.dataset, IterableDataset):
         return 1, False  # refused with its name
-    if loader.batch_size is None or type(loader.batch_sampler) is not BatchSampler:
+    if not has_fixed_batches(loader) or loader.batch_size is None:
         raise UsageError(
             "run.evaluate: the DataLoader has no fixed batch size, or has its own batch sampler: give it batch_size="
         )
-    if type(loader.sampler) not in (SequentialSampler, RandomSampler, DistributedSampler):
+    sampler = loader.sampler
+    if type(sampler) not in (SequentialSampler, DistributedSampler) and not is_permutation(sampler):
         raise UsageError(
             f"run.evaluate: the DataLoader's sampler is a {type(loader.sampler).__name__}: samples are dealt in the "
             "order of the dataset, each once; choose them by a torch.utils.data.Subset"

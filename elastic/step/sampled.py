@@ -13,11 +13,29 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
 from everstep.elastic.contract.errors import UsageError
 
 from .devices import generators_kept, seed_generators
 from .order import derive_seed
+
+
+def has_fixed_batches(loader: DataLoader[Any]) -> bool:
+    """Whether a loader cuts batches of one size out of the order of its samples, as torch's and torchdata's do."""
+    return loader.batch_size is not None and _is_torchs(loader.batch_sampler, BatchSampler)
+
+
+def is_permutation(sampler: Any) -> bool:
+    """Whether it is what `shuffle=True` gives: every sample once, in a random order."""
+    random = _is_torchs(sampler, RandomSampler)
+    return random and not sampler.replacement and bool(sampler.num_samples == len(sampler.data_source))
+
+
+def _is_torchs(found: object, kind: type) -> bool:
+    """Whether it is of exactly this class of torch's, or of the one with this name that torchdata's loaders have."""
+    own = type(found)
+    return own is kind or (own.__name__ == kind.__name__ and own.__module__.startswith("torchdata."))
 
 
 class SampledOrder:

@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from everstep.elastic.contract.errors import UsageError
 from everstep.elastic.contract.progress import Progress
 from everstep.elastic.contract.settings import Settings
 from everstep.elastic.step.data import DataSource
+from everstep.elastic.step.evaluation_data import EvaluationData
 from everstep.elastic.step.streams import StreamPlace
 
 SETTINGS = Settings(epochs=3, global_batch_size=8, micro_batch_size=2)
@@ -29,8 +30,13 @@ class Silent:
 
 
 def source(sampler: Any, settings: Settings = SETTINGS, workers: int = 0, seed: int = 0) -> DataSource:
-    loader = DataLoader(NUMBERS, batch_size=2, sampler=sampler, num_workers=workers)
-    return DataSource(loader, replace(settings, seed=seed), None, Silent(), StreamPlace(Progress(None, 0, 1, [])))
+    return source_of(
+        DataLoader(NUMBERS, batch_size=2, sampler=sampler, num_workers=workers), replace(settings, seed=seed)
+    )
+
+
+def source_of(data: Any, settings: Settings = SETTINGS) -> DataSource:
+    return DataSource(data, settings, None, Silent(), StreamPlace(Progress(None, 0, 1, [])))
 
 
 def epoch(data: DataSource, number: int) -> list[int]:
@@ -124,3 +130,18 @@ class Growing(Own):
 def test_what_cannot_be_is_refused(sampler: Any, text: str) -> None:
     with pytest.raises(UsageError, match=text):
         epoch(source(sampler), 1)
+
+
+def test_what_torchdatas_loaders_have_is_taken_as_torchs() -> None:
+    """Its StatefulDataLoader is a DataLoader with samplers of its own; any other subclass is the script's."""
+    shuffled = type("RandomSampler", (RandomSampler,), {"__module__": "torchdata.stateful_dataloader.sampler"})
+    batches = type("BatchSampler", (BatchSampler,), {"__module__": "torchdata.stateful_dataloader.sampler"})
+    loader = DataLoader(NUMBERS, batch_size=2)
+    loader.__dict__ |= {"sampler": shuffled(NUMBERS), "batch_sampler": batches(shuffled(NUMBERS), 2, False)}
+    found, expected = source_of(loader), source_of(NUMBERS)
+    assert [epoch(found, number) for number in (1, 0)] == [epoch(expected, number) for number in (1, 0)]
+    evaluated = EvaluationData(loader, 2, 0)
+    assert [batch.tolist() for _, batch in evaluated.batches(range(2))] == [[100, 101], [102, 103]]
+    loader.__dict__["batch_sampler"] = type("Own", (BatchSampler,), {})(range(40), 2, False)
+    with pytest.raises(UsageError, match="has its own batch sampler"):
+        source_of(loader)
