@@ -206,31 +206,30 @@ def begin_recovery(
         asked += [w for w in state.workers.values() if w.id in earlier.awaited and w not in asked]
     if death is not None:
         cause, why = Cause.of_death(death.hang), death.cause
-    died = (death.worker,) if death else tuple(worker.id for worker in lost)
-    detected_s = death.detected_at_s if death and death.detected_at_s else now
-    killed_s = death.killed_at_s if death and death.killed_at_s else detected_s
-    recovery = RecoveryStory(
-        generation=generation,
-        cause=cause.after(earlier.cause if earlier else None),
-        why=earlier.why if earlier else why,
-        dead=(earlier.dead if earlier else ()) + died,
-        step=earlier.step if earlier else (death.step if death else -1),
-        phase=earlier.phase if earlier else (death.phase if death else ""),
-        lost_micro_batches=(earlier.lost_micro_batches if earlier else 0)
-        + (death.finished_micro_batches if death else 0),
-        killed_s=earlier.killed_s if earlier else killed_s,
-        detected_s=earlier.detected_s if earlier else detected_s,
-        started_s=earlier.started_s if earlier else now,
-        lost_steps=earlier.lost_steps if earlier else 0,
-        join=state.join or (earlier.join if earlier else None),
-        nodes_lost=(earlier.nodes_lost if earlier else ()) + ((node,) if node else ()),
-        losses=(earlier.losses if earlier else ()) + tuple(Loss(worker.since) for worker in lost),
-        planned=earlier.planned if earlier else -1,
-        ceiling=earlier.ceiling if earlier else None,
-        lacking=earlier.lacking if earlier else (),
-        substitutes=earlier.substitutes if earlier else (),
-        lines=earlier.lines if earlier else state.lines,
+    if earlier is None:
+        detected_s = death.detected_at_s if death and death.detected_at_s else now
+        earlier = RecoveryStory(
+            generation=generation,
+            cause=cause,
+            why=why,
+            dead=(),
+            step=death.step if death else -1,
+            phase=death.phase if death else "",
+            lost_micro_batches=0,
+            killed_s=death.killed_at_s if death and death.killed_at_s else detected_s,
+            detected_s=detected_s,
+            started_s=now,
+            lines=state.lines,
+        )
+    recovery = earlier.extended(
+        generation,
+        cause,
         awaited=frozenset(w.id for w in asked),
+        dead=(death.worker,) if death else tuple(worker.id for worker in lost),
+        lost_micro_batches=death.finished_micro_batches if death else 0,
+        join=state.join,
+        nodes_lost=(node,) if node else (),
+        losses=tuple(Loss(worker.since) for worker in lost),
     )
     state, switch = rebalanced(state)
     state = replace(state, phase=Phase.RECOVERING, generation=generation, recovery=recovery, join=None, concluding=None)
@@ -297,6 +296,18 @@ def plan_if_complete(state: State, now: float) -> Outcome:
             Ending.BUG,
             f"generation {recovery.generation} cannot be planned, which is a bug of everstep: {error}",
         )
+    state = _adopted(state, recovery, plan, furthest, now)
+    state, effects = enter(state, plan, "planned", {"summary": plan.describe()})
+    if joined := [w.id.rank for w in ready if w.id.rank in plan.layout.ranks]:  # they had been ready before the plan
+        effects.append(taken_in(plan, joined))
+    if plan.stand_ins:
+        fields = {"version": plan.version, "shards": list(plan.stand_ins)}
+        effects.append(e.Record("substituted", fields))
+    return state, effects
+
+
+def _adopted(state: State, recovery: RecoveryStory, plan: Plan, furthest: int, now: float) -> State:
+    """The state that a plan leads to. `furthest`: the newest version that was agreed on; the plan may go back."""
     assert plan.version is not None
     lost_steps = max(recovery.lost_steps, state.committed + 1 - plan.version)
     if plan.version != recovery.step:  # the interrupted step had been agreed on, or is computed again from its start
@@ -314,14 +325,7 @@ def plan_if_complete(state: State, now: float) -> Outcome:
         )
     elif plan.version - 1 > state.agreed:
         state = replace(state, agreed=plan.version - 1, agreement=plan.agreement)
-    state = replace(state, protected=max(state.protected, plan.protected))
-    state, effects = enter(state, plan, "planned", {"summary": plan.describe()})
-    if joined := [w.id.rank for w in ready if w.id.rank in plan.layout.ranks]:  # they had been ready before the plan
-        effects.append(taken_in(plan, joined))
-    if plan.stand_ins:
-        fields = {"version": plan.version, "shards": list(plan.stand_ins)}
-        effects.append(e.Record("substituted", fields))
-    return state, effects
+    return replace(state, protected=max(state.protected, plan.protected))
 
 
 def _on_its_line(state: State, recovery: RecoveryStory, plan: Plan) -> tuple[State, RecoveryStory, Plan]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from everstep.resharding.layout import Layout
@@ -209,6 +209,36 @@ class RecoveryStory:
     planned_s: float = 0.0
     resumed: Mapping[WorkerId, tuple[float, float]] = field(default_factory=dict)
     resumed_s: float = 0.0
+
+    def extended(
+        self,
+        generation: int,
+        cause: Cause,
+        *,
+        awaited: frozenset[WorkerId],
+        dead: tuple[WorkerId, ...],
+        lost_micro_batches: int,
+        join: Plan | None,
+        nodes_lost: tuple[str, ...],
+        losses: tuple[Loss, ...],
+    ) -> RecoveryStory:
+        """This recovery begins again, for another cause: reports, and what was carried out, were of its last plan."""
+        return replace(
+            self,
+            generation=generation,
+            cause=cause.after(self.cause),
+            awaited=awaited,
+            dead=self.dead + dead,
+            lost_micro_batches=self.lost_micro_batches + lost_micro_batches,
+            join=join or self.join,
+            nodes_lost=self.nodes_lost + nodes_lost,
+            losses=self.losses + losses,
+            reports={},
+            busy_s=0.0,
+            planned_s=0.0,
+            resumed={},
+            resumed_s=0.0,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
