@@ -276,7 +276,6 @@ class Ahead(AsGradient):
         self.plan = Plan(layout=layout, version=None, moves=ahead(own_moves(layout, rank.shards)))
         orders = Orders(self.plan, {}, self.nodes.addresses, self.nodes.placement, {1: "a"})
         self.prefetch = Prefetcher(rank.optimizer, rank.exchange, Solo(), TOKEN)
-        self.prefetch.token = TOKEN
         self._ending.callback(self.prefetch.end)
         assert self.prefetch.waits(self.plan, 0), "it has not begun"
         self.prefetch.begin(orders, replace(layout, owners=(1,) * len(rank.shards)), 0, VERSION - 1)
