@@ -226,7 +226,10 @@ def _count_devices(parsed: argparse.Namespace) -> None:
 
     Counting devices may initialise their driver, which must not happen in this process: forks cannot use it then.
     """
-    if str(parsed.nproc_per_node).isdigit():
+    asked = str(parsed.nproc_per_node)
+    if asked.removeprefix("-").isdigit():
+        if int(asked) < 1:
+            raise LaunchError(f"--nproc-per-node={asked}: expected at least one worker")
         return
     with _quiet_torch():
         count, error = in_a_fork(lambda: determine_local_world_size(parsed.nproc_per_node))

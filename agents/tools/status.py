@@ -73,6 +73,8 @@ def events(arguments: Sequence[str]) -> int:
 
     def show() -> int:
         path = Path(own.source)
+        if ":" not in own.source and not path.is_file():
+            raise NoAnswer(f"{own.source!r} is not HOST:PORT, and there is no such file", away=False)
         lines = _of_file(path) if path.is_file() else _of_coordinator(own.source, follow=own.follow)
         for line, unix_s in lines:
             story = tell(line)

@@ -434,6 +434,7 @@ def test_what_cannot_be_asked_is_one_line(command: str) -> None:
         ended = everstep(command, endpoint)
         assert said in ended.error()
         assert ended.status == 2
+        assert ("there is no such file" in ended.error()) == (command == "events" and endpoint == "nowhere")
     missing = everstep(command, endpoint, environment={"EVERSTEP_CERTS": "/nowhere"})
     assert "EVERSTEP_CERTS=/nowhere" in missing.error()
 

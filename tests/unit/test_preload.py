@@ -190,6 +190,14 @@ def test_devices_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         configure(parse(["--nproc-per-node=gpu", str(script)]))
 
 
+@pytest.mark.parametrize("count", ["0", "-1"])
+def test_a_node_has_at_least_one_worker(tmp_path: Path, count: str) -> None:
+    script = tmp_path / "train.py"
+    script.touch()
+    with pytest.raises(LaunchError, match=f"--nproc-per-node={count}: expected at least one worker"):
+        configure(parse([f"--nproc-per-node={count}", str(script)]))
+
+
 def test_a_fork_that_is_asked_may_die() -> None:
     assert in_a_fork(lambda: 7) == (7, "")
     assert in_a_fork(lambda: os._exit(3)) == (0, "the process that asked ended with status 3")

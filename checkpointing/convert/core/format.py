@@ -83,5 +83,5 @@ def detect(path: Path) -> str:
             raise ConversionError(f"cannot read {each}: permission denied")
     raise ConversionError(
         f"{path}: not a checkpoint of any known format (universal, {', '.join(MODULES)}); "
-        "if it is one, name it with --from"
+        "if it is one, everstep convert takes its format with --from"
     )
