@@ -42,6 +42,7 @@ class Commit:
     t: float
     digest: str | None = None
     samples: int | None = None
+    loss: float | None = None
 
 
 @dataclass
@@ -86,7 +87,7 @@ class Stamps:
         elif "failed" in line:
             self.processes[pid].failures.append((line["failed"], line["t"]))
         else:
-            commit = Commit(pid, line["step"], line["t"], line.get("digest"), line.get("samples"))
+            commit = Commit(pid, line["step"], line["t"], line.get("digest"), line.get("samples"), line.get("loss"))
             self.processes[pid].commits.append(commit)
             return [commit]
         return []

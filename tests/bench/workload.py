@@ -37,6 +37,7 @@ class Job:
     seed: int = 0
     ballast_mib: int = 0  # memory that each worker holds besides
     digests: bool = True  # stamp a digest of the parameters with every step
+    losses: bool = False  # stamp the loss of fixed samples with every step
     options: dict[str, Any] | None = None  # what only one system understands
 
     @property
@@ -141,6 +142,33 @@ def warm_up(job: Job) -> None:
     tokens = torch.zeros(1, job.context, dtype=torch.int64)
     next_byte_loss(model(tokens), tokens).backward()
     optimizer.step()
+
+
+class Evaluation:
+    """The loss of fixed samples, which depends on the parameters alone: random numbers and the batch have no part."""
+
+    def __init__(self, data: Data, samples: int = 32) -> None:
+        pairs = [data.text[index * len(data.text) // samples] for index in range(samples)]
+        self._inputs, self._targets = torch.stack([p[0] for p in pairs]), torch.stack([p[1] for p in pairs])
+
+    @torch.no_grad()
+    def loss(self, model: nn.Module) -> float:
+        model.eval()
+        found = next_byte_loss(model(self._inputs), self._targets).item()
+        model.train()
+        return found
+
+
+class Report:
+    """What a worker stamps with each step, as the job asks for it."""
+
+    def __init__(self, job: Job, data: Data) -> None:
+        self._digests = job.digests
+        self._evaluation = Evaluation(data) if job.losses else None
+
+    def __call__(self, model: nn.Module) -> dict[str, Any]:
+        found: dict[str, Any] = {"digest": digest(model)} if self._digests else {}
+        return {**found, "loss": self._evaluation.loss(model)} if self._evaluation else found
 
 
 def digest(model: nn.Module) -> str:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from processes import die_with_parent
 from stamps import Stamper
 from torch.nn.parallel import DistributedDataParallel
-from workload import Data, accumulate, ballast, build, digest, job_of_command_line, share_of, warm_up
+from workload import Data, Report, accumulate, ballast, build, job_of_command_line, share_of, warm_up
 
 
 def main() -> None:
@@ -34,6 +34,7 @@ def main() -> None:
     # True}.
     wrapped = DistributedDataParallel(model, **job.option("ddp", {}))
     _held = ballast(job)
+    report = Report(job, data)
     stamper = Stamper(job.folder, rank)
     for step in range(first, job.steps):
         optimizer.zero_grad()
@@ -43,8 +44,7 @@ def main() -> None:
             saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
             torch.save(saved, path.with_suffix(".new"))
             os.replace(path.with_suffix(".new"), path)
-        found = {"digest": digest(model)} if job.digests else {}
-        stamper.committed(step, samples=job.global_batch_size, **found)
+        stamper.committed(step, samples=job.global_batch_size, **report(model))
     dist.barrier()
     dist.destroy_process_group()
 

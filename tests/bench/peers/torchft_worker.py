@@ -24,7 +24,7 @@ from torch import nn
 from torch.distributed import TCPStore
 from torchft import Manager, ProcessGroupGloo
 from torchft.coordination import LighthouseServer
-from workload import Data, Job, accumulate, ballast, build, digest, job_of_command_line, share_of, warm_up
+from workload import Data, Job, Report, accumulate, ballast, build, job_of_command_line, share_of, warm_up
 
 
 def main() -> None:
@@ -74,6 +74,7 @@ def train(job: Job, replica: int) -> None:
         **{name: timedelta(seconds=value) for name, value in timeouts.items()},
     )
     _held = ballast(job)
+    report = Report(job, data)
     stamper = Stamper(job.folder, replica)
     wait_until_file(Path(job.folder) / "go", timeout_s=120)
     while (step := manager.current_step()) < job.steps:
@@ -86,8 +87,7 @@ def train(job: Job, replica: int) -> None:
             continue
         optimizer.step()
         samples = manager.num_participants() * job.global_batch_size // job.workers
-        found = {"digest": digest(model)} if job.digests else {}
-        stamper.committed(manager.current_step() - 1, samples=samples, **found)
+        stamper.committed(manager.current_step() - 1, samples=samples, **report(model))
     manager.shutdown(wait=False)
 
 
