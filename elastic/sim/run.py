@@ -445,6 +445,9 @@ def _run(world: World, cluster: Cluster, injector: Injector, horizon_s: float) -
 
 def main(seeds: range, names: Sequence[str]) -> None:
     """Simulate the seeds of these shapes, or of all."""
+    for name in names:
+        if name not in SHAPES:
+            sys.exit(f"there is no shape {name!r}; there are {', '.join(map(repr, SHAPES))}")
     total: Counter[str] = Counter()
     for name in names or SHAPES:
         found: Counter[str] = Counter()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from everstep.elastic.protocol import events as e
-from everstep.elastic.sim.run import SHAPES, simulate
+from everstep.elastic.sim.run import SHAPES, main, simulate
 
 from .script import Script
 
@@ -70,3 +70,8 @@ def test_the_label_of_a_node_is_recorded() -> None:
     (record,) = s(e.NodeJoined("n0", "h", 1, "n0:1", domains=("rack=7", "zone=a")))
     assert isinstance(record, e.Record)
     assert record.fields["domains"] == ["rack=7", "zone=a"]
+
+
+def test_a_shape_that_does_not_exist_is_named() -> None:
+    with pytest.raises(SystemExit, match=r"there is no shape 'no such'; there are .*'3 nodes'"):
+        main(range(1), ["no such"])
