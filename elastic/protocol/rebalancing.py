@@ -20,6 +20,7 @@ from .recovering import carry_out
 from .state import NOT_SEARCHED, Phase, State, Status
 
 SPEED_CHANGED = 0.1  # by which a speed has to change before another search
+MOST_PATIENCE = 32
 
 
 def differ(speeds: Mapping[int, float], known: Mapping[int, float]) -> bool:
@@ -48,7 +49,8 @@ def rebalance_due(state: State, now: float) -> Outcome:
         began = kept._replace(generation=layout.generation, since_s=now, since_step=state.committed, searched=False)
         return replace(state, balance=began), []
     steps = state.committed - balance.since_step
-    if balance.searched or now - balance.since_s < after_s or steps < 1:
+    lasts_s = after_s if balance.promised else after_s * balance.patience
+    if balance.searched or now - balance.since_s < lasts_s or steps < 1:
         return state, []
     step_s = (now - balance.since_s) / steps
     if balance.promised:
@@ -70,12 +72,15 @@ def _judged(state: State, step_s: float) -> Outcome:
     """A layout that was promised to be faster has lasted: say what it saves.
 
     One that saves less than half of what was promised is not searched further, until ranks or speeds change: the next
-    promise would be as good as this one.
+    promise would be as good as this one. Where speeds change all the time, as on machines that others use too, a layout
+    has to last longer after each promise that was broken.
     """
     balance = state.balance
     saved = 1 - step_s / balance.step_s
     fields = {"generation": balance.generation, "promised": balance.promised, "saved": saved}
-    balance = balance._replace(promised=0.0, searched=saved < balance.promised / 2)
+    broken = saved < balance.promised / 2
+    patience = min(MOST_PATIENCE, balance.patience * 4) if broken else max(1, balance.patience // 2)
+    balance = balance._replace(promised=0.0, searched=broken, patience=patience)
     return replace(state, balance=balance), [e.Record("rebalance_measured", fields)]
 
 

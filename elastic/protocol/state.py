@@ -158,6 +158,7 @@ class Balance(NamedTuple):
     `offered`: the generation of the faster layout that was found, which is to save the part `promised` of the step time
     `step_s`. Of a layout that was found so, these are what was promised of it; `promised` is 0 of any other.
     `switched`: the ranks that have entered it, until all have.
+    `patience`: by how much longer than the first one a layout has to last before another is searched for.
     """
 
     generation: int = 0
@@ -168,6 +169,7 @@ class Balance(NamedTuple):
     promised: float = 0.0
     step_s: float = 0.0
     switched: tuple[Switched, ...] = ()
+    patience: int = 1
 
 
 NOT_SEARCHED = Balance()

@@ -65,6 +65,28 @@ def test_a_slow_rank_gets_less_once_the_layout_has_lasted() -> None:
     assert shares(script.state) == even, "it has recovered, and gets as much as the others again"
 
 
+def enter_faster(script: Script, speeds: dict[int, float]) -> None:
+    """All members enter the layout that these speeds lead to."""
+    script(e.SpeedsMeasured(speeds))
+    (plan,) = {order.plan.generation: order.plan for order in offered(script(e.Ticked(), 1.0))}.values()
+    script(e.WorkerSwitched(w(2), plan.generation))
+    script(e.Ticked())
+
+
+def test_after_a_broken_promise_a_layout_has_to_last_longer() -> None:
+    script = trained()
+    script(e.Ticked())
+    steps(script, 5, 2.0)
+    enter_faster(script, {1: 0.4})
+    steps(script, 3, 2.0)
+    assert not offered(script(e.Ticked(), 0.1))
+    assert script.state.balance.patience == 4, "it saves nothing"
+    steps(script, 3, 2.0)
+    assert not offered(script(e.SpeedsMeasured({})) + script(e.Ticked(), 0.1)), "speeds changed, but too soon"
+    steps(script, 4, 2.0)
+    assert offered(script(e.Ticked(), 0.1)), "it has lasted four times as long as the first one had to"
+
+
 @pytest.mark.parametrize(("saves", "searched"), [(True, False), (False, True)])
 def test_a_promise_is_checked_when_the_new_layout_has_lasted(saves: bool, searched: bool) -> None:
     script = trained()
