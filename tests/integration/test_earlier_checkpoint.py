@@ -6,38 +6,50 @@ import json
 import tarfile
 from pathlib import Path
 
+import pytest
+
 from everstep.checkpointing.universal.manifest import NAME, checksum
 from tests.jobs import command, everstep
 
 EARLIER = Path(__file__).parents[1] / "data" / "versions" / "5fd5c74"
-DIGEST = "digest 5ea207164a93313e4b6511e5a0eb92e2"  # which that version printed, with and without a stop between
+STATE = "digest 26bd5f5f12384fa9e8b14675edcda666"  # of what the checkpoint has, read and not trained on
+# The losses that a run of that version has from there. Another processor may round them otherwise.
+LOSSES = {4: 0.0100435, 5: 0.0468861, 6: 0.1098546, 7: 0.0918915}
 
 
-def resumed(tmp_path: Path) -> str:
+def resumed(tmp_path: Path, steps: int = 8) -> str:
     with tarfile.open(EARLIER / "checkpoint.tar.xz") as archive:
         archive.extractall(tmp_path, filter="data")
-    return json.dumps({"steps": 8, "checkpoint": str(tmp_path / "checkpoint"), "checkpoint_every": 100})
+    return json.dumps({"steps": steps, "checkpoint": str(tmp_path / "checkpoint"), "checkpoint_every": 100})
 
 
-def lines(text: str) -> list[str]:
-    return [line for line in text.splitlines() if line.startswith(("step", "digest"))]
+def losses(text: str) -> dict[int, float]:
+    words = [line.split() for line in text.splitlines() if line.startswith("step")]
+    return {int(step): float(loss) for _, step, _, loss in words}
 
 
-def test_a_script_by_itself_goes_on(tmp_path) -> None:
-    ended = command([str(EARLIER / "train.py"), resumed(tmp_path)])
-    assert ended.status == 0, ended.stderr
-    assert [line.split()[1] for line in lines(ended.stdout)[:-1]] == ["4", "5", "6", "7"]
-    assert lines(ended.stdout)[-1] == DIGEST
+def digest(text: str) -> str:
+    (found,) = [line for line in text.splitlines() if line.startswith("digest")]
+    return found
 
 
-def test_a_job_of_two_workers_goes_on(tmp_path) -> None:
-    ended = everstep("run", "--nproc-per-node=2", str(EARLIER / "train.py"), resumed(tmp_path))
-    assert ended.status == 0, ended.stderr
-    assert DIGEST in lines(ended.stdout)
-    assert not any(line.startswith("step 3 ") for line in lines(ended.stdout))
+def test_its_state_is_read(tmp_path: Path) -> None:
+    ended = command([str(EARLIER / "train.py"), resumed(tmp_path, steps=4)])
+    assert (ended.status, digest(ended.stdout), losses(ended.stdout)) == (0, STATE, {}), ended.stderr
 
 
-def test_what_another_version_agreed_on_is_refused_by_name(tmp_path) -> None:
+def test_training_continues(tmp_path: Path) -> None:
+    """With the numbers of that version, and the same bytes whether by itself or as a job of two workers."""
+    alone = command([str(EARLIER / "train.py"), resumed(tmp_path / "alone")])
+    assert alone.status == 0, alone.stderr
+    assert losses(alone.stdout) == pytest.approx(LOSSES, rel=1e-5)
+    job = everstep("run", "--nproc-per-node=2", str(EARLIER / "train.py"), resumed(tmp_path / "job"))
+    assert job.status == 0, job.stderr
+    assert losses(job.stdout) == losses(alone.stdout)
+    assert digest(job.stdout) == digest(alone.stdout) != STATE
+
+
+def test_what_another_version_agreed_on_is_refused_by_name(tmp_path: Path) -> None:
     settings = resumed(tmp_path)
     (path,) = tmp_path.glob(f"checkpoint/*/{NAME}")
     raw = json.loads(path.read_text())
