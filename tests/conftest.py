@@ -6,11 +6,15 @@ What depends on time is at the front, since the second stream runs at a lower pr
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 
 import pytest
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's background: what tests start would ignore it, too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

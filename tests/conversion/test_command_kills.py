@@ -179,15 +179,10 @@ def test_two_at_the_same_destination(model: Path, tmp_path: Path, run: Commands)
     run.done("diff", model, out)
 
 
-def hear_interrupts() -> None:
-    """What a shell starts in the background ignores SIGINT, and so do the children of that."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 def interrupted(command: list[str], out: Path) -> subprocess.Popen[str]:
     """A conversion that has got a SIGINT while it wrote; it may have ended before, and is started again then."""
     while True:
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=hear_interrupts)
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         while not begun(out).exists() and process.poll() is None:
             pass
         process.send_signal(signal.SIGSTOP)
