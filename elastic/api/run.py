@@ -173,6 +173,7 @@ class Run(Sharing, Gradients):
         scaler: GradScaler | None = None,
         accumulation: int = 1,
         buffers: Mapping[str, Rule] | None = None,
+        sparse_gradients: Literal["refuse", "dense"] = "refuse",
         updates: Literal["alternating", "simultaneous"] = "alternating",
     ) -> tuple[Models, Optimizers, Batches]:
         """Make an ordinary loop elastic: returns the model, an optimizer and an iterable of this rank's micro-batches.
@@ -184,8 +185,9 @@ class Run(Sharing, Gradients):
         gradient is not finite changes nothing. `scaler` scales the losses: its `step` and `update` stay in the loop,
         and the runtime changes its scale once per step. `accumulation=k` is for a loop that divides each loss by `k`,
         and calls `optimizer.step()` in every k-th turn. `buffers`: how the step's micro-batches combine in buffers that
-        forwards change, by name or pattern: "mean", "sum", "max" or "last". Supports one pipeline stage; `steps` any
-        number.
+        forwards change, by name or pattern: "mean", "sum", "max" or "last". `sparse_gradients`: whether a sparse
+        gradient, as of `nn.Embedding(sparse=True)`, ends the job ("refuse") or is made "dense". Supports one pipeline
+        stage; `steps` any number.
 
         Models and optimizers may be lists, each of any length, for a loop that calls each `step()` once. `updates`:
         whether the optimizers take turns on each batch, one step of the job after the other, as in a plain loop (a turn
@@ -205,7 +207,13 @@ class Run(Sharing, Gradients):
         if len(optimizers) > 1:
             check_several(self.settings, len(optimizers), updates, scaler, accumulation)
         scale = LossScale(scaler)
-        reduction = Reduction(self.settings, scale, skip_nonfinite=skip_nonfinite, accumulation=accumulation)
+        reduction = Reduction(
+            self.settings,
+            scale,
+            skip_nonfinite=skip_nonfinite,
+            accumulation=accumulation,
+            sparse_gradients=sparse_gradients,
+        )
         engine = self._set_up(
             *(models, joined, dataset, collate_fn, _no_loss, scheduler, reduction, buffers),
             loops=True,
@@ -241,16 +249,23 @@ class Run(Sharing, Gradients):
         skip_nonfinite: bool = False,
         scaler: GradScaler | None = None,
         buffers: Mapping[str, Rule] | None = None,
+        sparse_gradients: Literal["refuse", "dense"] = "refuse",
     ) -> Iterator[Step]:
         """Train, and yield every step once it is committed, on every rank.
 
         `loss_fn(output, targets)` gives a micro-batch's loss, a mean or a sum as `loss_reduction` says, or with
         "tokens" (sum, number of tokens); the dataset yields (inputs, targets). `clip_grad_norm` is the largest global
         gradient norm; `scheduler` is stepped after each step. With `skip_nonfinite` a step whose gradient is not finite
-        changes nothing. `scaler` scales the losses; the runtime changes its scale once per step. `buffers` as in
-        `prepare`.
+        changes nothing. `scaler` scales the losses; the runtime changes its scale once per step. `buffers` and
+        `sparse_gradients` as in `prepare`.
         """
-        reduction = Reduction(self.settings, LossScale(scaler), skip_nonfinite=skip_nonfinite, accumulation=1)
+        reduction = Reduction(
+            self.settings,
+            LossScale(scaler),
+            skip_nonfinite=skip_nonfinite,
+            accumulation=1,
+            sparse_gradients=sparse_gradients,
+        )
         engine = self._set_up(
             model, optimizer, dataset, collate_fn, loss_fn, scheduler, reduction, buffers, loops=False
         )

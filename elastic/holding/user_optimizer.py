@@ -72,7 +72,8 @@ def _check_part(optimizer: Optimizer, model: nn.Module) -> None:
         )
     if type(optimizer).__name__ == "SparseAdam":
         raise UsageError(
-            "SparseAdam is not supported: it needs sparse gradients; use Adam with dense ones (sparse=False)"
+            "SparseAdam is not supported: it steps the rows alone that a batch has used, and the runtime sums "
+            'gradients of whole parameters. Use Adam, with sparse=False in the layer or sparse_gradients="dense"'
         )
     if optimizer.state:
         raise UsageError("the optimizer has state already: pass a new one (resuming is the checkpoint's business)")

@@ -224,7 +224,7 @@ class Pipeline:
             after = iter(statistics.get(number, ()))
             leaves: list[Tensor] = []
             for held in layer.parameters:
-                leaves.append(next(after) if held.rule is not None else _gradient(held.tensor, self.stack, held.index))
+                leaves.append(next(after) if held.rule is not None else self._gradient(held))
                 if held.rule is None:
                     if held.tensor.grad is not None:
                         state.touched.add(held.index)
@@ -232,6 +232,20 @@ class Pipeline:
             largest = [at for at, held in enumerate(layer.parameters) if held.rule == "max"]
             state.hold(span, number, leaves, largest)
         state.finished(span)
+
+    def _gradient(self, held: Held) -> Tensor:
+        gradient, dtype = held.tensor.grad, accumulation_dtype(held.tensor.dtype)
+        if gradient is None:
+            return torch.zeros(held.tensor.numel(), dtype=dtype, device=held.tensor.device)
+        if gradient.layout != torch.strided:
+            if not self.reduction.densifies:
+                raise UsageError(
+                    f"parameter {self.stack.spec.parameters[held.index].name!r} has a sparse gradient: let the runtime "
+                    'make it dense by run.prepare or run.steps(..., sparse_gradients="dense"), or use sparse=False in '
+                    "its layer"
+                )
+            gradient = gradient.to_dense()
+        return gradient.reshape(-1).to(dtype)
 
     def drop_gradients(self, span: Leg) -> None:
         """Drop the gradients of a micro-batch that is no longer this rank's."""
@@ -278,16 +292,6 @@ def _flat(tensor: Tensor) -> Tensor:
 def _key(need: Need, step: int) -> tuple[int, Key]:
     kind = Kind.ACTIVATION if need.kind == "activation" else Kind.GRADIENT
     return need.source, Key(kind, step, need.micro_batch, need.boundary)
-
-
-def _gradient(tensor: Tensor, stack: LayerStack, index: int) -> Tensor:
-    gradient = tensor.grad
-    if gradient is None:
-        return torch.zeros(tensor.numel(), dtype=accumulation_dtype(tensor.dtype), device=tensor.device)
-    if gradient.layout != torch.strided:
-        name = stack.spec.parameters[index].name
-        raise UsageError(f"parameter {name!r} has a sparse gradient: use sparse=False in its layer")
-    return gradient.reshape(-1).to(accumulation_dtype(tensor.dtype))
 
 
 def tokens_and_samples(inputs: Any) -> tuple[int, float]:

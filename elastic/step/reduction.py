@@ -26,10 +26,19 @@ class Reduction:
     """How a job's gradients and losses are reduced.
 
     `accumulation`: by how much the script divides the loss of each micro-batch, where it is a mean. `skip_nonfinite`:
-    a step whose gradient is not finite is left out; with a loss scaler it always is.
+    a step whose gradient is not finite is left out; with a loss scaler it always is. `sparse_gradients`: whether a
+    sparse gradient is made "dense", or refused ("refuse").
     """
 
-    def __init__(self, settings: Settings, loss_scale: LossScale, *, skip_nonfinite: bool, accumulation: int) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        loss_scale: LossScale,
+        *,
+        skip_nonfinite: bool,
+        accumulation: int,
+        sparse_gradients: str,
+    ) -> None:
         self.counts_tokens = settings.loss_reduction == "tokens"
         self._means = settings.loss_reduction == "mean"
         self.micro_batches = settings.micro_batches
@@ -38,6 +47,9 @@ class Reduction:
         self.skip_nonfinite = skip_nonfinite or loss_scale.scaler is not None
         if isinstance(accumulation, bool) or not isinstance(accumulation, int) or accumulation < 1:
             raise UsageError(f"accumulation must be a whole number of at least 1, got {accumulation!r}")
+        if sparse_gradients not in ("refuse", "dense"):
+            raise UsageError(f"sparse_gradients must be 'refuse' or 'dense', got {sparse_gradients!r}")
+        self.densifies = sparse_gradients == "dense"
         if settings.micro_batches % accumulation:
             raise UsageError(
                 f"accumulation={accumulation}: a step has {settings.micro_batches} micro-batches (global_batch_size / "
