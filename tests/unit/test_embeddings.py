@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -117,7 +120,7 @@ def test_several_backwards_of_a_turn() -> None:
         net, stepped = built(12, sparse=sparse, optimizer=torch.optim.SGD)
 
         @everstep.elastic(steps=STEPS, global_batch_size=GLOBAL, micro_batch_size=MICRO)
-        def train(run: everstep.Run, net: Net = net, stepped: torch.optim.Optimizer = stepped) -> None:
+        def train(run: everstep.Run, net: Net = net, stepped: Any = stepped, sparse: bool = sparse) -> None:
             loader = DataLoader(words(12), batch_size=MICRO)
             model, optimizer, batches = run.prepare(net, stepped, loader, sparse_gradients="dense")
             for turn, (inputs, _) in enumerate(batches):
@@ -149,3 +152,31 @@ def test_sparse_adam_is_refused_by_name() -> None:
     net, stepped = built(12, sparse=True, optimizer=torch.optim.SparseAdam)
     with pytest.raises(SystemExit, match='Use Adam, with sparse=False in the layer or sparse_gradients="dense"'):
         trained(net, stepped, 12, loops=True)
+
+
+# ---------------------------------------------------------------- large tables
+
+
+@contextlib.contextmanager
+def peak_of_memory() -> Iterator[list[int]]:
+    """Afterwards the list has the most bytes of memory that this process has had meanwhile, more than before."""
+
+    def read(field: str) -> int:
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.partition(f"{field}:")[2].split()[0])
+
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins with what is used now
+    before, found = read("VmRSS"), list[int]()
+    yield found
+    found.append(read("VmHWM") - before)
+
+
+@pytest.mark.parametrize("loops", [True, False])
+def test_a_table_of_a_million_rows(loops: bool) -> None:
+    rows = 1_000_000
+    trained(*built(10, sparse=False, optimizer=torch.optim.Adam), 10, loops=loops)  # what is imported is not the table
+    net, stepped = built(rows, sparse=False, optimizer=torch.optim.Adam)
+    with peak_of_memory() as peak:
+        found = trained(net, stepped, rows, loops=loops)
+    assert_same(found["model"], plain(rows, torch.optim.Adam))
+    assert peak[0] < 24 * rows * 16, "parameters, Adam's states, gradients, sums, snapshots: about 14 of its size"
