@@ -210,6 +210,7 @@ class Run(Sharing, Gradients):
         reduction = Reduction(
             self.settings,
             scale,
+            self._membership,
             skip_nonfinite=skip_nonfinite,
             accumulation=accumulation,
             sparse_gradients=sparse_gradients,
@@ -262,6 +263,7 @@ class Run(Sharing, Gradients):
         reduction = Reduction(
             self.settings,
             LossScale(scaler),
+            self._membership,
             skip_nonfinite=skip_nonfinite,
             accumulation=1,
             sparse_gradients=sparse_gradients,

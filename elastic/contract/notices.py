@@ -18,6 +18,7 @@ class Notice(enum.StrEnum):
     CHANGED_ON_SOME_RANKS = "changed-on-some-ranks"  # a learning rate set by some ranks' code and not by others'
     HYPERPARAMETERS_DIFFER = "hyperparameters-differ"  # the script's differ from the checkpoint's
     LOSS_NOT_FINITE = "loss-not-finite"  # the loss of a committed step is NaN or infinite
+    LOSS_IS_A_SUM = "loss-is-a-sum"  # of a micro-batch, and loss_reduction says that it is a mean
     NO_PROGRESS = "no-progress"  # a worker makes no progress, and half of its hang timeout has passed
     HUNG_ALIVE = "hung-alive"  # a worker was killed as hung though it showed signs of life
     COLLECTIVE = "collective-stuck"  # the script waits in a collective of torch.distributed for a lost worker

@@ -110,7 +110,7 @@ class Pipeline:
         if is_last:
             self._seed(state.step, span.micro_batch, span.stop)
             returned = self.loss_fn(value, to_device(targets, self.stack.device_of(span.stop - 1)))
-            loss, tokens = self.reduction.measured(returned, state.step, span.micro_batch)
+            loss, tokens = self.reduction.measured(returned, self.loss_fn, state.step, span.micro_batch)
             state.losses[span.micro_batch], state.tokens[span.micro_batch] = float(loss.detach()), tokens
             value = self.reduction.loss_scale.scaled(loss)
         outputs = list(value) if isinstance(value, tuple | list) else [value]

@@ -13,13 +13,16 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from everstep.elastic.contract.errors import UsageError
+from everstep.elastic.contract.notices import Notice, WarningChannel, warn
 from everstep.elastic.contract.settings import Settings
 from everstep.elastic.protocol.agreement import Share
 
 from .loss_scale import LossScale
+
+_SUM = 2  # torch's number for reduction="sum" in the autograd nodes of its loss functions
 
 
 class Reduction:
@@ -34,6 +37,7 @@ class Reduction:
         self,
         settings: Settings,
         loss_scale: LossScale,
+        channel: WarningChannel,
         *,
         skip_nonfinite: bool,
         accumulation: int,
@@ -41,6 +45,8 @@ class Reduction:
     ) -> None:
         self.counts_tokens = settings.loss_reduction == "tokens"
         self._means = settings.loss_reduction == "mean"
+        self._channel = channel
+        self._looks = self._means and settings.micro_batches > 1 and settings.micro_batch_size > 1
         self.micro_batches = settings.micro_batches
         self._accumulation = accumulation
         self.loss_scale = loss_scale
@@ -65,10 +71,19 @@ class Reduction:
         """What the sum of the gradients of a step's micro-batches is divided by, before the step is agreed on."""
         return self.loss_scale.scale * (self.micro_batches / self._accumulation if self._means else 1)
 
-    def measured(self, returned: Any, step: int, micro_batch: int) -> tuple[Tensor, int]:
+    def measured(self, returned: Any, loss_fn: object, step: int, micro_batch: int) -> tuple[Tensor, int]:
         """The loss and the number of tokens (or 0) of a micro-batch, of what `loss_fn` returned. Raises UsageError."""
         if not self.counts_tokens:
             _check_loss(returned, "the micro-batch's loss", step, micro_batch)
+            if self._looks:
+                self._looks = False
+                if is_visibly_a_sum(returned, loss_fn):
+                    text = (
+                        'loss_fn gives a sum over the samples of a micro-batch (reduction="sum"), and the job has '
+                        'loss_reduction="mean": the gradient is the mean of these sums, which grows with '
+                        'micro_batch_size; give the job loss_reduction="sum", or the loss its mean'
+                    )
+                    warn(self._channel, Notice.LOSS_IS_A_SUM, text)
             return returned, 0
         if not isinstance(returned, tuple | list) or len(returned) != 2:
             raise UsageError(
@@ -96,6 +111,13 @@ class Reduction:
             "skip": tokens == 0 or (share.skip_nonfinite and not math.isfinite(norm)),
             "tokens": tokens,
         }
+
+
+def is_visibly_a_sum(loss: Tensor, loss_fn: object) -> bool:
+    """Whether a loss is, unscaled, what a loss function of torch gives with `reduction="sum"`."""
+    if isinstance(loss_fn, nn.Module) and type(loss_fn).__module__ == nn.MSELoss.__module__:
+        return getattr(loss_fn, "reduction", None) == "sum"
+    return getattr(loss.grad_fn, "_saved_reduction", None) == _SUM
 
 
 def whole_count(count: Any, where: str) -> int:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 import everstep
 from everstep import UsageError
 from everstep.elastic.step.loss_scale import LossScale
-from everstep.elastic.step.reduction import whole_count
+from everstep.elastic.step.reduction import is_visibly_a_sum, whole_count
 from tests.terms import agreed
 
 STEPS, BATCH = 5, 4
@@ -80,7 +80,7 @@ def in_steps(loss_fn: Any, lr: float = 0.1, known: int = 3, settings: Any = None
     trained = Trained(lr)
 
     def body(run: everstep.Run) -> None:
-        loader = DataLoader(Sentences(known), batch_size=1)
+        loader = DataLoader(Sentences(known), batch_size=run.settings.micro_batch_size)
         trained.steps += run.steps(trained.model, trained.optimizer, loader, loss_fn=loss_fn, **how)
         trained.skipped = run.skipped_steps
 
@@ -125,6 +125,64 @@ def test_a_sum_is_not_divided() -> None:
     assert found.same(means)
     assert found.close(plainly(lambda model, inputs, targets: sum_loss(model(inputs), targets), 0.01))
     assert [step.loss for step in found.steps] == [BATCH * step.loss for step in means.steps]
+
+
+def flat(criterion: Any) -> Any:
+    return lambda outputs, targets: criterion(outputs.flatten(0, 1), targets.flatten())
+
+
+class Halved(nn.CrossEntropyLoss):
+    """Has the attributes of torch's, and another loss."""
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return super().forward(outputs.transpose(1, 2), targets.clamp(min=0)) / 2
+
+
+class AbsoluteSum(nn.Module):
+    """An L1 loss, of which the autograd node does not tell that it is a criterion's sum."""
+
+    reduction = "sum"
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs.mean(2) - targets).abs().sum()
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "settings", "warned"),
+    [
+        (sum_loss, {}, True),
+        (flat(nn.CrossEntropyLoss(reduction="sum", ignore_index=-1)), {}, True),
+        (lambda o, t: nn.functional.mse_loss(o[..., 0], t.float(), reduction="sum"), {}, True),
+        (mean_loss, {}, False),
+        (sum_loss, {"loss_reduction": "sum"}, False),
+        (lambda o, t: sum_loss(o, t) / len(o), {}, False),
+        (Halved(reduction="sum"), {}, False),
+        (AbsoluteSum(), {}, False),
+        (sum_loss, {"micro_batch_size": 1}, False),  # a sum over what one sample has
+        (sum_loss, {"micro_batch_size": 4}, False),  # the mean of one sum
+    ],
+)
+def test_a_loss_that_is_visibly_a_sum(
+    loss_fn: Any, settings: Any, warned: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Is warned of once where a mean is wanted."""
+    size = settings.get("micro_batch_size", 2)
+    in_steps(loss_fn, settings={"micro_batch_size": size, **settings})
+    said = capsys.readouterr().err
+    assert said.count("[loss-is-a-sum]") == warned
+    assert ('give the job loss_reduction="sum", or the loss its mean' in said) == warned
+
+
+def test_criteria_say_what_they_are() -> None:
+    """Some losses are computed of parts, so that their last autograd node tells nothing."""
+    criteria: list[Any] = [nn.L1Loss, nn.MSELoss, nn.SmoothL1Loss, nn.BCEWithLogitsLoss]
+    for criterion in criteria:
+        for reduction in ("sum", "mean"):
+            made = criterion(reduction=reduction)
+            loss = made(torch.ones(2, requires_grad=True), torch.ones(2))
+            assert is_visibly_a_sum(loss, made) == (reduction == "sum"), made
+    smoothed = nn.CrossEntropyLoss(reduction="sum", label_smoothing=0.1)
+    assert is_visibly_a_sum(smoothed(torch.ones(2, 2, requires_grad=True), torch.zeros(2).long()), smoothed)
 
 
 def test_a_mean_over_the_tokens_of_the_step() -> None:
