@@ -209,6 +209,32 @@ class UserOptimizer:
         dummy = nn.Parameter(like)
         dummy.grad = torch.zeros_like(like)
         clone = self.clone()
-        clone.param_groups[self._group[shard.parameter] or 0]["params"] = [dummy]
+        group = clone.param_groups[self._group[shard.parameter] or 0]
+        group["params"] = [dummy]
+        before = settings_of(group)
         clone.step()
+        self._check_kept(clone, dummy, before, settings_of(group))
         return dict(clone.state.get(dummy, {}))
+
+    def _check_kept(
+        self, stepped: AnyOptimizer, parameter: Tensor, before: dict[str, Any], after: dict[str, Any]
+    ) -> None:
+        """Raise UsageError if the first step has left something that cannot be kept by parameter."""
+        changed = [name for name, value in after.items() if name not in before or not same(before[name], value)]
+        others = [key for key in stepped.state if key is not parameter]
+        if changed:
+            raise UsageError(
+                f"{self.name} changes {changed[-1]!r} of its parameter group in step(), which ranks would not share, "
+                "as each steps a part of the parameters: let it keep what it needs by parameter"
+            )
+        if others:
+            raise UsageError(
+                f"{self.name} keeps a state of no parameter ({others[0]!r}), which ranks would not share, as each "
+                "steps a part of the parameters: let it keep what it needs by parameter"
+            )
+        for name, value in stepped.state.get(parameter, {}).items():
+            if not isinstance(value, Tensor | bool | int | float | str | None):
+                raise UsageError(
+                    f"{self.name} keeps {name!r} of a parameter as a {type(value).__name__}: a state must be a tensor, "
+                    "a number, a text or None"
+                )
