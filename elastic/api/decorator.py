@@ -7,6 +7,7 @@ import contextlib
 import functools
 import inspect
 import logging
+import multiprocessing
 import os
 import random
 import sys
@@ -117,6 +118,11 @@ def join(**arguments: Unpack[Arguments]) -> Run:
 @contextlib.contextmanager
 def _training(name: str, arguments: Arguments) -> Iterator[Run]:
     """The training of this process: the body is the user's code. A `SystemExit` of status 0 in it is a good end."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        sys.exit(
+            f"everstep: error: {name} trains again in a process that it has started by 'spawn' or 'forkserver', which "
+            'imports the script: put the training under if __name__ == "__main__":'
+        )
     context = WorkerContext.from_environment()
     if _joined:
         raise UsageError(f"{name}: everstep.join has made this script a training already, and a job is one training")

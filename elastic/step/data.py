@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from itertools import takewhile
 from typing import Any
 
@@ -33,9 +34,10 @@ from .order import DataOrder, derive_seed
 from .sampled import SampledOrder, has_fixed_batches, is_permutation
 from .stream_readers import StreamReaders
 from .streams import STREAM, StreamPlace, Streams
-from .worker_processes import BROKEN_OFF, Key, Lost, Upcoming, begin, shut, worker_loader
+from .worker_processes import BROKEN_OFF, Key, Lost, Upcoming, begin, shut, start_method, worker_loader
 
 Collate = Callable[[list[Any]], Any]
+Request = tuple[Key, list[int] | None]  # and the samples, where a sampler chooses them
 PROBE = -1  # in the place of a step: the key requests one sample
 
 
@@ -107,6 +109,12 @@ class DataSource:
         )
         self._ahead: _Ahead | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What `load` needs in a worker process that is not forked: with a sampler, requests have its indices."""
+        order = replace(self.order, sampled=None)
+        dropped = dict.fromkeys(("_loader", "_channel", "_place", "_sampled", "_ahead"))
+        return {**self.__dict__, **dropped, "order": order}
+
     def _begin_streams(self, settings: Settings) -> Streams:
         """The streams of all micro-batches of a step. Raises UsageError for one without a sample."""
         loader, size = self._loader, settings.micro_batch_size
@@ -118,6 +126,11 @@ class DataSource:
         if streams.first is None:
             raise UsageError(_ended(self.dataset, 0, 0))
         if loader is not None and loader.num_workers:
+            if (method := start_method(loader)) != "fork":
+                raise UsageError(
+                    f"the worker processes of the DataLoader are started by {method!r}, and those that read a stream "
+                    "have to be forked: give the DataLoader multiprocessing_context='fork', or num_workers=0"
+                )
             self._readers = StreamReaders(loader, streams, self._stream_item, self._channel)
             if loader.num_workers > 1 and not streams.divided:
                 text = (
@@ -128,13 +141,19 @@ class DataSource:
                 warn(self._channel, Notice.SETTING_IGNORED, text)
         return streams
 
-    def load(self, key: Key) -> Any:
+    def request(self, key: Key) -> Request:
+        """What `load` is to be given for a key. A sampler's order is worked out here, not in worker processes."""
+        return key, self.order.indices(*key) if self._sampled is not None else None
+
+    def load(self, request: Request) -> Any:
         """The item of a key, fetched in this process. The key seeds random augmentation."""
-        step, number = key
+        (step, number), indices = request
         seed_generators(derive_seed("data", self._seed, self.order.batch_of(step), number))
         if step == PROBE:
             return self._sample(number)
-        return self._collate([self._sample(i) for i in self.order.indices(step, number)])
+        if indices is None:
+            indices = self.order.indices(step, number)
+        return self._collate([self._sample(i) for i in indices])
 
     def _stream_item(self, key: Key) -> tuple[Any] | None:
         """The item of a key, of a stream; None if the stream has ended before it."""
@@ -170,19 +189,19 @@ class DataSource:
                 raise UsageError(_ended(self.dataset, step, micro_batch))
             return found[0]
         if self._loader is None or not self._loader.num_workers:
-            item, bad = self._load_noting((step, micro_batch))
+            item, bad = self._load_noting(self.request((step, micro_batch)))
         else:
             if self._ahead is None:
-                self._ahead = _Ahead(self._loader, self._load_noting, upcoming, self._channel)
+                self._ahead = _Ahead(self._loader, self.request, self._load_noting, upcoming, self._channel)
             item, bad = self._ahead.take((step, micro_batch))
         for number, why in bad.items():
             self._skip(number, why)
         return item
 
-    def _load_noting(self, key: Key) -> tuple[Any, dict[int, str]]:
+    def _load_noting(self, request: Request) -> tuple[Any, dict[int, str]]:
         """The item of a key, and which samples could not be read for it."""
         self._bad = {}
-        return self.load(key), self._bad
+        return self.load(request), self._bad
 
     def _skip(self, number: int, why: str) -> None:
         if number in self._skipped:
@@ -244,9 +263,9 @@ class DataSource:
         if self.streams is not None:
             found = [content_digest(samples) for samples in (self.streams.first, self.streams.again())]
         elif self._loader is None or not self._loader.num_workers:
-            found = [content_digest(self.load(key)) for key in twice]
+            found = [self._digest(key) for key in twice]
         else:
-            probes = begin(worker_loader(self._loader, lambda key: content_digest(self.load(key)), twice, workers=1))
+            probes = begin(worker_loader(self._loader, self._digest, twice, workers=1))
             found = [digest for _, digest in probes]
         half = len(found) // 2
         if found[:half] == found[half:]:
@@ -260,6 +279,9 @@ class DataSource:
             "which are seeded for each micro-batch",
         )
         return ()
+
+    def _digest(self, key: Key) -> str:
+        return content_digest(self.load((key, None)))
 
     def described(self) -> dict[str, Any]:
         """The description of the data in a checkpoint, which ranks also compare; see `digests`."""
@@ -286,14 +308,16 @@ class _Ahead:
     def __init__(
         self,
         loader: DataLoader[Any],
-        load: Callable[[Key], Any],
+        request: Callable[[Key], Request],
+        load: Callable[[Request], Any],
         upcoming: Upcoming,
         channel: WarningChannel,
     ) -> None:
         self._loader = loader
+        self._request = request
         self._load = load
         self._upcoming = upcoming
-        self._running: Iterator[tuple[Key, Any]] | None = None
+        self._running: Iterator[tuple[Request, Any]] | None = None
         self._lost = Lost(channel)
 
     def take(self, key: Key) -> Any:
@@ -302,18 +326,18 @@ class _Ahead:
             if self._running is None:
                 self._running = self._start(key)
             try:
-                found, batch = next(self._running, (None, None))
+                found, batch = next(self._running, ((None, None), None))
             except BROKEN_OFF as error:
                 running, self._running = self._running, None
                 self._lost.note(error, running)
                 continue
             self._lost.forget()
-            if found == key:
+            if found[0] == key:
                 return batch
             self.close()
 
-    def _start(self, key: Key) -> Iterator[tuple[Key, Any]]:
-        return begin(worker_loader(self._loader, self._load, _from(key, self._upcoming())))
+    def _start(self, key: Key) -> Iterator[tuple[Request, Any]]:
+        return begin(worker_loader(self._loader, self._load, map(self._request, _from(key, self._upcoming()))))
 
     def close(self) -> None:
         running, self._running = self._running, None

@@ -46,6 +46,10 @@ class EvaluationData:
         self.samples = len(dataset) - (len(dataset) % self._size if drops else 0)
         self.count = -(-self.samples // self._size)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What `_load` needs in a worker process that is not forked."""
+        return {**self.__dict__, "_loader": None}
+
     def bounds(self, number: int) -> tuple[int, int]:
         """The first sample of a batch, and the one behind its last."""
         return number * self._size, min(self.samples, (number + 1) * self._size)

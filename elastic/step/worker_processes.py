@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import multiprocessing.connection
 import pickle
 import warnings
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from everstep.elastic.contract.errors import UsageError
 from everstep.elastic.contract.notices import Notice, WarningChannel, warn
 from everstep.elastic.contract.signals import outlive_first_signal
 
@@ -74,11 +76,29 @@ def begin(loader: DataLoader[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
     main thread is, even in the middle of a commit, when a process that it knows is lost. This function makes it forget
     these processes; the iterator itself checks them every few seconds while it waits.
     """
-    running = iter(loader)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Got pickle error")  # the error below says it
+            running = iter(loader)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        if (method := start_method(loader)) == "fork":
+            raise
+        raise UsageError(
+            f"the worker processes of the DataLoader are started by {method!r}, and its dataset, collate_fn and "
+            f"worker_init_fn have to be pickled for them: {error}"
+        ) from error
     if getattr(running, "_worker_pids_set", False):
         torch._C._remove_worker_pids(id(running))
         running._worker_pids_set = False  # type: ignore[attr-defined]  # the iterator shall not repeat it
     return running
+
+
+def start_method(loader: DataLoader[Any]) -> str:
+    """How the worker processes of a loader are started: "fork", "spawn" or "forkserver"."""
+    context = loader.multiprocessing_context
+    if context is not None:
+        return str(context.get_start_method())
+    return multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
 
 
 class _Keyed(Dataset[Any]):
