@@ -233,7 +233,7 @@ class UserOptimizer:
                 "steps a part of the parameters: let it keep what it needs by parameter"
             )
         for name, value in stepped.state.get(parameter, {}).items():
-            if not isinstance(value, Tensor | bool | int | float | str | None):
+            if value is not None and not isinstance(value, Tensor | bool | int | float | str):
                 raise UsageError(
                     f"{self.name} keeps {name!r} of a parameter as a {type(value).__name__}: a state must be a tensor, "
                     "a number, a text or None"

@@ -116,8 +116,8 @@ class Reduction:
 def is_visibly_a_sum(loss: Tensor, loss_fn: object) -> bool:
     """Whether a loss is, unscaled, what a loss function of torch gives with `reduction="sum"`."""
     if isinstance(loss_fn, nn.Module) and type(loss_fn).__module__ == nn.MSELoss.__module__:
-        return getattr(loss_fn, "reduction", None) == "sum"
-    return getattr(loss.grad_fn, "_saved_reduction", None) == _SUM
+        return bool(getattr(loss_fn, "reduction", None) == "sum")
+    return bool(getattr(loss.grad_fn, "_saved_reduction", None) == _SUM)
 
 
 def whole_count(count: Any, where: str) -> int:

@@ -85,6 +85,19 @@ def test_a_data_loaders_workers_fetch_the_same_samples(
     assert len(fetchers) > 4, "each of two ranks has two processes, and one that looked at the data first"
 
 
+@pytest.mark.soak
+def test_spawned_worker_processes(folder: Path, tmp_path: Path) -> None:
+    """They import the script, and fetch what forked ones do; two ranks killed."""
+    loader = {"batch_size": 2, "num_workers": 1, "shuffle": True, "multiprocessing_context": "spawn"}
+    result = run_job(
+        nproc=2, steps=STEPS, script="data_job.py", faults=KILLS, folder=str(folder), loader=loader, timeout_s=180
+    )
+    assert_same_end(result, alone(tmp_path / "alone", folder))
+    assert len(result.named("worker_died")) == len(KILLS)
+    fetchers = {line.split()[0] for path in result.out.glob("fetched-*") for line in path.read_text().splitlines()}
+    assert len(fetchers) > 4
+
+
 def test_a_weighted_sampler(folder: Path, tmp_path: Path) -> None:
     """Two ranks killed: the order of each epoch, of three batches, is that of one process."""
     loader = {"batch_size": 2, "drawn": 24}
