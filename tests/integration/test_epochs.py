@@ -82,15 +82,16 @@ def flags(settings: dict[str, str]) -> list[str]:
 
 
 def test_ranks_die_in_shorter_batches(tmp_path: Path) -> None:
-    """In the last step of each epoch, where one rank has an empty micro-batch."""
+    """In the last step of each epoch, where a rank has only an empty micro-batch, and so no turn."""
     faults = [
         {"rank": 0, "phase": "compute", "step": 2, "after": 1},
         {"rank": 2, "phase": "compute", "step": 5},
+        {"rank": 3, "phase": "reduce", "step": 5},
         {"rank": 1, "phase": "reduce", "step": 8},
     ]
     with ThreadPoolExecutor(2) as pool:
         waiting = pool.submit(alone, tmp_path, variables(SHORT))
-        result = run_job(nproc=3, script="epochs_job.py", flags=flags(SHORT), faults=faults)
+        result = run_job(nproc=4, script="epochs_job.py", flags=flags(SHORT), faults=faults)
         expected = waiting.result()
     assert result.status == 0, result.output
     assert len(result.named("worker_died")) == len(faults)
