@@ -13,6 +13,9 @@ from torch.amp import GradScaler
 from torch.utils.data import DataLoader
 
 import everstep
+from everstep.elastic.step.order import StepSize
+from everstep.elastic.step.steps import StepState
+from everstep.resharding.work import AssignedLeg, Leg, Work
 
 SAMPLES, EPOCHS, BATCH = 22, 2, 8
 DRAWS = torch.Generator().manual_seed(0)
@@ -232,3 +235,15 @@ def test_a_loader_that_drops_the_samples() -> None:
 
     with pytest.raises(SystemExit, match="the DataLoader has drop_last=True, and the job last_batch='short'"):
         job(body)
+
+
+def test_an_empty_micro_batch_is_done_where_it_is_assigned() -> None:
+    """From the beginning, and when it comes from a lost rank; the others are computed."""
+    own, others = [AssignedLeg(0, m, 0, 2) for m in (0, 1)], [AssignedLeg(1, m, 0, 2) for m in (2, 3)]
+    state = StepState.begin(7, 0, Work([*own, *others]), StepSize(5, 2))
+    other = StepState.begin(7, 1, Work([*own, *others]), StepSize(5, 2))
+    assert state.todo == [Leg(0, 0, 2), Leg(1, 0, 2)]
+    assert (other.todo, other.held) == ([Leg(2, 0, 2)], {Leg(3, 0, 2)})
+    state.resume(Work([*own, *(leg._replace(rank=0) for leg in others)]), ())
+    assert state.todo == [Leg(0, 0, 2), Leg(1, 0, 2), Leg(2, 0, 2)]
+    assert state.held == {Leg(3, 0, 2)}
