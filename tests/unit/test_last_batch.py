@@ -61,7 +61,7 @@ def in_a_loop(turn: Callable[..., None], trained: Trained, how: Any = None, **se
     def body(run: everstep.Run) -> None:
         loader = DataLoader(DATA, batch_size=run.settings.micro_batch_size)
         model, optimizer, batches = run.prepare(trained.model, trained.optimizer, loader, **(how or {}))
-        assert len(batches) == -(-SAMPLES // BATCH)
+        assert len(batches) == -(-SAMPLES // run.settings.global_batch_size)
         numbers = itertools.count()
         for _ in run.epochs():
             for batch in batches:
@@ -217,12 +217,14 @@ def test_buffers_are_what_the_samples_make_of_them() -> None:
         mean(model[2:](outputs), batch[1]).backward()
         optimizer.step()
 
-    in_a_loop(turn, found, {"buffers": {"2.count": "sum", "2.last": "last", "2.largest": "max"}}, micro_batch_size=4)
+    rules = {"2.count": "sum", "2.last": "last", "2.largest": "max"}
+    in_a_loop(turn, found, {"buffers": rules}, global_batch_size=16, micro_batch_size=4)
     assert [len(hidden) for hidden in seen] == [4, 4, 4, 4, 4, 2] * EPOCHS
-    state, expected = found.model.state_dict(), plain(mean, nn.BatchNorm1d(8), micro_batch_size=4).model.state_dict()
+    state = found.model.state_dict()
+    expected = plain(mean, nn.BatchNorm1d(8), batch=16, micro_batch_size=4).model.state_dict()
     for name in ("0.weight", "1.running_mean", "1.running_var", "1.weight"):
         assert torch.equal(state[name], expected[name]), name
-    assert int(state["1.num_batches_tracked"]) == EPOCHS * 3
+    assert int(state["1.num_batches_tracked"]) == EPOCHS * 2
     assert int(state["2.count"]) == EPOCHS * SAMPLES
     assert torch.equal(state["2.last"], seen[-1].sum())
     assert torch.equal(state["2.largest"], torch.stack([hidden.abs().amax() for hidden in seen]).amax())
