@@ -20,9 +20,9 @@ import torch
 
 from everstep.elastic.contract.progress import Progress
 from everstep.elastic.contract.settings import Settings
-from everstep.elastic.step import data as sample_data
 from everstep.elastic.step.data import DataSource
 from everstep.elastic.step.streams import StreamPlace
+from everstep.elastic.step.worker_processes import Lost
 from tests.jobs import JOBS, Result, assert_same_state, command, read_result, run_job
 from tests.jobs.interpreter import script
 
@@ -196,42 +196,31 @@ def test_a_killed_worker_process_interrupts_nothing_but_the_fetch() -> None:
     data.close()
 
 
-class Breaking:
-    """An iterator of a DataLoader that has one worker process, whose `next` fails."""
+class Running:
+    """An iterator of a DataLoader that has one worker process."""
 
-    def __init__(self, process: multiprocessing.Process, error: Exception) -> None:
+    def __init__(self, alive_s: float) -> None:
+        process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(alive_s,))
+        process.start()
         self._workers = [process]
-        self._error = error
 
-    def __next__(self) -> Any:
-        raise self._error
+    def _shutdown_workers(self) -> None:
+        self._workers[0].kill()
+        self._workers[0].join()
 
 
-def test_a_worker_process_that_is_killed_while_it_sends(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_process_that_is_killed_while_it_sends() -> None:
     """Its sockets are closed before it is seen to be dead: torch passes on what its reader raised."""
-    process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(0.1,))
-    process.start()
-    broken: list[Any] = [Breaking(process, ConnectionResetError(errno.ECONNRESET, "reset by peer"))]
-    monkeypatch.setattr(sample_data, "begin", lambda loader: broken.pop() if broken else iter([((0, 0), "batch")]))
     told = Told()
-    loader = torch.utils.data.DataLoader(Numbers(), num_workers=1)
-    ahead = sample_data._Ahead(loader, lambda key: None, list, told)
-    assert ahead.take((0, 0)) == "batch"
-    process.join()
+    Lost(told).note(ConnectionResetError(errno.ECONNRESET, "reset by peer"), Running(0.1))
     assert any("was lost, and its samples are fetched again: [Errno 104]" in text for text in told.texts)
 
 
-def test_an_error_of_the_datasets_own_is_no_lost_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
-    process.start()
-    monkeypatch.setattr(sample_data, "begin", lambda loader: Breaking(process, FileNotFoundError("sample 7")))
-    loader = torch.utils.data.DataLoader(Numbers(), num_workers=1)
-    try:
-        with pytest.raises(FileNotFoundError, match="sample 7"):
-            sample_data._Ahead(loader, lambda key: None, list, Told()).take((0, 0))
-    finally:
-        process.kill()
-        process.join()
+def test_an_error_of_the_datasets_own_is_no_lost_process() -> None:
+    told = Told()
+    with pytest.raises(FileNotFoundError, match="sample 7"):
+        Lost(told).note(FileNotFoundError("sample 7"), Running(60))
+    assert not told.texts
 
 
 def test_without_shuffling_samples_come_in_their_order(folder: Path, tmp_path: Path) -> None:
