@@ -112,6 +112,7 @@ class Hosts:
         arguments: Sequence[str] = (),
         flags: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
+        python: str | Path = sys.executable,
     ) -> subprocess.Popen[str]:
         """Start `everstep run` on a host, for the coordinator that was started."""
         assert self.endpoint, "start the coordinator first"
@@ -122,6 +123,7 @@ class Hosts:
             [*own, *flags],
             {**self._environment(host), **(environment or {})},
             inside=self._network.enter(host),
+            python=python,
         )
         self._started.append(process)
         self.launchers[host] = process

@@ -19,7 +19,7 @@ PYTHON = ROOT / ".venv-peers" / "bin" / "python"
 
 def elastic_peer(script: Path, *arguments: str | Path, flags: Sequence[str], faults: Sequence[Any] = ()) -> str:
     """Run a job whose script uses the frameworks, under `everstep run`; returns what was printed."""
-    _installed()
+    check_installed()
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "EVERSTEP_FAULTS": json.dumps(list(faults))}
     process = launch(script, [*map(str, arguments)], [*flags], environment, python=PYTHON)
     output = finish(process)
@@ -27,16 +27,18 @@ def elastic_peer(script: Path, *arguments: str | Path, flags: Sequence[str], fau
     return output
 
 
-def _installed() -> None:
+def check_installed() -> None:
+    """Skip the test if the frameworks are not there."""
     if not PYTHON.exists():
         pytest.skip("the environment of the peers is not installed: make peers")
 
 
 def run_peer(script: Path, *arguments: str | Path, timeout_s: float = 240) -> str:
     """Run a script with the frameworks' interpreter; returns what it printed. Skips the test if there is none."""
-    _installed()
+    check_installed()
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "VIRTUAL_ENV"))}
     environment.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
+    environment.update(PYTHONPATH=str(ROOT))
     done = subprocess.run(
         [PYTHON, script, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=timeout_s
     )
