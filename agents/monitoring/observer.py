@@ -21,6 +21,7 @@ from everstep.agents.analysis.suspects import Suspects
 from everstep.comms.control import telemetry_pb2 as pb
 from everstep.elastic.protocol.causes import Cause
 from everstep.elastic.protocol.events import SpeedsMeasured, StragglerFound, StragglerGone, WaitNoticed
+from everstep.elastic.protocol.job import Job
 from everstep.elastic.protocol.state import State
 
 from .holdups import Holdups
@@ -235,7 +236,7 @@ class Observer:
             metrics.step_seconds.observe(commit.step_s)
         if line.get("loss") is not None:
             metrics.loss.set(line["loss"])
-        batch = state.job.global_batch_size if state.job else 0
+        batch = _samples_of(state.job, line["step"]) if state.job else 0
         metrics.samples.inc(batch)
         self._samples_without += batch
         self._count_tokens()
@@ -373,6 +374,15 @@ class Observer:
         for series in self.ranks.values():
             while len(series.steps) > most:
                 series.steps.popleft()
+
+
+def _samples_of(job: Job, step: int) -> int:
+    """How many samples a step has: fewer in the last one of an epoch with last_batch="short"."""
+    batch = job.global_batch_size
+    if not job.epochs or job.last_batch != "short":
+        return batch
+    batches, steps = -(-job.samples // batch), job.steps // job.epochs  # several optimizers share a batch
+    return min(batch, job.samples - step % steps // (steps // batches) * batch)
 
 
 def _or_nan(value: float | None) -> float:

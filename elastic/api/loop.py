@@ -261,7 +261,7 @@ class Batches:
             state.tokens[span.micro_batch] = self._tokens or 0
         if self._stepped or not self._turns.accumulates:
             engine.adjustments.notice(state.step)
-        engine.pipeline.harvest(state, span, {0: engine.pipeline.take_statistics(0, span.micro_batch)})
+        engine.pipeline.harvest(state, span, {0: engine.pipeline.take_statistics(0, span.micro_batch, state.size)})
         engine.progress.telemetry.span(Spent.COMPUTE, self._handed_out_ns, micro_batch=span.micro_batch)
         engine.progress.mark(StepPhase.COMPUTE, state.step, finished=len(state.held))
         self._complete_what_is_done()

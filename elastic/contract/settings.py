@@ -59,9 +59,10 @@ class Settings:
     )
     last_batch: str = setting(
         'With `epochs`, samples that do not fill the last batch of an epoch: `"drop"` leaves them out, `"pad"` fills '
-        "the batch with the first samples of the epoch.",
+        'the batch with the first samples of the epoch, `"short"` trains on a smaller batch.',
+        more="See [the last batch](guide/data.md#order-and-last-batch).",
         default="drop",
-        choices=("drop", "pad"),
+        choices=("drop", "pad", "short"),
     )
     skip_bad_samples: int = setting(
         "How many samples of the dataset may raise when a rank reads them; the next one takes the place of each.",

@@ -230,7 +230,8 @@ class Engine:
         ends = {0, len(self.stack.layers)}  # of the pipeline, where inputs and targets are needed
         mine = [span.micro_batch for span in layout.work.spans_of(self.rank) if ends & {span.start, span.stop}]
         for step in range(state.step + 1, self.settings.steps if mine else 0):
-            yield from ((step, micro_batch) for micro_batch in mine)
+            filled = self.data.order.size(step).micro_batches
+            yield from ((step, micro_batch) for micro_batch in mine if micro_batch < filled)
 
     def fetch(self, step: int, micro_batch: int) -> Any:
         """The samples of a micro-batch. The worker processes of a DataLoader fetch ahead for this rank."""
@@ -264,7 +265,7 @@ class Engine:
             )
             for shard in self.store.owned
         }
-        self.exchange.reduce(state, layout, gradients, self.reduction.divisor())
+        self.exchange.reduce(state, layout, gradients, self.reduction.divisor(state.size))
         for shard in self.store.owned:
             dtype = self.exchange.accumulation(shard)
             self.snapshots.seal_gradient(shard.index, state.step, shard.elements, dtype)
@@ -336,7 +337,7 @@ class Engine:
         terms = Terms(
             step=step,
             generation=self.current()[0].generation,
-            **self.reduction.agreed(share, settled.settings.get("clip", {}).get("norm")),
+            **self.reduction.agreed(share, settled.settings.get("clip", {}).get("norm"), self.data.order.size(step)),
             **settled.settings,
             idle=settled.idle,
             registered=registered,
@@ -449,7 +450,7 @@ class Engine:
             self.stop_request.committed(terms, first=self.rank == min(layout.ranks))
         self._tell_committed(it.agreement, layout.generation)
         self.telemetry.span(Spent.COMMIT, began_ns)
-        self.telemetry.committed(terms.loss, self.settings.global_batch_size)
+        self.telemetry.committed(terms.loss, self.data.order.size(step).samples)
         self._remarks.loss(terms.loss, step, speaks=self.rank == min(layout.ranks) and not terms.skip)
 
     def _save_or_protect(self, terms: Terms, layout: Layout) -> None:
@@ -494,7 +495,7 @@ class Engine:
         self.state = self._fresh_step(state.step, layout.work)
 
     def _fresh_step(self, step: int, work: Work) -> StepState:
-        return StepState.begin(step, self.rank, work, self.settings.micro_batches)
+        return StepState.begin(step, self.rank, work, self.data.order.size(step))
 
     def protect(self, *, anyway: bool = False, then: Callable[[], None] | None = None) -> None:
         """Have the keeper hold this version of every owned shard; the copy overlaps the computation of the next step.

@@ -104,7 +104,7 @@ class DataSource:
             shuffle=shuffle,
             sampled=self._sampled.sample if self._sampled is not None else None,
             by_epoch=settings.epochs > 0,
-            pad=settings.last_batch == "pad",
+            last_batch=settings.last_batch,
             updates=updates,
         )
         self._ahead: _Ahead | None = None
@@ -285,7 +285,7 @@ class DataSource:
 
     def described(self) -> dict[str, Any]:
         """The description of the data in a checkpoint, which ranks also compare; see `digests`."""
-        last = ("pad" if self.order.pad else "drop") if self.order.by_epoch else "none"
+        last = self.order.last_batch if self.order.by_epoch else "none"
         described = {"samples": self.samples, "shuffle": self.order.shuffle, "last_batch": last}
         return {**described, "sample_digests": list(self.digests())}
 
@@ -357,6 +357,11 @@ def _check_loader(loader: DataLoader[Any], settings: Settings, collate_fn: Colla
     is_stream = isinstance(loader.dataset, IterableDataset)
     if is_stream and loader.batch_size is None:
         return
+    if loader.drop_last and settings.epochs and settings.last_batch == "short":
+        raise UsageError(
+            "the DataLoader has drop_last=True, and the job last_batch='short', which trains on the samples that it "
+            "would drop: leave one of them out"
+        )
     if not has_fixed_batches(loader):
         raise UsageError(
             "the DataLoader has no fixed batch size, or has its own batch sampler: give it batch_size="

@@ -68,7 +68,7 @@ class Exchange:
         for shard_index, out in gradients.items():
             rule = self.stack.rule(self.stack.spec.shards[shard_index].parameter)
             self._combine(shard_index, parts, state.leaves, out)
-            out.div_(divisor if rule is None else state.leaves if rule == "mean" else 1)
+            out.div_(divisor if rule is None else state.size.weights if rule == "mean" else 1)
 
     def _others(self, ranks: Iterable[int]) -> list[int]:
         """The other ones of `ranks`, beginning after this one, so that not all ranks send to the same one first."""
@@ -82,13 +82,13 @@ class Exchange:
 
     def _partials(self, state: StepState, index: LayoutIndex, layers: list[int], owner: int) -> Iterator[Tensor]:
         head = b"".join(
-            struct.pack("<I", len(state.sums[layer].nodes)) + b"".join(_NODE.pack(*n) for n in state.sums[layer].nodes)
+            struct.pack("<I", len(state.partial(layer))) + b"".join(_NODE.pack(*n) for n in state.partial(layer))
             for layer in layers
         )
         yield of_bytes(head + bytes(-len(head) % ALIGNMENT_BYTES))
         for layer in layers:
             shards = index.owned_in(owner)[layer]
-            for tensors in state.sums[layer].nodes.values():
+            for tensors in state.partial(layer).values():
                 for shard in shards:
                     yield on_host(self._slice(tensors, layer, shard))
 
@@ -97,7 +97,7 @@ class Exchange:
 
     def _add_own(self, state: StepState, index: LayoutIndex, layer: int, parts: Parts) -> None:
         for shard in index.owned_in(self.comm.rank)[layer]:
-            for node, tensors in state.sums[layer].nodes.items():
+            for node, tensors in state.partial(layer).items():
                 parts.setdefault((layer, shard.index), {})[node] = self._slice(tensors, layer, shard).cpu()
 
     def _add_received(self, data: Tensor, layers: list[int], index: LayoutIndex, parts: Parts) -> None:

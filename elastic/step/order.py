@@ -2,7 +2,8 @@
 
 Position p of the run (p = step * batch + offset) is sample `permutation(epoch)[p mod n]` of epoch p // n, so that
 every sample is used exactly once an epoch through any history of failures. With `by_epoch` each epoch begins with a
-batch of its own: the samples that do not fill its last batch are left out, or it is padded from the epoch's first.
+batch of its own: the samples that do not fill its last batch are left out, or it is padded from the epoch's first, or
+it is shorter: then its micro-batches are filled in their order, and the last ones may have no samples.
 The permutation is a keyed bijection (a four-round Feistel network, iterated until the value is below n; Black and
 Rogaway, 2002), so no list is stored.
 """
@@ -49,6 +50,29 @@ def permuted(index: int, size: int, seed: int, epoch: int) -> int:
             return index
 
 
+@dataclass(frozen=True)
+class StepSize:
+    """How many samples a step has in all, and each of its micro-batches, but the last of those that have any."""
+
+    samples: int
+    micro_batch_size: int
+
+    @property
+    def micro_batches(self) -> int:
+        """The micro-batches that have samples; those behind them are not computed."""
+        return -(-self.samples // self.micro_batch_size)
+
+    def weight(self, micro_batch: int) -> float:
+        """The samples of a micro-batch, relative to those of the first."""
+        samples = min(self.micro_batch_size, self.samples - micro_batch * self.micro_batch_size)
+        return samples / min(self.micro_batch_size, self.samples)
+
+    @property
+    def weights(self) -> float:
+        """The sum of the weights of all micro-batches."""
+        return self.samples / min(self.micro_batch_size, self.samples)
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataOrder:
     """The samples of every micro-batch of a run."""
@@ -59,7 +83,7 @@ class DataOrder:
     seed: int
     shuffle: bool = True
     by_epoch: bool = False
-    pad: bool = False
+    last_batch: str = "drop"  # of an epoch: "drop" | "pad" | "short"
     sampled: Callable[[int, int], int] | None = None  # (epoch, offset) -> sample, by a sampler of the script
     updates: int = 1  # steps in a row that use the same batch: one for each of several optimizers
 
@@ -75,7 +99,8 @@ class DataOrder:
     @property
     def epoch_batches(self) -> int:
         """Global batches of an epoch."""
-        return -(-self.samples // self.global_batch_size) if self.pad else self.samples // self.global_batch_size
+        full, rest = divmod(self.samples, self.global_batch_size)
+        return full + (rest > 0 and self.last_batch != "drop")
 
     def batch_of(self, step: int) -> int:
         """The number of the global batch that a step uses."""
@@ -89,6 +114,13 @@ class DataOrder:
             return step // self.epoch_steps
         return self.batch_of(step) * self.global_batch_size // self.samples
 
+    def size(self, step: int) -> StepSize:
+        """The size of a step's batch."""
+        samples = self.global_batch_size
+        if self.by_epoch and self.last_batch == "short":
+            samples = min(samples, self.samples - self.batch_of(step) % self.epoch_batches * samples)
+        return StepSize(samples, self.micro_batch_size)
+
     def indices(self, step: int, micro_batch: int) -> list[int]:
         """The dataset indices of a micro-batch, in order."""
         batch = self.batch_of(step)
@@ -96,6 +128,8 @@ class DataOrder:
         first = within * self.global_batch_size + micro_batch * self.micro_batch_size
         positions = range(first, first + self.micro_batch_size)
         if self.by_epoch:
+            if self.last_batch == "short":
+                positions = range(first, min(positions.stop, self.samples))
             return [self._sample(epoch, position % self.samples) for position in positions]
         return [self._sample(*divmod(position, self.samples)) for position in positions]
 

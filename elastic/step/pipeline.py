@@ -26,7 +26,7 @@ from everstep.resharding.work import AssignedLeg, Leg
 
 from .devices import seed_torch, to_device
 from .forwards import Forwards
-from .order import derive_seed
+from .order import StepSize, derive_seed
 from .reduction import Reduction
 from .steps import Graph, StepState
 
@@ -60,6 +60,8 @@ class Pipeline:
     def resend(self, state: StepState, started: Iterable[AssignedLeg]) -> None:
         """After a change of the membership: send again what others need of the work that is done here."""
         for item in state.resends(started):
+            if state.is_empty(item.leg):
+                continue
             send = self._send_activation if item.kind == "activation" else self._send_gradient
             send(state, item.leg, item.to)
 
@@ -106,12 +108,13 @@ class Pipeline:
             value = inputs[0] if len(inputs) == 1 else tuple(inputs)
         statistics: dict[int, list[Tensor]] = {}
         for number in range(span.start, span.stop):
-            value = self.apply(number, state.step, span.micro_batch, value, statistics)
+            value = self.apply(number, state, span.micro_batch, value, statistics)
         if is_last:
             self._seed(state.step, span.micro_batch, span.stop)
             returned = self.loss_fn(value, to_device(targets, self.stack.device_of(span.stop - 1)))
             loss, tokens = self.reduction.measured(returned, self.loss_fn, state.step, span.micro_batch)
-            state.losses[span.micro_batch], state.tokens[span.micro_batch] = float(loss.detach()), tokens
+            weight = self.reduction.weight(state.size, span.micro_batch)
+            state.losses[span.micro_batch], state.tokens[span.micro_batch] = weight * float(loss.detach()), tokens
             value = self.reduction.loss_scale.scaled(loss)
         outputs = list(value) if isinstance(value, tuple | list) else [value]
         telemetry.span(Spent.FORWARD, started_ns, micro_batch=span.micro_batch)
@@ -126,15 +129,17 @@ class Pipeline:
         if following is not None:
             self._send_activation(state, span, following.rank)
 
-    def apply(self, number: int, step: int, micro_batch: int, value: Any, statistics: dict[int, list[Tensor]]) -> Any:
+    def apply(
+        self, number: int, state: StepState, micro_batch: int, value: Any, statistics: dict[int, list[Tensor]]
+    ) -> Any:
         """One layer's forward: its own random numbers, batch-norm statistics as at the start of the step."""
         layer = self.stack.layers[number]
         self.restore_statistics(number)
-        self._seed(step, micro_batch, number)
+        self._seed(state.step, micro_batch, number)
         self.forwards.before(number)
         value = layer.module(value)
         self.forwards.after(number)
-        statistics[number] = self.take_statistics(number, micro_batch)
+        statistics[number] = self.take_statistics(number, micro_batch, state.size)
         return value
 
     def restore_statistics(self, number: int) -> None:
@@ -150,13 +155,14 @@ class Pipeline:
             else:
                 held.tensor.data.copy_(base)  # not seen by autograd: no graph in flight uses a batch norm's statistics
 
-    def take_statistics(self, number: int, micro_batch: int) -> list[Tensor]:
+    def take_statistics(self, number: int, micro_batch: int, size: StepSize) -> list[Tensor]:
         """What a micro-batch's forward made of the buffers of a layer, as their rules sum it."""
-        is_last, found = micro_batch == self.reduction.micro_batches - 1, []
+        is_last, weight, found = micro_batch == size.micro_batches - 1, size.weight(micro_batch), []
         for held, base in zip(self._buffers(number), self.base_statistics[number], strict=True):
             assert held.rule is not None
             before, after = (_flat(tensor.detach().clone()) for tensor in (base, _now(held)))
-            found.append(leaf(held.rule, before, after, is_last=is_last))
+            taken = leaf(held.rule, before, after, is_last=is_last)
+            found.append(taken * weight if held.rule == "mean" and weight != 1 else taken)
             _give_back(held)
         return found
 
@@ -219,16 +225,20 @@ class Pipeline:
 
     def harvest(self, state: StepState, span: Leg, statistics: dict[int, list[Tensor]]) -> None:
         """Move the gradients of a micro-batch from the parameters into the sums."""
+        weight = self.reduction.weight(state.size, span.micro_batch)
         for number in range(span.start, span.stop):
             layer = self.stack.layers[number]
             after = iter(statistics.get(number, ()))
             leaves: list[Tensor] = []
             for held in layer.parameters:
-                leaves.append(next(after) if held.rule is not None else self._gradient(held))
-                if held.rule is None:
-                    if held.tensor.grad is not None:
-                        state.touched.add(held.index)
-                    held.tensor.grad = None
+                if held.rule is not None:
+                    leaves.append(next(after))
+                    continue
+                gradient = self._gradient(held)
+                leaves.append(gradient * weight if weight != 1 else gradient)
+                if held.tensor.grad is not None:
+                    state.touched.add(held.index)
+                held.tensor.grad = None
             largest = [at for at, held in enumerate(layer.parameters) if held.rule == "max"]
             state.hold(span, number, leaves, largest)
         state.finished(span)

@@ -1,6 +1,7 @@
 """From sums over the micro-batches of a step to its gradient and its loss (`loss_reduction`).
 
-    mean    a micro-batch's loss is a mean over its samples; the step's is the mean over its micro-batches
+    mean    a micro-batch's loss is a mean over its samples; the step's is the mean over its micro-batches, with their
+            numbers of samples as weights: these differ only in the last step of an epoch with last_batch="short"
     sum     it is a sum, and so is the step's
     tokens  it is a sum over tokens, which the script counts; the step's is the sum, divided by the count of all
 
@@ -21,6 +22,7 @@ from everstep.elastic.contract.settings import Settings
 from everstep.elastic.protocol.agreement import Share
 
 from .loss_scale import LossScale
+from .order import StepSize
 
 _SUM = 2  # torch's number for reduction="sum" in the autograd nodes of its loss functions
 
@@ -47,7 +49,6 @@ class Reduction:
         self._means = settings.loss_reduction == "mean"
         self._channel = channel
         self._looks = self._means and settings.micro_batches > 1 and settings.micro_batch_size > 1
-        self.micro_batches = settings.micro_batches
         self._accumulation = accumulation
         self.loss_scale = loss_scale
         self.skip_nonfinite = skip_nonfinite or loss_scale.scaler is not None
@@ -67,9 +68,13 @@ class Reduction:
         scaler = " with a loss scaler" if self.loss_scale.scaler is not None else ""
         return f"{scaler} accumulating over {self._accumulation}" if self._accumulation > 1 else scaler
 
-    def divisor(self) -> float:
+    def weight(self, size: StepSize, micro_batch: int) -> float:
+        """What the loss and the gradient of a micro-batch are multiplied by in the sums over a step of this size."""
+        return size.weight(micro_batch) if self._means else 1.0
+
+    def divisor(self, size: StepSize) -> float:
         """What the sum of the gradients of a step's micro-batches is divided by, before the step is agreed on."""
-        return self.loss_scale.scale * (self.micro_batches / self._accumulation if self._means else 1)
+        return self.loss_scale.scale * (size.weights / self._accumulation if self._means else 1)
 
     def measured(self, returned: Any, loss_fn: object, step: int, micro_batch: int) -> tuple[Tensor, int]:
         """The loss and the number of tokens (or 0) of a micro-batch, of what `loss_fn` returned. Raises UsageError."""
@@ -93,7 +98,7 @@ class Reduction:
         _check_loss(returned[0], "the sum of the losses first", step, micro_batch)
         return returned[0], whole_count(returned[1], "loss_fn")
 
-    def agreed(self, share: Share, limit: float | None) -> dict[str, Any]:
+    def agreed(self, share: Share, limit: float | None, size: StepSize) -> dict[str, Any]:
         """The fields of the agreement that concern loss and gradient. `limit`: of the gradient's norm."""
         tokens = share.tokens if self.counts_tokens else None
         norm = math.sqrt(share.norm.rounded()) / (tokens or 1)
@@ -103,7 +108,7 @@ class Reduction:
             if self.counts_tokens:
                 loss = loss / share.tokens if share.tokens else math.nan
             elif self._means:
-                loss /= share.losses
+                loss /= size.weights
         return {
             "loss": loss,
             "norm": norm,

@@ -11,7 +11,10 @@ from torch import Tensor
 from everstep.resharding.legs import StepWork
 from everstep.resharding.work import AssignedLeg, Leg, Work
 
-from .canonical import TreeSum
+from .canonical import TreeNode, TreeSum
+from .order import StepSize
+
+_NO_SAMPLES = StepSize(0, 1)
 
 
 @dataclass
@@ -25,9 +28,12 @@ class Graph:
 
 @dataclass
 class StepState(StepWork):
-    """Step `step` as one rank sees it: its work, and its tensors."""
+    """Step `step` as one rank sees it: its work, and its tensors.
 
-    leaves: int = 0  # of a sum: the micro-batches of the step
+    A micro-batch without samples counts as done where it is assigned: it has no leaf in the sums, and no tensors.
+    """
+
+    size: StepSize = _NO_SAMPLES
     graphs: dict[Leg, Graph] = field(default_factory=dict)  # of running legs
     sums: dict[int, TreeSum] = field(default_factory=dict)
     outputs: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict)  # (boundary, micro-batch)
@@ -37,23 +43,43 @@ class StepState(StepWork):
     touched: set[int] = field(default_factory=set)  # parameters of which a micro-batch here had a gradient
 
     @classmethod
-    def begin(cls, step: int, rank: int, work: Work, leaves: int = 0) -> Self:
+    def begin(cls, step: int, rank: int, work: Work, size: StepSize = _NO_SAMPLES) -> Self:
         """See `StepWork.begin`."""
-        return cls(step, rank, work, list(work.spans_of(rank)), leaves=leaves)
+        state = cls(step, rank, work, list(work.spans_of(rank)), size=size)
+        state._pass_over_empty()
+        return state
+
+    @property
+    def leaves(self) -> int:
+        """Of a sum: the micro-batches that have samples."""
+        return self.size.micro_batches
 
     def resume(self, work: Work, started: Iterable[AssignedLeg]) -> None:
         """Continue with the work of a plan; results that other ranks compute now are dropped."""
         super().resume(work, started)
+        self._pass_over_empty()
         self.graphs = {leg: graph for leg, graph in self.graphs.items() if leg in self.running}
         held = {leg.micro_batch for leg in self.held}
         self.losses = {m: loss for m, loss in self.losses.items() if m in held}
         self.tokens = {m: count for m, count in self.tokens.items() if m in held}
+
+    def _pass_over_empty(self) -> None:
+        for leg in [leg for leg in self.todo if self.is_empty(leg)]:
+            self.finished(leg)
+
+    def is_empty(self, leg: Leg) -> bool:
+        """Whether a leg is of a micro-batch without samples."""
+        return leg.micro_batch >= self.leaves
 
     def hold(self, span: Leg, layer: int, gradients: list[Tensor], largest: Collection[int] = ()) -> None:
         """Add one layer's gradient of a micro-batch to the canonical sum; `largest` as for TreeSum."""
         if layer not in self.sums:
             self.sums[layer] = TreeSum(self.leaves, largest)
         self.sums[layer].add(span.micro_batch, gradients)
+
+    def partial(self, layer: int) -> dict[TreeNode, list[Tensor]]:
+        """The partial sums of a layer; none where all micro-batches of this rank are empty."""
+        return self.sums[layer].nodes if layer in self.sums else {}
 
     def summed(self, parameters: Sequence[Sequence[int]]) -> set[int]:
         """The parameters of the layers (layer -> its parameters) of whose gradients this rank holds a partial sum."""

@@ -15,6 +15,7 @@ from tests.jobs.interpreter import script
 
 EPOCHS, STEPS = 3, 2  # of 21 samples, 8 in a batch
 KILLS = [[1, "epoch 1"], [0, "end 1"], [2, "evaluation 1"], [1, "evaluation 2 averaged"], [2, "last"]]
+SHORT = {"micro_batch_size": "2", "last_batch": "short"}  # the last batch of an epoch: 2, 2, 1 and 0 samples
 FAULTS = [{"rank": 1, "phase": "compute", "step": 4, "after": 1, "incarnation": 1}]
 
 
@@ -72,10 +73,62 @@ def test_ranks_die_around_epochs(tmp_path: Path) -> None:
     assert steps[0] != steps[2]
 
 
+def variables(settings: dict[str, str]) -> dict[str, str]:
+    return {f"EVERSTEP_{name.upper()}": value for name, value in settings.items()}
+
+
+def flags(settings: dict[str, str]) -> list[str]:
+    return [part for name, value in settings.items() for part in (f"--es-{name.replace('_', '-')}", value)]
+
+
+def test_ranks_die_in_shorter_batches(tmp_path: Path) -> None:
+    """In the last step of each epoch, where a rank has only an empty micro-batch, and so no turn."""
+    faults = [
+        {"rank": 0, "phase": "compute", "step": 2, "after": 1},
+        {"rank": 2, "phase": "compute", "step": 5},
+        {"rank": 3, "phase": "reduce", "step": 5},
+        {"rank": 1, "phase": "reduce", "step": 8},
+    ]
+    with ThreadPoolExecutor(2) as pool:
+        waiting = pool.submit(alone, tmp_path, variables(SHORT))
+        result = run_job(nproc=4, script="epochs_job.py", flags=flags(SHORT), faults=faults)
+        expected = waiting.result()
+    assert result.status == 0, result.output
+    assert len(result.named("worker_died")) == len(faults)
+    assert [entry[:2] for entry in expected["shared"]["epochs"]] == [[0, 3], [1, 6], [2, 9]]
+    for path in result.out.glob("state-*.pt"):
+        assert_same_job(torch.load(path, weights_only=True), expected)
+    steps = samples(tmp_path)
+    for epoch in range(EPOCHS):
+        numbers = [number for step in range(3 * epoch, 3 * epoch + 3) for number in steps[step]]
+        assert sorted(numbers) == list(range(21))
+
+
+def test_ranks_of_stages_die_in_shorter_batches(tmp_path: Path) -> None:
+    """In either stage: what the others have to send again is what micro-batches with samples have made."""
+    faults = [
+        {"rank": 3, "phase": "compute", "step": 2},
+        {"rank": 0, "phase": "compute", "step": 5, "after": 1},
+        {"rank": 1, "phase": "agree", "step": 5},
+    ]
+    with ThreadPoolExecutor(2) as pool:
+        waiting = pool.submit(alone, tmp_path, variables(SHORT), yields=True)
+        settings = flags({**SHORT, "stages": "2"})
+        result = run_job(nproc=4, script="epochs_job.py", flags=settings, faults=faults, yields=True)
+        expected = waiting.result()
+    assert result.status == 0, result.output
+    assert len(result.named("worker_died")) == len(faults)
+    states = list(result.out.glob("state-*.pt"))
+    assert states
+    for path in states:
+        assert_same_job(torch.load(path, weights_only=True), expected)
+
+
 @pytest.mark.soak
-def test_a_job_is_resumed_again_and_again(tmp_path: Path) -> None:
-    """At the end of an epoch, too; with the last batch padded every sample is seen in every epoch."""
-    pads = {"EVERSTEP_LAST_BATCH": "pad"}
+@pytest.mark.parametrize("settings", [{"last_batch": "pad"}, SHORT], ids=["pad", "short"])
+def test_a_job_is_resumed_again_and_again(settings: dict[str, str], tmp_path: Path) -> None:
+    """At the end of an epoch, too; with the last batch padded, or shorter, every sample is seen in every epoch."""
+    pads = variables(settings)
     expected = alone(tmp_path / "whole", pads, average=True)
     saves = {**pads, "EVERSTEP_CHECKPOINT": str(tmp_path / "saved"), "EVERSTEP_CHECKPOINT_KEEP": "20"}
     found = alone(tmp_path / "resumed", saves, average=True, resumes=True)
@@ -85,7 +138,7 @@ def test_a_job_is_resumed_again_and_again(tmp_path: Path) -> None:
     for epoch in range(EPOCHS):
         numbers = [number for step in range(3 * epoch, 3 * epoch + 3) for number in steps[step]]
         assert set(numbers) == set(range(21))
-        assert numbers[21:] == numbers[:3]
+        assert numbers[21:] == (numbers[:3] if settings["last_batch"] == "pad" else [])
 
 
 @pytest.mark.soak

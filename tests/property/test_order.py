@@ -25,11 +25,16 @@ def test_every_sample_once_an_epoch(samples: int, micro_batches: int, micro_batc
         assert sorted(stream[epoch * samples : (epoch + 1) * samples]) == list(range(samples))
 
 
-@given(st.integers(1, 60), st.integers(1, 6), st.integers(1, 6), st.booleans(), st.booleans())
+@given(
+    st.integers(1, 60), st.integers(1, 6), st.integers(1, 6), st.sampled_from(["drop", "pad", "short"]), st.booleans()
+)
 def test_epochs_that_begin_with_a_batch(
-    samples: int, micro_batches: int, micro_batch_size: int, pad: bool, shuffle: bool
+    samples: int, micro_batches: int, micro_batch_size: int, last_batch: str, shuffle: bool
 ) -> None:
-    """Without padding each sample at most once, the last batch full; with it at least once, the first ones again."""
+    """Each sample at most once, the last batch full; padded at least once, the first ones again; shorter exactly once.
+
+    The micro-batches of a shorter one are filled in their order.
+    """
     batch = micro_batches * micro_batch_size
     order = DataOrder(
         samples=samples,
@@ -38,14 +43,25 @@ def test_epochs_that_begin_with_a_batch(
         seed=3,
         shuffle=shuffle,
         by_epoch=True,
-        pad=pad,
+        last_batch=last_batch,
     )
     steps = order.epoch_steps
     for epoch in range(3):
         first = epoch * steps
         stream = [i for s in range(first, first + steps) for m in range(micro_batches) for i in order.indices(s, m)]
+        sizes = [len(order.indices(s, m)) for s in range(first, first + steps) for m in range(micro_batches)]
+        assert sum(sizes) == sum(order.size(s).samples for s in range(first, first + steps))
+        if last_batch == "short":
+            assert sorted(stream) == list(range(samples))
+            full, rest = divmod(samples, micro_batch_size)
+            assert sizes == ([micro_batch_size] * full + [rest] + [0] * len(sizes))[: len(sizes)]
+            size = order.size(first + steps - 1)
+            last = sizes[-micro_batches:]
+            assert size.micro_batches == sum(map(bool, last))
+            assert [size.weight(m) for m in range(size.micro_batches)] == [n / last[0] for n in last if n]
+            continue
         assert len(stream) == steps * batch
-        if pad:
+        if last_batch == "pad":
             assert set(stream) == set(range(samples))
             assert len(stream) < samples + batch
             assert stream[samples:] == (stream[:samples] * batch)[: len(stream) - samples]

@@ -173,6 +173,18 @@ def steps(rank: int, first: int, count: int, compute_s: float) -> list[pb.StepTi
     return [pb.StepTimes(rank=rank, step=first + n, compute_s=compute_s, **fields) for n in range(count)]
 
 
+@pytest.mark.parametrize("optimizers", [1, 2])
+def test_a_shorter_last_batch_counts_its_samples(optimizers: int) -> None:
+    job = Job()
+    assert job.state.job is not None
+    described = replace(job.state.job, epochs=2, steps=6 * optimizers, samples=21, last_batch="short")
+    job.state = replace(job.state, job=described)
+    job.line("started", generation=1)
+    for _ in range(5 * optimizers):
+        job.commit(1.0)
+    assert job.value("everstep_samples_total") == optimizers * (21 + 16)
+
+
 def test_telemetry_gives_series_tokens_and_targets() -> None:
     job = Job()
     job.line("started", generation=1)

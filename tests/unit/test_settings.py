@@ -48,7 +48,7 @@ def test_environment_over_file_over_decorator(tmp_path, monkeypatch) -> None:
 FROZEN = """
 steps int 0
 epochs int 0
-last_batch str 'drop' drop|pad
+last_batch str 'drop' drop|pad|short
 skip_bad_samples int 0
 global_batch_size int required
 micro_batch_size int required
