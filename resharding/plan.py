@@ -186,9 +186,10 @@ class Plan:
         """The same plan, in which ranks without the newest of the script's calls get their results from one with them.
 
         A rank returns from a call only when all have entered it. So an interrupted one is either complete on some rank,
-        and then its result is the one that counts, or it is made again by all.
+        and then its result is the one that counts, or it is made again by all. A fresh rank has what a guide sent it in
+        an aborted generation; where the guide is dead, no other rank may have it.
         """
-        counts = {r.rank: r.calls for r in reports if not r.fresh and r.rank in self.layout.ranks}
+        counts = {r.rank: r.calls for r in reports if r.rank in self.layout.ranks}
         most = max(counts.values(), default=0)
         if not most:
             return self

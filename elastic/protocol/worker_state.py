@@ -96,7 +96,7 @@ def report(
 ) -> Report:
     """What this worker holds, for the coordinator. `work`: the step that was in progress."""
     if state.fresh or state.layout is None or work is None:
-        return Report(rank=state.rank, generation=0, fresh=True)
+        return Report(rank=state.rank, generation=0, fresh=True, calls=calls)
     holding = state.holding
     valid = holding.values_version == work.step  # gradients of values that have not changed
     return Report(

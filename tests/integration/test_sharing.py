@@ -64,6 +64,25 @@ def test_all_ranks_die_behind_a_step(loop: bool, tmp_path: Path) -> None:
         assert_same_shared(result.state(rank), expected)
 
 
+def test_the_last_rank_dies_while_another_joins(tmp_path: Path) -> None:
+    """The rank that joins has the results of earlier calls from it, though it has no state yet: they count for all."""
+    faults = [
+        {"rank": 0, "phase": "compute", "step": 1},
+        {"rank": 1, "phase": "compute", "step": 2, "period": 1, "kind": "pause", "seconds": 0.1},  # rank 0 comes back
+        {"rank": 1, "phase": "restore", "after": 1, "kind": "pause", "seconds": 0.1},
+        {"rank": 1, "phase": "restore", "after": 1},
+    ]
+    with ThreadPoolExecutor(2) as pool:
+        waiting = pool.submit(alone, tmp_path, loop=True, steps=20)
+        result = run_job(nproc=2, steps=20, script="sharing_job.py", loop=True, faults=faults)
+        expected = waiting.result()
+    assert result.status == 0, result.output
+    assert [event["rank"] for event in result.named("worker_died")] == [0, 1]
+    assert "fresh [0, 1]" in result.named("planned")[-1]["summary"]
+    for rank in range(2):
+        assert_same_shared(result.state(rank), expected)
+
+
 @pytest.mark.parametrize("loop", [pytest.param(False, marks=pytest.mark.soak), True], ids=["steps", "loop"])
 def test_steps_are_computed_again(loop: bool, tmp_path: Path) -> None:
     """A node is lost, and the others go back to the last version that outlives it: what their code counted, too."""

@@ -251,6 +251,13 @@ def test_ranks_die_at_any_message(seed: int) -> None:
     assert counts == {11}, counts
 
 
+def test_a_rank_without_state_may_have_the_newest_calls() -> None:
+    """A guide sent them to it, and died: they count, also for a rank with state that was interrupted in the last."""
+    reports = [Report(rank=rank, generation=1, fresh=rank != 1, calls=calls) for rank, calls in enumerate((3, 2, 0))]
+    plan = Plan(layout=initial_layout(SPEC, [0, 1, 2], 1, 8), version=0, fresh=(0, 2)).with_calls(reports)
+    assert (plan.guide, plan.caller, plan.behind) == (1, 0, (1, 2))
+
+
 def usual_results(results: dict[int, Any]) -> list[Any]:
     """They depend on the ranks only in how many gave an "x"."""
     found: list[Any] = [{"seed": 7, "from": 0}, next(iter(results.values()))[1]]
