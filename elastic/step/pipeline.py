@@ -60,8 +60,6 @@ class Pipeline:
     def resend(self, state: StepState, started: Iterable[AssignedLeg]) -> None:
         """After a change of the membership: send again what others need of the work that is done here."""
         for item in state.resends(started):
-            if state.is_empty(item.leg):
-                continue
             send = self._send_activation if item.kind == "activation" else self._send_gradient
             send(state, item.leg, item.to)
 

@@ -30,7 +30,7 @@ class Graph:
 class StepState(StepWork):
     """Step `step` as one rank sees it: its work, and its tensors.
 
-    A micro-batch without samples counts as done where it is assigned: it has no leaf in the sums, and no tensors.
+    A micro-batch without samples has no leaf in the sums: there is nothing to do where it is assigned, nor held there.
     """
 
     size: StepSize = _NO_SAMPLES
@@ -46,7 +46,7 @@ class StepState(StepWork):
     def begin(cls, step: int, rank: int, work: Work, size: StepSize = _NO_SAMPLES) -> Self:
         """See `StepWork.begin`."""
         state = cls(step, rank, work, list(work.spans_of(rank)), size=size)
-        state._pass_over_empty()
+        state._leave_out_empty()
         return state
 
     @property
@@ -57,19 +57,14 @@ class StepState(StepWork):
     def resume(self, work: Work, started: Iterable[AssignedLeg]) -> None:
         """Continue with the work of a plan; results that other ranks compute now are dropped."""
         super().resume(work, started)
-        self._pass_over_empty()
+        self._leave_out_empty()
         self.graphs = {leg: graph for leg, graph in self.graphs.items() if leg in self.running}
         held = {leg.micro_batch for leg in self.held}
         self.losses = {m: loss for m, loss in self.losses.items() if m in held}
         self.tokens = {m: count for m, count in self.tokens.items() if m in held}
 
-    def _pass_over_empty(self) -> None:
-        for leg in [leg for leg in self.todo if self.is_empty(leg)]:
-            self.finished(leg)
-
-    def is_empty(self, leg: Leg) -> bool:
-        """Whether a leg is of a micro-batch without samples."""
-        return leg.micro_batch >= self.leaves
+    def _leave_out_empty(self) -> None:
+        self.todo = [leg for leg in self.todo if leg.micro_batch < self.leaves]
 
     def hold(self, span: Leg, layer: int, gradients: list[Tensor], largest: Collection[int] = ()) -> None:
         """Add one layer's gradient of a micro-batch to the canonical sum; `largest` as for TreeSum."""
