@@ -136,7 +136,8 @@ def run_job(
     environment = {"EVERSTEP_FAULTS": json.dumps(faults or [])}
     if as_typed:
         process = launch(JOBS / script, arguments, flags, environment)
-        return read_result(out, process.returncode, finish(process, timeout_s))
+        output = finish(process, timeout_s)
+        return read_result(out, process.returncode, output)
     ended = launchers.run([*flags, str(JOBS / script), *arguments], environment, timeout_s, mixed=True)
     return read_result(out, ended.status, ended.stdout)
 
@@ -144,7 +145,9 @@ def run_job(
 @lru_cache(maxsize=16)
 def reference(steps: int, **config: Any) -> Result:
     """The undisturbed run; its layout does not affect its bytes, as other tests show. Run once for all tests."""
-    return run_job(nproc=2, steps=steps, as_typed=True, **config)
+    result = run_job(nproc=2, steps=steps, as_typed=True, **config)
+    assert result.status == 0, result.output[-4000:]
+    return result
 
 
 def read_result(out: Path, status: int, output: str) -> Result:
