@@ -2,7 +2,8 @@
 
 A call of all ranks (`calls`) of two exchanges. In the first the ranks say which batches they have results of, and the
 others are dealt to them. In the second each gives its results. After a recovery both are made again: survivors keep the
-results that they have, and what the lost ranks had is dealt again.
+results that they have, and what the lost ranks had is dealt again. Where a sampler chooses the samples, an exchange
+before these has all ranks use one choice, which survivors keep, too.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ class Evaluation:
         self._full = full
         self._average = average
         self._version = engine.version
+        self._drawn = data.draw(self._version) if data.has_choice else []
         self._results: dict[int, Any] = {}  # batch -> its result, of those that were evaluated here
 
     def run(self, calls: Calls) -> list[Any]:
@@ -64,6 +66,10 @@ class Evaluation:
 
     def _attempt(self, exchange: Callable[[Any, Combine], Any]) -> Any:
         self._reach_version()
+        if self._data.has_choice:
+            here = self._data.chosen is not None
+            choice = self._data.chosen if here else self._drawn
+            self._data.choose(exchange([here, choice], _choice))
         dealt = exchange([self._data.count, sorted(self._results)], _dealt)
         self._evaluate(dealt[str(self._engine.rank)])
         return exchange({str(number): result for number, result in self._results.items()}, _joined)
@@ -99,10 +105,11 @@ class Evaluation:
         try:
             result = self._function(to_device(batch, engine.stack.device))
         except Exception as error:
-            first, end = self._data.bounds(number)
+            samples = self._data.indices(number)
+            named = f"{samples[0]} to {samples[-1]}" if isinstance(samples, range) else ", ".join(map(str, samples))
             raise EvaluationFailed(
-                f"the function of run.evaluate raised {type(error).__name__} for batch {number} (samples {first} to "
-                f"{end - 1}): {error}"
+                f"the function of run.evaluate raised {type(error).__name__} for batch {number} (samples {named}): "
+                f"{error}"
             ) from error
         return encode(result, f"the result of run.evaluate's function for batch {number}")
 
@@ -133,6 +140,13 @@ def _in_place(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
     finally:
         for parameter, value in kept:
             parameter.data.copy_(value)
+
+
+def _choice(offered: Mapping[int, Any]) -> list[int]:
+    """The choice that ranks use since an earlier attempt; else that of the lowest rank."""
+    used = [samples for here, samples in offered.values() if here]
+    chosen: list[int] = used[0] if used else offered[min(offered)][1]
+    return chosen
 
 
 def _dealt(held: Mapping[int, Any]) -> dict[str, list[int]]:

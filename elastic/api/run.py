@@ -378,11 +378,11 @@ class Run(Sharing, Gradients):
 
         A call of all ranks, between steps: the batches are dealt over the live ranks, and each is evaluated once; if a
         rank is lost, what it had is dealt again. Batches are those of the DataLoader (of a dataset: of
-        `micro_batch_size` samples), in the order of the dataset. The model is in evaluation mode meanwhile, without
-        gradients; modes and random generators are left as they were. With several stages each rank has the layers of
-        the others meanwhile, so `model(inputs)` works, and has to have the memory for the parameters of the whole
-        model. With `average` the parameters have the values of `run.average` meanwhile. A result holds numbers, text,
-        lists, tuples, dictionaries, bytes, tensors and arrays.
+        `micro_batch_size` samples), in the order of the dataset, or of the samples that a sampler chooses, in its own.
+        The model is in evaluation mode meanwhile, without gradients; modes and random generators are left as they were.
+        With several stages each rank has the layers of the others meanwhile, so `model(inputs)` works, and has to have
+        the memory for the parameters of the whole model. With `average` the parameters have the values of `run.average`
+        meanwhile. A result holds numbers, text, lists, tuples, dictionaries, bytes, tensors and arrays.
         """
         engine = self._trained()
         if average and self._average is None:

@@ -20,6 +20,8 @@ from everstep.elastic.contract.errors import UsageError
 from .devices import generators_kept, seed_generators
 from .order import derive_seed
 
+Indices = np.ndarray[Any, np.dtype[np.int64]]
+
 
 def has_fixed_batches(loader: DataLoader[Any]) -> bool:
     """Whether a loader cuts batches of one size out of the order of its samples, as torch's and torchdata's do."""
@@ -71,20 +73,27 @@ class SampledOrder:
             )
         return int(drawn[offset])
 
-    def _draw(self, epoch: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-        seed = derive_seed("sampler", self._seed, epoch)
-        with generators_kept():
-            seed_generators(seed)
-            sampler = copy.copy(self._sampler)
-            if isinstance(getattr(sampler, "generator", None), torch.Generator):
-                sampler.generator = torch.Generator(sampler.generator.device).manual_seed(seed)
-            if callable(getattr(sampler, "set_epoch", None)):
-                sampler.set_epoch(epoch)
-            drawn = np.fromiter((int(index) for index in sampler), np.int64)
-        wrong = drawn[(drawn < 0) | (drawn >= self._length)]
-        if wrong.size:
-            raise UsageError(
-                f"the DataLoader's sampler ({self._name}) gives index {wrong[0]}, and the dataset has {self._length} "
-                "samples"
-            )
-        return drawn
+    def _draw(self, epoch: int) -> Indices:
+        return draw(self._sampler, self._length, derive_seed("sampler", self._seed, epoch), epoch)
+
+
+def draw(sampler: Any, length: int, seed: int, epoch: int | None = None) -> Indices:
+    """The indices that a sampler gives in one iteration with generators of this seed, of `length` samples.
+
+    `epoch`: for the `set_epoch` of one that has it. This process's generators stay as they were. Raises UsageError.
+    """
+    with generators_kept():
+        seed_generators(seed)
+        copied = copy.copy(sampler)
+        if isinstance(getattr(copied, "generator", None), torch.Generator):
+            copied.generator = torch.Generator(copied.generator.device).manual_seed(seed)
+        if epoch is not None and callable(getattr(copied, "set_epoch", None)):
+            copied.set_epoch(epoch)
+        drawn = np.fromiter((int(index) for index in copied), np.int64)
+    wrong = drawn[(drawn < 0) | (drawn >= length)]
+    if wrong.size:
+        raise UsageError(
+            f"the DataLoader's sampler ({type(sampler).__name__}) gives index {wrong[0]}, and the dataset has {length} "
+            "samples"
+        )
+    return drawn

@@ -6,6 +6,7 @@ has a first result. `raises`: the sample that the evaluation fails for.
 
 import json
 import os
+import random
 import signal
 import sys
 from pathlib import Path
@@ -41,7 +42,14 @@ class Words(nn.Module):
         return x
 
 
-def evaluated(run, model, number, **how):
+class Own(torch.utils.data.Sampler):
+    """Every sample once, in an order that no seed decides: another one on each rank."""
+
+    def __iter__(self):
+        return iter(random.SystemRandom().sample(range(11), 11))
+
+
+def evaluated(run, model, number, sampler=None, **how):
     had = []
 
     def results(batch):
@@ -56,17 +64,18 @@ def evaluated(run, model, number, **how):
         outputs = model(inputs)
         had.append(len(inputs))
         hidden = model.hidden(model.embedding(inputs)) + torch.rand(8) * 1e-3
-        return nn.functional.cross_entropy(outputs, targets).item(), outputs, hidden
+        return nn.functional.cross_entropy(outputs, targets).item(), outputs, hidden, inputs
 
     sizes = [parameter.numel() for parameter in model.parameters()]
     generator, generation = torch.get_rng_state(), run.generation
     data = torch.utils.data.TensorDataset(torch.arange(11), (torch.arange(11) * 5) % 12)
-    found = run.evaluate(torch.utils.data.DataLoader(data, batch_size=2), results, **how)
+    found = run.evaluate(torch.utils.data.DataLoader(data, batch_size=2, sampler=sampler), results, **how)
     if run.generation == generation:  # and so with the same layers
         assert sizes == [parameter.numel() for parameter in model.parameters()], "what others have is released"
     assert torch.equal(torch.get_rng_state(), generator)
     assert model.training
-    losses, outputs, hidden = zip(*found, strict=True)
+    losses, outputs, hidden, inputs = zip(*found, strict=True)
+    run.state[f"samples {number}"] = torch.cat(inputs)
     run.state[f"losses {number}"], run.state[f"values {number}"] = (
         losses,
         torch.cat([torch.cat(outputs), torch.cat(hidden)], 1),
@@ -84,6 +93,9 @@ def train(run):
             evaluated(run, model, step.index)
     evaluated(run, model, 5, average=True)
     evaluated(run, model, 6)
+    drawn = torch.utils.data.WeightedRandomSampler([1.0, 3.0] * 5 + [0.0], 13)
+    evaluated(run, model, 7, drawn)
+    evaluated(run, model, 8, Own())
     torch.save({**run.full_state_dict(), "shared": dict(run.state)}, out / f"state-{mine}.pt")
 
 

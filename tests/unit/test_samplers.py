@@ -145,3 +145,23 @@ def test_what_torchdatas_loaders_have_is_taken_as_torchs() -> None:
     loader.__dict__["batch_sampler"] = type("Own", (BatchSampler,), {})(range(40), 2, False)
     with pytest.raises(UsageError, match="has its own batch sampler"):
         source_of(loader)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_evaluation_of_what_a_sampler_chooses(workers: int) -> None:
+    """In its order; another one in another step; and no generator of the process is drawn from."""
+    chooses = SubsetRandomSampler([31, 4, 15, 9, 26], generator=torch.Generator())
+    loader = DataLoader(NUMBERS, batch_size=2, sampler=chooses, drop_last=True, num_workers=workers)
+    before, own = torch.get_rng_state(), chooses.generator.get_state()
+    evaluated = EvaluationData(loader, 2, 0)
+    orders = [evaluated.draw(version) for version in (7, 7, 8)]
+    assert sorted(orders[0]) == [4, 9, 15, 26, 31]
+    assert orders[0] == orders[1] != orders[2]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(chooses.generator.get_state(), own)
+    evaluated.choose(orders[0])
+    assert (evaluated.samples, evaluated.count) == (4, 2)
+    found = [batch.tolist() for _, batch in evaluated.batches(range(2))]
+    assert found == [[100 + i for i in orders[0][:2]], [100 + i for i in orders[0][2:4]]]
+    with pytest.raises(UsageError, match=r"\(SubsetRandomSampler\) gives index 40, and the dataset has 40 samples"):
+        EvaluationData(DataLoader(NUMBERS, sampler=SubsetRandomSampler([40])), 2, 0).draw(0)
