@@ -10,7 +10,7 @@ import torch
 from tests.jobs import JOBS, assert_same_state, everstep, run_job, same
 from tests.jobs.interpreter import script
 
-KILLS = [[0, 1], [2, 3], [1, 5], [0, 7], [0, 8]]
+KILLS = [[0, 1], [2, 3], [1, 5], [0, 8]]
 
 
 def test_several_stages_give_what_one_gives(tmp_path: Path) -> None:
@@ -20,7 +20,7 @@ def test_several_stages_give_what_one_gives(tmp_path: Path) -> None:
     shared = expected.pop("shared")
     by_chance = {name: shared.pop(name) for name in ("samples 8", "losses 8", "values 8")}
     assert shared["samples 6"].tolist() == list(range(11))
-    drawn = shared["samples 7"].tolist()
+    drawn = shared["samples 3"].tolist()
     assert len(drawn) == 13
     assert len(set(drawn)) < 11, "the sampler draws with replacement"
     assert drawn != sorted(drawn)

@@ -88,13 +88,12 @@ def train(run):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
     run.average(model, 0.75)
     data = torch.utils.data.TensorDataset(torch.arange(40) % 12, (torch.arange(40) * 7) % 12)
+    drawn = torch.utils.data.WeightedRandomSampler([1.0, 3.0] * 5 + [0.0], 13)
     for step in run.steps(model, optimizer, data, loss_fn=nn.functional.cross_entropy):
         if step.index % 2 == 1:
-            evaluated(run, model, step.index)
+            evaluated(run, model, step.index, drawn if step.index == 3 else None)
     evaluated(run, model, 5, average=True)
     evaluated(run, model, 6)
-    drawn = torch.utils.data.WeightedRandomSampler([1.0, 3.0] * 5 + [0.0], 13)
-    evaluated(run, model, 7, drawn)
     evaluated(run, model, 8, Own())
     torch.save({**run.full_state_dict(), "shared": dict(run.state)}, out / f"state-{mine}.pt")
 
