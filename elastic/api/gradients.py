@@ -38,6 +38,26 @@ class Gradients:
             )
         self._batches.skip()
 
+    def gather_batch(self, embeddings: Tensor) -> Tensor:
+        """The embeddings of the whole global batch, of (global_batch_size, embedding_size), in the order of samples.
+
+        For a loss over all samples of a step, such as a contrastive one, in a loop over
+        `prepare(..., embedding_size=)`'s batches: called once in each turn, before the loss, with the embeddings of the
+        turn's micro-batch, of (micro_batch_size, embedding_size). Their gradient flows through the result; those of the
+        other micro-batches are values. Raises UsageError for another shape or place.
+        """
+        if self._batches is None:
+            raise UsageError("run.gather_batch(embeddings) is for a loop over run.prepare's batches")
+        return self._batches.gather(embeddings)
+
+    @property
+    def is_collecting(self) -> bool:
+        """Whether this turn of a loop with `run.gather_batch` is one in which the batch's embeddings are put together.
+
+        What the script computes of them then, such as the loss, has no meaning, and no gradient of it is used.
+        """
+        return self._batches is not None and self._batches.is_collecting
+
     def count_tokens(self, count: int | Tensor) -> None:
         """Say how many tokens the loss of this micro-batch is a sum over, with `loss_reduction="tokens"`.
 

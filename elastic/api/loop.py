@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from everstep.elastic.contract.errors import UsageError
@@ -21,6 +22,7 @@ from everstep.elastic.step.reduction import whole_count
 from everstep.resharding.work import Leg
 
 from .course import Course
+from .gathering import BatchEmbeddings
 from .interruptible import Interruptible
 from .loop_scaler import LoopScaler
 from .schedulers import Schedulers
@@ -43,6 +45,7 @@ class Turns:
     scaler: LoopScaler | None
     updates: Updates
     accumulates: bool
+    embeddings: BatchEmbeddings | None = None
 
 
 class Batches:
@@ -205,6 +208,32 @@ class Batches:
         self._end_micro_batch("optimizer.step()")
         self._updates.lend()
 
+    def gather(self, own: Tensor) -> Tensor:
+        """The embeddings of the whole batch, with the gradient of the open micro-batch's own. Raises UsageError."""
+        embeddings, span = self._turns.embeddings, self._open
+        if embeddings is None:
+            raise UsageError(
+                "run.gather_batch(embeddings): say how many numbers a sample has there, "
+                "run.prepare(..., embedding_size=128)"
+            )
+        if span is None:
+            raise UsageError(
+                "run.gather_batch(embeddings): call it once in each turn of the loop, before optimizer.step()"
+            )
+        embeddings.give(own, span.micro_batch)
+        whole = embeddings.whole(own, span.micro_batch, given=not self._collects(self._turn))
+        self.take(0)
+        return whole
+
+    @property
+    def is_collecting(self) -> bool:
+        """Whether the present turn gives its embeddings, and the loss in it is not yet that of the batch."""
+        return self._turn >= 0 and self._collects(self._turn)
+
+    def _collects(self, step: int) -> bool:
+        """Whether a step puts embeddings together: the first one of each batch, whose turns are over halfway."""
+        return self._turns.embeddings is not None and self._updates.turn_of(step) == 0
+
     def count_tokens(self, count: Any) -> None:
         """The open micro-batch has so many tokens more."""
         if not self._engine.reduction.counts_tokens:
@@ -259,7 +288,7 @@ class Batches:
                     "sum over, before optimizer.step()"
                 )
             state.tokens[span.micro_batch] = self._tokens or 0
-        if self._stepped or not self._turns.accumulates:
+        if (self._stepped or not self._turns.accumulates) and not self._collects(state.step):
             engine.adjustments.notice(state.step)
         engine.pipeline.harvest(state, span, {0: engine.pipeline.take_statistics(0, span.micro_batch, state.size)})
         engine.progress.telemetry.span(Spent.COMPUTE, self._handed_out_ns, micro_batch=span.micro_batch)

@@ -47,6 +47,7 @@ from .course import Course
 from .epochs import Epochs
 from .evaluation import Evaluation
 from .full_state import FullState
+from .gathering import with_embeddings
 from .gradients import Gradients
 from .interruptible import Interruptible
 from .loop import Batches, ElasticOptimizer, Turns
@@ -175,6 +176,7 @@ class Run(Sharing, Gradients):
         buffers: Mapping[str, Rule] | None = None,
         sparse_gradients: Literal["refuse", "dense"] = "refuse",
         updates: Literal["alternating", "simultaneous"] = "alternating",
+        embedding_size: int | None = None,
     ) -> tuple[Models, Optimizers, Batches]:
         """Make an ordinary loop elastic: returns the model, an optimizer and an iterable of this rank's micro-batches.
 
@@ -192,6 +194,8 @@ class Run(Sharing, Gradients):
         Models and optimizers may be lists, each of any length, for a loop that calls each `step()` once. `updates`:
         whether the optimizers take turns on each batch, one step of the job after the other, as in a plain loop (a turn
         then takes the gradients of one of them, so each batch is handed out once for each), or step together.
+        `embedding_size`: the numbers of a sample that `run.gather_batch` takes, for a loss over the global batch; each
+        batch is handed out twice then.
         """
         if self.settings.stages != 1:
             raise UsageError(
@@ -203,9 +207,13 @@ class Run(Sharing, Gradients):
         if by_epoch and not self.settings.epochs:
             raise UsageError("scheduler_every='epoch' is for a job with epochs=, whose loop is over run.epochs()")
         models, joined = as_one(model, optimizer, updates)
+        embeddings = None
+        if embedding_size is not None:
+            models, joined, embeddings = with_embeddings(models, joined, self.settings, embedding_size, updates)
         optimizers = parts_of(joined)
         if len(optimizers) > 1:
-            check_several(self.settings, len(optimizers), updates, scaler, accumulation)
+            what = "several optimizers" if embeddings is None else f"embedding_size={embedding_size}"
+            check_several(self.settings, len(optimizers), updates, scaler, accumulation, what=what)
         scale = LossScale(scaler)
         reduction = Reduction(
             self.settings,
@@ -225,13 +233,16 @@ class Run(Sharing, Gradients):
         assert self._schedulers is not None
         scales = LoopScaler(scale.scaler) if scale.scaler is not None else None
         taken = Updates(engine.stack, optimizers, self._gradients, alternating=updates == "alternating")
-        turns = Turns(self._gradients, self._schedulers, scales, taken, accumulates=accumulation > 1)
+        turns = Turns(
+            self._gradients, self._schedulers, scales, taken, accumulates=accumulation > 1, embeddings=embeddings
+        )
         batches = self._batches = Batches(engine, turns, *self._course())
         for one in [model] if isinstance(model, nn.Module) else model:
             if "module" not in one.__dict__ and "module" not in one._modules:
                 one.__dict__["module"] = one  # scripts for DDP write model.module; not a submodule of itself
         prepared = [ElasticOptimizer(one, batches, taken, number) for number, one in enumerate(optimizers)]
         self._schedulers.add_optimizers(prepared)
+        prepared = prepared[embeddings is not None :]  # the user's
         if scales is not None:
             scales.serve(prepared[0])
         found: Any = prepared[0] if isinstance(optimizer, Optimizer) else prepared

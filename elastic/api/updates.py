@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from everstep.elastic.contract.errors import UsageError
 from everstep.elastic.contract.settings import Settings
-from everstep.elastic.holding.several_optimizers import AnyOptimizer, SeveralOptimizers
+from everstep.elastic.holding.several_optimizers import AnyOptimizer, Collector, SeveralOptimizers
 from everstep.elastic.holding.stack import LayerStack
 from everstep.elastic.step.gradients import GradientWatch
 
@@ -57,19 +57,20 @@ def as_one(models: Any, optimizers: Any, updates: str) -> tuple[Any, AnyOptimize
     return nn.ModuleList(models), SeveralOptimizers(optimizers, alternating=updates == "alternating")
 
 
-def check_several(settings: Settings, count: int, updates: str, scaler: GradScaler | None, accumulation: int) -> None:
-    """Raise UsageError for what a loop with `count` optimizers cannot have."""
-    for given, what in (
+def check_several(
+    settings: Settings, count: int, updates: str, scaler: GradScaler | None, accumulation: int, *, what: str
+) -> None:
+    """Raise UsageError for what a loop with `count` optimizers cannot have. `what`: has it that many, in words."""
+    for given, other in (
         (scaler is not None, "scaler= (train in bfloat16, which needs none)"),
         (accumulation > 1, f"accumulation={accumulation} (leave it out: the runtime accumulates)"),
         (settings.loss_reduction == "tokens", 'loss_reduction="tokens"'),
     ):
         if given:
-            raise UsageError(f"run.prepare with several optimizers does not take {what}")
+            raise UsageError(f"run.prepare with {what} does not take {other}")
     if updates == "alternating" and not settings.epochs and settings.steps % count:
         raise UsageError(
-            f"steps={settings.steps} must be a multiple of {count}: {count} optimizers take turns on each batch, and a "
-            "step of the job is a step of one of them"
+            f"steps={settings.steps} must be a multiple of {count}: with {what} a batch takes {count} steps of the job"
         )
 
 
@@ -89,6 +90,11 @@ class Updates:
     def __init__(
         self, stack: LayerStack, optimizers: Sequence[Optimizer], gradients: GradientWatch, *, alternating: bool
     ) -> None:
+        users = [number for number, one in enumerate(optimizers) if not isinstance(one, Collector)]
+        self._calls = [
+            f"optimizers[{users.index(number)}].step()" if number in users else "run.gather_batch()"
+            for number in range(len(optimizers))
+        ]
         self.several = len(optimizers) > 1
         self._parameters = [list(parameters_of(optimizer)) for optimizer in optimizers]
         self._all = [held.tensor for held in stack.layers[0].parameters if held.rule is None]
@@ -119,7 +125,7 @@ class Updates:
             return True
         if number in self._called:
             raise UsageError(
-                f"optimizers[{number}].step() was called twice in a turn of the loop: each turn has one call of each"
+                f"{self._calls[number]} was called twice in a turn of the loop: each turn has one call of each"
             )
         place = len(self._called)
         self._called.append(number)
@@ -127,11 +133,11 @@ class Updates:
             return self._take(number)
         if self._order[place : place + 1] not in ([], [number]):
             raise UsageError(
-                f"optimizers[{number}].step() came at place {place} of a turn, where optimizers[{self._order[place]}] "
-                "was in the turns before: call them in the same order in each turn"
+                f"{self._calls[number]} came at place {place} of a turn, where {self._calls[self._order[place]]} was "
+                "in the turns before: call them in the same order in each turn"
             )
         self._order[place:] = self._order[place:] or [number]
-        if place != step % len(self._parameters):
+        if place != self.turn_of(step):
             self._drop(self._parameters[number])
             return False
         own = {id(parameter) for parameter in self._parameters[number]}
@@ -181,10 +187,14 @@ class Updates:
         missing = [number for number in range(len(self._parameters)) if number not in self._called]
         if self.several and missing:
             raise UsageError(
-                f"optimizers[{missing[0]}].step() was not called in a turn of the loop: each turn calls step() of each "
-                "optimizer once, or run.skip() to leave the micro-batch out"
+                f"{self._calls[missing[0]]} was not called in a turn of the loop: each turn has one call of each, or "
+                "run.skip() to leave the micro-batch out"
             )
+
+    def turn_of(self, step: int) -> int:
+        """Which of the calls in a turn has the step, where they take turns."""
+        return step % len(self._parameters)
 
     def restores_buffers(self, step: int) -> bool:
         """Whether what a step's forwards made of buffers is dropped: those of the turn's last optimizer count."""
-        return self.several and self._alternating and step % len(self._parameters) != len(self._parameters) - 1
+        return self.several and self._alternating and self.turn_of(step) != len(self._parameters) - 1

@@ -6,9 +6,10 @@ Its parameter groups are theirs, one after the other. A parameter belongs to one
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -32,6 +33,20 @@ class SeveralOptimizers:
     def step(self) -> None:
         for part in self.parts:
             part.step()
+
+
+class Collector(Optimizer):
+    """Takes the gradient of a parameter for its value: what the micro-batches of a step have put together."""
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        super().__init__(parameters, {})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.copy_(parameter.grad)
 
 
 AnyOptimizer = Optimizer | SeveralOptimizers

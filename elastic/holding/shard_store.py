@@ -110,8 +110,10 @@ class ShardStore:
                 if self._stack.spec.parameters[shard.parameter].name in frozen:
                     continue
                 gradient = gradient / terms.tokens if terms.tokens else gradient
-                clipped = gradient if scale is None or scale >= 1.0 else gradient * scale
-                clipped = clipped if limit is None else clipped.clamp(-limit, limit)
+                clipped = gradient
+                if not self.optimizer.collects(shard.parameter):
+                    clipped = clipped if scale is None or scale >= 1.0 else clipped * scale
+                    clipped = clipped if limit is None else clipped.clamp(-limit, limit)
                 parameter.grad = clipped.to(parameter.device, parameter.dtype).view(parameter.shape)
         for group, settings in zip(self._inner.param_groups, unpack(terms.groups), strict=True):
             group.update(settings)

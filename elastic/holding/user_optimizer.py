@@ -25,7 +25,7 @@ from .hyperparameters import (
     same,
     settings_of,
 )
-from .several_optimizers import AnyOptimizer, clone_of, parts_of
+from .several_optimizers import AnyOptimizer, Collector, clone_of, parts_of
 from .stack import LayerStack
 
 _ELEMENTWISE = frozenset(
@@ -39,7 +39,8 @@ _MARGIN_BYTES = 256  # of a record, beyond the size of its state after the first
 def is_elementwise(optimizer: AnyOptimizer) -> bool:
     """Whether the optimizer treats each element separately, so that a parameter may be cut."""
     kinds = [type(part) for part in parts_of(optimizer)]
-    return all(kind.__module__.startswith("torch.optim") and kind.__name__ in _ELEMENTWISE for kind in kinds)
+    known = {kind for kind in kinds if kind.__module__.startswith("torch.optim") and kind.__name__ in _ELEMENTWISE}
+    return known >= {*kinds} - {Collector}
 
 
 def check_optimizer(optimizer: AnyOptimizer, model: nn.Module) -> None:
@@ -108,6 +109,8 @@ class UserOptimizer:
             for number, group in enumerate(optimizer.param_groups)
             for parameter in group["params"]
         }
+        groups = [part for part in parts_of(optimizer) for _ in part.param_groups]
+        self._collecting = {number for number, part in enumerate(groups) if isinstance(part, Collector)}
         self._group = {index: of_tensor.get(id(tensor)) for index, tensor in stack.parameter_of.items()}
         self._dtype = {
             index: tensor.dtype if stack.is_buffer(index) else master_type(tensor.dtype, master_dtype)
@@ -131,6 +134,10 @@ class UserOptimizer:
     def steps(self, parameter: int) -> bool:
         """Whether the optimizer steps a parameter: it has it, and it is no statistic of a batch norm."""
         return self._group[parameter] is not None and not self.stack.is_buffer(parameter)
+
+    def collects(self, parameter: int) -> bool:
+        """Whether a step takes a parameter's gradient for its value: as it is, not clipped."""
+        return self._group[parameter] in self._collecting
 
     def averages(self, parameter: int) -> bool:
         """Whether a moving average of a parameter is kept."""
