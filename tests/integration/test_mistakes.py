@@ -27,7 +27,7 @@ ANYWHERE = {
     "foreign_parameters": "that the model lacks: build the optimizer from model.parameters()",
     "several_models": "takes a list of models and a list of optimizers: the optimizers are a SGD",
     "several_optimizers": "the optimizer must be one torch Optimizer, got list: run.prepare([g, d], [opt_g, opt_d]",
-    "one_of_two_steps": "optimizers[1].step() was not called in a turn of the loop: each turn calls step() of each",
+    "one_of_two_steps": "optimizers[1].step() was not called in a turn of the loop: each turn has one call of",
     "lbfgs": "LBFGS is not supported: it evaluates the loss of all data several times a step",
     "average_of_another": "run.average was called with another model than run.prepare or run.steps",
     "turns_on_a_stream": "Stream is a stream, and alternating updates of several optimizers need each batch several",
