@@ -86,12 +86,15 @@ def test_a_data_loaders_workers_fetch_the_same_samples(
 
 
 @pytest.mark.soak
-def test_spawned_worker_processes(folder: Path, tmp_path: Path) -> None:
-    """They import the script, and fetch what forked ones do; two ranks killed."""
-    loader = {"batch_size": 2, "num_workers": 1, "shuffle": True, "multiprocessing_context": "spawn"}
-    result = run_job(
-        nproc=2, steps=STEPS, script="data_job.py", faults=KILLS, folder=str(folder), loader=loader, timeout_s=180
-    )
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_worker_processes_that_import_the_script(method: str, folder: Path, tmp_path: Path) -> None:
+    """They fetch what forked ones do; two ranks are killed, and one that comes of a fork server, which ends with its
+    rank."""
+    loader = {"batch_size": 2, "num_workers": 1, "shuffle": True, "multiprocessing_context": method}
+    killed = {"kill_at": 11} if method == "forkserver" else {}
+    arguments = {"folder": str(folder), "loader": loader, **killed}
+    result = run_job(nproc=2, steps=STEPS, script="data_job.py", faults=KILLS, timeout_s=180, **arguments)
+    assert ("data-worker-lost" in warnings(result)) == bool(killed)
     assert_same_end(result, alone(tmp_path / "alone", folder))
     assert len(result.named("worker_died")) == len(KILLS)
     fetchers = {line.split()[0] for path in result.out.glob("fetched-*") for line in path.read_text().splitlines()}
