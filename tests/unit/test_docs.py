@@ -142,3 +142,9 @@ def _recorded(path: Path) -> Iterator[str]:
         if called == "tell":  # what a worker reports: `what` is the event
             named = [keyword.value for keyword in node.keywords if keyword.arg == "what"]
         yield from (n.value for n in named if isinstance(n, ast.Constant) and isinstance(n.value, str))
+
+
+def test_the_quick_start_shows_the_script_that_it_runs() -> None:
+    """For readers who have the package alone."""
+    blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / "quickstart.md").read_text(), re.M | re.S)
+    assert blocks == [(ROOT / "docs" / "examples" / "train.py").read_text()]
