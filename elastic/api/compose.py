@@ -22,6 +22,7 @@ from everstep.elastic.protocol.protection import state_slots
 from everstep.elastic.step.data import DataSource
 from everstep.elastic.step.loss_scale import LOSS_SCALE
 from everstep.elastic.step.reduction import Reduction
+from everstep.elastic.step.stream_states import STREAM_STATE, StreamStates
 from everstep.elastic.step.streams import STREAM
 
 from .replacement import loads_values
@@ -42,6 +43,7 @@ def engine_of(
     loss_fn: Callable[[Any, Any], Any],
     reduction: Reduction,
     registered: dict[str, Any],
+    stream_states: StreamStates,
     loops: bool,
 ) -> Engine:
     """The engine of this worker; without a launcher (`context` None) it has no keeper."""
@@ -66,6 +68,7 @@ def engine_of(
         link=link,
         lineage=lineage,
         registered=registered,
+        stream_states=stream_states,
         loops=loops,
         seeded=not loads_values(membership, context.begun if context else None, values),
         token=context.token if context else "",
@@ -75,6 +78,9 @@ def engine_of(
         engine.drive(LOSS_SCALE, reduction.loss_scale)
     if data.streams is not None and data.streams.stateful:
         engine.drive(STREAM, data.streams)
+    if loops:
+        stream_states.begin(data.order, stack.device)
+        engine.drive(STREAM_STATE, stream_states)
     return engine
 
 

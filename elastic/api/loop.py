@@ -187,6 +187,7 @@ class Batches:
             engine.pipeline.forwards.before(0)
             self._open, self._turn, self._skipped, self._stepped = span, state.step, False, False
             self._tokens, self._version = None, engine.version
+            engine.stream_states.enter(state.step, span.micro_batch)
             self._gradients.forget()
             self._updates.begin()
             if self._turns.scaler is not None:
@@ -266,6 +267,7 @@ class Batches:
         if span is None:
             raise UsageError(f"{call} was called outside the loop over the prepared batches")
         self._open, self._skipped = None, call == "run.skip()"
+        engine.stream_states.leave()
         _, state = engine.current()
         engine.pipeline.forwards.after(0)
         if span not in state.todo or state.step != self._turn:  # a recovery inside the turn gave it to another rank

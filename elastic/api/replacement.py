@@ -10,6 +10,7 @@ from everstep.elastic.contract.notices import Notice, warn
 from everstep.elastic.engine.engine import STATE
 from everstep.elastic.protocol.job import Begun
 from everstep.elastic.step.schedule import ScheduleState
+from everstep.elastic.step.stream_states import StreamStates
 from everstep.elastic.step.streams import Streams
 
 
@@ -30,7 +31,7 @@ def loads_values(membership: Membership, begun: Begun | None, values: str) -> bo
 def note_variables(membership: Membership, registered: Mapping[str, Any]) -> None:
     """Warn about variables that a replacement's script lacks, where the job keeps none of them."""
     state = registered[STATE]
-    own = [item for item in registered.values() if not isinstance(item, ScheduleState | Streams)]
+    own = [item for item in registered.values() if not isinstance(item, ScheduleState | Streams | StreamStates)]
     if own == [state] and not state:
         warn(
             membership,

@@ -37,6 +37,7 @@ from everstep.elastic.step.evaluation_data import EvaluationData
 from everstep.elastic.step.gradients import GradientWatch
 from everstep.elastic.step.loss_scale import LossScale
 from everstep.elastic.step.reduction import Reduction
+from everstep.elastic.step.stream_states import StreamStates
 from everstep.elastic.step.streams import StreamPlace
 from everstep.resharding.layout import Layout
 
@@ -85,6 +86,7 @@ class Run(Sharing, Gradients):
         self._parts: Interruptible | None = None
         self._calls: Calls | None = None
         self.state = SharedState()
+        self.stream_state = StreamStates()
         self._stream_place = StreamPlace(progress)
         self._registered: dict[str, Any] = {STATE: self.state}
         self._batches: Batches | None = None
@@ -516,6 +518,7 @@ class Run(Sharing, Gradients):
             loss_fn=loss_fn,
             reduction=reduction,
             registered=self._registered,
+            stream_states=self.stream_state,
             loops=loops,
         )
         self._schedulers = Schedulers(engine, parts_of(optimizer), schedulers, by_epoch=by_epoch)

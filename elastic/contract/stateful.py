@@ -15,9 +15,7 @@ from everstep.comms.mesh.tensors import raw
 from .errors import UsageError
 
 _MARK = "__everstep__"
-REGISTERED_BYTES = (
-    1 << 20
-)  # of all registered states, as JSON: each step agrees on them, and the coordinator keeps them
+REGISTERED_BYTES = 1 << 20  # of all registered states, as JSON: each step agrees on them
 
 
 def check_size(states: Mapping[str, Any]) -> None:
@@ -25,14 +23,16 @@ def check_size(states: Mapping[str, Any]) -> None:
     sizes = {name: len(json.dumps(state)) for name, state in states.items()}
     if sum(sizes.values()) > REGISTERED_BYTES:
         largest = max(sizes, key=lambda name: sizes[name])
+        own, total, limit = map(size_text, (sizes[largest], sum(sizes.values()), REGISTERED_BYTES))
         raise UsageError(
-            f"register_state({largest!r}): its state takes {_size(sizes[largest])} (tensors as base64), all registered "
-            f"states {_size(sum(sizes.values()))}, and the limit is {_size(REGISTERED_BYTES)} in all, since every step "
+            f"register_state({largest!r}): its state takes {own} (tensors as base64), all registered "
+            f"states {total}, and the limit is {limit} in all, since every step "
             "agrees on them: register what is small (counters, generators, means), not tensors of the model's size"
         )
 
 
-def _size(count: int) -> str:
+def size_text(count: int) -> str:
+    """A number of bytes in words."""
     return f"{count / 2**20:.1f} MiB" if count >= 1 << 20 else f"{count / 2**10:.0f} KiB"
 
 

@@ -29,11 +29,7 @@ from everstep.elastic.contract.errors import UsageError
 from everstep.elastic.contract.membership import Membership, Orders
 from everstep.elastic.contract.progress import Progress, StepPhase
 from everstep.elastic.contract.settings import Settings
-from everstep.elastic.contract.stateful import (
-    REGISTERED_BYTES,
-    check_size,
-    encode,
-)
+from everstep.elastic.contract.stateful import REGISTERED_BYTES, check_size, encode
 from everstep.elastic.contract.telemetry import Spent
 from everstep.elastic.guard.agreeing import Agreeing, Own, Settled
 from everstep.elastic.guard.backups import Backups
@@ -46,11 +42,7 @@ from everstep.elastic.holding.hyperparameters import pack
 from everstep.elastic.holding.shard_store import ShardStore
 from everstep.elastic.holding.stack import LayerStack
 from everstep.elastic.holding.user_optimizer import UserOptimizer
-from everstep.elastic.holding.watch import (
-    Change,
-    ParameterWatch,
-    describe,
-)
+from everstep.elastic.holding.watch import Change, ParameterWatch, describe
 from everstep.elastic.protocol import events as e
 from everstep.elastic.protocol import worker_events as w
 from everstep.elastic.protocol.replicas import disputed
@@ -62,6 +54,7 @@ from everstep.elastic.step.exchange import Exchange
 from everstep.elastic.step.pipeline import Pipeline
 from everstep.elastic.step.reduction import Reduction
 from everstep.elastic.step.steps import StepState
+from everstep.elastic.step.stream_states import StreamStates
 from everstep.elastic.step.worker_processes import Key
 from everstep.resharding.layout import Layout
 from everstep.resharding.plan import Plan
@@ -106,6 +99,7 @@ class Engine:
         link: KeeperLink | None,
         lineage: Lineage | None,
         registered: dict[str, Any],
+        stream_states: StreamStates,
         loops: bool,
         seeded: bool,
         token: str,
@@ -138,6 +132,7 @@ class Engine:
         whose |= {"settings": pack(optimizer.hyper_parameters()), "dtypes": optimizer.masters()}
         self.checkpoints = Checkpoints(settings, stack, snapshots, membership, whose, link, lineage)
         self.registered = Registered(registered)
+        self.stream_states = stream_states
         self.loops = loops  # the user's own loop computes the micro-batches
         self.record_bytes = [optimizer.state_bytes(shard) for shard in stack.spec.shards]
         self.on_commit: list[Callable[[int], None]] = []  # called with each step that is committed: the scheduler's
@@ -290,6 +285,7 @@ class Engine:
                 self.checkpoints.conclude(self.patient)  # so that there is room for the last checkpoint
         proposal = self.offered(last=it.last)
         registered = self._registered(state.step)
+        carried = self.stream_states.own(state.step, {leg.micro_batch for leg in state.held})
         own = Own(
             step=state.step,
             norms={i: float(torch.linalg.vector_norm(g)) for i, g in self.gradients.items() if self._counts(i)},
@@ -305,6 +301,7 @@ class Engine:
             suspects=self.damage.suspects,
             end=self.stop_request.at(state.step) or self.data.ends(state.step, self._upcoming),
             state=registered.get(STATE, {}),
+            carries=bool(carried),
         )
         merged, replicas = self.agreeing.begin(own, layout)
         if disputed(replicas):
@@ -314,6 +311,8 @@ class Engine:
         if settled.partly and not self.loops and self.rank == min(self.comm.members):
             self._remarks.partial(state.step, settled.partly)
         self.data.share_states(state.step, registered, self.agreeing.texts, self._upcoming)
+        if merged.carries:
+            self.stream_states.share(state.step, carried, registered, self.agreeing.texts)
         answer = self._agreed_on(state.step, own, settled, proposal, registered)
         self.telemetry.span(Spent.AGREE, agree_ns)
         return answer
@@ -442,6 +441,7 @@ class Engine:
         for advance in self.on_commit:
             advance(step)
         self.reduction.loss_scale.advance(terms)
+        self.stream_states.commit(terms.registered)
         self.adjustments.settle(self.version)
         self.prefetch.committed(terms)
         self._save_or_protect(terms, layout)

@@ -34,6 +34,7 @@ from everstep.elastic.protocol.codec import Unreadable
 from everstep.elastic.protocol.events import Saved
 from everstep.elastic.protocol.terms import Terms
 from everstep.elastic.step.loss_scale import LOSS_SCALE
+from everstep.elastic.step.stream_states import STREAM_STATE
 from everstep.resharding.units import Shard
 
 if TYPE_CHECKING:
@@ -212,8 +213,8 @@ class Resumption:
                     "resume_hyperparameters=script: the rates come from a scheduler that the script steps by itself; "
                     "hand it over, so that it can be stepped again: run.steps(..., scheduler=scheduler)"
                 )
-            born = self._birth["registered"]
-            driven = {name: state for name, state in born.items() if name in self._driven and name != LOSS_SCALE}
+            born, own = self._birth["registered"], (LOSS_SCALE, STREAM_STATE)  # no hyper-parameters
+            driven = {name: state for name, state in born.items() if name in self._driven and name not in own}
             terms = replace(
                 terms,
                 groups=self._birth["groups"],

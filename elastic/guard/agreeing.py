@@ -70,6 +70,7 @@ class Own:
     suspects: Mapping[int, int]
     end: str = ""  # why the script asked for the end after this step
     state: Mapping[str, Any] = field(default_factory=dict)  # run.state, as JSON values
+    carries: bool = False  # a turn here has left something in run.stream_state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,6 +174,7 @@ class Agreeing:
             suspects=bool(own.suspects),
             end=(self._comm.rank, own.end) if own.end else None,
             state=digest(json.dumps(own.state, sort_keys=True)),
+            carries=own.carries,
         )
         merged = self.merged(share)
         assert merged.ranks == len(self._comm.members)

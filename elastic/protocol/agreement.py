@@ -132,6 +132,7 @@ class Share:
     suspects: Some = False  # a value on this rank may be damaged
     end: Annotated[tuple[int, str] | None, _first] = None  # a script asks for the end after this step: (rank, why)
     state: Equal = 0  # a digest of what the script keeps in run.state
+    carries: Some = False  # a turn here has left something in run.stream_state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +153,8 @@ class Sums:
 
 @dataclass(frozen=True)
 class SharedText:
-    """What one rank has, as JSON, which is gathered, not merged: run.state where ranks differ, states of streams."""
+    """What one rank has, as JSON, which is gathered, not merged: run.state where ranks differ, states of streams,
+    run.stream_state."""
 
     text: str
 

@@ -1,0 +1,110 @@
+"""Hidden states that are carried from batch to batch: the bytes of a plain loop, whoever is lost meanwhile."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.jobs import JOBS, assert_same_state, finish, run_job
+from tests.jobs.hosts import Hosts
+from tests.jobs.interpreter import script
+
+JOB = "recurrent_job.py"
+KILLS = [
+    {"rank": 0, "phase": "compute", "step": 2, "after": 1},
+    {"rank": 1, "phase": "agree", "step": 4},
+    {"rank": 2, "phase": "update", "step": 6},
+    {"rank": 1, "phase": "commit", "step": 9, "incarnation": 1},
+    {"rank": 0, "phase": "reduce", "step": 12, "incarnation": 1},
+]
+
+
+def alone(out: Path, environment: dict[str, str] | None = None, **config: Any) -> dict[str, Any]:
+    """Without the launcher: one process."""
+    out.mkdir()
+    ended = script(JOBS / JOB, json.dumps({"out": str(out), **config}), environment=environment)
+    assert ended.status == 0, ended.stderr
+    return state_of(out)
+
+
+def state_of(out: Path, rank: int = 0) -> dict[str, Any]:
+    state: dict[str, Any] = torch.load(out / f"state-{rank}.pt", weights_only=True)
+    return state
+
+
+def losses(out: Path) -> dict[tuple[int, int], str]:
+    """(step, micro-batch) -> its loss, which is the same whenever and wherever it was computed."""
+    found: dict[tuple[int, int], str] = {}
+    for path in out.glob("losses-*.txt"):
+        for line in path.read_text().splitlines():
+            if len(parts := line.split()) == 3 and parts[2].endswith(("p+0", "p+1")):  # whole: its writer may be killed
+                key = int(parts[0]), int(parts[1])
+                assert found.setdefault(key, parts[2]) == parts[2], key
+    return found
+
+
+@pytest.mark.parametrize("seldom", [False, pytest.param(True, marks=pytest.mark.soak)])
+def test_workers_die(seldom: bool, tmp_path: Path) -> None:
+    """The state of a column is where its micro-batch is computed, whichever rank does that."""
+    expected = alone(tmp_path / "plain", plain=True, seldom=seldom)
+    job = run_job(nproc=3, script=JOB, faults=KILLS, seldom=seldom)
+    assert job.status == 0, job.output
+    assert len(job.named("worker_died")) == len(KILLS)
+    assert losses(job.out) == losses(tmp_path / "plain")
+    assert len(losses(job.out)) == 15 * 4
+    for rank in range(3):
+        if (job.out / f"state-{rank}.pt").exists():
+            assert_same_state(job.state(rank), expected)
+
+
+@pytest.mark.soak
+def test_a_node_is_lost_with_steps(tmp_path: Path) -> None:
+    """Versions are protected every four steps: those since then are computed again, from the states of that time."""
+    expected = alone(tmp_path / "plain", plain=True)
+    out, events = tmp_path / "job", tmp_path / "events.jsonl"
+    out.mkdir()
+    faults = json.dumps([{"rank": 1, "phase": "compute", "step": 7, "kind": "node"}])
+    with Hosts(3) as hosts:
+        hosts.coordinator("2:3", f"--es-events={events}")
+        flags = ["--nnodes=2:3", "--nproc-per-node=1", "--es-snapshot-every=4", f"--log-dir={tmp_path}/logs"]
+        arguments = [json.dumps({"out": str(out)})]
+        nodes = [hosts.launch(host, JOBS / JOB, arguments, flags, {"EVERSTEP_FAULTS": faults}) for host in hosts.hosts]
+        outputs = {node.pid: finish(node) for node in nodes}
+    assert sorted(node.returncode for node in nodes) == [-signal.SIGKILL, 0, 0], outputs
+    recovered = [
+        event for line in events.read_text().splitlines() if (event := json.loads(line))["event"] == "recovered"
+    ]
+    assert sum(event["lost_steps"] for event in recovered) > 0
+    assert losses(out) == losses(tmp_path / "plain")
+    states = sorted(out.glob("state-*.pt"))
+    assert len(states) == 2
+    for path in states:
+        assert_same_state(torch.load(path, weights_only=True), expected)
+
+
+def test_a_job_is_resumed_after_every_step(tmp_path: Path) -> None:
+    expected = alone(tmp_path / "plain", plain=True)
+    saves = {"EVERSTEP_CHECKPOINT": str(tmp_path / "saved")}
+    assert_same_state(alone(tmp_path / "resumed", saves, resumes=True), expected)
+    assert losses(tmp_path / "resumed") == losses(tmp_path / "plain")
+
+
+@pytest.mark.parametrize(
+    ("mistake", "text"),
+    [
+        (
+            "late",
+            "run.stream_state has values in a turn of the loop over run.prepare's batches, before optimizer.step()",
+        ),
+        ("large", "the values of one micro-batch take 341 KiB (tensors as base64), those of all 4 of a step 1.3 MiB"),
+    ],
+)
+def test_a_mistake_is_named(mistake: str, text: str, tmp_path: Path) -> None:
+    ended = script(JOBS / JOB, json.dumps({"out": str(tmp_path), "mistake": mistake}))
+    assert ended.status == 1
+    assert text in ended.stderr.splitlines()[-1]

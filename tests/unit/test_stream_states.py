@@ -1,0 +1,93 @@
+"""What a turn sees of the states that micro-batches carry on, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from everstep.elastic.contract.errors import UsageError
+from everstep.elastic.step.order import DataOrder
+from everstep.elastic.step.stream_states import STREAM_STATE, StreamStates
+
+ORDER = DataOrder(samples=24, global_batch_size=8, micro_batch_size=4, seed=1, by_epoch=True)  # epochs of 3 steps
+
+
+def states(order: DataOrder = ORDER) -> StreamStates:
+    made = StreamStates()
+    made.begin(order, torch.device("cpu"))
+    return made
+
+
+def committed(ranks: list[StreamStates], step: int, held: list[list[int]]) -> None:
+    """All agree on what the turns of a step have left, and commit it."""
+    texts = {rank: json.dumps(one.own(step, held[rank])) for rank, one in enumerate(ranks)}
+    for rank, one in enumerate(ranks):
+        registered: dict[str, Any] = {}
+        one.share(step, json.loads(texts[rank]), registered, lambda text: texts)
+        one.commit(registered)
+
+
+def turn(one: StreamStates, step: int, micro_batch: int, value: float) -> float:
+    """Leaves a value; returns the one that was there."""
+    one.enter(step, micro_batch)
+    found = one.get("it", torch.tensor(-1.0)).item()
+    one["it"] = torch.tensor(value, requires_grad=True)
+    one.leave()
+    return float(found)
+
+
+def test_it_goes_on_where_the_micro_batch_is_computed() -> None:
+    ranks = [states(), states()]
+    assert turn(ranks[0], 0, 0, 1.0) == turn(ranks[1], 0, 1, 2.0) == -1.0
+    committed(ranks, 0, [[0], [1]])
+    assert (turn(ranks[0], 1, 1, 20.0), turn(ranks[1], 1, 0, 10.0)) == (2.0, 1.0)
+    assert turn(ranks[1], 1, 1, 20.0) == 2.0, "computed again, the step begins with what it did before"
+    committed(ranks, 1, [[], [0, 1]])
+    joined = states()
+    joined.load_state_dict(ranks[0].state_dict())
+    assert (turn(joined, 2, 0, 0.0), turn(joined, 2, 1, 0.0)) == (10.0, 20.0)
+    assert turn(joined, 3, 0, 0.0) == -1.0, "another epoch"
+    steps = states(replace(ORDER, by_epoch=False))
+    steps.load_state_dict(ranks[0].state_dict())
+    assert turn(steps, 3, 0, 0.0) == 10.0, "without epochs it goes on"
+    other = states(replace(ORDER, micro_batch_size=2))
+    other.load_state_dict(ranks[0].state_dict())
+    assert turn(other, 2, 0, 0.0) == -1.0, "another division of the batch"
+
+
+def test_what_is_not_changed_stays() -> None:
+    one = states()
+    turn(one, 0, 0, 1.0)
+    turn(one, 0, 1, 2.0)
+    committed([one], 0, [[0, 1]])
+    one.enter(1, 0)
+    assert one.own(1, [0, 1]) == {}
+    one.clear()
+    assert (dict(one), len(one)) == ({}, 0)
+    committed([one], 1, [[0, 1]])
+    assert (turn(one, 2, 0, 0.0), turn(one, 2, 1, 0.0)) == (-1.0, 2.0)
+
+
+def test_it_is_of_a_turn() -> None:
+    one = states()
+    for use in (lambda: one.get("it"), lambda: one.update(it=1), lambda: len(one)):
+        with pytest.raises(UsageError, match="has values in a turn of the loop over run.prepare's batches, before"):
+            use()
+    one.enter(0, 0)
+    with pytest.raises(UsageError, match=r"run.stream_state\[1\]: names are text, got a int"):
+        one[1] = 2  # type: ignore[index]
+    with pytest.raises(UsageError, match=r"run.stream_state\['it'\]\[0\] is a object: what ranks share may hold"):
+        one["it"] = [object()]
+    one["it"] = torch.zeros(98_000)
+    with pytest.raises(UsageError, match=r"take 532 KiB \(tensors as base64\), those of all 2 of a step 1.0 MiB"):
+        one["more"] = torch.zeros(4_000)
+    assert list(one) == ["it"], "what is refused changes nothing"
+    alternating = states(replace(ORDER, updates=2))
+    alternating.enter(0, 0)
+    with pytest.raises(UsageError, match="several optimizers that take turns compute each batch several times"):
+        alternating["it"] = 1
+    assert STREAM_STATE in repr(alternating)
