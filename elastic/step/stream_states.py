@@ -58,12 +58,12 @@ class StreamStates(MutableMapping[str, Any]):
     def _here(self) -> tuple[int, int]:
         if self._order is not None and self._order.updates > 1:
             raise UsageError(
-                f"{STREAM_STATE}: several optimizers that take turns compute each batch several times, and a state "
+                "run.stream_state: several optimizers that take turns compute each batch several times, and a state "
                 "would be carried on each time: use run.prepare(..., updates='simultaneous')"
             )
         if self._place is None:
             raise UsageError(
-                f"{STREAM_STATE} has values in a turn of the loop over run.prepare's batches, before optimizer.step() "
+                "run.stream_state has values in a turn of the loop over run.prepare's batches, before optimizer.step() "
                 "(with accumulation=, anywhere in the turn): read and set it there; what all ranks share is run.state"
             )
         return self._place
@@ -100,8 +100,8 @@ class StreamStates(MutableMapping[str, Any]):
         text = json.dumps(values)
         if len(text) * count > REGISTERED_BYTES:
             raise UsageError(
-                f"{STREAM_STATE}: the values of one micro-batch take {size_text(len(text))} (tensors as base64), those "
-                f"of all {count} of a step {size_text(len(text) * count)}, and the limit is "
+                f"run.stream_state: the values of one micro-batch take {size_text(len(text))} (tensors as base64), "
+                f"those of all {count} of a step {size_text(len(text) * count)}, and the limit is "
                 f"{size_text(REGISTERED_BYTES)} in all, since every step agrees on them: carry the hidden state of the "
                 "last time step alone"
             )
