@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore, Work
+from torch.distributed import distributed_c10d
 
 from everstep.elastic.contract.errors import UsageError
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from .sharing import Operation, Sharing
 
 BACKEND = "everstep"
+_MAKERS: tuple[Any, ...] = (dist, distributed_c10d)  # where scripts, and torch itself, find `new_group`
+_torch_new_group = dist.new_group
 _OPERATIONS: tuple[tuple[Any, Operation], ...] = (
     (dist.ReduceOp.SUM, "sum"),
     (dist.ReduceOp.AVG, "mean"),
@@ -29,7 +32,7 @@ _OPERATIONS: tuple[tuple[Any, Operation], ...] = (
     (dist.ReduceOp.MAX, "max"),
 )
 _OTHERS = (
-    *("gather", "scatter", "reduce_scatter", "_reduce_scatter_base", "reduce_scatter_tensor_coalesced"),
+    *("scatter", "reduce_scatter", "_reduce_scatter_base", "reduce_scatter_tensor_coalesced"),
     *("alltoall", "alltoall_base", "allgather_coalesced", "allreduce_coalesced", "send", "recv", "recv_anysource"),
     *("allgather_into_tensor_coalesced", "monitored_barrier", "split_group"),
 )
@@ -49,12 +52,33 @@ def begin(run: Sharing) -> None:
         dist.init_process_group(BACKEND, store=HashStore(), rank=run.rank, world_size=run.world_size)
     finally:
         _made_for.clear()
+    for module in _MAKERS:
+        module.new_group = _new_group
 
 
 def end() -> None:
     """The run is over: its process group with it."""
+    for module in _MAKERS:
+        module.new_group = _torch_new_group
     if dist.is_initialized() and isinstance(dist.group.WORLD, LiveRanks):
         dist.destroy_process_group()
+
+
+def _new_group(ranks: Sequence[int] | None = None, *arguments: Any, **named: Any) -> Any:
+    """In place of torch's: the group of all live ranks, whatever its backend is to be. Raises UsageError for others.
+
+    Torch would give a group fixed members; one of another backend would wait for ranks that the store does not know.
+    """
+    world = dist.group.WORLD
+    if not isinstance(world, LiveRanks):
+        return _torch_new_group(ranks, *arguments, **named)
+    if ranks is not None and sorted(ranks) != list(range(world.size())):
+        raise UsageError(
+            f"dist.new_group({sorted(ranks)}): an elastic job of {world.size()} ranks has no group of some of them, "
+            "since any may be lost: leave ranks out for the group of all live ranks, and use run.gather(...) for what "
+            "some ranks compute from the others' values"
+        )
+    return world
 
 
 _made_for: list[Sharing] = []  # the run whose group is being made: torch passes nothing of ours on
@@ -65,7 +89,7 @@ def _made(store: Any, rank: int, size: int, timeout: timedelta) -> LiveRanks:
     if not _made_for:
         raise UsageError(
             "the process group of an elastic job is all live ranks: call run.init_process_group() for it, in place of "
-            "dist.init_process_group(...), and make no group of some ranks (new_group), since any of them may be lost"
+            "dist.init_process_group(...), and make no group of some ranks, since any of them may be lost"
         )
     return LiveRanks(_made_for[0])
 
@@ -134,12 +158,22 @@ class LiveRanks(dist.ProcessGroup):
         self._fill(output.view(-1, *tensor.shape), tensor)
         return _Done([output])
 
+    def gather(  # type: ignore[override]
+        self, outputs: Sequence[Sequence[Tensor]], inputs: Sequence[Tensor], opts: Any
+    ) -> Work:
+        for number, tensor in enumerate(inputs):
+            if self.rank() == opts.rootRank:
+                self._fill(outputs[number], tensor)
+            else:
+                self._run.gather(tensor.detach())
+        return _Done(outputs)
+
     def _fill(self, places: Sequence[Tensor] | Tensor, tensor: Tensor) -> None:
         found = self._run.gather(tensor.detach())
         if len(found) != len(places):
             raise UsageError(
-                f"all_gather has room for the tensors of {len(places)} ranks, and {len(found)} gave one, since a rank "
-                "was lost or has joined meanwhile: use run.gather(...), which returns those that there are"
+                f"a gathering call has room for the tensors of {len(places)} ranks, and {len(found)} gave one, since a "
+                "rank was lost or has joined meanwhile: use run.gather(...), which returns those that there are"
             )
         for place, value in zip(places, found, strict=True):
             place.copy_(value)
@@ -153,7 +187,7 @@ def _refusing(name: str) -> Callable[..., NoReturn]:
     def refuse(self: LiveRanks, *arguments: Any, **named: Any) -> NoReturn:
         raise UsageError(
             f"an elastic job has no {name.strip('_')} of torch.distributed: between steps it has all_reduce, "
-            "broadcast, all_gather, barrier and those for objects, and run.mean, run.gather and run.evaluate"
+            "broadcast, all_gather, gather, barrier and those for objects, and run.mean, run.gather and run.evaluate"
         )
 
     return refuse

@@ -49,6 +49,7 @@ ANYWHERE = {
     "unfrozen": "parameter '0.weight' was frozen at run.prepare or run.steps, and has requires_grad=True now",
     "added_group": "a parameter group was added to, or changed in, the optimizer after run.prepare or run.steps",
     "rate_of_each_turn": "lr of parameter group 0 was",
+    "collective_in_a_turn": "run.reduce(sum) was called in the middle of a step, where ranks have different",
     "call_in_a_turn": "run.mean was called in the middle of a step, where ranks have different micro-batches",
     "skips_beside_steps": "run.skip() is for a loop over run.prepare's batches",
     "stops_for_a_number": "run.stop(why): the reason is a text, got 7",

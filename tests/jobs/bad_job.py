@@ -250,6 +250,11 @@ def call_in_a_turn(run):
     train_loop(run, stack(), turn=lambda *_: run.mean(1.0))
 
 
+def collective_in_a_turn(run):
+    run.init_process_group()
+    train_loop(run, stack(), turn=lambda *_: torch.distributed.all_reduce(torch.ones(1)))
+
+
 def skips_beside_steps(run):
     for _ in run.steps(model := stack(), sgd(model), samples(), loss_fn=nn.functional.mse_loss):
         run.skip()
