@@ -26,7 +26,7 @@ def agent_event(node: str, message: pb.AttachRequest, local: Callable[[float], f
     if body == "store":
         return e.StoreOpened(node, message.store.port)
     if body == "stop":
-        return e.StopRequested(message.stop.why)
+        return e.StopRequested(message.stop.why, node=node)
     if body == "drain":
         return e.DrainRequested(node, message.drain.why)
     if body == "from_worker":

@@ -22,6 +22,13 @@ def add_coordinator_flags(group: argparse._ActionsContainer, *, log: str) -> Non
         help="how long a job may take to save a checkpoint when it is stopped",
     )
     group.add_argument(
+        "--es-spares",
+        type=int,
+        default=Config().spares,
+        metavar="N",
+        help="how many nodes beyond the most of --nnodes may wait, prepared, to take the place of one that is lost",
+    )
+    group.add_argument(
         "--es-rebalance-after",
         type=float,
         default=Config().rebalance_after_s,

@@ -213,8 +213,16 @@ def _task(own: argparse.Namespace, job: str, at: hosts.Address, store: str, metr
         raise LaunchError(f"--es-rebalance-after {own.es_rebalance_after:g}: give seconds, or 0 for never")
     if not 0 < own.es_node_mtbf_hours < math.inf:
         raise LaunchError(f"--es-node-mtbf-hours {own.es_node_mtbf_hours:g}: give hours, more than none")
+    if own.es_spares < 0:
+        raise LaunchError(f"--es-spares {own.es_spares}: give a number of nodes, or 0 for none")
+    if own.es_spares and nodes["max_nodes"] == 1:
+        raise LaunchError(
+            f"--es-spares {own.es_spares}: a job of one node (--nnodes) ends with that node: spares are for jobs of "
+            "two nodes or more, which protect each other's state"
+        )
     config = Config(
         **nodes,
+        spares=own.es_spares,
         node_mtbf_h=own.es_node_mtbf_hours,
         stop_grace_s=own.es_stop_grace,
         rebalance_after_s=own.es_rebalance_after,

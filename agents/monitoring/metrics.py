@@ -182,6 +182,7 @@ class JobMetrics(_Metrics):
 
     def _nodes(self) -> None:
         self.nodes = self.gauge("everstep_job_nodes", "nodes in the job")
+        self.spares = self.gauge("everstep_spare_nodes", "nodes that wait to take the place of one that is lost")
         self.heartbeats = self.counter("everstep_heartbeats", "heartbeats and other messages that agents sent")
         self.silence = self.gauge("everstep_heartbeat_silence_seconds", "longest present silence of a node")
         self.gap = self.gauge("everstep_heartbeat_gap_seconds", "longest silence that a node has shown lately")

@@ -344,6 +344,7 @@ class Observer:
         metrics.silence.set(max(silences, default=0.0))
         metrics.gap.set(max((heard.gap_s for heard in state.heard.values()), default=0.0))
         metrics.nodes.set(len(state.nodes))
+        metrics.spares.set(len(state.spares))
         metrics.quarantined.set(len(state.quarantined))
         metrics.slow_links.set(sum(finding.what == "link" for finding in self.suspects.findings()))
         metrics.stragglers.set(len(self.stragglers.slow))
@@ -393,6 +394,7 @@ _HANDLERS: dict[str, Callable[[Observer, Mapping[str, Any]], None]] = {
     "recovered": Observer._recovered,
     "rebalanced": Observer._rebalanced,
     "node_joined": Observer._node_joined,
+    "spare_joined": Observer._node_joined,
     "node_lost": Observer._node_lost,
     "worker_died": Observer._worker_died,
     "corruption": Observer._corruption,

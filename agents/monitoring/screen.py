@@ -121,7 +121,8 @@ def _nodes(view: View) -> list[str]:
     widths = [max((len(row[column]) for row in rows), default=0) for column in range(len(rows[0]) if rows else 0)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     rest = len(nodes) - len(shown)
-    return lines + ([f"{'and ' if shown else ''}{rest} nodes in which nothing is amiss"] if rest else [])
+    lines += [f"{'and ' if shown else ''}{rest} nodes in which nothing is amiss"] if rest else []
+    return [*lines, *(f"spare: {spare['node']} ({spare['host']})" for spare in view.get("spares", ()))]
 
 
 def _amiss(node: View) -> str:

@@ -267,6 +267,11 @@ def _saved(line: Line) -> str:
 _SILENT = frozenset({"committed", "checkpoint_begun"})
 _WORDS: dict[str, tuple[Grade, Callable[[Line], str]]] = {
     "node_joined": (Grade.NEWS, lambda x: f"node {x['node']} ({x['host']}) joined, with {x['slots']} workers"),
+    "spare_joined": (Grade.NEWS, lambda x: f"node {x['node']} ({x['host']}) is here as a spare"),
+    "spare_started": (
+        Grade.NEWS,
+        lambda x: f"spare node {x['node']} takes a place, as {_one(x['ranks'])}; {x['spares']} more are left",
+    ),
     "node_lost": (Grade.WARNING, lambda x: f"node {x['node']} with {_one(x['ranks'])} is lost: {x['why']}"),
     "node_left": (Grade.NEWS, lambda x: f"node {x['node']} has left the job: {x['why']}"),
     "draining": (Grade.NEWS, lambda x: f"node {x['node']} hands over {_one(x['ranks'])}: {x['why']}"),

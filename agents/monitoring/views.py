@@ -109,6 +109,7 @@ def view_of(seen: Seen) -> dict[str, Any]:
         "troubles": [_troubles(seen, host) for host in state.troubles],
         "stragglers": [_straggler(seen, finding) for finding in seen.findings],
         "nodes": [_node(seen, name, unlike.get(name, [])) for name in state.nodes],
+        "spares": [_spare(seen, name) for name in state.spares],
         "workers": [_worker(seen, rank, worker) for rank, worker in sorted(state.workers.items())],
         "series": [point._asdict() for point in seen.steps],
         "recoveries": [{**point._asdict(), "phases": dict(point.phases)} for point in seen.recoveries],
@@ -206,6 +207,14 @@ def _node(seen: Seen, name: str, unlike: Sequence[str]) -> dict[str, Any]:
         "gpus": [fields_of(gpu) for gpu in telemetry.gpus] if fresh else [],
         "links": [fields_of(link) for link in telemetry.links] if fresh else [],
     }
+
+
+def _spare(seen: Seen, name: str) -> dict[str, Any]:
+    """A node that waits for a place."""
+    node, heard = seen.state.spares[name], seen.state.heard.get(name)
+    silence_s = max(0.0, seen.state_at_s - heard.at_s) if heard else None
+    known = {"node": name, "host": node.host, "slots": node.slots, "silence_s": silence_s}
+    return {**known, "health": dict(node.health), "domains": list(node.domains)}
 
 
 def _worker(seen: Seen, rank: int, worker: Worker) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from .outcome import (
     ranks_text,
     with_workers,
 )
+from .spare_nodes import spare_leaves, spare_lost
 from .state import Phase, State, Status
 
 
@@ -75,6 +76,8 @@ def _end_when_all_have(state: State) -> Outcome:
 
 def stop_requested(state: State, event: e.StopRequested | e.DrainRequested, now: float) -> Outcome:
     """A stop is requested after training: the scripts may finish within the stop's grace."""
+    if event.node in state.spares:
+        return spare_leaves(state, event.node, event.why)
     if state.stopping is not None:
         return state, []
     why, grace_s = event.why, state.config.stop_grace_s
@@ -97,6 +100,8 @@ def ticked(state: State, event: e.Ticked, now: float) -> Outcome:
 
 def node_lost(state: State, event: e.NodeLost, now: float) -> Outcome:
     """A node is lost. The job fails if one of the node's scripts was still running."""
+    if event.node in state.spares:
+        return spare_lost(state, event)
     if event.node not in state.nodes:
         return state, []
     node = state.nodes[event.node]

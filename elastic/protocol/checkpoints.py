@@ -15,6 +15,7 @@ from .outcome import (
     last_version,
 )
 from .recovering import begin_recovery
+from .spare_nodes import spare_leaves
 from .state import Phase, State
 
 
@@ -62,6 +63,8 @@ def unreadable(state: State, event: e.CheckpointUnreadable, now: float) -> Outco
 
 def stop_requested(state: State, event: e.StopRequested, now: float) -> Outcome:
     """A stop is requested. It takes effect at once, or, where the job has checkpoints, after one more is saved."""
+    if event.node in state.spares:
+        return spare_leaves(state, event.node, event.why)
     job = state.job
     if job is None or not job.checkpoints or state.phase not in (Phase.RUNNING, Phase.RECOVERING):
         return fail(state, event.ending, event.why)

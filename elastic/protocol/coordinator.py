@@ -79,6 +79,7 @@ from .recovering import (
     taken_in,
 )
 from .relayout import relayout_due, relayout_ordered
+from .spare_nodes import take_places
 from .state import (
     Config,
     Phase,
@@ -127,7 +128,7 @@ def _ticked(state: State, event: e.Ticked, now: float) -> Outcome:
     state, effects = last_call(state, now)
     if effects:
         return state, effects
-    for due in (give_up_saving, give_up_concluding, went_on_alone, keep_out, cannot_leave, silent_node):
+    for due in (take_places, give_up_saving, give_up_concluding, went_on_alone, keep_out, cannot_leave, silent_node):
         state, effects = due(state, now)
         if effects:
             return state, effects

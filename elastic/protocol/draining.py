@@ -19,6 +19,7 @@ from .leaving import concluded, left, nobody_left
 from .losing import without_node
 from .outcome import Effects, Outcome
 from .recovering import all_ready, begin_training, carry_out
+from .spare_nodes import spare_leaves
 from .state import (
     Leaving,
     Phase,
@@ -29,10 +30,16 @@ from .state import (
 
 def drain_requested(state: State, event: e.DrainRequested, now: float) -> Outcome:
     """A node asks to leave. If the others cannot continue without it, the job saves a checkpoint and ends."""
+    if event.node in state.spares:
+        return spare_leaves(state, event.node, event.why)
     if event.node not in state.nodes or event.node in state.leaving or state.stopping is not None:
         return state, []
     staying = state.nodes.keys() - state.leaving.keys() - {event.node}
-    if len(staying) < max(1, state.config.min_nodes) or not (state.elastic or state.phase is Phase.FORMING):
+    if (
+        not staying
+        or len(staying) + len(state.spares) < state.config.min_nodes
+        or not (state.elastic or state.phase is Phase.FORMING)
+    ):
         return stop_requested(state, e.StopRequested(event.why, Ending.NO_NODE_STAYS), now)
     state = replace(state, leaving={**state.leaving, event.node: Leaving(event.why, departure=event.departure)})
     record = e.Record("draining", {"node": event.node, "why": event.why, "ranks": _ranks(state, event.node)})

@@ -270,6 +270,7 @@ class StopRequested:
 
     why: str
     ending: Ending = Ending.STOPPED
+    node: str = ""  # whose launcher got the signal; empty for a command
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from typing import Any
 
 from . import events as e
 from .causes import Ending
-from .outcome import Outcome, fail, start_workers
+from .outcome import Outcome, add_workers, fail, start_workers
+from .spare_nodes import spare_joined
 from .state import (
     Heard,
     Node,
@@ -19,22 +20,28 @@ from .troubles import kept_out
 
 
 def node_joined(state: State, event: e.NodeJoined, now: float) -> Outcome:
-    """A node registered: count it while the job forms, start workers on it while the job runs."""
-    if event.node in state.nodes:
+    """A node registered: count it while the job forms, start workers on it while the job runs.
+
+    One that there is no place for waits as a spare, if the job has spares.
+    """
+    if event.node in state.nodes or event.node in state.spares:
         return state, []
-    if len(state.nodes.keys() - state.leaving.keys()) >= state.config.max_nodes:
+    full = len(state.nodes.keys() - state.leaving.keys()) >= state.config.max_nodes
+    if full and not state.config.spares:
         return state, [e.RefuseNode(event.node, f"the job has its {state.config.max_nodes} nodes already")]
     if why := kept_out(state, event.host, now):
         return state, [
             e.Record("node_refused", {"node": event.node, "host": event.host, "why": why}),
             e.RefuseNode(event.node, why),
         ]
-    if state.phase is not Phase.FORMING and not state.elastic:
-        return state, [e.RefuseNode(event.node, "the job is running and its script is not elastic")]
-    order = event.order if event.order >= 0 else len(state.nodes)
     stores = {state.restarts + number: port for number, port in enumerate(event.stores)}
     about = (event.host, event.slots, event.keeper, event.memory_bytes)
     node = Node(event.node, *about, stores, event.health, event.domains)
+    if full:
+        return spare_joined(state, node, now)
+    if state.phase is not Phase.FORMING and not state.elastic:
+        return state, [e.RefuseNode(event.node, "the job is running and its script is not elastic")]
+    order = event.order if event.order >= 0 else len(state.nodes)
     nodes = {**state.nodes, event.node: node}
     state = replace(state, heard={**state.heard, event.node: Heard(now)})
     fields = {"node": event.node, "host": event.host, "slots": event.slots, "order": order}
@@ -76,16 +83,6 @@ def launch(state: State) -> Outcome:
             workers[rank] = Worker(e.WorkerId(rank, incarnation), node.name)
     state = replace(state, phase=Phase.LAUNCHED, workers=workers)
     return state, [start_workers(state, node.name) for node in state.nodes.values()]
-
-
-def add_workers(state: State, node: Node) -> Outcome:
-    """Start workers on a node that joins a running job: first for vacant ranks of lost nodes, then for new ranks."""
-    workers, vacant = dict(state.workers), dict(state.vacant)
-    for _ in range(node.slots):
-        rank = min(vacant, default=max(workers, default=-1) + 1)
-        workers[rank] = Worker(e.WorkerId(rank, vacant.pop(rank, -1) + 1), node.name)
-    state = replace(state, workers=dict(sorted(workers.items())), vacant=vacant)
-    return state, [start_workers(state, node.name)]
 
 
 def last_call(state: State, now: float) -> Outcome:

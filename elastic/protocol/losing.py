@@ -15,6 +15,7 @@ from .recovering import (
     begin_training,
     plan_if_complete,
 )
+from .spare_nodes import spare_lost
 from .state import (
     Config,
     Heard,
@@ -36,7 +37,7 @@ def heartbeats(state: State, event: e.HeartbeatsReceived, now: float) -> Outcome
     """Heartbeats of nodes have arrived."""
     heard = dict(state.heard)
     for node in event.nodes:
-        if node in state.nodes:
+        if node in state.nodes or node in state.spares:
             before = heard.get(node, Heard(now))
             heard[node] = Heard(max(now, before.at_s), max(now - before.at_s, before.gap_s * GAP_MEMORY))
     return replace(state, heard=heard), []
@@ -44,7 +45,7 @@ def heartbeats(state: State, event: e.HeartbeatsReceived, now: float) -> Outcome
 
 def returned(state: State, event: e.CoordinatorReturned, now: float) -> Outcome:
     """Another coordinator has taken over: the silence it has observed so far proves nothing."""
-    heard = {node: Heard(now + event.grace_s) for node in state.nodes}
+    heard = {node: Heard(now + event.grace_s) for node in (*state.nodes, *state.spares)}
     return replace(state, heard=heard, ticked_s=now), []
 
 
@@ -84,6 +85,8 @@ def silent_node(state: State, now: float, lost: Lost | None = None) -> Outcome:
 
 def node_lost(state: State, event: e.NodeLost, now: float) -> Outcome:
     """A node is lost, and with it all state that only it held."""
+    if event.node in state.spares:
+        return spare_lost(state, event)
     if event.node not in state.nodes:
         return state, []
     lost = state.nodes[event.node]
@@ -119,7 +122,7 @@ def without_node(state: State, node: str) -> State:
 
 
 def _lost_before_training(state: State, where: str) -> Outcome:
-    if len(state.nodes) < state.config.min_nodes:
+    if len(state.nodes) + len(state.spares) < state.config.min_nodes:
         return fail(state, Ending.TOO_FEW_NODES, f"{where} before training began, and fewer than --nnodes are left")
     return begin_training(state) if state.job is not None and all_ready(state) else (state, [])
 

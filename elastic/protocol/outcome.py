@@ -8,6 +8,7 @@ from dataclasses import replace
 from . import events as e
 from .causes import Ending
 from .state import (
+    Node,
     Phase,
     State,
     Status,
@@ -38,6 +39,16 @@ def start_workers(state: State, node: str, only: e.WorkerId | None = None) -> e.
     place = (names.index(node), len(names))
     begun = e.Begun(state.job.samples, state.job.values) if state.job is not None and state.layout is not None else None
     return e.StartWorkers(node, started, len(state.workers), state.restarts, master, *place, begun)
+
+
+def add_workers(state: State, node: Node) -> Outcome:
+    """Start workers on a node that joins a running job: first for vacant ranks of lost nodes, then for new ranks."""
+    workers, vacant = dict(state.workers), dict(state.vacant)
+    for _ in range(node.slots):
+        rank = min(vacant, default=max(workers, default=-1) + 1)
+        workers[rank] = Worker(e.WorkerId(rank, vacant.pop(rank, -1) + 1), node.name)
+    state = replace(state, workers=dict(sorted(workers.items())), vacant=vacant)
+    return state, [start_workers(state, node.name)]
 
 
 def fail(state: State, ending: Ending, why: str, detail: str = "", rank: int = -1) -> Outcome:

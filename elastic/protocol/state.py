@@ -50,6 +50,7 @@ class Config:
 
     min_nodes: int = 1
     max_nodes: int = 1
+    spares: int = 0  # nodes beyond max_nodes that wait for a place
     max_restarts: int = 0
     last_call_s: float = 1.0
     join_timeout_s: float = 600.0
@@ -251,6 +252,7 @@ class State:
     phase: Phase = Phase.FORMING
     formed_s: float = 0.0  # when forming began, then when the minimum was reached
     nodes: Mapping[str, Node] = field(default_factory=dict)
+    spares: Mapping[str, Node] = field(default_factory=dict)  # nodes that wait for a place
     heard: Mapping[str, Heard] = field(default_factory=dict)
     workers: Mapping[int, Worker] = field(default_factory=dict)
     vacant: Mapping[int, int] = field(default_factory=dict)  # rank -> its last incarnation; its node is lost

@@ -409,5 +409,6 @@ class Injector:
             self._world.after(fault.silent_s + fault.back_s, lambda: self._come(name, slots))
 
     def _come(self, name: str, slots: int) -> None:
-        if len(self._cluster.state.nodes) < self._cluster.state.config.max_nodes:
+        state = self._cluster.state
+        if len(state.nodes) + len(state.spares) < state.config.max_nodes + state.config.spares:
             self._cluster.join(name, slots)

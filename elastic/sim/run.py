@@ -49,6 +49,7 @@ class Shape:
     steps: int = 6
     tied: bool = False
     late_slots: int = 0  # of a node that joins while the job runs
+    spares: int = 0  # nodes that wait for a place
     losses: int = 1  # how many nodes may be lost at once
     interval: int = 1  # of protected versions, in steps; 0: it changes all the time
     loses_nodes: bool = False
@@ -181,6 +182,10 @@ SHAPES = {
         rebalance_s=0.1,
         speeds_change=True,
         late_slots=1,
+    ),
+    "spares": Shape(workers=3, nodes=3, steps=20, spares=2, loses_nodes=True),
+    "spares, leaving": Shape(
+        stages=2, workers=6, nodes=3, micro_batches=6, steps=20, spares=1, drains=True, loses_nodes=True
     ),
     "full disk": Shape(stages=2, workers=4, late_slots=1, steps=8, store_fails=True),
     "full checkpoint storage": Shape(
@@ -327,6 +332,7 @@ def run(seed: int, shape: Shape, around: Circumstances) -> Outcome:
     config = Config(
         min_nodes=1 if shape.drains else shape.nodes,
         max_nodes=shape.nodes + bool(shape.late_slots),
+        spares=shape.spares,
         crash_limit=10**6,
         max_restarts=10**6,
         last_call_s=0.05,
@@ -353,6 +359,8 @@ def run(seed: int, shape: Shape, around: Circumstances) -> Outcome:
     slots = [shape.workers * (i + 1) // shape.nodes - shape.workers * i // shape.nodes for i in range(shape.nodes)]
     for number, count in enumerate(slots):
         cluster.join(f"node{number}", count)
+    for number in range(shape.spares):
+        world.after(0.3, functools.partial(cluster.join, f"spare{number}", slots[0]))
     if shape.late_slots:
         world.after(around.late_s, lambda: cluster.join("late", shape.late_slots))
     try:

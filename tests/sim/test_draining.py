@@ -52,7 +52,7 @@ def _undisturbed(outcome: Outcome) -> bool:
 @pytest.mark.parametrize("name", [*DRAINED, "3 nodes", "4 nodes, seldom", "6 nodes"])
 def test_a_departure_stops_nobody(name: str) -> None:
     """One after another, and two at once, in any phase: one generation each, no abort, no step twice."""
-    shape = dataclasses.replace(SHAPES[name], drains=True, late_slots=0, steps=16)
+    shape = dataclasses.replace(SHAPES[name], drains=True, late_slots=0, spares=0, steps=16)
     for seed, phase in enumerate(("compute", "reduce", "agree", "update", "commit", "")):
         drains = [
             Drain(victims=1, phase=phase, after=3 + seed, at_s=0.0),
