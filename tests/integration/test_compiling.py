@@ -32,6 +32,8 @@ def test_a_replacement_compiles_nothing_anew(tmp_path: Path) -> None:
     assert survivor[0]["hit"] + survivor[0]["miss"] > 0
     assert len({(line["graphs"], line["hit"], line["miss"]) for line in survivor}) == 1, "compiled once, in step 0"
     first, last = lost[0], lost[-1]
+    assert first["cache"] == last["cache"] == survivor[0]["cache"]
+    assert Path(last["cache"]).name.startswith(PREFIX)
     assert (first["new"], last["new"]) == (False, True)
     assert first["graphs"] == last["graphs"]
     assert last["hit"] > 0
