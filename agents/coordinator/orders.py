@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+
+from google.protobuf import json_format
 
 from everstep.comms.control import everstep_pb2 as pb
 from everstep.elastic.protocol import events as e
@@ -44,6 +46,15 @@ class OperatorOrders:
             return pb.OrderResponse(refused=str(error))
         self._taken.append(event)
         return pb.OrderResponse(text=text)
+
+
+def take_text(text: bytes, take: Callable[[pb.OrderRequest], pb.OrderResponse]) -> tuple[int, str]:
+    """Take an order of the page: an OrderRequest as JSON. The status of the answer (RFC 9110), and its text."""
+    try:
+        answer = take(json_format.Parse(text, pb.OrderRequest()))
+    except (json_format.ParseError, UnicodeDecodeError) as error:
+        return 400, f"no order: {error}"
+    return (409, answer.refused) if answer.refused else (200, answer.text)
 
 
 def _event(request: pb.OrderRequest, state: State, taken: Collection[e.Event]) -> tuple[e.Event, str]:

@@ -43,6 +43,7 @@ from .etcd import (
 )
 from .eventlog import harmless
 from .held_store import HeldStore
+from .orders import take_text
 from .server import (
     NOBODY,
     Coordinator,
@@ -156,7 +157,9 @@ async def _serve(task: Task, security: Security, on_ready: Callable[[int], None]
     try:
         port = await coordinator.serve(task.host, task.port, task.behind)
         if task.metrics:
-            pages = PageServer(task.metrics, routes(coordinator.observer), security)
+            shown = routes(coordinator.observer, orders=bool(security.token))
+            takers = {"/order": lambda text: take_text(text, coordinator.order)}
+            pages = PageServer(task.metrics, shown, security, takers)
             print(f"everstep: the job can be watched: {pages.url} (metrics: /metrics)", file=sys.stderr, flush=True)
         if is_etcd(task.store):
             if not task.stood_by:

@@ -38,6 +38,12 @@ class Negotiated(NamedTuple):
 
 
 Maker = Callable[[], Page] | Negotiated
+Taker = Callable[[bytes], tuple[int, str]]
+"""Takes the body of a POST request; the status (RFC 9110) and a text for the user are the answer."""
+
+ORDER_HEADER = "X-Everstep-Order"
+"""Pages of other origins cannot set it without being asked first, so their scripts cannot give orders in a browser."""
+MOST_BODY_BYTES = 4096
 
 
 class AddressTaken(Exception):
@@ -47,15 +53,23 @@ class AddressTaken(Exception):
 class PageServer:
     """Serves GET requests for `pages` (path -> its maker) at HOST:PORT (no host: loopback, port 0: any) until `close`.
 
+    POST requests are for `takers` (path -> what takes the body), for clients that show the job's token.
     Raises AddressTaken, whose text names the address, when it cannot listen there.
     """
 
-    def __init__(self, address: str, pages: Mapping[str, Maker], security: Security) -> None:
+    def __init__(
+        self,
+        address: str,
+        pages: Mapping[str, Maker],
+        security: Security,
+        takers: Mapping[str, Taker] = MappingProxyType({}),
+    ) -> None:
         try:
             host, port = addresses.parse(address, host="127.0.0.1")
         except addresses.BadAddress as error:
             raise AddressTaken(str(error)) from None
-        served = {"pages": dict(pages), "security": security, "local": addresses.is_loopback(host)}
+        served = {"pages": dict(pages), "takers": dict(takers), "security": security}
+        served["local"] = addresses.is_loopback(host)
         handler = type("Handler", (_Handler,), served)
         try:
             security.check_bind(host)
@@ -108,6 +122,7 @@ class _Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
 class _Handler(http.server.BaseHTTPRequestHandler):
     pages: Mapping[str, Maker]
+    takers: Mapping[str, Taker]
     security: Security
     local: bool  # this host alone reaches it
     timeout = REQUEST_TIMEOUT_S
@@ -115,7 +130,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     sys_version = ""
 
     def do_GET(self) -> None:
-        status, page = self._answer()
+        self._send(*(self._refusal() or self._answer()))
+
+    def do_POST(self) -> None:
+        self._send(*(self._refusal() or self._take()))
+
+    def _send(self, status: int, page: Page) -> None:
         with contextlib.suppress(ConnectionError):
             self.send_response(status)
             self.send_header("Content-Type", page.content_type)
@@ -126,12 +146,32 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.end_headers()
             self.wfile.write(page.body)
 
-    def _answer(self) -> tuple[int, Page]:
+    def _refusal(self) -> tuple[int, Page] | None:
+        """The answer to a client that may not ask."""
         if self.local and not _is_local_name(self.headers.get("Host", "")):
             return 421, _text("this address is for this host alone, and the request is for another name")
         if not self.security.admits_request(self.headers.get("Authorization", "")):
             asked = {"WWW-Authenticate": 'Basic realm="everstep: any user, the job token as password", charset="UTF-8"'}
             return 401, _text("the job's token is required: as a password (of any user), or as a Bearer", asked)
+        return None
+
+    def _take(self) -> tuple[int, Page]:
+        taker = self.takers.get(self.path.partition("?")[0])
+        if taker is None:
+            return 404, _text("there is nothing to change here")
+        if not self.security.token:
+            return 403, _text(
+                "orders need the job's token, which this job does not have: set EVERSTEP_JOB_TOKEN for it"
+            )
+        if self.headers.get(ORDER_HEADER, "") != "1":
+            return 403, _text(f"an order has the header {ORDER_HEADER}: 1")
+        length = self.headers.get("Content-Length", "")
+        if not length.isdecimal() or int(length) > MOST_BODY_BYTES:
+            return 413, _text(f"an order has at most {MOST_BODY_BYTES} bytes, and says how many")
+        status, text = taker(self.rfile.read(int(length)))
+        return status, _text(text)
+
+    def _answer(self) -> tuple[int, Page]:
         maker = self.pages.get(self.path.partition("?")[0])
         if maker is None:
             return 404, _text("there is no such page")

@@ -1,4 +1,4 @@
-"""The job's web page, read-only: one file without anything from elsewhere, and what it draws, in bounded size."""
+"""The job's web page: one file without anything from elsewhere, and what it draws, in bounded size."""
 
 from __future__ import annotations
 
@@ -43,12 +43,13 @@ _COPIED = (
     *("step_s", "typical_step_s", "commit_age_s", "samples_per_s", "tokens_per_s", "goodput", "protection", "exposure"),
     "checkpoint",
     "saving",
+    "spares",
 )
 
 
-def routes(observer: Observer) -> dict[str, Maker]:
-    """The pages that a coordinator serves over HTTP."""
-    shown, page = WebPage(observer), front_page()
+def routes(observer: Observer, *, orders: bool = False) -> dict[str, Maker]:
+    """The pages that a coordinator serves over HTTP. `orders`: who sees them may give orders, too."""
+    shown, page = WebPage(observer, orders=orders), front_page()
     return {
         "/": lambda: page,
         "/view.json": shown.page,
@@ -76,8 +77,11 @@ def _digest(text: str) -> str:
 class WebPage:
     """The page's data, made at most twice a second for any number of viewers."""
 
-    def __init__(self, observer: Observer, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, observer: Observer, clock: Callable[[], float] = time.monotonic, *, orders: bool = False
+    ) -> None:
         self._observer = observer
+        self._orders = orders
         self._clock = clock
         self._lock = threading.Lock()
         self._made_s = float("-inf")
@@ -86,7 +90,8 @@ class WebPage:
     def page(self) -> Page:
         with self._lock:
             if self._clock() - self._made_s >= FRESH_S:
-                self._body = to_json(digest(self._observer.seen(STEPS, HEAT_STEPS))).encode()
+                shown = digest(self._observer.seen(STEPS, HEAT_STEPS))
+                self._body = to_json({**shown, "orders": self._orders}).encode()
                 self._made_s = self._clock()
             return Page("application/json", self._body, {"Cache-Control": "no-store"})
 

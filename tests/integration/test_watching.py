@@ -416,6 +416,16 @@ def test_the_page_in_a_browser(tmp_path: Path) -> None:
         assert page.value("getComputedStyle(document.body).backgroundColor") != before
         page.value("document.getElementById('theme').click()")
         assert page.complaints == []
+        node = page.value("document.querySelector('#known option').value")
+        order = """confirm = () => true; document.getElementById('whom').value = %s;
+            document.querySelector('#order button').click()"""
+        for whom in ("nowhere", node):
+            page.value(order % json.dumps(whom))
+            page.until("document.getElementById('said').innerText")
+            said = page.value("document.getElementById('said').innerText")
+            assert ("is no node of the job" if whom == "nowhere" else "the job cannot spare node") in said
+            page.value("document.getElementById('said').innerText = ''")
+        page.complaints.clear()  # a refusal has a status of its own
         for launcher in found.launchers:
             os.killpg(launcher.pid, signal.SIGKILL)
         page.until("!document.getElementById('away').hidden")

@@ -172,6 +172,49 @@ def test_pages_are_for_who_has_the_token() -> None:
         server.close()
 
 
+def posted(url: str, body: bytes, **headers: str) -> tuple[int, str]:
+    shown = {name.replace("_", "-"): value for name, value in headers.items()}
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, data=body, headers=shown), timeout=5) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
+
+
+def test_orders_are_taken_from_who_has_the_token() -> None:
+    """And not from a page of another origin, whose requests a browser would show the token with."""
+    taken: list[bytes] = []
+
+    def take(body: bytes) -> tuple[int, str]:
+        taken.append(body)
+        return 409, "the job is about to end"
+
+    right = {"Authorization": "Bearer secret", "X_Everstep_Order": "1"}
+    server = PageServer("127.0.0.1:0", {}, Security(token="secret"), {"/order": take})
+    url = f"{server.url}/order"
+    try:
+        assert posted(url, b"{}", **right) == (409, "the job is about to end\n")
+        assert posted(url, b"{}", X_Everstep_Order="1")[0] == 401
+        assert posted(url, b"{}", Authorization="Bearer secret")[0] == 403
+        assert posted(url, b"{}", **right, Host="example.org")[0] == 421
+        assert posted(f"{server.url}/", b"{}", **right)[0] == 404
+        assert posted(url, b" " * 5000, **right)[0] == 413
+        assert fetched(url, Authorization="Bearer secret")[0] == 404
+        assert taken == [b"{}"]
+    finally:
+        server.close()
+
+
+def test_no_orders_without_a_token() -> None:
+    server = PageServer("127.0.0.1:0", {}, Security(), {"/order": lambda body: (200, "done")})
+    try:
+        status, text = posted(f"{server.url}/order", b"{}", X_Everstep_Order="1")
+        assert (status, "EVERSTEP_JOB_TOKEN" in text) == (403, True)
+    finally:
+        server.close()
+
+
 def test_a_name_that_somebody_gave_to_loopback_is_not_answered() -> None:
     """Otherwise another page could read ours in the user's browser, under its own name for our address."""
     server = PageServer("127.0.0.1:0", {"/": lambda: Page(CONTENT_TYPE, b"there\n")}, Security())

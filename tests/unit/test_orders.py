@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from everstep.agents.coordinator.orders import MOST, OperatorOrders
+from everstep.agents.coordinator.orders import MOST, OperatorOrders, take_text
 from everstep.comms.control import everstep_pb2 as pb
 from everstep.elastic.protocol import coordinator
 from everstep.elastic.protocol import events as e
@@ -108,3 +108,22 @@ def test_a_relayout_waits_for_no_other_order() -> None:
     waiting = OperatorOrders()
     assert waiting.take(drain("n1"), job()).text
     assert "another order waits: try again" in waiting.take(relayout, job()).refused
+
+
+@pytest.mark.parametrize(
+    ("text", "status", "said"),
+    [
+        (b'{"drain": {"node": "n1", "why": "a hot card"}}', 200, "hands over"),
+        (b'{"drain": {"node": "n9"}}', 409, "is no node of the job"),
+        (b'{"drain": {"nodes": "n1"}}', 400, "no order: "),
+        (b"drain n1", 400, "no order: "),
+        (b"\xff", 400, "no order: "),
+        (b"{}", 409, "no order that this version knows"),
+    ],
+)
+def test_orders_of_the_page_are_json(text: bytes, status: int, said: str) -> None:
+    orders, state = OperatorOrders(), job()
+    found = take_text(text, lambda request: orders.take(request, state))
+    assert (found[0], said in found[1]) == (status, True), found
+    event = orders.poll()
+    assert event == (e.DrainRequested("n1", "a hot card") if status == 200 else None)

@@ -1,5 +1,5 @@
 "use strict";
-// Reads view.json about once a second and draws it. Nothing here changes anything.
+// Reads view.json about once a second and draws it. An order is sent only from its form.
 
 const PHASES = ["detect", "abort", "agree", "edit", "restore", "recompute"];
 const SVG = "http://www.w3.org/2000/svg";
@@ -28,6 +28,7 @@ const seconds = (value) => {
   if (value < 6000) return `${Math.floor(value / 60)} min ${Math.round(value % 60)} s`;
   return `${Math.floor(value / 3600)} h ${Math.round(value % 3600 / 60)} min`;
 };
+const here = () => location.origin + location.pathname; // not all of the address: what it has of a user is refused by fetch
 const percent = (value) => value === null || value === undefined ? "-" : `${(100 * value).toFixed(1)}%`;
 const clock = (view, at) => new Date(1000 * (at + view.unix_s - view.at_s)).toLocaleTimeString("en-GB");
 
@@ -181,6 +182,9 @@ function drawTables(view) {
     return made;
   }));
   if (view.nodes_left_out) $("nodes").append(row([`and ${whole(view.nodes_left_out)} more, in which nothing is amiss`]));
+  for (const one of view.spares) $("nodes").append(row([one.node, one.host, "spare", `${seconds(one.silence_s)} ago`]));
+  $("orders").hidden = !view.orders;
+  $("known").replaceChildren(...view.nodes.map((one) => Object.assign(node("option"), { value: one[0] })));
   $("events").replaceChildren(...view.events.slice().reverse().map(([at, grade, event, text]) => {
     const made = row([clock(view, at), event, text]);
     made.className = grade;
@@ -201,8 +205,7 @@ function draw(view) {
 async function turn() {
   const began = performance.now();
   try {
-    const here = location.origin + location.pathname; // not all of the address: what it has of a user is refused by fetch
-    const answer = await fetch(new URL("view.json", here), { cache: "no-store", signal: AbortSignal.timeout(10000) });
+    const answer = await fetch(new URL("view.json", here()), { cache: "no-store", signal: AbortSignal.timeout(10000) });
     if (!answer.ok) throw new Error(`status ${answer.status}`);
     last = await answer.json();
     awaySince = 0;
@@ -218,6 +221,26 @@ async function turn() {
   setTimeout(turn, Math.max(document.hidden ? 10000 : 1000, 5 * took));
 }
 
+const ORDERS = {
+  drain: (text) => ({ drain: { node: text, why: "asked for on the page" } }),
+  quarantine: (text) => ({ quarantine: { host: text, seconds: 3600, why: "asked for on the page" } }),
+  release: (text) => ({ release: { host: text } }),
+  relayout: (text) => ({ relayout: { stages: Number(text) } }),
+};
+$("order").addEventListener("submit", async (event) => {
+  event.preventDefault();
+  const chosen = $("what"), whom = $("whom").value.trim();
+  if (!confirm(`${chosen.selectedOptions[0].text}: ${whom}?`)) return;
+  const body = JSON.stringify(ORDERS[chosen.value](whom));
+  try {
+    const answer = await fetch(new URL("order", here()), { method: "POST", headers: { "X-Everstep-Order": "1" }, body });
+    $("said").textContent = await answer.text();
+    $("said").className = answer.ok ? "" : "bad";
+  } catch {
+    $("said").textContent = "the coordinator does not answer: whether the order was taken shows in the events";
+    $("said").className = "bad";
+  }
+});
 $("measure").addEventListener("change", () => last && drawHeat(last));
 $("theme").addEventListener("click", () => {
   const root = document.documentElement, system = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
