@@ -24,6 +24,7 @@ from everstep.elastic.step.loss_scale import LOSS_SCALE
 from everstep.elastic.step.reduction import Reduction
 from everstep.elastic.step.stream_states import STREAM_STATE, StreamStates
 from everstep.elastic.step.streams import STREAM
+from everstep.elastic.step.taking_turns import TakingTurns
 
 from .replacement import loads_values
 
@@ -84,7 +85,7 @@ def engine_of(
     return engine
 
 
-def job_of(engine: Engine, described: dict[str, Any], values: str, updates: int) -> Job:
+def job_of(engine: Engine, described: dict[str, Any], values: str) -> Job:
     """What the coordinator knows of the job, and what all ranks have to agree on. `values`: of the model as built."""
     settings, stack, data = engine.settings, engine.stack, engine.data
     return Job(
@@ -102,7 +103,7 @@ def job_of(engine: Engine, described: dict[str, Any], values: str, updates: int)
         epochs=settings.epochs,
         last_batch=settings.last_batch,
         loss_reduction=settings.loss_reduction,
-        optimizer=engine.optimizer.describe() + engine.reduction.describe() + f" in {updates} turns" * (updates > 1),
+        optimizer=engine.optimizer.describe() + engine.reduction.describe() + _turns(data.order.turns),
         protection=settings.protection,
         node_losses=settings.node_losses,
         on_loss=settings.on_loss,
@@ -112,3 +113,10 @@ def job_of(engine: Engine, described: dict[str, Any], values: str, updates: int)
         state_bytes=tuple(engine.record_bytes),
         gradient_bytes=tuple(engine.gradient_bytes(shard) for shard in stack.spec.shards),
     )
+
+
+def _turns(turns: TakingTurns) -> str:
+    """How several optimizers take turns, in words."""
+    if max(turns.every) > 1:
+        return f" in turns every {turns.every} batches"
+    return f" in {len(turns.every)} turns" if turns.alternates else ""

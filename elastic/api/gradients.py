@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from everstep.elastic.contract.errors import UsageError
 from everstep.elastic.engine.engine import Engine
@@ -49,6 +50,16 @@ class Gradients:
         if self._batches is None:
             raise UsageError("run.gather_batch(embeddings) is for a loop over run.prepare's batches")
         return self._batches.gather(embeddings)
+
+    def is_due(self, optimizer: Optimizer) -> bool:
+        """Whether an optimizer steps in the batch of this turn of the loop, with `prepare(..., every=)`.
+
+        In the other batches its `step()` does nothing, and what leads to it may be left out. `optimizer`: one that
+        `prepare` returned.
+        """
+        if self._batches is None:
+            raise UsageError("run.is_due(optimizer) is for a loop over run.prepare's batches")
+        return self._batches.is_due(optimizer)
 
     @property
     def is_collecting(self) -> bool:

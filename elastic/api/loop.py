@@ -189,7 +189,7 @@ class Batches:
             self._tokens, self._version = None, engine.version
             engine.stream_states.enter(state.step, span.micro_batch)
             self._gradients.forget()
-            self._updates.begin()
+            self._updates.begin(state.step)
             if self._turns.scaler is not None:
                 self._turns.scaler.begin_turn()
             self._handed_out_ns = time.monotonic_ns()
@@ -230,6 +230,12 @@ class Batches:
     def is_collecting(self) -> bool:
         """Whether the present turn gives its embeddings, and the loss in it is not yet that of the batch."""
         return self._turn >= 0 and self._collects(self._turn)
+
+    def is_due(self, optimizer: object) -> bool:
+        """Whether an optimizer that `prepare` returned steps in the batch of the present turn. Raises UsageError."""
+        if not isinstance(optimizer, ElasticOptimizer):
+            raise UsageError(f"run.is_due(optimizer) takes what run.prepare returned, got a {type(optimizer).__name__}")
+        return self._updates.is_due(optimizer.number)
 
     def _collects(self, step: int) -> bool:
         """Whether a step puts embeddings together: the first one of each batch, whose turns are over halfway."""
@@ -323,7 +329,7 @@ class ElasticOptimizer(Optimizer):
         self.__dict__.pop("step", None)  # a scheduler's patch of the user's instance
         self._batches = batches
         self._updates = updates
-        self._number = number
+        self.number = number
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Take the micro-batch's gradients; update when they were the last of the step."""
@@ -334,8 +340,8 @@ class ElasticOptimizer(Optimizer):
                 "scaler.step(optimizer): this GradScaler was not handed over, and would adapt its scale to the "
                 "micro-batches that this rank happens to have: run.prepare(..., scaler=scaler)"
             )
-        self._batches.take(self._number)
+        self._batches.take(self.number)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Nothing is left to clear, but by the losses of other optimizers: `step` takes the gradients out."""
-        self._updates.clear(self._number)
+        self._updates.clear(self.number)

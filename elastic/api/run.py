@@ -39,6 +39,7 @@ from everstep.elastic.step.loss_scale import LossScale
 from everstep.elastic.step.reduction import Reduction
 from everstep.elastic.step.stream_states import StreamStates
 from everstep.elastic.step.streams import StreamPlace
+from everstep.elastic.step.taking_turns import ONE_EACH, TakingTurns
 from everstep.resharding.layout import Layout
 
 from .average import MovingAverage
@@ -56,7 +57,7 @@ from .loop_scaler import LoopScaler
 from .replacement import note_variables
 from .schedulers import Schedulers, checked
 from .sharing import SharedState, Sharing
-from .updates import Updates, as_one, check_several
+from .updates import Updates, as_one, check_several, taking_turns
 
 Models = TypeVar("Models", bound=nn.Module | Sequence[nn.Module])
 Optimizers = TypeVar("Optimizers", bound=Optimizer | Sequence[Optimizer])
@@ -178,6 +179,7 @@ class Run(Sharing, Gradients):
         buffers: Mapping[str, Rule] | None = None,
         sparse_gradients: Literal["refuse", "dense"] = "refuse",
         updates: Literal["alternating", "simultaneous"] = "alternating",
+        every: Sequence[int] | None = None,
         embedding_size: int | None = None,
     ) -> tuple[Models, Optimizers, Batches]:
         """Make an ordinary loop elastic: returns the model, an optimizer and an iterable of this rank's micro-batches.
@@ -196,8 +198,9 @@ class Run(Sharing, Gradients):
         Models and optimizers may be lists, each of any length, for a loop that calls each `step()` once. `updates`:
         whether the optimizers take turns on each batch, one step of the job after the other, as in a plain loop (a turn
         then takes the gradients of one of them, so each batch is handed out once for each), or step together.
-        `embedding_size`: the numbers of a sample that `run.gather_batch` takes, for a loss over the global batch; each
-        batch is handed out twice then.
+        `every`: for each optimizer, in every how many batches it steps, such as [5, 1] where the second makes five
+        steps for each of the first; see `run.is_due`. `embedding_size`: the numbers of a sample that `run.gather_batch`
+        takes, for a loss over the global batch; each batch is handed out twice then.
         """
         if self.settings.stages != 1:
             raise UsageError(
@@ -213,9 +216,10 @@ class Run(Sharing, Gradients):
         if embedding_size is not None:
             models, joined, embeddings = with_embeddings(models, joined, self.settings, embedding_size, updates)
         optimizers = parts_of(joined)
+        turns = taking_turns(optimizers, updates, every)
         if len(optimizers) > 1:
             what = "several optimizers" if embeddings is None else f"embedding_size={embedding_size}"
-            check_several(self.settings, len(optimizers), updates, scaler, accumulation, what=what)
+            check_several(self.settings, turns, scaler, accumulation, what=what)
         scale = LossScale(scaler)
         reduction = Reduction(
             self.settings,
@@ -229,16 +233,16 @@ class Run(Sharing, Gradients):
             *(models, joined, dataset, collate_fn, _no_loss, scheduler, reduction, buffers),
             loops=True,
             by_epoch=by_epoch,
-            updates=len(optimizers) if updates == "alternating" else 1,
+            turns=turns,
         )
         assert self._gradients is not None
         assert self._schedulers is not None
         scales = LoopScaler(scale.scaler) if scale.scaler is not None else None
-        taken = Updates(engine.stack, optimizers, self._gradients, alternating=updates == "alternating")
-        turns = Turns(
+        taken = Updates(engine.stack, optimizers, self._gradients, engine.data.order.due if turns.alternates else None)
+        of_turn = Turns(
             self._gradients, self._schedulers, scales, taken, accumulates=accumulation > 1, embeddings=embeddings
         )
-        batches = self._batches = Batches(engine, turns, *self._course())
+        batches = self._batches = Batches(engine, of_turn, *self._course())
         for one in [model] if isinstance(model, nn.Module) else model:
             if "module" not in one.__dict__ and "module" not in one._modules:
                 one.__dict__["module"] = one  # scripts for DDP write model.module; not a submodule of itself
@@ -487,7 +491,7 @@ class Run(Sharing, Gradients):
         *,
         loops: bool,
         by_epoch: bool = False,
-        updates: int = 1,
+        turns: TakingTurns = ONE_EACH,
     ) -> Engine:
         if self._engine is not None:
             raise UsageError("run.prepare or run.steps was called twice; a run trains one model")
@@ -495,7 +499,7 @@ class Run(Sharing, Gradients):
         check_optimizer(optimizer, model)
         schedulers = checked(scheduler, by_epoch=by_epoch)
         known = self._context.begun.samples if self._context and self._context.begun else 0
-        data = DataSource(dataset, settings, collate_fn, self._membership, self._stream_place, known, updates)
+        data = DataSource(dataset, settings, collate_fn, self._membership, self._stream_place, known, turns)
         if settings.epochs:
             settings = self.settings = replace(settings, steps=settings.epochs * data.order.epoch_steps)
         described = data.described()
@@ -531,7 +535,7 @@ class Run(Sharing, Gradients):
         )
         resumption = Resumption(settings, stack, engine, described, self._membership)
         saved = resumption.find() if context is None or context.rank == 0 else []
-        job = job_of(engine, described, values, updates)
+        job = job_of(engine, described, values)
         self._membership.ready(self._peer, job, saved, self._comm.abort)
         self._gradients = GradientWatch(stack) if loops else None  # before a layer may be frozen
         for part in parts_of(optimizer):

@@ -113,7 +113,7 @@ class Schedulers:
     def _drive(self, scheduler: LRScheduler) -> ScheduledRate:
         """Step the scheduler once per committed step; where optimizers take turns, once for each batch."""
         engine, number = self._engine, self._number(scheduler)
-        rate = ScheduledRate(scheduler, every=engine.data.order.updates)
+        rate = ScheduledRate(scheduler, engine.data.order.batch_of)
         name = f"scheduler {number}" if number else "scheduler"
         self._known.append(scheduler)
         self._driven.add(number)

@@ -11,7 +11,7 @@ and micro-batch alone, never on which other turns its rank had.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from everstep.elastic.contract.settings import Settings
 from everstep.elastic.holding.several_optimizers import AnyOptimizer, Collector, SeveralOptimizers
 from everstep.elastic.holding.stack import LayerStack
 from everstep.elastic.step.gradients import GradientWatch
+from everstep.elastic.step.taking_turns import TakingTurns
 
 KINDS = ("alternating", "simultaneous")
 
@@ -57,10 +58,27 @@ def as_one(models: Any, optimizers: Any, updates: str) -> tuple[Any, AnyOptimize
     return nn.ModuleList(models), SeveralOptimizers(optimizers, alternating=updates == "alternating")
 
 
+def taking_turns(optimizers: Sequence[Optimizer], updates: str, every: Sequence[int] | None) -> TakingTurns:
+    """How the optimizers take turns on each batch. Raises UsageError."""
+    if every is None:
+        return TakingTurns((1,) * (len(optimizers) if updates == "alternating" else 1))
+    users = [one for one in optimizers if not isinstance(one, Collector)]
+    if len(users) != len(optimizers) or len(users) < 2 or updates != "alternating":
+        raise UsageError(f"every={every!r} is for several optimizers that take turns, updates='alternating'")
+    counts: list[Any] = list(every) if isinstance(every, list | tuple) else []
+    fits = all(isinstance(count, int) and not isinstance(count, bool) and count > 0 for count in counts)
+    if len(counts) != len(users) or not fits or min(counts) != 1:
+        raise UsageError(
+            f"every={every!r}: it has a whole number for each of the {len(users)} optimizers, in every how many "
+            "batches it steps, and one of them steps in each batch (1)"
+        )
+    return TakingTurns(tuple(counts))
+
+
 def check_several(
-    settings: Settings, count: int, updates: str, scaler: GradScaler | None, accumulation: int, *, what: str
+    settings: Settings, turns: TakingTurns, scaler: GradScaler | None, accumulation: int, *, what: str
 ) -> None:
-    """Raise UsageError for what a loop with `count` optimizers cannot have. `what`: has it that many, in words."""
+    """Raise UsageError for what a loop with several optimizers cannot have. `what`: has them, in words."""
     for given, other in (
         (scaler is not None, "scaler= (train in bfloat16, which needs none)"),
         (accumulation > 1, f"accumulation={accumulation} (leave it out: the runtime accumulates)"),
@@ -68,9 +86,10 @@ def check_several(
     ):
         if given:
             raise UsageError(f"run.prepare with {what} does not take {other}")
-    if updates == "alternating" and not settings.epochs and settings.steps % count:
+    if not settings.epochs and settings.steps % turns.period_steps:
         raise UsageError(
-            f"steps={settings.steps} must be a multiple of {count}: with {what} a batch takes {count} steps of the job"
+            f"steps={settings.steps} must be a multiple of {turns.period_steps}: with {what} that is how many steps of "
+            f"the job it takes for {turns.period} batches"
         )
 
 
@@ -88,8 +107,13 @@ class Updates:
     """Which calls of `step()` a turn has had, and what they took. The optimizers' numbers are their places."""
 
     def __init__(
-        self, stack: LayerStack, optimizers: Sequence[Optimizer], gradients: GradientWatch, *, alternating: bool
+        self,
+        stack: LayerStack,
+        optimizers: Sequence[Optimizer],
+        gradients: GradientWatch,
+        due: Callable[[int], tuple[tuple[int, ...], int]] | None,
     ) -> None:
+        """`due`: where they alternate, the optimizers of a step's batch, and which of its steps it is."""
         users = [number for number, one in enumerate(optimizers) if not isinstance(one, Collector)]
         self._calls = [
             f"optimizers[{users.index(number)}].step()" if number in users else "run.gather_batch()"
@@ -99,8 +123,9 @@ class Updates:
         self._parameters = [list(parameters_of(optimizer)) for optimizer in optimizers]
         self._all = [held.tensor for held in stack.layers[0].parameters if held.rule is None]
         self._gradients = gradients
-        self._alternating = alternating
-        self._order: list[int] = []  # of the calls in the turns before
+        self._due = due
+        self._orders: dict[tuple[int, ...], list[int]] = {}  # of the calls in the turns before, by the optimizers due
+        self._wanted: tuple[int, ...] = ()  # the optimizers whose calls this turn has
         self._called: list[int] = []  # in this turn
         self._taken: list[tuple[Tensor, Tensor | None, bool]] = []  # parameter, its gradient, whether it requires one
         buffers = {id(held.tensor): held.tensor for held in stack.layers[0].parameters if held.rule is not None}
@@ -112,9 +137,14 @@ class Updates:
         ]
         self._lent = False
 
-    def begin(self) -> None:
-        """A turn begins."""
+    def begin(self, step: int) -> None:
+        """A turn of a step begins."""
         self._called, self._taken = [], []
+        self._wanted = self._due(step)[0] if self._due is not None else tuple(range(len(self._parameters)))
+
+    def is_due(self, number: int) -> bool:
+        """Whether an optimizer steps in the batch of the turn."""
+        return number in self._wanted
 
     def step(self, number: int, step: int) -> bool:
         """`optimizers[number].step()` is called in a turn of `step`. Returns whether the turn's gradients are complete.
@@ -127,16 +157,20 @@ class Updates:
             raise UsageError(
                 f"{self._calls[number]} was called twice in a turn of the loop: each turn has one call of each"
             )
+        if number not in self._wanted:
+            self._drop(self._parameters[number])
+            return False
         place = len(self._called)
         self._called.append(number)
-        if not self._alternating:
+        if self._due is None:
             return self._take(number)
-        if self._order[place : place + 1] not in ([], [number]):
+        order = self._orders.setdefault(self._wanted, [])
+        if order[place : place + 1] not in ([], [number]):
             raise UsageError(
-                f"{self._calls[number]} came at place {place} of a turn, where {self._calls[self._order[place]]} was "
+                f"{self._calls[number]} came at place {place} of a turn, where {self._calls[order[place]]} was "
                 "in the turns before: call them in the same order in each turn"
             )
-        self._order[place:] = self._order[place:] or [number]
+        order[place:] = order[place:] or [number]
         if place != self.turn_of(step):
             self._drop(self._parameters[number])
             return False
@@ -170,7 +204,7 @@ class Updates:
 
     def lend(self) -> None:
         """The turn goes on, and its gradients are taken: what its forwards make of buffers does not count."""
-        if self.several and len(self._called) < len(self._parameters):
+        if self.several and len(self._called) < len(self._wanted):
             self._lent = True
             for module, name, buffer in self._buffers:
                 module._buffers[name] = buffer.detach().clone()
@@ -184,7 +218,7 @@ class Updates:
 
     def check_called(self) -> None:
         """Raise UsageError if an optimizer was not stepped in the turn that is over."""
-        missing = [number for number in range(len(self._parameters)) if number not in self._called]
+        missing = [number for number in self._wanted if number not in self._called]
         if self.several and missing:
             raise UsageError(
                 f"{self._calls[missing[0]]} was not called in a turn of the loop: each turn has one call of each, or "
@@ -193,8 +227,8 @@ class Updates:
 
     def turn_of(self, step: int) -> int:
         """Which of the calls in a turn has the step, where they take turns."""
-        return step % len(self._parameters)
+        return self._due(step)[1] if self._due is not None else 0
 
     def restores_buffers(self, step: int) -> bool:
         """Whether what a step's forwards made of buffers is dropped: those of the turn's last optimizer count."""
-        return self.several and self._alternating and self.turn_of(step) != len(self._parameters) - 1
+        return self.several and self._due is not None and self.turn_of(step) != len(self._wanted) - 1

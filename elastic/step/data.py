@@ -34,6 +34,7 @@ from .order import DataOrder, derive_seed
 from .sampled import SampledOrder, has_fixed_batches, is_permutation
 from .stream_readers import StreamReaders
 from .streams import STREAM, StreamPlace, Streams
+from .taking_turns import ONE_EACH, TakingTurns
 from .worker_processes import BROKEN_OFF, Key, Lost, Upcoming, begin, shut, start_method, worker_loader
 
 Collate = Callable[[list[Any]], Any]
@@ -56,16 +57,16 @@ class DataSource:
         channel: WarningChannel,
         place: StreamPlace,
         known: int = 0,
-        updates: int = 1,
+        turns: TakingTurns = ONE_EACH,
     ) -> None:
-        """`updates`: steps in a row that use the same batch. Raises UsageError for data that cannot be divided."""
+        """`turns`: of several optimizers. Raises UsageError for data that cannot be divided."""
         self._loader = given if isinstance(given, DataLoader) else None
         dataset = given.dataset if self._loader is not None else given
         if self._loader is not None:
             _check_loader(self._loader, settings, collate_fn)
             collate_fn = self._loader.collate_fn
         is_stream = isinstance(dataset, IterableDataset)
-        if is_stream and updates > 1:
+        if is_stream and turns.alternates:
             raise UsageError(
                 f"{type(dataset).__name__} is a stream, and alternating updates of several optimizers need each batch "
                 "several times: use a dataset with a length, or run.prepare(..., updates='simultaneous')"
@@ -105,7 +106,7 @@ class DataSource:
             sampled=self._sampled.sample if self._sampled is not None else None,
             by_epoch=settings.epochs > 0,
             last_batch=settings.last_batch,
-            updates=updates,
+            turns=turns,
         )
         self._ahead: _Ahead | None = None
 

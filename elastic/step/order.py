@@ -15,6 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
+from .taking_turns import ONE_EACH, TakingTurns
+
 _ROUNDS = 4
 
 
@@ -85,7 +87,7 @@ class DataOrder:
     by_epoch: bool = False
     last_batch: str = "drop"  # of an epoch: "drop" | "pad" | "short"
     sampled: Callable[[int, int], int] | None = None  # (epoch, offset) -> sample, by a sampler of the script
-    updates: int = 1  # steps in a row that use the same batch: one for each of several optimizers
+    turns: TakingTurns = ONE_EACH  # of several optimizers: how many steps in a row use the same batch
 
     @property
     def micro_batches(self) -> int:
@@ -94,7 +96,7 @@ class DataOrder:
     @property
     def epoch_steps(self) -> int:
         """Steps of an epoch, where epochs begin with a batch of their own."""
-        return self.epoch_batches * self.updates
+        return self.turns.steps(self.epoch_batches)
 
     @property
     def epoch_batches(self) -> int:
@@ -104,7 +106,19 @@ class DataOrder:
 
     def batch_of(self, step: int) -> int:
         """The number of the global batch that a step uses."""
-        return step // self.updates
+        return self._place(step)[0]
+
+    def due(self, step: int) -> tuple[tuple[int, ...], int]:
+        """The optimizers that step in the batch of a step, and which of the batch's steps it is."""
+        batch, place = self._place(step)
+        return self.turns.due(batch % self.epoch_batches if self.by_epoch else batch), place
+
+    def _place(self, step: int) -> tuple[int, int]:
+        if not self.by_epoch:
+            return self.turns.batch_of(step)
+        epoch, within = divmod(step, self.epoch_steps)
+        batch, place = self.turns.batch_of(within)
+        return epoch * self.epoch_batches + batch, place
 
     def epoch_of(self, step: int) -> int:
         """The epoch in which a step is; 0 of a stream."""

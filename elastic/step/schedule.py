@@ -43,11 +43,11 @@ class ScheduleState:
 class ScheduledRate(ScheduleState):
     """Takes over a scheduler: `advance` steps it, and the user's own calls of `step()` have no effect any more."""
 
-    def __init__(self, scheduler: LRScheduler, every: int = 1) -> None:
-        """`every`: how many steps of the job make one of the scheduler."""
+    def __init__(self, scheduler: LRScheduler, batch_of: Callable[[int], int] = lambda step: step) -> None:
+        """`batch_of`: the batch of a step of the job; the scheduler is stepped once for each."""
         super().__init__(scheduler)
         self._step = scheduler.step
-        self._every = every
+        self._batch_of = batch_of
         self.called = False  # by the user's code, since this was last set to False
         optimizer: Any = scheduler.optimizer
         optimizer._opt_called = True  # its shards are stepped instead: suppress torch's warning that it never was
@@ -55,7 +55,7 @@ class ScheduledRate(ScheduleState):
 
     def advance(self, step: int) -> None:
         """`step` of the job is committed."""
-        if (step + 1) % self._every == 0:
+        if self._batch_of(step + 1) != self._batch_of(step):
             self._step()
 
     def _already_stepped(self, epoch: int | None = None) -> None:

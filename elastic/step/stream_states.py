@@ -56,7 +56,7 @@ class StreamStates(MutableMapping[str, Any]):
         self._place = None
 
     def _here(self) -> tuple[int, int]:
-        if self._order is not None and self._order.updates > 1:
+        if self._order is not None and self._order.turns.alternates:
             raise UsageError(
                 "run.stream_state: several optimizers that take turns compute each batch several times, and a state "
                 "would be carried on each time: use run.prepare(..., updates='simultaneous')"

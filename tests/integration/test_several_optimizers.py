@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from tests.jobs import JOBS, run_job, same
-from tests.jobs.gan_job import SAMPLES, loss_of_d, loss_of_g, models, optimizers
+from tests.jobs.gan_job import EVERY, SAMPLES, loss_of_d, loss_of_g, models, optimizers
 from tests.jobs.interpreter import script
 
-BATCHES = 7
-STEPS = {"alternating": 2 * BATCHES, "simultaneous": BATCHES}
+BATCHES = {"alternating": 7, "simultaneous": 7, "critic": 6}
+STEPS = {"alternating": 14, "simultaneous": 7, "critic": 8}
 
 
 def alone(out: Path, checkpoint: str = "", **config: Any) -> dict[str, Any]:
@@ -63,20 +63,22 @@ def plain_torch(updates: str) -> dict[str, Any]:
             parameter.grad = gradient
 
     average = {name: value.clone() for name, value in g.state_dict().items()}
-    for number in range(BATCHES):
+    for number in range(BATCHES[updates]):
         samples = [SAMPLES[(8 * number + i) % len(SAMPLES)] for i in range(8)]
         batches = [torch.utils.data.default_collate(samples[i : i + 2]) for i in range(0, 8, 2)]
         gradients(opt_d, batches)
-        if updates == "alternating":
-            opt_d.step()
+        if updates == "simultaneous":
             gradients(opt_g, batches)
+            opt_d.step()
         else:
-            gradients(opt_g, batches)
             opt_d.step()
-        opt_g.step()
+            gradients(opt_g, batches)
+        is_due = updates != "critic" or number % EVERY[0] == 0
+        if is_due:
+            opt_g.step()
         for rate in rates:
             rate.step()
-        for name, value in g.state_dict().items():
+        for name, value in g.state_dict().items() if is_due else ():
             average[name].lerp_(value, 0.25)
     state = {"g": g.state_dict(), "d": d.state_dict(), "opt_g": opt_g.state_dict(), "opt_d": opt_d.state_dict()}
     return {**state, "average": average}
@@ -91,7 +93,7 @@ def test_the_numbers_are_those_of_plain_torch(updates: str, tmp_path: Path) -> N
     assert len(draws) == 4 * STEPS[updates]
     if updates == "alternating":  # both turns of a micro-batch have the same random numbers
         assert torch.equal(draws[0:4], draws[4:8])
-    assert len(draws.unique(dim=0)) == 4 * BATCHES
+    assert len(draws.unique(dim=0)) == 4 * BATCHES[updates]
     for name in ("opt_g", "opt_d"):
         for groups in (found[name]["param_groups"], expected[name]["param_groups"]):
             for group in groups:

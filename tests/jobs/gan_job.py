@@ -1,6 +1,7 @@
 """A generator and a discriminator with an optimizer each; the JSON argument says how they are updated.
 
-`updates`: "alternating" or "simultaneous". `plain`: nothing in it that plain torch would do in another order: neither
+`updates`: "alternating", "simultaneous", or "critic": the discriminator makes three steps for each of the generator.
+ `plain`: nothing in it that plain torch would do in another order: neither
 dropout nor spectral norm. `stop`: training ends after that step.
 """
 
@@ -22,6 +23,7 @@ SAMPLES = [
     )
     for i in range(24)
 ]
+EVERY = [3, 1]
 TOLD = nn.functional.binary_cross_entropy_with_logits
 
 
@@ -53,7 +55,12 @@ def train(run, out, plain, updates, stop=None):
     average = run.average(g, 0.75)
     buffers = None if plain else {"*._u": "last", "*._v": "last"}
     (g, d), (opt_g, opt_d), batches = run.prepare(
-        [g, d], [opt_g, opt_d], torch.utils.data.DataLoader(SAMPLES, batch_size=8), updates=updates, buffers=buffers
+        [g, d],
+        [opt_g, opt_d],
+        torch.utils.data.DataLoader(SAMPLES, batch_size=8),
+        updates="simultaneous" if updates == "simultaneous" else "alternating",
+        buffers=buffers,
+        every=EVERY if updates == "critic" else None,
     )
     norms = run.state.setdefault("norms", [])
 
@@ -74,9 +81,10 @@ def train(run, out, plain, updates, stop=None):
             run.clip_grad_norm_(0.4)
         opt_d.step()
         d.requires_grad_(False)
-        opt_g.zero_grad()
-        loss_of_g(d, fake).backward()
-        opt_g.step()
+        if run.is_due(opt_g):
+            opt_g.zero_grad()
+            loss_of_g(d, fake).backward()
+            opt_g.step()
         rate_g.step()
         rate_d.step()
     state = {"g": g.state_dict(), "d": d.state_dict(), "opt_g": opt_g.state_dict(), "opt_d": opt_d.state_dict()}

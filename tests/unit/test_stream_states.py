@@ -12,6 +12,7 @@ import torch
 from everstep.elastic.contract.errors import UsageError
 from everstep.elastic.step.order import DataOrder
 from everstep.elastic.step.stream_states import STREAM_STATE, StreamStates
+from everstep.elastic.step.taking_turns import TakingTurns
 
 ORDER = DataOrder(samples=24, global_batch_size=8, micro_batch_size=4, seed=1, by_epoch=True)  # epochs of 3 steps
 
@@ -86,7 +87,7 @@ def test_it_is_of_a_turn() -> None:
     with pytest.raises(UsageError, match=r"take 531 KiB \(tensors as base64\), those of all 2 of a step 1.0 MiB"):
         one["more"] = torch.zeros(4_000)
     assert list(one) == ["it"], "what is refused changes nothing"
-    alternating = states(replace(ORDER, updates=2))
+    alternating = states(replace(ORDER, turns=TakingTurns((1, 1))))
     alternating.enter(0, 0)
     with pytest.raises(UsageError, match="several optimizers that take turns compute each batch several times"):
         alternating["it"] = 1
