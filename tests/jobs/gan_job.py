@@ -1,7 +1,8 @@
 """A generator and a discriminator with an optimizer each; the JSON argument says how they are updated.
 
 `updates`: "alternating", "simultaneous", or "critic": the discriminator makes three steps for each of the generator.
-`plain`: nothing in it that plain torch would do in another order: neither dropout nor spectral norm. `stop`: training ends after that step.
+`plain`: nothing in it that plain torch would do in another order: neither dropout nor spectral norm.
+`stop`: training ends after that step.
 """
 
 import json
