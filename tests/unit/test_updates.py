@@ -8,12 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from everstep.elastic.api.updates import Updates, as_one, check_several
+from everstep.elastic.api.updates import Updates, as_one, check_several, taking_turns
 from everstep.elastic.contract.errors import UsageError
 from everstep.elastic.contract.settings import Settings
 from everstep.elastic.holding.stack import LayerStack
 from everstep.elastic.holding.user_optimizer import check_optimizer
 from everstep.elastic.step.gradients import GradientWatch
+from everstep.elastic.step.order import DataOrder
+from everstep.elastic.step.taking_turns import TakingTurns
 
 SGD = torch.optim.SGD
 
@@ -25,8 +27,9 @@ def pair() -> tuple[list[nn.Module], list[torch.optim.Optimizer]]:
 
 def updates_of(models: list[nn.Module], optimizers: list[torch.optim.Optimizer], *, alternating: bool) -> Updates:
     stack = LayerStack(nn.ModuleList(models), cut=False)
-    updates = Updates(stack, optimizers, GradientWatch(stack), alternating=alternating)
-    updates.begin()
+    order = DataOrder(samples=8, global_batch_size=4, micro_batch_size=2, seed=0, turns=TakingTurns((1, 1)))
+    updates = Updates(stack, optimizers, GradientWatch(stack), order.due if alternating else None)
+    updates.begin(0)
     return updates
 
 
@@ -82,23 +85,58 @@ def test_what_several_optimizers_do_not_take() -> None:
     settings = Settings(steps=7, global_batch_size=4, micro_batch_size=1)
     tokens = Settings(steps=8, global_batch_size=4, micro_batch_size=1, loss_reduction="tokens")
     scaler = torch.amp.GradScaler("cpu")
-    check_several(settings, 2, "simultaneous", None, 1)
+    together, what = TakingTurns(), "several optimizers"
+    check_several(settings, together, None, 1, what=what)
     for arguments, text in (
-        ((settings, 2, "alternating", None, 1), "steps=7 must be a multiple of 2"),
-        ((settings, 2, "simultaneous", scaler, 1), "does not take scaler="),
-        ((settings, 2, "simultaneous", None, 4), "does not take accumulation=4"),
-        ((tokens, 2, "simultaneous", None, 1), 'does not take loss_reduction="tokens"'),
+        ((settings, TakingTurns((1, 1)), None, 1), "steps=7 must be a multiple of 2"),
+        (
+            (settings, TakingTurns((5, 1)), None, 1),
+            "steps=7 must be a multiple of 6: with several optimizers that is how",
+        ),
+        ((settings, together, scaler, 1), "with several optimizers does not take scaler="),
+        ((settings, together, None, 4), "does not take accumulation=4"),
+        ((tokens, together, None, 1), 'does not take loss_reduction="tokens"'),
     ):
         with pytest.raises(UsageError) as error:
-            check_several(*arguments)
+            check_several(*arguments, what=what)
         assert text in str(error.value), (text, error.value)
+
+
+def test_in_every_how_many_batches() -> None:
+    _, optimizers = pair()
+    assert taking_turns(optimizers, "alternating", None) == TakingTurns((1, 1))
+    assert taking_turns(optimizers, "simultaneous", None) == TakingTurns()
+    assert taking_turns(optimizers, "alternating", [5, 1]) == TakingTurns((5, 1))
+    for every in ([5], [2, 2], [0, 1], [1, 1.5], [True, 1], "11", 5):
+        with pytest.raises(UsageError, match="a whole number for each of the 2 optimizers, in every how many batches"):
+            taking_turns(optimizers, "alternating", every)  # type: ignore[arg-type]
+    for some, updates in ((optimizers[:1], "alternating"), (optimizers, "simultaneous")):
+        with pytest.raises(UsageError, match="is for several optimizers that take turns"):
+            taking_turns(some, updates, [1] * len(some))
+
+
+def test_what_is_not_due_does_nothing() -> None:
+    """The generator, which steps in every third batch; in the others its call may be there or not."""
+    models, optimizers = pair()
+    stack = LayerStack(nn.ModuleList(models), cut=False)
+    order = DataOrder(samples=8, global_batch_size=4, micro_batch_size=2, seed=0, turns=TakingTurns((3, 1)))
+    updates = Updates(stack, optimizers, GradientWatch(stack), order.due)
+    for step, due, called, taken in ((0, 2, (1, 0), 1), (1, 2, (1, 0), 0), (2, 1, (1, 0), 1), (3, 1, (1,), 1)):
+        updates.begin(step)
+        assert updates.is_due(0) == (due == 2)
+        backward(models)
+        assert [number for number in called if updates.step(number, step)] == [taken]
+        assert updates.restores_buffers(step) == (step == 0)
+        assert all(gradient is None for gradient in gradients(models[0])) or taken == 0
+        updates.check_called()
+        updates.end()
 
 
 def test_an_alternating_step_takes_the_gradients_of_one() -> None:
     models, optimizers = pair()
     updates = updates_of(models, optimizers, alternating=True)
     for step, order in ((0, (1, 0)), (1, (1, 0)), (2, (1, 0))):
-        updates.begin()
+        updates.begin(step)
         taken = []
         for number in order:
             backward(models, detached=number == 1)
@@ -163,9 +201,11 @@ def test_each_turn_calls_each_step_once(alternating: bool) -> None:
         updates.check_called()
     updates.step(0, 0)
     updates.check_called()
-    updates.begin()
+    updates.begin(2)
     if alternating:
-        with pytest.raises(UsageError, match=r"came at place 0 of a turn, where optimizers\[1\] was in the turns"):
-            updates.step(0, 0)
+        with pytest.raises(
+            UsageError, match=r"came at place 0 of a turn, where optimizers\[1\].step\(\) was in the turns"
+        ):
+            updates.step(0, 2)
     else:
-        updates.step(0, 0)
+        updates.step(0, 2)
