@@ -335,7 +335,7 @@ def test_the_process_group_of_all_live_ranks() -> None:
         assert (total, places, parts) == ([2.0], [[0.0, 0.0], [1.0, 1.0]], [0.0, 0.0, 1.0, 1.0])
         assert at == (rank, 2)
         assert "takes SUM, AVG, MIN or MAX" in refused[0]
-        assert "all_gather has room for the tensors of 1 ranks, and 2 gave one" in refused[1]
+        assert "gathering call has room for the tensors of 1 ranks, and 2 gave one" in refused[1]
         assert "an elastic job has no alltoall of torch.distributed" in refused[2]
 
 
