@@ -27,7 +27,8 @@ def check_size(states: Mapping[str, Any]) -> None:
         raise UsageError(
             f"register_state({largest!r}): its state takes {own} (tensors as base64), all registered "
             f"states {total}, and the limit is {limit} in all, since every step "
-            "agrees on them: register what is small (counters, generators, means), not tensors of the model's size"
+            "agrees on them: register what is small (counters, generators, means); a large tensor that turns of the "
+            "loop change may be a buffer of the model, of any size: run.prepare(..., buffers={name: 'last'})"
         )
 
 
