@@ -71,6 +71,7 @@ bench: setup peers
 	$(BIN)/python tests/bench/scale_out.py --json
 	$(BIN)/python tests/bench/migration.py --json
 	$(BIN)/python tests/bench/convergence.py --json
+	$(BIN)/python tests/bench/overlap.py --json
 
 # Eight minutes at most on one GPU; says so and ends where there is none. GPU_PYTHON is an interpreter that has torch with
 # CUDA and everstep's dependencies, where that is not the one that is set up here.
