@@ -16,16 +16,9 @@ VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 PREFIX = "everstep-compiled-"
 
 
-class CompileCache:
-    """The folder of one node. `folder` is empty where the user has chosen one, which is left alone."""
-
-    def __init__(self, environment: Mapping[str, str]) -> None:
-        chosen = environment.get(VARIABLE)
-        self.folder = "" if chosen else str(Path(tempfile.gettempdir(), PREFIX + secrets.token_hex(8)))
-
-    def variables(self) -> dict[str, str]:
-        """What workers get in their environment."""
-        return {VARIABLE: self.folder} if self.folder else {}
+def new_folder(environment: Mapping[str, str]) -> str:
+    """Where the folder of one node is to be; empty where the user has chosen one, which is left alone."""
+    return "" if VARIABLE in environment else str(Path(tempfile.gettempdir(), PREFIX + secrets.token_hex(8)))
 
 
 def remove(folder: str) -> None:

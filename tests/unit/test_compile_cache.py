@@ -1,25 +1,24 @@
-"""The folder of compiled code: torch's variable, unless the user has set it."""
+"""The folder of compiled code: one of the job, unless the user has chosen one."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from everstep.agents.node.compile_cache import VARIABLE, CompileCache, remove
+from everstep.agents.node.compile_cache import VARIABLE, new_folder, remove
 
 
 def test_a_folder_of_the_job() -> None:
-    one, other = CompileCache({}), CompileCache({VARIABLE: ""})
-    assert one.folder != other.folder, "each node has its own"
-    assert one.variables() == {VARIABLE: one.folder}
-    assert not Path(one.folder).exists(), "torch makes it, when it compiles something"
-    remove(one.folder)
-    Path(one.folder, "fxgraph").mkdir(parents=True)
-    remove(one.folder)
-    assert not Path(one.folder).exists()
+    one, other = new_folder({}), new_folder({"PATH": "/bin"})
+    assert one != other, "each node has its own"
+    assert not Path(one).exists(), "torch makes it, when it compiles something"
+    remove(one)
+    Path(one, "fxgraph").mkdir(parents=True)
+    remove(one)
+    assert not Path(one).exists()
 
 
 def test_the_users_folder_is_left_alone(tmp_path: Path) -> None:
-    chosen = CompileCache({VARIABLE: str(tmp_path)})
-    assert chosen.variables() == {}
-    remove(chosen.folder)
+    chosen = new_folder({VARIABLE: str(tmp_path)})
+    assert not chosen
+    remove(chosen)
     assert tmp_path.exists()
