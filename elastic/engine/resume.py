@@ -35,6 +35,7 @@ from everstep.elastic.protocol.events import Saved
 from everstep.elastic.protocol.terms import Terms
 from everstep.elastic.step.loss_scale import LOSS_SCALE
 from everstep.elastic.step.stream_states import STREAM_STATE
+from everstep.elastic.step.streams import STREAM
 from everstep.resharding.units import Shard
 
 if TYPE_CHECKING:
@@ -213,7 +214,7 @@ class Resumption:
                     "resume_hyperparameters=script: the rates come from a scheduler that the script steps by itself; "
                     "hand it over, so that it can be stepped again: run.steps(..., scheduler=scheduler)"
                 )
-            born, own = self._birth["registered"], (LOSS_SCALE, STREAM_STATE)  # no hyper-parameters
+            born, own = self._birth["registered"], (LOSS_SCALE, STREAM, STREAM_STATE)  # no hyper-parameters
             driven = {name: state for name, state in born.items() if name in self._driven and name not in own}
             terms = replace(
                 terms,

@@ -58,8 +58,9 @@ class StreamStates(MutableMapping[str, Any]):
     def _here(self) -> tuple[int, int]:
         if self._order is not None and self._order.turns.alternates:
             raise UsageError(
-                "run.stream_state: several optimizers that take turns compute each batch several times, and a state "
-                "would be carried on each time: use run.prepare(..., updates='simultaneous')"
+                "run.stream_state: each batch is computed several times, by several optimizers that take turns or for "
+                "run.gather_batch (embedding_size=), and a state would be carried on each time: use "
+                "run.prepare(..., updates='simultaneous'), or one hand-out of a batch"
             )
         if self._place is None:
             raise UsageError(

@@ -89,6 +89,6 @@ def test_it_is_of_a_turn() -> None:
     assert list(one) == ["it"], "what is refused changes nothing"
     alternating = states(replace(ORDER, turns=TakingTurns((1, 1))))
     alternating.enter(0, 0)
-    with pytest.raises(UsageError, match="several optimizers that take turns compute each batch several times"):
+    with pytest.raises(UsageError, match="each batch is computed several times, by several optimizers that take turns"):
         alternating["it"] = 1
     assert STREAM_STATE in repr(alternating)
