@@ -76,6 +76,8 @@ def with_embeddings(
             f'embedding_size={size} needs loss_reduction="mean", got {settings.loss_reduction!r}: each micro-batch '
             "computes the loss of the whole batch, and the step takes their mean"
         )
+    if settings.epochs and settings.last_batch == "short":
+        raise UsageError(f'embedding_size={size} needs batches of one size: last_batch="drop" or "pad", got "short"')
     if isinstance(optimizer, SeveralOptimizers) and len(optimizer.parts) > 1:
         raise UsageError(f"embedding_size={size}: run.prepare takes one optimizer then, got {len(optimizer.parts)}")
     if updates != "alternating":

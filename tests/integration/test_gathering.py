@@ -97,6 +97,7 @@ def test_resumes_between_embeddings_and_their_use(tmp_path: Path) -> None:
         ("shape", "takes a tensor of shape (4, 6), (micro_batch_size, embedding_size), got one of shape (4, 4)"),
         ("no call", "run.gather_batch() was not called in a turn of the loop: each turn has one call of each"),
         ("twice", "call it once in each turn of the loop, before optimizer.step()"),
+        ("short", 'embedding_size=6 needs batches of one size: last_batch="drop" or "pad", got "short"'),
         ("reduction", "embedding_size=6 needs loss_reduction=\"mean\", got 'sum'"),
     ],
 )

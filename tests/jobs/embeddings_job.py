@@ -76,6 +76,7 @@ def train(run, out, dropout, mistake=None, stop=None):
 if __name__ == "__main__":
     config = json.loads(sys.argv[1])
     reduction = "sum" if config.get("mistake") == "reduction" else "mean"
-    everstep.elastic(
-        steps=config["steps"], global_batch_size=BATCH, micro_batch_size=4, seed=5, loss_reduction=reduction
-    )(train)(Path(config["out"]), config["dropout"], config.get("mistake"), config.get("stop"))
+    length = {"epochs": 2, "last_batch": "short"} if config.get("mistake") == "short" else {"steps": config["steps"]}
+    everstep.elastic(**length, global_batch_size=BATCH, micro_batch_size=4, seed=5, loss_reduction=reduction)(train)(
+        Path(config["out"]), config["dropout"], config.get("mistake"), config.get("stop")
+    )

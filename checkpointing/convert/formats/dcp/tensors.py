@@ -13,8 +13,6 @@ from everstep.checkpointing.universal.dtypes import numpy_dtype
 
 from .metadata import Chunk, Index, Tensor
 
-_ZIP = b"PK\x03\x04"
-
 
 def lazy(tensor: Tensor) -> Lazy:
     """The whole tensor."""
