@@ -125,6 +125,7 @@ def summary_of(view: Mapping[str, Any]) -> dict[str, Any]:
         "committed_step": view["step"],
         "checkpoint": view["resumable"],
         "nodes": sorted(node["node"] for node in view["nodes"]),
+        "spares": sorted(spare["node"] for spare in view["spares"]),
         "workers": {str(worker["rank"]): worker["status"] for worker in view["workers"]},
     }
 

@@ -22,5 +22,8 @@ def waits_for(state: AgentState, unheard_s: float, where: str) -> str:
     if any(worker.stage is WorkerStage.WAITING for worker in state.workers.values()):
         return "this node waits for the process that its workers are forked from, which imports --es-preload"
     if not state.began:
-        return "this node has joined, and waits for the coordinator to start workers on it (for other nodes, perhaps)"
+        return (
+            "this node has joined, and waits for the coordinator to start workers on it: for other nodes, or, as a "
+            "spare, for a place"
+        )
     return ""
