@@ -12,7 +12,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 
 from everstep.comms.base.process import exit_status, runs_without_main_thread
 from everstep.comms.control import everstep_pb2 as pb
@@ -22,7 +21,6 @@ from everstep.elastic.protocol import agent_events as a
 from everstep.elastic.protocol.events import WorkerId
 
 from .cgroups import OutOfMemory
-from .compile_cache import new_folder, remove
 from .config import AgentError, NodeConfig
 from .deaths import DeathWatch
 from .environment import program_for, torch_environment, virtual_rank, worker_environment
@@ -59,7 +57,6 @@ class Crew:
         self._imports = preloader.imports
         self._session = os.getsid(0)
         self._orphans = Orphans(self._is_ours)  # of workers whose preloaded process is dead
-        self._compiled = new_folder(config.environment)  # of what workers compile
         self._bereft = False  # a preloaded process has died: orphans may be reparented to this process
         self._deaths = DeathWatch()
         self._selector.register(self._deaths, selectors.EVENT_READ, self._main_threads_ended)
@@ -86,7 +83,6 @@ class Crew:
             self._preloader.close()
             self._preloader = None
         self._orphans.end_all(time.monotonic() + 2 * GRACE_S)
-        remove(self._compiled)
         self._deaths.close()
 
     # ------------------------------------------------------------ the preloaded process
@@ -186,12 +182,11 @@ class Crew:
         request = {
             "rank": worker.id.rank,
             "incarnation": worker.id.incarnation,
-            "environment": worker_environment(config.environment, torch, replace(context, compiled=self._compiled)),
+            "environment": worker_environment(config.environment, torch, context),
             "program": program_for(config.program, worker.local_rank),
             "stdout": stdout,
             "stderr": stderr,
             "numa": [config.numa_binding, worker.local_rank],
-            "compiled": self._compiled,
         }
         assert self._preloader is not None
         self._preloader.request(request, [worker.channel.theirs.fileno(), worker.page_fd])

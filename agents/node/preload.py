@@ -42,7 +42,6 @@ from everstep.elastic.contract.robust_mutex import hold
 from everstep.elastic.contract.script_end import ended
 from everstep.elastic.contract.settings import WorkerContext
 
-from .compile_cache import remove
 from .compiler import defer_compiler, load_compiler
 from .descriptors import out_of_the_way
 from .forkable import thread_names, why_not
@@ -134,7 +133,6 @@ class Preloaded:
         self._orphans = Orphans(self._workers.__contains__)
         self._imports = imports
         self._workers_name = workers_name
-        self._compiled = ""  # the folder of what workers compile
         self._wake, self._woken = socket.socketpair()
         for end in (self._wake, self._woken):
             end.setblocking(False)
@@ -176,7 +174,6 @@ class Preloaded:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self._workers.clear()
-        remove(self._compiled)  # the agent, whose it is, may have been killed
         self._orphans.expect()
         if left := self._orphans.end_all(time.monotonic() + 2 * GRACE_S):
             with contextlib.suppress(OSError):  # the launcher may be gone, and the reader of its output
@@ -213,7 +210,6 @@ class Preloaded:
         self._workers.add(pid)
         for fd in fds:
             os.close(fd)
-        self._compiled = request["compiled"]
         self._tell({"kind": "forked", "rank": request["rank"], "incarnation": request["incarnation"], "pid": pid})
 
     def _become_worker(self, request: dict[str, Any], fds: list[int]) -> None:

@@ -128,8 +128,6 @@ def _training(name: str, arguments: Arguments) -> Iterator[Run]:
         raise UsageError(f"{name}: everstep.join has made this script a training already, and a job is one training")
     if context is not None and _trained:
         _refuse_second(name)
-    if context is not None and context.compiled:
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", context.compiled)
     membership = _membership(context)
     membership.declare()
     if context is not None:

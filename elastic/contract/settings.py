@@ -365,7 +365,6 @@ class WorkerContext:
     local_rank: int = 0  # which of the GPUs that this process sees is its own
     gpu_workers: int = 1  # of this node, that see the same GPUs
     share_gpu: bool = False  # there may be more of them than GPUs
-    compiled: str = ""  # the folder for what torch.compile makes; empty: the user's choice
     begun: Begun | None = None  # training had begun when this worker was started
 
     VARIABLE = "EVERSTEP_WORKER"

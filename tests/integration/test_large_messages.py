@@ -203,7 +203,6 @@ def test_a_preloaded_process_is_given_16_mib(tmp_path: Path) -> None:
             "stdout": str(out),
             "stderr": "",
             "numa": ["", 0],
-            "compiled": "",
         }
         preloader.request(request, [channel.theirs.fileno(), page])
         wait_until(lambda: heard_of("exited"), 60, "the worker has ended")

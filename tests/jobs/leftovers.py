@@ -12,17 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from everstep.agents.node.compile_cache import PREFIX
 from tests.jobs import MARKER, processes_of, wait_until
 from tests.jobs.interpreter import launchers
 from tests.jobs.networks import own_namespaces
 
 
 def left_behind(folder: Path) -> set[str]:
-    """What a job could leave besides processes: folders of torch, named shared memory, network namespaces."""
+    """What a job could leave besides processes: torch's log folders, named shared memory, network namespaces."""
     shared = {str(path) for path in Path("/dev/shm").glob("*everstep*")}
-    folders = {str(path) for name in ("torchelastic_*", f"{PREFIX}*") for path in folder.glob(name)}
-    return shared | own_namespaces() | folders
+    return shared | own_namespaces() | {str(path) for path in folder.glob("torchelastic_*")}
 
 
 @pytest.fixture(autouse=True)
