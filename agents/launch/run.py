@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from everstep.agents.node.descriptors import TooFewDescriptors, allow
 from everstep.agents.node.preloader import Preloader, single_threaded
+from everstep.comms.base.lasting import lasting
 from everstep.comms.base.process import adopt_orphans
 
 
@@ -25,7 +26,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _run(arguments: Sequence[str]) -> int:
-    with single_threaded():
+    with single_threaded(), lasting():
         from .command import (
             LaunchError,
             configure,

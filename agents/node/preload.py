@@ -29,6 +29,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any, NoReturn
 
+from everstep.comms.base.lasting import lasting
 from everstep.comms.base.process import (
     STOPS,
     adopt_orphans,
@@ -361,7 +362,8 @@ def serve(channel: socket.socket, imports: Sequence[Import]) -> NoReturn:
         leave_signals_to_launcher()
         name = process_name()
         rename_process(NAME)
-        warm_up(imports)
+        with lasting():
+            warm_up(imports)
         die_with_parent(signal.SIGCONT)  # from now on the channel reports the agent's end, and orphans have to be ended
         Preloaded(channel, name, imports, dispositions).serve()
         status = 0

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 from everstep.agents.node.preload import run_program, warm_up
 from everstep.agents.node.preloader import single_threaded
+from everstep.comms.base.lasting import lasting
 from everstep.comms.base.process import adopt_orphans, die_with_parent
 
 from .interpreter import LAUNCHER, SCRIPT
@@ -26,10 +27,11 @@ from .interpreter import LAUNCHER, SCRIPT
 def _serve(kind: str) -> None:
     if kind == LAUNCHER:
         adopt_orphans()  # so that those of a launcher that was killed can be found
-        with single_threaded():
+        with single_threaded(), lasting():
             import everstep.agents.launch.command  # noqa: F401
     else:
-        warm_up([])
+        with lasting():
+            warm_up([])
     for line in sys.stdin:
         request = json.loads(line)
         pid = os.fork()

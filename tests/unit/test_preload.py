@@ -22,6 +22,7 @@ from everstep.agents.node.environment import variables
 from everstep.agents.node.forkable import in_a_fork
 from everstep.agents.node.imports import Import
 from everstep.agents.node.preloader import Preloader
+from tests.jobs.interpreter import HANG_S, launchers
 
 # A device that torch considers the machine's accelerator: autograd starts a thread for it, as it does for a GPU.
 ACCELERATOR = """
@@ -105,6 +106,15 @@ def test_forks_train_where_there_is_an_accelerator() -> None:
     assert outcome(ACCELERATOR, TRAIN, FORK, warm_up) == "0"
     refused = outcome(ACCELERATOR, TRAIN, FORK, "train()\nfork(train)")
     assert "Unable to handle autograd's threading" in refused, "the stand-in is no stand-in"
+
+
+def test_a_full_collection_in_a_worker_does_not_traverse_what_was_imported(tmp_path: Path) -> None:
+    script = tmp_path / "counts.py"
+    script.write_text(
+        "import gc\nprint(gc.isenabled(), gc.get_freeze_count() > 100_000, len(gc.get_objects()) < 50_000)\n"
+    )
+    ended = launchers.run(["--nproc-per-node=1", str(script)], {}, HANG_S)
+    assert ended.stdout.split() == ["True"] * 3, ended.stderr
 
 
 def test_an_import_that_computes_leaves_forks_that_compute(tmp_path: Path) -> None:
