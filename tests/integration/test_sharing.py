@@ -73,8 +73,8 @@ def test_the_last_rank_dies_while_another_joins(tmp_path: Path) -> None:
         {"rank": 1, "phase": "restore", "after": 1},
     ]
     with ThreadPoolExecutor(2) as pool:
-        waiting = pool.submit(alone, tmp_path, loop=True, steps=20)
-        result = run_job(nproc=2, steps=20, script="sharing_job.py", loop=True, faults=faults)
+        waiting = pool.submit(alone, tmp_path, loop=True, steps=60)
+        result = run_job(nproc=2, steps=60, script="sharing_job.py", loop=True, faults=faults)
         expected = waiting.result()
     assert result.status == 0, result.output
     assert [event["rank"] for event in result.named("worker_died")] == [0, 1]
