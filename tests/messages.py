@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("agents", "checkpointing", "comms", "elastic", "everstep", "resharding")
 GAP = "…"
-SPEAKERS = {"fail": 2}  # function -> which argument is the text
+SPEAKERS = {"fail": 2, "RefuseNode": 1}  # function or effect -> which argument is the text
 REASONS = frozenset({"difference"})  # functions that return a text that ends a job, or keeps a newcomer out
 ERRORS = frozenset(
     {
