@@ -88,10 +88,12 @@ class Batches:
     def _micro_batches(self) -> Iterator[Any]:
         engine, parts, course = self._engine, self._parts, self.course
         while True:
+            # The turn before this one first: what it left is part of the state that all below decides on, or switches.
             self._end_turn()
             self._show_all()
             engine.user_loop.compute()
             if course.epoch_over():
+                # No loop runs behind the batches that could compute steps again after a loss.
                 parts.do(engine.pause)
                 if course.epoch_over():  # no recovery has gone back
                     course.end_epoch()
@@ -107,7 +109,7 @@ class Batches:
                     course.end_batches()
                     return
             elif engine.current()[1].todo:
-                course.go_on()
+                course.go_on()  # before anything is computed: a newcomer's first turn begins with the same states
                 batch = self._hand_out()
                 if batch is not None:
                     yield batch[0]

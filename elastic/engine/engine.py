@@ -250,10 +250,13 @@ class Engine:
     def _reduce(self, it: w.Reduce) -> w.Event:
         layout, state = self.current()
         self.membership.begun(it.step)
+        # Before any gradient leaves this rank: those of changed weights would be summed with those of the true ones.
         self.check_values(thorough=True)
         began_ns = time.monotonic_ns()
         self.progress.mark(StepPhase.REDUCE, state.step, finished=len(state.held))
         self.pipeline.end_step()
+        # Sums are written to the keeper's memory: a rank that dies behind the agreement leaves there, beside the shard,
+        # the gradient that leads to the next version.
         gradients = {
             shard.index: self.snapshots.gradient(
                 shard.index, state.step, shard.elements, self.exchange.accumulation(shard)
@@ -275,6 +278,7 @@ class Engine:
         self.progress.mark(StepPhase.AGREE, state.step)
         agree_ns = began_ns = time.monotonic_ns()
         waiting = self.progress.waiting
+        # Once the ranks have agreed, survivors update, and the old version is gone but for what the keepers hold.
         with waiting(SNAPSHOT):
             self.snapshots.wait(self.patient)
         with waiting(PARITY):
@@ -348,7 +352,7 @@ class Engine:
         )
         wanted = proposal is not None and share.join == proposal.generation
         text = terms.to_text()
-        if len(text) > REGISTERED_BYTES:  # a state may grow
+        if len(text) > REGISTERED_BYTES:  # each state was checked when it was registered, and may have grown
             check_size(terms.registered)
         return w.Agreed(text, proposal, wanted, share.waits)
 
@@ -444,8 +448,9 @@ class Engine:
         self.stream_states.commit(terms.registered)
         self.adjustments.settle(self.version)
         self.prefetch.committed(terms)
+        # Copies begin before the user's code runs again, which may put other weights into the model.
         self._save_or_protect(terms, layout)
-        if not self.user_loop.knows(step):
+        if not self.user_loop.knows(step):  # a step that is computed again was shown before
             self.user_loop.committed(Step(step, terms.loss, terms.norm))
             self.stop_request.committed(terms, first=self.rank == min(layout.ranks))
         self._tell_committed(it.agreement, layout.generation)

@@ -44,7 +44,7 @@ def rebalance_due(state: State, now: float) -> Outcome:
     job, layout, after_s, balance = state.job, state.layout, state.config.rebalance_after_s, state.balance
     if not after_s or job is None or layout is None or not _quiet(state):
         return state, []
-    if balance.generation != layout.generation:
+    if balance.generation != layout.generation:  # the layout has changed since: its time begins
         kept = balance if balance.offered == layout.generation else NOT_SEARCHED
         began = kept._replace(generation=layout.generation, since_s=now, since_step=state.committed, searched=False)
         return replace(state, balance=began), []

@@ -101,6 +101,7 @@ def died(state: State, event: e.WorkerDied, now: float) -> Outcome:
             return state, [*replaced, *more]
     elif not (was_member or joining):
         return state, replaced
+    # Aborts before the order to start the replacement: the others stop waiting for the dead one that much earlier.
     state, more = begin_recovery(state, event, now)
     return state, [*more, *replaced]
 
@@ -262,6 +263,7 @@ def plan_if_complete(state: State, now: float) -> Outcome:
     reported = {report.rank for report in reports}
     ready = [w for w in state.workers.values() if w.status is Status.READY and w.id.rank not in reported]
     reports += [Report(rank=w.id.rank, generation=0, fresh=True) for w in ready]
+    # A rank that is ready and was not asked has no state: the plan takes it in, where a join would be one more switch.
     starting = any(w.status is Status.STARTING for w in state.workers.values())
     if starting and all(report.fresh for report in reports):
         return state, []  # no member is left: start, with all replacements, from what the keepers hold

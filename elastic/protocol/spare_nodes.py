@@ -41,6 +41,7 @@ def spare_joined(state: State, node: Node, now: float) -> Outcome:
 def take_places(state: State, now: float) -> Outcome:
     """Spare nodes take the places that are free in training: their workers start."""
     effects: Effects = []
+    # At a tick, not in the turn of the loss: the plan of that turn names the keepers of the nodes that it knew.
     while (name := _next(state)) is not None:
         node = state.spares[name]
         state = replace(state, nodes={**state.nodes, name: node}, spares=_without(state, name))

@@ -49,6 +49,7 @@ class Exchange:
         It is the sum over the micro-batches, divided by `divisor`; for a buffer that forwards change, as its rule says.
         """
         index, rank = self._index(layout), self.comm.rank
+        # All are sent before any is awaited; `send` takes in what arrives, so that two ranks never block each other.
         for owner in self._others(owner for layer in state.work.layers_of(rank) for owner in index.owners_in(layer)):
             layers = self._shared_layers(state, index, rank, owner)
             self.comm.send(owner, Key(Kind.PARTIAL, state.step), list(self._partials(state, index, layers, owner)))
@@ -61,6 +62,7 @@ class Exchange:
             for source in state.work.contributors(layer)
             if source != rank
         }
+        # In order of arrival: a part's place in the sum is its node of the tree, not the time at which it came.
         while waiting:
             source, key, data = self.comm.receive_any(waiting)
             waiting.discard((source, key))
