@@ -202,10 +202,13 @@ def _http_answers(job: Job) -> None:
     with urllib.request.urlopen(job.page + "/view.json", timeout=10) as answer:
         view = json.load(answer)
     assert (view["phase"], len(view["workers"]), len(view["recoveries"])) == ("running", 4, 1)
-    request = urllib.request.Request(job.page + "/", data=b"{}", method="POST")
-    with pytest.raises(urllib.error.HTTPError, match="501") as refused:
-        urllib.request.urlopen(request, timeout=10)
-    refused.value.close()
+    assert view["orders"] is False
+    for path, status in (("/", "404"), ("/order", "403")):  # a job without a token takes no orders here
+        headers = {"X-Everstep-Order": "1"}
+        request = urllib.request.Request(job.page + path, data=b'{"drain": {"node": "x"}}', headers=headers)
+        with pytest.raises(urllib.error.HTTPError, match=status) as refused:
+            urllib.request.urlopen(request, timeout=10)
+        refused.value.close()
 
 
 # ---------------------------------------------------------------- top

@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 import torch
+from optimizers import ALL
 from torch import nn
 
 import everstep
-from tests.jobs.optimizers import ALL
 
 config = json.loads(sys.argv[1])
 out = Path(config["out"])
