@@ -43,7 +43,7 @@ def test_ranks_die_between_calls(loop: bool, tmp_path: Path) -> None:
     """Before the loop, after a step and behind the loop: values, states and parameters are those of one rank alone."""
     with ThreadPoolExecutor(2) as pool:
         waiting = pool.submit(alone, tmp_path, loop=loop)
-        result = run_job(nproc=3, steps=STEPS, script="sharing_job.py", loop=loop, kills=KILLS)
+        result = run_job(nproc=3, steps=STEPS, script="sharing_job.py", loop=loop, kills=KILLS, ranks=3)
         expected = waiting.result()
     assert result.status == 0, result.output
     assert [event["rank"] for event in result.named("worker_died")] == [1, 0, 2]

@@ -2,13 +2,15 @@
 
 `loop`: its own loop over prepared batches, instead of `run.steps`, with code behind turns that end a step (`ends`), or
 behind those in which the step has changed. `kills`: [rank, place], with place "before", "behind" or a step: where a
-process of that rank kills itself, once, between two calls.
+process of that rank kills itself, once, between two calls. While fewer than `ranks` train, a step takes longer, so that
+a rank is back before the last one: in a turn of that, it would not get what the turn changes (docs/guarantees.md).
 """
 
 import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -49,6 +51,8 @@ def between(run, step):
     told.value += 1
     norm = run.mean(step.gradient_norm)
     comes_by(step.index)
+    if run.world_size < config.get("ranks", 1):
+        time.sleep(0.8)
     state["norms"] = [*state.get("norms", []), norm]
     state["best"] = min(state["best"], norm)
     state["largest"] = run.reduce(torch.tensor([norm, state["steps"]]), "max")
