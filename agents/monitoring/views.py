@@ -18,7 +18,7 @@ from everstep.agents.analysis.verdicts import Finding
 from everstep.agents.base.strict_json import dumps
 from everstep.comms.control import telemetry_pb2 as pb
 from everstep.elastic.protocol.protection import describe_protection, survival_of
-from everstep.elastic.protocol.state import State, Worker
+from everstep.elastic.protocol.state import Node, State, Worker
 
 FRESH_S = 60.0  # older telemetry does not show a node's present state
 
@@ -190,18 +190,12 @@ def _saving(seen: Seen) -> dict[str, Any] | None:
 
 
 def _node(seen: Seen, name: str, unlike: Sequence[str]) -> dict[str, Any]:
-    state, node = seen.state, seen.state.nodes[name]
-    heard, leaving = state.heard.get(name), state.leaving.get(name)
+    leaving = seen.state.leaving.get(name)
     at_s, telemetry = seen.told.get(name, (0.0, pb.Telemetry()))
     fresh = name in seen.told and seen.at_s - at_s < FRESH_S
     return {
-        "node": name,
-        "host": node.host,
-        "slots": node.slots,
-        "silence_s": max(0.0, seen.state_at_s - heard.at_s) if heard else None,
+        **_known(seen, name, seen.state.nodes[name]),
         "leaving": leaving.why if leaving else None,
-        "health": dict(node.health),
-        "domains": list(node.domains),
         "odd": list(unlike),
         "metrics": telemetry.metrics,
         "reading": fields_of(telemetry.host) if fresh else None,
@@ -212,10 +206,20 @@ def _node(seen: Seen, name: str, unlike: Sequence[str]) -> dict[str, Any]:
 
 def _spare(seen: Seen, name: str) -> dict[str, Any]:
     """A node that waits for a place."""
-    node, heard = seen.state.spares[name], seen.state.heard.get(name)
-    silence_s = max(0.0, seen.state_at_s - heard.at_s) if heard else None
-    known = {"node": name, "host": node.host, "slots": node.slots, "silence_s": silence_s}
-    return {**known, "health": dict(node.health), "domains": list(node.domains)}
+    return _known(seen, name, seen.state.spares[name])
+
+
+def _known(seen: Seen, name: str, node: Node) -> dict[str, Any]:
+    """What a node has said of itself, and when it was last heard."""
+    heard = seen.state.heard.get(name)
+    return {
+        "node": name,
+        "host": node.host,
+        "slots": node.slots,
+        "silence_s": max(0.0, seen.state_at_s - heard.at_s) if heard else None,
+        "health": dict(node.health),
+        "domains": list(node.domains),
+    }
 
 
 def _worker(seen: Seen, rank: int, worker: Worker) -> dict[str, Any]:

@@ -43,7 +43,6 @@ _COPIED = (
     *("step_s", "typical_step_s", "commit_age_s", "samples_per_s", "tokens_per_s", "goodput", "protection", "exposure"),
     "checkpoint",
     "saving",
-    "spares",
 )
 
 
@@ -106,6 +105,7 @@ def digest(seen: Seen) -> dict[str, Any]:
         "workers": [_worker(worker) for worker in view["workers"]],
         "nodes": nodes[:NODES],
         "nodes_left_out": max(0, len(nodes) - NODES),
+        "spares": [[spare[name] for name in ("node", "host", "silence_s")] for spare in view["spares"][:NODES]],
         "series": [[p["at_s"], p["step"], p["step_s"], p["loss"], p["undisturbed"]] for p in view["series"]],
         "recoveries": view["recoveries"][-RECOVERIES:],
         "faults": [[s.at_s, s.text] for s in stories if s.grade >= Grade.WARNING and s.event != "recovered"],

@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
+import xxhash
 from torch import Tensor
 
 from everstep.checkpointing.memory.checksum import seed_of
@@ -105,6 +106,14 @@ class Snapshots:
     def has(self, shard: int) -> bool:
         """Whether there is room for a shard already."""
         return shard in self._home and shard not in self._leaving
+
+    def digest(self, owned: Collection[int]) -> int:
+        """A digest of the newest records of `owned`; its xor over all ranks does not depend on who owns what."""
+        total = 0
+        for shard, checksum in self.checksums.items():
+            if shard in owned:
+                total ^= xxhash.xxh3_64_intdigest(shard.to_bytes(8, "little") + checksum.to_bytes(8, "little"))
+        return total
 
     def protect(self, sizes: Iterable[tuple[int, int, int]]) -> None:
         """Make room for (shard, state bytes, gradient bytes); shards that have room already are skipped."""

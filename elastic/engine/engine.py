@@ -16,7 +16,6 @@ from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
-import xxhash
 from torch import Tensor
 
 from everstep.checkpointing.access.client import KeeperLink
@@ -298,7 +297,7 @@ class Engine:
             summed=state.summed(self.agreeing.trained),
             touched=state.touched,
             idle_before=Terms.of(self.agreement).idle if self.agreement else (),
-            digest=self._owned_digest(),
+            digest=self.snapshots.digest(self.owned),
             skip_nonfinite=self.reduction.skip_nonfinite,
             join=proposal.generation if proposal else 0,
             waits=self.prefetch.waits(proposal, self.rank),
@@ -408,14 +407,6 @@ class Engine:
     def _counts(self, shard: int) -> bool:
         """Whether a shard's gradient is a true one: the change of a buffer is summed like one, and is none."""
         return not self.stack.is_buffer(self.stack.spec.shards[shard].parameter)
-
-    def _owned_digest(self) -> int:
-        """A digest of the owned shards' snapshots whose total (xor) over all ranks does not depend on the ownership."""
-        total = 0
-        for shard, checksum in self.snapshots.checksums.items():
-            if shard in self.owned:
-                total ^= xxhash.xxh3_64_intdigest(shard.to_bytes(8, "little") + checksum.to_bytes(8, "little"))
-        return total
 
     def update(self, agreement: str) -> None:
         """Run the optimizer on the owned shards, as agreed."""

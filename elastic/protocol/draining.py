@@ -26,6 +26,7 @@ from .state import (
     State,
     Status,
 )
+from .troubles import spares
 
 
 def drain_requested(state: State, event: e.DrainRequested, now: float) -> Outcome:
@@ -34,12 +35,7 @@ def drain_requested(state: State, event: e.DrainRequested, now: float) -> Outcom
         return spare_leaves(state, event.node, event.why)
     if event.node not in state.nodes or event.node in state.leaving or state.stopping is not None:
         return state, []
-    staying = state.nodes.keys() - state.leaving.keys() - {event.node}
-    if (
-        not staying
-        or len(staying) + len(state.spares) < state.config.min_nodes
-        or not (state.elastic or state.phase is Phase.FORMING)
-    ):
+    if not spares(state, event.node) or not (state.elastic or state.phase is Phase.FORMING):
         return stop_requested(state, e.StopRequested(event.why, Ending.NO_NODE_STAYS), now)
     state = replace(state, leaving={**state.leaving, event.node: Leaving(event.why, departure=event.departure)})
     record = e.Record("draining", {"node": event.node, "why": event.why, "ranks": _ranks(state, event.node)})

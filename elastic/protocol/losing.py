@@ -122,7 +122,7 @@ def without_node(state: State, node: str) -> State:
 
 
 def _lost_before_training(state: State, where: str) -> Outcome:
-    if len(state.nodes) + len(state.spares) < state.config.min_nodes:
+    if len(state.nodes) + len(state.fit_spares()) < state.config.min_nodes:
         return fail(state, Ending.TOO_FEW_NODES, f"{where} before training began, and fewer than --nnodes are left")
     return begin_training(state) if state.job is not None and all_ready(state) else (state, [])
 

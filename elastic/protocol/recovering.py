@@ -261,9 +261,9 @@ def plan_if_complete(state: State, now: float) -> Outcome:
         state, recovery.join, [report for worker, report in recovery.reports.items() if worker in live]
     )
     reported = {report.rank for report in reports}
+    # A rank that is ready and was not asked has no state: the plan takes it in, where a join would be one more switch.
     ready = [w for w in state.workers.values() if w.status is Status.READY and w.id.rank not in reported]
     reports += [Report(rank=w.id.rank, generation=0, fresh=True) for w in ready]
-    # A rank that is ready and was not asked has no state: the plan takes it in, where a join would be one more switch.
     starting = any(w.status is Status.STARTING for w in state.workers.values())
     if starting and all(report.fresh for report in reports):
         return state, []  # no member is left: start, with all replacements, from what the keepers hold

@@ -60,10 +60,9 @@ def _next(state: State) -> str | None:
     staying = [node for name, node in state.nodes.items() if name not in state.leaving]
     if state.phase not in (Phase.LAUNCHED, Phase.RUNNING, Phase.RECOVERING) or len(staying) >= state.config.max_nodes:
         return None
-    fit = [name for name, node in state.spares.items() if node.host not in state.quarantined]
     domains = [set(node.domains) for node in staying]
     return min(
-        fit,
+        state.fit_spares(),
         key=lambda name: sum(bool(known.intersection(state.spares[name].domains)) for known in domains),
         default=None,
     )

@@ -287,5 +287,9 @@ class State:
     rolled_back: int = 0  # the generation of the last return to an older version
     lines: Lines = ()  # which records count, after the newest plan
 
+    def fit_spares(self) -> tuple[str, ...]:
+        """The spare nodes that may take a place: not those of hosts in quarantine."""
+        return tuple(name for name, node in self.spares.items() if node.host not in self.quarantined)
+
     def members(self) -> tuple[Worker, ...]:
         return tuple(w for w in self.workers.values() if w.status in (Status.MEMBER, Status.FINISHED))

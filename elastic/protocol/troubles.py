@@ -122,4 +122,4 @@ def kept_out(state: State, host: str, now: float) -> str:
 def spares(state: State, *nodes: str) -> bool:
     """Whether the job has enough nodes, spare ones included, without these and without those that leave."""
     staying = state.nodes.keys() - state.leaving.keys() - set(nodes)
-    return len(staying) >= 1 and len(staying) + len(state.spares) >= state.config.min_nodes
+    return len(staying) >= 1 and len(staying) + len(state.fit_spares()) >= state.config.min_nodes

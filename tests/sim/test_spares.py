@@ -89,6 +89,14 @@ def test_no_spare_of_a_host_in_quarantine() -> None:
     assert started(tick(s)) == [("s2", [1])]
 
 
+def test_a_spare_in_quarantine_does_not_make_a_node_dispensable() -> None:
+    s = spared("s1")
+    s.state = dataclasses.replace(s.state, quarantined={"host-s1": Quarantine(0.0, 1e9, "hot")})
+    effects = s(e.DrainRequested("n1", "maintenance"))
+    assert not records(effects, "draining")
+    assert any(isinstance(effect, e.EndJob) for effect in effects), "it has no checkpoints"
+
+
 def test_nothing_is_lost_with_a_spare() -> None:
     s = spared("s1", "s2")
     generation = s.state.generation

@@ -182,7 +182,7 @@ function drawTables(view) {
     return made;
   }));
   if (view.nodes_left_out) $("nodes").append(row([`and ${whole(view.nodes_left_out)} more, in which nothing is amiss`]));
-  for (const one of view.spares) $("nodes").append(row([one.node, one.host, "spare", `${seconds(one.silence_s)} ago`]));
+  for (const [name, host, silence] of view.spares) $("nodes").append(row([name, host, "spare", `${seconds(silence)} ago`]));
   $("orders").hidden = !view.orders;
   $("known").replaceChildren(...view.nodes.map((one) => Object.assign(node("option"), { value: one[0] })));
   $("events").replaceChildren(...view.events.slice().reverse().map(([at, grade, event, text]) => {
