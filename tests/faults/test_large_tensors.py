@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,8 @@ import pytest
 import torch
 
 from everstep.elastic.contract.stateful import REGISTERED_BYTES
-from tests.jobs import JOBS, finish, run_job
-from tests.jobs.hosts import Hosts
+from tests.jobs import JOBS, run_job
+from tests.jobs.hosts import lose_a_node
 from tests.jobs.interpreter import script
 
 JOB = "large_tensor_job.py"
@@ -58,14 +57,5 @@ def test_workers_die_and_a_job_is_resumed(tmp_path: Path) -> None:
 def test_a_node_is_lost(tmp_path: Path) -> None:
     """With the steps since the last protected version."""
     expected = alone(tmp_path / "plain", plain=True)
-    out, events = tmp_path / "job", tmp_path / "events.jsonl"
-    out.mkdir()
-    faults = json.dumps([{"rank": 1, "phase": "compute", "step": 5, "kind": "node"}])
-    with Hosts(3) as hosts:
-        hosts.coordinator("2:3", f"--es-events={events}")
-        flags = ["--nnodes=2:3", "--nproc-per-node=1", "--es-snapshot-every=3", f"--log-dir={tmp_path}/logs"]
-        arguments = [json.dumps({"out": str(out)})]
-        nodes = [hosts.launch(host, JOBS / JOB, arguments, flags, {"EVERSTEP_FAULTS": faults}) for host in hosts.hosts]
-        outputs = {node.pid: finish(node) for node in nodes}
-    assert sorted(node.returncode for node in nodes) == [-signal.SIGKILL, 0, 0], outputs
-    assert_same(out, expected)
+    result = lose_a_node(JOB, {"rank": 1, "phase": "compute", "step": 5}, tmp_path, every=3)
+    assert_same(result.out, expected)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.jobs import JOBS, assert_same_state, finish, run_job
-from tests.jobs.hosts import Hosts
+from tests.jobs import assert_same_state, run_job
+from tests.jobs.hosts import lose_a_node
 from tests.jobs.optimizers import WHOLE
 
 STEPS = 6
@@ -60,18 +59,6 @@ def test_workers_are_killed_under_sparse_gradients() -> None:
 @pytest.mark.parametrize("name", ["shampoo", "adam8bit"])
 def test_a_node_is_lost(name: str, tmp_path: Path) -> None:
     """States of other shapes and element types than their parameters' are read from parity."""
-    out, events = tmp_path / "lost", tmp_path / "events.jsonl"
-    out.mkdir()
-    faults = json.dumps([{"rank": 2, "phase": "update", "step": 4, "kind": "node"}])
-    with Hosts(3) as hosts:
-        hosts.coordinator("2:3", f"--es-events={events}")
-        flags = ["--nnodes=2:3", "--nproc-per-node=1", "--es-snapshot-every=1", f"--log-dir={tmp_path}/logs"]
-        arguments = [json.dumps({"out": str(out), "steps": STEPS, "name": name})]
-        for host in hosts.hosts:
-            hosts.launch(host, JOBS / SCRIPT, arguments, flags, {"EVERSTEP_FAULTS": faults})
-        outputs = [finish(node) for node in hosts.launchers.values()]
-    named = [json.loads(line)["event"] for line in events.read_text().splitlines()]
-    assert "node_lost" in named, outputs
-    states = list(out.glob("state-*.pt"))
-    assert len(states) == 2, outputs
-    assert_same_models(states, alone(name=name))
+    fault = {"rank": 2, "phase": "update", "step": 4}
+    result = lose_a_node(SCRIPT, fault, tmp_path, every=1, steps=STEPS, name=name)
+    assert_same_models(list(result.out.glob("state-*.pt")), alone(name=name))

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.jobs import JOBS, assert_same_state, finish, run_job
-from tests.jobs.hosts import Hosts
+from tests.jobs import JOBS, assert_same_state, run_job
+from tests.jobs.hosts import lose_a_node
 from tests.jobs.interpreter import script
 
 JOB = "recurrent_job.py"
@@ -66,24 +65,10 @@ def test_workers_die(seldom: bool, tmp_path: Path) -> None:
 def test_a_node_is_lost_with_steps(tmp_path: Path) -> None:
     """Versions are protected every four steps: those since then are computed again, from the states of that time."""
     expected = alone(tmp_path / "plain", plain=True)
-    out, events = tmp_path / "job", tmp_path / "events.jsonl"
-    out.mkdir()
-    faults = json.dumps([{"rank": 1, "phase": "compute", "step": 7, "kind": "node"}])
-    with Hosts(3) as hosts:
-        hosts.coordinator("2:3", f"--es-events={events}")
-        flags = ["--nnodes=2:3", "--nproc-per-node=1", "--es-snapshot-every=4", f"--log-dir={tmp_path}/logs"]
-        arguments = [json.dumps({"out": str(out)})]
-        nodes = [hosts.launch(host, JOBS / JOB, arguments, flags, {"EVERSTEP_FAULTS": faults}) for host in hosts.hosts]
-        outputs = {node.pid: finish(node) for node in nodes}
-    assert sorted(node.returncode for node in nodes) == [-signal.SIGKILL, 0, 0], outputs
-    recovered = [
-        event for line in events.read_text().splitlines() if (event := json.loads(line))["event"] == "recovered"
-    ]
-    assert sum(event["lost_steps"] for event in recovered) > 0
-    assert losses(out) == losses(tmp_path / "plain")
-    states = sorted(out.glob("state-*.pt"))
-    assert len(states) == 2
-    for path in states:
+    result = lose_a_node(JOB, {"rank": 1, "phase": "compute", "step": 7}, tmp_path, every=4)
+    assert sum(event["lost_steps"] for event in result.named("recovered")) > 0
+    assert losses(result.out) == losses(tmp_path / "plain")
+    for path in result.out.glob("state-*.pt"):
         assert_same_state(torch.load(path, weights_only=True), expected)
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.jobs import JOBS, assert_same_state, finish, run_job, same
-from tests.jobs.hosts import Hosts
+from tests.jobs import JOBS, assert_same_state, run_job, same
+from tests.jobs.hosts import lose_a_node
 from tests.jobs.interpreter import script
 
 STEPS = 7
@@ -87,21 +87,11 @@ def test_the_last_rank_dies_while_another_joins(tmp_path: Path) -> None:
 def test_steps_are_computed_again(loop: bool, tmp_path: Path) -> None:
     """A node is lost, and the others go back to the last version that outlives it: what their code counted, too."""
     expected = alone(tmp_path, loop=loop)
-    out, events = tmp_path / "lost", tmp_path / "events.jsonl"
-    out.mkdir()
-    faults = json.dumps([{"rank": 2, "phase": "update", "step": 5, "kind": "node"}])
-    arguments = [json.dumps({"out": str(out), "steps": STEPS, "loop": loop})]
-    with Hosts(3) as hosts:
-        hosts.coordinator("2:3", f"--es-events={events}")
-        flags = ["--nnodes=2:3", "--nproc-per-node=1", "--es-snapshot-every=3", f"--log-dir={tmp_path}/logs"]
-        for host in hosts.hosts:
-            hosts.launch(host, JOBS / "sharing_job.py", arguments, flags, {"EVERSTEP_FAULTS": faults})
-        outputs = [finish(node) for node in hosts.launchers.values()]
-    lines = [json.loads(line) for line in events.read_text().splitlines()]
-    assert [line["lost_steps"] > 0 for line in lines if line["event"] == "recovered"] == [True], outputs
-    for path in out.glob("state-*.pt"):
+    fault = {"rank": 2, "phase": "update", "step": 5}
+    result = lose_a_node("sharing_job.py", fault, tmp_path, every=3, steps=STEPS, loop=loop)
+    assert [event["lost_steps"] > 0 for event in result.named("recovered")] == [True], result.output
+    for path in result.out.glob("state-*.pt"):
         assert_same_shared(torch.load(path, weights_only=True), expected)
-    assert len(list(out.glob("state-*.pt"))) == 2
 
 
 @pytest.mark.soak

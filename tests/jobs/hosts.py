@@ -270,3 +270,24 @@ class HostJob:
         launchers = [self.hosts.launchers[host] for host in chosen]
         outputs = [finish(launcher, timeout_s) for launcher in launchers]
         return read_result(self.out, max(abs(p.returncode) for p in launchers), "\n".join(outputs))
+
+
+def lose_a_node(script: str, fault: Mapping[str, Any], folder: Path, *, every: int, **config: Any) -> Result:
+    """Run a job on three hosts, one worker each, of which a fault takes one; asserts that it alone is lost.
+
+    `every`: the steps between versions that outlive nodes.
+    """
+    out = folder / "lost"
+    out.mkdir()
+    faults = {"EVERSTEP_FAULTS": json.dumps([{**fault, "kind": "node"}])}
+    flags = ["--nnodes=3", "--nproc-per-node=1", f"--es-snapshot-every={every}", f"--log-dir={folder}/logs"]
+    with Hosts(3) as hosts:
+        hosts.coordinator("3", f"--es-events={out}/events.jsonl")
+        arguments = [json.dumps({"out": str(out), **config})]
+        nodes = [hosts.launch(host, JOBS / script, arguments, flags, faults) for host in hosts.hosts]
+        outputs = [finish(node) for node in nodes]
+    assert sorted(node.returncode for node in nodes) == [-signal.SIGKILL, 0, 0], outputs
+    result = read_result(out, 0, "\n".join(outputs))
+    assert len(result.named("node_lost")) == 1, result.output
+    assert len(list(out.glob("state-*.pt"))) == 2, result.output
+    return result
