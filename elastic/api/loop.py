@@ -241,7 +241,7 @@ class Batches:
 
     def _collects(self, step: int) -> bool:
         """Whether a step puts embeddings together: the first one of each batch, whose turns are over halfway."""
-        return self._turns.embeddings is not None and self._updates.turn_of(step) == 0
+        return self._engine.data.order.collects(step)
 
     def count_tokens(self, count: Any) -> None:
         """The open micro-batch has so many tokens more."""
@@ -290,7 +290,7 @@ class Batches:
             self._gradients.check(held.tensor for held in engine.stack.layers[0].parameters)
             if self._updates.restores_buffers(state.step):
                 engine.pipeline.restore_statistics(0)
-            if self._turns.scaler is not None:
+            if self._turns.scaler is not None and not self._collects(state.step):
                 self._turns.scaler.check_called(state.step)
             if engine.reduction.counts_tokens and self._tokens is None:
                 raise UsageError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch.amp import GradScaler
@@ -14,19 +15,19 @@ class LoopScaler:
     """Takes over a GradScaler in the user's own loop: it scales losses, and the runtime does all else.
 
     The step's gradient is divided by the scale when it is complete, before it is clipped, and the scale changes when
-    the step is committed.
+    the step is committed. Where optimizers take turns on a batch, it changes when the last of its steps is.
     """
 
     def __init__(self, scaler: GradScaler) -> None:
         self._called = False  # scale(), in this turn
         self._scale = scaler.scale
-        self._optimizer: Optimizer | None = None
+        self._optimizers: Sequence[Optimizer] = ()
         for name in ("scale", "unscale_", "step", "update"):
             setattr(scaler, name, getattr(self, name))
 
-    def serve(self, optimizer: Optimizer) -> None:
-        """The optimizer that `prepare` returns."""
-        self._optimizer = optimizer
+    def serve(self, optimizers: Sequence[Optimizer]) -> None:
+        """The optimizers that `prepare` returns."""
+        self._optimizers = optimizers
 
     def begin_turn(self) -> None:
         """A turn of the user's loop begins."""
@@ -61,7 +62,7 @@ class LoopScaler:
             )
 
     def _check(self, optimizer: Optimizer, name: str) -> None:
-        if optimizer is not self._optimizer:
+        if all(optimizer is not one for one in self._optimizers):
             raise UsageError(
                 f"scaler.{name}(optimizer) was called with another optimizer than the one that run.prepare returned"
             )

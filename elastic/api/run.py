@@ -219,7 +219,7 @@ class Run(Sharing, Gradients):
         turns = taking_turns(optimizers, updates, every)
         if len(optimizers) > 1:
             what = "several optimizers" if embeddings is None else f"embedding_size={embedding_size}"
-            check_several(self.settings, turns, scaler, accumulation, what=what)
+            check_several(self.settings, turns, accumulation, what=what)
         scale = LossScale(scaler)
         reduction = Reduction(
             self.settings,
@@ -250,7 +250,7 @@ class Run(Sharing, Gradients):
         self._schedulers.add_optimizers(prepared)
         prepared = prepared[embeddings is not None :]  # the user's
         if scales is not None:
-            scales.serve(prepared[0])
+            scales.serve(prepared)
         found: Any = prepared[0] if isinstance(optimizer, Optimizer) else prepared
         return model, found, batches
 

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from everstep.elastic.contract.errors import UsageError
@@ -61,7 +60,8 @@ def as_one(models: Any, optimizers: Any, updates: str) -> tuple[Any, AnyOptimize
 def taking_turns(optimizers: Sequence[Optimizer], updates: str, every: Sequence[int] | None) -> TakingTurns:
     """How the optimizers take turns on each batch. Raises UsageError."""
     if every is None:
-        return TakingTurns((1,) * (len(optimizers) if updates == "alternating" else 1))
+        each = (1,) * (len(optimizers) if updates == "alternating" else 1)
+        return TakingTurns(each, collects=any(isinstance(one, Collector) for one in optimizers))
     users = [one for one in optimizers if not isinstance(one, Collector)]
     if len(users) != len(optimizers) or len(users) < 2 or updates != "alternating":
         raise UsageError(f"every={every!r} is for several optimizers that take turns, updates='alternating'")
@@ -75,12 +75,9 @@ def taking_turns(optimizers: Sequence[Optimizer], updates: str, every: Sequence[
     return TakingTurns(tuple(counts))
 
 
-def check_several(
-    settings: Settings, turns: TakingTurns, scaler: GradScaler | None, accumulation: int, *, what: str
-) -> None:
+def check_several(settings: Settings, turns: TakingTurns, accumulation: int, *, what: str) -> None:
     """Raise UsageError for what a loop with several optimizers cannot have. `what`: has them, in words."""
     for given, other in (
-        (scaler is not None, "scaler= (train in bfloat16, which needs none)"),
         (accumulation > 1, f"accumulation={accumulation} (leave it out: the runtime accumulates)"),
         (settings.loss_reduction == "tokens", 'loss_reduction="tokens"'),
     ):

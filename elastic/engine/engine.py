@@ -262,7 +262,8 @@ class Engine:
             )
             for shard in self.store.owned
         }
-        self.exchange.reduce(state, layout, gradients, self.reduction.divisor(state.size))
+        divisor = self.reduction.divisor(state.size, scaled=not self.data.order.collects(state.step))
+        self.exchange.reduce(state, layout, gradients, divisor)
         for shard in self.store.owned:
             dtype = self.exchange.accumulation(shard)
             self.snapshots.seal_gradient(shard.index, state.step, shard.elements, dtype)
@@ -435,7 +436,7 @@ class Engine:
         self.adjustments.adopt(step, terms.settings)
         for advance in self.on_commit:
             advance(step)
-        self.reduction.loss_scale.advance(terms)
+        self.reduction.loss_scale.advance(terms, self.data.order)
         self.stream_states.commit(terms.registered)
         self.adjustments.settle(self.version)
         self.prefetch.committed(terms)

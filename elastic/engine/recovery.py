@@ -413,5 +413,5 @@ class Recovery:
             for step in range(version - 1, version) if terms.advance is None else range(terms.advance):
                 for advance in engine.on_commit:
                     advance(step)
-            engine.reduction.loss_scale.advance(terms)
+            engine.reduction.loss_scale.advance(terms, engine.data.order)
         engine.adjustments.settle(version)

@@ -113,6 +113,15 @@ class DataOrder:
         batch, place = self._place(step)
         return self.turns.due(batch % self.epoch_batches if self.by_epoch else batch), place
 
+    def collects(self, step: int) -> bool:
+        """Whether a step puts values of its batch together, in place of a gradient."""
+        return self.turns.collects and self._place(step)[1] == 0
+
+    def ends_batch(self, step: int) -> bool:
+        """Whether a step is the last one that uses its batch."""
+        due, place = self.due(step)
+        return place == len(due) - 1
+
     def _place(self, step: int) -> tuple[int, int]:
         if not self.by_epoch:
             return self.turns.batch_of(step)

@@ -72,9 +72,13 @@ class Reduction:
         """What the loss and the gradient of a micro-batch are multiplied by in the sums over a step of this size."""
         return size.weight(micro_batch) if self._means else 1.0
 
-    def divisor(self, size: StepSize) -> float:
-        """What the sum of the gradients of a step's micro-batches is divided by, before the step is agreed on."""
-        return self.loss_scale.scale * (size.weights / self._accumulation if self._means else 1)
+    def divisor(self, size: StepSize, *, scaled: bool) -> float:
+        """What the sum of the gradients of a step's micro-batches is divided by, before the step is agreed on.
+
+        `scaled`: they are of scaled losses.
+        """
+        scale = self.loss_scale.scale if scaled else 1.0
+        return scale * (size.weights / self._accumulation if self._means else 1)
 
     def measured(self, returned: Any, loss_fn: object, step: int, micro_batch: int) -> tuple[Tensor, int]:
         """The loss and the number of tokens (or 0) of a micro-batch, of what `loss_fn` returned. Raises UsageError."""

@@ -14,10 +14,12 @@ class TakingTurns:
     """Optimizer k steps in every `every[k]`-th batch, from the first on; a step of the job is a step of one of them.
 
     The batches of a step are counted from the start of the run, or of its epoch where epochs begin with a batch of
-    their own. At least one optimizer steps in every batch.
+    their own. At least one optimizer steps in every batch. `collects`: the first one collects values of the batch for
+    those behind it, and has no gradient of a loss.
     """
 
     every: tuple[int, ...] = (1,)
+    collects: bool = False
 
     @property
     def period(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,22 @@ def test_the_numbers_are_those_of_the_whole_batch(tmp_path: Path) -> None:
     assert [loss for _, loss in found["losses"]] == pytest.approx([x for x in losses for _ in range(3)], rel=1e-4)
 
 
+def test_a_scale_of_the_losses(tmp_path: Path) -> None:
+    """It changes by gradients alone: that embeddings are put together in between neither raises nor lowers it."""
+    found = alone(tmp_path, dropout=0.0, scaler=True)
+    scale, finite = 2.0**16, 0
+    skipped = [not math.isfinite(norm) for norm in found["norms"]]
+    assert not any(skipped[::2]), "the embeddings"
+    assert 0 < sum(skipped) < BATCHES - 2
+    for number, overflows in enumerate(skipped[1::2]):
+        assert found["scales"][6 * number : 6 * number + 6] == [scale] * 6
+        finite = 0 if overflows else finite + 1
+        scale *= 0.5 if overflows else 2.0 if finite == 2 else 1.0
+        finite %= 2
+    assert found["scaler"]["scale"] == scale
+    assert found["skipped"] == sum(skipped)
+
+
 KILLS = [
     {"rank": 1, "phase": "compute", "step": 2, "after": 1},
     {"rank": 2, "phase": "compute", "step": 3, "after": 1},
@@ -65,7 +82,9 @@ KILLS = [
 
 
 def states_equal(found: dict[str, Any], expected: dict[str, Any]) -> bool:
-    """Parameters and momentum, by `torch.equal`."""
+    """Parameters and momentum, by `torch.equal`, and the scale of losses."""
+    if (found["scaler"], found["skipped"]) != (expected["scaler"], expected["skipped"]):
+        return False
     momenta = [[s["momentum_buffer"] for s in one["optimizer"]["state"].values()] for one in (found, expected)]
     values = [[*one["model"].values(), *momentum] for one, momentum in zip((found, expected), momenta, strict=True)]
     return all(same(a, b) for a, b in zip(*values, strict=True))
@@ -73,8 +92,9 @@ def states_equal(found: dict[str, Any], expected: dict[str, Any]) -> bool:
 
 def test_ranks_die(tmp_path: Path) -> None:
     """While embeddings are collected and while they are used; one micro-batch for each rank, and three for one."""
-    expected = alone(tmp_path)
-    result = run_job(nproc=3, script="embeddings_job.py", faults=KILLS, steps=2 * BATCHES, dropout=0.2)
+    expected = alone(tmp_path, scaler=True)
+    config = {"steps": 2 * BATCHES, "dropout": 0.2, "scaler": True}
+    result = run_job(nproc=3, script="embeddings_job.py", faults=KILLS, **config)
     assert result.status == 0, result.output
     assert len(result.named("worker_died")) == len(KILLS)
     finished = list(result.out.glob("state-*.pt"))

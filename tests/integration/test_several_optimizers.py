@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.jobs import JOBS, run_job, same
-from tests.jobs.gan_job import EVERY, SAMPLES, loss_of_d, loss_of_g, models, optimizers
+from tests.jobs.gan_job import EVERY, SAMPLES, loss_of_d, loss_of_g, models, optimizers, scaler_of
 from tests.jobs.interpreter import script
 
 BATCHES = {"alternating": 7, "simultaneous": 7, "critic": 6}
@@ -48,19 +48,24 @@ def mean_gradients(losses: list[Tensor], parameters: list[Tensor]) -> list[Tenso
     return [((a + b) + (c + d)) / 4 for a, b, c, d in zip(first, *others, strict=True)]
 
 
-def plain_torch(updates: str) -> dict[str, Any]:
+def plain_torch(updates: str, scaled: bool) -> dict[str, Any]:
     """The same training in plain torch, with the gradients of micro-batches summed by hand."""
+    scaler, skipped = scaler_of(scaled), 0
     torch.manual_seed(5)
     g, d = models(plain=True)
     (opt_g, opt_d), rates = optimizers(g, d)
 
     def gradients(optimizer: torch.optim.Optimizer, batches: list[Any]) -> None:
-        fakes = [(real, g(noise)) for real, noise in batches]
-        of_d = optimizer is opt_d
-        losses = [loss_of_d(d, real, fake) if of_d else loss_of_g(d, fake) for real, fake in fakes]
+        with torch.autocast("cpu", torch.float16, enabled=scaled):
+            fakes = [(real, g(noise)) for real, noise in batches]
+            of_d = optimizer is opt_d
+            losses = [loss_of_d(d, real, fake) if of_d else loss_of_g(d, fake) for real, fake in fakes]
+        losses = [scaler.scale(loss) for loss in losses]
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for parameter, gradient in zip(parameters, mean_gradients(losses, parameters), strict=True):
             parameter.grad = gradient
+        nonlocal skipped
+        skipped += scaled and not all(bool(p.grad.isfinite().all()) for p in parameters if p.grad is not None)
 
     average = {name: value.clone() for name, value in g.state_dict().items()}
     for number in range(BATCHES[updates]):
@@ -69,25 +74,31 @@ def plain_torch(updates: str) -> dict[str, Any]:
         gradients(opt_d, batches)
         if updates == "simultaneous":
             gradients(opt_g, batches)
-            opt_d.step()
+            scaler.step(opt_d)
         else:
-            opt_d.step()
-            gradients(opt_g, batches)
+            scaler.step(opt_d)
         is_due = updates != "critic" or number % EVERY[0] == 0
         if is_due:
-            opt_g.step()
+            if updates != "simultaneous":
+                gradients(opt_g, batches)
+            scaler.step(opt_g)
+        scaler.update()
         for rate in rates:
             rate.step()
         for name, value in g.state_dict().items() if is_due else ():
             average[name].lerp_(value, 0.25)
     state = {"g": g.state_dict(), "d": d.state_dict(), "opt_g": opt_g.state_dict(), "opt_d": opt_d.state_dict()}
-    return {**state, "average": average}
+    return {**state, "average": average, "scaler": scaler.state_dict(), "skipped": skipped}
 
 
-@pytest.mark.parametrize("updates", STEPS)
-def test_the_numbers_are_those_of_plain_torch(updates: str, tmp_path: Path) -> None:
-    """Parameters, averages of one model, the state of both optimizers, and the rates that schedulers have set."""
-    found, expected = alone(tmp_path, plain=True, updates=updates), plain_torch(updates)
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # the scaler leaves out the first step
+@pytest.mark.parametrize(
+    ("updates", "scaled"),
+    [("alternating", False), ("simultaneous", False), ("critic", False), ("alternating", True), ("critic", True)],
+)
+def test_the_numbers_are_those_of_plain_torch(updates: str, scaled: bool, tmp_path: Path) -> None:
+    """Parameters, averages of one model, the state of both optimizers, the rates of schedulers, and the loss scale."""
+    found, expected = alone(tmp_path, plain=True, updates=updates, scaler=scaled), plain_torch(updates, scaled)
     assert len(found.pop("norms")) == STEPS[updates]
     draws = torch.stack(found.pop("draws"))
     assert len(draws) == 4 * STEPS[updates]
@@ -110,9 +121,10 @@ KILLS = [
 
 @pytest.mark.parametrize("updates", STEPS)
 def test_ranks_die(updates: str, tmp_path: Path) -> None:
-    """With dropout, spectral norm and clipping, a discriminator that is frozen in turns, and a rate for each model."""
-    expected = alone(tmp_path, plain=False, updates=updates)
-    config = {"steps": STEPS[updates], "plain": False, "updates": updates}
+    """Dropout, spectral norm, clipping, a discriminator that is frozen in turns, rates, and a scale of the losses."""
+    scaled = updates != "simultaneous"
+    expected = alone(tmp_path, plain=False, updates=updates, scaler=scaled)
+    config = {"steps": STEPS[updates], "plain": False, "updates": updates, "scaler": scaled}
     result = run_job(nproc=3, script="gan_job.py", faults=KILLS, **config)
     assert result.status == 0, result.output
     assert len(result.named("worker_died")) == len(KILLS)
@@ -124,7 +136,7 @@ def test_ranks_die(updates: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("updates", STEPS)
 def test_resumes_between_the_steps_of_a_batch(updates: str, tmp_path: Path) -> None:
-    config = {"plain": False, "updates": updates}
+    config = {"plain": False, "updates": updates, "scaler": updates != "simultaneous"}
     checkpoint = str(tmp_path / "saved")
     stopped = alone(tmp_path / "first", checkpoint, stop=5 if updates == "alternating" else 3, **config)
     assert 0 < len(stopped["norms"]) < STEPS[updates]

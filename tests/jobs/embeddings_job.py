@@ -1,6 +1,6 @@
 """A contrastive loss over the global batch, with a learned temperature and clipping; the JSON argument has options.
 
-`mistake`: what the script does wrong. `stop`: training ends after that step.
+`mistake`: what the script does wrong. `scaler`: in float16, by autocast. `stop`: training ends after that step.
 """
 
 import json
@@ -41,35 +41,43 @@ def optimizer_of(model):
     return torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
 
 
-def train(run, out, dropout, mistake=None, stop=None):
+def train(run, out, dropout, mistake=None, scaled=False, stop=None):
     model = Encoder(dropout)
     optimizer = optimizer_of(model)
     size = None if mistake == "no size" else 0 if mistake == "empty" else 6
     loader = torch.utils.data.DataLoader(PAIRS, batch_size=BATCH)
-    model, optimizer, batches = run.prepare(model, optimizer, loader, embedding_size=size)
-    seen = []
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=2, enabled=scaled)
+    model, optimizer, batches = run.prepare(model, optimizer, loader, embedding_size=size, scaler=scaler)
+    seen, norms, scales = [], [], []
 
     @run.on_step
     def note(step):
+        norms.append(step.gradient_norm)
         if step.index == stop:
             run.stop("as the job is told")
 
     for pairs in batches:
-        embeddings = model(pairs)
+        with torch.autocast("cpu", torch.float16, enabled=scaled):
+            embeddings = model(pairs)
         if mistake == "shape":
             embeddings = embeddings[:, :4]
         if mistake != "no call":
             embeddings = run.gather_batch(embeddings)
         if mistake == "twice":
             embeddings = run.gather_batch(embeddings[: len(pairs)])
-        loss = loss_of(model, embeddings)
+        with torch.autocast("cpu", torch.float16, enabled=scaled):
+            loss = loss_of(model, embeddings)
         if not run.is_collecting:
             seen.append((run.step, float(loss)))
-        loss.backward()
+        scales.append(scaler.get_scale())
+        scaler.scale(loss).backward()
         run.clip_grad_norm_(CLIP)
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad()
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "losses": seen}
+    state["scaler"], state["skipped"] = scaler.state_dict(), run.skipped_steps
+    state["norms"], state["scales"] = norms, scales
     torch.save(state, out / f"state-{os.environ.get('RANK', '0')}.pt")
 
 
@@ -78,5 +86,5 @@ if __name__ == "__main__":
     reduction = "sum" if config.get("mistake") == "reduction" else "mean"
     length = {"epochs": 2, "last_batch": "short"} if config.get("mistake") == "short" else {"steps": config["steps"]}
     everstep.elastic(**length, global_batch_size=BATCH, micro_batch_size=4, seed=5, loss_reduction=reduction)(train)(
-        Path(config["out"]), config["dropout"], config.get("mistake"), config.get("stop")
+        Path(config["out"]), config["dropout"], config.get("mistake"), config.get("scaler", False), config.get("stop")
     )

@@ -2,7 +2,7 @@
 
 `updates`: "alternating", "simultaneous", or "critic": the discriminator makes three steps for each of the generator.
 `plain`: nothing in it that plain torch would do in another order: neither dropout nor spectral norm.
-`stop`: training ends after that step.
+`scaler`: in float16, by autocast. `stop`: training ends after that step.
 """
 
 import json
@@ -41,6 +41,11 @@ def optimizers(g, d):
     return (opt_g, opt_d), (ExponentialLR(opt_g, 0.9), StepLR(opt_d, 2, 0.5))
 
 
+def scaler_of(enabled):
+    """Its scale is too large at first, and becomes so again."""
+    return torch.amp.GradScaler("cpu", init_scale=2.0**18, growth_interval=2, enabled=enabled)
+
+
 def loss_of_d(d, real, fake):
     return TOLD(d(real), torch.ones(len(real), 1)) + TOLD(d(fake.detach()), torch.zeros(len(real), 1))
 
@@ -49,10 +54,11 @@ def loss_of_g(d, fake):
     return TOLD(d(fake), torch.ones(len(fake), 1))
 
 
-def train(run, out, plain, updates, stop=None):
+def train(run, out, plain, updates, scaled=False, stop=None):
     g, d = models(plain)
     (opt_g, opt_d), (rate_g, rate_d) = optimizers(g, d)
     average = run.average(g, 0.75)
+    scaler = scaler_of(scaled)
     buffers = None if plain else {"*._u": "last", "*._v": "last"}
     (g, d), (opt_g, opt_d), batches = run.prepare(
         [g, d],
@@ -61,39 +67,45 @@ def train(run, out, plain, updates, stop=None):
         updates="simultaneous" if updates == "simultaneous" else "alternating",
         buffers=buffers,
         every=EVERY if updates == "critic" else None,
+        scaler=scaler,
     )
     norms = run.state.setdefault("norms", [])
 
     @run.on_step
     def note(step):
-        norms.append(step.gradient_norm)
+        norms.append(str(step.gradient_norm))  # which compares NaN as equal
         if step.index == stop:
             run.stop("as the job is told")
 
     draws = []
     for real, noise in batches:
         draws.append(torch.rand(2))
-        fake = g(noise)
-        d.requires_grad_(True)
+        with torch.autocast("cpu", torch.float16, enabled=scaled):
+            fake = g(noise)
+            loss = loss_of_d(d.requires_grad_(True), real, fake)
         opt_d.zero_grad()
-        loss_of_d(d, real, fake).backward()
+        scaler.scale(loss).backward()
         if not plain:
             run.clip_grad_norm_(0.4)
-        opt_d.step()
+        scaler.step(opt_d)
         d.requires_grad_(False)
         if run.is_due(opt_g):
+            with torch.autocast("cpu", torch.float16, enabled=scaled):
+                loss = loss_of_g(d, fake)
             opt_g.zero_grad()
-            loss_of_g(d, fake).backward()
-            opt_g.step()
+            scaler.scale(loss).backward()
+            scaler.step(opt_g)
+        scaler.update()
         rate_g.step()
         rate_d.step()
     state = {"g": g.state_dict(), "d": d.state_dict(), "opt_g": opt_g.state_dict(), "opt_d": opt_d.state_dict()}
     state["average"] = average.state_dict()
+    state["scaler"], state["skipped"] = scaler.state_dict(), run.skipped_steps
     torch.save({**state, "norms": norms, "draws": draws}, out / f"state-{os.environ.get('RANK', '0')}.pt")
 
 
 if __name__ == "__main__":
     config = json.loads(sys.argv[1])
     everstep.elastic(steps=config["steps"], global_batch_size=8, micro_batch_size=2, seed=5)(train)(
-        Path(config["out"]), config["plain"], config["updates"], config.get("stop")
+        Path(config["out"]), config["plain"], config["updates"], config.get("scaler", False), config.get("stop")
     )

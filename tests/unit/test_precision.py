@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 import everstep
 from everstep import UsageError
 from everstep.elastic.step.loss_scale import LossScale
+from everstep.elastic.step.order import DataOrder
 from everstep.elastic.step.reduction import is_visibly_a_sum, whole_count
 from tests.terms import agreed
 
@@ -324,6 +325,7 @@ def test_the_scale_changes_as_torchs_does(seed: int) -> None:
     ours, theirs = (GradScaler("cpu", **how) for _ in range(2))  # type: ignore[arg-type]
     scale, parameter = LossScale(ours), nn.Parameter(torch.ones(2))
     optimizer = torch.optim.SGD([parameter], lr=0.0)
+    order = DataOrder(samples=8, global_batch_size=4, micro_batch_size=2, seed=0)
     for _ in range(60):
         if rng.random() < 0.2:  # as in a recovery, or a replacement
             saved, ours = scale.state_dict(), GradScaler("cpu")
@@ -334,7 +336,7 @@ def test_the_scale_changes_as_torchs_does(seed: int) -> None:
         theirs.step(optimizer)
         theirs.update()
         optimizer.zero_grad()
-        scale.advance(agreed(norm=value, skip=not math.isfinite(value)))
+        scale.advance(agreed(norm=value, skip=not math.isfinite(value)), order)
         assert ours.state_dict() == theirs.state_dict()
 
 

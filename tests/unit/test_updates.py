@@ -84,18 +84,16 @@ def test_lists_that_do_not_fit() -> None:
 def test_what_several_optimizers_do_not_take() -> None:
     settings = Settings(steps=7, global_batch_size=4, micro_batch_size=1)
     tokens = Settings(steps=8, global_batch_size=4, micro_batch_size=1, loss_reduction="tokens")
-    scaler = torch.amp.GradScaler("cpu")
     together, what = TakingTurns(), "several optimizers"
-    check_several(settings, together, None, 1, what=what)
+    check_several(settings, together, 1, what=what)
     for arguments, text in (
-        ((settings, TakingTurns((1, 1)), None, 1), "steps=7 must be a multiple of 2"),
+        ((settings, TakingTurns((1, 1)), 1), "steps=7 must be a multiple of 2"),
         (
-            (settings, TakingTurns((5, 1)), None, 1),
+            (settings, TakingTurns((5, 1)), 1),
             "steps=7 must be a multiple of 6: with several optimizers that is how",
         ),
-        ((settings, together, scaler, 1), "with several optimizers does not take scaler="),
-        ((settings, together, None, 4), "does not take accumulation=4"),
-        ((tokens, together, None, 1), 'does not take loss_reduction="tokens"'),
+        ((settings, together, 4), "does not take accumulation=4"),
+        ((tokens, together, 1), 'does not take loss_reduction="tokens"'),
     ):
         with pytest.raises(UsageError) as error:
             check_several(*arguments, what=what)
