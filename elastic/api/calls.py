@@ -22,6 +22,7 @@ from everstep.elastic.contract.stateful import decode, encode
 from everstep.elastic.engine.call_log import CallLog, MadeCall, Place
 
 Combine = Callable[[Mapping[int, Any]], Any]  # the values of the ranks (ascending) -> the result, both as JSON values
+Exchange = Callable[[Any, Combine], Any]  # takes a rank's value, and combines those of all
 BEFORE = Place("before the loop")
 AFTER = Place("behind the loop")
 SAME_CALLS = (
@@ -86,7 +87,7 @@ class Calls:
         said = encode(value, call)
         return self.carry_out(call, lambda exchange: exchange(said, combine))
 
-    def carry_out(self, call: str, attempt: Callable[[Callable[[Any, Combine], Any]], Any]) -> Any:
+    def carry_out(self, call: str, attempt: Callable[[Exchange], Any]) -> Any:
         """Make a call of several exchanges, each of which takes a rank's value and combines those of all.
 
         `attempt` is repeated after a recovery; its result, JSON values, is what the last exchange returns.

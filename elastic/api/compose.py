@@ -22,6 +22,7 @@ from everstep.elastic.protocol.protection import state_slots
 from everstep.elastic.step.data import DataSource
 from everstep.elastic.step.loss_scale import LOSS_SCALE
 from everstep.elastic.step.reduction import Reduction
+from everstep.elastic.step.sampled import SAMPLER
 from everstep.elastic.step.stream_states import STREAM_STATE, StreamStates
 from everstep.elastic.step.streams import STREAM
 from everstep.elastic.step.taking_turns import TakingTurns
@@ -77,6 +78,8 @@ def engine_of(
     )
     if reduction.skip_nonfinite:
         engine.drive(LOSS_SCALE, reduction.loss_scale)
+    if data.sampled is not None and loops and settings.epochs:
+        engine.drive(SAMPLER, data.sampled)
     if data.streams is not None and data.streams.stateful:
         engine.drive(STREAM, data.streams)
     if loops:

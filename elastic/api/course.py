@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from everstep.elastic.contract.errors import UsageError
+from everstep.elastic.contract.stateful import encode
 from everstep.elastic.engine.call_log import Place
 from everstep.elastic.engine.engine import Engine
 from everstep.elastic.engine.user_loop import Step
+from everstep.elastic.step.sampled import Drawn, Trust
 
-from .calls import AFTER, Calls
+from .calls import AFTER, Calls, Exchange
+
+ORDER = "the order of the samples"  # as a call
 
 
 class Course:
@@ -80,6 +85,27 @@ class Course:
         """The script begins an epoch, which ends at version `end`."""
         self._epoch, self.epoch_ended = (epoch, end), False
         self._calls.at(Place(f"at the beginning of epoch {epoch}", until=end))
+
+    def agree_on_order(self) -> None:
+        """The batches of an epoch begin: all ranks use one order of its samples, if the script has a sampler."""
+        engine, sampled = self._engine, self._engine.data.sampled
+        if sampled is None or self._epoch is None:
+            return
+        epoch, end = self._epoch
+
+        def attempt(exchange: Exchange) -> Any:
+            drawn = sampled.draw(epoch)
+
+            def chosen(values: Mapping[int, Any]) -> list[Any]:
+                rank = sampled.choose({rank: Drawn(value[0], Trust(value[1])) for rank, value in values.items()}, epoch)
+                return [rank, values[rank][0]]
+
+            rank, digest = exchange(list(drawn), chosen)
+            own = encode(sampled.own(epoch) if rank == engine.rank else None, ORDER)
+            return exchange(own, lambda values: {"digest": digest, "order": values[rank]})
+
+        self._calls.at(Place(f"in front of the batches of epoch {epoch}", until=end))
+        sampled.take(epoch, **self._calls.carry_out(ORDER, attempt))
 
     def epoch_over(self) -> bool:
         """Whether no step of the epoch is left."""

@@ -30,6 +30,7 @@ class Notice(enum.StrEnum):
     DATA_WORKER_LOST = "data-worker-lost"  # a worker process of a DataLoader ended
     SAMPLE_SKIPPED = "sample-skipped"  # a sample of the dataset raised, and the next one takes its place
     STREAM_ENDED = "stream-ended"  # before the last step of the job
+    SAMPLER_DIFFERS = "sampler-differs"  # of a replacement: the order of the other ranks is used
     RESUME_DATA = "resume-data"  # the data differs from that of the checkpoint's training
     FOREIGN_CHECKPOINT = "foreign-checkpoint"  # the job resumes from another framework's: what its reader says
     REPLACEMENT_VALUES = "replacement-values"  # a replacement's script loaded values that the job does not use

@@ -218,12 +218,14 @@ class Engine:
         return self.layout, self.state
 
     def _upcoming(self) -> Iterator[Key]:
-        """The micro-batches that this rank will fetch, as long as the membership does not change."""
+        """The micro-batches that this rank will fetch, as long as the membership and the sampler stay as they are."""
         layout, state = self.current()
         yield from [(state.step, span.micro_batch) for span in state.todo]
         ends = {0, len(self.stack.layers)}  # of the pipeline, where inputs and targets are needed
         mine = [span.micro_batch for span in layout.work.spans_of(self.rank) if ends & {span.start, span.stop}]
         for step in range(state.step + 1, self.settings.steps if mine else 0):
+            if not self.data.knows(step):
+                return
             filled = self.data.order.size(step).micro_batches
             yield from ((step, micro_batch) for micro_batch in mine if micro_batch < filled)
 

@@ -34,6 +34,7 @@ from everstep.elastic.protocol.codec import Unreadable
 from everstep.elastic.protocol.events import Saved
 from everstep.elastic.protocol.terms import Terms
 from everstep.elastic.step.loss_scale import LOSS_SCALE
+from everstep.elastic.step.sampled import SAMPLER
 from everstep.elastic.step.stream_states import STREAM_STATE
 from everstep.elastic.step.streams import STREAM
 from everstep.resharding.units import Shard
@@ -206,6 +207,8 @@ class Resumption:
         """Settings with a checkpoint of ours: its own, or the script's; the clipping limits are always the script's."""
         after = {**(terms.after or {}), "clip": self._birth["clip"]}
         terms = replace(terms, clip=self._birth["clip"], after=after if terms.after is not None else None, end="")
+        if self._settings.resume_data == "ignore":
+            terms = replace(terms, registered={n: state for n, state in terms.registered.items() if n != SAMPLER})
         began = unpack(terms.script or _unscheduled(after.get("groups", terms.groups), terms.registered))
         found = differences(began, unpack(self._birth["groups"]))
         if self._settings.resume_hyperparameters == "script":
@@ -214,7 +217,7 @@ class Resumption:
                     "resume_hyperparameters=script: the rates come from a scheduler that the script steps by itself; "
                     "hand it over, so that it can be stepped again: run.steps(..., scheduler=scheduler)"
                 )
-            born, own = self._birth["registered"], (LOSS_SCALE, STREAM, STREAM_STATE)  # no hyper-parameters
+            born, own = self._birth["registered"], (LOSS_SCALE, SAMPLER, STREAM, STREAM_STATE)  # no hyper-parameters
             driven = {name: state for name, state in born.items() if name in self._driven and name not in own}
             terms = replace(
                 terms,

@@ -84,10 +84,10 @@ class DataSource:
         self.streams = self._begin_streams(settings) if is_stream else None
         self.samples = 0 if is_stream else len(dataset)
         shuffle, sampler = (False, None) if is_stream else _order_of(self._loader)
-        self._sampled: SampledOrder | None = None
+        self.sampled: SampledOrder | None = None
         if sampler is not None:
-            self._sampled = SampledOrder(sampler, self.samples, settings.global_batch_size, settings.seed)
-            self.samples, known = self._sampled.samples, 0
+            self.sampled = SampledOrder(sampler, self.samples, settings.global_batch_size, settings.seed, channel)
+            self.samples, known = self.sampled.samples, 0
         if known and self.samples > known:
             warn(
                 channel,
@@ -96,14 +96,14 @@ class DataSource:
                 f"first {known} are used",
             )
             self.samples = known
-        self._readable = self.samples if self._sampled is None else len(dataset)  # of the dataset
+        self._readable = self.samples if self.sampled is None else len(dataset)  # of the dataset
         self.order = DataOrder(
             samples=self.samples,
             global_batch_size=settings.global_batch_size,
             micro_batch_size=settings.micro_batch_size,
             seed=settings.seed,
             shuffle=shuffle,
-            sampled=self._sampled.sample if self._sampled is not None else None,
+            sampled=self.sampled.sample if self.sampled is not None else None,
             by_epoch=settings.epochs > 0,
             last_batch=settings.last_batch,
             turns=turns,
@@ -113,7 +113,7 @@ class DataSource:
     def __getstate__(self) -> dict[str, Any]:
         """What `load` needs in a worker process that is not forked: with a sampler, requests have its indices."""
         order = replace(self.order, sampled=None)
-        dropped = dict.fromkeys(("_loader", "_channel", "_place", "_sampled", "_ahead"))
+        dropped = dict.fromkeys(("_loader", "_channel", "_place", "sampled", "_ahead"))
         return {**self.__dict__, **dropped, "order": order}
 
     def _begin_streams(self, settings: Settings) -> Streams:
@@ -142,9 +142,13 @@ class DataSource:
                 warn(self._channel, Notice.SETTING_IGNORED, text)
         return streams
 
+    def knows(self, step: int) -> bool:
+        """Whether it is decided which samples a step has."""
+        return self.sampled is None or self.sampled.knows(self.order.epoch_of(step))
+
     def request(self, key: Key) -> Request:
         """What `load` is to be given for a key. A sampler's order is worked out here, not in worker processes."""
-        return key, self.order.indices(*key) if self._sampled is not None else None
+        return key, self.order.indices(*key) if self.sampled is not None else None
 
     def load(self, request: Request) -> Any:
         """The item of a key, fetched in this process. The key seeds random augmentation."""
@@ -270,7 +274,7 @@ class DataSource:
             found = [digest for _, digest in probes]
         half = len(found) // 2
         if found[:half] == found[half:]:
-            order = [content_digest(self._sampled.first)] if self._sampled is not None else []
+            order = [content_digest(self.sampled.first)] if self.sampled is not None else []
             return (*found[:half], *order)
         warn(
             self._channel,
