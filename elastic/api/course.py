@@ -68,15 +68,22 @@ class Course:
     def stops(self) -> bool:
         """Whether a script has asked for the end, and all ranks agreed on it: then the user's loop ends."""
         engine = self._engine
-        if engine.user_loop.unseen or not engine.stop_request.agreed(engine.agreement):
+        if not self.stops_here():
             return False
-        self.stopped = True
         if self._epoch is not None:
             self.end_epoch()
         elif engine.loops:
             self.end_batches()
         else:
             self.end()
+        return True
+
+    def stops_here(self) -> bool:
+        """Whether training ends with the steps that the script has seen, as all ranks agreed."""
+        engine = self._engine
+        if engine.user_loop.unseen or not engine.stop_request.agreed(engine.agreement):
+            return False
+        self.stopped = True
         return True
 
     # ------------------------------------------------------------ epochs

@@ -29,7 +29,7 @@ class Epochs:
         engine, course = self._engine, self._course
         epoch = (engine.version - len(engine.user_loop.unseen)) // self._steps
         try:
-            while epoch < self._count:
+            while epoch < self._count and not course.stops_here():  # it may be with the last step of an epoch
                 course.begin_epoch(epoch, end=(epoch + 1) * self._steps)
                 yield epoch
                 if course.stopped:

@@ -13,14 +13,15 @@ from tests.jobs import JOBS, Result, run_job, same
 from tests.jobs.interpreter import Ended, script
 
 
-def ended(out: Path, **config: Any) -> Ended:
+def ended(out: Path, environment: dict[str, str] | None = None, **config: Any) -> Ended:
     """Without the launcher: one rank."""
     out.mkdir()
-    return script(JOBS / "sampler_job.py", json.dumps({"out": str(out), **config}))
+    arguments = json.dumps({"out": str(out), **config})
+    return script(JOBS / "sampler_job.py", arguments, environment=environment or {})
 
 
-def alone(out: Path, **config: Any) -> dict[str, Any]:
-    done = ended(out, **config)
+def alone(out: Path, environment: dict[str, str] | None = None, **config: Any) -> dict[str, Any]:
+    done = ended(out, environment, **config)
     assert done.status == 0, done.stderr
     state: dict[str, Any] = torch.load(out / "state-0.pt", weights_only=True)
     return state
@@ -55,6 +56,28 @@ def test_nobody_is_left_that_has_the_weights(tmp_path: Path) -> None:
     result = run_job(nproc=2, script="sampler_job.py", kills=[[0, 1], [1, 2]], ranks=2)
     assert result.status != 0
     assert "gives another order of epoch 3 than the one with which the job had begun it, and no rank" in result.output
+
+
+@pytest.mark.parametrize("stop", [3, 4])
+def test_a_job_is_resumed(stop: int, tmp_path: Path) -> None:
+    """In an epoch and at its end: with the weights in run.state in the same order, else with an error or a warning.
+
+    At an epoch's end, whether the order of the next one is right cannot be told, as the weights change there.
+    """
+    saved = {kept: {"EVERSTEP_CHECKPOINT": str(tmp_path / f"saved {kept}")} for kept in (True, False)}
+    for kept, environment in saved.items():
+        alone(tmp_path / f"first {kept}", environment, kept=kept, stop=stop)
+    expected = alone(tmp_path / "whole", kept=True)
+    found = alone(tmp_path / "second", saved[True], kept=True)
+    assert all(same(found["model"][name], value) for name, value in expected["model"].items())
+    done = ended(tmp_path / "without", saved[False])
+    doubt = "whether that of epoch 2 is right was not checked" in done.stderr
+    if stop == 4:
+        assert (done.status, doubt) == (0, True), done.stderr
+    else:
+        assert "gives another order of epoch 1 than the one with which the job had begun it" in done.error()
+        ignoring = {**saved[False], "EVERSTEP_RESUME_DATA": "ignore"}
+        assert ended(tmp_path / "ignoring", ignoring).status == 0
 
 
 def test_ranks_differ() -> None:

@@ -147,3 +147,17 @@ def test_the_steps_of_epochs(tmp_path: Path) -> None:
     assert alone(tmp_path / "steps", yields=True)["shared"]["epochs"] == [0, 0, 1, 1, 2, 2]
     stopped = alone(tmp_path / "stopped", stops=1)
     assert [entry[:2] for entry in stopped["shared"]["epochs"]] == [[0, 2], [1, 3]]
+
+
+def test_a_stop_with_the_last_step_of_an_epoch(tmp_path: Path) -> None:
+    """The code behind its batches runs, and no other epoch begins, also on ranks that die there and behind the loop."""
+    with ThreadPoolExecutor(2) as pool:
+        waiting = pool.submit(alone, tmp_path, stops=2)
+        result = run_job(nproc=3, script="epochs_job.py", stops=2, kills=[[1, "end 1"], [2, "last"]])
+        expected = waiting.result()
+    assert result.status == 0, result.output
+    assert [event["rank"] for event in result.named("worker_died")] == [1, 2]
+    assert [entry[:2] for entry in expected["shared"]["epochs"]] == [[0, 2], [1, 4]]
+    assert expected["shared"]["begun"] == 2
+    for rank in range(3):
+        assert_same_job(result.state(rank), expected)

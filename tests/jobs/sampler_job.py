@@ -1,8 +1,8 @@
 """A loop over epochs whose sampler is changed by the script; the JSON argument says how.
 
-`kept`: what the sampler depends on is in `run.state`. `kills`: [rank, epoch]: where a process of that rank kills itself,
-once, in the second turn of an epoch. `mistake`: "by rank": weights that ranks differ in; "no epochs": a loop without
-`run.epochs`.
+`kept`: what the sampler depends on is in `run.state`. `kills`: [rank, epoch]: where a process of that rank kills
+itself, once, in the second turn of an epoch. `stop`: training ends after that step. `mistake`: "by rank": weights that
+ranks differ in; "no epochs": a loop without `run.epochs`.
 """
 
 import json
@@ -53,9 +53,17 @@ def train(run):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     weights = torch.linspace(1, 3, SAMPLES)
     sampler = torch.utils.data.WeightedRandomSampler(weights, SAMPLES)
-    loader = torch.utils.data.DataLoader(Numbered(), batch_size=2, sampler=sampler, num_workers=config.get("workers", 0))
+    loader = torch.utils.data.DataLoader(
+        Numbered(), batch_size=2, sampler=sampler, num_workers=config.get("workers", 0)
+    )
     model, optimizer, batches = run.prepare(model, optimizer, loader)
     losses = []
+
+    @run.on_step
+    def note(step):
+        if step.index == config.get("stop"):
+            run.stop("as the job is told")
+
     if config.get("mistake") == "no epochs":
         for turn, (_, inputs, targets) in enumerate(batches):
             nn.functional.mse_loss(model(inputs), targets).backward()
@@ -76,6 +84,8 @@ def train(run):
                 losses.append((run.step, numbers.tolist()))
                 loss.backward()
                 optimizer.step()
+            if run.step < 3 * (epoch + 1):
+                break  # stopped in the midst of the epoch
             weights = weights_behind(weights, epoch)
             if config.get("kept"):
                 run.state["weights"] = weights

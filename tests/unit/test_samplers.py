@@ -18,6 +18,7 @@ from everstep.elastic.contract.progress import Progress
 from everstep.elastic.contract.settings import Settings
 from everstep.elastic.step.data import DataSource
 from everstep.elastic.step.evaluation_data import EvaluationData
+from everstep.elastic.step.sampled import SampledOrder
 from everstep.elastic.step.streams import StreamPlace
 
 SETTINGS = Settings(epochs=3, global_batch_size=8, micro_batch_size=2)
@@ -27,6 +28,11 @@ NUMBERS: Any = list(range(100, 140))
 class Silent:
     def note(self, what: str, fields: Any) -> None:
         raise AssertionError(fields)
+
+
+class Heard:
+    def note(self, what: str, fields: Any) -> None:
+        assert fields["notice"] == "sampler-differs"
 
 
 def source(sampler: Any, settings: Settings = SETTINGS, workers: int = 0, seed: int = 0) -> DataSource:
@@ -165,3 +171,50 @@ def test_an_evaluation_of_what_a_sampler_chooses(workers: int) -> None:
     assert found == [[100 + i for i in orders[0][:2]], [100 + i for i in orders[0][2:4]]]
     with pytest.raises(UsageError, match=r"\(SubsetRandomSampler\) gives index 40, and the dataset has 40 samples"):
         EvaluationData(DataLoader(NUMBERS, sampler=SubsetRandomSampler([40])), 2, 0).draw(0)
+
+
+def test_the_order_of_an_epoch_is_chosen() -> None:
+    """Of the ranks whose sampler has given the orders so far; one that joins has to show it, or has theirs."""
+    at_first, later = (torch.linspace(1, 9, 20), torch.linspace(9, 1, 20))
+    old, new = (changeable(at_first) for _ in range(2))
+
+    def agreed(epoch: int, *orders: SampledOrder) -> int:
+        drawn = {rank: order.draw(epoch) for rank, order in enumerate(orders)}
+        rank = old.choose(drawn, epoch)
+        for order in orders:
+            order.take(epoch, drawn[rank].digest, orders[rank].own(epoch))
+        assert len({tuple(order.sample(epoch, i) for i in range(20)) for order in orders}) == 1
+        return rank
+
+    assert agreed(0, new, old) == 0
+    old._sampler.weights = later
+    assert old.knows(0)
+    assert not old.knows(1)
+    assert agreed(1, old) == 0
+    joined = changeable(at_first)
+    joined.load_state_dict(old.state_dict())
+    assert agreed(2, joined, old) == 1, "what the one that joined gives for epoch 1 is wrong"
+    assert agreed(3, joined, old) == 1
+    with pytest.raises(UsageError, match="and no rank is left that has that"):
+        agreed(4, joined)
+    restored = changeable(at_first)
+    restored.load_state_dict(old.state_dict())
+    restored._sampler.weights = later
+    assert agreed(4, restored, joined) == 0, "it has shown that its sampler is right"
+    old._sampler.weights = at_first
+    with pytest.raises(UsageError, match="gives one order of epoch 5 on rank 0, and another on rank 1"):
+        agreed(5, old, restored)
+
+
+def changeable(weights: torch.Tensor) -> SampledOrder:
+    return SampledOrder(WeightedRandomSampler(weights, 20), 20, 4, 7, Heard())
+
+
+def test_long_orders_are_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("everstep.elastic.step.sampled.SENT", 19)
+    order = changeable(torch.linspace(1, 9, 20))
+    drawn = order.draw(0)
+    assert order.own(0) is None
+    order.take(0, drawn.digest, None)
+    with pytest.raises(UsageError, match="orders of more than 19 samples are not sent"):
+        order.take(0, "another", None)
