@@ -51,7 +51,7 @@ def together(out: Path, flags: list[str], devices: int = 2, **config: Any) -> Re
     arguments = json.dumps({"out": str(out), "steps": STEPS, "device": "standin", **config})
     own = ["--nproc-per-node=3", f"--es-events={out}/events.jsonl", *flags]
     faults = {"EVERSTEP_FAULTS": json.dumps(KILLS)}
-    process = launch(HERE / "tower_job.py", [arguments], own, {**environment(devices), **faults})
+    process = launch(HERE / "tower_job.py", [arguments], own, {**environment(devices), **faults}, forked=True)
     output = finish(process)
     return read_result(out, process.returncode, output)
 

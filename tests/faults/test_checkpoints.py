@@ -99,7 +99,7 @@ def test_sigterm_saves_before_the_job_ends(tmp_path):
     (out / "slow").touch()
     flags = ["--nproc-per-node=2", f"--es-checkpoint={folder}", f"--es-events={out}/events.jsonl"]
     arguments = [json.dumps({"out": str(out), "steps": 12, "stages": 1})]
-    job = launch(JOBS / "gpt_job.py", arguments, flags)
+    job = launch(JOBS / "gpt_job.py", arguments, flags, forked=True)
     wait_until(lambda: _steps(out) >= 3, 60, "three steps are done")
     job.send_signal(signal.SIGTERM)
     output = finish(job, 60)
@@ -142,7 +142,7 @@ def test_the_saver_may_be_killed(tmp_path):
     out.mkdir()
     (out / "slow").touch()
     flags = ["--nproc-per-node=2", f"--es-events={out}/events.jsonl", *checkpointing(folder, "--es-checkpoint-every=1")]
-    job = launch(JOBS / "gpt_job.py", [json.dumps({"out": str(out), "steps": STEPS, "stages": 1})], flags)
+    job = launch(JOBS / "gpt_job.py", [json.dumps({"out": str(out), "steps": STEPS, "stages": 1})], flags, forked=True)
     killed: set[int] = set()
     deadline = time.monotonic() + 60
     while _steps(out) < STEPS - 2 and time.monotonic() < deadline:

@@ -96,7 +96,7 @@ def test_at_every_decision(tmp_path: Path) -> None:
     own += ["--rdzv-conf=is_host=false", f"--log-dir={tmp_path}/logs"]
     faults = json.dumps([{"rank": 1, "phase": "reduce", "step": 6}])
     arguments = [json.dumps({"out": str(tmp_path), "steps": STEPS, "stages": 1})]
-    launcher = launch(JOBS / "gpt_job.py", arguments, own, {"EVERSTEP_FAULTS": faults})
+    launcher = launch(JOBS / "gpt_job.py", arguments, own, {"EVERSTEP_FAULTS": faults}, forked=True)
     deaths = 0
     while launcher.poll() is None and deaths < MOST_DEATHS:
         command = [sys.executable, JOBS / "dying_coordinator.py", ("before", "after")[deaths % 2], *where]

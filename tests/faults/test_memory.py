@@ -112,7 +112,7 @@ def recoveries(job: Cluster, count: int, rng: random.Random) -> None:
 @pytest.mark.soak
 def test_thirty_recoveries_leave_nothing(tmp_path: Path) -> None:
     rng = random.Random(4)
-    with Hosts(3) as hosts:
+    with Hosts(3, forked=False) as hosts:  # whose command lines say what they are, and whose memory is their own
         job = Cluster(hosts, tmp_path, steps=100_000, global_batch_size=12)
         job.start(workers=2)
         job.until(job.whole, 90, "all train")

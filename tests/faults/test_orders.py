@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,9 +16,9 @@ STEPS = 40
 
 def everstep(hosts: Hosts, *arguments: str) -> subprocess.CompletedProcess[str]:
     """The command, on the coordinator's host."""
-    process = hosts.run(COORDINATOR, sys.executable, "-m", "everstep", *arguments)
+    process = hosts.everstep(COORDINATOR, *arguments)
     stdout, _ = process.communicate(timeout=60)
-    return subprocess.CompletedProcess(process.args, process.returncode, stdout)
+    return subprocess.CompletedProcess(arguments, process.returncode, stdout)
 
 
 @pytest.mark.soak

@@ -35,7 +35,7 @@ class Job:
             *(f"--es-events={out}/events.jsonl", f"--log-dir={out}/logs"),
         ]
         arguments = [json.dumps({"out": str(out), "steps": steps, "stages": stages, "model": True})]
-        self.launcher = launch(JOBS / "gpt_job.py", arguments, flags)
+        self.launcher = launch(JOBS / "gpt_job.py", arguments, flags, forked=True)
 
     def events(self, name: str) -> list[dict[str, Any]]:
         path = self.out / "events.jsonl"

@@ -6,7 +6,6 @@ import contextlib
 import os
 import random
 import signal
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -153,7 +152,7 @@ class Soak:
         """Whether the coordinator takes it: there may be too few workers, or a recovery under way."""
         stages = str(self.rng.choice((1, 2, 3)))
         arguments = ["relayout", self.hosts.endpoint, "--stages", stages]
-        process = self.hosts.run(COORDINATOR, sys.executable, "-m", "everstep", *arguments)
+        process = self.hosts.everstep(COORDINATOR, *arguments)
         process.communicate(timeout=60)
         return process.returncode == 0
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -51,7 +50,7 @@ def test_spares_take_places(tmp_path: Path) -> None:
             hosts.kill(0)
             job.taken(3, 1)  # it is of the rack in which no node is
             job.comes(0, "a", "spare_joined", 3)
-            drain = hosts.run(COORDINATOR, sys.executable, "-m", "everstep", "drain", hosts.endpoint, hosts.address(1))
+            drain = hosts.everstep(COORDINATOR, "drain", hosts.endpoint, hosts.address(1))
             finish(drain)
             assert drain.returncode == 0
             job.taken(2, 2)

@@ -27,7 +27,7 @@ class Job:
         arguments = [json.dumps({"out": str(out), "steps": STEPS, "at": 6, "ranks": [1], **config})]
         self.endpoint = f"127.0.0.1:{free_port()}"
         events = ["--es-events", str(out / "events.jsonl"), "--nproc-per-node=2", "--rdzv-endpoint", self.endpoint]
-        self.launcher = launch(JOBS / "slow_job.py", arguments, [*events, *flags])
+        self.launcher = launch(JOBS / "slow_job.py", arguments, [*events, *flags], forked=True)
 
     def status(self) -> str:
         return everstep("status", self.endpoint).stdout

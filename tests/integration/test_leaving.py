@@ -125,6 +125,7 @@ def test_after_training(tmp_path: Path) -> None:
         SCRIPT,
         [json.dumps({"out": str(out), "after": "wait", "steps": 4})],
         ["--nproc-per-node=2", f"--rdzv-endpoint={endpoint}"],
+        forked=True,
     )
     try:
         wait_until(lambda: len(list(out.glob("after-*"))) == 2, 60, "training is over")
@@ -164,6 +165,7 @@ def test_stopped_after_training(tmp_path: Path) -> None:
         SCRIPT,
         [json.dumps({"out": str(tmp_path), "after": "wait", "steps": 4})],
         ["--nproc-per-node=2", "--es-stop-grace=1"],
+        forked=True,
     )
     wait_until(lambda: len(list(tmp_path.glob("after-*"))) == 2, 60, "training is over")
     process.send_signal(signal.SIGTERM)

@@ -267,6 +267,6 @@ def test_other_commands(arguments: list[str]) -> None:
 
 def test_help_needs_no_job() -> None:
     for arguments in (["--help"], ["--version"], ["run", "--help"], ["coordinator", "--help"]):
-        ended = everstep(*arguments)
+        ended = command(["-m", "everstep", *arguments])
         assert ended.status == 0
         assert ended.stderr == ""

@@ -47,7 +47,8 @@ class Job:
     def node(self, *flags: str, faults: list[dict[str, Any]] | None = None) -> subprocess.Popen[str]:
         arguments = [json.dumps({"out": str(self.out), "stages": 1, **self.config})]
         events = ["--es-events", str(self.out / "events.jsonl")]
-        return launch(JOBS / "gpt_job.py", arguments, [*events, *flags], {"EVERSTEP_FAULTS": json.dumps(faults or [])})
+        injected = {"EVERSTEP_FAULTS": json.dumps(faults or [])}
+        return launch(JOBS / "gpt_job.py", arguments, [*events, *flags], injected, forked=True)
 
     def events(self) -> list[dict[str, Any]]:
         path = self.out / "events.jsonl"
@@ -277,7 +278,7 @@ def test_an_event_log_that_cannot_be_written_holds_nothing_up(tmp_path: Path) ->
     arguments = [json.dumps({"out": str(tmp_path), "stages": 1, "steps": 12})]
     faults = {"EVERSTEP_FAULTS": json.dumps([{"rank": 1, "phase": "compute", "step": 4}])}
     flags = ["--nproc-per-node=2", "--es-events=/dev/full", "--es-log=text"]
-    launcher = launch(JOBS / "gpt_job.py", arguments, flags, faults)
+    launcher = launch(JOBS / "gpt_job.py", arguments, flags, faults, forked=True)
     output = finish(launcher)
     (tmp_path / "events.jsonl").touch()
     result = read_result(tmp_path, launcher.returncode, output)

@@ -119,7 +119,7 @@ def test_a_job_saves_into_a_bucket_that_comes_and_goes(line, tmp_path):
     (out / "slow").touch()
     flags = ["--nproc-per-node=2", f"--es-events={out}/events.jsonl", f"--es-checkpoint={URL}"]
     flags.append("--es-checkpoint-every=2")
-    job = launch(JOBS / "gpt_job.py", [json.dumps({"out": str(out), "steps": 16, "stages": 1})], flags)
+    job = launch(JOBS / "gpt_job.py", [json.dumps({"out": str(out), "steps": 16, "stages": 1})], flags, forked=True)
 
     def count(event):
         return (out / "events.jsonl").read_text().count(f'"{event}"') if (out / "events.jsonl").exists() else 0

@@ -60,7 +60,7 @@ class Job:
 
     def start(self, nodes: int) -> None:
         for _ in range(nodes):
-            launcher = launch(JOBS / "gpt_job.py", self._arguments, self._flags, self._environment)
+            launcher = launch(JOBS / "gpt_job.py", self._arguments, self._flags, self._environment, forked=True)
             self.launchers.append(launcher)
             self._readers.append(threading.Thread(target=self._read, args=(launcher.stdout,), daemon=True))
             self._readers[-1].start()

@@ -20,7 +20,7 @@ import torch
 
 from everstep.comms.base.process import die_with_parent
 
-from .interpreter import HANG_S, MARKER, PROTECTION, Ended, launchers
+from .interpreter import HANG_S, MARKER, PROTECTION, Ended, Forked, launchers, surroundings
 
 __all__ = ["HANG_S", "MARKER", "PROTECTION", "Ended"]
 
@@ -60,11 +60,19 @@ def launch(
     inside: Sequence[str] = (),
     program: Sequence[str | Path] = ("-m", "everstep"),
     python: str | Path = sys.executable,
+    forked: bool = False,
+    network: str = "",
     **popen: Any,
-) -> subprocess.Popen[str]:
-    """Start `everstep run` in a session of its own, so that all of it can be killed; `inside` precedes the command."""
+) -> subprocess.Popen[str] | Forked:
+    """Start `everstep run` in a session of its own, so that all of it can be killed; `inside` precedes the command.
+
+    `forked`: as a fork of an interpreter that has imported torch, in the network namespace that `network` names, if the
+    environment lets a fork be as a process of its own. That saves half of what a small job costs.
+    """
+    env = surroundings(environment or {})
+    if forked and launchers.suits(env):
+        return launchers.start(["run", *flags, str(script), *arguments], env, network=network)
     command = [*inside, python, *program, "run", *flags, str(script), *arguments]
-    env = {**os.environ, "PYTHONWARNINGS": "ignore", **(environment or {})}
     return subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -77,7 +85,7 @@ def launch(
     )
 
 
-def finish(process: subprocess.Popen[str], timeout_s: float = HANG_S) -> str:
+def finish(process: subprocess.Popen[str] | Forked, timeout_s: float = HANG_S) -> str:
     """Wait for a launcher; kills its whole session if it hangs. Returns its output."""
     try:
         output, _ = process.communicate(timeout=timeout_s)
@@ -95,7 +103,7 @@ def command(arguments: list[str], environment: dict[str, str] | None = None, tim
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONWARNINGS": "ignore", **(environment or {})},
+        env=surroundings(environment or {}),
         start_new_session=True,
     )
     try:
@@ -108,7 +116,9 @@ def command(arguments: list[str], environment: dict[str, str] | None = None, tim
 
 
 def everstep(*arguments: str, environment: dict[str, str] | None = None, timeout_s: float = HANG_S) -> Ended:
-    """Run the `everstep` command."""
+    """Run the `everstep` command; `everstep run` as a fork, as in `launch`."""
+    if arguments[0] == "run" and launchers.suits(surroundings(environment or {})):
+        return launchers.run(arguments, environment or {}, timeout_s)
     return command(["-m", "everstep", *arguments], environment, timeout_s)
 
 
@@ -138,7 +148,7 @@ def run_job(
         process = launch(JOBS / script, arguments, flags, environment)
         output = finish(process, timeout_s)
         return read_result(out, process.returncode, output)
-    ended = launchers.run([*flags, str(JOBS / script), *arguments], environment, timeout_s, mixed=True)
+    ended = launchers.run(["run", *flags, str(JOBS / script), *arguments], environment, timeout_s, mixed=True)
     return read_result(out, ended.status, ended.stdout)
 
 

@@ -31,6 +31,7 @@ import pytest
 
 from everstep.comms.base.process import die_with_parent
 from tests.jobs import HANG_S, JOBS, Result, finish, launch, read_result, wait_until
+from tests.jobs.interpreter import Forked, launchers, surroundings
 from tests.jobs.networks import COORDINATOR, Cannot, Loopback, Namespaces, available, has_netem
 
 __all__ = ["COORDINATOR", "HostJob", "Hosts", "available"]
@@ -41,16 +42,20 @@ _GONE_S = 10.0
 class Hosts:
     """`count` hosts, numbered from 0, and one more for the coordinator (`COORDINATOR`). Leaves nothing behind."""
 
-    def __init__(self, count: int, *, namespaces: bool | None = None) -> None:
-        """`namespaces`: None takes what is available; True skips the test where they are not."""
+    def __init__(self, count: int, *, namespaces: bool | None = None, forked: bool = True) -> None:
+        """`namespaces`: None takes what is available; True skips the test where they are not.
+
+        `forked`: `everstep` commands on hosts that are namespaces are forks, as in `tests.jobs.launch`.
+        """
         possible, why = available()
         if namespaces and not possible:
             pytest.skip(why)
         self.hosts = tuple(range(count))
         self.endpoint = ""  # of the coordinator, once it has been started
-        self.launchers: dict[int, subprocess.Popen[str]] = {}  # the last one of each host
+        self.launchers: dict[int, subprocess.Popen[str] | Forked] = {}  # the last one of each host
         self._network = Namespaces(count) if possible and namespaces is not False else Loopback(count)
-        self._started: list[subprocess.Popen[str]] = []
+        self._forked = forked and self._network.kind == "namespaces"
+        self._started: list[subprocess.Popen[str] | Forked] = []
         self._state = tempfile.TemporaryDirectory(prefix="everstep-test-")
 
     def _environment(self, host: int) -> dict[str, str]:
@@ -93,12 +98,12 @@ class Hosts:
 
     # ------------------------------------------------------------ processes
 
-    def coordinator(self, nnodes: str, *flags: str) -> subprocess.Popen[str]:
+    def coordinator(self, nnodes: str, *flags: str) -> subprocess.Popen[str] | Forked:
         """Start `everstep coordinator` on its own host; again after it was killed, at the same endpoint."""
         bind = self.endpoint or f"{self.address(COORDINATOR)}:0"
         command = ["coordinator", f"--bind={bind}", f"--nnodes={nnodes}", *flags]
         command.append(f"--es-store={self._state.name}/store.sqlite")
-        process = self.run(COORDINATOR, sys.executable, "-m", "everstep", *command)
+        process = self.everstep(COORDINATOR, *command)
         assert process.stdout is not None
         said = process.stdout.readline()
         self.endpoint = said.split()[-1] if said else ""
@@ -113,7 +118,7 @@ class Hosts:
         flags: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
         python: str | Path = sys.executable,
-    ) -> subprocess.Popen[str]:
+    ) -> subprocess.Popen[str] | Forked:
         """Start `everstep run` on a host, for the coordinator that was started."""
         assert self.endpoint, "start the coordinator first"
         own = ["--rdzv-backend=c10d", f"--rdzv-endpoint={self.endpoint}", f"--local-addr={self.address(host)}"]
@@ -124,9 +129,20 @@ class Hosts:
             {**self._environment(host), **(environment or {})},
             inside=self._network.enter(host),
             python=python,
+            forked=self._forked and python == sys.executable,
+            network=self._network.namespace(host),
         )
         self._started.append(process)
         self.launchers[host] = process
+        return process
+
+    def everstep(self, host: int, *arguments: str) -> subprocess.Popen[str] | Forked:
+        """Start an `everstep` command on a host, with pipes as for `run`: a fork, if hosts are namespaces."""
+        env = surroundings(self._environment(host))
+        if not self._forked or not launchers.suits(env):
+            return self.run(host, sys.executable, "-m", "everstep", *arguments)
+        process = launchers.start(arguments, env, network=self._network.namespace(host), piped=True)
+        self._started.append(process)
         return process
 
     def run(self, host: int, *command: str) -> subprocess.Popen[str]:
@@ -233,7 +249,7 @@ class HostJob:
         self._read_bytes = 0
         self.coordinator = self.start_coordinator()
 
-    def start_coordinator(self) -> subprocess.Popen[str]:
+    def start_coordinator(self) -> subprocess.Popen[str] | Forked:
         """Start the coordinator; the constructor has done so the first time."""
         self.coordinator = self.hosts.coordinator(self._nnodes, f"--es-events={self._events}")
         return self.coordinator

@@ -77,6 +77,10 @@ class Namespaces:
         """The prefix of a command that is to run on this host."""
         return ["ip", "netns", "exec", self._names[host]]
 
+    def namespace(self, host: int) -> str:
+        """The name of its network namespace; empty if it has none."""
+        return self._names[host]
+
     def environment(self, host: int) -> dict[str, str]:
         return {}
 
@@ -146,6 +150,9 @@ class Loopback:
 
     def enter(self, host: int) -> list[str]:
         return []
+
+    def namespace(self, host: int) -> str:
+        return ""
 
     def environment(self, host: int) -> dict[str, str]:
         return {"EVERSTEP_TEST_HOST": f"{self._marker}-host-{host}-"}

@@ -150,7 +150,7 @@ class WatchedJob:
                 ),
             ]
             faults = {"EVERSTEP_FAULTS": json.dumps(FAULTS)}
-            self.launchers.append(launch(JOBS / "gpt_job.py", arguments, flags, faults))
+            self.launchers.append(launch(JOBS / "gpt_job.py", arguments, flags, faults, forked=True))
             wait_until(lambda: answers(self.coordinator), 30, "the first node has the coordinator")
         self._outputs = [threading.Thread(target=p.stdout.read, daemon=True) for p in self.launchers if p.stdout]
         for reader in self._outputs:

@@ -22,7 +22,7 @@ from everstep.agents.node.environment import variables
 from everstep.agents.node.forkable import in_a_fork
 from everstep.agents.node.imports import Import
 from everstep.agents.node.preloader import Preloader
-from tests.jobs.interpreter import HANG_S, launchers
+from tests.jobs import command
 
 # A device that torch considers the machine's accelerator: autograd starts a thread for it, as it does for a GPU.
 ACCELERATOR = """
@@ -113,7 +113,7 @@ def test_a_full_collection_in_a_worker_does_not_traverse_what_was_imported(tmp_p
     script.write_text(
         "import gc\nprint(gc.isenabled(), gc.get_freeze_count() > 100_000, len(gc.get_objects()) < 50_000)\n"
     )
-    ended = launchers.run(["--nproc-per-node=1", str(script)], {}, HANG_S)
+    ended = command(["-m", "everstep", "run", "--nproc-per-node=1", str(script)])
     assert ended.stdout.split() == ["True"] * 3, ended.stderr
 
 
