@@ -56,7 +56,7 @@ def _run(arguments: list[str]) -> int:
 
         leave(run(rest))
     if command == "coordinator":
-        from .agents.launch.launcher import coordinate
+        from .agents.launch.coordinate import coordinate
         from .comms.base.process import leave
 
         leave(coordinate(rest))

@@ -30,7 +30,7 @@ from everstep.elastic.contract.errors import UsageError
 from everstep.elastic.contract.settings import SETTINGS, Setting
 from everstep.elastic.protocol.liveness import FLOOR_S, USER_S
 
-from .coordinator_flags import WATCHED, add_coordinator_flags
+from .coordinator_flags import WATCHED, LaunchError, add_coordinator_flags, node_range
 
 BACKENDS = ("static", "c10d", "everstep")
 RENDEZVOUS = ("join_timeout", "last_call_timeout", "is_host")  # of --rdzv-conf; torch adds rank and timeout by itself
@@ -41,10 +41,6 @@ WITHOUT_EFFECT = (  # what torch's own rendezvous takes, about connections that 
 SIGNALS = ",".join(number.name for number in STOPS)  # that are handled, unless --signals-to-handle names others
 COORDINATOR_WAIT_S = 300.0
 SIGNALS_VARIABLE = "PET_SIGNALS_TO_HANDLE"  # torch's, for a default of its own
-
-
-class LaunchError(Exception):
-    """A command line that cannot be carried out."""
 
 
 @dataclass(frozen=True)
@@ -257,14 +253,6 @@ def _check(config: LaunchConfig) -> None:
                 f"--virtual-local-rank gives each of {config.nproc_per_node} workers a GPU of its own, and "
                 f"CUDA_VISIBLE_DEVICES={parent} names {count}"
             )
-
-
-def node_range(text: str) -> tuple[int, int]:
-    """The least and the greatest number of nodes in N or MIN:MAX."""
-    low, _, high = str(text).partition(":")
-    if not low.isdigit() or not (high or low).isdigit() or not 0 < int(low) <= int(high or low):
-        raise LaunchError(f"--nnodes must be N or MIN:MAX, got {text!r}")
-    return int(low), int(high or low)
 
 
 def _chosen_endpoint(parsed: argparse.Namespace, max_nodes: int) -> str:

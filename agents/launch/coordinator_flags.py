@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+from typing import TextIO
 
 from everstep.agents.monitoring.story import LOGS
+from everstep.comms.base import addresses as hosts
 from everstep.elastic.protocol.state import Config
 
 from .quarantine_flag import policy
 
 WATCHED = "serve the job's web page (/) and its Prometheus metrics (/metrics) there"
+
+
+class LaunchError(Exception):
+    """A command line that cannot be carried out."""
 
 
 def add_coordinator_flags(group: argparse._ActionsContainer, *, log: str) -> None:
@@ -77,3 +84,26 @@ def add_coordinator_flags(group: argparse._ActionsContainer, *, log: str) -> Non
         action="store_true",
         help="bind addresses that other hosts reach, without certificates: for trusted networks only",
     )
+
+
+def node_range(text: str) -> tuple[int, int]:
+    """The least and the greatest number of nodes in N or MIN:MAX."""
+    low, _, high = str(text).partition(":")
+    if not low.isdigit() or not (high or low).isdigit() or not 0 < int(low) <= int(high or low):
+        raise LaunchError(f"--nnodes must be N or MIN:MAX, got {text!r}")
+    return int(low), int(high or low)
+
+
+def open_events(path: str) -> TextIO:
+    try:
+        return Path(path).open("a")
+    except OSError as error:
+        raise LaunchError(f"--es-events {path}: {error.strerror}") from None
+
+
+def parse_endpoint(endpoint: str, flag: str = "--rdzv-endpoint") -> hosts.Address:
+    try:
+        return hosts.parse(endpoint.strip(), port=hosts.DEFAULT_PORT)
+    except hosts.BadAddress:
+        hint = " (an IPv6 address in brackets: [::1]:29400)" if endpoint.count(":") > 1 else ""
+        raise LaunchError(f"{flag} must be HOST:PORT, got {endpoint!r}{hint}") from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping
 
-from .command import LaunchError
+from .coordinator_flags import LaunchError
 
 VARIABLE = "EVERSTEP_DOMAIN"
 

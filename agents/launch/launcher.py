@@ -1,12 +1,9 @@
-"""A node of `everstep run`, and `everstep coordinator`: our coordinator and agent behind torchrun's command line."""
+"""A node of `everstep run`: our coordinator and agent behind torchrun's command line."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import errno
-import logging
-import math
 import os
 import re
 import signal
@@ -14,12 +11,10 @@ import socket
 import sys
 import tempfile
 import time
-import urllib.parse
 import uuid
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from everstep.agents.base.patience import Wait
 from everstep.agents.coordinator.etcd import is_etcd
@@ -27,9 +22,6 @@ from everstep.agents.coordinator.process import (
     END_S,
     CoordinatorFailed,
     CoordinatorProcess,
-    EndAsked,
-    Task,
-    serve,
 )
 from everstep.agents.monitoring.pages import AddressTaken
 from everstep.agents.node.config import AgentError, NodeConfig
@@ -50,8 +42,9 @@ from everstep.elastic.protocol.agent_events import NodeOutcome
 from everstep.elastic.protocol.state import Config
 
 from . import domain_flag
-from .command import SIGNALS, Command, LaunchError, node_range, overrides
-from .coordinator_flags import WATCHED, add_coordinator_flags
+from .command import SIGNALS, Command, overrides
+from .coordinate import coordinator_task
+from .coordinator_flags import LaunchError, open_events, parse_endpoint
 from .masterport import MasterPort
 
 LOOPBACK = hosts.Address("127.0.0.1", 0)
@@ -152,7 +145,7 @@ def _coordinate(
     command: Command, job: str, security: Security, stack: contextlib.ExitStack
 ) -> tuple[list[str], CoordinatorProcess | None, MasterPort | None]:
     """The coordinators' addresses; starts one here if this is a node to have one."""
-    endpoints = [_endpoint(one) for one in command.endpoint.split(",")] if command.endpoint else [LOOPBACK]
+    endpoints = [parse_endpoint(one) for one in command.endpoint.split(",")] if command.endpoint else [LOOPBACK]
     here = _is_host(command)
     own = next((one for one in endpoints if hosts.is_own(one.host)), endpoints[0] if here else None)
     if own is None or here is False:
@@ -166,12 +159,12 @@ def _coordinate(
             "store that they share: give --es-store=etcd://HOST:PORT"
         )
     if command.own.es_events:
-        _open_events(command.own.es_events).close()
+        open_events(command.own.es_events).close()
     store = command.own.es_store
     if not store:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="everstep-", ignore_cleanup_errors=True))
         store = f"{folder}/store.sqlite"
-    task = _task(
+    task = coordinator_task(
         command.own,
         job,
         at,
@@ -205,40 +198,6 @@ def _coordinate(
         master.start(coordinator.port)
     addresses = [str(one if one.port else one._replace(port=coordinator.port)) for one in endpoints]
     return addresses, coordinator, master
-
-
-def _task(own: argparse.Namespace, job: str, at: hosts.Address, store: str, metrics: str, **nodes: Any) -> Task:
-    """What a coordinator at `at` is to do; `nodes`: the fields of Config that are no flags of these."""
-    if not 0 <= own.es_rebalance_after < math.inf:
-        raise LaunchError(f"--es-rebalance-after {own.es_rebalance_after:g}: give seconds, or 0 for never")
-    if not 0 < own.es_node_mtbf_hours < math.inf:
-        raise LaunchError(f"--es-node-mtbf-hours {own.es_node_mtbf_hours:g}: give hours, more than none")
-    if own.es_spares < 0:
-        raise LaunchError(f"--es-spares {own.es_spares}: give a number of nodes, or 0 for none")
-    if own.es_spares and nodes["max_nodes"] == 1:
-        raise LaunchError(
-            f"--es-spares {own.es_spares}: a job of one node (--nnodes) ends with that node: spares are for jobs of "
-            "two nodes or more, which protect each other's state"
-        )
-    config = Config(
-        **nodes,
-        spares=own.es_spares,
-        node_mtbf_h=own.es_node_mtbf_hours,
-        stop_grace_s=own.es_stop_grace,
-        rebalance_after_s=own.es_rebalance_after,
-        prefetch=own.es_prefetch == "on",
-        **own.es_quarantine.config(),
-    )
-    return Task(
-        job=job,
-        config=config,
-        host=at.host,
-        port=at.port,
-        store=store,
-        events=own.es_events,
-        metrics=metrics,
-        log=own.es_log,
-    )
 
 
 def _master_port(at: hosts.Address, security: Security, stack: contextlib.ExitStack) -> MasterPort:
@@ -276,21 +235,6 @@ def _seconds(command: Command, name: str, default: float) -> float:
         return float(text)
     except ValueError:
         raise LaunchError(f"--rdzv-conf {name} must be a number of seconds, got {text!r}") from None
-
-
-def _open_events(path: str) -> TextIO:
-    try:
-        return Path(path).open("a")
-    except OSError as error:
-        raise LaunchError(f"--es-events {path}: {error.strerror}") from None
-
-
-def _endpoint(endpoint: str, flag: str = "--rdzv-endpoint") -> hosts.Address:
-    try:
-        return hosts.parse(endpoint.strip(), port=hosts.DEFAULT_PORT)
-    except hosts.BadAddress:
-        hint = " (an IPv6 address in brackets: [::1]:29400)" if endpoint.count(":") > 1 else ""
-        raise LaunchError(f"{flag} must be HOST:PORT, got {endpoint!r}{hint}") from None
 
 
 def _reachable(command: Command, security: Security, endpoint: hosts.Address) -> hosts.Address:
@@ -423,46 +367,3 @@ def _stop_on_signals(agent: NodeAgent, names: str, *, leaves: signal.Signals | N
         number = signal.Signals[name]
         if signal.getsignal(number) != signal.SIG_IGN or number in (signal.SIGINT, signal.SIGQUIT):
             signal.signal(number, stop)
-
-
-def coordinate(arguments: Sequence[str]) -> int:
-    """`everstep coordinator`: a coordinator by itself, for one job."""
-    parse = argparse.ArgumentParser(prog="everstep coordinator", description="Coordinate one job.")
-    parse.add_argument("--bind", default=f"127.0.0.1:{hosts.DEFAULT_PORT}", metavar="HOST:PORT")
-    parse.add_argument("--nnodes", default="1", metavar="N or MIN:MAX")
-    parse.add_argument("--rdzv-id", default="none")
-    parse.add_argument("--max-restarts", type=int, default=0)
-    add_coordinator_flags(parse, log="text")
-    parse.add_argument("--es-metrics", default="", metavar="HOST:PORT", help=WATCHED)
-    own = parse.parse_args(list(arguments))
-    logging.basicConfig(format="everstep: %(message)s", level=logging.INFO)
-    try:
-        at = _endpoint(own.bind, "--bind")
-        low, high = node_range(own.nnodes)
-        if own.es_events:
-            _open_events(own.es_events).close()
-        if own.es_insecure_network:
-            os.environ[TRUST] = "1"
-        store = own.es_store or str(default_store(own.rdzv_id, at.host, at.port))
-        nodes = {"min_nodes": low, "max_nodes": high, "max_restarts": own.max_restarts}
-        task = _task(own, own.rdzv_id, at, store, own.es_metrics, **nodes)
-
-        def serves(port: int) -> None:
-            print(f"coordinator of job {own.rdzv_id} at {hosts.join(at.host, port)}", flush=True)
-
-        asked = EndAsked()
-        asked.listen()
-        return serve(task, Security.of(os.environ), serves, asked)
-    except CoordinatorFailed as error:
-        hint = ": choose another port in --bind" if error.taken else ""
-        print(f"everstep: error: {error}{hint}", file=sys.stderr)
-    except (LaunchError, SecurityError) as error:
-        print(f"everstep: error: {error}", file=sys.stderr)
-    return 2
-
-
-def default_store(job: str, host: str, port: int) -> Path:
-    """Where `everstep coordinator` keeps a job's state, so that the same command finds it again."""
-    folder = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "everstep"
-    name = f"{host}-{port}" if job == "none" else job
-    return folder / f"{urllib.parse.quote(name, safe='')}.sqlite"

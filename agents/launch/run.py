@@ -27,13 +27,8 @@ def run(arguments: Sequence[str]) -> int:
 
 def _run(arguments: Sequence[str]) -> int:
     with single_threaded(), lasting():
-        from .command import (
-            LaunchError,
-            configure,
-            node_range,
-            parse,
-            preloads,
-        )
+        from .command import configure, parse, preloads
+        from .coordinator_flags import LaunchError, node_range
     try:
         parsed = parse(arguments)
         _allow_descriptors(str(parsed.nproc_per_node), node_range(parsed.nnodes)[1])

@@ -14,11 +14,11 @@ import pytest
 from torch.distributed.run import get_args_parser
 
 from everstep.agents.launch.command import (
-    LaunchError,
     configure,
     parse,
     parser,
 )
+from everstep.agents.launch.coordinator_flags import LaunchError
 from everstep.agents.node.environment import virtual_rank
 from tests.jobs import JOBS, finish, launch, wait_until
 from tests.jobs.ports import free_port

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from everstep.agents.launch.command import LaunchError
+from everstep.agents.launch.coordinator_flags import LaunchError
 from everstep.agents.launch.domain_flag import labels
 
 

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from everstep.agents.launch.command import (
-    LaunchError,
     _unseen_devices,
     configure,
     parse,
 )
+from everstep.agents.launch.coordinator_flags import LaunchError
 from everstep.agents.node.environment import variables
 from everstep.agents.node.forkable import in_a_fork
 from everstep.agents.node.imports import Import

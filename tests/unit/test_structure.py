@@ -109,7 +109,10 @@ def test_pure_rooms_use_no_torch_clock_or_network(room: str) -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["checkpointing.keeper.keeper", "resharding.plan", "elastic.protocol.coordinator", "elastic.sim.run", "cli"],
+    [
+        *("checkpointing.keeper.service", "resharding.plan", "elastic.protocol.coordinator", "elastic.sim.run", "cli"),
+        "agents.launch.coordinate",
+    ],
 )
 def test_modules_that_never_import_torch(module: str) -> None:
     check = f"import sys, everstep.{module}; sys.exit('torch' in sys.modules)"
