@@ -93,12 +93,15 @@ class Course:
         self._epoch, self.epoch_ended = (epoch, end), False
         self._calls.at(Place(f"at the beginning of epoch {epoch}", until=end))
 
-    def agree_on_order(self) -> None:
+    def begin_batches(self) -> None:
         """The batches of an epoch begin: all ranks use one order of its samples, if the script has a sampler."""
-        engine, sampled = self._engine, self._engine.data.sampled
-        if sampled is None or self._epoch is None:
+        if self._epoch is None:
             return
-        epoch, end = self._epoch
+        engine, (epoch, end) = self._engine, self._epoch
+        engine.data.begin_epoch(epoch)
+        sampled = engine.data.sampled
+        if sampled is None:
+            return
 
         def attempt(exchange: Exchange) -> Any:
             drawn = sampled.draw(epoch)

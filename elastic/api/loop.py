@@ -74,7 +74,7 @@ class Batches:
 
     def __iter__(self) -> Iterator[Any]:
         self.course.begin()
-        self.course.agree_on_order()
+        self.course.begin_batches()
         self._turns.schedulers.enter_batches()
         try:
             yield from self._micro_batches()

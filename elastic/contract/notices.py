@@ -27,6 +27,7 @@ class Notice(enum.StrEnum):
     ATTRIBUTE_CHANGED = "attribute-changed"  # a forward changes a number in the module, which the next one may use
     DATA_GREW = "data-grew"  # a replacement's dataset has more samples than at the job's start
     DATA_NOT_REPEATABLE = "data-not-repeatable"  # the same index gives another sample when it is fetched again
+    DATASET_CHANGED = "dataset-changed"  # by the script, while worker processes have it as it was
     DATA_WORKER_LOST = "data-worker-lost"  # a worker process of a DataLoader ended
     SAMPLE_SKIPPED = "sample-skipped"  # a sample of the dataset raised, and the next one takes its place
     STREAM_ENDED = "stream-ended"  # before the last step of the job

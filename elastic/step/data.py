@@ -109,6 +109,8 @@ class DataSource:
             turns=turns,
         )
         self._ahead: _Ahead | None = None
+        self._forked: dict[str, Any] | None = None  # what the dataset had when worker processes were started
+        self._epoch: int | None = None  # the epoch whose batches the script has begun, in run.epochs
 
     def __getstate__(self) -> dict[str, Any]:
         """What `load` needs in a worker process that is not forked: with a sampler, requests have its indices."""
@@ -142,9 +144,17 @@ class DataSource:
                 warn(self._channel, Notice.SETTING_IGNORED, text)
         return streams
 
+    def begin_epoch(self, epoch: int) -> None:
+        """The script begins the batches of an epoch: what it has changed of the data before holds from here on.
+
+        So worker processes, which have the dataset as it was when they were started, are started again.
+        """
+        self._epoch = epoch
+        self.close()
+
     def knows(self, step: int) -> bool:
-        """Whether it is decided which samples a step has."""
-        return self.sampled is None or self.sampled.knows(self.order.epoch_of(step))
+        """Whether it is decided which samples a step has, and as what the dataset gives them."""
+        return self._epoch is None or self.order.epoch_of(step) <= self._epoch
 
     def request(self, key: Key) -> Request:
         """What `load` is to be given for a key. A sampler's order is worked out here, not in worker processes."""
@@ -198,6 +208,8 @@ class DataSource:
         else:
             if self._ahead is None:
                 self._ahead = _Ahead(self._loader, self.request, self._load_noting, upcoming, self._channel)
+                self._forked = plain_attributes(self.dataset)
+            self._check_unchanged()
             item, bad = self._ahead.take((step, micro_batch))
         for number, why in bad.items():
             self._skip(number, why)
@@ -294,6 +306,19 @@ class DataSource:
         described = {"samples": self.samples, "shuffle": self.order.shuffle, "last_batch": last}
         return {**described, "sample_digests": list(self.digests())}
 
+    def _check_unchanged(self) -> None:
+        """Warn once of a change of the dataset that the worker processes do not have."""
+        if self._forked is None or (found := plain_attributes(self.dataset)) == self._forked:
+            return
+        name = min(name for name in found.keys() | self._forked.keys() if found.get(name) != self._forked.get(name))
+        text = (
+            f"the script has changed {name} of the dataset ({type(self.dataset).__name__}) during training: worker "
+            "processes have it as it was when they were started, which is another time on a replacement; change it in "
+            "a loop over run.epochs(), in front of the loop over the batches"
+        )
+        self._forked = None
+        warn(self._channel, Notice.DATASET_CHANGED, text)
+
     def close(self) -> None:
         """End the worker processes."""
         if self._readers is not None:
@@ -301,6 +326,20 @@ class DataSource:
         if self._ahead is not None:
             self._ahead.close()
             self._ahead = None
+
+
+def plain_attributes(dataset: Any) -> dict[str, Any]:
+    """The attributes that are numbers or texts, of a dataset and of those that it wraps as `dataset`."""
+    found: dict[str, Any] = {}
+    path = ""
+    layers: list[Any] = []
+    while hasattr(dataset, "__dict__") and all(dataset is not layer for layer in layers):
+        layers.append(dataset)
+        for name, value in vars(dataset).items():
+            if value is None or type(value) in (bool, int, float, str):
+                found[path + name] = value
+        dataset, path = vars(dataset).get("dataset"), path + "dataset."
+    return found
 
 
 def _until(step: int, upcoming: Upcoming) -> Iterator[Key]:

@@ -103,10 +103,6 @@ class SampledOrder:
         agreed = self._agreed.get(epoch)
         return int((self._unchanged(epoch) if agreed is None else agreed)[offset])
 
-    def knows(self, epoch: int) -> bool:
-        """Whether the order of an epoch will not change any more."""
-        return not self._agreed or epoch in self._agreed
-
     def draw(self, epoch: int) -> Drawn:
         """The order that this rank's sampler gives now."""
         indices = self._draw(epoch)

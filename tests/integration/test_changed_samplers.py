@@ -1,4 +1,4 @@
-"""A sampler that the script changes between epochs: ranks use one order, and one that a rank lacks is given to it."""
+"""Data that the script changes between epochs: ranks use one order of the sampler, and the dataset as it is then."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def warned(result: Result) -> list[int]:
 def test_ranks_die(kept: bool, tmp_path: Path) -> None:
     """Samples and values are those of one rank alone, whether or not replacements have the weights.
 
-    Worker processes fetch ahead, and not what the weights of the next epoch decide.
+    Worker processes fetch ahead, and not what the weights, and the dataset, of the next epoch decide.
     """
     expected = alone(tmp_path / "alone", kept=kept)
     orders = [sorted(n for step, numbers in expected["samples"] if step // 3 == i for n in numbers) for i in range(5)]

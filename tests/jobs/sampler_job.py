@@ -1,4 +1,4 @@
-"""A loop over epochs whose sampler is changed by the script; the JSON argument says how.
+"""A loop over epochs whose sampler and dataset are changed by the script; the JSON argument says how.
 
 `kept`: what the sampler depends on is in `run.state`. `kills`: [rank, epoch]: where a process of that rank kills
 itself, once, in the second turn of an epoch. `stop`: training ends after that step. `mistake`: "by rank": weights that
@@ -25,12 +25,14 @@ EPOCHS = 5
 
 
 class Numbered(torch.utils.data.Dataset):
+    epoch = 0
+
     def __len__(self):
         return SAMPLES
 
     def __getitem__(self, index):
         generator = torch.Generator().manual_seed(index)
-        return index, torch.randn(6, generator=generator), torch.randn(2, generator=generator)
+        return index, torch.randn(6, generator=generator), torch.randn(2, generator=generator) + self.epoch
 
 
 def dies(epoch):
@@ -53,9 +55,8 @@ def train(run):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     weights = torch.linspace(1, 3, SAMPLES)
     sampler = torch.utils.data.WeightedRandomSampler(weights, SAMPLES)
-    loader = torch.utils.data.DataLoader(
-        Numbered(), batch_size=2, sampler=sampler, num_workers=config.get("workers", 0)
-    )
+    data, workers = Numbered(), config.get("workers", 0)
+    loader = torch.utils.data.DataLoader(data, batch_size=2, sampler=sampler, num_workers=workers)
     model, optimizer, batches = run.prepare(model, optimizer, loader)
     losses = []
 
@@ -74,7 +75,7 @@ def train(run):
         if config.get("kept"):
             weights = run.state.setdefault("weights", weights)
         for epoch in run.epochs():
-            sampler.weights = weights  # as `set_epoch`, in front of the batches
+            data.epoch, sampler.weights = epoch, weights  # as `set_epoch`, in front of the batches
             for turn, (numbers, inputs, targets) in enumerate(batches):
                 if turn == 1:
                     dies(epoch)

@@ -11,7 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    RandomSampler,
+    Subset,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 from everstep.elastic.contract.errors import UsageError
 from everstep.elastic.contract.progress import Progress
@@ -188,8 +196,6 @@ def test_the_order_of_an_epoch_is_chosen() -> None:
 
     assert agreed(0, new, old) == 0
     old._sampler.weights = later
-    assert old.knows(0)
-    assert not old.knows(1)
     assert agreed(1, old) == 0
     joined = changeable(at_first)
     joined.load_state_dict(old.state_dict())
@@ -218,3 +224,42 @@ def test_long_orders_are_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     order.take(0, drawn.digest, None)
     with pytest.raises(UsageError, match="orders of more than 19 samples are not sent"):
         order.take(0, "another", None)
+
+
+def test_a_change_of_the_dataset_that_worker_processes_do_not_have() -> None:
+    """It is warned of once, also in a dataset that another one wraps; in an epoch that begins they have it."""
+
+    class Sized(Dataset[int]):
+        size = 3
+
+        def __init__(self) -> None:
+            self.size = 7
+
+        def __len__(self) -> int:
+            return 40
+
+        def __getitem__(self, index: int) -> int:
+            return self.size
+
+    heard: list[str] = []
+
+    class Channel:
+        def note(self, what: str, fields: Any) -> None:
+            heard.append(fields["notice"])
+
+    dataset = Sized()
+    loader = DataLoader(Subset(dataset, range(40)), batch_size=2, num_workers=1)
+    data = DataSource(loader, SETTINGS, None, Channel(), StreamPlace(Progress(None, 0, 1, [])))
+    steps = data.order.epoch_steps
+    upcoming = partial(iter, [(step, slot) for step in range(steps) for slot in range(4)])
+    try:
+        assert data.fetch(0, 0, upcoming).tolist() == [7, 7]
+        dataset.size = 9
+        for slot in (1, 2):
+            assert data.fetch(0, slot, upcoming).tolist() == [7, 7]
+            assert heard == ["dataset-changed"]
+        data.begin_epoch(0)
+        assert data.fetch(0, 3, upcoming).tolist() == [9, 9]
+        assert heard == ["dataset-changed"]
+    finally:
+        data.close()
