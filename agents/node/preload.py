@@ -53,6 +53,8 @@ WHY_BYTES = 4000  # of the reason in an answer; a datagram's size is limited
 NAMED_S = 0.2  # within which a new thread has its name
 NAMES = 100  # of processes, in one answer
 SWEEP_S = 0.1  # while there are orphans
+# What every worker imports later: to seed numpy, to resolve addresses, to save.
+WANTED = ("numpy.random", "encodings.idna", "torch.utils.serialization.config")
 NAME = "es-preloaded"  # of the process, as `ps` and `top` show it
 
 
@@ -74,7 +76,8 @@ def warm_up(imports: Sequence[Import]) -> None:
     import torch
 
     torch.set_num_threads(1)  # before the user's modules: threads of a pool do not exist in forks
-    importlib.import_module("everstep.elastic.api.decorator")
+    for module in ("everstep.elastic.api.decorator", *WANTED):
+        importlib.import_module(module)
     for item in imports:
         _import_for_all(item)
     defer_compiler()
@@ -233,6 +236,7 @@ class Preloaded:
             control, progress = map(out_of_the_way, fds)
             context = replace(WorkerContext.of(os.environ), control_fd=control, progress_fd=progress)
             os.environ.update(context.to_environment())
+            _seed_numpy()
             _bind(*request["numa"])
             code = run_program(request["program"])
         except BaseException:
@@ -250,6 +254,13 @@ class Preloaded:
                 fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
                 os.dup2(fd, stream)
                 os.close(fd)
+
+
+def _seed_numpy() -> None:
+    """As where a process imports it: else all forks would draw the same numbers. Python's own generator is seeded anew."""
+    import numpy.random
+
+    numpy.random.seed()
 
 
 def _bind(mode: str, gpu: int) -> None:

@@ -45,3 +45,16 @@ def test_what_a_script_imports(tmp_path: Path) -> None:
     ]
     ended = everstep(*common, "--es-preload=none", str(script), environment=environment)
     assert (ended.status, ended.stdout, ended.stderr) == (0, "False True\n", "")
+
+
+def test_ranks_of_an_unseeded_script_draw_other_numbers(tmp_path: Path) -> None:
+    """As under torchrun, whose workers import numpy themselves; a training of Everstep's seeds it."""
+    script = tmp_path / "script.py"
+    script.write_text("import random, numpy\nprint(random.random(), numpy.random.random())\n")
+    lines: list[str] = []
+    for _ in range(2):
+        ended = everstep("run", "--nproc-per-node=2", f"--log-dir={tmp_path}/logs", str(script))
+        assert ended.status == 0, ended.stderr
+        lines += ended.stdout.splitlines()
+    drawn = [number for line in lines for number in line.split()]
+    assert len(set(drawn)) == len(drawn) == 8, drawn
