@@ -257,7 +257,7 @@ class Preloaded:
 
 
 def _seed_numpy() -> None:
-    """As where a process imports it: else all forks would draw the same numbers. Python's own generator is seeded anew."""
+    """As where a process imports it: else all forks would draw the same numbers. Python seeds its own after a fork."""
     import numpy.random
 
     numpy.random.seed()

@@ -12,15 +12,16 @@ long as no two of them write to the same buffer.
 from __future__ import annotations
 
 import ctypes
-import importlib.metadata
 import importlib.util
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
 from typing_extensions import Buffer
+
+if TYPE_CHECKING:
+    import numpy as np
 
 MAX_BLOCKS = 255  # members and parity rows of a code together
 _MAX_CALL_BYTES = 1 << 30  # the library counts in C ints
@@ -125,6 +126,8 @@ class _Span(NamedTuple):
 
 
 def _span(buffer: Buffer, to_write: bool = False) -> _Span:
+    import numpy as np
+
     array = np.frombuffer(memoryview(buffer), dtype=np.uint8)
     if to_write and not array.flags.writeable:
         raise ValueError(f"a buffer of {array.size} bytes is to be written but is read-only")
@@ -241,13 +244,15 @@ def _library() -> ctypes.CDLL:
 
 def _shipped() -> Iterable[Path]:
     """The library beside an installed pyeclib, which is not imported: its own module loads much else."""
+    from importlib import metadata  # here, as numpy in `_span`: a keeper that computes no code starts without them
+
     places: set[Path] = set()
     spec = importlib.util.find_spec("pyeclib")
     for location in (spec.submodule_search_locations or ()) if spec else ():
         places.update(Path(location).parent.glob("pyeclib.libs/libisal*.so*"))
     try:
-        files = importlib.metadata.files("pyeclib") or []
-    except importlib.metadata.PackageNotFoundError:
+        files = metadata.files("pyeclib") or []
+    except metadata.PackageNotFoundError:
         files = []
     places.update(Path(str(file.locate())) for file in files if file.name.startswith("libisal"))
     return sorted(places)

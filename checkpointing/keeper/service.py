@@ -20,8 +20,8 @@ from typing import Any
 from everstep.checkpointing.access.client import REQUEST_BYTES
 from everstep.checkpointing.access.keeper_protocol import PROTOCOL, Failure, KeeperStart, NameTaken, refusal
 from everstep.checkpointing.memory.segment import Entry
-from everstep.checkpointing.saving.part import SaveRequest
-from everstep.checkpointing.saving.saver import Saver
+from everstep.checkpointing.saving.handle import Saver
+from everstep.checkpointing.saving.request import SaveRequest
 from everstep.comms.base import addresses
 from everstep.comms.base.process import leave_signals_to_launcher, let_compute_go_first
 from everstep.comms.base.security import Security, SecurityError, own

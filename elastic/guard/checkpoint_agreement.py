@@ -21,14 +21,8 @@ from everstep import __version__
 from everstep.checkpointing.access.client import KeeperLink
 from everstep.checkpointing.access.snapshot import Snapshots
 from everstep.checkpointing.memory.record import ShardRecord, ShardState
-from everstep.checkpointing.saving.part import (
-    Parameter,
-    SaveRequest,
-    ShardPiece,
-    finish,
-    save_part,
-    saved_bytes,
-)
+from everstep.checkpointing.saving.part import finish, save_part, saved_bytes
+from everstep.checkpointing.saving.request import Parameter, SaveRequest, ShardPiece
 from everstep.checkpointing.universal.lineage import Lineage, begun_s
 from everstep.checkpointing.universal.manifest import (
     Array,

@@ -25,7 +25,7 @@ from everstep.checkpointing.access.client import KeeperClient, KeeperLink, Keepe
 from everstep.checkpointing.keeper.keeper import Keeper
 from everstep.checkpointing.keeper.service import KeeperServer
 from everstep.checkpointing.memory.segment import Segment
-from everstep.checkpointing.saving.part import SaveRequest
+from everstep.checkpointing.saving.request import SaveRequest
 from everstep.comms.base.security import Security
 from everstep.comms.control import beats
 from everstep.comms.control import everstep_pb2 as pb

@@ -119,6 +119,12 @@ def test_modules_that_never_import_torch(module: str) -> None:
     subprocess.run([sys.executable, "-c", check], check=True, timeout=60)
 
 
+def test_a_keeper_imports_numpy_when_it_computes_parity() -> None:
+    """Not at its start, for which its node waits."""
+    check = "import sys, everstep.checkpointing.keeper.service; sys.exit('numpy' in sys.modules)"
+    subprocess.run([sys.executable, "-c", check], check=True, timeout=60)
+
+
 _STANDS_IN = "the simulator's, in place of it"
 SAME_NAMES = {  # public classes that share a name: why; every other name is unique
     "Aborted": _STANDS_IN,
