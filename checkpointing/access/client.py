@@ -162,6 +162,13 @@ class KeeperClient:
         answer = self.ask({"op": "block", "block": number})
         return self._bytes(answer["length"]) if answer["length"] is not None else None
 
+    def contents(self, digests: Sequence[str]) -> Iterator[tuple[str, bytearray]]:
+        """Those of the pieces that this keeper has, unchecked. All have to be taken before anything else is asked."""
+        answer = self.ask({"op": "contents", "digests": list(digests)})
+        for digest, length in zip(digests, answer["lengths"], strict=True):
+            if length is not None:
+                yield digest, self._bytes(length)
+
     def collect(
         self,
         shards: Sequence[int],
@@ -329,6 +336,33 @@ class KeeperLink:
                 return self._ask({"op": "state"}, [])
             except OSError:
                 return None
+
+    def contents(self, version: int, oldest: int, digests: Sequence[str], on_wait: Callable[[], None]) -> list[str]:
+        """A version has these pieces, and versions before `oldest` are of no more use: which ones the keeper lacks."""
+        request = {"op": "contents", "version": version, "oldest": oldest, "digests": list(digests)}
+        lacking: list[str] = self._ask_at_last(request, on_wait)["lacking"]
+        return lacking
+
+    def hold(self, version: int, pieces: Sequence[tuple[str, int]], fd: int, on_wait: Callable[[], None]) -> None:
+        """Hand over pieces, (digest, bytes), which lie one after the other in shared memory."""
+        self._ask_at_last({"op": "hold", "version": version, "pieces": list(pieces)}, on_wait, [fd])
+
+    def _ask_at_last(
+        self, request: dict[str, Any], on_wait: Callable[[], None], fds: Sequence[int] = ()
+    ) -> dict[str, Any]:
+        """Ask the keeper, or the one that is started in its place. Raises ConnectionError after 30 s without any."""
+        deadline_s = time.monotonic() + RESTART_S
+        while True:
+            with self._lock:
+                try:
+                    return self._ask(request, list(fds))
+                except OSError:
+                    if time.monotonic() > deadline_s:
+                        raise
+                    self._socket.close()
+            on_wait()
+            time.sleep(SLICE_S)
+            self.ensure()
 
     def save(self, request: str) -> None:
         """Have a part of a checkpoint saved (a `SaveRequest`, as JSON). Raises OSError if the keeper is away."""

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-PROTOCOL = 4  # of requests, answers and the layout of segments; 1 had no number, 2 no generation, 3 no gradients
+PROTOCOL = 5  # of requests, answers and segments; 1 had no number, 2 no generation, 3 no gradients, 4 no contents
 
 
 def greeting(token: str) -> bytes:

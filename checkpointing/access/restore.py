@@ -11,12 +11,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from everstep.checkpointing.memory.checksum import matches
+from everstep.checkpointing.memory.contents import digest_of
 from everstep.resharding.lines import Lines
 
 from .client import Fetched, KeeperClient, KeeperRefused
 from .erasure import Code
 
 SHARDS_PER_FETCH = 16
+PIECES_PER_FETCH = 8
 _Ask = Callable[[KeeperClient, list[int]], tuple[Iterator[Fetched], list[int]]]
 
 
@@ -65,6 +67,29 @@ class Keepers:
                     yield item
                 self.on_wait()
             missing = [shard for shard in missing if shard not in found]
+
+    def contents(self, digests: Iterable[str]) -> Iterator[tuple[str, bytearray]]:
+        """The pieces of large values that keepers have, as they come; each is what its digest says."""
+        missing = list(digests)
+        for node in self.addresses:
+            found: set[str] = set()
+            for first in range(0, len(missing), PIECES_PER_FETCH):
+                for digest, piece in self._contents(node, missing[first : first + PIECES_PER_FETCH]):
+                    found.add(digest)
+                    yield digest, piece
+                self.on_wait()
+            missing = [digest for digest in missing if digest not in found]
+
+    def _contents(self, node: str, digests: list[str]) -> Iterator[tuple[str, bytearray]]:
+        client = self._client(node)
+        if client is None:
+            return
+        try:
+            for digest, piece in client.contents(digests):
+                if digest_of(piece) == digest:
+                    yield digest, piece
+        except (OSError, ValueError, KeeperRefused):
+            self._lose(node)
 
     def records(self, shards: Sequence[int], version: int) -> dict[int, bytearray]:
         """The available records of the shards at `version`, including those reconstructed from parity."""

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from everstep.checkpointing.memory.contents import Contents
 from everstep.checkpointing.memory.segment import Entry, Segment, Stored
 from everstep.resharding.lines import Lines
 from everstep.resharding.placement import Placement
@@ -78,6 +79,7 @@ class Keeper:
 
     def __init__(self, node: str = "") -> None:
         self.node = node
+        self.contents = Contents()
         self.changed = threading.Condition()
         self.membership: Generation | None = None
         self.incidents: list[dict[str, Any]] = []  # damage found, for the workers to pass on
@@ -234,6 +236,6 @@ class Keeper:
         with self.changed:
             return {
                 "segments": len(self._segments),
-                "bytes": sum(g.segment.size for g in self._segments.values()),
+                "bytes": sum(g.segment.size for g in self._segments.values()) + self.contents.bytes,
                 "ranks": sorted({g.rank for g in self._segments.values()}),
             }

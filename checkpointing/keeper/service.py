@@ -209,6 +209,14 @@ class KeeperServer:
             keeper.sealed(request["generation"], request["protected"])
             if request["protect"]:
                 self.protector.want(request["generation"], request["version"], request["protected"])
+        elif operation == "contents":
+            return {"lacking": keeper.contents.use(request["version"], request["oldest"], request["digests"])}
+        elif operation == "hold":
+            fd = reader.take_fd()
+            try:
+                keeper.contents.hold(fd, request["version"], request["pieces"])
+            finally:
+                os.close(fd)
         elif operation == "save":
             self.saver.save(SaveRequest.from_json(request["request"]))
         elif operation == "abandon":
@@ -246,6 +254,11 @@ class KeeperServer:
             data = block.read() if block is not None else None
             _answer(connection, {"length": None if data is None else len(data)})
             connection.sendall(data or b"")
+        elif operation == "contents":
+            pieces = [self.keeper.contents.find(digest) for digest in request["digests"]]
+            _answer(connection, {"lengths": [None if piece is None else len(piece) for piece in pieces]})
+            for piece in pieces:
+                connection.sendall(piece or b"")
         elif operation == "held":
             _answer(connection, {**self.keeper.held(), "parity_bytes": self.store.bytes, **self.store.work()})
         else:

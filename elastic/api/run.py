@@ -21,7 +21,7 @@ from everstep.elastic.contract.notices import Notice, warn
 from everstep.elastic.contract.progress import Progress
 from everstep.elastic.contract.settings import Settings, WorkerContext
 from everstep.elastic.contract.signals import saved_on_signals
-from everstep.elastic.contract.stateful import check_size, encode
+from everstep.elastic.contract.stateful import check_size, encode, outline
 from everstep.elastic.engine.engine import STATE, Engine
 from everstep.elastic.engine.recovery import Recovery
 from everstep.elastic.engine.resume import Resumption
@@ -419,15 +419,17 @@ class Run(Sharing, Gradients):
     def register_state(self, name: str, item: Any) -> None:
         """Keep an object with `state_dict()` / `load_state_dict()` in step: on workers that join later, on resuming.
 
-        Its state may hold numbers, text, lists, tuples, dictionaries, bytes, tensors and arrays. It must be small (1
-        MiB in all, tensors as base64), since it is agreed on in every step, and change in the same way on every rank.
+        Its state may hold numbers, text, lists, tuples, dictionaries, bytes, tensors and arrays, and has to change in
+        the same way on every rank. Tensors and arrays of at least 16 KiB may have any size: their content lies in
+        keepers, and is compared in every step. All the rest must be small (1 MiB in all, smaller tensors as base64),
+        since it is agreed on in every step.
         """
         if not callable(getattr(item, "state_dict", None)) or not callable(getattr(item, "load_state_dict", None)):
             raise UsageError(f"register_state({name!r}): a {type(item).__name__} has no state_dict and load_state_dict")
-        state = encode(item.state_dict(), f"register_state({name!r})")
+        state = encode(item.state_dict(), f"register_state({name!r})", outline)
         if name in self._registered:
             raise UsageError(f"register_state({name!r}): that name is taken")
-        others = {known: encode(one.state_dict(), known) for known, one in self._registered.items()}
+        others = {known: encode(one.state_dict(), known, outline) for known, one in self._registered.items()}
         check_size({**others, name: state})
         self._registered[name] = item
 
@@ -525,6 +527,7 @@ class Run(Sharing, Gradients):
             stream_states=self.stream_state,
             loops=loops,
         )
+        self.state.attach(engine.large.values, model)
         self._schedulers = Schedulers(engine, parts_of(optimizer), schedulers, by_epoch=by_epoch)
         engine.note_birth()
         self._engine = engine
@@ -567,6 +570,7 @@ class Run(Sharing, Gradients):
             warn(self._membership, Notice.HYPERPARAMETERS_DIFFER, text)
         self.state.begin(resumed=recovery.resumed or not recovery.guide_begun)
         engine.user_loop.begin()
+        engine.large.values.release()
 
 
 def _no_loss(output: Any, targets: Any) -> Tensor:

@@ -6,15 +6,17 @@ import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from fractions import Fraction
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from everstep.elastic.contract.errors import UsageError
-from everstep.elastic.contract.stateful import decode, encode
+from everstep.elastic.contract.stateful import decode, encode, outline
 from everstep.elastic.engine.engine import STATE
+from everstep.elastic.engine.large_values import LargeValues
 
 from .calls import Calls
 
@@ -28,6 +30,8 @@ class SharedState(MutableMapping[str, Any]):
 
     def __init__(self) -> None:
         self._values: dict[str, Any] = {}
+        self._large: LargeValues | None = None  # which the values may refer to, once there is an engine
+        self._of_model: set[int] = set()  # addresses of the model's memory, which is not the script's to keep here
         self.entered: dict[str, Any] | None = None  # until the loop begins, on a rank that joined: what the job had
 
     def __getitem__(self, name: str) -> Any:
@@ -36,8 +40,11 @@ class SharedState(MutableMapping[str, Any]):
     def __setitem__(self, name: str, value: Any) -> None:
         if not isinstance(name, str):
             raise UsageError(f"{STATE}[{name!r}]: names are text, got a {type(name).__name__}")
-        encode(value, f"{STATE}[{name!r}]")
+        where = f"{STATE}[{name!r}]"
+        encode(value, where, outline)
         self._values[name] = value
+        if self._large is not None:
+            self._large.forget(where)
 
     def __delitem__(self, name: str) -> None:
         del self._values[name]
@@ -56,7 +63,13 @@ class SharedState(MutableMapping[str, Any]):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._values = self._adopted(state)
-        self.entered = encode(self._values, STATE)
+        self.entered = encode(self._values, STATE, self._large.keep if self._large is not None else None)
+
+    def attach(self, large: LargeValues, model: nn.Module) -> None:
+        """The engine is there, for this model."""
+        self._large = large
+        tensors = (*model.parameters(), *model.buffers())
+        self._of_model = {tensor.untyped_storage().data_ptr() for tensor in tensors if not tensor.is_meta}
 
     def begin(self, *, resumed: bool) -> None:
         """The loop begins: what a script does before it belongs to the start of the job, on a rank that joined later.
@@ -65,23 +78,37 @@ class SharedState(MutableMapping[str, Any]):
         """
         entered, self.entered = self.entered, None
         if entered is not None:
-            self._values = {**(self._values if resumed else {}), **self._adopted(decode(entered))}
+            found = decode(entered, self._large.give if self._large is not None else None)
+            self._values = {**(self._values if resumed else {}), **self._adopted(found)}
 
     def _adopted(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """The state, in the lists and dictionaries of the script, whose variables may be bound to them."""
-        return {name: _into(self._values.get(name), value) for name, value in state.items()}
+        """The state, in the lists, dictionaries and tensors of the script, whose variables may be bound to them."""
+        return {name: self._into(self._values.get(name), value) for name, value in state.items()}
 
+    def _into(self, there: Any, value: Any) -> Any:
+        """`value`, as the contents of what is there: a list or dictionary, or a tensor of its type and shape."""
+        if there is value:
+            return value
+        if isinstance(there, list) and isinstance(value, list):
+            there[:] = [self._into(*pair) for pair in zip_longest(there[: len(value)], value)]
+        elif isinstance(there, dict) and isinstance(value, dict):
+            found = {name: self._into(there.get(name), item) for name, item in value.items()}
+            there.clear()
+            there.update(found)
+        elif isinstance(there, Tensor) and isinstance(value, Tensor) and self._takes(there, value):
+            with torch.no_grad():
+                there.copy_(value)
+        else:
+            return value
+        return there
 
-def _into(there: Any, value: Any) -> Any:
-    """`value`, as the contents of the list or dictionary that is there, if both are of that type."""
-    if there is not value and isinstance(there, list) and isinstance(value, list):
-        there[:] = value
-    elif there is not value and isinstance(there, dict) and isinstance(value, dict):
-        there.clear()
-        there.update(value)
-    else:
-        return value
-    return there
+    def _takes(self, there: Tensor, value: Tensor) -> bool:
+        """Whether a tensor of the script can be given this value in place."""
+        alike = type(there) is type(value) and (there.dtype, there.shape) == (value.dtype, value.shape)
+        if not alike or there.layout is not torch.strided or there.is_inference():
+            return False
+        own = all(step or size < 2 for step, size in zip(there.stride(), there.shape, strict=True))
+        return own and there.untyped_storage().data_ptr() not in self._of_model
 
 
 class Sharing:

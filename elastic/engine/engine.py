@@ -28,7 +28,7 @@ from everstep.elastic.contract.errors import UsageError
 from everstep.elastic.contract.membership import Membership, Orders
 from everstep.elastic.contract.progress import Progress, StepPhase
 from everstep.elastic.contract.settings import Settings
-from everstep.elastic.contract.stateful import REGISTERED_BYTES, check_size, encode
+from everstep.elastic.contract.stateful import REGISTERED_BYTES, check_size
 from everstep.elastic.contract.telemetry import Spent
 from everstep.elastic.guard.agreeing import Agreeing, Own, Settled
 from everstep.elastic.guard.backups import Backups
@@ -63,6 +63,7 @@ from everstep.resharding.work import Work
 from .call_log import CallLog
 from .damage import Damage
 from .driver import Driver
+from .large_state import LargeState
 from .loading import Loader
 from .prefetcher import Prefetcher
 from .registered import Registered
@@ -130,7 +131,8 @@ class Engine:
         whose = {"optimizer": optimizer.name, "data": described}
         whose |= {"settings": pack(optimizer.hyper_parameters()), "dtypes": optimizer.masters()}
         self.checkpoints = Checkpoints(settings, stack, snapshots, membership, whose, link, lineage)
-        self.registered = Registered(registered)
+        self.large = LargeState(self, link, token)
+        self.registered = Registered(registered, self.large.values)
         self.stream_states = stream_states
         self.loops = loops  # the user's own loop computes the micro-batches
         self.record_bytes = [optimizer.state_bytes(shard) for shard in stack.spec.shards]
@@ -291,6 +293,7 @@ class Engine:
                 self.checkpoints.conclude(self.patient)  # so that there is room for the last checkpoint
         proposal = self.offered(last=it.last)
         registered = self._registered(state.step)
+        self.large.agree(registered, state.step)
         carried = self.stream_states.own(state.step, {leg.micro_batch for leg in state.held})
         own = Own(
             step=state.step,
@@ -306,7 +309,7 @@ class Engine:
             waits=self.prefetch.waits(proposal, self.rank),
             suspects=self.damage.suspects,
             end=self.stop_request.at(state.step) or self.data.ends(state.step, self._upcoming),
-            state=registered.get(STATE, {}),
+            state=self.registered.compared(registered),
             carries=bool(carried),
         )
         merged, replicas = self.agreeing.begin(own, layout)
@@ -385,7 +388,7 @@ class Engine:
 
     def claim(self, name: str, item: Any) -> None:
         """Register an object; if other ranks had one of that name when this rank joined, it receives its state."""
-        self.birth.setdefault("registered", {})[name] = encode(item.state_dict(), f"the state of {name!r}")
+        self.birth.setdefault("registered", {})[name] = self.registered.state_of(name, item)
         self.registered.claim(name, item)
 
     def drive(self, name: str, item: Any) -> None:
@@ -405,7 +408,13 @@ class Engine:
         if (began != agreed or self.adjustments.changed()) and self.rank == min(self.comm.members):
             others = {name: state for name, state in terms.registered.items() if name not in agreed}
             left = replace(terms, registered=others, after=self.turns.present(), shown=False)
+            self.large.tell(left.after, self.version)
             self._tell_committed(left.to_text(), self.current()[0].generation, settled=True)
+
+    def pass_by(self) -> None:
+        """In the user's own loop, a turn begins: if its step is computed again, so is the turn."""
+        self.turns.pass_by(self.version, first=self.user_loop.turn is not None)
+        self.large.protect(self.turns.began_at(self.version).get("users"), self.version)
 
     def _counts(self, shard: int) -> bool:
         """Whether a shard's gradient is a true one: the change of a buffer is summed like one, and is none."""
@@ -525,7 +534,7 @@ class Engine:
             self.check_values(thorough=False)
             self.pipeline.forwards.check_constants(self.version, self.registered.objects.values())
         if self.checkpoints.unsettled:
-            self.checkpoints.settle(self.after_leaving or self.turns.present())
+            self.checkpoints.settle(*self.large.after())
             if self._stopping is not None and not self.ended():
                 self._end_saved(self._stopping)
         elif self._stopping is not None:
@@ -549,6 +558,7 @@ class Engine:
         if self.leave_at is not None:
             return
         self.after_leaving = self.turns.present()
+        self.large.leave()
         if self.checkpoints.link is None:
             self.checkpoints.keep(self.version, self._state_of)
         self.worker.happened(w.LoopLeft())
@@ -593,5 +603,4 @@ class Engine:
         self.settle()
         self.snapshots.wait(on_wait)
         terms = replace(Terms.of(self.agreement), save=name)
-        after = self.after_leaving or self.turns.present()
-        return self.checkpoints.save_last(terms, layout, self.rank, after, self._state_of, on_wait)
+        return self.checkpoints.save_last(terms, layout, self.rank, self.large.after(), self._state_of, on_wait)

@@ -65,7 +65,7 @@ class Loader:
     def __init__(self, engine: Engine, token: str, node: str) -> None:
         self._engine = engine
         self._token = token
-        self._node = node
+        self.node = node
         self._keepers: Mapping[str, str] = {}  # node -> address, this rank's own node first
         self._lines: Lines = ()  # which records count once all is loaded
         self.checkpoint: CheckpointStates | None = None  # the checkpoint that the generation resumes from
@@ -74,7 +74,7 @@ class Loader:
     def enter(self, keepers: Mapping[str, str], lines: Lines) -> None:
         """Begin a generation with these keepers: node -> address; `lines`: which of their records count in it."""
         self._lines = lines
-        self._keepers = dict(sorted(keepers.items(), key=lambda item: item[0] != self._node))
+        self._keepers = dict(sorted(keepers.items(), key=lambda item: item[0] != self.node))
         self.checkpoint, self.moved = None, 0
 
     def open_checkpoint(self, name: str) -> CheckpointStates:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -171,7 +171,24 @@ class Recovery:
         engine.telemetry.span(Spent.EDIT, began_ns)
         engine.snapshots.wait(engine.progress.tick)
         engine.pipeline.end_step()
+        self._fetch_large(plan)
         return w.Linked()
+
+    def _fetch_large(self, plan: Plan) -> None:
+        """A new rank without a guide, or one that goes back, needs what the plan's agreement refers to."""
+        engine, entering = self.engine, self.engine.worker.state.entering
+        assert entering is not None
+        if plan.version is None or not (entering.back or (entering.fresh and plan.guide is None and plan.agreement)):
+            return
+
+        def saved(digests: list[str]) -> Iterator[tuple[str, bytes]]:
+            return self.loader.open_checkpoint(plan.checkpoint).contents(digests)
+
+        keepers = engine.orders[plan.generation].keepers
+        try:
+            engine.large.fetch_agreed(plan.agreement, plan.version, keepers, saved if plan.checkpoint else None)
+        except (CheckpointError, StoreError) as error:
+            self._unreadable(plan.checkpoint, error)
 
     def _send_calls(self, ranks: Sequence[int]) -> None:
         """Send the results of the script's calls to ranks that lack some, and cannot make these calls any more."""
@@ -186,6 +203,9 @@ class Recovery:
     def _ask_place(self, it: w.AskPlace) -> w.Event:
         engine = self.engine
         found = Position.of_message(engine.comm.receive(it.rank, _GUIDE))
+        agreed = Terms.of(found.agreement).registered if found.agreement else {}
+        generation = engine.comm.generation
+        engine.large.fetch([agreed, found.after], engine.orders[generation].keepers)
         self._after, self.guide_begun = found.after, found.begun
         engine.adjustments.take_records(found.records)
         engine.calls.take(found.calls)
@@ -208,6 +228,9 @@ class Recovery:
         A newcomer that does not receive this takes part in the next recovery as one without any state.
         """
         engine, version = self.engine, it.version
+        after = self._after_users(version)
+        agreed = Terms.of(it.agreement).registered if it.agreement else {}
+        engine.large.tell([agreed, after], version)
         message = Position(
             version=version,
             agreement=it.agreement,
@@ -215,7 +238,7 @@ class Recovery:
             begun=engine.user_loop.begun,
             unseen=tuple(self._unseen(version, it.agreement)),
             turning=not self._in_turn(version),
-            after=self._after_users(version),
+            after=after,
             records=engine.adjustments.records(),
             calls=engine.calls.records(),
         ).to_message()
@@ -268,6 +291,8 @@ class Recovery:
         snapshots.enter(plan.generation, placement, orders.keepers, engine.record_bytes, plan.lines)
         entering = engine.worker.state.entering
         assert entering is not None
+        if entering.fresh and entering.version == 0:  # until a version outlives nodes, this is the one to return to
+            engine.large.protect(engine.birth["registered"], 0, plan.layout)
         engine.progress.mark(StepPhase.JOIN if entering.fresh else StepPhase.RESTORE, entering.version)
 
     def _forget_since(self, it: w.ForgetSince) -> None:

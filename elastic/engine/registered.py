@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from everstep.elastic.contract.stateful import decode, encode
+from everstep.elastic.contract.stateful import decode, encode, large_in
+
+from .large_values import LargeValues
 
 
 class Registered:
@@ -15,8 +17,9 @@ class Registered:
     rank has not registered yet.
     """
 
-    def __init__(self, objects: dict[str, Any]) -> None:
+    def __init__(self, objects: dict[str, Any], large: LargeValues) -> None:
         self.objects = objects
+        self.large = large  # values that states refer to
         self.driven: set[str] = set()
         self.unclaimed: dict[str, Any] = {}
         self._at: dict[int, dict[str, Any]] = {}  # step -> the states at its end
@@ -25,18 +28,33 @@ class Registered:
         """Register an object; if other ranks had one of that name when this rank joined, it receives its state."""
         self.objects[name] = item
         if name in self.unclaimed:
-            item.load_state_dict(decode(self.unclaimed.pop(name)))
+            item.load_state_dict(decode(self.unclaimed.pop(name), self.large.give))
 
     def load(self, name: str, state: Any) -> None:
         """An object's state on other ranks or at an earlier time."""
         if name in self.objects:
-            self.objects[name].load_state_dict(decode(state))
+            self.objects[name].load_state_dict(decode(state, self.large.give))
+            self.large.forget(name)  # an object may write to its tensors in any way
         else:
             self.unclaimed[name] = state
 
     def states(self) -> dict[str, Any]:
         """The states now."""
-        return {name: encode(item.state_dict(), name) for name, item in self.objects.items()}
+        return {name: self.state_of(name, item) for name, item in self.objects.items()}
+
+    def state_of(self, name: str, item: Any) -> Any:
+        """The state of one object now. Raises UsageError."""
+        return encode(item.state_dict(), name, self.large.keep)
+
+    def compared(self, states: Mapping[str, Any]) -> dict[str, Any]:
+        """What has to be equal on all ranks, by names for people: the values that they share, and large ones."""
+        found: dict[str, Any] = {}
+        for name, state in self.of_users(states).items():
+            if self.changes_between_steps(name):
+                found |= {f"{name}[{key!r}]": value for key, value in state.items()}
+            elif large := list(large_in(state)):
+                found[f"register_state({name!r})"] = large
+        return found
 
     def users(self) -> dict[str, Any]:
         """The states now of what the user's code changes."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ from everstep.checkpointing.universal.store import Store, StoreError, open_store
 from everstep.elastic.contract.errors import UsageError
 from everstep.elastic.contract.notices import Notice, WarningChannel, warn
 from everstep.elastic.contract.settings import Settings
-from everstep.elastic.guard.checkpoint_agreement import constants
+from everstep.elastic.guard.checkpoint_agreement import constants, contents_path
 from everstep.elastic.holding.hyperparameters import Groups, same, unpack
 from everstep.elastic.holding.stack import LayerStack, plain_name
 from everstep.elastic.protocol.codec import Unreadable
@@ -352,6 +352,11 @@ class CheckpointStates:
         row = max(1, parameter.elements // max(1, parameter.rows))
         part = tensor_of(self._checkpoint.read(path, shard.start // row, -(-shard.stop // row)))
         return part if self._stack.spec.whole else part.reshape(-1)
+
+    def contents(self, digests: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+        """The pieces of large values of the script."""
+        for digest in digests:
+            yield digest, self._checkpoint.read(contents_path(digest)).tobytes()
 
     def load_constants(self) -> None:
         """Read frozen parameters and buffers into the model; those that it lacks keep their initial values."""

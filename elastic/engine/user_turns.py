@@ -57,6 +57,10 @@ class UserTurns:
             self.adopt(self._at[version], but_between_steps=True)
         self._passed = version
 
+    def began_at(self, version: int) -> dict[str, Any]:
+        """What the first turn behind `version` began with; nothing if that is not known."""
+        return self._at.get(version, {})
+
     def go_back(self, version: int, otherwise: Mapping[str, Any]) -> None:
         """Turns behind `version` are repeated. `otherwise`: how things were left, if this rank was not there."""
         self.adopt(self._at.get(version, otherwise), but_between_steps=True)

@@ -69,7 +69,7 @@ class Own:
     waits: bool = False  # for shards that it is to own by that plan
     suspects: Mapping[int, int]
     end: str = ""  # why the script asked for the end after this step
-    state: Mapping[str, Any] = field(default_factory=dict)  # run.state, as JSON values
+    state: Mapping[str, Any] = field(default_factory=dict)  # what has to be equal on all ranks, as JSON values, by name
     carries: bool = False  # a turn here has left something in run.stream_state
 
 
@@ -255,10 +255,10 @@ def _state_differs(step: int, states: Mapping[int, Mapping[str, Any]]) -> str:
         for name in sorted({*states[first], *states[rank]}):
             both = [json.dumps(states[r][name]) if name in states[r] else "" for r in (first, rank)]
             if both[0] != both[1]:
-                expected, got = (str(stateful.decode(json.loads(text))) if text else "not set" for text in both)
+                expected, got = (stateful.in_words(json.loads(text)) if text else "not set" for text in both)
                 return (
-                    f"run.state[{name!r}] differs in step {step}: expected the same on all ranks, got {expected[:80]} "
-                    f"on rank {first} and {got[:80]} on rank {rank}. Set it on every rank, between steps, from what is "
+                    f"{name} differs in step {step}: expected the same on all ranks, got {expected[:120]} on "
+                    f"rank {first} and {got[:120]} on rank {rank}. Set it on every rank, between steps, from what is "
                     "equal on all of them, such as the loss of a step or run.mean(...)"
                 )
     raise AssertionError("states of one digest differ")

@@ -11,7 +11,7 @@ import json
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,6 +25,7 @@ from everstep.checkpointing.saving.part import finish, save_part, saved_bytes
 from everstep.checkpointing.saving.request import Parameter, SaveRequest, ShardPiece
 from everstep.checkpointing.universal.lineage import Lineage, begun_s
 from everstep.checkpointing.universal.manifest import (
+    OTHER,
     Array,
     CheckpointError,
     chunk_shape,
@@ -36,6 +37,7 @@ from everstep.comms.mesh.tensors import raw
 from everstep.elastic.contract.membership import Membership
 from everstep.elastic.contract.notices import Notice, warn
 from everstep.elastic.contract.settings import Settings
+from everstep.elastic.contract.stateful import digests_in
 from everstep.elastic.holding.stack import LayerStack, plain_name
 from everstep.elastic.protocol import events as e
 from everstep.elastic.protocol.agreement import Saving
@@ -49,6 +51,11 @@ TRIES = 3  # of a save whose saver or keeper is lost
 CONSTANT_CHUNK_BYTES = 16 << 20
 
 
+def contents_path(digest: str) -> str:
+    """The path of a piece of the script's large values."""
+    return path_of(OTHER, f"registered/{digest}")
+
+
 @dataclass
 class _Waiting:
     """A version that is to be saved, and its parts that are missing. `records`: its shards', where no keeper runs."""
@@ -60,6 +67,7 @@ class _Waiting:
     rank: int
     sealed: bool = False
     after: dict[str, Any] | None = None
+    contents: Mapping[str, bytes] = field(default_factory=dict)  # what `after` refers to, on the lowest rank
     started: bool = False
     records: dict[int, memoryview] = field(default_factory=dict)
 
@@ -198,12 +206,15 @@ class Checkpoints:
         if self.active and version > max(0, self.newest):
             self._kept = (version, self._copies(states))
 
-    def settle(self, after: dict[str, Any]) -> None:
-        """The next step begins: the state of the user's code after the last one ("groups", "users")."""
+    def settle(self, after: dict[str, Any], contents: Mapping[str, bytes]) -> None:
+        """The next step begins: the state of the user's code after the last one ("groups", "users").
+
+        `contents`: on the lowest rank, the pieces of large values that this refers to.
+        """
         waiting = self._waiting
         if waiting is not None:
             with self._lock:
-                waiting.after = after
+                waiting.after, waiting.contents = after, contents
             self._waiting = None
             self._start(waiting)
 
@@ -226,15 +237,21 @@ class Checkpoints:
                 return
             waiting.started = True
         # In the run that resumes, no version is protected yet.
-        terms = replace(waiting.terms, after=waiting.after, shown=True, protected=-1, script=self._run["settings"])
+        # The user's code may have replaced what large values had when the step was agreed on.
+        registered = {**waiting.terms.registered, **waiting.after["users"]}
+        terms = replace(waiting.terms, registered=registered, after=waiting.after, shown=True, protected=-1)
+        terms = replace(terms, script=self._run["settings"])
         agreement = terms.to_text()
         self._terms[waiting.name] = (waiting.version, agreement)
         writer = f"rank-{waiting.rank}"
-        request = self._request(waiting, agreement, writer)
-        if waiting.rank == waiting.layout.ranks[0] and any(True for _ in self._stack.constants()):
-            constants = f"{writer}-constants"
-            self._opened(constants, waiting.name)
-            self._in_thread(request, constants, functools.partial(self._save_constants, request, constants))
+        others = [*(path for path, _, _ in constants(self._stack))]
+        others += [contents_path(digest) for digest in digests_in(registered)]
+        request = self._request(waiting, agreement, writer, others)
+        if waiting.rank == waiting.layout.ranks[0] and others:
+            second = f"{writer}-constants"
+            self._opened(second, waiting.name)
+            save_others = functools.partial(self._save_others, request, second, waiting.contents)
+            self._in_thread(request, second, save_others)
         if self.link is None:
             records = waiting.records
 
@@ -282,8 +299,10 @@ class Checkpoints:
         with self._lock:
             self._results.append(result)
 
-    def _save_constants(self, request: SaveRequest, name: str, warned: Callable[[str], None]) -> bool:
-        """Frozen parameters and buffers: every rank holds them, and the lowest rank writes them."""
+    def _save_others(
+        self, request: SaveRequest, name: str, contents: Mapping[str, bytes], warned: Callable[[str], None]
+    ) -> bool:
+        """Frozen parameters, buffers and the script's large values: all ranks hold them, and the lowest writes them."""
         folder = open_store(request.url, request.options).inside(request.name)
         writer = ChunkWriter(folder)
         for path, tensor_name, tensor in constants(self._stack):
@@ -296,10 +315,14 @@ class Checkpoints:
                 rows = tensor[first : first + array.chunk_rows] if shape else tensor
                 writer.put(path, number, raw(rows))
                 self._moves(name)
+        for digest, piece in contents.items():
+            writer.declare(contents_path(digest), Array((len(piece),), "uint8", (len(piece),)))
+            writer.put(contents_path(digest), 0, piece)
+            self._moves(name)
         writer.finish(name)
         return finish(request, folder, warned=warned)
 
-    def _request(self, waiting: _Waiting, agreement: str, writer: str) -> SaveRequest:
+    def _request(self, waiting: _Waiting, agreement: str, writer: str, others: Sequence[str]) -> SaveRequest:
         settings, spec = self._settings, self._stack.spec
         first: dict[int, Shard] = {}
         pieces: list[ShardPiece] = []
@@ -311,13 +334,13 @@ class Checkpoints:
             Parameter(p.name, "buffers" if self._stack.is_buffer(i) else "params", p.shape, _rows(p, first[i]))
             for i, p in enumerate(spec.parameters)
         )
-        expected = [path_of(p.room, p.name) for p in parameters] + [path for path, _, _ in constants(self._stack)]
+        expected = [*(path_of(p.room, p.name) for p in parameters), *others]
         return SaveRequest(
             url=open_store(settings.checkpoint, json.loads(settings.checkpoint_options)).url,
             options=json.loads(settings.checkpoint_options),
             name=waiting.name,
             writer=writer,
-            writers=len(waiting.layout.ranks) + any(True for _ in self._stack.constants()),
+            writers=len(waiting.layout.ranks) + bool(others),
             version=waiting.version,
             parameters=parameters,
             pieces=tuple(pieces),
@@ -332,7 +355,7 @@ class Checkpoints:
         settings, spec = self._settings, self._stack.spec
         terms = Terms.of(agreement)
         assert terms.after is not None
-        registered = {**terms.registered, **terms.after["users"]}
+        registered = terms.registered
         return {
             "step": version,
             "tied": self._stack.aliases,
@@ -439,7 +462,7 @@ class Checkpoints:
         terms: Terms,
         layout: Layout,
         rank: int,
-        after: dict[str, Any],
+        after: tuple[dict[str, Any], Mapping[str, bytes]],
         states: Callable[[int], ShardState],
         on_wait: Callable[[], None],
     ) -> str:
@@ -454,7 +477,7 @@ class Checkpoints:
             sealed = self.begin(terms, layout, rank)
             assert sealed is not None
             sealed()
-        self.settle(after)
+        self.settle(*after)
         self.conclude(on_wait)
         return self._why
 

@@ -131,7 +131,7 @@ class Share:
     replicas: Annotated[int, _word] = 0
     suspects: Some = False  # a value on this rank may be damaged
     end: Annotated[tuple[int, str] | None, _first] = None  # a script asks for the end after this step: (rank, why)
-    state: Equal = 0  # a digest of what the script keeps in run.state
+    state: Equal = 0  # a digest of what the script keeps in run.state, and of large tensors that it has registered
     carries: Some = False  # a turn here has left something in run.stream_state
 
 

@@ -1,0 +1,93 @@
+"""When a rank hands large values of the script to its keeper, and when it gets them from there.
+
+Before a step is agreed on, the keeper of every node has what the states of that step refer to. What the user's code
+makes of them behind a step is in a keeper before the coordinator, or a rank that joins, hears of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from everstep.checkpointing.access.client import KeeperLink
+from everstep.elastic.protocol.terms import Terms
+from everstep.resharding.layout import Layout
+
+from .large_values import LargeValues, Read
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+WAITS_FOR = "its keeper to hold large tensors of the script"
+FETCHES = "large tensors of the script in the keepers"
+
+
+class LargeState:
+    """The large values in the registered states of one engine."""
+
+    def __init__(self, engine: Engine, link: KeeperLink | None, token: str) -> None:
+        self.values = LargeValues(link)
+        self._engine = engine
+        self._token = token
+        self._at_leaving: dict[str, bytes] = {}  # when the user's code left the loop
+
+    def agree(self, registered: Mapping[str, Any], step: int) -> None:
+        """These states are about to be agreed on. Raises UsageError for a value that changed unseen."""
+        self.values.check(step)
+        self.protect(registered, step + 1, begins=True)
+
+    def protect(self, states: Any, version: int, layout: Layout | None = None, *, begins: bool = False) -> None:
+        """Have this node's keeper hold what `states` of `version` refer to, where this rank speaks for the node."""
+        layout = layout or self._engine.current()[0]
+        orders = self._engine.orders.get(layout.generation)
+        node_of = orders.nodes.get if orders is not None else lambda rank: rank
+        mine = [rank for rank in layout.ranks if node_of(rank) == node_of(self._engine.rank)]
+        if self._engine.rank == min(mine):
+            self.tell(states, version, begins=begins)
+
+    def tell(self, states: Any, version: int, *, begins: bool = False) -> None:
+        """The same on any rank. Raises ConnectionError where this node has had no keeper for long."""
+        with self._engine.progress.waiting(WAITS_FOR):
+            self.values.protect(states, version, self._oldest(version), self._engine.progress.tick, begins=begins)
+
+    def _oldest(self, version: int) -> int:
+        """The oldest version to which the job may return; a checkpoint has large values itself."""
+        protected = self._engine.snapshots.protected
+        if protected >= 0:
+            return min(version, protected) - 1
+        return 0 if self._engine.protection.nodes else version - 1
+
+    def fetch(self, states: Any, keepers: Mapping[str, str], saved: Read | None = None) -> None:
+        """Get what `states` refer to. `keepers`: node -> address; `saved` reads a checkpoint. Raises Aborted."""
+        with self._engine.progress.waiting(FETCHES):
+            nearest = dict(sorted(keepers.items(), key=lambda item: item[0] != self._engine.loader.node))
+            self.values.fetch(states, nearest, self._token, self._engine.patient, saved)
+
+    def fetch_agreed(self, agreement: str, version: int, keepers: Mapping[str, str], saved: Read | None = None) -> None:
+        """Get what a rank needs that goes to `version`, behind this agreement: a new one, or one that goes back."""
+        engine = self._engine
+        terms = Terms.of(agreement) if agreement else None
+        agreed = terms.registered if terms is not None else engine.birth["registered"]
+        left = engine.turns.began_at(version) or (terms and terms.after) or {}
+        if engine.worker.state.fresh:
+            self.fetch([agreed, left], keepers, saved)
+        else:  # what changes between steps only is left alone
+            states = [*agreed.items(), *left.get("users", {}).items()]
+            self.fetch(
+                [state for name, state in states if not engine.registered.changes_between_steps(name)], keepers, saved
+            )
+
+    # ------------------------------------------------------------ checkpoints
+
+    def after(self) -> tuple[dict[str, Any], dict[str, bytes]]:
+        """How the user's code has left things, and the pieces of large values of it: those on the lowest rank alone."""
+        engine = self._engine
+        if engine.after_leaving is not None:
+            return engine.after_leaving, self._at_leaving
+        after = engine.turns.present()
+        return after, self.values.copies(after) if engine.rank == min(engine.comm.members) else {}
+
+    def leave(self) -> None:
+        """The user's code has left the loop, and may change all values."""
+        if self._engine.checkpoints.active:
+            self._at_leaving = self.values.copies(self._engine.after_leaving)
