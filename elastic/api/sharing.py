@@ -64,6 +64,8 @@ class SharedState(MutableMapping[str, Any]):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._values = self._adopted(state)
         self.entered = encode(self._values, STATE, self._large.keep if self._large is not None else None)
+        if self._large is not None:
+            self._large.hold(self.entered)  # until the loop begins, when all of it is put in place again
 
     def attach(self, large: LargeValues, model: nn.Module) -> None:
         """The engine is there, for this model."""

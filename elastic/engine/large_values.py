@@ -174,19 +174,18 @@ class LargeValues:
 
         Raises UsageError where a piece is nowhere, and what `on_wait` and `saved` raise.
         """
-        lacking = set(digests_in(states)) - set(self._fetched)
-        for digest, piece in self._present(lacking):
-            self._fetched[digest] = bytes(piece)
-        if saved is not None and (missing := sorted(lacking - set(self._fetched))):
-            self._fetched.update(saved(missing))
+        self.hold(states)
+        lacking = self._unfetched(states)
+        if lacking and saved is not None:
+            self._fetched.update(saved(lacking))
         deadline_s = time.monotonic() + LOST_S
-        while lacking := lacking - set(self._fetched):
+        while lacking := self._unfetched(states):
             found = Keepers(keepers, token, on_wait)
             try:
-                self._fetched.update(found.contents(sorted(lacking)))
+                self._fetched.update(found.contents(lacking))
             finally:
                 found.close()
-            if lacking <= set(self._fetched):
+            if not (lacking := self._unfetched(states)):
                 return
             if time.monotonic() > deadline_s:
                 raise UsageError(
@@ -196,6 +195,13 @@ class LargeValues:
                 )
             on_wait()
             time.sleep(AGAIN_S)
+
+    def hold(self, states: Any) -> None:
+        """Copies of what these states refer to count as fetched, as far as present values have it."""
+        self._fetched.update((digest, bytes(piece)) for digest, piece in self._present(self._unfetched(states)))
+
+    def _unfetched(self, states: Any) -> list[str]:
+        return [digest for digest in digests_in(states) if digest not in self._fetched]
 
     def _present(self, digests: Iterable[str]) -> Iterator[tuple[str, memoryview]]:
         """Those of the pieces that present values of this rank have."""

@@ -394,6 +394,8 @@ class Recovery:
         engine = self.engine
         engine.telemetry.span(Spent.RESTORE, self._edited_ns)
         engine.telemetry.interrupted()
+        if engine.user_loop.begun:
+            engine.large.values.release()
         self._take_calls(engine.orders[it.generation].plan)
         if not it.tell:
             return

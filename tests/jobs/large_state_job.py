@@ -1,9 +1,10 @@
 """Large values of the script on which training depends: a queue in run.state, a bank that is a registered object.
 
 The queue changes in each step, the bank in every third, the codebook never. `plain`: without Everstep, by one process
-that sums the gradients of the four parts of a batch. `over_steps`: a loop over run.steps. `resumes`: it gets SIGTERM after
-its third step, saves, ends, and is resumed in the same process. `turns`: the bank changes in the turn that ends a
-step. `stops`: all ranks end after the fourth step. `dies`: after which step, behind its changes, which ranks kill themselves. `mistake`: what to do wrong.
+that sums the gradients of the four parts of a batch. `over_steps`: a loop over run.steps. `turns`: the bank changes in
+the turn that ends a step. `resumes`: it gets SIGTERM after its third step, saves, ends, and is resumed in the same
+process. `stops`: all ranks end after the fourth step. `dies`: after which step, behind its changes, which ranks kill
+themselves. `mistake`: what to do wrong.
 """
 
 import json

@@ -335,7 +335,10 @@ def test_a_backup_is_compared_with_the_master_and_readers_with_the_parameter() -
 
 def test_the_values_of_the_script_that_differ_are_named_as_it_wrote_them() -> None:
     """Dictionaries too, which travel as lists of pairs where their names are not sorted."""
-    states = {rank: {"b": 1, "a": encode_state({"loss": 0.5, "best": rank}, "it")} for rank in (0, 1)}
+    states = {
+        rank: {"run.state['b']": 1, "run.state['a']": encode_state({"loss": 0.5, "best": rank}, "it")}
+        for rank in (0, 1)
+    }
     text = _state_differs(3, states)
     assert text.startswith(
         "run.state['a'] differs in step 3: expected the same on all ranks, got {'loss': 0.5, 'best': 0} on rank 0 and "

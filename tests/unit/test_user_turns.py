@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from everstep.elastic.engine.large_values import LargeValues
 from everstep.elastic.engine.registered import Registered
 from everstep.elastic.engine.user_turns import UserTurns
 
@@ -36,7 +37,9 @@ class Loop:
 
     def __init__(self) -> None:
         self.rate, self.count, self.shared, self.driven = Kept(), Kept(), Kept(between_steps=True), Kept()
-        self.registered = Registered({"count": self.count, "shared": self.shared, "driven": self.driven})
+        self.registered = Registered(
+            {"count": self.count, "shared": self.shared, "driven": self.driven}, LargeValues(None)
+        )
         self.registered.driven.add("driven")
         settings: Any = self.rate
         self.turns = UserTurns(self.registered, settings, settings)
