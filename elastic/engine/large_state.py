@@ -52,10 +52,10 @@ class LargeState:
 
     def _oldest(self, version: int) -> int:
         """The oldest version to which the job may return; a checkpoint has large values itself."""
-        protected = self._engine.snapshots.protected
+        protected, last = self._engine.snapshots.protected, version - 2  # the coordinator may not know of the last one
         if protected >= 0:
-            return min(version, protected) - 1
-        return 0 if self._engine.protection.nodes else version - 1
+            return min(last, protected)
+        return 0 if self._engine.protection.nodes else last
 
     def fetch(self, states: Any, keepers: Mapping[str, str], saved: Read | None = None) -> None:
         """Get what `states` refer to. `keepers`: node -> address; `saved` reads a checkpoint. Raises Aborted."""

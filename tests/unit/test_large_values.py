@@ -14,7 +14,7 @@ import torch
 from everstep.checkpointing.access.client import KeeperLink
 from everstep.checkpointing.keeper.keeper import Keeper
 from everstep.checkpointing.keeper.service import KeeperServer
-from everstep.checkpointing.memory.contents import PIECE_BYTES
+from everstep.checkpointing.memory.contents import PIECE_BYTES, digest_of
 from everstep.elastic.api.sharing import SharedState
 from everstep.elastic.contract.errors import UsageError
 from everstep.elastic.contract.stateful import decode, digests_in, encode
@@ -65,7 +65,7 @@ def fetched(keepers: dict[str, str], state: Any) -> Any:
 
 def test_values_of_every_kind_come_back(ending: contextlib.ExitStack) -> None:
     server, values = keeper("a", "es-large-kinds", ending), values_at("es-large-kinds", ending)
-    before = {
+    before: dict[str, Any] = {
         "several": some(3, PIECE_BYTES // 8),
         "half": some(5000, 3, dtype=torch.bfloat16),
         "turned": some(300, 200).t(),
@@ -135,9 +135,13 @@ def test_a_damaged_piece_is_taken_from_the_next_keeper(
 
 
 def test_what_was_not_written_to_is_not_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    values, queue, read = LargeValues(None), some(PIECE_BYTES), []
-    digest_of = large_values.digest_of
-    monkeypatch.setattr(large_values, "digest_of", lambda piece: (read.append(len(piece)), digest_of(piece))[1])
+    values, queue, read = LargeValues(None), some(PIECE_BYTES), list[int]()
+
+    def reads(piece: memoryview) -> str:
+        read.append(len(piece))
+        return digest_of(piece)
+
+    monkeypatch.setattr(large_values, "digest_of", reads)
     first = state_of(values, queue=queue)
     assert sum(read) == queue.nbytes
     assert state_of(values, queue=queue.detach()) == first
