@@ -57,25 +57,36 @@ class LargeState:
             return min(last, protected)
         return 0 if self._engine.protection.nodes else last
 
-    def fetch(self, states: Any, keepers: Mapping[str, str], saved: Read | None = None) -> None:
-        """Get what `states` refer to. `keepers`: node -> address; `saved` reads a checkpoint. Raises Aborted."""
-        with self._engine.progress.waiting(FETCHES):
-            nearest = dict(sorted(keepers.items(), key=lambda item: item[0] != self._engine.loader.node))
-            self.values.fetch(states, nearest, self._token, self._engine.patient, saved)
+    def tell_place(self, agreement: str, after: Mapping[str, Any], version: int) -> None:
+        """This rank is about to tell newcomers of these states."""
+        agreed = Terms.of(agreement).registered if agreement else {}
+        self.tell([agreed, after], version)
 
-    def fetch_agreed(self, agreement: str, version: int, keepers: Mapping[str, str], saved: Read | None = None) -> None:
-        """Get what a rank needs that goes to `version`, behind this agreement: a new one, or one that goes back."""
+    def fetch_told(self, agreement: str, after: Mapping[str, Any]) -> None:
+        """Get what the position of the job refers to that this rank was told. Raises Aborted."""
+        self._fetch([Terms.of(agreement).registered if agreement else {}, after])
+
+    def fetch_agreed(self, agreement: str, version: int, saved: Read | None) -> None:
+        """Get what a rank needs that goes to `version`, behind this agreement: a new one, or one that goes back.
+
+        `saved` reads a checkpoint. Raises Aborted, and what `saved` raises.
+        """
         engine = self._engine
         terms = Terms.of(agreement) if agreement else None
         agreed = terms.registered if terms is not None else engine.birth["registered"]
         left = engine.turns.began_at(version) or (terms and terms.after) or {}
         if engine.worker.state.fresh:
-            self.fetch([agreed, left], keepers, saved)
+            self._fetch([agreed, left], saved)
         else:  # what changes between steps only is left alone
             states = [*agreed.items(), *left.get("users", {}).items()]
-            self.fetch(
-                [state for name, state in states if not engine.registered.changes_between_steps(name)], keepers, saved
-            )
+            self._fetch([state for name, state in states if not engine.registered.changes_between_steps(name)], saved)
+
+    def _fetch(self, states: Any, saved: Read | None = None) -> None:
+        engine = self._engine
+        keepers = engine.orders[engine.comm.generation].keepers
+        nearest = dict(sorted(keepers.items(), key=lambda item: item[0] != engine.loader.node))
+        with engine.progress.waiting(FETCHES):
+            self.values.fetch(states, nearest, self._token, engine.patient, saved)
 
     # ------------------------------------------------------------ checkpoints
 

@@ -184,9 +184,8 @@ class Recovery:
         def saved(digests: list[str]) -> Iterator[tuple[str, bytes]]:
             return self.loader.open_checkpoint(plan.checkpoint).contents(digests)
 
-        keepers = engine.orders[plan.generation].keepers
         try:
-            engine.large.fetch_agreed(plan.agreement, plan.version, keepers, saved if plan.checkpoint else None)
+            engine.large.fetch_agreed(plan.agreement, plan.version, saved if plan.checkpoint else None)
         except (CheckpointError, StoreError) as error:
             self._unreadable(plan.checkpoint, error)
 
@@ -203,9 +202,7 @@ class Recovery:
     def _ask_place(self, it: w.AskPlace) -> w.Event:
         engine = self.engine
         found = Position.of_message(engine.comm.receive(it.rank, _GUIDE))
-        agreed = Terms.of(found.agreement).registered if found.agreement else {}
-        generation = engine.comm.generation
-        engine.large.fetch([agreed, found.after], engine.orders[generation].keepers)
+        engine.large.fetch_told(found.agreement, found.after)
         self._after, self.guide_begun = found.after, found.begun
         engine.adjustments.take_records(found.records)
         engine.calls.take(found.calls)
@@ -229,8 +226,7 @@ class Recovery:
         """
         engine, version = self.engine, it.version
         after = self._after_users(version)
-        agreed = Terms.of(it.agreement).registered if it.agreement else {}
-        engine.large.tell([agreed, after], version)
+        engine.large.tell_place(it.agreement, after, version)
         message = Position(
             version=version,
             agreement=it.agreement,

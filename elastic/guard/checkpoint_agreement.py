@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -206,7 +207,7 @@ class Checkpoints:
         if self.active and version > max(0, self.newest):
             self._kept = (version, self._copies(states))
 
-    def settle(self, after: dict[str, Any], contents: Mapping[str, bytes]) -> None:
+    def settle(self, after: dict[str, Any], contents: Mapping[str, bytes] = MappingProxyType({})) -> None:
         """The next step begins: the state of the user's code after the last one ("groups", "users").
 
         `contents`: on the lowest rank, the pieces of large values that this refers to.

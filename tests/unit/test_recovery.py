@@ -39,13 +39,16 @@ def test_what_a_guide_told_ends_with_its_plan() -> None:
     records: list[dict[str, Any]] = []
     comm = SimpleNamespace(receive=lambda rank, key: told.to_message())
     adjustments = SimpleNamespace(take_records=records.append)
-    parts = {"adjustments": adjustments, "calls": CallLog()}
+    fetched: list[Any] = []
+    large = SimpleNamespace(fetch_told=lambda *told: fetched.append(told))
+    parts = {"adjustments": adjustments, "calls": CallLog(), "large": large}
     engine = SimpleNamespace(rank=3, comm=comm, user_loop=UserLoop(), version=0, **parts)
     recovery = Recovery.__new__(Recovery)
     recovery.engine, recovery._after = engine, {}
     assert recovery._ask_place(w.AskPlace(1)) == w.Placed(30, "{}", None)
     assert (recovery._after, engine.user_loop.unseen) == (told.after, [Step(29, 1.0, 2.0)])
     assert records == [told.records]
+    assert fetched == [("{}", told.after)]
     assert (recovery.guide_begun, engine.calls.records()) == (False, told.calls)
     terms = agreed(step=28, loss=3.0, norm=1.0)
     recovery._take_unseen(w.TakeUnseen(29, terms.to_text()))
@@ -79,6 +82,7 @@ def test_an_abort_while_newcomers_are_told_leaves_the_rest_of_the_list() -> None
     recovery = Interrupted.__new__(Interrupted)
     turns, adjustments = SimpleNamespace(present=lambda: {"users": {}}), SimpleNamespace(records=dict)
     parts = {"comm": SimpleNamespace(send=aborted), "adjustments": adjustments, "calls": CallLog(), "turns": turns}
+    parts["large"] = SimpleNamespace(tell_place=lambda *told: None)
     recovery.engine = SimpleNamespace(version=2, user_loop=UserLoop(), leave_at=None, **parts)
     kinds = (w.EditLinks, w.EnterProtection, w.RunOptimizer, w.TakePlaces)
     driver.carries(dict.fromkeys(kinds, recovery.note))
