@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.jobs import finish, launch
+from tests.jobs import JOBS, assert_same_run, finish, launch, read_result, reference
 from tests.jobs.interpreter import Forked, launchers, surroundings
 
 SCRIPT = """
@@ -65,6 +65,14 @@ def test_a_fork_is_as_a_process_of_its_own(tmp_path: Path) -> None:
     for environment in environments:  # the others differ from job to job
         assert environment.items() >= given.items()
     assert forked == typed
+
+
+def test_the_bytes_are_those_of_a_process_of_its_own(tmp_path: Path) -> None:
+    arguments = [json.dumps({"out": str(tmp_path), "steps": 8, "stages": 1})]
+    process = launch(JOBS / "gpt_job.py", arguments, ["--nproc-per-node=2", f"--es-events={tmp_path}/events.jsonl"])
+    assert not isinstance(process, Forked)
+    output = finish(process)
+    assert_same_run(read_result(tmp_path, process.returncode, output), reference(8))
 
 
 @pytest.mark.parametrize("name", ["PYTHONHASHSEED", "LC_ALL", "OMP_NUM_THREADS"])

@@ -20,7 +20,7 @@ import torch
 
 from everstep.comms.base.process import die_with_parent
 
-from .interpreter import HANG_S, MARKER, PROTECTION, Ended, Forked, launchers, surroundings
+from .interpreter import HANG_S, MARKER, PROTECTION, Ended, Forked, Interpreter, launchers, references, surroundings
 
 __all__ = ["HANG_S", "MARKER", "PROTECTION", "Ended"]
 
@@ -131,31 +131,29 @@ def run_job(
     script: str = "gpt_job.py",
     flags: list[str] | None = None,
     timeout_s: float = HANG_S,
-    as_typed: bool = False,
+    interpreter: Interpreter = launchers,
     **config: Any,
 ) -> Result:
     """Run a job to its end and read its results.
 
-    The launcher is a fork of an interpreter that has imported torch, which saves half of what a small job costs;
-    with `as_typed` it is a process of its own, and strings have other hashes than in the other jobs of this run.
+    The launcher is a fork of an interpreter that has imported torch, which saves half of what a small job costs.
     """
     out = Path(tempfile.mkdtemp(prefix="everstep-test-"))
     events = out / "events.jsonl"
     arguments = [json.dumps({"out": str(out), "steps": steps, "stages": stages, **config})]
     flags = ["--nproc-per-node", str(nproc), "--es-events", str(events), *(flags or [])]
     environment = {"EVERSTEP_FAULTS": json.dumps(faults or [])}
-    if as_typed:
-        process = launch(JOBS / script, arguments, flags, environment)
-        output = finish(process, timeout_s)
-        return read_result(out, process.returncode, output)
-    ended = launchers.run(["run", *flags, str(JOBS / script), *arguments], environment, timeout_s, mixed=True)
+    ended = interpreter.run(["run", *flags, str(JOBS / script), *arguments], environment, timeout_s, mixed=True)
     return read_result(out, ended.status, ended.stdout)
 
 
 @lru_cache(maxsize=16)
 def reference(steps: int, **config: Any) -> Result:
-    """The undisturbed run; its layout does not affect its bytes, as other tests show. Run once for all tests."""
-    result = run_job(nproc=2, steps=steps, as_typed=True, **config)
+    """The undisturbed run, with other hashes of strings; its layout does not affect its bytes, as other tests show.
+
+    Run once for all tests.
+    """
+    result = run_job(nproc=2, steps=steps, interpreter=references, **config)
     assert result.status == 0, result.output[-4000:]
     return result
 

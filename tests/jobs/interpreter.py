@@ -219,6 +219,7 @@ def surroundings(environment: Mapping[str, str]) -> dict[str, str]:
 
 scripts = Interpreter(SCRIPT)
 launchers = Interpreter(LAUNCHER)
+references = Interpreter(LAUNCHER)  # for undisturbed runs: strings have other hashes than in the other jobs
 
 
 def script(path: Path | str, *arguments: str, environment: dict[str, str] | None = None) -> Ended:

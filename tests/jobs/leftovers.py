@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.jobs import MARKER, processes_of, wait_until
-from tests.jobs.interpreter import launchers
+from tests.jobs.interpreter import launchers, references
 from tests.jobs.networks import own_namespaces
 
 
@@ -34,7 +34,7 @@ def nothing_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[No
     yield
 
     def running() -> set[int]:
-        return {*processes_of(marker), *launchers.descendants()}
+        return {*processes_of(marker), *launchers.descendants(), *references.descendants()}
 
     try:
         wait_until(lambda: not running(), 5, "all processes of the test have ended")
