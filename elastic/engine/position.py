@@ -21,7 +21,7 @@ class Position:
 
     `unseen`: the steps before `version` for which the sender's code has not run, or is at; `turning`: it is not in the
     turn of the last one. `after`: the state of the user's code; `records`: of the settings, by step; `calls`: the
-    calls that the script has made.
+    calls that the script has made; `attributes`: of modules, which it has changed.
     """
 
     version: int
@@ -33,6 +33,7 @@ class Position:
     after: Mapping[str, Any]
     records: Mapping[str, Any]
     calls: Mapping[str, Any]
+    attributes: Mapping[str, Any]
 
     def to_message(self) -> Tensor:
         return of_bytes(json.dumps(encode_record(self)).encode())

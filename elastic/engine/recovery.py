@@ -206,6 +206,7 @@ class Recovery:
         self._after, self.guide_begun = found.after, found.begun
         engine.adjustments.take_records(found.records)
         engine.calls.take(found.calls)
+        engine.pipeline.forwards.attributes.join(found.attributes)
         engine.user_loop.join(found.unseen, open_turn=found.turning)
         return w.Placed(found.version, found.agreement, found.left)
 
@@ -237,6 +238,7 @@ class Recovery:
             after=after,
             records=engine.adjustments.records(),
             calls=engine.calls.records(),
+            attributes=engine.pipeline.forwards.attributes.changed(),
         ).to_message()
         with contextlib.suppress(Aborted):
             for rank in it.ranks:

@@ -27,6 +27,8 @@ from everstep.elastic.contract.errors import UsageError
 from everstep.elastic.holding.stack import LayerStack, plain_name
 from everstep.elastic.holding.watch import bytes_of, content_of, edges_of
 
+from .attributes import ModuleAttributes
+
 EDGE_BYTES = 2 << 10  # at either end of a buffer, compared after each forward
 WHOLE_BYTES_PER_STEP = 16 << 20  # of constants whose whole contents are compared before a step, in turn
 LOOKED_AT = 1000  # number of items of a list attribute that are compared
@@ -145,6 +147,7 @@ class Forwards:
         self._constants = [list(self._constants_of(number)) for number in range(len(stack.layers))]
         self._watched = [list(self._watched_of(number)) for number in range(len(stack.layers))]
         self._next = 0  # the next constant whose whole contents are compared
+        self.attributes = ModuleAttributes(stack.model, warn)
         self.remember()
 
     def _where(self, number: int, module: nn.Module) -> str:
@@ -225,6 +228,7 @@ class Forwards:
 
     def after(self, number: int) -> None:
         """The forward has ended. Raises UsageError for a change that is not allowed."""
+        self.attributes.check()
         for constant in self._constants[number]:
             if constant.is_replaced():
                 if constant.persistent:

@@ -52,6 +52,15 @@ def test_ranks_die(kept: bool, tmp_path: Path) -> None:
         assert all(turn in expected["samples"] for turn in found["samples"])
 
 
+def test_a_module_that_the_script_has_changed_once() -> None:
+    """Before a replacement began: it says what it lacks."""
+    result = run_job(nproc=2, script="sampler_job.py", kills=[[1, 2]], ranks=2, kept=True, once=True)
+    assert result.status == 0, result.output
+    said = [line["text"] for line in result.named("warning") if line["notice"] == "attribute-changed"]
+    assert len(said) == 1
+    assert "1.p is 0.0 here and 0.5 there" in said[0]
+
+
 def test_nobody_is_left_that_has_the_weights(tmp_path: Path) -> None:
     result = run_job(nproc=2, script="sampler_job.py", kills=[[0, 1], [1, 2]], ranks=2)
     assert result.status != 0

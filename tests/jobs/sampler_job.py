@@ -1,8 +1,9 @@
 """A loop over epochs whose sampler and dataset are changed by the script; the JSON argument says how.
 
 `kept`: what the sampler depends on is in `run.state`. `kills`: [rank, epoch]: where a process of that rank kills
-itself, once, in the second turn of an epoch. `stop`: training ends after that step. `mistake`: "by rank": weights that
-ranks differ in; "no epochs": a loop without `run.epochs`.
+itself, once, in the second turn of an epoch. `once`: a dropout is changed in one epoch, for all that follow. `stop`:
+training ends after that step. `mistake`: "by rank": weights that ranks differ in; "no epochs": a loop without
+`run.epochs`.
 """
 
 import json
@@ -51,7 +52,7 @@ def weights_behind(weights, epoch):
 
 @everstep.elastic(epochs=EPOCHS, global_batch_size=8, micro_batch_size=2, seed=5)
 def train(run):
-    model = nn.Linear(6, 2)
+    model = nn.Sequential(nn.Linear(6, 2), nn.Dropout(0.0))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     weights = torch.linspace(1, 3, SAMPLES)
     sampler = torch.utils.data.WeightedRandomSampler(weights, SAMPLES)
@@ -76,6 +77,8 @@ def train(run):
             weights = run.state.setdefault("weights", weights)
         for epoch in run.epochs():
             data.epoch, sampler.weights = epoch, weights  # as `set_epoch`, in front of the batches
+            if epoch == 1 and config.get("once"):
+                model[1].p = 0.5
             for turn, (numbers, inputs, targets) in enumerate(batches):
                 if turn == 1:
                     dies(epoch)

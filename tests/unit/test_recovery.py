@@ -34,14 +34,17 @@ def test_what_a_guide_told_ends_with_its_plan() -> None:
         turning=True,
         begun=False,
         calls={"count": 7, "made": [["after step 29", 0, "run.barrier", "null", 30]]},
+        attributes={"dropout.p": 0.5},
     )
     assert Position.of_message(told.to_message()) == told
     records: list[dict[str, Any]] = []
     comm = SimpleNamespace(receive=lambda rank, key: told.to_message())
     adjustments = SimpleNamespace(take_records=records.append)
+    others: list[Any] = []
+    pipeline = SimpleNamespace(forwards=SimpleNamespace(attributes=SimpleNamespace(join=others.append)))
     fetched: list[Any] = []
     large = SimpleNamespace(fetch_told=lambda *told: fetched.append(told))
-    parts = {"adjustments": adjustments, "calls": CallLog(), "large": large}
+    parts = {"adjustments": adjustments, "calls": CallLog(), "large": large, "pipeline": pipeline}
     engine = SimpleNamespace(rank=3, comm=comm, user_loop=UserLoop(), version=0, **parts)
     recovery = Recovery.__new__(Recovery)
     recovery.engine, recovery._after = engine, {}
@@ -49,6 +52,7 @@ def test_what_a_guide_told_ends_with_its_plan() -> None:
     assert (recovery._after, engine.user_loop.unseen) == (told.after, [Step(29, 1.0, 2.0)])
     assert records == [told.records]
     assert fetched == [("{}", told.after)]
+    assert others == [told.attributes]
     assert (recovery.guide_begun, engine.calls.records()) == (False, told.calls)
     terms = agreed(step=28, loss=3.0, norm=1.0)
     recovery._take_unseen(w.TakeUnseen(29, terms.to_text()))
@@ -81,8 +85,9 @@ def test_an_abort_while_newcomers_are_told_leaves_the_rest_of_the_list() -> None
     driver = Driver(replace(state, phase=WorkerPhase.READY, fresh=False, layout=plan.layout))
     recovery = Interrupted.__new__(Interrupted)
     turns, adjustments = SimpleNamespace(present=lambda: {"users": {}}), SimpleNamespace(records=dict)
-    parts = {"comm": SimpleNamespace(send=aborted), "adjustments": adjustments, "calls": CallLog(), "turns": turns}
-    parts["large"] = SimpleNamespace(tell_place=lambda *told: None)
+    pipeline = SimpleNamespace(forwards=SimpleNamespace(attributes=SimpleNamespace(changed=dict)))
+    parts = {"adjustments": adjustments, "calls": CallLog(), "turns": turns, "pipeline": pipeline}
+    parts |= {"comm": SimpleNamespace(send=aborted), "large": SimpleNamespace(tell_place=lambda *told: None)}
     recovery.engine = SimpleNamespace(version=2, user_loop=UserLoop(), leave_at=None, **parts)
     kinds = (w.EditLinks, w.EnterProtection, w.RunOptimizer, w.TakePlaces)
     driver.carries(dict.fromkeys(kinds, recovery.note))
