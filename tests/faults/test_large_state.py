@@ -87,8 +87,11 @@ def test_all_workers_die_between_a_commit_and_the_end_of_its_turn(plain: Path) -
 
 
 @pytest.mark.parametrize("every", [1, pytest.param(3, marks=pytest.mark.soak)])
-def test_a_node_is_lost(plain: Path, every: int, tmp_path: Path) -> None:
-    result = lose_a_node(JOB, {"rank": 1, "phase": "compute", "step": 5}, tmp_path, every=every)
+def test_a_node_is_lost_and_then_all_workers(plain: Path, every: int, tmp_path: Path) -> None:
+    """The lost node is that of the lowest rank; the keepers of the others have all that new workers need."""
+    fault, dies = {"rank": 0, "phase": "compute", "step": 5}, {"8": [0, 1, 2]}
+    result = lose_a_node(JOB, fault, tmp_path, every=every, dies=dies)
+    assert len(result.named("worker_died")) >= 2
     assert_same(result.out, plain)
 
 
