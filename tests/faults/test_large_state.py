@@ -70,8 +70,8 @@ def test_workers_die(plain: Path) -> None:
     assert_same(job.out, plain)
 
 
-@pytest.mark.soak
 def test_workers_die_in_a_loop_over_steps(plain: Path) -> None:
+    """There nothing but the agreement of a step has a keeper hold what the step's states refer to."""
     job = run_job(nproc=3, script=JOB, faults=KILLS[:3], over_steps=True, dies={"8": [0, 1, 2]})
     assert job.status == 0, job.output
     assert len(job.named("worker_died")) == 3
