@@ -105,6 +105,14 @@ class Communicator(abc.ABC):
         dropped: its death is reported by the control plane, not here.
         """
 
+    def post(self, to: int, key: Key, payload: Sequence[Tensor]) -> None:
+        """The same, without waiting for the receiver: what cannot go now is copied, and goes in later calls.
+
+        It keeps its place before what is sent to the same rank afterwards. An edit drops what has not gone by then.
+        This is `send` where that does not wait for the receiver.
+        """
+        self.send(to, key, payload)
+
     @abc.abstractmethod
     def receive_any(self, wanted: Collection[tuple[int, Key]]) -> tuple[int, Key, Tensor]:
         """Wait for the first of the `wanted` (source, key) messages; returns it with what was sent.

@@ -13,7 +13,7 @@ import os
 import select
 import socket
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -31,38 +31,18 @@ from .frames import (
     ProtocolError,
 )
 from .mailbox import joined
+from .outgoing import Outgoing
 from .poller import READ, WRITE, Poller
 from .ring import RingWriter
 from .tls import TlsSocket
 
 IOV_LIMIT = 512  # buffers per sendmsg; the kernel's own limit is 1024
-TCP_PIECE_BYTES = 1 << 20  # also bounds what an abort has to copy of a frame that is half sent
 SOCKET_BUFFER_BYTES = 4 << 20
 _INBOX_BYTES = 32 * 1024
 
 OnCorruption = Callable[[int, str], None]  # the rank at the other end, and what was found
 
 _log = logging.getLogger(__name__)
-
-
-def cut(views: Sequence[memoryview], piece: int) -> Iterator[tuple[int, list[memoryview]]]:
-    """Cut the concatenation of `views` into pieces of `piece` bytes and a rest: (offset, views of the piece).
-
-    Nothing is copied. An empty message is one empty piece.
-    """
-    offset, room, gathered = 0, piece, list[memoryview]()
-    for view in views:
-        at = 0
-        while at < len(view):
-            part = view[at : at + room]
-            gathered.append(part)
-            at += len(part)
-            room -= len(part)
-            if room == 0:
-                yield offset, gathered
-                offset, room, gathered = offset + piece, piece, []
-    if gathered or offset == 0:
-        yield offset, gathered
 
 
 def ask_for_buffers(sock: socket.socket) -> None:
@@ -125,8 +105,8 @@ def _place(peer: Peer, *, local: bool) -> tuple[int, Any, OSError | None]:
 class OutLink(Link):
     """This rank's messages to one incarnation of a peer. Opens itself; what is queued goes out in order.
 
-    The queue holds views of the caller's buffers until `flush` has emptied it; a caller that gives up before calls
-    `keep_rest`, so that a frame once begun is always finished and the stream stays in step.
+    The frames of a part hold views of the caller's buffers until they are written; a caller that gives up before calls
+    `drop`, so that a frame once begun is always finished and the stream stays in step.
     """
 
     def __init__(
@@ -134,7 +114,8 @@ class OutLink(Link):
     ) -> None:
         self.peer = peer
         self.ring = RingWriter(hello.ring_bytes) if hello.ring_bytes else None
-        self._queue: deque[memoryview] = deque([memoryview(hello.pack())])
+        self._queue: deque[memoryview] = deque([memoryview(hello.pack())])  # frames
+        self._messages: deque[Outgoing] = deque()  # whose parts become frames when the queue is empty
         self._inbox = bytearray()
         self._connected = False
         self._watched = False  # by the poller, which must not see a socket before it begins to connect
@@ -165,20 +146,49 @@ class OutLink(Link):
         """Nothing is queued any more, or the link is broken."""
         if not self._connected:
             self.flush()  # nothing tells that there is room again in a peer's backlog
-        return self.broken or not self._queue
+        return self.broken or not (self._queue or self._messages)
 
-    def enqueue(self, frame: bytes, views: Sequence[memoryview] = ()) -> None:
-        """Queue a frame: its header and the bytes behind it."""
-        self._queue.append(memoryview(frame))
-        self._queue.extend(views)
+    def put(self, message: Outgoing) -> None:
+        """Queue a message, behind those that are queued already; on a broken link it is dropped."""
+        if not self.broken:
+            self._messages.append(message)
 
-    def keep_rest(self) -> None:
-        """Copy what is queued still, so that the caller's buffers are free."""
+    def own_rest(self, message: Outgoing) -> None:
+        """Copy what is queued of a message, so that the caller's buffers are free."""
+        message.own_rest()
+        if message.begun:
+            self._keep_frames()
+
+    def drop(self, message: Outgoing) -> None:
+        """Do not send the rest of a message; a frame once begun is finished, from a copy."""
+        if message in self._messages:
+            self._messages.remove(message)
+        if message.begun:
+            self._keep_frames()
+
+    def drop_all(self) -> None:
+        """The same for every message that is queued: what is queued of them is a copy already."""
+        self._messages.clear()
+
+    def _keep_frames(self) -> None:
         if self._queue:
             self._queue = deque([joined(self._queue)])
 
     def flush(self) -> bool:
-        """Write what the kernel takes; True once nothing is queued, or the link is broken."""
+        """Write what the kernel and the ring take; True once nothing is queued, or the link is broken."""
+        while self._write_frames() and not self.broken and self._messages:
+            message = self._messages[0]
+            frame = message.pop()
+            if frame is None:
+                return False  # the ring is full: its credits call again
+            self._queue.append(memoryview(frame[0]))
+            self._queue.extend(frame[1])
+            if message.done:
+                self._messages.popleft()
+        return self.broken or not (self._queue or self._messages)
+
+    def _write_frames(self) -> bool:
+        """Write what the kernel takes of the frames; True once none is queued, or the link is broken."""
         while self._queue and not self.broken:
             if not self._connected and not self._connect():
                 return False
@@ -274,5 +284,6 @@ class OutLink(Link):
 
     def _release(self) -> None:
         self._queue.clear()
+        self._messages.clear()
         if self.ring:
             self.ring.close()

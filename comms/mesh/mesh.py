@@ -25,33 +25,20 @@ from .communicator import (
     Key,
     Peer,
 )
-from .frames import (
-    MESSAGE_LIMIT_BYTES,
-    Flag,
-    FrameKind,
-    Header,
-    Hello,
-    checksum_of,
-    token_digest,
-)
+from .frames import MESSAGE_LIMIT_BYTES, Hello, token_digest
 from .incoming import InLink, Local
-from .links import (
-    TCP_PIECE_BYTES,
-    OutLink,
-    ask_for_buffers,
-    cut,
-)
+from .links import OutLink, ask_for_buffers
 from .mailbox import (
     WAIT_SLICE_S,
     Mailbox,
     joined,
 )
+from .outgoing import Outgoing
 from .poller import Poller
-from .ring import RING_MINIMUM_BYTES, piece_bytes
+from .ring import RING_MINIMUM_BYTES
 from .tensors import host_bytes, over
 from .tls import TlsSocket
 
-INLINE_LIMIT_BYTES = 2048  # up to here the socket is cheaper than the ring
 UNGREETED_LIMIT = 1024  # connections that have not said hello; the oldest go first
 _BACKLOG = 4096
 
@@ -102,6 +89,7 @@ class MeshCommunicator(Communicator):
         )
         self._out: dict[int, OutLink] = {}
         self._in: list[InLink] = []
+        self._posted: set[OutLink] = set()  # with messages that nobody waits for
         self._poller = Poller()
         self._listeners: list[socket.socket] = []
         port = self._listen(*addresses.resolve(host, 0)).getsockname()[1]
@@ -129,6 +117,29 @@ class MeshCommunicator(Communicator):
 
     def send(self, to: int, key: Key, payload: Sequence[Tensor]) -> None:
         """See `Communicator.send`."""
+        queued = self._queue(to, key, payload)
+        if queued is None:
+            return
+        link, message = queued
+        try:
+            if not link.flush():
+                self._wait(link.written)
+        except BaseException:
+            link.drop(message)
+            raise
+
+    def post(self, to: int, key: Key, payload: Sequence[Tensor]) -> None:
+        """See `Communicator.post`."""
+        queued = self._queue(to, key, payload)
+        if queued is None:
+            return
+        link, message = queued
+        if not link.flush():
+            link.own_rest(message)
+            self._posted.add(link)
+
+    def _queue(self, to: int, key: Key, payload: Sequence[Tensor]) -> tuple[OutLink, Outgoing] | None:
+        """Put a message into the queue of its link; None for one to this rank, which is delivered."""
         self._check()
         self._check_members((to,))
         views = [host_bytes(tensor) for tensor in payload]
@@ -137,13 +148,16 @@ class MeshCommunicator(Communicator):
             raise ValueError(f"a message of {total} bytes to rank {to}: the limit is {MESSAGE_LIMIT_BYTES}")
         if to == self.rank:
             self._mailbox.put(self.generation, to, key, joined(views))
-            return
+            return None
         link = self._link(to)
-        try:
-            self._flush(link)  # a frame that an abort cut short goes first
-            self._transmit(link, key, views, total)
-        finally:
-            link.keep_rest()
+        message = Outgoing(self.generation, self.rank, key, views, link.ring, self._take_damage)
+        link.put(message)
+        return link, message
+
+    def _take_damage(self) -> int:
+        """An injected fault: to the receiver, as if a bit had flipped on the way."""
+        damage, self._damaging = int(self._damaging), False
+        return damage
 
     def receive_any(self, wanted: Collection[tuple[int, Key]]) -> tuple[int, Key, Tensor]:
         """See `Communicator.receive_any`."""
@@ -169,6 +183,7 @@ class MeshCommunicator(Communicator):
     def ready(self, wanted: Collection[tuple[int, Key]]) -> tuple[int, Key] | None:
         """See `Communicator.ready`."""
         self._check()
+        self._push_posted()
         self._poller.poll(0)
         self._check()
         return self._mailbox.find(self.generation, wanted)
@@ -201,6 +216,8 @@ class MeshCommunicator(Communicator):
                 out.close()
                 del self._out[rank]
                 closed += 1
+            else:
+                out.drop_all()
         incarnations = {(peer.rank, peer.incarnation) for peer in peers.values()}
         for link in list(self._in):
             if link.broken or _left(link, generation, incarnations):
@@ -248,8 +265,14 @@ class MeshCommunicator(Communicator):
             if now >= due:
                 self.on_wait()
                 due = now + WAIT_SLICE_S
+            self._push_posted()
             self._poller.poll(max(0.0, due - now))
             self._check()
+
+    def _push_posted(self) -> None:
+        """Open links that only posted messages wait for. The poller does the rest."""
+        if self._posted:
+            self._posted = {link for link in self._posted if not link.written()}
 
     def _link(self, to: int) -> OutLink:
         link = self._out.get(to)
@@ -273,49 +296,6 @@ class MeshCommunicator(Communicator):
     def _report_corruption(self, source_rank: int, what: str) -> None:
         if self._on_corruption is not None:
             self._on_corruption(self.generation, source_rank, what)
-
-    def _flush(self, link: OutLink) -> None:
-        if not link.flush():
-            self._wait(link.written)
-
-    def _transmit(self, link: OutLink, key: Key, views: list[memoryview], total: int) -> None:
-        ring = link.ring if total > INLINE_LIMIT_BYTES else None
-        piece = piece_bytes(ring.ring_bytes) if ring else TCP_PIECE_BYTES
-        for offset, parts in cut(views, piece):
-            length = min(piece, total - offset)
-            checksum = checksum_of(parts)  # brings them into the cache, from where they are copied next
-            if self._damaging:  # an injected fault: to the receiver, as if a bit had flipped on the way
-                checksum, self._damaging = checksum ^ 1, False
-            position = 0
-            flags = 0
-            if ring and not link.broken:
-                position = self._reserve(link, length)
-                flags = Flag.IN_RING
-            if link.broken:
-                return  # to a dead peer: dropped
-            if ring:
-                ring.write(position, parts)
-            header = Header(
-                FrameKind.PART, flags, self.generation, self.rank, key, total, offset, length, position, checksum
-            )
-            link.enqueue(header.pack(), () if ring else parts)
-            self._flush(link)
-
-    def _reserve(self, link: OutLink, length: int) -> int:
-        """A place in the ring, once there is one; on a link that broke meanwhile it means nothing."""
-        assert link.ring is not None
-        ring = link.ring
-        position = ring.reserve(length)
-        if position is not None:
-            return position
-
-        def reserved() -> bool:
-            nonlocal position
-            position = ring.reserve(length)
-            return position is not None or link.broken
-
-        self._wait(reserved)
-        return position or 0
 
     def _listen(self, family: int, address: Any) -> socket.socket:
         listener = socket.socket(family, socket.SOCK_STREAM)

@@ -179,6 +179,81 @@ def test_the_sender_may_reuse_its_buffers(cluster):
     sender.result()
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_a_posted_message_goes_while_both_are_in_other_calls(cluster, size):
+    cluster.start(2)
+    data = noise(size)
+    cluster[0].post(1, key(1), [data])
+
+    def answer():
+        received = cluster[1].receive(0, key(1))
+        cluster[1].send(0, key(2), [of_bytes(b"it is here")])
+        return received
+
+    other = Thread(answer)
+    assert text(cluster[0].receive(1, key(2))) == b"it is here"
+    assert torch.equal(other.result(), data)
+
+
+def test_a_post_waits_for_nobody_and_frees_its_buffers(cluster):
+    """No rank is in a call while both post more than all buffers between them hold."""
+    cluster.start(2)
+    data = {rank: [noise(9 * MIB, rank), noise(7, rank), noise(3000, rank), noise(33 * MIB, rank)] for rank in (0, 1)}
+    sent = {rank: [tensor.clone() for tensor in tensors] for rank, tensors in data.items()}
+    for comm in (cluster[0], cluster[1]):
+        for index, tensor in enumerate(data[comm.rank]):
+            comm.post(1 - comm.rank, key(index), [tensor[:5], tensor[5:]])
+            tensor.zero_()
+
+    def take(comm):
+        return [comm.receive(1 - comm.rank, key(index)) for index in reversed(range(4))]
+
+    for rank, found in cluster.everywhere(lambda comm: (take(comm), barrier(comm, 0, 0))[0]).items():
+        assert all(map(torch.equal, reversed(found), sent[1 - rank]))
+
+
+def test_posts_and_sends_keep_their_order(cluster):
+    cluster.start(2)
+    names = [key(index) for index in range(12)]
+
+    def give():
+        for name in names:
+            put = cluster[0].post if name.index % 3 else cluster[0].send
+            put(1, name, [noise(name.index * 300_000, name.index)])
+        cluster[0].receive(1, key(99))
+
+    giver = Thread(give)
+    last = cluster[1].receive(0, names[-1])
+    for name in names[:-1]:  # all that went before it is here
+        assert cluster[1].ready([(0, name)]) == (0, name)
+        assert torch.equal(cluster[1].receive(0, name), noise(name.index * 300_000, name.index))
+    assert torch.equal(last, noise(11 * 300_000, 11))
+    cluster[1].send(0, key(99), [of_bytes(b"thanks")])
+    giver.result()
+
+
+def test_a_post_to_oneself(cluster):
+    cluster.start(1)
+    cluster[0].post(0, key(), [noise(5000)])
+    assert torch.equal(cluster[0].receive(0, key()), noise(5000))
+
+
+def test_what_was_posted_and_has_not_gone_is_dropped_by_an_edit(cluster):
+    cluster.start(2)
+    for round_number in range(3):
+        for index in range(8):  # the first ones begin to go
+            cluster[0].post(1, key(index), [noise(6 * MIB, index)])
+        cluster[1].ready([(0, key(99))])
+        cluster.abort()
+        cluster.edit()
+        cluster[0].post(1, key(9), [noise(6 * MIB, 9 + round_number)])
+        other = Thread(lambda: cluster[1].receive(0, key(9)))
+        cluster[0].send(1, key(10), [of_bytes(b"last")])
+        assert torch.equal(other.result(), noise(6 * MIB, 9 + round_number))
+        assert text(cluster[1].receive(0, key(10))) == b"last"
+        assert cluster[1].ready([(0, key(index)) for index in range(8)]) is None
+
+
 def test_messages_are_received_by_key_in_any_order(cluster):
     cluster.start(2)
     for i in range(20):
@@ -366,6 +441,7 @@ def test_every_call_raises_between_abort_and_edit(cluster):
     calls = [
         lambda: cluster[0].send(1, key(), [of_bytes(b"")]),
         lambda: cluster[0].send(0, key(), [of_bytes(b"")]),
+        lambda: cluster[0].post(1, key(), [of_bytes(b"")]),
         lambda: cluster[0].receive(0, key()),
         lambda: cluster[0].receive_any([(1, key())]),
         lambda: cluster[0].ready([(0, key())]),
@@ -454,6 +530,7 @@ def test_a_killed_process_does_not_break_the_survivors(cluster):
         victim.kill()
         for i in range(200):  # to a dead peer: dropped, and never an error
             cluster[1].send(2, key(i), [of_bytes(b"x" * 100_000)])
+            cluster[1].post(2, key(i), [of_bytes(b"y" * 100_000)])
         cluster.abort()
         with pytest.raises(Aborted):
             blocked.result()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from everstep.comms.mesh.communicator import Aborted, Key, Kind
 from everstep.comms.mesh.frames import HEADER_BYTES, HELLO_BYTES
-from everstep.comms.mesh.links import TCP_PIECE_BYTES
+from everstep.comms.mesh.outgoing import TCP_PIECE_BYTES
 from everstep.comms.mesh.tensors import of_bytes
 
 pytestmark = pytest.mark.timeout(120)

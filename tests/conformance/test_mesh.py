@@ -26,8 +26,8 @@ from everstep.comms.mesh.frames import (
     checksum_of,
     token_digest,
 )
-from everstep.comms.mesh.links import cut
 from everstep.comms.mesh.mesh import MeshCommunicator
+from everstep.comms.mesh.outgoing import cut
 from everstep.comms.mesh.ring import RingReader, RingWriter, piece_bytes
 from everstep.comms.mesh.tensors import host_bytes, of_bytes
 
