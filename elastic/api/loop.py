@@ -193,6 +193,8 @@ class Batches:
             engine.stream_states.enter(state.step, span.micro_batch)
             self._gradients.forget()
             self._updates.begin(state.step)
+            if not self._updates.several:  # else a parameter gets gradients that are not its optimizer's, too
+                engine.pipeline.begin_backward(state, span)
             if self._turns.scaler is not None:
                 self._turns.scaler.begin_turn()
             self._handed_out_ns = time.monotonic_ns()

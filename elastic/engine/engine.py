@@ -49,6 +49,7 @@ from everstep.elastic.protocol.terms import Terms
 from everstep.elastic.protocol.worker import offered
 from everstep.elastic.protocol.worker_state import new_worker
 from everstep.elastic.step.data import DataSource
+from everstep.elastic.step.early_parts import EarlyParts
 from everstep.elastic.step.exchange import Exchange
 from everstep.elastic.step.pipeline import Pipeline
 from everstep.elastic.step.reduction import Reduction
@@ -118,8 +119,9 @@ class Engine:
         self._remarks = Remarks(membership, lambda: self.version)
         self.reduction = reduction
         what = (settings.seed, self.fetch, loss_fn, reduction)
-        self.pipeline = Pipeline(stack, comm, progress, *what, self._remarks.attribute)
-        self.exchange = Exchange(stack, comm)
+        early = EarlyParts(stack, comm, lambda: self.layout)
+        self.pipeline = Pipeline(stack, comm, progress, *what, self._remarks.attribute, early)
+        self.exchange = Exchange(stack, comm, early)
         self.protection = Protection(settings, snapshots, membership)
         self.backups = Backups(optimizer, comm, snapshots, self.exchange)
         self.prefetch = Prefetcher(optimizer, self.exchange, membership, token)

@@ -18,6 +18,11 @@ import torch
 from torch import Tensor
 
 
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Sums are in float32; in float64 for parameters of that type, and for buffers of integers."""
+    return torch.float32 if dtype.is_floating_point and dtype != torch.float64 else torch.float64
+
+
 class TreeNode(NamedTuple):
     """A node of the tree: the sum of the micro-batches [index << level, (index + 1) << level) below M."""
 
@@ -81,6 +86,20 @@ class TreeSum:
             self._join(value, other)
             node = promote(TreeNode(node.level + 1, node.index // 2), self.leaves)
         self.nodes[node] = value
+
+    def with_leaf(self, micro_batch: int, leaf: Tensor, at: int, start: int, stop: int) -> dict[TreeNode, Tensor]:
+        """What the elements [start, stop) of the tensor at position `at` will be once a leaf is added.
+
+        `leaf`: these elements of it. Nothing is modified; the result shares memory with both.
+        """
+        nodes = {node: tensors[at][start:stop] for node, tensors in self.nodes.items()}
+        node, value = promote(TreeNode(0, micro_batch), self.leaves), leaf
+        while (sibling := TreeNode(node.level, node.index ^ 1)) in nodes:
+            other = nodes.pop(sibling)
+            value = torch.add(other, value) if node.index % 2 else torch.add(value, other)
+            node = promote(TreeNode(node.level + 1, node.index // 2), self.leaves)
+        nodes[node] = value
+        return nodes
 
     def _join(self, left: list[Tensor], right: list[Tensor]) -> None:
         """Write into `left` the values of both."""

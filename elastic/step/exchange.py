@@ -7,7 +7,7 @@ that one rank sends to another in one phase is one message.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,19 +22,23 @@ from everstep.resharding.layout import Layout
 from everstep.resharding.moves import Move
 from everstep.resharding.units import Shard
 
-from .canonical import TreeNode, combine
-from .pipeline import accumulation_dtype
+from .canonical import TreeNode, accumulation_dtype, combine
+from .early_parts import EarlyParts, Posted, entries_of, key_of
 from .steps import StepState
 
 _NODE = struct.Struct("<II")
+_NAME = struct.Struct("<II")  # layer and shard
+_EARLY = struct.Struct("<II")  # messages of early parts, and how many of these parts count
 Parts = dict[tuple[int, int], dict[TreeNode, Tensor]]  # (layer, shard) -> tree node -> elements
 
 
 class Exchange:
     """Moves partial sums and values between the members of a layout, for one rank."""
 
-    def __init__(self, stack: LayerStack, comm: Communicator) -> None:
+    def __init__(self, stack: LayerStack, comm: Communicator, early: EarlyParts | None = None) -> None:
+        """`early`: posts partial sums before `reduce`."""
         self.stack = stack
+        self._early = early
         self.comm = comm
         self._position = [{held.index: at for at, held in enumerate(layer.parameters)} for layer in stack.layers]
 
@@ -52,12 +56,13 @@ class Exchange:
         # All are sent before any is awaited; `send` takes in what arrives, so that two ranks never block each other.
         for owner in self._others(owner for layer in state.work.layers_of(rank) for owner in index.owners_in(layer)):
             layers = self._shared_layers(state, index, rank, owner)
-            self.comm.send(owner, Key(Kind.PARTIAL, state.step), list(self._partials(state, index, layers, owner)))
+            early = self._early.posted_to(owner, state.step) if self._early is not None else Posted()
+            self.comm.send(owner, key_of(state.step, 0), list(self._partials(state, index, layers, owner, early)))
         parts: Parts = {}
         for layer in self._shared_layers(state, index, rank, rank):
             self._add_own(state, index, layer, parts)
         waiting = {
-            (source, Key(Kind.PARTIAL, state.step))
+            (source, key_of(state.step, 0))
             for layer in index.owned_in(rank)
             for source in state.work.contributors(layer)
             if source != rank
@@ -66,7 +71,7 @@ class Exchange:
         while waiting:
             source, key, data = self.comm.receive_any(waiting)
             waiting.discard((source, key))
-            self._add_received(data, self._shared_layers(state, index, source, rank), index, parts)
+            self._add_received(data, self._shared_layers(state, index, source, rank), index, parts, source, state.step)
         for shard_index, out in gradients.items():
             rule = self.stack.rule(self.stack.spec.shards[shard_index].parameter)
             self._combine(shard_index, parts, state.leaves, out)
@@ -82,14 +87,17 @@ class Exchange:
         owned = index.owned_in(owner)
         return [layer for layer in state.work.layers_of(source) if layer in owned]
 
-    def _partials(self, state: StepState, index: LayoutIndex, layers: list[int], owner: int) -> Iterator[Tensor]:
-        head = b"".join(
+    def _partials(
+        self, state: StepState, index: LayoutIndex, layers: list[int], owner: int, early: Posted
+    ) -> Iterator[Tensor]:
+        head = _EARLY.pack(early.messages, len(early.counts)) + b"".join(_NAME.pack(*name) for name in early.counts)
+        head += b"".join(
             struct.pack("<I", len(state.partial(layer))) + b"".join(_NODE.pack(*n) for n in state.partial(layer))
             for layer in layers
         )
         yield of_bytes(head + bytes(-len(head) % ALIGNMENT_BYTES))
         for layer in layers:
-            shards = index.owned_in(owner)[layer]
+            shards = [shard for shard in index.owned_in(owner)[layer] if (layer, shard.index) not in early.counts]
             for tensors in state.partial(layer).values():
                 for shard in shards:
                     yield on_host(self._slice(tensors, layer, shard))
@@ -102,8 +110,14 @@ class Exchange:
             for node, tensors in state.partial(layer).items():
                 parts.setdefault((layer, shard.index), {})[node] = self._slice(tensors, layer, shard).cpu()
 
-    def _add_received(self, data: Tensor, layers: list[int], index: LayoutIndex, parts: Parts) -> None:
-        offset, head = 0, host_bytes(data)
+    def _add_received(
+        self, data: Tensor, layers: list[int], index: LayoutIndex, parts: Parts, source: int, step: int
+    ) -> None:
+        head = host_bytes(data)
+        messages, counting = _EARLY.unpack_from(head)
+        offset = _EARLY.size
+        counts = {_NAME.unpack_from(head, offset + i * _NAME.size) for i in range(counting)}
+        offset += counting * _NAME.size
         nodes: dict[int, list[TreeNode]] = {}
         for layer in layers:
             (count,) = struct.unpack_from("<I", head, offset)
@@ -111,11 +125,27 @@ class Exchange:
             nodes[layer] = [TreeNode(*_NODE.unpack_from(head, offset + i * _NODE.size)) for i in range(count)]
             offset += count * _NODE.size
         owned = index.owned_in(self.comm.rank)
-        contents = [(layer, node, shard) for layer in layers for node in nodes[layer] for shard in owned[layer]]
+        contents = [
+            (layer, node, shard)
+            for layer in layers
+            for node in nodes[layer]
+            for shard in owned[layer]
+            if (layer, shard.index) not in counts
+        ]
         sizes = [(self.accumulation(shard), shard.elements) for _, _, shard in contents]
         tensors = divide(data, sizes, offset + -offset % ALIGNMENT_BYTES)
         for (layer, node, shard), tensor in zip(contents, tensors, strict=True):
             parts.setdefault((layer, shard.index), {})[node] = tensor
+        for number in range(1, messages + 1):  # they came before it, and those that do not count are dropped
+            self._add_early(self.comm.receive(source, key_of(step, number)), counts, parts)
+
+    def _add_early(self, data: Tensor, counts: Collection[tuple[int, int]], parts: Parts) -> None:
+        entries, start = entries_of(host_bytes(data))
+        shards = [self.stack.spec.shards[entry.shard] for entry in entries]
+        tensors = divide(data, [(self.accumulation(shard), shard.elements) for shard in shards], start)
+        for entry, tensor in zip(entries, tensors, strict=True):
+            if (entry.layer, entry.shard) in counts:
+                parts.setdefault((entry.layer, entry.shard), {})[entry.node] = tensor
 
     def accumulation(self, shard: Shard) -> torch.dtype:
         """The type in which a shard's gradient is summed."""

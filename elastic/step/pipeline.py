@@ -24,7 +24,9 @@ from everstep.elastic.protocol.liveness import Pace
 from everstep.resharding.legs import Await, Backward, Need
 from everstep.resharding.work import AssignedLeg, Leg
 
+from .canonical import accumulation_dtype
 from .devices import seed_torch, to_device
+from .early_parts import EarlyParts
 from .forwards import Forwards
 from .order import StepSize, derive_seed
 from .reduction import Reduction
@@ -46,8 +48,10 @@ class Pipeline:
         loss_fn: Callable[[Any, Any], Any],
         reduction: Reduction,
         warn: Callable[[str], None],
+        early: EarlyParts,
     ) -> None:
         self.stack = stack
+        self.early = early
         self.forwards = Forwards(stack, warn)
         self.comm = comm
         self.progress = progress
@@ -209,6 +213,7 @@ class Pipeline:
             for output, gradient in zip(graph.outputs, gradients or [None] * len(graph.outputs), strict=True)
             if output.requires_grad and (gradients is None or gradient is not None)
         ]
+        self.begin_backward(state, span)
         if pairs:
             torch.autograd.backward([o for o, _ in pairs], [g for _, g in pairs])
         self.harvest(state, span, graph.statistics)
@@ -221,6 +226,10 @@ class Pipeline:
                 self._send_gradient(state, span, before.rank)
         self.progress.mark(StepPhase.COMPUTE, state.step, finished=len(state.held))
 
+    def begin_backward(self, state: StepState, span: Leg) -> None:
+        """A backward follows: what it makes of gradients in this rank's last one of the step goes to their owners."""
+        self.early.begin(state, span, self.reduction.weight(state.size, span.micro_batch))
+
     def harvest(self, state: StepState, span: Leg, statistics: dict[int, list[Tensor]]) -> None:
         """Move the gradients of a micro-batch from the parameters into the sums."""
         weight = self.reduction.weight(state.size, span.micro_batch)
@@ -228,13 +237,14 @@ class Pipeline:
             layer = self.stack.layers[number]
             after = iter(statistics.get(number, ()))
             leaves: list[Tensor] = []
-            for held in layer.parameters:
+            for at, held in enumerate(layer.parameters):
                 if held.rule is not None:
                     leaves.append(next(after))
                     continue
-                gradient = self._gradient(held)
+                gradient, given = self._gradient(held), held.tensor.grad is not None
                 leaves.append(gradient * weight if weight != 1 else gradient)
-                if held.tensor.grad is not None:
+                self.early.taken(number, at, span.micro_batch, leaves[-1], given=given)
+                if given:
                     state.touched.add(held.index)
                 held.tensor.grad = None
             largest = [at for at, held in enumerate(layer.parameters) if held.rule == "max"]
@@ -312,8 +322,3 @@ def tokens_and_samples(inputs: Any) -> tuple[int, float]:
         return 0, 0.0
     text = tensor.dim() == 2 and not tensor.is_floating_point() and not tensor.is_complex()
     return (tensor.numel() if text else 0), float(tensor.shape[0])
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Sums are in float32; in float64 for parameters of that type, and for buffers of integers."""
-    return torch.float32 if dtype.is_floating_point and dtype != torch.float64 else torch.float64

@@ -76,6 +76,12 @@ class StepState(StepWork):
         """The partial sums of a layer; none where all micro-batches of this rank are empty."""
         return self.sums[layer].nodes if layer in self.sums else {}
 
+    def partial_with(
+        self, layer: int, micro_batch: int, leaf: Tensor, at: int, start: int, stop: int
+    ) -> dict[TreeNode, Tensor]:
+        """What `partial` will have of some elements once a micro-batch is held. See `TreeSum.with_leaf`."""
+        return self.sums.get(layer, TreeSum(self.leaves)).with_leaf(micro_batch, leaf, at, start, stop)
+
     def summed(self, parameters: Sequence[Sequence[int]]) -> set[int]:
         """The parameters of the layers (layer -> its parameters) of whose gradients this rank holds a partial sum."""
         return {index for layer in self.sums for index in parameters[layer]}
