@@ -109,7 +109,9 @@ class EarlyParts:
     def _places_in(self, layout: Layout, span: Leg) -> dict[int, _Place]:
         name = (layout.generation, span.start, span.stop)
         if self._places[0] != name:
-            self._places = name, {id(place.held.tensor): place for place in self._look(layout, span)}
+            found = list(self._look(layout, span))
+            posts = any(place.shards for place in found)
+            self._places = name, {id(place.held.tensor): place for place in found} if posts else {}
         places = self._places[1]
         for place in places.values():
             tensor = place.held.tensor
@@ -128,8 +130,8 @@ class EarlyParts:
                         shards.setdefault(shard.parameter, {}).setdefault(owner, []).append(shard)
             for at, held in enumerate(self._stack.layers[number].parameters):
                 single = held.rule is None and len(spec.parameters[held.index].layers) == 1
-                if single and held.tensor.is_cpu and held.index in shards:
-                    yield _Place(number, at, held, shards[held.index])
+                if single and held.tensor.is_cpu:
+                    yield _Place(number, at, held, shards.get(held.index, {}))
 
     # ------------------------------------------------------------ during the backward
 
