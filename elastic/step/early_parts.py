@@ -140,6 +140,8 @@ class EarlyParts:
         now = self._now
         if now is None or not now.open or now.thread != threading.get_ident():
             return
+        if now.generation != self._comm.generation:
+            return
         place = now.places.get(id(tensor))
         if place is None or tensor.grad is None or tensor.grad.layout != torch.strided:
             return
@@ -188,6 +190,7 @@ class EarlyParts:
         now = self._now
         if now is None or (now.micro_batch, now.generation) != (micro_batch, self._comm.generation):
             return
+        now.open = False  # another backward of the script's, behind the step, is none of it
         for owner, shard, digest in now.digests.get((layer, at), ()):
             if content_of(leaf[shard.start : shard.stop]) == digest:
                 now.posted[owner].counts.add((layer, shard.index))

@@ -316,6 +316,20 @@ def test_an_abort_within_the_backward_is_for_later():
         rank.reduce(state)
 
 
+def test_a_backward_behind_the_step_posts_nothing():
+    """As of a script that looks at gradients between steps: nobody would take it, in any step."""
+    job = Job(2, early=True)
+
+    def act(rank: Rank) -> tuple[int, int]:
+        rank.reduce(rank.compute(0))
+        posted = len(rank.comm.posted)
+        sum(layer.unused.sum() for layer in rank.stack.model).backward()  # which the step has posted nothing of
+        return posted, len(rank.comm.posted)
+
+    assert all(before == behind > 0 for before, behind in job.each(act))
+    assert not left(job)
+
+
 def test_a_loop_with_two_backwards_posts_once_and_sums_both():
     job, expected = Job(2, early=True), Job(2, early=False)
 
