@@ -1,7 +1,7 @@
 """Layers whose gradients are large enough to leave a rank during its last backward, in which ranks kill themselves.
 
-The JSON argument: `kills`, [rank, step, layer]: in its last micro-batch of a step, when the gradient of a layer is there,
-a rank dies, once. Before, it writes how many messages it has posted in the step.
+The JSON argument: `kills`, [rank, step, layer]: in its last micro-batch of a step, when the gradient of a layer is
+there, a rank dies, once. Before, it writes how many messages it has posted in the step.
 """
 
 import json
