@@ -7,10 +7,10 @@ import torch
 from tests.jobs import assert_same_state, run_job
 
 STEPS = 9
-KILLS = [  # rank, step, layer whose gradient is there: the first of the backward, one in its middle, the last
-    (0, 2, 4),
+KILLS = [  # rank, step, layer whose gradient is there: the last of the backward, one in its middle, the first
+    (0, 2, 0),
     (1, 3, 2),
-    (2, 4, 0),
+    (2, 4, 4),
     (1, 6, 1),
 ]
 FAULTS = [{"rank": 0, "phase": "reduce", "step": 7, "incarnation": 1}]  # all parts are out, and what confirms them not
@@ -23,7 +23,7 @@ def test_ranks_die_while_parts_are_under_way() -> None:
     result = run_job(nproc=3, steps=STEPS, script="wide_job.py", kills=KILLS, faults=FAULTS, flags=flags)
     assert result.status == 0, result.output
     assert len(result.named("worker_died")) == len(KILLS) + len(FAULTS), result.named("worker_died")
-    rank, step, layer = KILLS[2]  # at the end of its backward, at which all are out, whoever owns what by then
+    rank, step, layer = KILLS[0]  # of three ranks, at the end of its backward, where all parts are out
     assert int((result.out / f"killed-{rank}-{step}-{layer}").read_text()) > 0
     states = list(result.out.glob("state-*.pt"))
     assert states
