@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from everstep.checkpointing.access.client import KeeperClient, KeeperRefused
 from everstep.checkpointing.memory.checksum import matches
 from everstep.comms.base.process import let_compute_go_first
+from everstep.resharding.parity_versions import ParityVersions
 
 from .keeper import Generation, Keeper
 from .parity import ParityBlock, ParityStore
@@ -36,10 +37,7 @@ class Protector:
         self._keeper = keeper
         self._store = store
         self._token = token
-        self._wanted: list[int] = []  # versions to be encoded, oldest first
-        self._protected = -1
-        self._complete = (0, -1)
-        self._before = (0, -1)  # the last complete version of an earlier generation
+        self._versions = ParityVersions()  # with the keeper's condition
         self._clients: dict[tuple[str, int], KeeperClient] = {}
         self._pool = ThreadPoolExecutor(64, "everstep-parity", initializer=let_compute_go_first)
         threading.Thread(target=self._run, name="everstep-protector", daemon=True).start()
@@ -52,20 +50,15 @@ class Protector:
         with keeper.changed:
             if keeper.membership is None or keeper.membership.generation != generation:
                 return
-            self._protected = max(self._protected, protected)
-            if version not in self._wanted and self._complete != (generation, version):
-                self._wanted.append(version)
+            self._versions.want(version, protected)
             keeper.changed.notify_all()
 
     def enter(self) -> None:
         """Start a new generation: drop the requests of the last one; workers repeat them."""
         with self._keeper.changed:
-            self._wanted.clear()
-            line = self._keeper.membership.line if self._keeper.membership else 0
-            if line > self._complete[0]:  # nothing that was whole is of this line of history
-                self._protected, self._complete, self._before = -1, (0, -1), (0, -1)
-            self._before = self._complete if self._complete[1] >= 0 else self._before
-            self._complete = (self._generation(), -1)
+            membership = self._keeper.membership
+            assert membership is not None
+            self._versions.enter(membership.generation, membership.line)
             self._keeper.changed.notify_all()
 
     def state(self) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -74,10 +67,7 @@ class Protector:
         In this generation (-1: none yet), and in the last one that had any.
         """
         with self._keeper.changed:
-            return self._complete, self._before
-
-    def _generation(self) -> int:
-        return self._keeper.membership.generation if self._keeper.membership else 0
+            return self._versions.complete, self._versions.before
 
     # ------------------------------------------------------------ the work
 
@@ -85,27 +75,22 @@ class Protector:
         let_compute_go_first()
         while True:
             with self._keeper.changed:
-                while not self._wanted:
+                while not self._versions.wanted:
                     self._keeper.changed.wait()
-                membership, version = self._keeper.membership, self._wanted[0]
-                kept = {self._protected, self._complete[1], *self._wanted}
-                if self._before[1] > self._protected:  # not agreed yet that it, or a newer one, is safe
-                    kept.add(self._before[1])
+                membership, version = self._keeper.membership, self._versions.wanted[0]
+                kept = self._versions.kept()
             assert membership is not None
             for flow in [flow for flow in self._clients if flow[0] not in membership.addresses]:
                 self._forget(flow)  # connections to lost nodes
             self._store.keep(kept)
             whole = self._encode(membership, version) and self._await_own(membership, version)
             with self._keeper.changed:
-                if version in self._wanted and self._generation() == membership.generation:
-                    self._wanted.remove(version)
-                    if whole:
-                        self._complete = (membership.generation, max(version, self._complete[1]))
+                self._versions.done(membership.generation, version, whole=whole)
 
     def _given_up(self, membership: Generation, version: int) -> bool:
         """Whether this version is obsolete: another generation began, or two newer versions are requested."""
         with self._keeper.changed:
-            return self._generation() != membership.generation or len(self._wanted) > 2
+            return self._versions.is_over(membership.generation)
 
     def _encode(self, membership: Generation, version: int) -> bool:
         """Bring our blocks of `version` up; whether all are sealed."""

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from everstep.elastic.protocol.events import WorkerId
 from everstep.resharding.lines import Lines, since, slot_to_write
+from everstep.resharding.parity_versions import ParityVersions
 from everstep.resharding.placement import Placement, Stripe
 
 from .values import ShardState, updated
@@ -148,13 +149,10 @@ class Keeper:
         self.lines: Lines = ()
         self.segments: dict[tuple[int, int, int], Segment] = {}  # rank, incarnation, number
         self.blocks: list[Block] = []
-        self.complete = (0, -1)  # generation, version: the newest that is whole here
-        self.before = (0, -1)  # the same, in the last generation that had one
+        self.versions = ParityVersions()
         self.processes: list[Process] = []
         self._board = board
         self._protected = -1
-        self._kept = -1  # the protected version whose parity is kept
-        self._wanted: list[int] = []
         board.run(self, self._protect())
 
     def go_down(self) -> None:
@@ -180,12 +178,9 @@ class Keeper:
         if generation > self.generation:
             line = self._line
             self.generation, self.placement, self.lines = generation, placement, lines
-            self._wanted.clear()
-            if self._line > line:  # nothing that was whole is of this line of history
-                self._protected = self._kept = -1
-                self.complete = self.before = (0, -1)
-            self.before = self.complete if self.complete[1] >= 0 else self.before
-            self.complete = (generation, -1)
+            self.versions.enter(generation, self._line)
+            if self._line > line:  # what outlived nodes was of another line
+                self._protected = -1
             self._board.changed()
 
     def sealed(self, generation: int, version: int, protected: int, *, protect: bool) -> None:
@@ -194,9 +189,7 @@ class Keeper:
             self._protected = max(self._protected, protected)
         self._prune()
         if protect and generation == self.generation:
-            self._kept = max(self._kept, protected)
-            if version not in self._wanted and self.complete != (generation, version):
-                self._wanted.append(version)
+            self.versions.want(version, protected)
         self._board.changed()
 
     def _prune(self) -> None:
@@ -251,27 +244,22 @@ class Keeper:
 
     def _protect(self) -> Steps[None]:
         while True:
-            while not self._wanted:
+            while not self.versions.wanted:
                 yield None
-            generation, placement, lines, version = self.generation, self.placement, self.lines, self._wanted[0]
+            generation, placement, lines, version = self.generation, self.placement, self.lines, self.versions.wanted[0]
             assert placement is not None
-            kept = {self._kept, self.complete[1], *self._wanted}
-            if self.before[1] > self._kept:
-                kept.add(self.before[1])
+            kept = self.versions.kept()
             self.blocks = [block for block in self.blocks if block.version in kept]
             self._board.on_protect(self.node, version)
             yield 0.0
             whole = (yield from self._encode(placement, generation, version, lines)) and (
                 yield from self._await_own(placement, generation, version, lines)
             )
-            if version in self._wanted and self.generation == generation:
-                self._wanted.remove(version)
-                if whole:
-                    self.complete = (generation, max(version, self.complete[1]))
-                    self._board.changed()
+            if self.versions.done(generation, version, whole=whole):
+                self._board.changed()
 
     def _given_up(self, generation: int) -> bool:
-        return self.generation != generation or len(self._wanted) > 2
+        return self.versions.is_over(generation)
 
     def _open(self, version: int, stripe: Stripe, row: int, first: int) -> Block:
         for block in self.blocks:

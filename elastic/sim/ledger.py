@@ -193,7 +193,7 @@ class Promise:
                 self._whole(placement.losses, there)
             return
         holders = {node for stripe in placement.stripes for node in (*stripe.nodes, *stripe.parity)}
-        complete = [keepers[node].complete for node in holders]
+        complete = [keepers[node].versions.complete for node in holders]
         current = placement.generation == layout.generation and bool(holders or not placement.losses)
         whole = min((version for _, version in complete), default=0)
         known = whole <= state.protected or not (self.deaths and holders)

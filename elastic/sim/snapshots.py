@@ -125,7 +125,7 @@ class Snapshots:
 
     def protection(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """(generation, version): the newest version that is whole at this node's keeper, twice: now and before."""
-        return self._keeper.complete, self._keeper.before
+        return self._keeper.versions.complete, self._keeper.versions.before
 
     def open_gradient(self, shard: int, step: int) -> None:
         self._home[shard][1].gradients[step % 2] = None
