@@ -1,7 +1,7 @@
 """Large values by their content: cut into pieces, each named by the digest of its bytes, so a name has one meaning.
 
-Whoever asks for a piece compares its digest, so it does not matter who wrote it, when, or for which version. A keeper
-holds a piece once, however many values, versions and workers have it in common.
+The rank that asks for a piece compares its digest, so it does not matter which rank wrote it, when, or for which
+version. A keeper holds a piece once, however many values, versions and workers have it in common.
 """
 
 from __future__ import annotations

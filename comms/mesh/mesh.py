@@ -89,7 +89,7 @@ class MeshCommunicator(Communicator):
         )
         self._out: dict[int, OutLink] = {}
         self._in: list[InLink] = []
-        self._posted: set[OutLink] = set()  # with messages that nobody waits for
+        self._posted: set[OutLink] = set()  # with messages for which no call waits
         self._poller = Poller()
         self._listeners: list[socket.socket] = []
         port = self._listen(*addresses.resolve(host, 0)).getsockname()[1]

@@ -61,7 +61,7 @@ class Course:
         """The script has done what it does between two steps, and asks for the next one."""
         engine = self._engine
         if engine.loops:
-            engine.pass_by()
+            engine.large.pass_by(engine.version, first=engine.user_loop.turn is not None)
         engine.user_loop.end_turn()
         self._calls.away()
 

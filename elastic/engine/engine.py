@@ -222,16 +222,12 @@ class Engine:
         return self.layout, self.state
 
     def _upcoming(self) -> Iterator[Key]:
-        """The micro-batches that this rank will fetch, as long as the membership and the sampler stay as they are."""
+        """The micro-batches that this rank will fetch, as long as the membership and the data stay as they are."""
         layout, state = self.current()
         yield from [(state.step, span.micro_batch) for span in state.todo]
         ends = {0, len(self.stack.layers)}  # of the pipeline, where inputs and targets are needed
         mine = [span.micro_batch for span in layout.work.spans_of(self.rank) if ends & {span.start, span.stop}]
-        for step in range(state.step + 1, self.settings.steps if mine else 0):
-            if not self.data.knows(step):
-                return
-            filled = self.data.order.size(step).micro_batches
-            yield from ((step, micro_batch) for micro_batch in mine if micro_batch < filled)
+        yield from self.data.upcoming(mine, state.step + 1, self.settings.steps)
 
     def fetch(self, step: int, micro_batch: int) -> Any:
         """The samples of a micro-batch. The worker processes of a DataLoader fetch ahead for this rank."""
@@ -412,11 +408,6 @@ class Engine:
             left = replace(terms, registered=others, after=self.turns.present(), shown=False)
             self.large.tell(left.after, self.version)
             self._tell_committed(left.to_text(), self.current()[0].generation, settled=True)
-
-    def pass_by(self) -> None:
-        """In the user's own loop, a turn begins: if its step is computed again, so is the turn."""
-        self.turns.pass_by(self.version, first=self.user_loop.turn is not None)
-        self.large.protect(self.turns.began_at(self.version).get("users"), self.version)
 
     def _counts(self, shard: int) -> bool:
         """Whether a shard's gradient is a true one: the change of a buffer is summed like one, and is none."""

@@ -36,6 +36,12 @@ class LargeState:
         self.values.check(step)
         self.protect(registered, step + 1, begins=True)
 
+    def pass_by(self, version: int, *, first: bool) -> None:
+        """In the user's own loop, a turn begins behind `version`: if its step is computed again, so is the turn."""
+        turns = self._engine.turns
+        turns.pass_by(version, first=first)
+        self.protect(turns.began_at(version).get("users"), version)
+
     def protect(self, states: Any, version: int, layout: Layout | None = None, *, begins: bool = False) -> None:
         """Have this node's keeper hold what `states` of `version` refer to, where this rank speaks for the node."""
         layout = layout or self._engine.current()[0]

@@ -88,7 +88,7 @@ class LargeValues:
         return mark.digests
 
     def forget(self, where: str) -> None:
-        """What lies there, or below, was set anew."""
+        """What lies there, or below, was set again."""
         for known in [known for known in self._marks if known == where or known.startswith(f"{where}[")]:
             del self._marks[known]
 

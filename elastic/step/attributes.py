@@ -14,7 +14,7 @@ from torch import nn
 
 from everstep.elastic.holding.stack import plain_name
 
-PLAIN = (bool, int, float, str, type(None))
+PLAIN = frozenset({bool, int, float, str, type(None)})  # types of attributes
 NAMED = 3  # in a warning
 SENT = 100  # attributes
 LONGEST = 200  # characters of a text

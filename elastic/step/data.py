@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import takewhile
 from typing import Any
@@ -29,6 +29,7 @@ from everstep.elastic.contract.settings import Settings
 from everstep.elastic.contract.stateful import decode, encode
 from everstep.elastic.protocol.liveness import Pace
 
+from .attributes import PLAIN
 from .devices import generators_kept, seed_generators
 from .order import DataOrder, derive_seed
 from .sampled import SampledOrder, has_fixed_batches, is_permutation
@@ -152,9 +153,16 @@ class DataSource:
         self._epoch = epoch
         self.close()
 
-    def knows(self, step: int) -> bool:
-        """Whether it is decided which samples a step has, and as what the dataset gives them."""
-        return self._epoch is None or self.order.epoch_of(step) <= self._epoch
+    def upcoming(self, micro_batches: Sequence[int], first: int, steps: int) -> Iterator[Key]:
+        """The keys of these micro-batches in the steps from `first` on, of `steps` in all.
+
+        In run.epochs they end with the epoch: before the next one, the script may change the dataset and its sampler.
+        """
+        for step in range(first, steps if micro_batches else 0):
+            if self._epoch is not None and self.order.epoch_of(step) > self._epoch:
+                return
+            filled = self.order.size(step).micro_batches
+            yield from ((step, micro_batch) for micro_batch in micro_batches if micro_batch < filled)
 
     def request(self, key: Key) -> Request:
         """What `load` is to be given for a key. A sampler's order is worked out here, not in worker processes."""
@@ -336,7 +344,7 @@ def plain_attributes(dataset: Any) -> dict[str, Any]:
     while hasattr(dataset, "__dict__") and all(dataset is not layer for layer in layers):
         layers.append(dataset)
         for name, value in vars(dataset).items():
-            if value is None or type(value) in (bool, int, float, str):
+            if type(value) in PLAIN:
                 found[path + name] = value
         dataset, path = vars(dataset).get("dataset"), path + "dataset."
     return found

@@ -27,12 +27,11 @@ from everstep.elastic.contract.errors import UsageError
 from everstep.elastic.holding.stack import LayerStack, plain_name
 from everstep.elastic.holding.watch import bytes_of, content_of, edges_of
 
-from .attributes import ModuleAttributes
+from .attributes import PLAIN, ModuleAttributes
 
 EDGE_BYTES = 2 << 10  # at either end of a buffer, compared after each forward
 WHOLE_BYTES_PER_STEP = 16 << 20  # of constants whose whole contents are compared before a step, in turn
 LOOKED_AT = 1000  # number of items of a list attribute that are compared
-_PLAIN = frozenset({bool, int, float, str, type(None)})
 _OF_TORCH = frozenset(vars(nn.Module()))  # the attributes that every module has
 
 
@@ -248,7 +247,7 @@ class Forwards:
         return [
             (name, _plain(tensor))
             for name, value in zip(watched.names, watched.values, strict=True)
-            if type(value) not in _PLAIN and not watched.saved(name)
+            if type(value) not in PLAIN and not watched.saved(name)
             for tensor in _tensors(value)
         ]
 

@@ -1,8 +1,7 @@
-"""Large values of a script in run.state and in registered objects: the bytes of a plain loop, whoever is lost."""
+"""Large values of a script in run.state and in registered objects: the bytes of a plain loop, with ranks lost."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,8 @@ import pytest
 import torch
 
 from everstep.elastic.contract.stateful import REGISTERED_BYTES
-from tests.jobs import JOBS, assert_same_state, run_job
+from tests.jobs import assert_same_state, run_job, state_alone
 from tests.jobs.hosts import lose_a_node
-from tests.jobs.interpreter import script
 
 JOB = "large_state_job.py"
 KILLS = [
@@ -24,12 +22,7 @@ KILLS = [
 
 
 def alone(out: Path, environment: dict[str, str] | None = None, **config: Any) -> dict[str, Any]:
-    """Without the launcher: one process."""
-    out.mkdir()
-    ended = script(JOBS / JOB, json.dumps({"out": str(out), **config}), environment=environment)
-    assert ended.status == 0, ended.stderr
-    state: dict[str, Any] = torch.load(out / "state-0.pt", weights_only=True)
-    return state
+    return state_alone(JOB, out, environment, **config)
 
 
 @pytest.fixture(scope="module")

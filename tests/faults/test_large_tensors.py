@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,8 @@ import pytest
 import torch
 
 from everstep.elastic.contract.stateful import REGISTERED_BYTES
-from tests.jobs import JOBS, run_job
+from tests.jobs import run_job, state_alone
 from tests.jobs.hosts import lose_a_node
-from tests.jobs.interpreter import script
 
 JOB = "large_tensor_job.py"
 KILLS = [
@@ -23,12 +21,7 @@ KILLS = [
 
 
 def alone(out: Path, environment: dict[str, str] | None = None, **config: Any) -> dict[str, Any]:
-    """Without the launcher: one process."""
-    out.mkdir()
-    ended = script(JOBS / JOB, json.dumps({"out": str(out), **config}), environment=environment)
-    assert ended.status == 0, ended.stderr
-    state: dict[str, Any] = torch.load(out / "state-0.pt", weights_only=True)
-    return state
+    return state_alone(JOB, out, environment, **config)
 
 
 def assert_same(out: Path, expected: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.jobs import JOBS, assert_same_state, run_job
+from tests.jobs import JOBS, assert_same_state, run_job, state_alone
 from tests.jobs.hosts import lose_a_node
 from tests.jobs.interpreter import script
 
@@ -24,16 +24,7 @@ KILLS = [
 
 
 def alone(out: Path, environment: dict[str, str] | None = None, **config: Any) -> dict[str, Any]:
-    """Without the launcher: one process."""
-    out.mkdir()
-    ended = script(JOBS / JOB, json.dumps({"out": str(out), **config}), environment=environment)
-    assert ended.status == 0, ended.stderr
-    return state_of(out)
-
-
-def state_of(out: Path, rank: int = 0) -> dict[str, Any]:
-    state: dict[str, Any] = torch.load(out / f"state-{rank}.pt", weights_only=True)
-    return state
+    return state_alone(JOB, out, environment, **config)
 
 
 def losses(out: Path) -> dict[tuple[int, int], str]:

@@ -61,7 +61,7 @@ def test_a_module_that_the_script_has_changed_once() -> None:
     assert "1.p is 0.0 here and 0.5 there" in said[0]
 
 
-def test_nobody_is_left_that_has_the_weights(tmp_path: Path) -> None:
+def test_no_rank_is_left_that_has_the_weights(tmp_path: Path) -> None:
     result = run_job(nproc=2, script="sampler_job.py", kills=[[0, 1], [1, 2]], ranks=2)
     assert result.status != 0
     assert "gives another order of epoch 3 than the one with which the job had begun it, and no rank" in result.output

@@ -20,7 +20,18 @@ import torch
 
 from everstep.comms.base.process import die_with_parent
 
-from .interpreter import HANG_S, MARKER, PROTECTION, Ended, Forked, Interpreter, launchers, references, surroundings
+from .interpreter import (
+    HANG_S,
+    MARKER,
+    PROTECTION,
+    Ended,
+    Forked,
+    Interpreter,
+    launchers,
+    references,
+    scripts,
+    surroundings,
+)
 
 __all__ = ["HANG_S", "MARKER", "PROTECTION", "Ended"]
 
@@ -176,6 +187,15 @@ def slowly(out: Path) -> Iterator[None]:
         yield
     finally:
         slow.unlink()
+
+
+def state_alone(job: str, out: Path, environment: dict[str, str] | None = None, **config: Any) -> dict[str, Any]:
+    """What rank 0 of a job script has saved, after a run without the launcher: one process."""
+    out.mkdir()
+    ended = scripts.run([str(JOBS / job), json.dumps({"out": str(out), **config})], environment or {}, HANG_S)
+    assert ended.status == 0, ended.stderr
+    state: dict[str, Any] = torch.load(out / "state-0.pt", weights_only=True)
+    return state
 
 
 def same(found: Any, expected: Any) -> bool:

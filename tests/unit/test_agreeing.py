@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +32,7 @@ from everstep.elastic.protocol.agreement import SHARE_BYTES
 from everstep.elastic.protocol.replicas import Digests, Odd, Truth, decide, disputed, odd_ones
 from everstep.elastic.step.exchange import Exchange
 from everstep.resharding.planners import initial_layout
+from tests.ranks import at_once
 
 SETTINGS = Settings(steps=10, global_batch_size=8, micro_batch_size=1, verify_every=1)
 STEP = 3
@@ -102,25 +102,7 @@ class Job:
             rank.own = replace(rank.own, norms=norms, losses=losses)
 
     def each(self, act: Callable[[Rank], Any]) -> list[Any]:
-        """The results of `act` on all ranks, run concurrently; raises what any of them raises."""
-        results: dict[int, Any] = {}
-
-        def run(rank: Rank) -> None:
-            try:
-                results[rank.comm.rank] = act(rank)
-            except Exception as error:
-                results[rank.comm.rank] = error
-
-        threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in self.ranks]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(30)
-        assert len(results) == len(threads), f"only ranks {sorted(results)} are through"
-        for result in results.values():
-            if isinstance(result, Exception):
-                raise result
-        return [results[rank] for rank in sorted(results)]
+        return at_once(self.ranks, act)
 
     def settled(self) -> list[Settled]:
         def act(rank: Rank) -> Settled:

@@ -6,7 +6,6 @@ Ranks are threads, with the pipeline and the exchange of a job; parts of any siz
 from __future__ import annotations
 
 import random
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
@@ -29,6 +28,7 @@ from everstep.elastic.step.pipeline import Pipeline
 from everstep.elastic.step.steps import StepState
 from everstep.resharding.planners import initial_layout
 from everstep.resharding.work import Leg
+from tests.ranks import at_once
 
 MICRO_BATCHES = 7
 
@@ -168,24 +168,7 @@ class Job:
             rank.enter(self.generation, layout, peers)
 
     def each(self, act: Callable[[Rank], Any]) -> list[Any]:
-        results: dict[int, Any] = {}
-
-        def run(rank: Rank) -> None:
-            try:
-                results[rank.comm.rank] = act(rank)
-            except BaseException as error:
-                results[rank.comm.rank] = error
-
-        threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in self.ranks]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(30)
-        for result in results.values():
-            if isinstance(result, BaseException):
-                raise result
-        assert len(results) == len(self.ranks)
-        return [results[rank.comm.rank] for rank in self.ranks]
+        return at_once(self.ranks, act)
 
     def gradients(self, step: int = 0) -> dict[int, Tensor]:
         """Of all shards, from their owners."""
@@ -202,7 +185,7 @@ def assert_equal(found: dict[int, Tensor], expected: dict[int, Tensor]) -> None:
 
 
 def left(job: Job) -> list[Any]:
-    """Messages that nobody took."""
+    """Messages that no rank took."""
     return [name for rank in job.ranks for box in rank.comm._mailbox._mailbox._boxes.values() for name in box]
 
 
@@ -317,7 +300,7 @@ def test_an_abort_within_the_backward_is_for_later():
 
 
 def test_a_backward_behind_the_step_posts_nothing():
-    """As of a script that looks at gradients between steps: nobody would take it, in any step."""
+    """As of a script that looks at gradients between steps: no rank would take it, in any step."""
     job = Job(2, early=True)
 
     def act(rank: Rank) -> tuple[int, int]:
