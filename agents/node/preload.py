@@ -36,6 +36,7 @@ from everstep.comms.base.process import (
     die_with_parent,
     leave,
     leave_signals_to_launcher,
+    let_oom_killer_take_first,
     process_name,
     rename_process,
 )
@@ -55,6 +56,7 @@ NAMES = 100  # of processes, in one answer
 SWEEP_S = 0.1  # while there are orphans
 # What every worker imports later: to seed numpy, to resolve addresses, to save.
 WANTED = ("numpy.random", "encodings.idna", "torch.utils.serialization.config")
+OOM_THOUSANDTHS = 500  # before the keeper, whose memory a replacement needs, and the launcher, without which all end
 NAME = "es-preloaded"  # of the process, as `ps` and `top` show it
 
 
@@ -221,6 +223,7 @@ class Preloaded:
         try:
             hold(fds[1])
             die_with_parent()
+            let_oom_killer_take_first(OOM_THOUSANDTHS)
             os.setsid()  # like torchrun: signals of a terminal or a shell reach only the launcher
             adopt_orphans()
             rename_process(self._workers_name)

@@ -23,7 +23,7 @@ from everstep.checkpointing.memory.segment import Entry
 from everstep.checkpointing.saving.handle import Saver
 from everstep.checkpointing.saving.request import SaveRequest
 from everstep.comms.base import addresses
-from everstep.comms.base.process import leave_signals_to_launcher, let_compute_go_first
+from everstep.comms.base.process import leave_signals_to_launcher, let_compute_go_first, let_oom_killer_take_first
 from everstep.comms.base.security import Security, SecurityError, own
 from everstep.resharding.lines import lines_of
 from everstep.resharding.placement import Placement
@@ -33,6 +33,7 @@ from .parity import ParityStore
 from .protector import Protector
 
 GREETING_BYTES, GREETING_S = 4096, 10.0  # limits of a client before it has authenticated
+OOM_THOUSANDTHS = 250  # behind workers, which a keeper's memory replaces; before the launcher
 STRANGERS = 256  # such connections at a time
 WAIT_SLICE_S = 0.1
 
@@ -334,6 +335,7 @@ def main() -> None:
     parser.add_argument("--linger", type=float, default=0.0)
     arguments = parser.parse_args()
     leave_signals_to_launcher()
+    let_oom_killer_take_first(OOM_THOUSANDTHS)
     token = os.environ.pop("EVERSTEP_TOKEN")
     try:
         keeper, leash = Keeper(arguments.node), Leash(arguments.linger)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
-from tests.jobs import finish, launch
+from tests.jobs import JOBS, finish, launch, wait_until
+from tests.jobs.processes import each
 
 LIMIT_MIB = 1000
 ROOT = Path("/sys/fs/cgroup")
@@ -50,6 +53,29 @@ def limited(limit_bytes: int) -> Iterator[Path]:
         while (group / "cgroup.procs").read_text().strip() and time.monotonic() < until_s:
             time.sleep(0.05)  # what was killed is gone in a moment
         group.rmdir()
+
+
+def test_workers_are_the_first_that_the_kernel_kills_and_keepers_the_next(tmp_path: Path) -> None:
+    job = launch(
+        JOBS / "gpt_job.py", [json.dumps({"out": str(tmp_path), "steps": 10_000, "stages": 1})], ["--nproc-per-node=2"]
+    )
+    try:
+        launcher = psutil.Process(job.pid)
+        wait_until(lambda: len(list(tmp_path.glob("worker-*.jsonl"))) == 2, 60, "two workers train")
+        workers = {int(path.stem.split("-")[2]) for path in tmp_path.glob("worker-*.jsonl")}
+        scores = dict(each(launcher.children(recursive=True), score))
+        own = score(launcher)
+    finally:
+        job.terminate()
+        finish(job)
+    assert {process.pid for process in scores if scores[process] == own + 500} == workers
+    assert len([process for process in scores if scores[process] == own + 250]) == 1, "the keeper"
+    assert set(scores.values()) == {own, own + 250, own + 500}
+
+
+def score(process: psutil.Process) -> int:
+    """What is added, in thousandths of the memory, to its size when the kernel chooses which process to kill."""
+    return int(Path(f"/proc/{process.pid}/oom_score_adj").read_text())
 
 
 @pytest.mark.soak

@@ -48,7 +48,8 @@ FAST = Speed(
     memory=0.0001,
 )
 STEPS = 100_000  # more than there is time for
-FAULTS = [{"rank": 2, "phase": "reduce", "step": 40, "kind": "flip-frame"}]
+# Far behind the first kill, and awaited before the second: a damaged frame to a rank that is killed is not seen.
+FAULTS = [{"rank": 2, "phase": "reduce", "step": 60, "kind": "flip-frame"}]
 
 
 class Prometheus:
@@ -219,10 +220,10 @@ class WatchedJob:
         self.hold_up(2.5)
         self.await_steps(2)
         self.slow_down(1, 8.0)
+        self.until(lambda: self.events("corruption"), "the damaged frame", timeout_s=60.0)
         self.await_steps(5)
         self.kill_worker(3)
         self.spoil_checkpoints()
-        self.until(lambda: self.events("corruption"), "the damaged frame")
         self.until(lambda: self.events("checkpoint_failed"), "a checkpoint that fails")
         self.await_steps(10)
         self.kill_node()
