@@ -73,6 +73,7 @@ class Calls:
         self._place: Place | None = BEFORE
         self._index = 0
         self._arrived = 0  # the version at which the script came to this place
+        self._due: Callable[[], None] | None = None
 
     def at(self, place: Place) -> None:
         """The script is at a place at which every rank comes by, and may make calls."""
@@ -87,18 +88,30 @@ class Calls:
         said = encode(value, call)
         return self.carry_out(call, lambda exchange: exchange(said, combine))
 
-    def carry_out(self, call: str, attempt: Callable[[Exchange], Any]) -> Any:
+    def put_off(self, due: Callable[[], None]) -> None:
+        """`due` makes a call that belongs here, where this rank must not wait: in front of the next call."""
+        self._due = due
+
+    def make_due(self) -> None:
+        """Make the call that was put off."""
+        due, self._due = self._due, None
+        if due is not None:
+            due()
+
+    def carry_out(self, call: str, attempt: Callable[[Exchange], Any], *, at: Place | None = None) -> Any:
         """Make a call of several exchanges, each of which takes a rank's value and combines those of all.
 
-        `attempt` is repeated after a recovery; its result, JSON values, is what the last exchange returns.
+        `attempt` is repeated after a recovery; its result, JSON values, is what the last exchange returns. `at`: the
+        place of a call that the script does not make itself.
         """
-        place, index = self._place, self._index
+        self.make_due()
+        place, index = (self._place, self._index) if at is None else (at, 0)
         if place is None:
             raise UsageError(
                 f"{call} was called in the middle of a step, where ranks have different micro-batches: call it between "
                 "steps, in a function of run.on_step, in the loop over run.steps, or before or behind the loop"
             )
-        self._index += 1
+        self._index += at is None
         site = _site()
         with self._progress.called():
             while (made := self._log.find(place, index)) is None:

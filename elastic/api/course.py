@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,8 +14,11 @@ from everstep.elastic.engine.user_loop import Step
 from everstep.elastic.step.sampled import Drawn, Trust
 
 from .calls import AFTER, Calls, Exchange
+from .interruptible import Interruptible
 
 ORDER = "the order of the samples"  # as a call
+LAST_TURN = "what the last turn has left"  # likewise
+BEHIND = Place("behind the last turn")
 
 
 class Course:
@@ -25,15 +29,22 @@ class Course:
     """
 
     def __init__(
-        self, engine: Engine, calls: Calls, functions: list[Callable[[Step], None]], begin: Callable[[], None]
+        self,
+        engine: Engine,
+        parts: Interruptible,
+        calls: Calls,
+        functions: list[Callable[[Step], None]],
+        begin: Callable[[], None],
     ) -> None:
         self._engine = engine
+        self._parts = parts
         self._calls = calls
         self._functions = functions
         self._begin = begin
         self._epoch: tuple[int, int] | None = None  # in run.epochs: the epoch, and the version at which it ends
         self.epoch_ended = False
         self.stopped = False
+        self._shared = False  # what the last turn has left
 
     def begin(self) -> None:
         """The user's loop begins, or the next one over the batches of an epoch does."""
@@ -70,6 +81,8 @@ class Course:
         engine = self._engine
         if not self.stops_here():
             return False
+        if self._engine.loops:
+            self.share_last_turn()
         if self._epoch is not None:
             self.end_epoch()
         elif engine.loops:
@@ -81,10 +94,13 @@ class Course:
     def stops_here(self) -> bool:
         """Whether training ends with the steps that the script has seen, as all ranks agreed."""
         engine = self._engine
-        if engine.user_loop.unseen or not engine.stop_request.agreed(engine.agreement):
+        if engine.user_loop.unseen or not self._stop_agreed():
             return False
         self.stopped = True
         return True
+
+    def _stop_agreed(self) -> bool:
+        return bool(self._engine.stop_request.agreed(self._engine.agreement))
 
     # ------------------------------------------------------------ epochs
 
@@ -139,6 +155,50 @@ class Course:
         return self._epoch[0] if self._epoch is not None else None
 
     # ------------------------------------------------------------ the end
+
+    def share_last_turn(self) -> None:
+        """If no turn of the user's own loop follows: a rank that joined in the last one takes what that has changed.
+
+        A call of all ranks, which remains in the log: so a worker that comes later begins the code behind the loop with
+        what the others began it with. If all ranks joined in that turn, its changes are lost.
+        """
+        if (share := self._last_turn()) is not None:
+            share()
+
+    def leave_last_turn(self) -> None:
+        """The same where the script leaves its loop by itself, perhaps by an error: this rank must not wait there."""
+        if (share := self._last_turn()) is not None:
+            self._calls.put_off(share)
+
+    def _last_turn(self) -> Callable[[], None] | None:
+        engine = self._engine
+        if self._shared or not (engine.version >= engine.settings.steps or self._stop_agreed()):
+            return None
+        self._shared = True
+        if engine.user_loop.turned != engine.version:
+            return lambda: self._share(None)
+        left = engine.turns.present()
+        engine.large.tell(left, engine.version)  # before the script may write to what this refers to
+        return lambda: self._share(left)
+
+    def _share(self, left: dict[str, Any] | None) -> None:
+        """`left`: what the last turn has left on this rank; None if the rank had no part in it."""
+        engine, large = self._engine, self._engine.large
+
+        def attempt(exchange: Exchange) -> Any:
+            ranks = exchange(left is not None, lambda values: [rank for rank in values if values[rank]])
+            if not ranks:
+                return None
+            own = json.dumps(left) if engine.rank == ranks[0] else None
+            return exchange(own, lambda values: values[ranks[0]])
+
+        text = self._calls.carry_out(LAST_TURN, attempt, at=BEHIND)
+        if text is not None and left is None:
+            found = json.loads(text)
+            self._parts.until_done(lambda: large.fetch_left(found))
+            engine.turns.adopt(found)
+            large.values.release()
+            large.protect(engine.turns.present(), engine.version)
 
     def end_batches(self) -> None:
         """The loop over the prepared batches is over.

@@ -30,6 +30,14 @@ class Interruptible:
         except Aborted:
             self.interrupted()
 
+    def until_done(self, action: Callable[[], None]) -> None:
+        """Do something that waits for others; after a recovery again, until it is done."""
+        while True:
+            try:
+                return action()
+            except Aborted:
+                self.interrupted()
+
     def interrupted(self) -> None:
         """After `Aborted`: recover; or, if no rank trains any further, save the last version and wait for the end."""
         while self._membership.conclusion is not None:
@@ -62,6 +70,7 @@ class Interruptible:
     def finish(self, calls: Calls) -> None:
         """The user's function is over: help the others until they are there too, and training is over."""
         engine = self._engine
+        calls.make_due()
         engine.leave_loop()
         self.until_whole()
         self._membership.tell(e.WorkerFinished(self._membership.worker, engine.version, engine.last_name()))

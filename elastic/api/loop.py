@@ -81,6 +81,7 @@ class Batches:
         except GeneratorExit:
             self._updates.end()
             self._show_all()  # the step that the last turn has ended
+            self.leave_last_turn()
             self.course.end_batches()
             raise
         finally:
@@ -97,6 +98,7 @@ class Batches:
                 # No loop runs behind the batches that could compute steps again after a loss.
                 parts.do(engine.pause)
                 if course.epoch_over():  # no recovery has gone back
+                    course.share_last_turn()
                     course.end_epoch()
                     return
             elif engine.switch is not None:
@@ -107,6 +109,7 @@ class Batches:
             elif engine.ended():
                 parts.do(engine.conclude)
                 if engine.ended() and engine.switch is None:
+                    course.share_last_turn()
                     course.end_batches()
                     return
             elif engine.current()[1].todo:
@@ -117,6 +120,12 @@ class Batches:
             else:
                 course.go_on()
                 parts.do(engine.complete)
+
+    def leave_last_turn(self) -> None:
+        """The script leaves the loop by itself, or has left it without its end."""
+        if self._turn >= 0:
+            self._engine.user_loop.leave_turn(self._engine.version)
+        self.course.leave_last_turn()
 
     @property
     def dataset(self) -> Any:
@@ -142,6 +151,8 @@ class Batches:
 
     def _end_turn(self) -> None:
         """The user's code requests the next micro-batch, so it has finished the last one."""
+        if self._turn >= 0:
+            self._engine.user_loop.leave_turn(self._engine.version)
         self._updates.end()
         if self._turn >= 0 and not self._skipped:
             self._updates.check_called()

@@ -464,10 +464,13 @@ class Run(Sharing, Gradients):
         return self._parts
 
     def _course(self) -> tuple[Interruptible, Course]:
-        return self._parts_of_run(), Course(self._trained(), self._sharing(), self._step_functions, self._begin)
+        parts = self._parts_of_run()
+        return parts, Course(self._trained(), parts, self._sharing(), self._step_functions, self._begin)
 
     def _finish(self) -> None:
         """The user's function is over: help the others until they are there too, and training is over."""
+        if self._batches is not None:
+            self._batches.leave_last_turn()
         self._parts_of_run().finish(self._sharing())
 
     def _sharing(self) -> Calls:

@@ -32,6 +32,7 @@ class SharedState(MutableMapping[str, Any]):
         self._values: dict[str, Any] = {}
         self._large: LargeValues | None = None  # which the values may refer to, once there is an engine
         self._of_model: set[int] = set()  # addresses of the model's memory, which is not the script's to keep here
+        self._begun = False
         self.entered: dict[str, Any] | None = None  # until the loop begins, on a rank that joined: what the job had
 
     def __getitem__(self, name: str) -> Any:
@@ -63,6 +64,8 @@ class SharedState(MutableMapping[str, Any]):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._values = self._adopted(state)
+        if self._begun:
+            return
         self.entered = encode(self._values, STATE, self._large.keep if self._large is not None else None)
         if self._large is not None:
             self._large.hold(self.entered)  # until the loop begins, when all of it is put in place again
@@ -78,7 +81,7 @@ class SharedState(MutableMapping[str, Any]):
 
         `resumed`: all ranks began again, so they have the same new values, and keep them.
         """
-        entered, self.entered = self.entered, None
+        entered, self.entered, self._begun = self.entered, None, True
         if entered is not None:
             found = decode(entered, self._large.give if self._large is not None else None)
             self._values = {**(self._values if resumed else {}), **self._adopted(found)}

@@ -72,6 +72,10 @@ class LargeState:
         """Get what the position of the job refers to that this rank was told. Raises Aborted."""
         self._fetch([Terms.of(agreement).registered if agreement else {}, after])
 
+    def fetch_left(self, after: Mapping[str, Any]) -> None:
+        """Get what another rank's user code has left. Raises Aborted."""
+        self._fetch([after])
+
     def fetch_agreed(self, agreement: str, version: int, saved: Read | None) -> None:
         """Get what a rank needs that goes to `version`, behind this agreement: a new one, or one that goes back.
 

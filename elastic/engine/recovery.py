@@ -303,6 +303,7 @@ class Recovery:
         terms = Terms.of(it.agreement) if it.agreement else None
         engine.adjustments.leave(it.since, it.version, loops=engine.loops)
         self._catch_up(terms, it.version, back=True)
+        engine.user_loop.go_back(it.version)
         if engine.loops and terms is not None:  # the user's own loop computes again, from the state in which it was
             engine.turns.go_back(it.version, terms.after or {})
         engine.drop_gradients()

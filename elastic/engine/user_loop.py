@@ -19,13 +19,14 @@ class UserLoop:
     """The user's loop on one rank. Each committed step is shown to the user's code once.
 
     `begun`: the loop has begun. `turn`: the step that the user's code is at, None between two steps.
-    `unseen`: the steps to show, oldest first.
+    `unseen`: the steps to show, oldest first. `turned`: in the user's own loop, the version that the last turn left.
     """
 
     def __init__(self) -> None:
         self.begun = False
         self.turn: Step | None = None
         self.unseen: list[Step] = []
+        self.turned = -1
         self._unturned = 0  # on a rank that joined: of the unseen steps, those whose turn has not ended on other ranks
         self._computes = False  # the user's own loop has asked for its first micro-batch
         self._newest = -1  # the last step that was shown, or is in `unseen`
@@ -55,6 +56,14 @@ class UserLoop:
     def end_turn(self) -> None:
         """The user's code has done what it does after a step."""
         self.turn = None
+
+    def leave_turn(self, version: int) -> None:
+        """A turn of the user's own loop is over, at this version."""
+        self.turned = version
+
+    def go_back(self, version: int) -> None:
+        """Turns behind `version` are repeated."""
+        self.turned = min(self.turned, version)
 
     def join(self, unseen: Sequence[Step], *, open_turn: bool) -> None:
         """This rank joins: its code has these steps to see. `open_turn`: their turn has not ended on other ranks."""

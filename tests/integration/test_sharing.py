@@ -43,7 +43,7 @@ def test_ranks_die_between_calls(loop: bool, tmp_path: Path) -> None:
     """Before the loop, after a step and behind the loop: values, states and parameters are those of one rank alone."""
     with ThreadPoolExecutor(2) as pool:
         waiting = pool.submit(alone, tmp_path, loop=loop)
-        result = run_job(nproc=3, steps=STEPS, script="sharing_job.py", loop=loop, kills=KILLS, ranks=3)
+        result = run_job(nproc=3, steps=STEPS, script="sharing_job.py", loop=loop, kills=KILLS)
         expected = waiting.result()
     assert result.status == 0, result.output
     assert [event["rank"] for event in result.named("worker_died")] == [1, 0, 2]
@@ -61,6 +61,23 @@ def test_all_ranks_die_behind_a_step(loop: bool, tmp_path: Path) -> None:
     assert result.status == 0, result.output
     assert len(result.named("worker_died")) == 4
     for rank in range(2):
+        assert_same_shared(result.state(rank), expected)
+
+
+@pytest.mark.parametrize(("rows", "breaks"), [(1, False), (100, True)], ids=["small", "large, left by break"])
+def test_a_rank_joins_in_the_last_turn(rows: int, breaks: bool, tmp_path: Path) -> None:
+    """It has no turn any more in which it could change what the others' turns change, and gets it behind the loop."""
+    faults = [{"rank": 1, "phase": "compute", "step": STEPS - 2}, {"rank": 2, "phase": "update", "step": STEPS - 1}]
+    job = {"loop": True, "rows": rows, "breaks": breaks}
+    with ThreadPoolExecutor(2) as pool:
+        waiting = pool.submit(alone, tmp_path, **job)
+        result = run_job(nproc=3, steps=STEPS, script="sharing_job.py", joins=True, faults=faults, **job)
+        expected = waiting.result()
+    assert result.status == 0, result.output
+    assert [event["rank"] for event in result.named("worker_died")] == [1, 2]
+    assert any("fresh [1]" in event["summary"] for event in result.named("planned")[1:]), result.named("planned")
+    assert float(expected["shared"]["rows"][0, 0]) == sum(range(STEPS + 1)), "all turns"
+    for rank in range(3):
         assert_same_shared(result.state(rank), expected)
 
 

@@ -2,8 +2,8 @@
 
 `loop`: its own loop over prepared batches, instead of `run.steps`, with code behind turns that end a step (`ends`), or
 behind those in which the step has changed. `kills`: [rank, place], with place "before", "behind" or a step: where a
-process of that rank kills itself, once, between two calls. While fewer than `ranks` train, a step takes longer, so that
-a rank is back before the last one: in a turn of that, it would not get what the turn changes (docs/guarantees.md).
+process of that rank kills itself, once, between two calls. `breaks`: it leaves its own loop in the last turn. `joins`:
+the turns of the last step wait until a lost rank's replacement is ready to join.
 """
 
 import json
@@ -42,6 +42,13 @@ class Count:
         self.value = state["value"]
 
 
+def replacement_is_ready():
+    deadline_s = time.monotonic() + 30
+    while '"join_prepared"' not in (out / "events.jsonl").read_text():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+
+
 told = Count()  # how many steps the functions have been called for
 
 
@@ -51,8 +58,6 @@ def between(run, step):
     told.value += 1
     norm = run.mean(step.gradient_norm)
     comes_by(step.index)
-    if run.world_size < config.get("ranks", 1):
-        time.sleep(0.8)
     state["norms"] = [*state.get("norms", []), norm]
     state["best"] = min(state["best"], norm)
     state["largest"] = run.reduce(torch.tensor([norm, state["steps"]]), "max")
@@ -79,15 +84,21 @@ def train(run):
     run.state.setdefault("best", float("inf"))
     run.state["drawn"] = drawn
     if config.get("loop"):
+        run.state["rows"] = torch.zeros(config.get("rows", 1), 64)  # its last value is that of the last turn
         before = run.step
         for inputs, targets in batches:
             loss_fn(model(inputs), targets).backward()
+            if config.get("joins") and run.step == config["steps"] - 1:
+                replacement_is_ready()
             optimizer.step()
             if run.is_step_end if config.get("ends") else run.step > before:
                 seen.value += 1 if config.get("ends") else run.step - before
                 before = run.step
+                run.state["rows"] = run.state["rows"] + seen.value
                 for group in optimizer.param_groups:
                     group["lr"] = 0.01 / (1 + seen.value)
+                if config.get("breaks") and run.step == config["steps"]:
+                    break
     else:
         for step in steps:
             between(run, step)
