@@ -82,9 +82,8 @@ def engine_of(
         engine.drive(SAMPLER, data.sampled)
     if data.streams is not None and data.streams.stateful:
         engine.drive(STREAM, data.streams)
-    if loops:
-        stream_states.begin(data.order, stack.device)
-        engine.drive(STREAM_STATE, stream_states)
+    stream_states.begin(data.order, stack.device, settings.stages)
+    engine.drive(STREAM_STATE, stream_states)
     return engine
 
 

@@ -89,6 +89,13 @@ def encode(value: Any, where: str, keep: Keep | None = None) -> Any:
     )
 
 
+def bytes_of(value: Any) -> memoryview:
+    """The content of a tensor or array, in the order of its elements."""
+    if isinstance(value, torch.Tensor):
+        return raw(value)
+    return np.ascontiguousarray(value).reshape(-1).view(np.uint8).data
+
+
 def large_in(value: Any) -> Iterator[dict[str, Any]]:
     """The references in a state, or in several."""
     if isinstance(value, list):

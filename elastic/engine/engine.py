@@ -120,7 +120,7 @@ class Engine:
         self.reduction = reduction
         what = (settings.seed, self.fetch, loss_fn, reduction)
         early = EarlyParts(stack, comm, lambda: self.layout)
-        self.pipeline = Pipeline(stack, comm, progress, *what, self._remarks.attribute, early)
+        self.pipeline = Pipeline(stack, comm, progress, *what, self._remarks.attribute, early, stream_states)
         self.exchange = Exchange(stack, comm, early)
         self.protection = Protection(settings, snapshots, membership)
         self.backups = Backups(optimizer, comm, snapshots, self.exchange)
@@ -319,7 +319,7 @@ class Engine:
             self._remarks.partial(state.step, settled.partly)
         self.data.share_states(state.step, registered, self.agreeing.texts, self._upcoming)
         if merged.carries:
-            self.stream_states.share(state.step, carried, registered, self.agreeing.texts)
+            self.large.carry(state.step, carried, registered)
         answer = self._agreed_on(state.step, own, settled, proposal, registered)
         self.telemetry.span(Spent.AGREE, agree_ns)
         return answer

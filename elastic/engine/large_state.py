@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from everstep.checkpointing.access.client import KeeperLink
 from everstep.elastic.protocol.terms import Terms
+from everstep.elastic.step.stream_states import STREAM_STATE
 from everstep.resharding.layout import Layout
 
 from .large_values import LargeValues, Read
@@ -35,6 +36,12 @@ class LargeState:
         """These states are about to be agreed on. Raises UsageError for a value that changed unseen."""
         self.values.check(step)
         self.protect(registered, step + 1, begins=True)
+
+    def carry(self, step: int, carried: Mapping[str, Any], registered: dict[str, Any]) -> None:
+        """Gather what micro-batches carry on: the keeper of each rank that gets further has it. Raises Aborted."""
+        engine = self._engine
+        engine.stream_states.share(step, carried, registered, engine.agreeing, self.values.keep)
+        self.tell(registered, step + 1)
 
     def pass_by(self, version: int, *, first: bool) -> None:
         """In the user's own loop, a turn begins behind `version`: if its step is computed again, so is the turn."""
@@ -72,6 +79,12 @@ class LargeState:
         """Get what the position of the job refers to that this rank was told. Raises Aborted."""
         self._fetch([Terms.of(agreement).registered if agreement else {}, after])
 
+    def fetch_ahead(self, agreement: str) -> None:
+        """This rank is to commit a step that others have agreed on: get what they have gathered. Raises Aborted."""
+        registered = Terms.of(agreement).registered
+        self._fetch(registered.get(STREAM_STATE))
+        self._engine.stream_states.foresee(registered, self.values.give)
+
     def fetch_left(self, after: Mapping[str, Any]) -> None:
         """Get what another rank's user code has left. Raises Aborted."""
         self._fetch([after])
@@ -106,9 +119,15 @@ class LargeState:
         if engine.after_leaving is not None:
             return engine.after_leaving, self._at_leaving
         after = engine.turns.present()
-        return after, self.values.copies(after) if engine.rank == min(engine.comm.members) else {}
+        return after, self.values.copies([after, self._driven()]) if engine.rank == min(engine.comm.members) else {}
+
+    def _driven(self) -> dict[str, Any]:
+        """What the last step has agreed on of states that the runtime itself changes."""
+        engine = self._engine
+        states = Terms.of(engine.agreement).registered if engine.agreement else {}
+        return {name: state for name, state in states.items() if name in engine.registered.driven}
 
     def leave(self) -> None:
         """The user's code has left the loop, and may change all values."""
         if self._engine.checkpoints.active:
-            self._at_leaving = self.values.copies(self._engine.after_leaving)
+            self._at_leaving = self.values.copies([self._engine.after_leaving, self._driven()])

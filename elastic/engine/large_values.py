@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,7 +22,7 @@ from everstep.checkpointing.access.restore import Keepers
 from everstep.checkpointing.memory.contents import PIECE_BYTES, digest_of, pieces_of
 from everstep.comms.mesh.tensors import raw
 from everstep.elastic.contract.errors import UsageError
-from everstep.elastic.contract.stateful import digests_in
+from everstep.elastic.contract.stateful import bytes_of, digests_in
 
 LOST_S = 30.0  # how long pieces that no keeper has are looked for: a keeper may be starting again
 AGAIN_S = 0.02  # interval at which keepers are asked again
@@ -59,7 +58,7 @@ class _Mark:
         start = number * PIECE_BYTES
         if isinstance(self.value, Tensor) and self.value.is_contiguous() and not self.value.is_cpu:
             return raw(self.value.view(-1).view(torch.uint8)[start : start + PIECE_BYTES])
-        return _bytes_of(self.value)[start : start + PIECE_BYTES]
+        return bytes_of(self.value)[start : start + PIECE_BYTES]
 
 
 class LargeValues:
@@ -84,7 +83,7 @@ class LargeValues:
         if mark is None or not mark.is_of(value):
             seen = _writes(value) if isinstance(value, Tensor) else None
             held = value.detach() if isinstance(value, Tensor) else value
-            mark = self._marks[where] = _Mark(held, seen, [digest_of(piece) for piece in pieces_of(_bytes_of(value))])
+            mark = self._marks[where] = _Mark(held, seen, [digest_of(piece) for piece in pieces_of(bytes_of(value))])
         return mark.digests
 
     def forget(self, where: str) -> None:
@@ -141,7 +140,7 @@ class LargeValues:
         fd = os.memfd_create("everstep-contents", os.MFD_CLOEXEC)
         pieces: dict[str, int] = {}
         current = mark.seen is not None and mark.seen == _writes(mark.value)
-        whole = _bytes_of(mark.value)
+        whole = bytes_of(mark.value)
         try:
             at = 0
             for number in numbers:
@@ -231,9 +230,3 @@ class LargeValues:
 
 def _writes(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
-
-
-def _bytes_of(value: Any) -> memoryview:
-    if isinstance(value, Tensor):
-        return raw(value)
-    return np.ascontiguousarray(value).reshape(-1).view(np.uint8).data

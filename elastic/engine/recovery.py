@@ -175,9 +175,14 @@ class Recovery:
         return w.Linked()
 
     def _fetch_large(self, plan: Plan) -> None:
-        """A new rank without a guide, or one that goes back, needs what the plan's agreement refers to."""
+        """A new rank without a guide, or one that goes back, needs what the plan's agreement refers to.
+
+        So does one that was interrupted in a step that others have agreed on.
+        """
         engine, entering = self.engine, self.engine.worker.state.entering
         assert entering is not None
+        if plan.version is not None and plan.agreement and not entering.fresh and plan.version > engine.version:
+            engine.large.fetch_ahead(plan.agreement)
         if plan.version is None or not (entering.back or (entering.fresh and plan.guide is None and plan.agreement)):
             return
 

@@ -139,6 +139,11 @@ class Agreeing:
         """Gather a text of each member. Raises Aborted."""
         return {rank: item.text for rank, item in self.gathered(SharedText(text)).items()}
 
+    def contents(self, data: Tensor) -> dict[int, Tensor]:
+        """Gather bytes of each member, of any number. Raises Aborted."""
+        self._keys()
+        return all_gather(self._comm, self._step, self._exchanges, data)
+
     def _keys(self) -> tuple[Key, Key]:
         self._exchanges += 1
         place = (self._step, 0, self._exchanges)

@@ -31,6 +31,7 @@ from .forwards import Forwards
 from .order import StepSize, derive_seed
 from .reduction import Reduction
 from .steps import Graph, StepState
+from .stream_states import StreamStates
 
 Batch = tuple[Any, Any]
 
@@ -49,9 +50,11 @@ class Pipeline:
         reduction: Reduction,
         warn: Callable[[str], None],
         early: EarlyParts,
+        carried: StreamStates,
     ) -> None:
         self.stack = stack
         self.early = early
+        self._carried = carried
         self.forwards = Forwards(stack, warn)
         self.comm = comm
         self.progress = progress
@@ -109,6 +112,7 @@ class Pipeline:
                     tensor.requires_grad_()
             value = inputs[0] if len(inputs) == 1 else tuple(inputs)
         statistics: dict[int, list[Tensor]] = {}
+        self._carried.enter(state.step, span.micro_batch)
         for number in range(span.start, span.stop):
             value = self.apply(number, state, span.micro_batch, value, statistics)
         if is_last:
@@ -123,6 +127,7 @@ class Pipeline:
         graph = Graph(inputs, outputs, statistics)
         if is_last:
             self._finish(state, span, graph, None)
+            self._carried.leave()
             return
         state.outputs[(span.stop, span.micro_batch)] = [output.detach() for output in outputs]
         state.graphs[span] = graph

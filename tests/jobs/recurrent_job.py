@@ -2,7 +2,8 @@
 
 `plain`: without Everstep, by one process that sums the gradients of the four parts of a batch. `resumes`: it gets
 SIGTERM after its first step, saves, ends, and is resumed in the same process until it is done. `seldom`: the state is
-carried in every second batch only, and cleared in each fifth. `mistake`: what to do wrong.
+carried in every second batch only, and cleared in each fifth. `mistake`: what to do wrong. `yields`: by `run.steps`.
+`more`: numbers that are carried besides the hidden state, and count in the loss.
 """
 
 import json
@@ -48,6 +49,13 @@ class Model(nn.Module):
         return self.decoder(found).flatten(0, 1), hidden
 
 
+def with_more(loss, values, step):
+    """The loss, and the numbers that are carried: those that were there, plus the step."""
+    values = torch.zeros(config["more"]) if values is None else values
+    values = values + step
+    return loss + values.mean() / 1000 * loss, values
+
+
 def carried(hidden, window):
     """The hidden state that the next batch begins with; None: what is there stays."""
     return None if config.get("seldom") and window % 2 else hidden
@@ -59,11 +67,13 @@ def train_plain():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
     loader = torch.utils.data.DataLoader(Text(), batch_size=PART)
     for epoch in range(EPOCHS):
-        states, sums, step = {}, [], WINDOWS * epoch
+        states, more, sums, step = {}, {}, [], WINDOWS * epoch
         for slots, windows, words, targets in loader:
             slot, window = int(slots[0]), int(windows[0])
             output, hidden = model(words, states.get(slot))
             loss = nn.functional.cross_entropy(output, targets.flatten())
+            if config.get("more"):
+                loss, more[slot] = with_more(loss, more.get(slot) if window else None, step)
             if carried(hidden, window) is not None:
                 states[slot] = tuple(value.detach() for value in hidden)
             if config.get("seldom") and window == 4:
@@ -81,7 +91,7 @@ def train_plain():
 
 def mistake(run):
     if config.get("mistake") == "large":
-        run.stream_state["hidden"] = torch.zeros(1 << 16)
+        run.stream_state["hidden"] = "x" * (1 << 18)
 
 
 @everstep.elastic(epochs=EPOCHS, global_batch_size=COLUMNS, micro_batch_size=PART, seed=5)
@@ -89,6 +99,9 @@ def train(run):
     model = Model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
     loader = torch.utils.data.DataLoader(Text(), batch_size=COLUMNS, num_workers=config.get("workers", 0))
+    if config.get("yields"):
+        train_by_steps(run, model, optimizer)
+        return
     model, optimizer, loader = run.prepare(model, optimizer, loader)
 
     @run.on_step
@@ -103,6 +116,8 @@ def train(run):
             before = run.stream_state.get("hidden")
             output, hidden = model(words, before)
             loss = nn.functional.cross_entropy(output, targets.flatten())
+            if config.get("more"):
+                loss, run.stream_state["more"] = with_more(loss, run.stream_state.get("more"), step)
             assert hidden[0].requires_grad
             if carried(hidden, window) is not None:
                 run.stream_state["hidden"] = hidden
@@ -117,6 +132,38 @@ def train(run):
             if config.get("mistake") == "late":
                 run.stream_state["hidden"] = hidden
     torch.save(run.full_state_dict(), out / f"state-{mine}.pt")
+
+
+class Carrying(nn.Module):
+    """The model, with the state of its micro-batch."""
+
+    def __init__(self, run, model):
+        super().__init__()
+        self.run, self.model = run, model
+
+    def forward(self, words):
+        output, self.run.stream_state["hidden"] = self.model(words, self.run.stream_state.get("hidden"))
+        return output
+
+
+def train_by_steps(run, model, optimizer):
+    def loss_fn(output, targets):
+        loss = nn.functional.cross_entropy(output, targets[2].flatten())
+        if config.get("more"):
+            loss, run.stream_state["more"] = with_more(loss, run.stream_state.get("more"), run.step)
+        print(run.step, int(targets[0][0]), loss.item().hex(), file=lines, flush=True)
+        return loss
+
+    data = [(words, (slot, window, targets)) for slot, window, words, targets in (Text()[i] for i in range(40))]
+    model = Carrying(run, model)
+    optimizer.param_groups[0]["params"] = list(model.parameters())
+    loader = torch.utils.data.DataLoader(data, batch_size=COLUMNS)
+    for _ in run.steps(model, optimizer, loader, loss_fn=loss_fn):
+        if config.get("resumes"):
+            signal.raise_signal(signal.SIGTERM)
+    state = run.full_state_dict()
+    plain = {key: {name.removeprefix("model."): value for name, value in state[key].items()} for key in state}
+    torch.save(plain, out / f"state-{mine}.pt")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from everstep.elastic.step.exchange import Exchange
 from everstep.elastic.step.order import StepSize
 from everstep.elastic.step.pipeline import Pipeline
 from everstep.elastic.step.steps import StepState
+from everstep.elastic.step.stream_states import StreamStates
 from everstep.resharding.planners import initial_layout
 from everstep.resharding.work import Leg
 from tests.ranks import at_once
@@ -122,7 +123,7 @@ class Rank:
         )
         what: Any = (0, self.fetch, nn.functional.mse_loss, reduction, print, self.early)
         self.dtype = dtype
-        self.pipeline = Pipeline(self.stack, self.comm, Progress(None, rank, 0, []), *what)
+        self.pipeline = Pipeline(self.stack, self.comm, Progress(None, rank, 0, []), *what, StreamStates())
         self.exchange = Exchange(self.stack, self.comm, self.early)
 
     def fetch(self, step: int, micro_batch: int) -> tuple[Tensor, Tensor]:

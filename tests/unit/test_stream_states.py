@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from everstep.elastic.contract.errors import UsageError
+from everstep.elastic.contract.stateful import bytes_of, encode
 from everstep.elastic.step.order import DataOrder
 from everstep.elastic.step.stream_states import STREAM_STATE, StreamStates
 from everstep.elastic.step.taking_turns import TakingTurns
@@ -17,19 +18,49 @@ from everstep.elastic.step.taking_turns import TakingTurns
 ORDER = DataOrder(samples=24, global_batch_size=8, micro_batch_size=4, seed=1, by_epoch=True)  # epochs of 3 steps
 
 
-def states(order: DataOrder = ORDER) -> StreamStates:
+def states(order: DataOrder = ORDER, stages: int = 1) -> StreamStates:
     made = StreamStates()
-    made.begin(order, torch.device("cpu"))
+    made.begin(order, torch.device("cpu"), stages)
     return made
+
+
+class Gathering:
+    """The exchanges of ranks that come one after the other: `rounds` has what each has said in the round before."""
+
+    def __init__(self) -> None:
+        self.said: list[dict[int, Any]] = [{}, {}]
+        self.rank = 0
+
+    def texts(self, text: str) -> dict[int, str]:
+        self.said[0][self.rank] = text
+        return self.said[0]
+
+    def contents(self, data: torch.Tensor) -> dict[int, torch.Tensor]:
+        self.said[1][self.rank] = data
+        return self.said[1]
 
 
 def committed(ranks: list[StreamStates], step: int, held: list[list[int]]) -> None:
     """All agree on what the turns of a step have left, and commit it."""
-    texts = {rank: json.dumps(one.own(step, held[rank])) for rank, one in enumerate(ranks)}
-    for rank, one in enumerate(ranks):
-        registered: dict[str, Any] = {}
-        one.share(step, json.loads(texts[rank]), registered, lambda text: texts)
+    gathering, kept = Gathering(), dict[str, bytes]()
+
+    def keep(where: str, value: Any) -> list[str]:
+        kept[where] = bytes(bytes_of(value))
+        return [where]
+
+    for again in (False, True):  # in the first round some have not said what they have
+        for rank, one in enumerate(ranks):
+            gathering.rank, registered = rank, dict[str, Any]()
+            try:
+                one.share(step, one.own(step, held[rank]), registered, gathering, keep)
+            except KeyError:
+                assert not again
+    foreseeing = states()
+    foreseeing.foresee(registered, lambda digests: bytearray(kept[digests[0]]))
+    foreseeing.commit(registered)
+    for one in ranks:
         one.commit(registered)
+        assert encode(one.state_dict(), "") == encode(foreseeing.state_dict(), ""), "a rank that was not there has them"
 
 
 def turn(one: StreamStates, step: int, micro_batch: int, value: float) -> float:
@@ -60,6 +91,30 @@ def test_it_goes_on_where_the_micro_batch_is_computed() -> None:
     assert turn(other, 2, 0, 0.0) == -1.0, "another division of the batch"
 
 
+def test_large_values_are_on_all_ranks() -> None:
+    ranks = [states(), states()]
+    values = [torch.full((5_000,), 1.0), np.arange(9_000.0)]
+    for rank, value in enumerate(values):
+        ranks[rank].enter(0, rank)
+        ranks[rank]["it"] = [value, 3]
+        value[:] = 7  # the script's own: of no account
+        ranks[rank].leave()
+    committed(ranks, 0, [[0], [1]])
+    for one in ranks:
+        one.enter(1, 0)
+        one["it"][0].zero_()  # a copy
+        assert torch.equal(one["it"][0], torch.full((5_000,), 1.0))
+        one.enter(1, 1)
+        assert np.array_equal(one["it"][0], np.arange(9_000.0))
+
+
+def test_states_of_an_earlier_version_are_read() -> None:
+    one = states()
+    one.load_state_dict({"count": 2, "states": {"1": '{"it": [1, 2]}'}, "version": 1})
+    one.enter(1, 1)
+    assert dict(one) == {"it": [1, 2]}
+
+
 def test_what_is_not_changed_stays() -> None:
     one = states()
     turn(one, 0, 0, 1.0)
@@ -84,9 +139,11 @@ def test_it_is_of_a_turn() -> None:
     with pytest.raises(UsageError, match=r"run.stream_state\['it'\]\[0\] is a object: what ranks share may hold"):
         one["it"] = [object()]
     one["it"] = torch.zeros(98_000)
-    with pytest.raises(UsageError, match=r"take 531 KiB \(tensors as base64\), those of all 2 of a step 1.0 MiB"):
-        one["more"] = torch.zeros(4_000)
+    with pytest.raises(UsageError, match=r"take 586 KiB without its large tensors, those of all 2 of a step 1\.1 MiB"):
+        one["more"] = "x" * 600_000
     assert list(one) == ["it"], "what is refused changes nothing"
+    with pytest.raises(UsageError, match="by the ranks of stages=2, and a state is carried on by one: use stages=1"):
+        dict(states(stages=2))
     alternating = states(replace(ORDER, turns=TakingTurns((1, 1))))
     alternating.enter(0, 0)
     with pytest.raises(UsageError, match="each batch is computed several times, by several optimizers that take turns"):
