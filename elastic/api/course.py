@@ -11,6 +11,8 @@ from everstep.elastic.contract.stateful import encode
 from everstep.elastic.engine.call_log import Place
 from everstep.elastic.engine.engine import Engine
 from everstep.elastic.engine.user_loop import Step
+from everstep.elastic.step.devices import seed_generators
+from everstep.elastic.step.order import derive_seed
 from everstep.elastic.step.sampled import Drawn, Trust
 
 from .calls import AFTER, Calls, Exchange
@@ -61,7 +63,7 @@ class Course:
         engine = self._engine
         engine.progress.leave()
         step = engine.user_loop.show()
-        self._calls.at(Place(f"after step {step.index}", until=step.index + 1))
+        self._at(Place(f"after step {step.index}", until=step.index + 1))
         if engine.loops:
             engine.turn_over()
         for function in self._functions:
@@ -107,7 +109,7 @@ class Course:
     def begin_epoch(self, epoch: int, end: int) -> None:
         """The script begins an epoch, which ends at version `end`."""
         self._epoch, self.epoch_ended = (epoch, end), False
-        self._calls.at(Place(f"at the beginning of epoch {epoch}", until=end))
+        self._at(Place(f"at the beginning of epoch {epoch}", until=end))
 
     def begin_batches(self) -> None:
         """The batches of an epoch begin: all ranks use one order of its samples, if the script has a sampler."""
@@ -143,7 +145,7 @@ class Course:
         epoch, end = self._epoch
         self.epoch_ended = True
         self._engine.progress.leave()
-        self._calls.at(Place(f"at the end of epoch {epoch}", until=end))
+        self._at(Place(f"at the end of epoch {epoch}", until=end))
 
     def leave_epochs(self) -> None:
         """The loop over the epochs is over."""
@@ -213,4 +215,12 @@ class Course:
     def end(self) -> None:
         """The loop is over: the code behind it runs."""
         self._engine.progress.leave()
-        self._calls.at(AFTER)
+        self._at(AFTER)
+
+    def _at(self, place: Place) -> None:
+        """The script's code comes that all ranks run: what it draws does not depend on the turns that a rank has had.
+
+        Nor on when a replacement came.
+        """
+        self._calls.at(place)
+        seed_generators(derive_seed("between", self._engine.settings.seed, place.name))

@@ -202,7 +202,7 @@ class Batches:
             self._open, self._turn, self._skipped, self._stepped = span, state.step, False, False
             self._tokens, self._version = None, engine.version
             engine.stream_states.enter(state.step, span.micro_batch)
-            self._gradients.forget()
+            self._gradients.begin(state.step, first=not state.held)
             self._updates.begin(state.step)
             if not self._updates.several:  # else a parameter gets gradients that are not its optimizer's, too
                 engine.pipeline.begin_backward(state, span)

@@ -25,7 +25,7 @@ from everstep.resharding.legs import Await, Backward, Need
 from everstep.resharding.work import AssignedLeg, Leg
 
 from .canonical import accumulation_dtype
-from .devices import seed_torch, to_device
+from .devices import seed_generators, to_device
 from .early_parts import EarlyParts
 from .forwards import Forwards
 from .order import StepSize, derive_seed
@@ -200,11 +200,12 @@ class Pipeline:
         return [held for held in self.stack.layers[number].parameters if held.rule is not None]
 
     def seed_forward(self, step: int, micro_batch: int) -> None:
-        """Seed torch for a forward that the user runs."""
+        """Seed the generators for a turn of the user's loop."""
         self._seed(step, micro_batch, 0)
 
     def _seed(self, step: int, micro_batch: int, layer: int) -> None:
-        seed_torch(derive_seed("forward", self.seed, step, micro_batch, layer))
+        """Not all data is fetched in this process, nor by every rank, so what fetching leaves is not relied on."""
+        seed_generators(derive_seed("forward", self.seed, step, micro_batch, layer))
 
     def _backward(self, state: StepState, span: Leg, data: Tensor) -> None:
         self.progress.mark(StepPhase.COMPUTE, state.step, finished=len(state.held))

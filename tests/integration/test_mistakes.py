@@ -44,6 +44,7 @@ ANYWHERE = {
     "foreign_scheduler": "scheduler= takes a scheduler of torch.optim.lr_scheduler, got CosineOfAnotherLibrary: leave",
     "clipped_by_torch": "the gradient of '0.weight' was changed between backward() and optimizer.step()",
     "scaled_gradient": "write run.clip_grad_norm_(x) for torch.nn.utils.clip_grad_norm_(model.parameters(), x)",
+    "clipped_through_data": "the gradient of '0.weight' was changed between backward() and optimizer.step()",
     "grad_scaler": "this GradScaler was not handed over",
     "loads_optimizer": "optimizer.load_state_dict() was called after run.prepare or run.steps",
     "unfrozen": "parameter '0.weight' was frozen at run.prepare or run.steps, and has requires_grad=True now",

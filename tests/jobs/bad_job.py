@@ -198,6 +198,10 @@ def scaled_gradient(run):
     train_loop(run, stack(), turn=lambda model, _: setattr(model[0].weight, "grad", model[0].weight.grad * 2))
 
 
+def clipped_through_data(run):
+    train_loop(run, stack(), turn=lambda model, _: model[0].weight.grad.data.clamp_(-1e-3, 1e-3))
+
+
 def grad_scaler(run):
     model = stack()
     scaler = torch.amp.GradScaler("cpu")
