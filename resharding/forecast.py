@@ -28,6 +28,11 @@ class Costs:
         """Relative costs from the model alone: a backward pass takes twice the time of its forward."""
         return cls(spec.costs, tuple(2 * cost for cost in spec.costs))
 
+    def scaled(self, total: float) -> Costs:
+        """The same proportions, with this total over all layers."""
+        factor = total / (sum(self.total) or 1.0)
+        return Costs(tuple(factor * c for c in self.forward), tuple(factor * c for c in self.backward))
+
     @property
     def total(self) -> tuple[float, ...]:
         return tuple(map(sum, zip(self.forward, self.backward, strict=True)))

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate, combinations, pairwise
 
+from .forecast import Costs
 from .layout import Layout, LayoutError, Stage
 from .planners import deal_micro_batches, deal_shards, partition
 from .rebalance import layer_bytes
@@ -21,22 +22,28 @@ Cell = tuple[int, int]
 
 
 def relayout(
-    spec: ModelSpec, old: Layout, stages: int, generation: int, *, speeds: Mapping[int, float] | None = None
+    spec: ModelSpec,
+    old: Layout,
+    stages: int,
+    generation: int,
+    *,
+    costs: Costs | None = None,
+    speeds: Mapping[int, float] | None = None,
 ) -> Layout:
     """The layout of `old`'s ranks in `stages` stages, which are its home, too.
 
-    Of two cuts that are as even, the one that moves fewer bytes of layers is taken. `speeds`: rank -> speed, by which
-    micro-batches are dealt; 1 where none is given. Pure; equal arguments give equal results. Raises LayoutError when
-    there are too few ranks or layers.
+    Of two cuts that are as even, the one that moves fewer bytes of layers is taken. `costs`: of the layers; from
+    the model by default. `speeds`: rank -> speed, by which micro-batches are dealt; 1 where none is given. Pure; equal
+    arguments give equal results. Raises LayoutError when there are too few ranks or layers.
     """
     if not 1 <= stages <= len(old.ranks):
         raise LayoutError(f"{stages} stages need at least as many workers; there are {len(old.ranks)}")
-    size = [0, *accumulate(layer_bytes(spec))]
+    size, cost = [0, *accumulate(layer_bytes(spec))], (costs or Costs.of(spec)).total
     even = [len(old.ranks) * (i + 1) // stages - len(old.ranks) * i // stages for i in range(stages)]
     best: tuple[float, int, list[int], Counter[Cell]] | None = None
     for sizes in (sorted(even, reverse=True), sorted(even)):
-        bounds = partition(spec.costs, sizes)
-        slowest = max(sum(spec.costs[a:b]) / n for (a, b), n in zip(pairwise(bounds), sizes, strict=True))
+        bounds = partition(cost, sizes)
+        slowest = max(sum(cost[a:b]) / n for (a, b), n in zip(pairwise(bounds), sizes, strict=True))
         kept = [[_common(size, stage, span) for span in pairwise(bounds)] for stage in old.stages]
         moves = _assign([len(stage.ranks) for stage in old.stages], sizes, kept)
         fetched = sum(n * (size[b] - size[a]) for (a, b), n in zip(pairwise(bounds), sizes, strict=True))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from everstep.comms.control import telemetry_pb2 as pb
 from everstep.elastic.contract.telemetry import Records, Spent
 
+from .verdicts import low_median
+
 OPEN_STEPS = 64  # unfinished steps of a rank; older ones are dropped
+LAYER_SAMPLES = 32  # of a layer, between two messages; older ones are dropped
 _SUMS = {
     "compute_s": (Spent.FORWARD, Spent.BACKWARD, Spent.COMPUTE),
     "fetch_s": (Spent.FETCH,),
@@ -71,6 +74,8 @@ class StepSums:
         self.totals = Totals()
         self._open: OrderedDict[int, _Open] = OrderedDict()
         self._links: dict[int, _Link] = {}
+        self._first_timed: int | None = None  # the first step whose layers were timed
+        self._layers: dict[int, deque[tuple[int, float]]] = {}  # layer -> nanoseconds forward, seconds backward
 
     def add(self, records: Records) -> list[pb.StepTimes]:
         """Process records in order; returns the steps that end in them."""
@@ -81,6 +86,11 @@ class StepSums:
             spent[kind] += took
             if kind == Spent.STEP:
                 ended.append(self._end(step, generation, took, end_ns, value))
+                continue
+            if kind == Spent.LAYER:
+                self._first_timed = step if self._first_timed is None else self._first_timed
+                if step != self._first_timed:  # in which libraries are loaded, and caches filled
+                    self._layers.setdefault(amount, deque(maxlen=LAYER_SAMPLES)).append((took, value))
                 continue
             found = self._open.get(step)
             if found is None:
@@ -146,6 +156,16 @@ class StepSums:
             longest_s=max(found.compute_ns.values(), default=0) / 1e9,
             **sums,
         )
+
+    def layers(self) -> pb.LayerTimes:
+        """What layers have cost here since the last call: medians."""
+        layers, self._layers = self._layers, {}
+        found = pb.LayerTimes(rank=self.rank)
+        for layer, samples in layers.items():
+            found.layer.append(layer)
+            found.forward_s.append(low_median([took for took, _ in samples]) / 1e9)
+            found.backward_s.append(low_median([backward_s for _, backward_s in samples]))
+        return found
 
     def links(self) -> Iterator[pb.LinkTimes]:
         """Traffic to and from each peer since the last call."""

@@ -15,12 +15,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from everstep.agents.analysis.layer_costs import LayerCosts
 from everstep.agents.analysis.reprotection import Reprotection
 from everstep.agents.analysis.series import Series
 from everstep.agents.analysis.suspects import Suspects
 from everstep.comms.control import telemetry_pb2 as pb
 from everstep.elastic.protocol.causes import Cause
-from everstep.elastic.protocol.events import SpeedsMeasured, StragglerFound, StragglerGone, WaitNoticed
+from everstep.elastic.protocol.events import CostsMeasured, SpeedsMeasured, StragglerFound, StragglerGone, WaitNoticed
 from everstep.elastic.protocol.job import Job
 from everstep.elastic.protocol.state import State
 
@@ -82,6 +83,7 @@ class Observer:
         self.series = Series()
         self.suspects = Suspects()
         self.stragglers = self.suspects.stragglers
+        self.layer_costs = LayerCosts()
         self.holdups = Holdups()
         self.reprotection = Reprotection()
         self.ranks: dict[int, RankSeries] = {}
@@ -96,6 +98,7 @@ class Observer:
         self._tokens_per_sample = math.nan
         self._samples_without = 0  # steps whose tokens are not reported yet
         self._compared_s = 0.0
+        self._costs_s = 0.0  # when costs of layers were looked at last
         self._held_up_s = 0.0  # when waits were looked at last
         self._checkpoint_s = 0.0
         self._checkpoint: Mapping[str, Any] | None = None
@@ -129,6 +132,7 @@ class Observer:
                 series.take(node, step)
             elapsed_s = telemetry.at_s - before.telemetry.at_s if before else 0.0
             self.suspects.take(telemetry, elapsed_s, now)
+            self.layer_costs.take(telemetry, self._state().speeds)
             self.holdups.take(telemetry.ranks, now)
             self._learn_tokens(telemetry)
             if now - self._compared_s >= COMPARE_S:
@@ -140,13 +144,17 @@ class Observer:
         """Heartbeats of agents arrived."""
         self.metrics.heartbeats.inc(count)
 
-    def poll(self) -> StragglerFound | StragglerGone | SpeedsMeasured | WaitNoticed | None:
-        """New findings of slow ranks, links and waits, one at a time: events for the coordinator."""
+    def poll(self) -> StragglerFound | StragglerGone | SpeedsMeasured | CostsMeasured | WaitNoticed | None:
+        """New findings of slow ranks, links, costs and waits, one at a time: events for the coordinator."""
         with self._lock:
             found = self.suspects.poll()
             now = self._clock()
             if found is not None or now - self._held_up_s < COMPARE_S:
                 return found
+            if now - self._costs_s >= COMPARE_S:
+                self._costs_s = now
+                if (costs := self.layer_costs.news(self._state())) is not None:
+                    return costs
             wait = self.holdups.poll(self._state(), now, self.series.typical_s)
             if wait is None:  # else there may be more
                 self._held_up_s = now

@@ -30,6 +30,7 @@ PERIOD_S = 1.0
 STEPS_PER_RANK = 32  # in one message
 STEPS_PER_MESSAGE = 256
 LINKS_PER_MESSAGE = 64
+LAYERS_PER_MESSAGE = 1024  # of all ranks together, and those of one rank in any case
 KEEPER_READINGS = 600
 MESSAGES_PER_S = 500  # of all nodes together: agents of large jobs send less often
 
@@ -90,6 +91,7 @@ class Gatherer:
         self._finished: list[pb.StepTimes] = []  # not sent yet
         self._nodes = 1
         self._missed_spans = 0  # of workers that have ended
+        self._layers_from = 0  # counts the workers whose layers were sent
         self._left_out = 0
         self._keeper: KeeperClient | None = None
         self._keeper_work: deque[pb.KeeperWork] = deque(maxlen=KEEPER_READINGS)
@@ -185,6 +187,7 @@ class Gatherer:
         """The report for the coordinator: all telemetry since the last report, within bounds."""
         with self._lock:
             links = [link for watched in self._watched.values() for link in watched.sums.links()]
+            layers = self._layers()
             steps, self._finished = self._finished, []
             missed = self._missed()
         links.sort(key=lambda link: link.send_s + link.receive_s + link.wait_s, reverse=True)
@@ -194,12 +197,25 @@ class Gatherer:
             steps=steps,
             ranks=self._ranks(),
             links=links[:LINKS_PER_MESSAGE],
+            layers=layers,
             host=reading,
             gpus=gpus,
             missed_spans=missed,
             left_out=self._left_out,
             metrics=self._pages.address if self._pages is not None else "",
         )
+
+    def _layers(self) -> list[pb.LayerTimes]:
+        """What layers cost, of as many workers as a message has room for; the others are next."""
+        found: list[pb.LayerTimes] = []
+        waiting = list(self._watched.values())
+        turn = self._layers_from % len(waiting) if waiting else 0
+        for watched in (*waiting[turn:], *waiting[:turn]):
+            if sum(len(times.layer) for times in found) >= LAYERS_PER_MESSAGE:
+                break
+            found.append(watched.sums.layers())
+            self._layers_from += 1
+        return [times for times in found if times.layer]
 
     def _read(self, watched: _Watched) -> None:
         ended = watched.read()

@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Telemetry(_message.Message):
-    __slots__ = ("at_s", "unix_s", "steps", "links", "host", "gpus", "missed_spans", "left_out", "ranks", "metrics")
+    __slots__ = ("at_s", "unix_s", "steps", "links", "host", "gpus", "missed_spans", "left_out", "ranks", "metrics", "layers")
     AT_S_FIELD_NUMBER: _ClassVar[int]
     UNIX_S_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
@@ -18,6 +18,7 @@ class Telemetry(_message.Message):
     LEFT_OUT_FIELD_NUMBER: _ClassVar[int]
     RANKS_FIELD_NUMBER: _ClassVar[int]
     METRICS_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
     at_s: float
     unix_s: float
     steps: _containers.RepeatedCompositeFieldContainer[StepTimes]
@@ -28,7 +29,8 @@ class Telemetry(_message.Message):
     left_out: int
     ranks: _containers.RepeatedCompositeFieldContainer[RankState]
     metrics: str
-    def __init__(self, at_s: _Optional[float] = ..., unix_s: _Optional[float] = ..., steps: _Optional[_Iterable[_Union[StepTimes, _Mapping]]] = ..., links: _Optional[_Iterable[_Union[LinkTimes, _Mapping]]] = ..., host: _Optional[_Union[HostReading, _Mapping]] = ..., gpus: _Optional[_Iterable[_Union[GpuReading, _Mapping]]] = ..., missed_spans: _Optional[int] = ..., left_out: _Optional[int] = ..., ranks: _Optional[_Iterable[_Union[RankState, _Mapping]]] = ..., metrics: _Optional[str] = ...) -> None: ...
+    layers: _containers.RepeatedCompositeFieldContainer[LayerTimes]
+    def __init__(self, at_s: _Optional[float] = ..., unix_s: _Optional[float] = ..., steps: _Optional[_Iterable[_Union[StepTimes, _Mapping]]] = ..., links: _Optional[_Iterable[_Union[LinkTimes, _Mapping]]] = ..., host: _Optional[_Union[HostReading, _Mapping]] = ..., gpus: _Optional[_Iterable[_Union[GpuReading, _Mapping]]] = ..., missed_spans: _Optional[int] = ..., left_out: _Optional[int] = ..., ranks: _Optional[_Iterable[_Union[RankState, _Mapping]]] = ..., metrics: _Optional[str] = ..., layers: _Optional[_Iterable[_Union[LayerTimes, _Mapping]]] = ...) -> None: ...
 
 class RankState(_message.Message):
     __slots__ = ("rank", "incarnation", "step", "place", "still_s", "limit_s", "waits_s", "waits_for", "waits_ranks", "sign")
@@ -91,6 +93,18 @@ class StepTimes(_message.Message):
     samples: int
     longest_s: float
     def __init__(self, rank: _Optional[int] = ..., step: _Optional[int] = ..., generation: _Optional[int] = ..., ended_s: _Optional[float] = ..., step_s: _Optional[float] = ..., compute_s: _Optional[float] = ..., fetch_s: _Optional[float] = ..., wait_s: _Optional[float] = ..., send_s: _Optional[float] = ..., receive_s: _Optional[float] = ..., update_s: _Optional[float] = ..., blocked_s: _Optional[float] = ..., outside_s: _Optional[float] = ..., micro_batches: _Optional[int] = ..., tokens: _Optional[int] = ..., samples: _Optional[int] = ..., longest_s: _Optional[float] = ...) -> None: ...
+
+class LayerTimes(_message.Message):
+    __slots__ = ("rank", "layer", "forward_s", "backward_s")
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    FORWARD_S_FIELD_NUMBER: _ClassVar[int]
+    BACKWARD_S_FIELD_NUMBER: _ClassVar[int]
+    rank: int
+    layer: _containers.RepeatedScalarFieldContainer[int]
+    forward_s: _containers.RepeatedScalarFieldContainer[float]
+    backward_s: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, rank: _Optional[int] = ..., layer: _Optional[_Iterable[int]] = ..., forward_s: _Optional[_Iterable[float]] = ..., backward_s: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class LinkTimes(_message.Message):
     __slots__ = ("rank", "peer", "sent_bytes", "send_s", "received_bytes", "receive_s", "wait_s")

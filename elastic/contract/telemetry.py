@@ -70,9 +70,10 @@ class Spent(enum.IntEnum):
     EDIT = 17  # links closed and opened
     RESTORE = 18  # fetching shards and values
     OUTSIDE = 19  # the user's own code between steps
+    LAYER = 20  # one layer's forward, in the micro-batch of a step that is timed [layer, seconds of its backward]
 
 
-PHASES = frozenset({Spent.REDUCE, Spent.AGREE, Spent.PUBLISH, Spent.STEP, Spent.RECOVER, Spent.SNAPSHOT})
+PHASES = frozenset({Spent.REDUCE, Spent.AGREE, Spent.PUBLISH, Spent.STEP, Spent.RECOVER, Spent.SNAPSHOT, Spent.LAYER})
 """Kinds that other spans lie in, or beside: times of the rest add up, on the main thread, to no more than the step."""
 
 

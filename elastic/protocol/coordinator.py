@@ -63,7 +63,7 @@ from .outcome import (
 )
 from .protection import committed_protected
 from .quarantine import keep_out, quarantine_ordered, release_ordered
-from .rebalancing import rebalance_due, speeds_measured
+from .rebalancing import costs_measured, rebalance_due, speeds_measured
 from .recovering import (
     all_ready,
     begin_recovery,
@@ -363,6 +363,7 @@ _HANDLERS: dict[type[Any], Callable[[State, Any, float], Outcome]] = {
     e.StragglerFound: straggler_found,
     e.StragglerGone: straggler_gone,
     e.SpeedsMeasured: speeds_measured,
+    e.CostsMeasured: costs_measured,
     e.QuarantineOrdered: quarantine_ordered,
     e.ReleaseOrdered: release_ordered,
     e.RelayoutOrdered: relayout_ordered,

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from everstep.resharding.forecast import Costs
 from everstep.resharding.placement import Placement
 from everstep.resharding.plan import Plan, Report
 
@@ -352,6 +353,13 @@ class SpeedsMeasured:
 
 
 @dataclass(frozen=True)
+class CostsMeasured:
+    """What a micro-batch costs in each layer, as measured."""
+
+    costs: Costs
+
+
+@dataclass(frozen=True)
 class RendezvousClosed:
     """An ordinary job under torchrun, whose agents used this rendezvous, is over, and its agents have disconnected."""
 
@@ -394,6 +402,7 @@ Event = (
     | ReleaseOrdered
     | RelayoutOrdered
     | SpeedsMeasured
+    | CostsMeasured
     | WaitNoticed
     | RendezvousClosed
     | Ticked

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
+from everstep.resharding.forecast import Costs
 from everstep.resharding.moves import ahead
 from everstep.resharding.plan import plan_switch
 from everstep.resharding.rebalance import rebalance
@@ -20,13 +22,32 @@ from .recovering import carry_out
 from .state import NOT_SEARCHED, Phase, State, Status
 
 SPEED_CHANGED = 0.1  # by which a speed has to change before another search
+COSTS_CHANGED = 0.1  # of all layers' costs: by which they have to change, taken together
 MOST_PATIENCE = 32
+UNMEASURED_STEPS = 4  # of a layout, before costs are assumed: until then they are mostly measured
 
 
 def differ(speeds: Mapping[int, float], known: Mapping[int, float]) -> bool:
     """Whether a rank's speed has changed by so much that it matters; it is 1 where none is given."""
     ranks = speeds.keys() | known.keys()
     return any(abs(speeds.get(rank, 1.0) / known.get(rank, 1.0) - 1) >= SPEED_CHANGED for rank in ranks)
+
+
+def costs_differ(costs: Costs, known: Costs) -> bool:
+    """Whether the layers cost something else by so much that it matters."""
+    pairs = zip((*costs.forward, *costs.backward), (*known.forward, *known.backward), strict=True)
+    return sum(abs(cost - before) for cost, before in pairs) >= COSTS_CHANGED * sum(known.total)
+
+
+def costs_measured(state: State, event: e.CostsMeasured, now: float) -> Outcome:
+    """Use these costs from now on, and search again if their proportions differ from those that were used before."""
+    job, costs = state.job, event.costs
+    if job is None or state.layout is None or len(costs.forward) != job.model.layers:
+        return state, []
+    known = state.costs or Costs.of(job.model)
+    again = costs_differ(costs.scaled(1.0), known.scaled(1.0))
+    balance = state.balance._replace(searched=state.balance.searched and not again)
+    return replace(state, costs=costs, balance=balance), []
 
 
 def speeds_measured(state: State, event: e.SpeedsMeasured, now: float) -> Outcome:
@@ -50,22 +71,36 @@ def rebalance_due(state: State, now: float) -> Outcome:
         return replace(state, balance=began), []
     steps = state.committed - balance.since_step
     lasts_s = after_s if balance.promised else after_s * balance.patience
-    if balance.searched or now - balance.since_s < lasts_s or steps < 1:
+    least = UNMEASURED_STEPS if state.costs is None and len(layout.stages) > 1 else 1
+    if balance.searched or now - balance.since_s < lasts_s or steps < least:
         return state, []
     step_s = (now - balance.since_s) / steps
     if balance.promised:
         return _judged(state, step_s)
     state = replace(state, balance=balance._replace(searched=True))
-    found = rebalance(job.model, layout, state.generation + 1, speeds=state.speeds)
+    found = rebalance(job.model, layout, state.generation + 1, costs=state.costs, speeds=state.speeds)
     if found is None:
         return state, []
     plan = replace(plan_switch(job.model, layout, found.layout), lines=state.lines)
     if state.config.prefetch:
         plan = replace(plan, moves=ahead(plan.moves))
-    balance = state.balance._replace(offered=plan.generation, promised=found.gain, step_s=step_s)
+    balance = state.balance._replace(
+        offered=plan.generation, promised=found.gain, step_s=step_s, forecast_s=found.after if state.costs else 0.0
+    )
     fields = {"generation": plan.generation, "layout": plan.layout.describe(), "why": found.why(), "gain": found.gain}
+    fields |= _measured(state, found.after)
     state, orders = carry_out(replace(state, generation=plan.generation, join=plan, balance=balance), plan)
     return state, [*orders, e.Record("rebalance_prepared", fields)]
+
+
+def _measured(state: State, forecast_s: float) -> dict[str, Any]:
+    """What a forecast was made of, if the costs were measured: only then it is in seconds."""
+    costs = state.costs
+    if costs is None:
+        return {}
+    speeds = {str(rank): round(speed, 3) for rank, speed in state.speeds.items()}
+    forward_s, backward_s = ([round(cost, 7) for cost in each] for each in (costs.forward, costs.backward))
+    return {"forecast_s": forecast_s, "forward_s": forward_s, "backward_s": backward_s, "speeds": speeds}
 
 
 def _judged(state: State, step_s: float) -> Outcome:
@@ -77,7 +112,9 @@ def _judged(state: State, step_s: float) -> Outcome:
     """
     balance = state.balance
     saved = 1 - step_s / balance.step_s
-    fields = {"generation": balance.generation, "promised": balance.promised, "saved": saved}
+    fields = {"generation": balance.generation, "promised": balance.promised, "saved": saved, "step_s": step_s}
+    if balance.forecast_s:
+        fields["forecast_s"] = balance.forecast_s
     broken = saved < balance.promised / 2
     patience = min(MOST_PATIENCE, balance.patience * 4) if broken else max(1, balance.patience // 2)
     balance = balance._replace(promised=0.0, searched=broken, patience=patience)

@@ -102,4 +102,5 @@ def _impossible(state: State, stages: int) -> str:
 def _target(state: State, stages: int) -> Layout:
     assert state.job is not None
     assert state.layout is not None
-    return relayout(state.job.model, state.layout, stages, state.generation + 1, speeds=state.speeds)
+    costs, speeds = state.costs, state.speeds
+    return relayout(state.job.model, state.layout, stages, state.generation + 1, costs=costs, speeds=speeds)

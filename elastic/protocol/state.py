@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+from everstep.resharding.forecast import Costs
 from everstep.resharding.layout import Layout
 from everstep.resharding.lines import Lines
 from everstep.resharding.placement import Placement
@@ -158,6 +159,7 @@ class Balance(NamedTuple):
 
     `offered`: the generation of the faster layout that was found, which is to save the part `promised` of the step time
     `step_s`. Of a layout that was found so, these are what was promised of it; `promised` is 0 of any other.
+    `forecast_s`: the step time that the forecast gave it, from costs that were measured; 0 if they were assumed.
     `switched`: the ranks that have entered it, until all have.
     `patience`: by how much longer than the first one a layout has to last before another is searched for.
     """
@@ -169,6 +171,7 @@ class Balance(NamedTuple):
     offered: int = 0
     promised: float = 0.0
     step_s: float = 0.0
+    forecast_s: float = 0.0
     switched: tuple[Switched, ...] = ()
     patience: int = 1
 
@@ -270,6 +273,7 @@ class State:
     balance: Balance = NOT_SEARCHED
     stages_asked: int = 0  # the number of stages that was ordered, until members are in such a layout; 0: none
     speeds: Mapping[int, float] = field(default_factory=dict)  # of ranks, as measured; 1 where none is
+    costs: Costs | None = None  # of layers, as measured; None: not yet, and the model's are assumed
     placement: Placement | None = None  # of parity, in the newest generation
     placements: Mapping[int, Placement] = field(default_factory=dict)  # by generation: the layout's, and the join's
     committed: int = -1  # the last committed step; goes back when versions are lost with a node

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from everstep.elastic.protocol import events as e
 from everstep.elastic.protocol.events import WorkerId
 from everstep.elastic.protocol.relayout import busy
 from everstep.elastic.protocol.state import Phase, Status
+from everstep.resharding.forecast import Costs
+from everstep.resharding.units import ModelSpec
 
 from .cluster import Cluster
 from .storage import Full
@@ -92,6 +96,23 @@ class SpeedChange(Fault):
     """Ranks are measured to be slower or faster than before."""
 
     speeds: tuple[float, ...] = ()  # one after another, for the ranks that there are
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostChange(Fault):
+    """Layers are measured to cost something else than before."""
+
+    factors: tuple[float, ...] = ()  # of what each layer is assumed to cost, one after another
+
+
+def costs_of(model: ModelSpec, factors: Sequence[float]) -> Costs:
+    """The assumed costs of a model's layers, each times its factor."""
+    assumed = Costs.of(model)
+    forward, backward = (
+        tuple(cost * factor for cost, factor in zip(each, itertools.cycle(factors), strict=False))
+        for each in (assumed.forward, assumed.backward)
+    )
+    return Costs(forward, backward)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,6 +265,16 @@ def draw_speeds(rng: random.Random, horizon_s: float) -> list[Fault]:
     return changes
 
 
+def draw_costs(rng: random.Random, horizon_s: float) -> list[Fault]:
+    """Some measurements of what layers cost, each unlike the one before."""
+    changes: list[Fault] = []
+    for _ in range(rng.choice((1, 2, 4))):
+        at_s, phase, after = _occasion(rng, PHASES, horizon_s)
+        factors = tuple(rng.choice((0.1, 1.0, 1.0, 4.0)) for _ in range(10))
+        changes.append(CostChange(victims=0, at_s=at_s, phase=phase, after=after, factors=factors))
+    return changes
+
+
 def draw_relayouts(rng: random.Random, most: int, horizon_s: float) -> list[Fault]:
     """Some orders to go to another number of stages, of at most `most`."""
     orders: list[Fault] = []
@@ -304,6 +335,9 @@ class Injector:
             return
         if isinstance(fault, SpeedChange):
             self._cluster.happened(e.SpeedsMeasured(dict(enumerate(fault.speeds))))
+            return
+        if isinstance(fault, CostChange):
+            self._cluster.happened(e.CostsMeasured(costs_of(self._cluster.job.model, fault.factors)))
             return
         if isinstance(fault, RelayoutOrder):
             self._strike_relayout(fault, self._world.now + PATIENCE_S)

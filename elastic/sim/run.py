@@ -20,6 +20,7 @@ from .faults import (
     Fault,
     Injector,
     draw,
+    draw_costs,
     draw_disk_faults,
     draw_drains,
     draw_flips,
@@ -72,6 +73,7 @@ class Shape:
     racks: int = 0  # of the nodes that the job begins with; they are lost as a whole
     relayouts: bool = False  # operators ask for other numbers of stages
     speeds_change: bool = False  # ranks become slower and faster, as measured
+    costs_change: bool = False  # layers are measured to cost something else than the model says
 
 
 SHAPES = {
@@ -163,6 +165,19 @@ SHAPES = {
         rebalance_s=0.1,
         speeds_change=True,
         late_slots=2,
+    ),
+    "rebalancing, costs": Shape(
+        stages=3,
+        workers=6,
+        nodes=6,
+        layers=9,
+        micro_batches=10,
+        steps=24,
+        tied=True,
+        loses_nodes=True,
+        rebalance_s=0.1,
+        costs_change=True,
+        late_slots=1,
     ),
     "relayouts": Shape(stages=2, workers=4, layers=6, steps=24, tied=True, relayouts=True),
     "relayouts, 5 nodes": Shape(
@@ -409,6 +424,7 @@ def _faults(rng: random.Random, shape: Shape, horizon_s: float) -> list[Fault]:
     drains += draw_store_faults(rng, horizon_s) if shape.store_fails else []
     drains += draw_disk_faults(rng, horizon_s) if shape.disk_fills else []
     drains += draw_speeds(rng, horizon_s) if shape.speeds_change else []
+    drains += draw_costs(rng, horizon_s) if shape.costs_change else []
     drains += draw_relayouts(rng, min(shape.workers, shape.layers), horizon_s) if shape.relayouts else []
     moves = shape.rebalance_s or shape.relayouts
     drains += draw_moves(rng, shape.losses if shape.loses_nodes else 0) if moves else []

@@ -28,6 +28,7 @@ from .canonical import accumulation_dtype
 from .devices import seed_generators, to_device
 from .early_parts import EarlyParts
 from .forwards import Forwards
+from .layer_times import LayerSample, LayerTimes
 from .order import StepSize, derive_seed
 from .reduction import Reduction
 from .steps import Graph, StepState
@@ -63,6 +64,7 @@ class Pipeline:
         self.loss_fn = loss_fn
         self.reduction = reduction
         self.base_statistics: dict[int, list[Tensor]] = {}
+        self._layer_times = LayerTimes(lambda number: stack.device_of(number).type == "cpu")
 
     def resend(self, state: StepState, started: Iterable[AssignedLeg]) -> None:
         """After a change of the membership: send again what others need of the work that is done here."""
@@ -113,8 +115,12 @@ class Pipeline:
             value = inputs[0] if len(inputs) == 1 else tuple(inputs)
         statistics: dict[int, list[Tensor]] = {}
         self._carried.enter(state.step, span.micro_batch)
+        sample = self._layer_times.sample(state, span)
         for number in range(span.start, span.stop):
+            layer_ns = time.monotonic_ns()
             value = self.apply(number, state, span.micro_batch, value, statistics)
+            if sample is not None:
+                sample.forwarded(layer_ns, value)
         if is_last:
             self._seed(state.step, span.micro_batch, span.stop)
             returned = self.loss_fn(value, to_device(targets, self.stack.device_of(span.stop - 1)))
@@ -122,9 +128,11 @@ class Pipeline:
             weight = self.reduction.weight(state.size, span.micro_batch)
             state.losses[span.micro_batch], state.tokens[span.micro_batch] = weight * float(loss.detach()), tokens
             value = self.reduction.loss_scale.scaled(loss)
+            if sample is not None:
+                sample.lost()
         outputs = list(value) if isinstance(value, tuple | list) else [value]
         telemetry.span(Spent.FORWARD, started_ns, micro_batch=span.micro_batch)
-        graph = Graph(inputs, outputs, statistics)
+        graph = Graph(inputs, outputs, statistics, sample)
         if is_last:
             self._finish(state, span, graph, None)
             self._carried.leave()
@@ -220,9 +228,14 @@ class Pipeline:
             if output.requires_grad and (gradients is None or gradient is not None)
         ]
         self.begin_backward(state, span)
+        backward_ns = time.monotonic_ns()
         if pairs:
             torch.autograd.backward([o for o, _ in pairs], [g for _, g in pairs])
-        self.harvest(state, span, graph.statistics)
+        if graph.sample is not None:
+            graph.sample.backward(backward_ns)
+        self.harvest(state, span, graph.statistics, graph.sample)
+        if graph.sample is not None:
+            graph.sample.write(self.progress.telemetry)
         self.progress.telemetry.span(Spent.BACKWARD, started_ns, micro_batch=span.micro_batch)
         if span.start > 0:
             found = [t.grad if t is not None else None for t in graph.inputs]
@@ -236,11 +249,13 @@ class Pipeline:
         """A backward follows: what it makes of gradients in this rank's last one of the step goes to their owners."""
         self.early.begin(state, span, self.reduction.weight(state.size, span.micro_batch))
 
-    def harvest(self, state: StepState, span: Leg, statistics: dict[int, list[Tensor]]) -> None:
+    def harvest(
+        self, state: StepState, span: Leg, statistics: dict[int, list[Tensor]], sample: LayerSample | None = None
+    ) -> None:
         """Move the gradients of a micro-batch from the parameters into the sums."""
         weight = self.reduction.weight(state.size, span.micro_batch)
         for number in range(span.start, span.stop):
-            layer = self.stack.layers[number]
+            layer, layer_ns = self.stack.layers[number], time.monotonic_ns()
             after = iter(statistics.get(number, ()))
             leaves: list[Tensor] = []
             for at, held in enumerate(layer.parameters):
@@ -255,6 +270,8 @@ class Pipeline:
                 held.tensor.grad = None
             largest = [at for at, held in enumerate(layer.parameters) if held.rule == "max"]
             state.hold(span, number, leaves, largest)
+            if sample is not None:
+                sample.harvested(layer_ns)
         state.finished(span)
 
     def _gradient(self, held: Held) -> Tensor:

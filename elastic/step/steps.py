@@ -12,6 +12,7 @@ from everstep.resharding.legs import StepWork
 from everstep.resharding.work import AssignedLeg, Leg, Work
 
 from .canonical import TreeNode, TreeSum
+from .layer_times import LayerSample
 from .order import StepSize
 
 _NO_SAMPLES = StepSize(0, 1)
@@ -24,6 +25,7 @@ class Graph:
     inputs: Sequence[Tensor | None]
     outputs: Sequence[Tensor]
     statistics: dict[int, list[Tensor]]  # layer -> batch-norm statistics after this micro-batch alone
+    sample: LayerSample | None = None  # times its layers
 
 
 @dataclass

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import re
 import signal
@@ -11,9 +13,15 @@ from typing import Any
 
 import pytest
 
+from everstep.resharding.forecast import Costs, step_time
+from everstep.resharding.layout import Layout, Stage
+from everstep.resharding.planners import deal_micro_batches
+from everstep.resharding.rebalance import AS_GOOD
+from everstep.resharding.units import ModelSpec
 from tests.jobs import slowly
 from tests.jobs.cluster import Cluster
 from tests.jobs.hosts import Hosts
+from tests.property.worlds import layouts_of
 
 STEPS = 40
 
@@ -23,7 +31,7 @@ class Rebalancing(Cluster):
 
     def __init__(self, hosts: Hosts, out: Path, *, after_s: float = 0.3, least: int = 1, **config: Any) -> None:
         self._after_s = after_s
-        super().__init__(hosts, out, steps=STEPS, least=least, **config)
+        super().__init__(hosts, out, steps=config.pop("steps", STEPS), least=least, **config)
 
     def start_coordinator(self) -> subprocess.Popen[str]:
         """With a store, so that it can be started again."""
@@ -49,6 +57,11 @@ class Rebalancing(Cluster):
         """For good."""
         self.away.add(host)
         self.hosts.kill(host)
+
+    def host_of(self, rank: int) -> int:
+        """The host of a rank of the job's start."""
+        address = self.events("node_joined")[rank]["host"]
+        return next(host for host in self.hosts.hosts if self.hosts.address(host) == address)
 
     def rebalanced(self, times: int = 1) -> str:
         """The layout after so many rebalances."""
@@ -76,6 +89,52 @@ def test_layers_move_after_a_loss(tmp_path: Path) -> None:
             job.until(lambda: job.events("joined"), 40, "another node joins")
         job.see_to_the_end(60)
         job.check()
+
+
+SLEEPS = [(0.005, 0.005), (0.02, 0.03), (0.02, 0.08), (0.03, 0.03), (0.08, 0.16), (0.02, 0.02)]
+"""Seconds of each layer's forward and backward: unlike what their parameters say, and not in one proportion."""
+
+
+def chosen(event: dict[str, Any]) -> None:
+    """The layout that a rebalance goes to is the best of all, by the costs that were measured."""
+    costs = Costs(tuple(event["forward_s"]), tuple(event["backward_s"]))
+    for sleeps, measured in zip(zip(*SLEEPS, strict=True), (costs.forward, costs.backward), strict=True):
+        for sleep_s, cost_s in zip(sleeps, measured, strict=True):
+            assert sleep_s <= cost_s < 1.3 * sleep_s + 0.01, f"measured {measured}, slept {sleeps}"
+    speeds = {int(rank): speed for rank, speed in event["speeds"].items()}
+    found = re.findall(r"layers (\d+)-(\d+): ranks ([\d,]+)", event["layout"])
+    stages = [(int(start), int(stop) + 1, tuple(map(int, ranks.split(",")))) for start, stop, ranks in found]
+    cut = tuple(Stage(start, stop, ranks, deal_micro_batches(8, ranks, speeds)) for start, stop, ranks in stages)
+    layout = Layout(1, 8, cut, (), cut)
+    spec = ModelSpec(costs.total, ())
+    times = [step_time(other, costs, speeds) for other in layouts_of(spec, layout, len(cut), speeds)]
+    assert step_time(layout, costs, speeds) <= (1 + AS_GOOD) * min(times)
+    assert event["forecast_s"] == pytest.approx(step_time(layout, costs, speeds), rel=1e-3)
+
+
+def test_layers_go_where_measured_costs_say(tmp_path: Path) -> None:
+    """2 stages x 2 nodes whose layers sleep unequally, before and after a loss; and the step takes as long as was said.
+
+    Of the last layout's steps the lower quartile counts, as of the costs: other work on the machine adds to the others.
+    """
+    (tmp_path / "sleeps.json").write_text(json.dumps(SLEEPS))
+    with Hosts(4) as hosts:
+        job = Rebalancing(hosts, tmp_path, after_s=4.0, least=3, stages=2, steps=30)
+        job.begin()
+        job.rebalanced(1)
+        job.until(lambda: job.events("rebalance_measured"), 40, "the promise is checked")
+        job.lose(job.host_of(3))
+        job.rebalanced(2)
+        job.until(lambda: len(job.events("rebalance_measured")) == 2, 40, "the promise is checked")
+        job.see_to_the_end(60)
+        job.check()
+        prepared = job.events("rebalance_prepared")
+        for event in prepared:
+            chosen(event)
+        times = [event["at_s"] for event in job.events("committed") if event["layout"] == prepared[-1]["layout"]]
+        took = sorted(after - before for before, after in itertools.pairwise(times[1:]))
+        assert prepared[-1]["forecast_s"] == pytest.approx(took[(len(took) - 1) // 4], rel=0.1)
+        assert job.events("rebalance_measured")[-1]["forecast_s"] == prepared[-1]["forecast_s"]
 
 
 @pytest.mark.soak

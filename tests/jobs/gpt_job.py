@@ -1,4 +1,7 @@
-"""A small GPT trained under `everstep run`; writes what the tests compare. Configured by a JSON argument."""
+"""A small GPT trained under `everstep run`; writes what the tests compare. Configured by a JSON argument.
+
+If there is a file `sleeps.json` in its folder, with the seconds of each layer's forward and backward, layers sleep.
+"""
 
 import contextlib
 import json
@@ -27,6 +30,25 @@ def dawdle():
         time.sleep(max(SLOW_S, waited_s * SLOWER))
 
 
+class Sleep(torch.autograd.Function):
+    """Takes time, and changes nothing."""
+
+    @staticmethod
+    def forward(ctx, value, forward_s, backward_s):
+        ctx.backward_s = backward_s
+        time.sleep(forward_s)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        time.sleep(ctx.backward_s)
+        return gradient, None, None
+
+
+def sleeping(layer, forward_s, backward_s):
+    layer.register_forward_hook(lambda module, inputs, output: Sleep.apply(output, forward_s, backward_s))
+
+
 @everstep.elastic(
     steps=config["steps"],
     stages=config["stages"],
@@ -39,6 +61,9 @@ def train(run):
         layers=config.get("layers", 4), width=32, heads=2, context=32, dropout=0.1, tied=config.get("tied", False)
     )
     model = gpt(sizes).to(getattr(torch, config.get("dtype", "float32")))
+    if (out / "sleeps.json").exists():
+        for layer, seconds in zip(model, json.loads((out / "sleeps.json").read_text()), strict=True):
+            sleeping(layer, *seconds)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     if "momentum_from" in config:  # until then plain SGD, which has no state
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import random
 import statistics
-from collections.abc import Iterator
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from everstep.resharding.forecast import Costs, bound, step_time
-from everstep.resharding.layout import Layout, Stage
-from everstep.resharding.planners import change_layout, deal_micro_batches, deal_shards, initial_layout
+from everstep.resharding.layout import Layout
+from everstep.resharding.planners import change_layout, deal_micro_batches, initial_layout
 from everstep.resharding.rebalance import LEAST_GAIN, layer_bytes, rebalance
 from everstep.resharding.units import ModelSpec, ParameterSpec
+
+from .worlds import layouts_of
 
 Situation = tuple[ModelSpec, Layout, dict[int, float]]
 
@@ -38,23 +38,6 @@ def situations(draw: st.DrawFn, most_layers: int = 9, most_ranks: int = 7) -> Si
     live = draw(st.sets(st.sampled_from(start.ranks), min_size=1))
     speeds = draw(st.dictionaries(st.sampled_from(start.ranks), st.sampled_from([0.5, 0.8, 2.0])))
     return spec, change_layout(spec, start, live, 2), speeds
-
-
-def layouts(spec: ModelSpec, old: Layout, speeds: dict[int, float]) -> Iterator[Layout]:
-    """Every layout of these ranks with as many stages."""
-    stages = len(old.stages)
-    for places in itertools.product(range(stages), repeat=len(old.ranks)):
-        groups = [tuple(r for r, at in zip(old.ranks, places, strict=True) if at == i) for i in range(stages)]
-        if not all(groups):
-            continue
-        for inner in itertools.combinations(range(1, spec.layers), stages - 1):
-            bounds = [0, *inner, spec.layers]
-            cut = [
-                Stage(a, b, g, deal_micro_batches(old.micro_batches, g, speeds))
-                for g, a, b in zip(groups, bounds[:-1], bounds[1:], strict=True)
-            ]
-            holders = {layer: s.ranks for s in cut for layer in range(s.start, s.stop)}
-            yield Layout(3, old.micro_batches, tuple(cut), deal_shards(spec, holders, old.owners), tuple(cut))
 
 
 @given(situations())
@@ -106,7 +89,7 @@ def test_nothing_is_much_faster_than_what_is_found() -> None:
         layout = change_layout(spec, start, live, 2)
         speeds = {rank: rng.choice((0.5, 0.8, 2.0)) for rank in live if rng.random() < 0.3}
         costs = Costs.of(spec)
-        best = min(step_time(other, costs, speeds) for other in layouts(spec, layout, speeds))
+        best = min(step_time(other, costs, speeds) for other in layouts_of(spec, layout, len(layout.stages), speeds))
         proposal = rebalance(spec, layout, 3, speeds=speeds)
         ratios.append((proposal.after if proposal else step_time(layout, costs, speeds)) / best)
     assert statistics.median(ratios) < 1 + 1e-9

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from hypothesis import strategies as st
 
-from everstep.resharding.layout import Layout
+from everstep.resharding.layout import Layout, Stage
 from everstep.resharding.plan import Report
-from everstep.resharding.planners import change_layout, initial_layout
+from everstep.resharding.planners import change_layout, deal_micro_batches, deal_shards, initial_layout
 from everstep.resharding.units import ModelSpec, ParameterSpec
 from everstep.resharding.work import Leg
 
@@ -29,6 +31,22 @@ def models(draw, max_layers: int = 5) -> ModelSpec:
         held = draw(st.sets(st.integers(0, layers - 1), min_size=2))
         parameters.append(ParameterSpec(f"tied.{number}", (4, ROW), "float32", 4, tuple(sorted(held))))
     return ModelSpec(costs, tuple(parameters), draw(st.booleans()))
+
+
+def layouts_of(spec: ModelSpec, old: Layout, stages: int, speeds: dict[int, float]) -> Iterator[Layout]:
+    """Every layout of the ranks of `old` in so many stages."""
+    for places in itertools.product(range(stages), repeat=len(old.ranks)):
+        groups = [tuple(r for r, at in zip(old.ranks, places, strict=True) if at == i) for i in range(stages)]
+        if not all(groups):
+            continue
+        for inner in itertools.combinations(range(1, spec.layers), stages - 1):
+            bounds = [0, *inner, spec.layers]
+            cut = [
+                Stage(a, b, g, deal_micro_batches(old.micro_batches, g, speeds))
+                for g, a, b in zip(groups, bounds[:-1], bounds[1:], strict=True)
+            ]
+            holders = {layer: s.ranks for s in cut for layer in range(s.start, s.stop)}
+            yield Layout(3, old.micro_batches, tuple(cut), deal_shards(spec, holders, old.owners), tuple(cut))
 
 
 @st.composite

@@ -11,6 +11,7 @@ from everstep.elastic.protocol import events as e
 from everstep.elastic.protocol.recovering import few_micro_batches
 from everstep.elastic.protocol.state import State
 from everstep.elastic.sim.run import SHAPES, simulate
+from everstep.resharding.forecast import Costs, step_time
 
 from .script import Script, w
 
@@ -137,6 +138,48 @@ def test_a_loss_while_members_enter_records_the_cost_so_far() -> None:
 def test_a_loss_before_any_member_enters_records_nothing() -> None:
     script, _ = offering()
     assert not rebalanced(script(e.WorkerDied(w(1), "signal 9")))
+
+
+def test_measured_costs_are_a_reason_to_search_and_decide_the_layout() -> None:
+    script = Script(workers=2, stages=2, rebalance_after_s=5.0)
+    script.job = replace(script.job, stages=2, steps=1000, micro_batches=12, global_batch_size=12)
+    script.train()
+    script.committed(w(0), 0)
+    script(e.Ticked())
+    steps(script, 4, 2.0)
+    assert not offered(script(e.Ticked())), "by what the model says, the layout is the best"
+    script(e.CostsMeasured(Costs((0.1, 0.1, 0.1, 0.3), (0.2, 0.2, 0.2, 0.6))))
+    orders = script(e.Ticked())
+    assert [(s.start, s.stop) for s in offered(orders)[0].plan.layout.stages] == [(0, 3), (3, 4)]
+    (record,) = [x for x in orders if isinstance(x, e.Record) and x.event == "rebalance_prepared"]
+    assert record.fields["forward_s"] == [0.1, 0.1, 0.1, 0.3]
+    layout = offered(orders)[0].plan.layout
+    assert record.fields["forecast_s"] == step_time(layout, script.state.costs, {})
+    for rank in range(2):
+        script(e.WorkerSwitched(w(rank), layout.generation))
+    script(e.Ticked())
+    steps(script, 10, 1.0)
+    (record,) = [x for x in script(e.Ticked(), 0.1) if isinstance(x, e.Record) and x.event == "rebalance_measured"]
+    assert record.fields["forecast_s"] == pytest.approx(step_time(layout, script.state.costs, {}))
+    assert record.fields["step_s"] == pytest.approx(1.0, rel=0.2)
+
+
+def test_costs_as_assumed_are_no_reason() -> None:
+    script = trained()
+    script(e.Ticked())
+    steps(script, 4, 3.0)
+    script(e.Ticked())
+    assert script.state.balance.searched
+    assumed = Costs.of(script.job.model)
+    script(e.CostsMeasured(assumed.scaled(7.0)))
+    assert script.state.balance.searched
+    assert sum(script.state.costs.total) == pytest.approx(7.0), "used from now on"
+    script(e.CostsMeasured(Costs((1.0,), (2.0,))))
+    assert len(script.state.costs.forward) == script.job.model.layers, "of another model"
+    script(e.CostsMeasured(assumed.scaled(9.0)))
+    assert script.state.balance.searched, "all layers take longer"
+    script(e.CostsMeasured(Costs((10.0, *assumed.forward[1:]), assumed.backward)))
+    assert not script.state.balance.searched
 
 
 def test_small_changes_of_speed_are_no_reason() -> None:

@@ -240,12 +240,12 @@ def test_what_changes_behind_the_backward_is_sent_again(change):
         last = max(leg.micro_batch for leg in rank.layout.work.spans_of(rank.comm.rank))
         harvest = rank.pipeline.harvest
 
-        def changing(state: StepState, span: Leg, statistics: dict[int, list[Tensor]]) -> None:
+        def changing(state: StepState, span: Leg, *others: Any) -> None:
             if span.micro_batch == last:
                 for held in rank.stack.layers[1].parameters:
                     if held.tensor.grad is not None:
                         change(held.tensor)
-            harvest(state, span, statistics)
+            harvest(state, span, *others)
 
         rank.pipeline.harvest = changing  # type: ignore[method-assign]
         found = rank.reduce(rank.compute(0))

@@ -67,6 +67,18 @@ def test_messages_are_bounded_and_what_is_left_out_is_counted(node) -> None:
     assert (len(again.steps), len(again.links), again.left_out) == (0, 0, message.left_out)
 
 
+def test_layers_of_many_workers_are_told_in_turn(node, monkeypatch) -> None:
+    monkeypatch.setattr(module, "LAYERS_PER_MESSAGE", 6)
+    for rank in range(5):
+        telemetry = node.worker(rank)
+        for step in range(2):
+            telemetry.at(step)
+            for layer in range(3):
+                telemetry.span(Spent.LAYER, 1, amount=layer, value=0.1, end_ns=1001)
+    messages = [[(times.rank, list(times.layer)) for times in node.message().layers] for _ in range(4)]
+    assert messages == [[(rank, [0, 1, 2]) for rank in ranks] for ranks in ((0, 1), (2, 3), (4,), ())]
+
+
 def test_what_a_dead_worker_left_is_told(node) -> None:
     telemetry = node.worker(3)
     work(telemetry, 4)

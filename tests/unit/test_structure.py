@@ -50,7 +50,7 @@ ROOMS = {  # from the bottom up: each with the rooms it may import
     "elastic.api": {*_WORKER, *_MEMORY, "elastic.holding", "elastic.step", "elastic.engine"},
     "elastic": {"elastic.api"},
     "agents.base": {"elastic.protocol"},
-    "agents.analysis": {"elastic.protocol", "elastic.contract", "comms.control"},
+    "agents.analysis": {"elastic.protocol", "elastic.contract", "comms.control", "resharding"},
     "agents.monitoring": {*_AGENT, "agents.analysis"},
     "agents.rendezvous": _AGENT,
     "agents.node": {*_AGENT, "agents.analysis", "agents.monitoring", "checkpointing.access"},

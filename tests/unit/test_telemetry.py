@@ -150,6 +150,23 @@ def test_steps_are_the_sums_of_their_spans(writer, reader) -> None:
     assert sums.totals.loss == 1.5
 
 
+def test_the_cost_of_a_layer_is_a_median_since_the_last_message(writer, reader) -> None:
+    sums = StepSums(rank=3)
+    writer.at(6)
+    writer.span(Spent.LAYER, 0, micro_batch=0, amount=9, value=1.2, end_ns=10**9)
+    writer.at(7)
+    for forward_s, backward_s in ((0.5, 0.1), (0.002, 0.004), (0.003, 0.005)):
+        writer.span(Spent.LAYER, 0, micro_batch=1, amount=4, value=backward_s, end_ns=round(forward_s * 1e9))
+    writer.span(Spent.LAYER, 0, micro_batch=1, amount=5, value=0.25, end_ns=10**6)
+    assert sums.add(reader.read()) == []
+    times = sums.layers()
+    assert (times.rank, list(times.layer)) == (3, [4, 5]), "the first step of a worker is not like the others"
+    assert list(times.forward_s) == pytest.approx([0.003, 0.001])
+    assert list(times.backward_s) == pytest.approx([0.005, 0.25])
+    assert not sums.layers().layer
+    assert sums.totals.seconds["compute_s"] == 0, "the micro-batch's own spans have that time"
+
+
 def test_a_loss_that_is_not_known_is_nan(writer, reader) -> None:
     sums = StepSums(rank=0)
     writer.committed(None, 8)
