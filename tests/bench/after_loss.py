@@ -1,12 +1,15 @@
 """Throughput after ranks are lost for good: measured, forecast, and the upper bound.
 
     python tests/bench/after_loss.py --json [--only 4x2-1,...] [--steps N]
+    python tests/bench/after_loss.py --json --simulated
 
 Jobs of P stages x D ranks, one rank a node, on layers that sleep instead of computing; k nodes are killed and do not
 come back, and the global batch stays. `rerouted`: until Everstep rebalances, the micro-batches of a lost rank go to the
 others of its stage, and nothing else changes. `rebalanced`: layers and ranks have moved. Times are medians between
 commits, by the coordinator's clock; `of_ideal` is throughput over (N - k) / N of that before the loss; `forecast` the
 planner's ratio of the step time to that before the loss, over the measured one.
+
+With `--simulated` nothing is measured: policies are compared by their forecasts (`after_loss_policies.py`).
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from everstep import __version__  # noqa: E402
 from everstep.resharding.forecast import Costs, step_time  # noqa: E402
 from everstep.resharding.layout import Layout, Stage  # noqa: E402
 from everstep.resharding.planners import deal_micro_batches  # noqa: E402
+from tests.bench.after_loss_policies import SHAPES, table  # noqa: E402
 from tests.jobs.hosts import HostJob, Hosts  # noqa: E402
 
 SCRIPT = Path(__file__).with_name("peers") / "sleeping_worker.py"
@@ -146,7 +150,11 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object (the only format)")
     parser.add_argument("--only", default=",".join(CASES), help=f"a comma-separated choice of {', '.join(CASES)}")
     parser.add_argument("--steps", type=int, default=6, help="measured in each state")
+    parser.add_argument("--simulated", action="store_true", help="compare policies in virtual time, up to 1,024 ranks")
     options = parser.parse_args()
+    if options.simulated:
+        print(json.dumps({"benchmark": "after_loss", "simulated": True, "of_ideal": table(list(SHAPES))}))
+        return
     results: dict[str, Any] = {
         "benchmark": "after_loss",
         "versions": {"everstep": __version__, "cpus": os.cpu_count()},
