@@ -6,7 +6,7 @@ makes of them behind a step is in a keeper before the coordinator, or a rank tha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from everstep.checkpointing.access.client import KeeperLink
@@ -46,7 +46,11 @@ class LargeState:
     def pass_by(self, version: int, *, first: bool) -> None:
         """In the user's own loop, a turn begins behind `version`: if its step is computed again, so is the turn."""
         turns = self._engine.turns
+        if repeated := turns.repeated(version, first=first):  # functions that changed them do not see a step again
+            self._fetch(repeated, on_wait=self._engine.progress.tick)
         turns.pass_by(version, first=first)
+        if repeated:
+            self.values.release()
         self.protect(turns.began_at(version).get("users"), version)
 
     def protect(self, states: Any, version: int, layout: Layout | None = None, *, begins: bool = False) -> None:
@@ -104,12 +108,12 @@ class LargeState:
             states = [*agreed.items(), *left.get("users", {}).items()]
             self._fetch([state for name, state in states if not engine.registered.changes_between_steps(name)], saved)
 
-    def _fetch(self, states: Any, saved: Read | None = None) -> None:
+    def _fetch(self, states: Any, saved: Read | None = None, on_wait: Callable[[], None] | None = None) -> None:
         engine = self._engine
         keepers = engine.orders[engine.comm.generation].keepers
         nearest = dict(sorted(keepers.items(), key=lambda item: item[0] != engine.loader.node))
         with engine.progress.waiting(FETCHES):
-            self.values.fetch(states, nearest, self._token, engine.patient, saved)
+            self.values.fetch(states, nearest, self._token, on_wait or engine.patient, saved)
 
     # ------------------------------------------------------------ checkpoints
 

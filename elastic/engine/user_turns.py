@@ -48,6 +48,13 @@ class UserTurns:
             if not (but_between_steps and self._registered.changes_between_steps(name)):
                 self._registered.load(name, state)
 
+    def repeated(self, version: int, *, first: bool) -> dict[str, Any]:
+        """The states of registered objects that `pass_by` is to put back."""
+        if first or version not in self._at or version == self._passed:
+            return {}
+        users = self._at[version]["users"]
+        return {name: state for name, state in users.items() if not self._registered.changes_between_steps(name)}
+
     def pass_by(self, version: int, *, first: bool) -> None:
         """A turn begins behind `version`. `first`: the script has just seen the step before it; else that may be a
         repeated one."""

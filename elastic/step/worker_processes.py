@@ -104,8 +104,9 @@ def start_method(loader: DataLoader[Any]) -> str:
 class _Keyed(Dataset[Any]):
     """The dataset of the worker processes: an item per key."""
 
-    def __init__(self, load: Callable[[Any], Any]) -> None:
+    def __init__(self, load: Callable[[Any], Any], dataset: Any) -> None:
         self._load = load
+        self.dataset = dataset  # the script's, from which `load` gets samples
 
     def __getitem__(self, key: Any) -> tuple[Any, Any]:
         return key, self._load(key)
@@ -135,7 +136,7 @@ def _loader_like(
     like: DataLoader[Any], load: Callable[[Any], Any], keys: Iterable[Any], workers: int
 ) -> DataLoader[Any]:
     return DataLoader(
-        _Keyed(load),
+        _Keyed(load, like.dataset),
         batch_size=None,
         sampler=_Keys(keys),
         num_workers=workers or like.num_workers,
@@ -151,6 +152,9 @@ def _loader_like(
 
 def _begin_worker(users: Callable[[int], Any] | None, number: int) -> None:
     outlive_first_signal()
+    info = torch.utils.data.get_worker_info()
+    if info is not None and isinstance(info.dataset, _Keyed):  # the script changes its own dataset there
+        object.__setattr__(info, "dataset", info.dataset.dataset)  # it refuses an ordinary assignment
     if users is not None:
         users(number)
 

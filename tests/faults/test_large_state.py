@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import signal
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +13,8 @@ import pytest
 import torch
 
 from everstep.elastic.contract.stateful import REGISTERED_BYTES
-from tests.jobs import assert_same_state, run_job, state_alone
-from tests.jobs.hosts import lose_a_node
+from tests.jobs import JOBS, assert_same_state, everstep, finish, read_result, run_job, state_alone
+from tests.jobs.hosts import Hosts, lose_a_node
 
 JOB = "large_state_job.py"
 KILLS = [
@@ -103,6 +107,105 @@ def test_a_job_is_resumed_by_another_number_of_workers(plain: Path, tmp_path: Pa
     (resumed.out / "losses-before.txt").write_text((stopped.out / "losses-0.txt").read_text())
     (resumed.out / "losses-before-1.txt").write_text((stopped.out / "losses-1.txt").read_text())
     assert_same(resumed.out, plain)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the checkpoint of a job that was stopped after its fourth step, and `state-0.pt` beside it."""
+    folder = tmp_path_factory.mktemp("saved")
+    alone(folder / "out", {"EVERSTEP_CHECKPOINT": str(folder / "saved")}, stops=True)
+    return folder / "saved"
+
+
+@pytest.mark.parametrize("way", [["universal"], ["dcp", "universal"], ["dcp"]], ids="-".join)
+def test_a_converted_checkpoint_is_resumed(saved: Path, plain: Path, way: list[str], tmp_path: Path) -> None:
+    source = saved
+    for number, to in enumerate(way):
+        target = tmp_path / f"{number}-{to}"
+        done = everstep("convert", str(source), str(target), "--to", to)
+        assert done.status == 0, done.stderr
+        source = target
+    alone(tmp_path / "resumed", {"EVERSTEP_RESUME": str(source)})
+    (tmp_path / "resumed" / "losses-before.txt").write_text((saved.parent / "out" / "losses-0.txt").read_text())
+    assert_same(tmp_path / "resumed", plain)
+
+
+@pytest.mark.parametrize("to", ["universal", "dcp"])
+def test_a_checkpoint_is_converted_without_its_large_values(saved: Path, to: str, tmp_path: Path) -> None:
+    """What refers to them goes with them, and begins on resume as at the start of a job; all the rest stays."""
+    target = tmp_path / to
+    done = everstep("convert", str(saved), str(target), "--to", to, "--drop", "registered/*")
+    assert done.status == 0, done.stderr
+    said = next(line for line in done.stderr.splitlines() if "its large tensors were left out" in line)
+    assert "run.state['codebook']" in said, done.stderr
+    assert "the state registered as 'bank'" in said, done.stderr
+    found = alone(tmp_path / "resumed", {"EVERSTEP_RESUME": str(target)})
+    kept = alone(tmp_path / "again", {"EVERSTEP_RESUME": str(saved)})
+    assert torch.equal(found["values"]["codebook"], kept["values"]["codebook"]), "set in front of the loop"
+    steps = found["values"]["steps"]
+    assert [int(step) for step in steps[steps >= 0]] == [5, 8, 11], "the turn of the third step was before"
+
+
+def on_hosts(hosts: Hosts, out: Path, chosen: Sequence[int], *flags: str, faults: Any = (), **config: Any) -> None:
+    """Start the job on some hosts, one worker each."""
+    arguments, environment = [json.dumps({"out": str(out), **config})], {"EVERSTEP_FAULTS": json.dumps(list(faults))}
+    flags = (f"--log-dir={out.parent}/logs", "--nproc-per-node=1", *flags)
+    for host in chosen:
+        hosts.launch(host, JOBS / JOB, arguments, flags, environment)
+
+
+def ended(hosts: Hosts) -> tuple[list[int], list[str]]:
+    """The statuses of all launchers, sorted, and what they wrote."""
+    outputs = [finish(launcher) for launcher in hosts.launchers.values()]
+    return sorted(launcher.returncode or 0 for launcher in hosts.launchers.values()), outputs
+
+
+def test_a_node_with_an_empty_keeper_joins(plain: Path, tmp_path: Path) -> None:
+    """Its worker reads large values before its keeper has any."""
+    out, deadline_s = tmp_path / "out", time.monotonic() + 60
+    out.mkdir()
+    fault = {"rank": 1, "phase": "compute", "step": 4, "kind": "node"}
+    with Hosts(4) as hosts:
+        hosts.coordinator("3", f"--es-events={out}/events.jsonl")
+        on_hosts(hosts, out, (0, 1, 2), "--nnodes=3", faults=[fault], joins=8)
+        while '"event": "node_lost"' not in (out / "events.jsonl").read_text():
+            assert time.monotonic() < deadline_s
+            time.sleep(0.05)
+        on_hosts(hosts, out, (3,), "--nnodes=3", joins=8)
+        statuses, outputs = ended(hosts)
+        assert statuses == [-signal.SIGKILL, 0, 0, 0], outputs
+    assert (out / "state-1.pt").exists(), "the rank of the node that joined"
+    assert_same(out, plain)
+
+
+def test_more_is_lost_than_is_protected(plain: Path, tmp_path: Path) -> None:
+    """The rank that is left goes back to a checkpoint, to the large values of that time."""
+    out, faults = tmp_path / "out", [{"rank": rank, "phase": "compute", "step": 7, "kind": "node"} for rank in (1, 2)]
+    out.mkdir()
+    saves = [f"--es-checkpoint={tmp_path}/saved", "--es-checkpoint-every=4", "--es-on-loss=checkpoint", "--nnodes=1:3"]
+    with Hosts(3) as hosts:
+        hosts.coordinator("1:3", f"--es-events={out}/events.jsonl")
+        on_hosts(hosts, out, (0, 1, 2), *saves, faults=faults, saved=f"{tmp_path}/saved")
+        statuses, outputs = ended(hosts)
+        assert statuses == [-signal.SIGKILL, -signal.SIGKILL, 0], outputs
+    summaries = [event["summary"] for event in read_result(out, 0, "").named("planned")]
+    assert any("; version 4, " in summary for summary in summaries), summaries
+    assert_same(out, plain)
+
+
+def test_a_job_is_resumed_on_another_number_of_nodes(plain: Path, tmp_path: Path) -> None:
+    for nodes, stops in ((3, True), (2, False)):
+        out = tmp_path / f"{nodes}-nodes"
+        out.mkdir()
+        with Hosts(nodes) as hosts:
+            hosts.coordinator(str(nodes), f"--es-events={out}/events.jsonl")
+            flags = [f"--nnodes={nodes}", f"--es-checkpoint={tmp_path}/saved"]
+            on_hosts(hosts, out, hosts.hosts, *flags, stops=stops)
+            statuses, outputs = ended(hosts)
+            assert statuses == [0] * nodes, outputs
+    for path in (tmp_path / "3-nodes").glob("losses-*.txt"):
+        (out / f"{path.stem}-before.txt").write_text(path.read_text())
+    assert_same(out, plain)
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,15 @@ The queue changes in each step, the bank in every third, the codebook never. `pl
 that sums the gradients of the four parts of a batch. `over_steps`: a loop over run.steps. `turns`: the bank changes in
 the turn that ends a step. `resumes`: it gets SIGTERM after its third step, saves, ends, and is resumed in the same
 process. `stops`: all ranks end after the fourth step. `dies`: after which step, behind its changes, which ranks kill
-themselves. `mistake`: what to do wrong.
+themselves. `joins`: behind that step, ranks wait until another one is ready to join; `saved`: behind the sixth step,
+until there is a checkpoint in this folder. `mistake`: what to do wrong.
 """
 
 import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +110,13 @@ def train_plain():
     save({"model": model.state_dict(), "optimizer": states}, queue, codebook, bank)
 
 
+def waits(comes):
+    deadline_s = time.monotonic() + 60
+    while not comes():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.02)
+
+
 def mistake(run, queue):
     kind, rank = config.get("mistake"), int(mine)
     if kind == "differs" and rank == 1:
@@ -145,6 +154,10 @@ def train(run):
                 signal.raise_signal(signal.SIGTERM)
             if config.get("stops"):
                 run.stop("to resume it")
+        if step.index == config.get("joins"):
+            waits(lambda: '"join_prepared"' in (out / "events.jsonl").read_text())
+        if config.get("saved") and step.index == 5:
+            waits(lambda: list(Path(config["saved"]).glob("*/manifest.json")))
         if int(mine) in config.get("dies", {}).get(str(step.index), []) and not run.is_replacement:
             os.kill(os.getpid(), signal.SIGKILL)
 

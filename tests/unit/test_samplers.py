@@ -20,6 +20,7 @@ from torch.utils.data import (
     SubsetRandomSampler,
     WeightedRandomSampler,
 )
+from torch.utils.data.distributed import DistributedSampler
 
 from everstep.elastic.contract.errors import UsageError
 from everstep.elastic.contract.progress import Progress
@@ -110,6 +111,42 @@ def test_the_order_is_a_function_of_seed_and_epoch(name: str) -> None:
         assert all(sorted(found) == list(range(103, 127)) for found in epochs)
     elif name == "own":
         assert all(100 + 5 * number <= min(found) for number, found in enumerate(epochs))
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_distributed_sampler_is_taken_apart(shuffle: bool) -> None:
+    """Its share of the samples is not this rank's: the runtime deals all of them."""
+    found = source(DistributedSampler(NUMBERS, num_replicas=2, rank=1, shuffle=shuffle))
+    epochs = [epoch(found, number) for number in range(2)]
+    assert [sorted(one) for one in epochs] == [NUMBERS, NUMBERS]
+    assert [one == NUMBERS for one in epochs] == [not shuffle, not shuffle]
+
+
+class Initialised(Dataset[int]):
+    """Its samples are what `worker_init_fn` has made of the dataset in a worker process."""
+
+    added = 0
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, index: int) -> int:
+        return index + self.added
+
+
+def initialise(number: int) -> None:
+    info = torch.utils.data.get_worker_info()
+    assert info is not None
+    info.dataset.added = 1000
+
+
+def test_worker_processes_are_initialised() -> None:
+    loader = DataLoader(Initialised(), batch_size=2, num_workers=2, prefetch_factor=3, worker_init_fn=initialise)
+    found = source_of(loader)
+    try:
+        assert sorted(epoch(found, 0)) == list(range(1000, 1040))
+    finally:
+        found.close()
 
 
 def test_ranks_compare_the_order() -> None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 from everstep.checkpointing.convert.core.content import Content, ConversionError
+from everstep.checkpointing.convert.core.registered import PIECES, without_lacking
 
 _FEW = 8  # names in an error
 _WITHOUT_OPTIMIZER = ("hf",)
@@ -31,6 +32,10 @@ def leave_out(content: Content, patterns: Sequence[str]) -> None:
 
     content.unknown = [name for name in content.unknown if not dropped(name)]
     content.other = {name: tensor for name, tensor in content.other.items() if not dropped(name)}
+    if any(name.startswith(PIECES) for name, _ in content.dropped) and "everstep" in content.extra:
+        pieces = {name.removeprefix(PIECES) for name in content.other}
+        content.extra["everstep"], gone = without_lacking(content.extra["everstep"], pieces)
+        content.dropped += [(name, "its large tensors were left out") for name in gone]
     for state in list(content.optimizer):
         tensors = content.optimizer[state]
         content.optimizer[state] = {n: tensor for n, tensor in tensors.items() if not dropped(f"optimizer/{state}/{n}")}
