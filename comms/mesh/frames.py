@@ -22,7 +22,7 @@ from typing_extensions import Buffer
 
 from .communicator import Key, Kind
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 MESSAGE_LIMIT_BYTES = 1 << 36  # a longer message is a bug of ours or a malformed header
 
 _HEADER_MAGIC = b"ESf2"

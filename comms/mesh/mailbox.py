@@ -9,13 +9,16 @@ from collections.abc import Callable, Collection
 import numpy as np
 
 from .communicator import Aborted, Key
+from .tensors import ALIGNMENT_BYTES
 
 WAIT_SLICE_S = 0.05  # how often a waiting call attends to `on_wait`, at least
 
 
 def allocate(size_bytes: int) -> memoryview:
-    """Writable bytes that were not zeroed first."""
-    return np.empty(size_bytes, dtype=np.uint8).data
+    """Writable bytes that were not zeroed first. They begin where torch would have a tensor begin."""
+    memory = np.empty(size_bytes + ALIGNMENT_BYTES, dtype=np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT_BYTES
+    return memory[start : start + size_bytes].data
 
 
 def joined(views: Collection[memoryview]) -> memoryview:

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from typing_extensions import Buffer
 
-ALIGNMENT_BYTES = 16  # of tensors in a message: that of the largest element
+# Of tensors in a message, as of those that torch allocates: the bits of a matrix product may depend on where its
+# operands lie (Intel MKL, "Obtaining Numerically Reproducible Results", asks for 64).
+ALIGNMENT_BYTES = 64
 
 # The order is part of the links' protocol, since a type's place stands for it: add at the end.
 _NAMES = (
@@ -26,7 +28,7 @@ _DTYPES: list[torch.dtype | None] = [None, *(getattr(torch, name, None) for name
 _CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
 _UNKNOWN_TO_NUMPY = {torch.bfloat16, torch.complex32, *_DTYPES[_NAMES.index("float8_e4m3fn") + 1 :]} - {None}
 _COUNT = struct.Struct("<I")
-_TENSOR = struct.Struct("<BB")  # its type and its number of dimensions; its extents follow
+_TENSOR = struct.Struct("<BB")  # its type and its number of dimensions; its extents and strides follow
 
 
 # ------------------------------------------------------------ memory
@@ -78,6 +80,36 @@ def raw(tensor: Tensor) -> memoryview:
     return host_bytes(on_host(tensor))
 
 
+def settled(tensor: Tensor) -> Tensor:
+    """The tensor in the form in which it would arrive from another rank: strides and alignment decide about bits, too.
+
+    A tensor whose elements lie without gaps keeps the order of its dimensions in memory; others become contiguous. It
+    is the tensor itself where it is in that form. Differentiable: the gradient is handed on as it is.
+    """
+    if not _without_gaps(tensor):
+        tensor = tensor.contiguous()
+    return aligned(tensor)
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """The tensor, copied if its memory does not begin where torch would have put it."""
+    if tensor.layout is torch.strided and tensor.is_cpu and tensor.data_ptr() % ALIGNMENT_BYTES:
+        return tensor.clone()  # which keeps strides
+    return tensor
+
+
+def _without_gaps(tensor: Tensor) -> bool:
+    """Whether each of the elements has memory of its own, and no other memory lies between them."""
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for stride, extent in sorted((s, e) for s, e in zip(tensor.stride(), tensor.shape, strict=True) if e != 1):
+        if stride != expected:
+            return False
+        expected *= extent
+    return True
+
+
 def over(memory: memoryview) -> Tensor:
     """Bytes as a tensor of uint8 in one dimension that shares their memory, which must be writable."""
     return torch.frombuffer(memory, dtype=torch.uint8) if len(memory) else torch.empty(0, dtype=torch.uint8)
@@ -111,18 +143,20 @@ def divide(data: Tensor, parts: Sequence[tuple[torch.dtype, int]], offset: int =
 def encode(tensors: Sequence[Tensor | None]) -> list[Tensor]:
     """A payload that says of itself which types and shapes it has, and where no tensor is. Raises TypeError."""
     head = bytearray(_COUNT.pack(len(tensors)))
-    for tensor in tensors:
+    whole = [tensor if tensor is None or _without_gaps(tensor) else tensor.contiguous() for tensor in tensors]
+    for tensor in whole:
         if tensor is None:
             head += _TENSOR.pack(0, 0)
             continue
         if tensor.dtype not in _CODES:
             raise TypeError(f"tensors of type {tensor.dtype} do not travel between ranks")
         head += _TENSOR.pack(_CODES[tensor.dtype], tensor.dim())
-        head += struct.pack(f"<{tensor.dim()}q", *tensor.shape)
+        head += struct.pack(f"<{2 * tensor.dim()}q", *tensor.shape, *tensor.stride())
     payload = [over(memoryview(head + bytes(-len(head) % ALIGNMENT_BYTES)))]
-    for tensor in tensors:
+    for tensor in whole:
         if tensor is not None and tensor.numel():
-            payload.append(on_host(tensor))
+            in_memory = tensor if tensor.is_contiguous() else tensor.detach().as_strided((tensor.numel(),), (1,))
+            payload.append(on_host(in_memory))
             if gap := -payload[-1].nbytes % ALIGNMENT_BYTES:
                 payload.append(torch.zeros(gap, dtype=torch.uint8))
     return payload
@@ -133,14 +167,15 @@ def decode(data: Tensor, device: torch.device) -> list[Tensor | None]:
     head = host_bytes(data)
     (count,) = _COUNT.unpack_from(head)
     at = _COUNT.size
-    described: list[tuple[torch.dtype | None, tuple[int, ...]]] = []
+    described: list[tuple[torch.dtype | None, tuple[int, ...], tuple[int, ...]]] = []
     for _ in range(count):
         code, dimensions = _TENSOR.unpack_from(head, at)
-        described.append((_DTYPES[code], struct.unpack_from(f"<{dimensions}q", head, at + _TENSOR.size)))
-        at += _TENSOR.size + 8 * dimensions
+        numbers = struct.unpack_from(f"<{2 * dimensions}q", head, at + _TENSOR.size)
+        described.append((_DTYPES[code], numbers[:dimensions], numbers[dimensions:]))
+        at += _TENSOR.size + 16 * dimensions
     tensors: list[Tensor | None] = []
     at += -at % ALIGNMENT_BYTES
-    for dtype, shape in described:
+    for dtype, shape, strides in described:
         if dtype is None:
             tensors.append(None)
             continue
@@ -148,7 +183,7 @@ def decode(data: Tensor, device: torch.device) -> list[Tensor | None]:
         if tensor.numel():
             size = tensor.nbytes
             # The version counter that autograd checks is the tensor's own: a layer may change one input in place.
-            tensor = data[at : at + size].view(dtype).view(shape).data
+            tensor = data[at : at + size].view(dtype).as_strided(shape, strides).data
             at += size + -size % ALIGNMENT_BYTES
         tensors.append(tensor.to(device))
     return tensors

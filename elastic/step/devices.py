@@ -15,10 +15,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from everstep.comms.mesh.tensors import aligned
 from everstep.elastic.contract.errors import UsageError
 from everstep.elastic.contract.settings import WorkerContext
 
 _CPU = torch.device("cpu")
+
+
+def _accelerator() -> torch.device | None:
+    """The kind of accelerator that this torch was built for, if the machine has one."""
+    try:
+        return torch.accelerator.current_accelerator()
+    except RuntimeError:  # torch 2.6 raises it where there is none
+        return None
 
 
 def own_device(context: WorkerContext | None) -> torch.device:
@@ -26,7 +35,7 @@ def own_device(context: WorkerContext | None) -> torch.device:
 
     Raises UsageError if there are more workers than accelerators on this node, unless they may share.
     """
-    kind = torch.accelerator.current_accelerator()
+    kind = _accelerator()
     if kind is None or not torch.accelerator.is_available():
         return _CPU
     local_rank, workers, shares = 0, 1, False
@@ -52,7 +61,7 @@ def make_current(device: torch.device) -> None:
 def seed_torch(seed: int) -> None:
     """Seed the generators in use. `torch.manual_seed` would format a stack trace for CUDA at every call."""
     torch.default_generator.manual_seed(seed)
-    kind = torch.accelerator.current_accelerator()
+    kind = _accelerator()
     if kind is not None:
         module = torch.get_device_module(kind)
         if module.is_initialized():
@@ -62,7 +71,7 @@ def seed_torch(seed: int) -> None:
 @contextlib.contextmanager
 def generators_kept() -> Iterator[None]:
     """Put the global generators of Python, NumPy and torch back to where they were, at the end."""
-    kind = torch.accelerator.current_accelerator()
+    kind = _accelerator()
     module = torch.get_device_module(kind) if kind is not None else None
     devices = module.get_rng_state_all() if module is not None and module.is_initialized() else None
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
@@ -87,22 +96,32 @@ def to_device(value: Any, device: torch.device) -> Any:
     """A batch with its tensors on `device`, at any depth of nesting; tensors that are there already are not copied.
 
     Mappings, sequences, named tuples and dataclasses keep their type; objects with a method `to(device)`, such as the
-    batches of text and graph libraries, move themselves. On the CPU a batch stays as the collation returned it.
+    batches of text and graph libraries, move themselves. On the CPU a batch stays as the collation returned it, but for
+    tensors that begin at an odd address, as views of an array may: they are copied, since the address, which differs
+    between processes, decides about the bits of products.
     """
-    if device.type == "cpu":
-        return value
-    if isinstance(value, Tensor) or callable(getattr(value, "to", None)):
-        return value.to(device)
+    if isinstance(value, Tensor):
+        return aligned(value) if device.type == "cpu" else value.to(device)
+    if callable(getattr(value, "to", None)):
+        return value if device.type == "cpu" else value.to(device)
     if isinstance(value, Mapping):
-        return _like(value, {key: to_device(item, device) for key, item in value.items()})
+        before: dict[Any, Any] = dict(value)
+    elif isinstance(value, tuple | list):
+        before = dict(enumerate(value))
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        before = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
+    else:
+        return value
+    moved = {key: to_device(item, device) for key, item in before.items()}
+    if all(moved[key] is item for key, item in before.items()):
+        return value
+    if isinstance(value, Mapping):
+        return _like(value, moved)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(to_device(item, device) for item in value))
+        return type(value)(*moved.values())
     if isinstance(value, tuple | list):
-        return _like(value, [to_device(item, device) for item in value])
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        moved = {f.name: to_device(getattr(value, f.name), device) for f in dataclasses.fields(value) if f.init}
-        return dataclasses.replace(value, **moved)
-    return value
+        return _like(value, list(moved.values()))
+    return dataclasses.replace(value, **moved)
 
 
 def _like(value: Any, moved: Any) -> Any:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from everstep.comms.mesh.communicator import Communicator, Key, Kind
-from everstep.comms.mesh.tensors import decode, encode
+from everstep.comms.mesh.tensors import aligned, decode, encode, settled
 from everstep.elastic.contract.errors import UsageError
 from everstep.elastic.contract.progress import Progress, StepPhase
 from everstep.elastic.contract.telemetry import Spent
@@ -112,7 +112,8 @@ class Pipeline:
             for tensor in inputs:
                 if tensor is not None and tensor.is_floating_point():
                     tensor.requires_grad_()
-            value = inputs[0] if len(inputs) == 1 else tuple(inputs)
+            received = tuple(map(_changeable, inputs))
+            value = received[0] if len(received) == 1 else received
         statistics: dict[int, list[Tensor]] = {}
         self._carried.enter(state.step, span.micro_batch)
         sample = self._layer_times.sample(state, span)
@@ -121,6 +122,8 @@ class Pipeline:
             value = self.apply(number, state, span.micro_batch, value, statistics)
             if sample is not None:
                 sample.forwarded(layer_ns, value)
+            if number + 1 < span.stop:
+                value = _handed_on(value)
         if is_last:
             self._seed(state.step, span.micro_batch, span.stop)
             returned = self.loss_fn(value, to_device(targets, self.stack.device_of(span.stop - 1)))
@@ -238,7 +241,7 @@ class Pipeline:
             graph.sample.write(self.progress.telemetry)
         self.progress.telemetry.span(Spent.BACKWARD, started_ns, micro_batch=span.micro_batch)
         if span.start > 0:
-            found = [t.grad if t is not None else None for t in graph.inputs]
+            found = [_gradient(tensor) for tensor in graph.inputs]
             state.input_gradients[(span.start, span.micro_batch)] = found
             before = state.work.previous_segment(span)
             if before is not None:
@@ -320,6 +323,55 @@ def _give_back(held: Held) -> None:
     """The buffer is the job's own tensor again."""
     for module, local in held.places:
         module._buffers[local] = held.tensor
+
+
+class _Received(torch.autograd.Function):
+    """An input from another rank, as the output of an operation: a layer may change it in place, and no leaf."""
+
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor) -> Tensor:
+        return leaf.data
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+def _changeable(tensor: Tensor | None) -> Any:
+    if tensor is None or not tensor.requires_grad:
+        return tensor
+    return _Received.apply(tensor)  # type: ignore[no-untyped-call]
+
+
+def _handed_on(value: Any) -> Any:
+    """A layer's outputs as the next layer would get them from another rank: that one may be on this rank, or not."""
+    if isinstance(value, Tensor):
+        return _settled(value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(_handed_on, value))
+    return type(value)(map(_handed_on, value)) if isinstance(value, tuple | list) else value
+
+
+def _settled(tensor: Tensor) -> Tensor:
+    """The tensor as it would arrive, and so its gradient, in the strides of the values."""
+    found = settled(tensor)
+    if found.requires_grad:
+        strides = found.stride()
+        found.register_hook(lambda gradient: _laid_out(gradient, strides))  # type: ignore[no-untyped-call]
+    return found
+
+
+def _gradient(tensor: Tensor | None) -> Tensor | None:
+    """Of an input that came from another rank, if it has one."""
+    return None if tensor is None or tensor.grad is None else _laid_out(tensor.grad, tensor.stride())
+
+
+def _laid_out(gradient: Tensor, strides: Sequence[int]) -> Tensor:
+    """The gradient in memory with these strides."""
+    if gradient.stride() == strides:
+        return aligned(gradient)
+    copy = torch.empty_strided(gradient.shape, strides, dtype=gradient.dtype, device=gradient.device)
+    return copy.copy_(gradient)
 
 
 def _shape(tensor: Tensor | None) -> str:

@@ -122,3 +122,14 @@ def test_the_generators_of_the_device_are_seeded(accelerators: dict[str, Any]) -
     seed_torch(5)
     assert accelerators["seeds"] == [5], "what is not in use is left alone"
     assert torch.equal(torch.rand(3), first)
+
+
+def test_tensors_at_odd_addresses_are_copied_and_others_are_not() -> None:
+    """Where a view of an array begins differs between processes, and the bits of products depend on it."""
+    whole = torch.arange(100.0)
+    batch = {"view": whole[1:5], "whole": whole, "more": [(whole[3:7], 1)]}
+    moved = to_device(batch, torch.device("cpu"))
+    assert moved["whole"] is whole
+    for found, view in ((moved["view"], whole[1:5]), (moved["more"][0][0], whole[3:7])):
+        assert torch.equal(found, view)
+        assert found.data_ptr() % 64 == 0

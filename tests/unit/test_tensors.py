@@ -6,7 +6,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from everstep.comms.mesh.tensors import decode, divide, encode, host_bytes, of_bytes, on_host, raw
+from everstep.comms.mesh.mailbox import allocate
+from everstep.comms.mesh.tensors import (
+    ALIGNMENT_BYTES,
+    decode,
+    divide,
+    encode,
+    host_bytes,
+    of_bytes,
+    on_host,
+    over,
+    raw,
+    settled,
+)
 
 CPU = torch.device("cpu")
 
@@ -89,3 +101,36 @@ def test_parts_of_a_message_are_found_by_type_and_size() -> None:
     assert parts[0].data_ptr() == data.data_ptr() + 4  # as it lies; the others begin between two of their elements
     with pytest.raises(RuntimeError):
         divide(data, [(torch.float32, 1000)])
+
+
+@pytest.mark.parametrize("offset", [0, 3, 16])
+def test_tensors_keep_the_order_of_their_memory_and_begin_where_torch_has_them_begin(offset: int) -> None:
+    """Kernels choose by strides and addresses, so bits depend on both."""
+    images = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
+    tensors = [torch.arange(200.0)[offset : offset + 7], images, torch.randn(4, 6).t(), torch.randn(2, 1, 3)]
+    for found, sent in zip(decode(message(encode(tensors)), CPU), map(settled, tensors), strict=True):
+        assert found is not None
+        assert torch.equal(found, sent)
+        assert found.stride() == sent.stride()
+        assert sent.data_ptr() % ALIGNMENT_BYTES == 0
+        assert (found.data_ptr() - data_of(found)) % ALIGNMENT_BYTES == 0
+
+
+def data_of(tensor: Tensor) -> int:
+    """The address of the message that a tensor was read from."""
+    return tensor.untyped_storage().data_ptr()
+
+
+def test_what_has_gaps_or_overlaps_becomes_contiguous() -> None:
+    for tensor in (torch.randn(4, 8)[:, ::2], torch.randn(4, 1).expand(4, 3), torch.randn(6, 5)[:, 1:].t()):
+        (found,) = decode(message(encode([tensor])), CPU)
+        assert found is not None
+        assert torch.equal(found, tensor)
+        assert found.is_contiguous()
+        assert settled(tensor).is_contiguous()
+
+
+def test_a_message_is_received_into_aligned_memory() -> None:
+    for size in (0, 1, 63, 64, 1000, 1 << 20):
+        assert over(allocate(size)).data_ptr() % ALIGNMENT_BYTES == 0
+        assert len(allocate(size)) == size

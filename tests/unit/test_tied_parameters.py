@@ -67,9 +67,9 @@ def trained(net: nn.Module, *, loops: bool) -> dict[str, Any]:
 
 
 def backwards(net: nn.Module, inputs: Tensor, targets: Tensor) -> None:
-    """The gradients of a step are the sums over its micro-batches."""
+    """The gradients of a step are the sums over its micro-batches. Each has memory of its own, as from a loader."""
     for part, wanted in zip(inputs.split(MICRO), targets.split(MICRO), strict=True):
-        nn.functional.mse_loss(net(part), wanted).backward()
+        nn.functional.mse_loss(net(part.clone()), wanted).backward()
 
 
 def halve(parameters: Any) -> None:
