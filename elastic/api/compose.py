@@ -76,6 +76,7 @@ def engine_of(
         token=context.token if context else "",
         node=context.node if context else "",
     )
+    engine.pipeline.repetition.repeat(settings.repeat_every)
     if reduction.skip_nonfinite:
         engine.drive(LOSS_SCALE, reduction.loss_scale)
     if data.sampled is not None and loops and settings.epochs:

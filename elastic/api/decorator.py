@@ -68,7 +68,8 @@ def elastic(**arguments: Unpack[Arguments]) -> Callable[[Callable[Concatenate[Ru
     `snapshot_budget` (a share of the step's time) allows. `on_loss`: what to do when more is lost: "checkpoint",
     "neighbors" (lossy), "stop".
     `verify_every`: steps between comparisons of the replicas of each parameter, 0 for never; `on_corruption`: the
-    reaction to a replica that differs, "repair" or "evict".
+    reaction to a replica that differs, "repair" or "evict". `repeat_every`: steps between those in which each rank
+    computes its first micro-batch twice, and warns if the gradients differ, 0 for never.
 
     `checkpoint`: the URL of a folder (any fsspec file system, whose options are `checkpoint_options`) in which a
     checkpoint is saved every `checkpoint_every` steps, and after the last step; at least `checkpoint_keep` are kept,

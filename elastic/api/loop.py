@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,11 @@ from everstep.elastic.step.devices import to_device
 from everstep.elastic.step.gradients import GradientWatch
 from everstep.elastic.step.pipeline import tokens_and_samples
 from everstep.elastic.step.reduction import whole_count
+from everstep.elastic.step.repetition import copied
+from everstep.elastic.step.steps import StepState
 from everstep.resharding.work import Leg
 
+from .carried import Carried
 from .course import Course
 from .gathering import BatchEmbeddings
 from .interruptible import Interruptible
@@ -48,6 +51,17 @@ class Turns:
     embeddings: BatchEmbeddings | None = None
 
 
+@dataclass
+class _Again:
+    """A micro-batch that is due to be handed out a second time, and the script's variables in front of its turn."""
+
+    step: int
+    span: Leg
+    batch: Any
+    carried: Carried
+    changed: Sequence[str] = ()  # variables, in its turn
+
+
 class Batches:
     """Iterates over this rank's micro-batches until the last step is committed."""
 
@@ -71,6 +85,8 @@ class Batches:
         self._tokens: int | None = None  # in it, if the script counts them
         self._version = 0  # when it was handed out
         self._handed_out_ns = 0
+        self._again: _Again | None = None  # what is handed out a second time
+        self._repeats = False  # the micro-batch last handed out was handed out before
 
     def __iter__(self) -> Iterator[Any]:
         self.course.begin()
@@ -187,15 +203,24 @@ class Batches:
             engine.settle()
             engine.comm.ready(())  # raises Aborted
             _, state = engine.current()
-            span = state.todo[0]
+            again = self._again
+            if again is not None and (again.step != state.step or again.span in state.todo):
+                again = None  # a recovery came in between
+            self._repeats = again is not None
+            span = again.span if again is not None else state.todo[0]
             engine.progress.mark(StepPhase.COMPUTE, state.step, finished=len(state.held))
             started_ns = time.monotonic_ns()
-            with engine.progress.within(Pace.FETCH):
-                ready.append(to_device(engine.fetch(state.step, span.micro_batch), engine.stack.device))
-            tokens, samples = tokens_and_samples(ready[0])
-            engine.progress.telemetry.span(
-                Spent.FETCH, started_ns, micro_batch=span.micro_batch, amount=tokens, value=samples
-            )
+            if again is not None:
+                found, again.changed = again.batch, again.carried.changed()
+            else:
+                with engine.progress.within(Pace.FETCH):
+                    found = engine.fetch(state.step, span.micro_batch)
+                self._again = self._due_again(state, span, found)
+                tokens, samples = tokens_and_samples(found)
+                engine.progress.telemetry.span(
+                    Spent.FETCH, started_ns, micro_batch=span.micro_batch, amount=tokens, value=samples
+                )
+            ready.append(to_device(found, engine.stack.device))
             engine.pipeline.restore_statistics(0)
             engine.pipeline.seed_forward(engine.data.order.batch_of(state.step), span.micro_batch)
             engine.pipeline.forwards.before(0)
@@ -213,6 +238,14 @@ class Batches:
 
         self._parts.do(fetch)
         return (ready[0],) if self._open is not None else None
+
+    def _due_again(self, state: StepState, span: Leg, batch: Any) -> _Again | None:
+        """The rank's first micro-batch of a step, if it is to have a second turn, ahead of the others."""
+        engine = self._engine
+        due = engine.pipeline.repetition.is_due(state.step)
+        if not due or self._updates.several or state.held or len(state.todo) < 2 or (kept := copied(batch)) is None:
+            return None
+        return _Again(state.step, span, kept, Carried({id(tensor) for tensor in engine.stack.model.parameters()}))
 
     def take(self, number: int) -> None:
         """Make a leaf of the open micro-batch's gradients, and end the step if it was the last one.
@@ -292,7 +325,11 @@ class Batches:
         engine.stream_states.leave()
         _, state = engine.current()
         engine.pipeline.forwards.after(0)
-        if span not in state.todo or state.step != self._turn:  # a recovery inside the turn gave it to another rank
+        again, self._again = self._again, None
+        if again is not None and self._repeats and not self._skipped and state.step == self._turn:
+            engine.pipeline.repetition.compare(again.changed)
+        # This was its second turn, or a recovery inside the turn gave it to another rank.
+        if span not in state.todo or state.step != self._turn:
             engine.pipeline.drop_gradients(span)
             self._gradients.forget()
             self._complete_what_is_done()
@@ -302,6 +339,9 @@ class Batches:
             engine.pipeline.restore_statistics(0)
         else:
             self._gradients.check(held.tensor for held in engine.stack.layers[0].parameters)
+            if again is not None and len(state.todo) > 1:
+                engine.pipeline.repetition.remember()
+                self._again = again
             if self._updates.restores_buffers(state.step):
                 engine.pipeline.restore_statistics(0)
             if self._turns.scaler is not None and not self._collects(state.step):

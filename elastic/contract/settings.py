@@ -115,6 +115,14 @@ class Settings:
     verify_every: int = setting(
         "Steps between comparisons of the replicas of each parameter; 0: never.", unit="steps", default=100, least=0
     )
+    repeat_every: int = setting(
+        "Steps between those in which each rank computes its first micro-batch twice, to notice what turns leave for "
+        "each other; 0: never.",
+        more="See [what a turn depends on](guide/between-steps.md#what-a-turn-depends-on).",
+        unit="steps",
+        default=0,
+        least=0,
+    )
     on_corruption: str = setting(
         'What happens to a replica that differs: `"repair"` or `"evict"`.',
         default="repair",
@@ -219,6 +227,7 @@ class Arguments(TypedDict, total=False):
     snapshot_budget: float
     on_loss: str
     verify_every: int
+    repeat_every: int
     on_corruption: str
     checkpoint: str
     checkpoint_every: int

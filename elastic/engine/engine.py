@@ -120,7 +120,7 @@ class Engine:
         self.reduction = reduction
         what = (settings.seed, self.fetch, loss_fn, reduction)
         early = EarlyParts(stack, comm, lambda: self.layout)
-        self.pipeline = Pipeline(stack, comm, progress, *what, self._remarks.attribute, early, stream_states)
+        self.pipeline = Pipeline(stack, comm, progress, *what, self._remarks.script, early, stream_states)
         self.exchange = Exchange(stack, comm, early)
         self.protection = Protection(settings, snapshots, membership)
         self.backups = Backups(optimizer, comm, snapshots, self.exchange)

@@ -36,6 +36,6 @@ class Remarks:
             )
             warn(self._membership, Notice.LOSS_NOT_FINITE, text, step=step)
 
-    def attribute(self, text: str) -> None:
-        """A forward has changed an attribute of a module."""
-        warn(self._membership, Notice.ATTRIBUTE_CHANGED, text, rank=self._membership.worker.rank, step=self._version())
+    def script(self, notice: Notice, text: str) -> None:
+        """Something that the script does in turns or forwards."""
+        warn(self._membership, notice, text, rank=self._membership.worker.rank, step=self._version())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from everstep.comms.mesh.communicator import Communicator, Key, Kind
 from everstep.comms.mesh.tensors import aligned, decode, encode, settled
 from everstep.elastic.contract.errors import UsageError
+from everstep.elastic.contract.notices import Notice
 from everstep.elastic.contract.progress import Progress, StepPhase
 from everstep.elastic.contract.telemetry import Spent
 from everstep.elastic.holding.buffer_rules import leaf
@@ -31,6 +33,7 @@ from .forwards import Forwards
 from .layer_times import LayerSample, LayerTimes
 from .order import StepSize, derive_seed
 from .reduction import Reduction
+from .repetition import Repetition, copied
 from .steps import Graph, StepState
 from .stream_states import StreamStates
 
@@ -49,14 +52,15 @@ class Pipeline:
         fetch: Callable[[int, int], Batch],
         loss_fn: Callable[[Any, Any], Any],
         reduction: Reduction,
-        warn: Callable[[str], None],
+        warn: Callable[[Notice, str], None],
         early: EarlyParts,
         carried: StreamStates,
     ) -> None:
         self.stack = stack
         self.early = early
         self._carried = carried
-        self.forwards = Forwards(stack, warn)
+        self.forwards = Forwards(stack, partial(warn, Notice.ATTRIBUTE_CHANGED))
+        self.repetition = Repetition(stack, partial(warn, Notice.TURN_NOT_REPEATABLE))
         self.comm = comm
         self.progress = progress
         self.seed = seed
@@ -105,6 +109,9 @@ class Pipeline:
             counted = tokens_and_samples(first) if data is None else (0, 0.0)
             telemetry.span(Spent.FETCH, started_ns, micro_batch=span.micro_batch, amount=counted[0], value=counted[1])
             started_ns = time.monotonic_ns()
+        if data is None and is_last:
+            self._repeat(state, span, first, targets)
+            started_ns = time.monotonic_ns()
         if data is None:
             value = to_device(first, self.stack.device_of(span.start))
         else:
@@ -125,9 +132,7 @@ class Pipeline:
             if number + 1 < span.stop:
                 value = _handed_on(value)
         if is_last:
-            self._seed(state.step, span.micro_batch, span.stop)
-            returned = self.loss_fn(value, to_device(targets, self.stack.device_of(span.stop - 1)))
-            loss, tokens = self.reduction.measured(returned, self.loss_fn, state.step, span.micro_batch)
+            loss, tokens = self._loss(state, span, value, targets)
             weight = self.reduction.weight(state.size, span.micro_batch)
             state.losses[span.micro_batch], state.tokens[span.micro_batch] = weight * float(loss.detach()), tokens
             value = self.reduction.loss_scale.scaled(loss)
@@ -146,6 +151,28 @@ class Pipeline:
         following = state.work.next_segment(span)
         if following is not None:
             self._send_activation(state, span, following.rank)
+
+    def _repeat(self, state: StepState, span: Leg, first: Any, targets: Any) -> None:
+        """Compute the rank's first micro-batch of some steps ahead, and drop its gradients: see `Repetition`."""
+        due = self.repetition.is_due(state.step) and not state.held and not state.running
+        batch = copied((first, targets)) if due else None
+        if batch is None:
+            return
+        value = to_device(batch[0], self.stack.device_of(span.start))
+        self._carried.enter(state.step, span.micro_batch)
+        for number in range(span.start, span.stop):
+            value = self.apply(number, state, span.micro_batch, value, {})
+        loss, _ = self._loss(state, span, value, batch[1])
+        torch.autograd.backward([self.reduction.loss_scale.scaled(loss)])
+        self.repetition.remember()
+        self.drop_gradients(span)
+        self._carried.leave()
+
+    def _loss(self, state: StepState, span: Leg, output: Any, targets: Any) -> tuple[Tensor, int]:
+        """A micro-batch's loss, and the number of its tokens."""
+        self._seed(state.step, span.micro_batch, span.stop)
+        returned = self.loss_fn(output, to_device(targets, self.stack.device_of(span.stop - 1)))
+        return self.reduction.measured(returned, self.loss_fn, state.step, span.micro_batch)
 
     def apply(
         self, number: int, state: StepState, micro_batch: int, value: Any, statistics: dict[int, list[Tensor]]
@@ -236,6 +263,7 @@ class Pipeline:
             torch.autograd.backward([o for o, _ in pairs], [g for _, g in pairs])
         if graph.sample is not None:
             graph.sample.backward(backward_ns)
+        self.repetition.compare()
         self.harvest(state, span, graph.statistics, graph.sample)
         if graph.sample is not None:
             graph.sample.write(self.progress.telemetry)

@@ -62,6 +62,7 @@ snapshot_every int 'auto'
 snapshot_budget float 0.02
 on_loss str 'checkpoint' checkpoint|neighbors|stop
 verify_every int 100
+repeat_every int 0
 on_corruption str 'repair' repair|evict
 checkpoint str ''
 checkpoint_every int 1000
@@ -91,6 +92,7 @@ GIVEN = {  # a value other than the default for each setting, as text and as a v
     "snapshot_budget": ("0.5", 0.5),
     "on_loss": ("stop", "stop"),
     "verify_every": ("0", 0),
+    "repeat_every": ("1", 1),
     "on_corruption": ("evict", "evict"),
     "checkpoint": ("/x", "/x"),
     "checkpoint_every": ("9", 9),
