@@ -72,13 +72,13 @@ class WorkerLogs:
 
     def _open_filtered(self, destinations: LogsDest, prefixes: dict[int, str] | None) -> None:
         """Torchrun's --duplicate-stdout-filters, --duplicate-stderr-filters."""
-        for path, teed, needles in (
-            (destinations.filtered_stdout, destinations.tee_stdouts, self._filters[0]),
-            (destinations.filtered_stderr, destinations.tee_stderrs, self._filters[1]),
+        for name, teed, needles in (
+            ("filtered_stdout", destinations.tee_stdouts, self._filters[0]),
+            ("filtered_stderr", destinations.tee_stderrs, self._filters[1]),
         ):
-            if not needles:
+            if not needles:  # an older torch has neither the flags nor the files
                 continue
-            stream = Path(path).open("w", errors="replace", buffering=1)  # noqa: SIM115
+            stream = Path(getattr(destinations, name)).open("w", errors="replace", buffering=1)  # noqa: SIM115
             self._files.append(stream)
 
             def wanted(line: str, needles: Sequence[str] = needles) -> bool:

@@ -57,6 +57,12 @@ def check_optimizer(optimizer: AnyOptimizer, model: nn.Module) -> None:
 
 
 def _check_part(optimizer: Optimizer, model: nn.Module) -> None:
+    if "_optimizer_step_pre_hooks" not in vars(optimizer):
+        raise UsageError(
+            f"{type(optimizer).__name__} is an Optimizer whose __init__ does not call Optimizer.__init__, as of some "
+            "that wrap another: ranks step parts of parameters with it, so it needs groups and states of its own. Pass "
+            "the optimizer that it wraps, or have it call super().__init__(params, defaults)"
+        )
     known = {id(p) for p in model.parameters()}
     for number, group in enumerate(optimizer.param_groups):
         for parameter in group["params"]:

@@ -157,7 +157,7 @@ def test_a_job_of_one_rank(name: str) -> None:
     expected, users = optimizer_of(name, plain), ALL[name](list(net.parameters()))
     for inputs, targets in DataLoader(samples(), batch_size=BATCH):
         for part, wanted in zip(inputs.split(MICRO), targets.split(MICRO), strict=True):
-            (nn.functional.mse_loss(plain(part), wanted) / 2).backward()
+            (nn.functional.mse_loss(plain(part.clone()), wanted) / 2).backward()
         for stepped in parts_of(expected):
             stepped.step()
         plain.zero_grad()
@@ -195,9 +195,21 @@ class Listing(Written):
         p.sub_(group["lr"] * g)
 
 
+class Lookahead(torch.optim.Optimizer):
+    """Wraps another optimizer, and never becomes one itself."""
+
+    def __init__(self, parameters: Any, lr: float) -> None:
+        self.wrapped = torch.optim.SGD(parameters, lr=lr)
+        self.param_groups, self.state, self.defaults = self.wrapped.param_groups, self.wrapped.state, {}
+
+    def step(self, closure: Any = None) -> None:
+        self.wrapped.step()
+
+
 @pytest.mark.parametrize(
     ("kind", "text"),
     [
+        (Lookahead, "Lookahead is an Optimizer whose __init__ does not call Optimizer.__init__"),
         (Prodigy, "Prodigy changes 'k' of its parameter group in step(), which ranks would not share"),
         (Counting, "Counting keeps a state of no parameter ('steps'), which ranks would not share"),
         (Listing, "Listing keeps 'matrices' of a parameter as a list: a state must be a tensor, a number, a text"),
