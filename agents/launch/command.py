@@ -178,7 +178,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
             f"--rdzv-backend={parsed.rdzv_backend}: nodes meet at everstep's own coordinator; {', '.join(BACKENDS)} "
             "all mean that (several coordinators may share an etcd: --es-store)"
         )
-    if getattr(parsed, "event_log_handler", "null") != "null":  # a flag that torch has since 2.7
+    if parsed.event_log_handler != "null":
         raise LaunchError("--event-log-handler: torch's events are not made; everstep has its own, see --es-events")
     return parsed
 

@@ -78,10 +78,8 @@ def warm_up(imports: Sequence[Import]) -> None:
     import torch
 
     torch.set_num_threads(1)  # before the user's modules: threads of a pool do not exist in forks
-    importlib.import_module("everstep.elastic.api.decorator")
-    for module in WANTED:
-        with contextlib.suppress(ModuleNotFoundError):  # in an older torch
-            importlib.import_module(module)
+    for module in ("everstep.elastic.api.decorator", *WANTED):
+        importlib.import_module(module)
     for item in imports:
         _import_for_all(item)
     defer_compiler()

@@ -82,8 +82,9 @@ def _check_part(optimizer: Optimizer, model: nn.Module) -> None:
             "SparseAdam is not supported: it steps the rows alone that a batch has used, and the runtime sums "
             'gradients of whole parameters. Use Adam, with sparse=False in the layer or sparse_gradients="dense"'
         )
-    if optimizer.state:
+    if any(float(state.get("step", 1)) for state in optimizer.state.values()):
         raise UsageError("the optimizer has state already: pass a new one (resuming is the checkpoint's business)")
+    optimizer.state.clear()  # Adagrad makes it beforehand: ranks make that of the parts which they step
 
 
 def master_type(live: torch.dtype, asked: str) -> torch.dtype:

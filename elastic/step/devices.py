@@ -22,20 +22,12 @@ from everstep.elastic.contract.settings import WorkerContext
 _CPU = torch.device("cpu")
 
 
-def _accelerator() -> torch.device | None:
-    """The kind of accelerator that this torch was built for, if the machine has one."""
-    try:
-        return torch.accelerator.current_accelerator()
-    except RuntimeError:  # torch 2.6 raises it where there is none
-        return None
-
-
 def own_device(context: WorkerContext | None) -> torch.device:
     """Make this worker's accelerator the current one, and return it; the CPU where there is none.
 
     Raises UsageError if there are more workers than accelerators on this node, unless they may share.
     """
-    kind = _accelerator()
+    kind = torch.accelerator.current_accelerator()
     if kind is None or not torch.accelerator.is_available():
         return _CPU
     local_rank, workers, shares = 0, 1, False
@@ -61,7 +53,7 @@ def make_current(device: torch.device) -> None:
 def seed_torch(seed: int) -> None:
     """Seed the generators in use. `torch.manual_seed` would format a stack trace for CUDA at every call."""
     torch.default_generator.manual_seed(seed)
-    kind = _accelerator()
+    kind = torch.accelerator.current_accelerator()
     if kind is not None:
         module = torch.get_device_module(kind)
         if module.is_initialized():
@@ -71,7 +63,7 @@ def seed_torch(seed: int) -> None:
 @contextlib.contextmanager
 def generators_kept() -> Iterator[None]:
     """Put the global generators of Python, NumPy and torch back to where they were, at the end."""
-    kind = _accelerator()
+    kind = torch.accelerator.current_accelerator()
     module = torch.get_device_module(kind) if kind is not None else None
     devices = module.get_rng_state_all() if module is not None and module.is_initialized() else None
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()

@@ -150,7 +150,7 @@ def train_with(net: nn.Module, users: Any) -> None:
     train()
 
 
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", [*WHOLE, *sorted(ELEMENTWISE)])
 def test_a_job_of_one_rank(name: str) -> None:
     """Two micro-batches a step, so their sum has only one order."""
     plain, net = model(), model()
