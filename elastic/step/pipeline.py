@@ -162,6 +162,8 @@ class Pipeline:
         self._carried.enter(state.step, span.micro_batch)
         for number in range(span.start, span.stop):
             value = self.apply(number, state, span.micro_batch, value, {})
+            if number + 1 < span.stop:
+                value = _handed_on(value)
         loss, _ = self._loss(state, span, value, batch[1])
         torch.autograd.backward([self.reduction.loss_scale.scaled(loss)])
         self.repetition.remember()

@@ -18,7 +18,8 @@ KILLS = [
 
 
 @pytest.mark.parametrize(
-    "kind", ["heads", "in_place", *(pytest.param(kind, marks=pytest.mark.soak) for kind in ("expanded", "pairs"))]
+    "kind",
+    ["asks", "in_place", *(pytest.param(kind, marks=pytest.mark.soak) for kind in ("heads", "expanded", "pairs"))],
 )
 def test_bits_do_not_depend_on_where_stages_are_cut(kind: str, tmp_path: Path) -> None:
     whole = state_alone(JOB, tmp_path / "alone", kind=kind, steps=STEPS, stages=1)

@@ -55,3 +55,12 @@ def test_what_is_only_logged(tmp_path: Path) -> None:
     assert len(result.named("worker_died")) == 2
     assert_same_state(result.state(), expected)
     assert not [line for line in result.named("warning") if line["notice"] == "turn-not-repeatable"]
+
+
+def test_layers_whose_outputs_are_not_contiguous(tmp_path: Path) -> None:
+    """The second time, too, layers hand on their outputs as they would to another rank."""
+    config = {"out": str(tmp_path), "kind": "asks", "steps": 2, "stages": 1}
+    repeated = {"EVERSTEP_REPEAT_EVERY": "1"}
+    ended = script(JOBS / "boundaries_job.py", json.dumps(config), environment=repeated)
+    assert ended.status == 0, ended.stderr
+    assert SAID not in ended.stderr

@@ -53,6 +53,9 @@ def build():
         return nn.Sequential(nn.Linear(33, 33), Call(heads), Call(attend), merge, nn.Linear(33, 4), Call(rows_mean))
     if kind == "expanded":  # its gradient is one number for all
         return nn.Sequential(nn.Linear(33, 33), nn.Linear(33, 4), Call(rows_mean), nn.Linear(4, 4))
+    if kind == "asks":  # as kernels do
+        part, ask = Call(lambda x: x[:, 1:, ::2]), Call(lambda x: x * (1 + x.is_contiguous()))
+        return nn.Sequential(nn.Linear(33, 33), part, ask, nn.Linear(17, 4), Call(rows_mean))
     if kind == "pairs":
         both = Call(lambda x: Pair(x.transpose(1, 2), x[..., 1:12]))
         product = Call(lambda pair: pair[0] @ pair[1])
