@@ -134,7 +134,10 @@ class _Search:
         """The candidates that promise most, and what is close to the best of them, as long as the budget lasts."""
         left = 1 + MOST_LEGS // (self._old.micro_batches * len(self._old.stages))
         timed: dict[Candidate, tuple[float, Layout]] = {}
-        ahead = sorted(self._found, key=lambda item: (self._found[item], item))[:FINALISTS]
+        as_now = tuple(stage.ranks for stage in self._old.stages)  # least is moved, and the busiest rank is not all
+        ahead = [candidate for candidate in self._found if candidate[0] == as_now]
+        rest = [candidate for candidate in self._found if candidate[0] != as_now]
+        ahead += sorted(rest, key=lambda item: (self._found[item], item))[:FINALISTS]
         while ahead:
             for candidate in ahead[: max(left, 1 - len(timed))]:
                 layout = self._layout(*candidate)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import random
 import statistics
+from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -12,8 +14,8 @@ from hypothesis import strategies as st
 
 from everstep.resharding.forecast import Costs, bound, step_time
 from everstep.resharding.layout import Layout
-from everstep.resharding.planners import change_layout, deal_micro_batches, initial_layout
-from everstep.resharding.rebalance import LEAST_GAIN, layer_bytes, rebalance
+from everstep.resharding.planners import change_layout, deal_micro_batches, initial_layout, partition
+from everstep.resharding.rebalance import AS_GOOD, LEAST_GAIN, layer_bytes, rebalance
 from everstep.resharding.units import ModelSpec, ParameterSpec
 
 from .worlds import layouts_of
@@ -119,6 +121,20 @@ def test_throughput_after_a_loss(lost: tuple[int, ...], least: float) -> None:
     left = (8 - len(lost)) / 8
     assert step_time(whole, costs, {}) / proposal.after / left >= least
     assert step_time(whole, costs, {}) / step_time(after, costs, {}) / left < 0.9, "it was less before"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_new_cut_of_the_layers_alone_is_not_faster(seed: int) -> None:
+    """4 stages x 4 ranks, two of which are lost: what needs the least to move is always among what is forecast."""
+    spec, costs = model([1.0] * 16), Costs.of(model([1.0] * 16))
+    whole = initial_layout(spec, range(16), 4, 64)
+    lost = random.Random(seed).sample(range(16), 2)
+    layout = change_layout(spec, whole, set(range(16)) - set(lost), 2)
+    bounds = partition(costs.total, [len(stage.ranks) for stage in layout.stages])
+    stages = tuple(replace(s, start=a, stop=b) for s, (a, b) in zip(layout.stages, pairwise(bounds), strict=True))
+    proposal = rebalance(spec, layout, 3)
+    after = step_time(layout, costs, {}) if proposal is None else proposal.after
+    assert after <= (1 + AS_GOOD) * step_time(replace(layout, stages=stages), costs, {})
 
 
 @given(st.integers(1, 40), st.lists(st.sampled_from([0.5, 0.7, 1.0, 3.0]), min_size=1, max_size=6))
