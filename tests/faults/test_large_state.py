@@ -92,6 +92,18 @@ def test_a_node_is_lost_and_then_all_workers(plain: Path, every: int, tmp_path: 
     assert_same(result.out, plain)
 
 
+def test_a_job_goes_back_to_its_beginning(tmp_path: Path) -> None:
+    """A node is lost before another version outlives nodes. Each repeated step fetches the bank that it began with.
+
+    The loss reads `run.state`, which keeps its present values: so the bytes are not those of plain torch (guarantees).
+    """
+    result = lose_a_node(JOB, {"rank": 1, "phase": "compute", "step": 4}, tmp_path, every=50)
+    assert any("; version 0, " in event["summary"] for event in result.named("planned")), result.named("planned")
+    one, other = (torch.load(path, weights_only=True) for path in result.out.glob("state-*.pt"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])
+
+
 def test_a_script_is_resumed(plain: Path, tmp_path: Path) -> None:
     alone(tmp_path / "resumed", {"EVERSTEP_CHECKPOINT": str(tmp_path / "saved")}, resumes=True)
     assert_same(tmp_path / "resumed", plain)
