@@ -57,6 +57,7 @@ class Course:
             )
         if not self._engine.user_loop.begun:
             self._begin()
+        self._engine.turns.enter()
 
     def show(self) -> Step:
         """The next step that the script has not seen, after its functions have had it."""
@@ -64,18 +65,20 @@ class Course:
         engine.progress.leave()
         step = engine.user_loop.show()
         self._at(Place(f"after step {step.index}", until=step.index + 1))
-        if engine.loops:
+        if engine.loops and engine.version == step.index + 1:  # no recovery has gone back since
             engine.turn_over()
+        engine.turns.enter(step.index + 1)
         for function in self._functions:
             function(step)
         return step
 
+    def pass_by(self) -> None:
+        """The script has done what it does between two steps."""
+        self._engine.large.pass_by(self._engine.version)
+
     def go_on(self) -> None:
-        """The script has done what it does between two steps, and asks for the next one."""
-        engine = self._engine
-        if engine.loops:
-            engine.large.pass_by(engine.version, first=engine.user_loop.turn is not None)
-        engine.user_loop.end_turn()
+        """The script asks for the next step."""
+        self._engine.user_loop.end_turn()
         self._calls.away()
 
     def stops(self) -> bool:

@@ -110,7 +110,11 @@ class Interruptible:
                 "the last steps were lost with a node after the training loop had ended: only the loop "
                 "can compute them again; use run.steps(...), or protect every step (snapshot_every=1)"
             )
+        large = self._engine.large
+        large.interrupt()
+        large.pass_by(self._engine.version)
         self.do(self._engine.run_step)
+        large.pass_by(self._engine.version)
 
     def _wait_for_end(self, calls: Calls) -> bool:
         def on_wait() -> None:

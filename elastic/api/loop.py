@@ -97,6 +97,7 @@ class Batches:
         except GeneratorExit:
             self._updates.end()
             self._show_all()  # the step that the last turn has ended
+            self.course.pass_by()
             self.leave_last_turn()
             self.course.end_batches()
             raise
@@ -109,6 +110,7 @@ class Batches:
             # The turn before this one first: what it left is part of the state that all below decides on, or switches.
             self._end_turn()
             self._show_all()
+            course.pass_by()
             engine.user_loop.compute()
             if course.epoch_over():
                 # No loop runs behind the batches that could compute steps again after a loss.

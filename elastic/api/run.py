@@ -334,6 +334,7 @@ class Run(Sharing, Gradients):
             while True:
                 while engine.user_loop.unseen:
                     yield course.show()
+                course.pass_by()
                 if engine.switch is not None:
                     course.go_on()
                     parts.switch()
@@ -573,7 +574,7 @@ class Run(Sharing, Gradients):
             warn(self._membership, Notice.HYPERPARAMETERS_DIFFER, text)
         self.state.begin(resumed=recovery.resumed or not recovery.guide_begun)
         engine.user_loop.begin()
-        engine.large.values.release()
+        engine.large.release()
 
 
 def _no_loss(output: Any, targets: Any) -> Tensor:

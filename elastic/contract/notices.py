@@ -37,6 +37,7 @@ class Notice(enum.StrEnum):
     FOREIGN_CHECKPOINT = "foreign-checkpoint"  # the job resumes from another framework's: what its reader says
     REPLACEMENT_VALUES = "replacement-values"  # a replacement's script loaded values that the job does not use
     REPLACEMENT_STATE = "replacement-state"  # a replacement has none of the script's own variables
+    STATE_UNKNOWN = "state-unknown"  # steps are repeated that began before all present workers did
     PREFETCH_FAILED = "prefetch-failed"  # a rank could not copy shards ahead of a rebalance
     SAVE_STALLS = "save-stalls"  # a checkpoint is being saved, and the storage accepts no data
     SAVE_WAITED_FOR = "save-waited-for"  # training has ended, and its last checkpoint is not complete yet

@@ -114,6 +114,11 @@ def digests_in(value: Any) -> list[str]:
     return list(dict.fromkeys(digest for reference in large_in(value) for digest in reference["value"]))
 
 
+def has_names(state: Any) -> bool:
+    """Whether an encoded value is a dictionary with text for names: then each value is encoded by itself."""
+    return isinstance(state, dict) and _MARK not in state
+
+
 def in_words(value: Any) -> str:
     """An encoded value for people: a reference as the type, the shape and the beginning of a digest."""
     if isinstance(value, dict) and value.get(_MARK) in _LARGE:

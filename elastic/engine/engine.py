@@ -378,8 +378,8 @@ class Engine:
 
     def _registered(self, step: int) -> dict[str, Any]:
         """The registered objects' states at the end of `step`; what no rank will ask for again is forgotten."""
-        versions = [v for v in (self.snapshots.protected, self.checkpoints.newest) if v >= 0]
-        oldest = min(versions, default=step) - 1
+        saved = self.checkpoints.newest
+        oldest = min(self.large.oldest(), saved if saved >= 0 else step) - 1
         for records in (self.adjustments, self.calls, self.registered, self.turns):
             records.forget(oldest)
         return self.registered.record(step, again=self.user_loop.knows(step))
@@ -442,7 +442,7 @@ class Engine:
             advance(step)
         self.reduction.loss_scale.advance(terms, self.data.order)
         self.stream_states.commit(terms.registered)
-        self.adjustments.settle(self.version)
+        self.adjustments.settle()
         self.prefetch.committed(terms)
         # Copies begin before the user's code runs again, which may put other weights into the model.
         self._save_or_protect(terms, layout)

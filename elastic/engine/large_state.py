@@ -31,6 +31,7 @@ class LargeState:
         self._engine = engine
         self._token = token
         self._at_leaving: dict[str, bytes] = {}  # when the user's code left the loop
+        self._midst: dict[str, bytes] = {}  # where it was interrupted, to compute steps again
 
     def agree(self, registered: Mapping[str, Any], step: int) -> None:
         """These states are about to be agreed on. Raises UsageError for a value that changed unseen."""
@@ -43,15 +44,28 @@ class LargeState:
         engine.stream_states.share(step, carried, registered, engine.agreeing, self.values.keep)
         self.tell(registered, step + 1)
 
-    def pass_by(self, version: int, *, first: bool) -> None:
-        """In the user's own loop, a turn begins behind `version`: if its step is computed again, so is the turn."""
+    def pass_by(self, version: int) -> None:
+        """The user's code has done what it does in front of the step of `version`, which may be a repeated one."""
         turns = self._engine.turns
-        if repeated := turns.repeated(version, first=first):  # functions that changed them do not see a step again
-            self._fetch(repeated, on_wait=self._engine.progress.tick)
-        turns.pass_by(version, first=first)
-        if repeated:
-            self.values.release()
+        turns.record()
+        if due := turns.due(version):
+            self.values.hold_pieces(self._midst)
+            self._fetch(self._engine.registered.differing(due["users"]), on_wait=self._engine.progress.tick)
+        turns.pass_by(version)
+        if not turns.interrupted:
+            self._midst = {}
+        self.release()
         self.protect(turns.began_at(version).get("users"), version)
+
+    def interrupt(self) -> None:
+        """Steps are to be computed again in the midst of the user's code, which then finds its values as they are."""
+        if (left := self._engine.turns.interrupt()) is not None:
+            self._midst = self.values.copies(left)
+
+    def release(self) -> None:
+        """What was fetched has been put into place, unless the next step begins with it."""
+        if not self._engine.turns.due(self._engine.version):
+            self.values.release()
 
     def protect(self, states: Any, version: int, layout: Layout | None = None, *, begins: bool = False) -> None:
         """Have this node's keeper hold what `states` of `version` refer to, where this rank speaks for the node."""
@@ -65,14 +79,15 @@ class LargeState:
     def tell(self, states: Any, version: int, *, begins: bool = False) -> None:
         """The same on any rank. Raises ConnectionError where this node has had no keeper for long."""
         with self._engine.progress.waiting(WAITS_FOR):
-            self.values.protect(states, version, self._oldest(version), self._engine.progress.tick, begins=begins)
+            oldest = min(version - 2, self.oldest())  # the coordinator may not know of the last one
+            self.values.protect(states, version, oldest, self._engine.progress.tick, begins=begins)
 
-    def _oldest(self, version: int) -> int:
+    def oldest(self) -> int:
         """The oldest version to which the job may return; a checkpoint has large values itself."""
-        protected, last = self._engine.snapshots.protected, version - 2  # the coordinator may not know of the last one
-        if protected >= 0:
-            return min(last, protected)
-        return 0 if self._engine.protection.nodes else last
+        engine = self._engine
+        if engine.snapshots.protected >= 0:
+            return engine.snapshots.protected
+        return 0 if engine.protection.nodes else engine.version
 
     def tell_place(self, agreement: str, after: Mapping[str, Any], version: int) -> None:
         """This rank is about to tell newcomers of these states."""
@@ -101,12 +116,10 @@ class LargeState:
         engine = self._engine
         terms = Terms.of(agreement) if agreement else None
         agreed = terms.registered if terms is not None else engine.birth["registered"]
-        left = engine.turns.began_at(version) or (terms and terms.after) or {}
-        if engine.worker.state.fresh:
-            self._fetch([agreed, left], saved)
-        else:  # what changes between steps only is left alone
-            states = [*agreed.items(), *left.get("users", {}).items()]
-            self._fetch([state for name, state in states if not engine.registered.changes_between_steps(name)], saved)
+        left = (terms and terms.after) or {}
+        if not engine.worker.state.fresh and (began := engine.turns.began_at(version)):
+            agreed, left = {name: agreed[name] for name in agreed.keys() & engine.registered.driven}, began
+        self._fetch([agreed, left], saved)
 
     def _fetch(self, states: Any, saved: Read | None = None, on_wait: Callable[[], None] | None = None) -> None:
         engine = self._engine

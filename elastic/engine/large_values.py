@@ -199,6 +199,10 @@ class LargeValues:
         """Copies of what these states refer to count as fetched, as far as present values have it."""
         self._fetched.update((digest, bytes(piece)) for digest, piece in self._present(self._unfetched(states)))
 
+    def hold_pieces(self, pieces: Mapping[str, bytes]) -> None:
+        """These count as fetched, too."""
+        self._fetched.update(pieces)
+
     def _unfetched(self, states: Any) -> list[str]:
         return [digest for digest in digests_in(states) if digest not in self._fetched]
 

@@ -20,8 +20,9 @@ class Position:
     """`left`: the version at which the user's code has left the loop. `begun`: its loop has begun.
 
     `unseen`: the steps before `version` for which the sender's code has not run, or is at; `turning`: it is not in the
-    turn of the last one. `after`: the state of the user's code; `records`: of the settings, by step; `calls`: the
-    calls that the script has made; `attributes`: of modules, which it has changed.
+    turn of the last one. `after`: the state of the user's code; `records`: of the settings, by step; `turns`: what
+    steps began with that may be computed again; `calls`: the calls that the script has made; `attributes`: of modules,
+    which it has changed.
     """
 
     version: int
@@ -32,6 +33,7 @@ class Position:
     turning: bool
     after: Mapping[str, Any]
     records: Mapping[str, Any]
+    turns: Mapping[str, Any]
     calls: Mapping[str, Any]
     attributes: Mapping[str, Any]
 

@@ -18,6 +18,7 @@ from everstep.checkpointing.universal.store import StoreError
 from everstep.comms.mesh.communicator import Aborted, Key, Kind
 from everstep.comms.mesh.tensors import host_bytes, of_bytes
 from everstep.elastic.contract.errors import JobEnded
+from everstep.elastic.contract.notices import Notice, warn
 from everstep.elastic.contract.progress import StepPhase
 from everstep.elastic.contract.telemetry import Spent
 from everstep.elastic.protocol import events as e
@@ -210,6 +211,7 @@ class Recovery:
         engine.large.fetch_told(found.agreement, found.after)
         self._after, self.guide_begun = found.after, found.begun
         engine.adjustments.take_records(found.records)
+        engine.turns.take_records(found.turns)
         engine.calls.take(found.calls)
         engine.pipeline.forwards.attributes.join(found.attributes)
         engine.user_loop.join(found.unseen, open_turn=found.turning)
@@ -242,6 +244,7 @@ class Recovery:
             turning=not self._in_turn(version),
             after=after,
             records=engine.adjustments.records(),
+            turns=engine.turns.records(),
             calls=engine.calls.records(),
             attributes=engine.pipeline.forwards.attributes.changed(),
         ).to_message()
@@ -253,11 +256,11 @@ class Recovery:
         """The state of the user's code here; the settings only if they belong to `version` already."""
         if self._in_turn(version):  # it repeats the code behind the step, and its changes, from where that began
             return {"users": self.engine.turns.began} if self.engine.loops else {}
-        after = self.engine.turns.present()
+        after = self.engine.turns.state_at(self.engine.version)
         # Before the loop begins, the script is about to set it, as the newcomer's will.
         if not self.engine.user_loop.begun and STATE in after["users"]:
             entered = self.engine.registered.objects[STATE].entered
-            after["users"] |= {STATE: entered or {}}
+            after = {**after, "users": {**after["users"], STATE: entered or {}}}
         return after if self.engine.version == version else {"users": after["users"]}
 
     def _in_turn(self, version: int) -> bool:
@@ -306,12 +309,28 @@ class Recovery:
         engine = self.engine
         engine.checkpoints.abandon()
         terms = Terms.of(it.agreement) if it.agreement else None
-        engine.adjustments.leave(it.since, it.version, loops=engine.loops)
+        self._warn_of_unknown_states(it.version)
+        present = engine.adjustments.terms()
         self._catch_up(terms, it.version, back=True)
         engine.user_loop.go_back(it.version)
-        if engine.loops and terms is not None:  # the user's own loop computes again, from the state in which it was
-            engine.turns.go_back(it.version, terms.after or {})
+        agreed = engine.registered.of_users(terms.registered if terms else engine.birth["registered"])
+        left = {**engine.adjustments.terms(), "users": agreed, **((terms and terms.after) or {})}
+        engine.turns.go_back(it.version, left)
+        engine.adjustments.set(present)  # what the user's code has set is its own until the next step begins
         engine.drop_gradients()
+
+    def _warn_of_unknown_states(self, version: int) -> None:
+        """Say so where no rank can tell this one what repeated steps began with: all began later than these."""
+        engine = self.engine
+        known = engine.turns.unknown(version)
+        if known > version and any(engine.registered.users().values()):
+            text = (
+                f"rank {engine.rank} computes steps {version} to {known - 1} again, which were computed before its "
+                f"script began: all workers had been lost. The values that run.state and registered objects had in "
+                f"step {version} are used in all of them: a loss that reads what the script changes there between "
+                "steps gives other bytes. For equal ones, start the job again from a checkpoint"
+            )
+            warn(engine.membership, Notice.STATE_UNKNOWN, text, rank=engine.rank, step=version)
 
     def _take_places(self, it: w.TakePlaces) -> None:
         """Hold the layers and own the shards of the plan; gained layers have no values yet, unless from the seed."""
@@ -384,7 +403,7 @@ class Recovery:
         self.resumed = bool(it.plan.checkpoint)
         self._joined = (it.version, terms)
         self.come_up()
-        engine.user_loop.joined()
+        engine.user_loop.joined(it.version)
 
     def _resume_step(self, it: w.ResumeStep) -> None:
         engine, plan = self.engine, it.plan
@@ -399,7 +418,7 @@ class Recovery:
         engine.telemetry.span(Spent.RESTORE, self._edited_ns)
         engine.telemetry.interrupted()
         if engine.user_loop.begun:
-            engine.large.values.release()
+            engine.large.release()
         self._take_calls(engine.orders[it.generation].plan)
         if not it.tell:
             return
@@ -421,23 +440,22 @@ class Recovery:
         if terms is not None:
             self._catch_up(terms, version, back=False)
         self.engine.turns.adopt(self._after or (terms and terms.after) or {})
+        self.engine.turns.enter(version)
         if not (self.resumed and self.engine.settings.resume_hyperparameters == "script"):
             self.engine.adjustments.join(version, clip=not self.resumed)
 
     def _catch_up(self, terms: Terms | None, version: int, *, back: bool) -> None:
         """Bring the registered objects (the scheduler) to the version that the other ranks are at, or go back to.
 
-        `terms`: the agreement in the step before it, None at the beginning. When going back, objects that the user's
-        own code steps between steps stay as they are, since that code does not run again for steps that it has seen;
-        unless its loop computes the micro-batches.
+        `terms`: the agreement in the step before it, None at the beginning. When going back, what the user's code has
+        changed stays as it is until the next step begins (`UserTurns`).
         """
         engine = self.engine
         registered = engine.registered
         states: Mapping[str, Any] = terms.registered if terms else engine.birth["registered"]
         engine.adjustments.set(terms.settings if terms else engine.birth)
         for name, state in states.items():
-            loops = engine.loops and not registered.changes_between_steps(name)
-            if not back or name in registered.driven or loops or name not in registered.objects:
+            if not back or name in registered.driven or name not in registered.objects:
                 registered.load(name, state)
         if terms is not None:
             engine.protection.adopt(terms)
@@ -445,4 +463,4 @@ class Recovery:
                 for advance in engine.on_commit:
                     advance(step)
             engine.reduction.loss_scale.advance(terms, engine.data.order)
-        engine.adjustments.settle(version)
+        engine.adjustments.settle()

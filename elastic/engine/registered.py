@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
-from everstep.elastic.contract.stateful import decode, encode, large_in
+from everstep.elastic.contract.stateful import decode, encode, has_names, large_in
 
 from .large_values import LargeValues
 
@@ -32,11 +32,29 @@ class Registered:
 
     def load(self, name: str, state: Any) -> None:
         """An object's state on other ranks or at an earlier time."""
-        if name in self.objects:
+        if name not in self.objects:
+            self.unclaimed[name] = state
+        elif self._by_name(name, state):
+            item, other = self.objects[name], self.differing({name: state}).get(name, {})
+            present, found = item.state_dict(), decode(other, self.large.give)
+            item.load_state_dict({key: found[key] if key in found else present[key] for key in state})
+        else:
             self.objects[name].load_state_dict(decode(state, self.large.give))
             self.large.forget(name)  # an object may write to its tensors in any way
-        else:
-            self.unclaimed[name] = state
+
+    def differing(self, states: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of these states that are not the present ones; of `run.state` the values that are not."""
+        found: dict[str, Any] = {}
+        for name, state in states.items():
+            now: Any = self.state_of(name, self.objects[name]) if name in self.objects else None
+            if now != state:
+                part = self._by_name(name, state)
+                found[name] = {k: v for k, v in state.items() if k not in now or now[k] != v} if part else state
+        return found
+
+    def _by_name(self, name: str, state: Any) -> bool:
+        """Whether it is the state of an object that holds values by name, each of which can be set by itself."""
+        return isinstance(self.objects.get(name), MutableMapping) and has_names(state)
 
     def states(self) -> dict[str, Any]:
         """The states now."""
@@ -65,7 +83,7 @@ class Registered:
         return {name: state for name, state in states.items() if name not in self.driven}
 
     def changes_between_steps(self, name: str) -> bool:
-        """Whether the script changes an object between steps only, so that going back leaves it alone."""
+        """Whether the script changes an object between steps only: then it has to be equal on all ranks in each."""
         return getattr(self.objects.get(name), "between_steps", False)
 
     def record(self, step: int, *, again: bool) -> dict[str, Any]:

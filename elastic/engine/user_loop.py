@@ -70,9 +70,9 @@ class UserLoop:
         self.unseen = list(unseen)
         self._unturned = len(unseen) if open_turn else 0
 
-    def joined(self) -> None:
-        """This rank is at the position of the job: steps that it computes again are shown once."""
-        self._newest = max([self._newest, *(step.index for step in self.unseen)])
+    def joined(self, version: int) -> None:
+        """This rank is at the position of the job, `version`: of the steps before, it is shown the unseen ones only."""
+        self._newest = max(self._newest, version - 1)
 
     def seen(self, version: int, *, loops: bool) -> int:
         """Of `version` committed steps, how many a script that joins its own loop (`loops`) finds done."""

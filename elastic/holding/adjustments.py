@@ -43,8 +43,6 @@ class Adjustments:
         self._members = self._members_now()
         self._agreed = self.present()
         self._known: dict[int, dict[str, Any]] = {}  # step -> the agreement of that step
-        # Of a version from which this rank has gone back: as the user's code left the settings.
-        self._ahead: tuple[int, Values] | None = None
         # When this rank joined: its code sets values before the loop that are long outdated.
         self._entered: Values | None = None
         self._noticed: tuple[int, Values | None] = (-1, None)  # step -> changes in its last micro-batch here
@@ -179,15 +177,12 @@ class Adjustments:
         self._known[step] = {name: terms[name] for name in NAMES if name in terms}
         self.set(terms)
 
-    def settle(self, version: int) -> None:
-        """The values in force now are equal on all ranks at `version`; changes that the user's code left follow."""
+    def settle(self) -> None:
+        """The values in force now are equal on all ranks."""
         self._agreed = self.present()
         if self._entered is not None:
             clip = any(key[0] == "clip" for key in self._entered)
             self._entered = {key: value for key, value in self._agreed.items() if clip or key[0] != "clip"}
-        if self._ahead is not None and self._ahead[0] <= version:
-            (_, values), self._ahead = self._ahead, None
-            self.set(self.terms(values))
 
     def forget(self, before: int) -> None:
         """Steps before this one will not be computed again."""
@@ -195,11 +190,6 @@ class Adjustments:
             del self._known[step]
 
     # ------------------------------------------------------------ recovery
-
-    def leave(self, version: int, back_to: int, *, loops: bool) -> None:
-        """This rank goes back from `version`: keep the changes for that version, unless the user's code runs again."""
-        if (not loops or version == back_to) and (self._ahead is None or self._ahead[0] < version):
-            self._ahead = (version, self.present())
 
     def join(self, step: int, *, clip: bool) -> None:
         """This rank joined a job at `step`, with the job's settings in force. See `begin`."""

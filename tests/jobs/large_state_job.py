@@ -1,11 +1,12 @@
 """Large values of the script on which training depends: a queue in run.state, a bank that is a registered object.
 
-The queue changes in each step, the bank in every third, the codebook never. `plain`: without Everstep, by one process
-that sums the gradients of the four parts of a batch. `over_steps`: a loop over run.steps. `turns`: the bank changes in
-the turn that ends a step. `resumes`: it gets SIGTERM after its third step, saves, ends, and is resumed in the same
-process. `stops`: all ranks end after the fourth step. `dies`: after which step, behind its changes, which ranks kill
-themselves. `joins`: behind that step, ranks wait until another one is ready to join; `saved`: behind the sixth step,
-until there is a checkpoint in this folder. `mistake`: what to do wrong.
+The queue changes in each step, the bank in every third, the codebook never; a small value counts the steps. `plain`:
+without Everstep, by one process that sums the gradients of the four parts of a batch. `over_steps`: a loop over
+run.steps. `turns`: the bank and the count change in the turn that ends a step. `resumes`: it gets SIGTERM after its
+third step, saves, ends, and is resumed in the same process. `stops`: all ranks end after the fourth step. `dies`: after
+which step, behind its changes, which ranks kill themselves. `joins`: behind that step, ranks wait until another one is
+ready to join; `saved`: behind the sixth step, or step `saves`, until there is a checkpoint in this folder. `mistake`:
+what to do wrong.
 """
 
 import json
@@ -68,15 +69,15 @@ def loader():
     return torch.utils.data.DataLoader(data(), batch_size=PART)
 
 
-def loss_of(found, queue, codebook, bank):
+def loss_of(found, queue, codebook, bank, seen):
     rows = torch.cat([queue[:: ROWS // 64], codebook[:: ROWS // 32], bank.means[::999].float()])
-    return (found @ rows.T).square().mean() + found.square().mean() + float(bank.steps.max()) / 100
+    return (found @ rows.T).square().mean() + found.square().mean() * (1 + seen / 9) + float(bank.steps.max()) / 100
 
 
 @torch.no_grad()
 def enqueue(queue, step, model):
     """Behind a step: writes rows all over the queue."""
-    queue[(step * 7 + torch.arange(6) * (ROWS // 6)) % ROWS] = model.weight.mean(1)
+    queue[(step * (ROWS // 64) + torch.arange(6) * (ROWS // 6)) % ROWS] = model.weight.mean(1)
 
 
 @torch.no_grad()
@@ -85,8 +86,9 @@ def write(bank, step, model):
         bank.write(step, model.weight.mean(1))
 
 
-def save(state, queue, codebook, bank):
+def save(state, queue, codebook, bank, seen):
     values = {"queue": queue, "codebook": codebook, "means": bank.means, "steps": torch.from_numpy(bank.steps)}
+    values["seen"] = torch.tensor(seen)
     torch.save({**state, "values": values}, out / f"part-{mine}.pt")
     (out / f"part-{mine}.pt").replace(out / f"state-{mine}.pt")
 
@@ -96,7 +98,7 @@ def train_plain():
     (queue, codebook), bank = values(), Bank()
     sums, step = [], 0
     for inputs, indices in loader():
-        loss = loss_of(model(inputs), queue, codebook, bank)
+        loss = loss_of(model(inputs), queue, codebook, bank, step)
         print(int(indices[0]), loss.item().hex(), file=lines, flush=True)
         sums.append(torch.autograd.grad(loss, list(model.parameters())))
         if len(sums) == PARTS:
@@ -107,7 +109,7 @@ def train_plain():
             write(bank, step, model)
             sums, step = [], step + 1
     states = {name: {"momentum_buffer": optimizer.state[p]["momentum_buffer"]} for name, p in model.named_parameters()}
-    save({"model": model.state_dict(), "optimizer": states}, queue, codebook, bank)
+    save({"model": model.state_dict(), "optimizer": states}, queue, codebook, bank, step)
 
 
 def waits(comes):
@@ -140,14 +142,17 @@ def train(run):
     if not config.get("over_steps"):
         model, optimizer, batches = run.prepare(model, optimizer, loader())
     else:
-        loop = run.steps(model, optimizer, loader(), loss_fn=lambda found, _: loss_of(found, *kept, bank))
+        loss_fn = lambda found, _: loss_of(found, *kept, bank, run.state["seen"])  # noqa: E731
+        loop = run.steps(model, optimizer, loader(), loss_fn=loss_fn)
     kept = [run.state.setdefault(name, value) for name, value in zip(["queue", "codebook"], values(), strict=True)]
     queue, codebook = kept
+    run.state.setdefault("seen", 0)
 
     def after(step):
         enqueue(queue, step.index, model)
         if not config.get("turns"):
             write(bank, step.index, model)
+            run.state["seen"] += 1
         if step.index == 2:
             mistake(run, queue)
             if config.get("resumes"):
@@ -156,7 +161,7 @@ def train(run):
                 run.stop("to resume it")
         if step.index == config.get("joins"):
             waits(lambda: '"join_prepared"' in (out / "events.jsonl").read_text())
-        if config.get("saved") and step.index == 5:
+        if config.get("saved") and step.index == config.get("saves", 5):
             waits(lambda: list(Path(config["saved"]).glob("*/manifest.json")))
         if int(mine) in config.get("dies", {}).get(str(step.index), []) and not run.is_replacement:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -167,14 +172,15 @@ def train(run):
     else:
         run.on_step(after)
         for inputs, indices in batches:
-            loss = loss_of(model(inputs), queue, codebook, bank)
+            loss = loss_of(model(inputs), queue, codebook, bank, run.state["seen"])
             print(int(indices[0]), loss.item().hex(), file=lines, flush=True)
             loss.backward()
             optimizer.step()
             if config.get("turns") and run.is_step_end:
                 write(bank, run.step - 1, model)
+                run.state["seen"] += 1
     assert queue is run.state["queue"]
-    save(run.full_state_dict(), queue, codebook, bank)
+    save(run.full_state_dict(), queue, codebook, bank, run.state["seen"])
 
 
 if __name__ == "__main__":
