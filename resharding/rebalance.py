@@ -14,6 +14,7 @@ from itertools import accumulate, islice, pairwise, permutations
 
 from .forecast import Costs, bound, speed_of, step_time
 from .layout import Layout, Stage
+from .memory import Memory, layer_bytes
 from .planners import deal_micro_batches, deal_shards, partition
 from .units import ModelSpec
 
@@ -32,7 +33,10 @@ Candidate = tuple[Groups, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Proposal:
-    """A layout that is faster. Times of a step, in the unit of the costs; `moved`: bytes of parameters that move."""
+    """A layout that is faster. Times of a step, in the unit of the costs; `moved`: bytes of parameters that move.
+
+    `before` is infinite if ranks lack the memory for the layout that they are in.
+    """
 
     layout: Layout
     before: float
@@ -41,12 +45,15 @@ class Proposal:
 
     @property
     def gain(self) -> float:
-        """The part of the step time that is saved."""
-        return 1 - self.after / self.before
+        """The part of the step time that is saved; 0 where it is memory that is gained."""
+        return 1 - self.after / self.before if self.before < math.inf else 0.0
 
     def why(self) -> str:
         """The reason, in words."""
-        return f"a step takes {self.gain:.0%} less time by the forecast; {self.moved / 2**20:.1f} MiB move"
+        gained = f"a step takes {self.gain:.0%} less time by the forecast"
+        if self.before == math.inf:
+            gained = "ranks lack the memory for their layers"
+        return f"{gained}; {self.moved / 2**20:.1f} MiB move"
 
 
 def rebalance(
@@ -56,19 +63,19 @@ def rebalance(
     *,
     costs: Costs | None = None,
     speeds: Mapping[int, float] | None = None,
-    memory: Mapping[int, int] | None = None,
+    memory: Memory | None = None,
     least_gain: float = LEAST_GAIN,
 ) -> Proposal | None:
     """The best layout found for the ranks of `layout`, or None if none saves `least_gain` of the step time.
 
     `costs`: seconds per layer and micro-batch; from the model's relative costs by default. `speeds`: rank -> speed, 1
-    where none is given. `memory`: rank -> bytes of parameters that it can hold; no limit where none is given. The
-    number of stages stays. Pure; equal arguments give equal results.
+    where none is given. `memory`: what ranks have; no limit by default. The number of
+    stages stays. Pure; equal arguments give equal results.
     """
     costs, speeds = costs or Costs.of(spec), speeds or {}
-    search = _Search(spec, layout, generation, costs, speeds, memory or {})
-    before = search.time(layout)
-    found = search.run()
+    memory = memory or Memory.of(spec, (), ())
+    before = present_time(layout, costs, speeds, memory)
+    found = _Search(spec, layout, generation, costs, speeds, memory).run()
     if found is None or found[1] > (1 - least_gain) * before:
         return None
     shape, after = found
@@ -76,6 +83,18 @@ def rebalance(
     best = replace(shape, owners=deal_shards(spec, holders, layout.owners))
     best.validate(spec)
     return Proposal(best, before, after, moved_bytes(spec, layout, best))
+
+
+def present_time(layout: Layout, costs: Costs, speeds: Mapping[int, float], memory: Memory) -> float:
+    """The forecast of a step as it is; infinite if ranks lack the memory for it."""
+    return math.inf if memory.too_much(layout) else forecast(layout, costs, speeds)
+
+
+def forecast(layout: Layout, costs: Costs, speeds: Mapping[int, float]) -> float:
+    """The time of a step, or of its busiest rank alone, which is cheap, where the step has very many legs."""
+    if layout.micro_batches * len(layout.stages) > MOST_LEGS:
+        return bound(layout, costs, speeds)
+    return step_time(layout, costs, speeds)
 
 
 class _Search:
@@ -92,7 +111,7 @@ class _Search:
         generation: int,
         costs: Costs,
         speeds: Mapping[int, float],
-        memory: Mapping[int, int],
+        memory: Memory,
     ) -> None:
         self._spec = spec
         self._old = layout
@@ -101,15 +120,8 @@ class _Search:
         self._speeds = speeds
         self._memory = memory
         self._prefix = [0.0, *accumulate(costs.total)]
-        self._bytes = [0, *accumulate(layer_bytes(spec))]
         self._slowest: dict[tuple[int, ...], float] = {}  # ranks of a stage -> micro-batches over speed, of the last
         self._found: dict[Candidate, float] = {}  # -> time of its busiest rank
-
-    def time(self, layout: Layout) -> float:
-        """The forecast of a step."""
-        if layout.micro_batches * len(layout.stages) > MOST_LEGS:
-            return bound(layout, self._costs, self._speeds)
-        return step_time(layout, self._costs, self._speeds)
 
     def run(self) -> tuple[Layout, float] | None:
         """The best layout, and its time; None where none has the memory."""
@@ -141,7 +153,7 @@ class _Search:
         while ahead:
             for candidate in ahead[: max(left, 1 - len(timed))]:
                 layout = self._layout(*candidate)
-                timed[candidate] = self.time(layout), layout
+                timed[candidate] = forecast(layout, self._costs, self._speeds), layout
                 left -= 1
             best = min(timed, key=lambda item: (timed[item][0], item))
             ahead = [candidate for candidate in self._close(*best) if candidate not in timed] if left > 0 else []
@@ -153,7 +165,7 @@ class _Search:
             (groups, (*bounds[:i], bounds[i] + by, *bounds[i + 1 :])) for i in range(1, len(groups)) for by in (-1, 1)
         ]
         found += [(other, bounds) for other in self._neighbours(groups)]
-        return [(g, b) for g, b in found if all(x < y for x, y in pairwise(b)) and self._fits(g, b)]
+        return [(g, b) for g, b in found if all(x < y for x, y in pairwise(b)) and self._memory.fit(g, b)]
 
     def _judge(self, groups: Groups) -> float:
         """The time of the busiest rank, in the best cut of the stages among these groups."""
@@ -161,7 +173,7 @@ class _Search:
         as_now = [0, *(stage.stop for stage in self._old.stages)]
         least = math.inf
         for bounds in (partition(self._costs.total, weights), as_now):
-            if self._fits(groups, bounds):
+            if self._memory.fit(groups, bounds):
                 spans = zip(groups, bounds[:-1], bounds[1:], strict=True)
                 time = max((self._prefix[stop] - self._prefix[start]) * self._share(g) for g, start, stop in spans)
                 self._found[groups, tuple(bounds)] = time
@@ -173,13 +185,6 @@ class _Search:
             blocks = deal_micro_batches(self._old.micro_batches, ranks, self._speeds)
             self._slowest[ranks] = max((b.stop - b.start) / speed_of(self._speeds, b.rank) for b in blocks)
         return self._slowest[ranks]
-
-    def _fits(self, groups: Groups, bounds: Sequence[int]) -> bool:
-        for ranks, start, stop in zip(groups, bounds[:-1], bounds[1:], strict=True):
-            needed = self._bytes[stop] - self._bytes[start]
-            if any(needed > self._memory.get(rank, needed) for rank in ranks):
-                return False
-        return True
 
     def _layout(self, groups: Groups, bounds: Sequence[int]) -> Layout:
         micro_batches = self._old.micro_batches
@@ -215,15 +220,6 @@ def _moved(groups: Groups, moves: Mapping[int, int]) -> Groups:
     for rank, stage in moves.items():
         stayed[stage].append(rank)
     return tuple(map(tuple, stayed))
-
-
-def layer_bytes(spec: ModelSpec) -> tuple[int, ...]:
-    """The bytes of the parameters that each layer holds; a shared one counts in each."""
-    totals = [0] * spec.layers
-    for parameter in spec.parameters:
-        for layer in parameter.layers:
-            totals[layer] += parameter.elements * parameter.item_bytes
-    return tuple(totals)
 
 
 def moved_bytes(spec: ModelSpec, old: Layout, new: Layout) -> int:

@@ -13,8 +13,8 @@ from itertools import accumulate, combinations, pairwise
 
 from .forecast import Costs
 from .layout import Layout, LayoutError, Stage
+from .memory import layer_bytes
 from .planners import deal_micro_batches, deal_shards, partition
-from .rebalance import layer_bytes
 from .units import ModelSpec
 
 Cell = tuple[int, int]

@@ -79,12 +79,14 @@ def _event(request: pb.OrderRequest, state: State, taken: Collection[e.Event]) -
         return e.ReleaseOrdered(request.release.host), f"host {request.release.host} may join again"
     if request.WhichOneof("order") == "relayout":
         stages = request.relayout.stages
-        if stages < 1:
+        if stages < 0:
             raise Refused("a job has at least one stage")
         if drained or any(isinstance(event, e.RelayoutOrdered) for event in taken):
             raise Refused("another order waits: try again when that is over")
         if why := why_not(state, stages):
             raise Refused(why)
+        if not stages:
+            return e.RelayoutOrdered(0), "the job has as many stages as its planner finds best from now on"
         return e.RelayoutOrdered(stages), f"the job goes to {stages} stage(s) at a step boundary; training continues"
     raise Refused("no order that this version knows")
 

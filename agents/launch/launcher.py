@@ -26,7 +26,7 @@ from everstep.agents.coordinator.process import (
 from everstep.agents.monitoring.pages import AddressTaken
 from everstep.agents.node.config import AgentError, NodeConfig
 from everstep.agents.node.logs import WorkerLogs, discard
-from everstep.agents.node.memory_budget import available, parse_size
+from everstep.agents.node.memory_budget import available
 from everstep.agents.node.node import NodeAgent
 from everstep.agents.node.preloader import Preloader
 from everstep.comms.base import addresses as hosts
@@ -38,6 +38,7 @@ from everstep.comms.base.security import (
     explain_unreachable,
 )
 from everstep.comms.control.attach import Attachment, Unreachable
+from everstep.elastic.contract.sizes import parse_size
 from everstep.elastic.protocol.agent_events import NodeOutcome
 from everstep.elastic.protocol.state import Config
 
@@ -308,6 +309,7 @@ def _node_config(command: Command, job: str, address: str) -> NodeConfig:
         max_nodes=torch.max_nodes,
         domains=domain_flag.labels(own.es_domain, os.environ),
         memory_bytes=_keeper_memory(own.es_keeper_memory),
+        worker_memory_bytes=available() // 2 // max(1, torch.nproc_per_node),  # the keeper needs as much
         keeper_linger_s=own.es_keeper_linger,
         rejoin_s=min(_join_timeout(command), REJOIN_S),
         coordinator_wait_s=command.own.es_coordinator_wait,

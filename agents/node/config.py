@@ -32,6 +32,7 @@ class NodeConfig(AgentConfig):
     max_nodes: int = 1
     domains: tuple[str, ...] = ()  # labels of the failure domains that it is in, such as rack=7
     memory_bytes: int = 0  # for protection; 0: unknown
+    worker_memory_bytes: int = 0  # for the parameters, gradients and optimizer states of a worker; 0: unknown
     keeper_linger_s: float = 30.0  # how long its keeper waits for another agent after this one died
     hang_timeout_s: float = FLOOR_S
     user_timeout_s: float = USER_S

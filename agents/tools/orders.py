@@ -28,7 +28,9 @@ def order(command: str, arguments: Sequence[str]) -> int:
     if command == "drain":
         parse.add_argument("node", metavar="NODE", help="its name or its host, as `everstep status` shows them")
     elif command == "relayout":
-        parse.add_argument("--stages", type=int, required=True, metavar="N", help="the number of stages from then on")
+        parse.add_argument(
+            "--stages", required=True, metavar="N", help="the number of stages from then on; auto: the planner chooses"
+        )
     else:
         parse.add_argument("host", metavar="HOST", help="as `everstep status` shows it")
     if command == "quarantine":
@@ -41,9 +43,9 @@ def order(command: str, arguments: Sequence[str]) -> int:
     elif command == "quarantine":
         request = pb.OrderRequest(quarantine=pb.Quarantine(host=own.host, seconds=own.seconds, why=own.why))
     elif command == "relayout":
-        if not 0 < own.stages < 1 << 31:
-            parse.error(f"--stages {own.stages}: give at least 1")
-        request = pb.OrderRequest(relayout=pb.Relayout(stages=own.stages))
+        if own.stages != "auto" and not (own.stages.isdecimal() and 0 < int(own.stages) < 1 << 31):
+            parse.error(f"--stages {own.stages}: give a whole number of at least 1, or auto")
+        request = pb.OrderRequest(relayout=pb.Relayout(stages=0 if own.stages == "auto" else int(own.stages)))
     else:
         request = pb.OrderRequest(release=pb.Release(host=own.host))
 

@@ -83,7 +83,7 @@ def engine_of(
         engine.drive(SAMPLER, data.sampled)
     if data.streams is not None and data.streams.stateful:
         engine.drive(STREAM, data.streams)
-    stream_states.begin(data.order, stack.device, settings.stages)
+    stream_states.begin(data.order, stack.device, 1 if loops else settings.stages)
     engine.drive(STREAM_STATE, stream_states)
     return engine
 
@@ -93,7 +93,7 @@ def job_of(engine: Engine, described: dict[str, Any], values: str) -> Job:
     settings, stack, data = engine.settings, engine.stack, engine.data
     return Job(
         steps=settings.steps,
-        stages=settings.stages,
+        stages=max(0, settings.stages),
         micro_batches=settings.micro_batches,
         global_batch_size=settings.global_batch_size,
         model=stack.spec,

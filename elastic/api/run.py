@@ -19,7 +19,7 @@ from everstep.elastic.contract.errors import UsageError
 from everstep.elastic.contract.membership import Membership
 from everstep.elastic.contract.notices import Notice, warn
 from everstep.elastic.contract.progress import Progress
-from everstep.elastic.contract.settings import Settings, WorkerContext
+from everstep.elastic.contract.settings import AUTO_STAGES, Settings, WorkerContext
 from everstep.elastic.contract.signals import saved_on_signals
 from everstep.elastic.contract.stateful import check_size, encode, outline
 from everstep.elastic.engine.engine import STATE, Engine
@@ -32,7 +32,7 @@ from everstep.elastic.holding.stack import LayerStack
 from everstep.elastic.holding.user_optimizer import UserOptimizer, check_optimizer, is_elementwise
 from everstep.elastic.holding.whole_state import complete_model, complete_optimizer
 from everstep.elastic.step.data import DataSource
-from everstep.elastic.step.devices import make_current, own_device
+from everstep.elastic.step.devices import make_current, memory_for_state, own_device
 from everstep.elastic.step.evaluation_data import EvaluationData
 from everstep.elastic.step.gradients import GradientWatch
 from everstep.elastic.step.loss_scale import LossScale
@@ -202,7 +202,7 @@ class Run(Sharing, Gradients):
         steps for each of the first; see `run.is_due`. `embedding_size`: the numbers of a sample that `run.gather_batch`
         takes, for a loss over the global batch; each batch is handed out twice then.
         """
-        if self.settings.stages != 1:
+        if self.settings.stages > 1:
             raise UsageError(
                 f"run.prepare drives one stage, and the job has stages={self.settings.stages}: use run.steps(...)"
             )
@@ -543,7 +543,10 @@ class Run(Sharing, Gradients):
         resumption = Resumption(settings, stack, engine, described, self._membership)
         saved = resumption.find() if context is None or context.rank == 0 else []
         job = job_of(engine, described, values)
-        self._membership.ready(self._peer, job, saved, self._comm.abort)
+        memory = settings.worker_memory
+        if settings.stages == AUTO_STAGES and not memory and context is not None:
+            memory = memory_for_state(stack.device, context.memory_bytes, context.gpu_workers)
+        self._membership.ready(self._peer, job, saved, memory, self._comm.abort)
         self._gradients = GradientWatch(stack) if loops else None  # before a layer may be frozen
         for part in parts_of(optimizer):
             complete_optimizer(part, stack, self.full_state_dict)

@@ -79,7 +79,7 @@ class Membership(ABC):
         """This script is elastic."""
 
     @abstractmethod
-    def ready(self, peer: Peer, job: Job, saved: Sequence[Saved], abort: Callable[[], None]) -> None:
+    def ready(self, peer: Peer, job: Job, saved: Sequence[Saved], memory_bytes: int, abort: Callable[[], None]) -> None:
         """This worker has built its model, and found these checkpoints, newest first.
 
         `abort` is called from now on, in any thread, when the worker has to stop waiting for other ranks.
@@ -143,7 +143,7 @@ class Solo(Membership):
     def declare(self) -> None:
         pass
 
-    def ready(self, peer: Peer, job: Job, saved: Sequence[Saved], abort: Callable[[], None]) -> None:
+    def ready(self, peer: Peer, job: Job, saved: Sequence[Saved], memory_bytes: int, abort: Callable[[], None]) -> None:
         self._on_abort = abort
         # One process holds all layers for any number of `stages`: the layout does not change the results.
         layout = initial_layout(job.model, [0], 1, job.micro_batches)
@@ -282,9 +282,9 @@ class AgentMembership(Membership):
     def declare(self) -> None:
         self.tell(e.WorkerDeclaredElastic(self.worker))
 
-    def ready(self, peer: Peer, job: Job, saved: Sequence[Saved], abort: Callable[[], None]) -> None:
+    def ready(self, peer: Peer, job: Job, saved: Sequence[Saved], memory_bytes: int, abort: Callable[[], None]) -> None:
         self._on_abort = abort
-        self.tell(e.WorkerReady(self.worker, asdict(peer), job, tuple(saved)))
+        self.tell(e.WorkerReady(self.worker, asdict(peer), job, tuple(saved), memory_bytes))
 
     def orders(self, on_wait: Callable[[], None]) -> Orders:
         with self._changed:

@@ -17,6 +17,9 @@ from typing import Any, Literal, NamedTuple, Required, TypedDict
 from everstep.elastic.protocol.events import Begun
 
 from .errors import UsageError
+from .sizes import parse_size
+
+AUTO_STAGES = -1
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,26 @@ class Settings:
     )
     global_batch_size: int = setting("Samples per step.", unit="samples", least=1)
     micro_batch_size: int = setting("Samples per forward; divides `global_batch_size`.", unit="samples", least=1)
-    stages: int = setting("Pipeline stages.", unit="stages", default=1, least=1)
+    stages: int = setting(
+        'Pipeline stages; `"auto"`: as few as the memory of the workers allows, and another number after a loss or a '
+        "join if that is faster.",
+        more="See [below](#stages-and-memory).",
+        unit="stages",
+        default=1,
+        least=1,
+        instead=(("auto", AUTO_STAGES),),
+    )
+    worker_memory: int = setting(
+        "What a worker may use for parameters, gradients and optimizer states, in bytes or as `8GiB`; activations "
+        'come on top. `"auto"`: with `stages="auto"`, half of what its GPU, or its part of the node, has; else no '
+        "limit.",
+        more="See [below](#stages-and-memory).",
+        unit="bytes",
+        default=0,
+        shown="auto",
+        least=1,
+        instead=(("auto", 0),),
+    )
     seed: int = setting("Seed of the data order, dropout and initialisation.", default=0)
     master_dtype: str = setting(
         'The type in which the optimizer steps parameters of lower precision (bfloat16, float16): `"float32"`, or '
@@ -175,7 +197,8 @@ class Settings:
             value, least = getattr(self, known.name), known.about.least
             if known.about.choices and value not in known.about.choices:
                 raise UsageError(f"{known.name} must be one of {', '.join(known.about.choices)}, got {value!r}")
-            if value == known.default and not isinstance(value, bool):
+            symbolic = [known.default, *(number for _, number in known.about.instead)]
+            if value in symbolic and not isinstance(value, bool):
                 continue
             if least is not None and not (_is_whole(value) and value >= least):
                 raise UsageError(f"{known.name} must be a whole number of at least {least}, got {value!r}")
@@ -217,7 +240,8 @@ class Arguments(TypedDict, total=False):
     skip_bad_samples: int
     global_batch_size: Required[int]
     micro_batch_size: Required[int]
-    stages: int
+    stages: int | Literal["auto"]
+    worker_memory: int | str
     seed: int
     master_dtype: str
     loss_reduction: str
@@ -274,6 +298,8 @@ class Setting(NamedTuple):
                 return float(text)
             except ValueError:
                 raise UsageError(f"{source} must be a number, got {text!r}") from None
+        if self.about.unit == "bytes":
+            return _size(source, text)
         return _whole(source, text) if self.kind == "int" else text
 
 
@@ -330,9 +356,13 @@ def _from_file(path: Path) -> dict[str, Any]:
 def _with_values(given: Mapping[str, Any]) -> dict[str, Any]:
     """The same with symbolic texts replaced by their values."""
     instead = {(known.name, text): value for known in SETTINGS for text, value in known.about.instead}
-    return {
-        name: instead.get((name, value), value) if isinstance(value, str) else value for name, value in given.items()
-    }
+    sizes = {known.name for known in SETTINGS if known.about.unit == "bytes"}
+    found: dict[str, Any] = {}
+    for name, value in given.items():
+        found[name] = instead.get((name, value), value) if isinstance(value, str) else value
+        if name in sizes and isinstance(found[name], str):
+            found[name] = _size(name, found[name])
+    return found
 
 
 def _is_whole(value: object) -> bool:
@@ -344,6 +374,13 @@ def _whole(name: str, text: str) -> int:
         return int(text)
     except ValueError:
         raise UsageError(f"{name} must be a whole number, got {text!r}") from None
+
+
+def _size(name: str, text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise UsageError(f"{name}: {error}") from None
 
 
 def threads() -> int:
@@ -375,6 +412,7 @@ class WorkerContext:
     gpu_workers: int = 1  # of this node, that see the same GPUs
     share_gpu: bool = False  # there may be more of them than GPUs
     begun: Begun | None = None  # training had begun when this worker was started
+    memory_bytes: int = 0  # its part of the node's memory for parameters, gradients and optimizer states; 0: not known
 
     VARIABLE = "EVERSTEP_WORKER"
 

@@ -163,7 +163,7 @@ def _ready(state: State, event: e.WorkerReady, now: float) -> Outcome:
             state, more = plan_if_complete(state, now)
             effects = [*effects, *more]
         return state, effects
-    state = with_workers(state, replace(worker, status=Status.READY, peer=event.peer))
+    state = with_workers(state, replace(worker, status=Status.READY, peer=event.peer, memory_bytes=event.memory_bytes))
     state = replace(state, elastic=True, job=state.job or event.job)
     if state.phase is Phase.LAUNCHED:
         state = replace(state, saved=event.saved or state.saved)

@@ -93,6 +93,7 @@ class WorkerReady:
     peer: Mapping[str, Any]
     job: Job
     saved: tuple[Saved, ...] = ()  # the existing checkpoints, newest first; only the lowest rank looks them up
+    memory_bytes: int = 0  # what it may use for parameters, gradients and optimizer states; 0: no limit
 
 
 @dataclass(frozen=True)
@@ -340,9 +341,9 @@ class ReleaseOrdered:
 
 @dataclass(frozen=True)
 class RelayoutOrdered:
-    """An operator asks for so many pipeline stages."""
+    """An operator asks for so many pipeline stages, or lets the planner choose."""
 
-    stages: int
+    stages: int  # 0: as many as the planner finds best, from then on
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ class Job:
     """A worker's description of the job when it is ready; equal on all workers, or the job does not start."""
 
     steps: int
-    stages: int
+    stages: int  # 0: as many as the planner finds best
     micro_batches: int
     global_batch_size: int
     model: ModelSpec

@@ -8,6 +8,7 @@ from dataclasses import replace
 from everstep.resharding.domains import spread
 from everstep.resharding.layout import Layout
 from everstep.resharding.lines import of_this_line
+from everstep.resharding.memory import Memory
 from everstep.resharding.neighbors import stand_ins
 from everstep.resharding.placement import Placement, place
 from everstep.resharding.plan import Plan, Report, plan_resume
@@ -71,6 +72,14 @@ def memory_needed(state: State, layout: Layout, placement: Placement) -> dict[st
         for node in stripe.parity:
             needed[node] += held
     return needed
+
+
+def worker_memory(state: State) -> Memory:
+    """What layers need in the workers, and what each worker may use."""
+    job = state.job
+    assert job is not None
+    limits = {rank: worker.memory_bytes for rank, worker in state.workers.items() if worker.memory_bytes}
+    return Memory.of(job.model, job.state_bytes, job.gradient_bytes, limits)
 
 
 def too_small(state: State, needed: Mapping[str, int]) -> str:

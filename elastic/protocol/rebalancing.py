@@ -15,9 +15,11 @@ from everstep.resharding.forecast import Costs
 from everstep.resharding.moves import ahead
 from everstep.resharding.plan import plan_switch
 from everstep.resharding.rebalance import rebalance
+from everstep.resharding.stages import restage
 
 from . import events as e
 from .outcome import Outcome
+from .protection import worker_memory
 from .recovering import carry_out
 from .state import NOT_SEARCHED, Phase, State, Status
 
@@ -78,7 +80,9 @@ def rebalance_due(state: State, now: float) -> Outcome:
     if balance.promised:
         return _judged(state, step_s)
     state = replace(state, balance=balance._replace(searched=True))
-    found = rebalance(job.model, layout, state.generation + 1, costs=state.costs, speeds=state.speeds)
+    search = restage if state.plans_stages else rebalance
+    memory, generation = worker_memory(state), state.generation + 1
+    found = search(job.model, layout, generation, costs=state.costs, speeds=state.speeds, memory=memory)
     if found is None:
         return state, []
     plan = replace(plan_switch(job.model, layout, found.layout), lines=state.lines)

@@ -18,6 +18,7 @@ from everstep.resharding.plan import (
     plan_start,
 )
 from everstep.resharding.planners import change_layout, initial_layout
+from everstep.resharding.stages import fewest_stages
 
 from . import events as e
 from .causes import Cause, Ending
@@ -46,6 +47,7 @@ from .protection import (
     still_missing,
     target,
     too_small,
+    worker_memory,
 )
 from .restarts import classic_exit
 from .state import (
@@ -408,10 +410,17 @@ def begin_training(state: State) -> Outcome:
     """Every worker is ready: make the first layout."""
     job = state.job
     assert job is not None
+    ranks, memory = sorted(state.workers), worker_memory(state)
     try:
-        layout = initial_layout(job.model, sorted(state.workers), job.stages, job.micro_batches)
+        if job.stages:
+            layout = initial_layout(job.model, ranks, job.stages, job.micro_batches)
+        else:
+            state = replace(state, plans_stages=not job.one_stage)
+            layout = fewest_stages(job.model, ranks, job.micro_batches, memory, 1 if job.one_stage else len(ranks))
     except LayoutError as error:
         return fail(state, Ending.DOES_NOT_FIT, str(error))
+    if lacks := memory.lacking(layout):
+        return fail(state, Ending.DOES_NOT_FIT, f"{lacks}: use more workers{', or more stages' if job.stages else ''}")
     layout = replace(layout, generation=state.generation + 1)
     state, effects = _begin(state, layout)
     return state, [*effects, *(few_micro_batches(layout) if state.phase is Phase.RUNNING else [])]

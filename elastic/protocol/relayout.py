@@ -18,13 +18,13 @@ from everstep.resharding.relayout import relayout
 from . import events as e
 from .migrating import rebalanced
 from .outcome import Outcome
-from .protection import memory_needed, placement_for, too_small
+from .protection import memory_needed, placement_for, too_small, worker_memory
 from .recovering import carry_out
 from .state import NOT_SEARCHED, Phase, State, Status
 
 
 def why_not(state: State, stages: int) -> str:
-    """Why an order for so many stages is refused, for the operator; empty if it is not."""
+    """Why an order for so many stages is refused, for the operator; empty if it is not. 0: the planner chooses."""
     return busy(state) or _impossible(state, stages)
 
 
@@ -33,6 +33,12 @@ def relayout_ordered(state: State, event: e.RelayoutOrdered, now: float) -> Outc
     why = why_not(state, event.stages)
     if why:
         return state, [e.Record("relayout_dropped", {"stages": event.stages, "why": why})]
+    state = replace(state, plans_stages=not event.stages)
+    if not event.stages:
+        state, cost = rebalanced(state)  # of a switch that some members have yet to report
+        return replace(state, balance=NOT_SEARCHED), cost
+    if _has(state, event.stages):
+        return state, []
     return relayout_due(replace(state, stages_asked=event.stages), now)
 
 
@@ -88,7 +94,9 @@ def _impossible(state: State, stages: int) -> str:
     job, layout = state.job, state.layout
     assert job is not None
     assert layout is not None
-    if stages == len(layout.stages) == len(layout.home):
+    if not stages:
+        return f"the job has one stage only: {job.one_stage}" if job.one_stage else ""
+    if _has(state, stages) and not state.plans_stages:
         return f"the job has {stages} stage(s) already"
     if stages > 1 and (why := job.one_stage):
         return f"the job has one stage only: {why}"
@@ -96,7 +104,14 @@ def _impossible(state: State, stages: int) -> str:
         target = _target(state, stages)
     except LayoutError as error:
         return str(error)
-    return too_small(state, memory_needed(state, target, placement_for(state, target)))
+    lacks = worker_memory(state).lacking(target)
+    return lacks or too_small(state, memory_needed(state, target, placement_for(state, target)))
+
+
+def _has(state: State, stages: int) -> bool:
+    """Whether the job is in so many stages, and returns to so many after a loss."""
+    assert state.layout is not None
+    return stages == len(state.layout.stages) == len(state.layout.home)
 
 
 def _target(state: State, stages: int) -> Layout:

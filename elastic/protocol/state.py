@@ -117,6 +117,7 @@ class Worker:
     left_s: float = 0.0  # when that was
     last_name: str = ""  # of a checkpoint of that version
     begun: int = -1  # the step that it has begun although another rank left the loop before that
+    memory_bytes: int = 0  # what it may use for parameters, gradients and optimizer states; 0: no limit
 
 
 class Leaving(NamedTuple):
@@ -271,6 +272,7 @@ class State:
     join: Plan | None = None  # a prepared join, departure, rebalance or relayout that no member has switched to yet
     recovery: RecoveryStory | None = None
     balance: Balance = NOT_SEARCHED
+    plans_stages: bool = False  # the planner chooses their number, by the job's setting or by an order
     stages_asked: int = 0  # the number of stages that was ordered, until members are in such a layout; 0: none
     speeds: Mapping[int, float] = field(default_factory=dict)  # of ranks, as measured; 1 where none is
     costs: Costs | None = None  # of layers, as measured; None: not yet, and the model's are assumed

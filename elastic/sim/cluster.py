@@ -109,6 +109,7 @@ class Cluster:
         saving: Saving | None = None,
         verify_every: int = 0,
         racks: int = 0,
+        memory_bytes: int = 0,
     ) -> None:
         self.world = world
         self.job = job
@@ -122,6 +123,7 @@ class Cluster:
         self.ahead_s = 0.0  # offset of the coordinator's clock, after it was stopped or its machine slept
         self.ledger = Ledger(job, expected, verified=bool(verify_every))
         self.racks = racks
+        self.memory_bytes = memory_bytes
         self.promise = Promise(job.node_losses, replay=job.protection == "replay", rack_of=self.rack_of)
         self.state: State = coordinator.initial_state(config, 0.0)
         self.events: list[tuple[float, e.Event]] = []
@@ -491,6 +493,7 @@ class Cluster:
             epilogue_s=world.between(0.0, timing.epilogue_s),
             leaves_at=self.leaves_at(worker.rank),
             verify_every=self.verify_every,
+            memory_bytes=self.memory_bytes,
         )
         simulated = SimWorker(worker, around, lambda: process.poke())
         process = Process(world, self._life(worker, simulated))

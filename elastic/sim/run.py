@@ -42,7 +42,7 @@ BOUND_S = 60.0  # of virtual time after the last fault, within which a job has t
 class Shape:
     """The job to simulate."""
 
-    stages: int = 1
+    stages: int = 1  # 0: as many as the planner finds best
     workers: int = 4
     nodes: int = 1
     layers: int = 4
@@ -74,6 +74,7 @@ class Shape:
     relayouts: bool = False  # operators ask for other numbers of stages
     speeds_change: bool = False  # ranks become slower and faster, as measured
     costs_change: bool = False  # layers are measured to cost something else than the model says
+    memory_bytes: int = 0  # of a worker, for values and gradients; 0: no limit
 
 
 SHAPES = {
@@ -197,6 +198,31 @@ SHAPES = {
         rebalance_s=0.1,
         speeds_change=True,
         late_slots=1,
+    ),
+    "automatic stages": Shape(
+        stages=0,
+        layers=6,
+        micro_batches=5,
+        steps=24,
+        late_slots=2,
+        memory_bytes=2_000_000,  # of 2.8 MB: two stages at least
+        rebalance_s=0.05,
+        speeds_change=True,
+    ),
+    "automatic stages, 5 nodes": Shape(
+        stages=0,
+        workers=5,
+        nodes=5,
+        layers=6,
+        micro_batches=7,
+        steps=24,
+        tied=True,
+        drains=True,
+        loses_nodes=True,
+        memory_bytes=3_000_000,  # one stage does not fit
+        rebalance_s=0.1,
+        costs_change=True,
+        relayouts=True,
     ),
     "spares": Shape(workers=3, nodes=3, steps=20, spares=2, loses_nodes=True),
     "spares, leaving": Shape(
@@ -361,7 +387,18 @@ def run(seed: int, shape: Shape, around: Circumstances) -> Outcome:
     saving = Saving(shape.saves_every, shape.damaged, begun)
     expected = _expected(shape, shape.steps)
     verify_every = 1 if shape.flips else 0
-    cluster = Cluster(world, config, job, around.timing, expected, shape.interval, saving, verify_every, shape.racks)
+    cluster = Cluster(
+        world,
+        config,
+        job,
+        around.timing,
+        expected,
+        shape.interval,
+        saving,
+        verify_every,
+        shape.racks,
+        shape.memory_bytes,
+    )
     if begun is not None:
         cluster.storage.begin_with(begun, dict(enumerate(past.states[-1])))
     if shape.leaves_at:

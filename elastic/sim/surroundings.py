@@ -47,6 +47,7 @@ class Surroundings:
     epilogue_s: float
     leaves_at: int  # the version at which the user's code leaves the loop; the job's steps: not before its end
     verify_every: int  # steps between comparisons of replicas; 0: none
+    memory_bytes: int  # of a worker, for parameters, gradients and optimizer states; 0: no limit
 
     def save(self, worker: e.WorkerId, saved: e.Saved, states: dict[int, ShardState]) -> str:
         """This node's saver writes a part, though the worker may have ended; returns why it cannot, empty if it did."""

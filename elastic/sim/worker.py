@@ -167,7 +167,8 @@ class SimWorker:
             yield self.around.startup_s
             self.around.tell(e.WorkerDeclaredElastic(self.id))
             yield self.around.startup_s / 2
-            self.around.tell(e.WorkerReady(self.id, {"incarnation": self.id.incarnation}, self.job, self.around.saved))
+            peer, around = {"incarnation": self.id.incarnation}, self.around
+            around.tell(e.WorkerReady(self.id, peer, self.job, around.saved, around.memory_bytes))
             try:
                 yield from self._happened(w.Started())
             except Aborted:

@@ -50,6 +50,20 @@ def make_current(device: torch.device) -> None:
         torch.get_device_module(device).set_device(device.index)
 
 
+def memory_for_state(device: torch.device, host_bytes: int, workers: int) -> int:
+    """Bytes for a worker's parameters, gradients and optimizer states: half of its device's, for activations need some.
+
+    On the CPU `host_bytes`, its part of the node. `workers` of the node share its devices. 0: not known.
+    """
+    if device.type == "cpu":
+        return host_bytes
+    module = torch.get_device_module(device)
+    if not hasattr(module, "mem_get_info"):
+        return 0
+    sharing = -(-workers // torch.accelerator.device_count())
+    return int(module.mem_get_info(device)[1]) // 2 // sharing
+
+
 def seed_torch(seed: int) -> None:
     """Seed the generators in use. `torch.manual_seed` would format a stack trace for CUDA at every call."""
     torch.default_generator.manual_seed(seed)

@@ -88,10 +88,11 @@ class StreamStates(MutableMapping[str, Any]):
                 "run.gather_batch (embedding_size=), and a state would be carried on each time: use "
                 "run.prepare(..., updates='simultaneous'), or one hand-out of a batch"
             )
-        if self._stages > 1:
+        if self._stages != 1:
+            stages = "auto" if self._stages < 1 else self._stages
             raise UsageError(
-                f"run.stream_state: a micro-batch is computed by the ranks of stages={self._stages}, and a state is "
-                "carried on by one: use stages=1"
+                f"run.stream_state: a micro-batch is computed by the ranks of stages={stages}, and a state is carried "
+                "on by one: use stages=1"
             )
         if self._place is None:
             raise UsageError(

@@ -17,7 +17,7 @@ STAGES = 2
 GLOBAL_BATCH_SIZE = 16
 MICRO_BATCH_SIZE = 2
 SEED = 0
-CONFIG = GPTConfig(layers=6, width=192, heads=6, context=64, dropout=0.1)
+CONFIG = GPTConfig(layers=6, width=96, heads=6, context=64, dropout=0.1)
 
 
 @everstep.elastic(

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from everstep.demo.model import GPTConfig, gpt
 from everstep.resharding.forecast import Costs, step_time
 from everstep.resharding.layout import Layout, Stage
 from everstep.resharding.planners import deal_micro_batches
@@ -57,6 +58,10 @@ class Rebalancing(Cluster):
         self.away.add(host)
         self.hosts.kill(host)
 
+    def stages(self) -> int:
+        """Of the newest committed step."""
+        return str(self.events("committed")[-1]["layout"]).count("ranks")
+
     def host_of(self, rank: int) -> int:
         """The host of a rank of the job's start."""
         address = self.events("node_joined")[rank]["host"]
@@ -88,6 +93,27 @@ def test_layers_move_after_a_loss(tmp_path: Path) -> None:
             job.until(lambda: job.events("joined"), 40, "another node joins")
         job.see_to_the_end(60)
         job.check()
+
+
+@pytest.mark.soak
+def test_stages_follow_the_memory(tmp_path: Path) -> None:
+    """Three ranks, which divide the optimizer's state, can hold all layers: one stage. Two cannot, and make two stages.
+
+    With Adam a parameter takes 12 bytes on each rank (value, gradient, sum), and 12 on one of them (its record).
+    """
+    parameters = sum(p.numel() for p in gpt(GPTConfig(layers=6, width=32, heads=2, context=32)).parameters())
+    flags = [f"--es-worker-memory={parameters * 17}"]
+    with Hosts(3) as hosts:
+        job = Rebalancing(hosts, tmp_path, least=2, stages="auto", layers=6, flags=flags)
+        job.begin()
+        assert job.stages() == 1
+        with slowly(tmp_path):
+            job.lose(2)
+            assert job.rebalanced().count("ranks") == 2
+        job.see_to_the_end(60)
+        job.check()
+    (prepared,) = job.events("rebalance_prepared")[:1]
+    assert prepared["why"].startswith("ranks lack the memory for their layers; ")
 
 
 SLEEPS = [(0.005, 0.005), (0.02, 0.03), (0.02, 0.08), (0.03, 0.03), (0.08, 0.16), (0.02, 0.02)]

@@ -30,7 +30,7 @@ class Cluster(HostJob):
         out: Path,
         *,
         steps: int,
-        stages: int = 1,
+        stages: int | str = 1,
         flags: Sequence[str] = (),
         least: int = 0,
         **config: Any,

@@ -239,7 +239,9 @@ def _stands_still(pid: int) -> bool:
 class HostJob:
     """The small GPT of `gpt_job.py`, on hosts, with the coordinator on its own."""
 
-    def __init__(self, hosts: Hosts, out: Path, *, nnodes: str, steps: int, stages: int = 1, **config: Any) -> None:
+    def __init__(
+        self, hosts: Hosts, out: Path, *, nnodes: str, steps: int, stages: int | str = 1, **config: Any
+    ) -> None:
         self.hosts = hosts
         self.out = out
         self._nnodes = nnodes

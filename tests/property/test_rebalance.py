@@ -13,9 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from everstep.resharding.forecast import Costs, bound, step_time
-from everstep.resharding.layout import Layout
+from everstep.resharding.layout import Layout, Stage
+from everstep.resharding.memory import Memory
 from everstep.resharding.planners import change_layout, deal_micro_batches, initial_layout, partition
-from everstep.resharding.rebalance import AS_GOOD, LEAST_GAIN, layer_bytes, rebalance
+from everstep.resharding.rebalance import AS_GOOD, LEAST_GAIN, rebalance
+from everstep.resharding.stages import fewest_stages, restage
 from everstep.resharding.units import ModelSpec, ParameterSpec
 
 from .worlds import layouts_of
@@ -102,11 +104,51 @@ def test_nothing_is_much_faster_than_what_is_found() -> None:
 @given(situations(), st.integers(1, 9))
 def test_no_rank_gets_more_than_its_memory_holds(found: Situation, layers: int) -> None:
     spec, layout, speeds = found
-    limit = layers * 128
-    proposal = rebalance(spec, layout, 3, speeds=speeds, memory=dict.fromkeys(layout.ranks, limit))
+    memory = Memory.of(
+        spec, [256] * len(spec.shards), [128] * len(spec.shards), dict.fromkeys(layout.ranks, layers * 384)
+    )
+    proposal = rebalance(spec, layout, 3, speeds=speeds, memory=memory)
     if proposal is not None:
-        size = layer_bytes(spec)
-        assert all(sum(size[s.start : s.stop]) <= limit for s in proposal.layout.stages)
+        assert all(_needed(spec, s) <= layers * 384 for s in proposal.layout.stages)
+
+
+def _needed(spec: ModelSpec, stage: Stage) -> int:
+    """Values, gradients and sums (128 bytes each) of a stage's layers, and this rank's part of their records."""
+    layers = range(stage.start, stage.stop)
+    shards = [shard for shard in spec.shards if spec.home(shard) in layers]
+    return 384 * len(layers) + math.ceil(256 * len(shards) / len(stage.ranks))
+
+
+@given(situations(), st.integers(1, 9))
+def test_another_number_of_stages_is_valid_faster_and_fits(found: Situation, layers: int) -> None:
+    spec, layout, speeds = found
+    states, gradients = [256] * len(spec.shards), [128] * len(spec.shards)
+    memory = Memory.of(spec, states, gradients, dict.fromkeys(layout.ranks, layers * 384))
+    proposal, kept = (search(spec, layout, 3, speeds=speeds, memory=memory) for search in (restage, rebalance))
+    if proposal is None:
+        assert kept is None
+        return
+    proposal.layout.validate(spec)
+    assert proposal.layout.ranks == layout.ranks
+    assert proposal.layout.home == tuple(replace(stage, blocks=()) for stage in proposal.layout.stages)
+    assert kept is None or proposal.after <= kept.after
+    assert proposal.gain >= LEAST_GAIN or memory.too_much(layout)
+    assert all(_needed(spec, s) <= layers * 384 for s in proposal.layout.stages)
+    assert proposal.after == step_time(proposal.layout, Costs.of(spec), speeds)
+
+
+@given(st.integers(1, 9), st.integers(1, 8), st.integers(1, 12))
+def test_a_job_begins_with_the_fewest_stages_that_fit(layers: int, ranks: int, held: int) -> None:
+    spec = model([1.0] * layers)
+    memory = Memory.of(spec, (), [128] * len(spec.shards), dict.fromkeys(range(ranks), held * 384))
+    fitting = [
+        stages
+        for stages in range(1, 1 + min(ranks, layers))
+        if all(s.stop - s.start <= held for s in initial_layout(spec, range(ranks), stages, 8).stages)
+    ]
+    found = fewest_stages(spec, range(ranks), 8, memory, layers)
+    assert len(found.stages) == min([*fitting, min(ranks, layers)])
+    assert bool(memory.lacking(found)) == (not fitting)
 
 
 @pytest.mark.parametrize(("lost", "least"), [((3,), 0.93), ((3, 5), 0.93), ((0, 3, 5), 0.93)])

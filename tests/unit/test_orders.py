@@ -62,7 +62,7 @@ def test_orders_become_events() -> None:
         (pb.OrderRequest(quarantine=pb.Quarantine(host="b", seconds=float("inf"))), job(), "a time of more than 0 s"),
         (pb.OrderRequest(quarantine=pb.Quarantine(host="", seconds=1.0)), job(), "name a host"),
         (pb.OrderRequest(release=pb.Release(host="a")), job(), "'a' is not in quarantine; hosts that are: c"),
-        (pb.OrderRequest(relayout=pb.Relayout(stages=0)), job(), "a job has at least one stage"),
+        (pb.OrderRequest(relayout=pb.Relayout(stages=-1)), job(), "a job has at least one stage"),
         (pb.OrderRequest(relayout=pb.Relayout(stages=2)), job(), "training has not begun: try again when that is over"),
         (pb.OrderRequest(), job(), "no order that this version knows"),
     ],

@@ -53,6 +53,7 @@ skip_bad_samples int 0
 global_batch_size int required
 micro_batch_size int required
 stages int 1
+worker_memory int 'auto'
 seed int 0
 master_dtype str 'float32' float32|none
 loss_reduction str 'mean' mean|sum|tokens
@@ -82,7 +83,8 @@ GIVEN = {  # a value other than the default for each setting, as text and as a v
     "skip_bad_samples": ("3", 3),
     "global_batch_size": ("12", 12),
     "micro_batch_size": ("3", 3),
-    "stages": ("2", 2),
+    "stages": ("auto", -1),
+    "worker_memory": ("2GiB", 2 << 30),
     "seed": ("-1", -1),
     "master_dtype": ("none", "none"),
     "loss_reduction": ("tokens", "tokens"),
