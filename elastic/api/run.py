@@ -26,7 +26,7 @@ from everstep.elastic.engine.engine import STATE, Engine
 from everstep.elastic.engine.recovery import Recovery
 from everstep.elastic.engine.resume import Resumption
 from everstep.elastic.engine.user_loop import Step
-from everstep.elastic.holding.buffer_rules import Rule
+from everstep.elastic.holding.buffer_rules import Rule, check_synced
 from everstep.elastic.holding.several_optimizers import AnyOptimizer, parts_of
 from everstep.elastic.holding.stack import LayerStack
 from everstep.elastic.holding.user_optimizer import UserOptimizer, check_optimizer, is_elementwise
@@ -562,6 +562,7 @@ class Run(Sharing, Gradients):
     def _begin(self) -> None:
         """The user's loop begins."""
         engine, recovery = self._trained(), self._recovery
+        check_synced(engine.stack.model)
         assert recovery is not None
         assert self._schedulers is not None
         if self._schedulers.take_over_late():

@@ -71,6 +71,23 @@ def after_step(rule: Rule, before: Tensor, total: Tensor) -> Tensor:
     return before + total.to(before.dtype) if rule == "sum" else total
 
 
+def check_synced(model: nn.Module) -> None:
+    """Raises UsageError for a batch norm whose forward would gather statistics from all ranks, in a process group.
+
+    Without one it is an ordinary batch norm.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    for name, module in model.named_modules():
+        if isinstance(module, nn.SyncBatchNorm):
+            raise UsageError(
+                f"{repr(name) if name else 'the model'} is a SyncBatchNorm, whose forward gathers statistics from all "
+                "ranks, and in an elastic job these compute different micro-batches at that moment: leave out "
+                "convert_sync_batchnorm(...). A batch norm's running statistics are the means over a step's "
+                "micro-batches"
+            )
+
+
 def ready_rules(model: nn.Module) -> dict[str, Rule]:
     """Name -> rule, for buffers that need no declaration: batch norms' running statistics, spectral norms' vectors."""
     found: dict[str, Rule] = {}

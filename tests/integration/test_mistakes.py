@@ -52,6 +52,7 @@ ANYWHERE = {
     "rate_of_each_turn": "lr of parameter group 0 was",
     "collective_in_a_turn": "run.reduce(sum) was called in the middle of a step, where ranks have different",
     "call_in_a_turn": "run.mean was called in the middle of a step, where ranks have different micro-batches",
+    "synced_in_a_group": "'1' is a SyncBatchNorm, whose forward gathers statistics from all ranks, and in an",
     "skips_beside_steps": "run.skip() is for a loop over run.prepare's batches",
     "stops_for_a_number": "run.stop(why): the reason is a text, got 7",
     "tells_nothing": "run.on_step(function): it is called with every step, got None",

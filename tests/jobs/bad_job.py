@@ -259,6 +259,11 @@ def collective_in_a_turn(run):
     train_loop(run, stack(), turn=lambda *_: torch.distributed.all_reduce(torch.ones(1)))
 
 
+def synced_in_a_group(run):
+    run.init_process_group()
+    train_steps(run, nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))))
+
+
 def skips_beside_steps(run):
     for _ in run.steps(model := stack(), sgd(model), samples(), loss_fn=nn.functional.mse_loss):
         run.skip()
