@@ -69,9 +69,10 @@ def test_a_data_loaders_workers_fetch_the_same_samples(
 ) -> None:
     """Random augmentation in worker processes, two ranks killed: as in one process that fetches for itself.
 
-    In one of the cases a file cannot be read, and is skipped.
+    In one of the cases a file cannot be read, and is skipped; in the other one the memory of batches is to be pinned,
+    which without a GPU it is not.
     """
-    loader = {"batch_size": 2, "num_workers": 2, "shuffle": True}
+    loader = {"batch_size": 2, "num_workers": 2, "shuffle": True, "pin_memory": not loop}
     if loop:
         monkeypatch.setenv("EVERSTEP_SKIP_BAD_SAMPLES", "1")
         (folder / "120.txt").write_text("no number")
@@ -103,11 +104,11 @@ def test_worker_processes_that_import_the_script(method: str, folder: Path, tmp_
 
 def test_a_weighted_sampler(folder: Path, tmp_path: Path) -> None:
     """Two ranks killed: the order of each epoch, of three batches, is that of one process."""
-    loader = {"batch_size": 2, "drawn": 24}
+    loader = {"batch_size": 2, "drawn": 24, "pin_memory": True}
     result = run_job(
         nproc=2, steps=STEPS, script="data_job.py", faults=KILLS, folder=str(folder), loader=loader, loop=True
     )
-    reference = alone(tmp_path / "alone", folder, loop=True, loader=loader)
+    reference = alone(tmp_path / "alone", folder, loop=True, loader={**loader, "pin_memory": False})
     assert_same_end(result, reference)
     assert len(result.named("worker_died")) == len(KILLS)
     fetched = [int(line.split()[1]) for line in (reference.out / "fetched-0").read_text().splitlines()][-8 * STEPS :]

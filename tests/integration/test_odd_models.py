@@ -15,7 +15,7 @@ from tests.jobs.interpreter import script
 
 STEPS = 5
 KINDS = ["channels_last", "transposed", "sliced", "empty", "unused", "sometimes", "weight_norm", "tied", "lazy"]
-KINDS += ["compiled", "buffers", "spectral"]
+KINDS += ["compiled", "buffers", "spectral", "codebook", "experts", "synced"]
 KILLS = [
     {"rank": 0, "phase": "compute", "step": 1},
     {"rank": 1, "phase": "update", "step": 2},
@@ -44,7 +44,7 @@ def test_the_bytes_of_plain_torch(kind: str, alone: Path) -> None:
     assert found["optimizer"].keys() == expected["optimizer"].keys(), "no state where there was no gradient"
 
 
-@pytest.mark.parametrize("kind", ["channels_last", "sometimes", "buffers"])
+@pytest.mark.parametrize("kind", ["channels_last", "sometimes", "buffers", "codebook", "experts", "synced"])
 def test_with_kills(kind: str, alone: Path) -> None:
     result = run_job(nproc=2, steps=STEPS, script="odd_models_job.py", kinds=[kind], faults=KILLS)
     assert result.status == 0, result.output

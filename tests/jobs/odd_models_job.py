@@ -20,8 +20,50 @@ out = Path(config["out"])
 MICRO, GLOBAL, SAMPLES, SEED = 3, 6, 30, 2
 BUFFERS = {
     "buffers": {"moving": "mean", "count*": "sum", "amax*": "max", "seen": "last"},
+    "codebook": {"codes.*": "mean"},
+    "experts": {"experts.load": "sum", "experts.seen": "last", "experts.bias": "last"},
     "spectral": {"*._u": "last", "*._v": "last"},
 }
+
+
+class Codes(nn.Module):
+    """A vector-quantized layer, whose codebook follows what it is used for: a moving average in the forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("sizes", torch.ones(5))
+        self.register_buffer("sums", torch.randn(5, 8) * 0.3)
+
+    def forward(self, hidden):
+        found = hidden.permute(0, 2, 3, 1).reshape(-1, 8)
+        book = self.sums / self.sizes.clamp(min=1e-3)[:, None]
+        chosen = torch.cdist(found, book).argmin(1)
+        with torch.no_grad():
+            used = nn.functional.one_hot(chosen, 5).float()
+            self.sizes.lerp_(used.sum(0), 0.1)
+            self.sums.lerp_(used.T @ found, 0.1)
+        found = found + (book[chosen] - found).detach()
+        return found.view(hidden.shape[0], 6, 6, 8).permute(0, 3, 1, 2)
+
+
+class Experts(nn.Module):
+    """A mixture whose biases even out how often each expert is chosen, as DeepSeek-V3's: by the load of a step."""
+
+    def __init__(self):
+        super().__init__()
+        self.router, self.scales = nn.Linear(8, 4), nn.Parameter(torch.randn(4, 8))
+        self.register_buffer("bias", torch.zeros(4))
+        self.register_buffer("load", torch.zeros(4, dtype=torch.int64))  # since the beginning
+        self.register_buffer("seen", torch.zeros(4, dtype=torch.int64))  # of it, what `bias` has taken into account
+
+    def forward(self, hidden):
+        scores = torch.sigmoid(self.router(hidden.mean((2, 3))))
+        step = (self.load - self.seen).float()  # the load of the step before, of all micro-batches
+        self.bias = self.bias + 0.01 * torch.sign(step.mean() - step)
+        self.seen = self.load
+        chosen = (scores + self.bias).topk(2).indices
+        self.load = self.load + chosen.flatten().bincount(minlength=4)
+        return hidden * (scores.gather(1, chosen)[:, :, None] * self.scales[chosen]).sum(1)[:, :, None, None]
 
 
 class Net(nn.Module):
@@ -46,6 +88,10 @@ class Net(nn.Module):
             self.out = nn.LazyLinear(2)
         elif kind == "spectral":
             self.conv = nn.utils.parametrizations.spectral_norm(self.conv)
+        elif kind == "codebook":
+            self.codes = Codes()
+        elif kind == "experts":
+            self.experts = Experts()
         elif kind == "buffers":
             self.register_buffer("moving", torch.zeros(8))
             self.register_buffer("counts", torch.zeros(8, dtype=torch.int64))
@@ -56,6 +102,8 @@ class Net(nn.Module):
         hidden = self.conv(x)
         if self.kind == "tied":
             hidden = hidden + self.again(x)
+        if self.kind in ("codebook", "experts"):
+            hidden = (self.codes if self.kind == "codebook" else self.experts)(hidden)
         if self.kind == "buffers":
             found = hidden.detach().mean((0, 2, 3))
             self.moving.lerp_(found, 0.1)
@@ -73,8 +121,11 @@ class Net(nn.Module):
 
 
 def build(kind):
+    """`synced`: a model for DistributedDataParallel, whose batch norms are those of all ranks there."""
     torch.manual_seed(0)
     net = Net(kind)
+    if kind == "synced":
+        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
     if kind in ("channels_last", "tied", "compiled"):
         net = net.to(memory_format=torch.channels_last)
     if kind == "compiled" and not config.get("uncompiled"):
@@ -107,7 +158,7 @@ def with_everstep(kind, steps):
         how = {
             "loss_fn": nn.functional.mse_loss,
             "collate_fn": collate,
-            "buffers": BUFFERS[kind] if kind == "buffers" else None,
+            "buffers": BUFFERS[kind] if kind in BUFFERS and kind != "spectral" else None,
         }
         for _ in run.steps(net, optimizer, Pictures(), **how):
             pass
@@ -129,7 +180,7 @@ def combined(kind, name, before, values):
 
 def with_torch(kind, steps):
     """Batch-norm statistics start at each micro-batch where the step did, and are averaged, as everstep has them."""
-    net, optimizer = build(kind)
+    net, optimizer = build("plain" if kind == "synced" else kind)
     order = DataOrder(samples=SAMPLES, global_batch_size=GLOBAL, micro_batch_size=MICRO, seed=SEED)
     data = Pictures()
     for step in range(steps):
