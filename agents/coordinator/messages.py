@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import asdict, fields
 
 from everstep.comms.control import everstep_pb2 as pb
 from everstep.elastic.protocol import events as e
@@ -95,7 +95,7 @@ def _start(effect: e.StartWorkers) -> pb.StartWorkers:
         master_port=effect.master[1],
         group_rank=effect.group_rank,
         group_world_size=effect.group_world_size,
-        begun=pb.Begun(samples=effect.begun.samples, values=effect.begun.values) if effect.begun else None,
+        begun=pb.Begun(**asdict(effect.begun)) if effect.begun else None,
     )
 
 

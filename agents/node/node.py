@@ -214,7 +214,7 @@ class NodeAgent:
             local_rank=0 if config.virtual_local_rank else worker.local_rank,
             gpu_workers=1 if config.virtual_local_rank else config.slots,
             share_gpu=config.share_gpu,
-            begun=Begun(begun.samples, begun.values) if worker.order.HasField("begun") else None,
+            begun=Begun(begun.samples, begun.values, begun.settings) if worker.order.HasField("begun") else None,
             memory_bytes=config.worker_memory_bytes,
         )
         self._crew.fork(do.worker, context, self.state.local_ranks.ranks)

@@ -29,7 +29,7 @@ from . import everstep_pb2 as pb
 from .differences import BadDifference, DifferenceReceiver
 from .rpc import channel_to, stub
 
-PROTOCOL = 9  # version of the streams between agents and coordinator, including the workers' messages
+PROTOCOL = 10  # version of the streams between agents and coordinator, including the workers' messages
 BEAT_S = 0.25  # heartbeat interval until the coordinator sets it
 BUSY_S = 10.0
 SILENT_S = 3.0  # silence after which another coordinator is tried, if there are several

@@ -236,12 +236,14 @@ class StartWorkers(_message.Message):
     def __init__(self, workers: _Optional[_Iterable[_Union[WorkerId, _Mapping]]] = ..., world_size: _Optional[int] = ..., restart_count: _Optional[int] = ..., master_addr: _Optional[str] = ..., master_port: _Optional[int] = ..., group_rank: _Optional[int] = ..., group_world_size: _Optional[int] = ..., begun: _Optional[_Union[Begun, _Mapping]] = ...) -> None: ...
 
 class Begun(_message.Message):
-    __slots__ = ("samples", "values")
+    __slots__ = ("samples", "values", "settings")
     SAMPLES_FIELD_NUMBER: _ClassVar[int]
     VALUES_FIELD_NUMBER: _ClassVar[int]
+    SETTINGS_FIELD_NUMBER: _ClassVar[int]
     samples: int
     values: str
-    def __init__(self, samples: _Optional[int] = ..., values: _Optional[str] = ...) -> None: ...
+    settings: str
+    def __init__(self, samples: _Optional[int] = ..., values: _Optional[str] = ..., settings: _Optional[str] = ...) -> None: ...
 
 class KillWorkers(_message.Message):
     __slots__ = ("workers",)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from everstep.elastic.contract.membership import Membership
 from everstep.elastic.contract.progress import Progress
 from everstep.elastic.contract.settings import Settings, WorkerContext
 from everstep.elastic.engine.engine import Engine
+from everstep.elastic.holding.hyperparameters import pack
 from everstep.elastic.holding.stack import LayerStack
 from everstep.elastic.holding.user_optimizer import UserOptimizer
 from everstep.elastic.protocol.events import Job
@@ -107,6 +109,7 @@ def job_of(engine: Engine, described: dict[str, Any], values: str) -> Job:
         last_batch=settings.last_batch,
         loss_reduction=settings.loss_reduction,
         optimizer=engine.optimizer.describe() + engine.reduction.describe() + _turns(data.order.turns),
+        settings=json.dumps(pack(engine.optimizer.hyper_parameters())),
         protection=settings.protection,
         node_losses=settings.node_losses,
         on_loss=settings.on_loss,

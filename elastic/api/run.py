@@ -54,7 +54,7 @@ from .gradients import Gradients
 from .interruptible import Interruptible
 from .loop import Batches, ElasticOptimizer, Turns
 from .loop_scaler import LoopScaler
-from .replacement import note_variables
+from .replacement import begin_as_others, note_variables
 from .schedulers import Schedulers, checked
 from .sharing import SharedState, Sharing
 from .updates import Updates, as_one, check_several, taking_turns
@@ -502,6 +502,8 @@ class Run(Sharing, Gradients):
         if self._engine is not None:
             raise UsageError("run.prepare or run.steps was called twice; a run trains one model")
         settings = self.settings
+        if self._context is not None and self._context.begun is not None:
+            begin_as_others(self._membership, self._context.begun, optimizer)
         check_optimizer(optimizer, model)
         schedulers = checked(scheduler, by_epoch=by_epoch)
         known = self._context.begun.samples if self._context and self._context.begun else 0

@@ -41,6 +41,19 @@ def same(first: Any, second: Any) -> bool:
     return bool(first == second) or (first != first and second != second)
 
 
+def give_settings(groups: Sequence[dict[str, Any]], settings: Groups) -> None:
+    """Give an optimizer's parameter groups these settings, in their order."""
+    for group, wanted in zip(groups, settings, strict=True):
+        for name, value in wanted.items():
+            present = group.get(name)
+            if name in group and same(plain(present), value):
+                continue
+            if isinstance(present, Tensor):
+                present.fill_(value)
+            else:
+                group[name] = tuple(value) if isinstance(present, tuple) else value
+
+
 def pack(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The groups' settings by column."""
     columns: dict[str, list[list[Any]]] = {}

@@ -7,7 +7,6 @@ the last place of the parameter are lost (Micikevicius et al., 2018).
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import torch
@@ -18,13 +17,7 @@ from everstep.checkpointing.memory.record import record_bytes
 from everstep.elastic.contract.errors import UsageError
 from everstep.resharding.units import Shard
 
-from .hyperparameters import (
-    Groups,
-    pack,
-    plain,
-    same,
-    settings_of,
-)
+from .hyperparameters import Groups, give_settings, same, settings_of
 from .several_optimizers import AnyOptimizer, Collector, clone_of, parts_of
 from .stack import LayerStack
 
@@ -82,9 +75,19 @@ def _check_part(optimizer: Optimizer, model: nn.Module) -> None:
             "SparseAdam is not supported: it steps the rows alone that a batch has used, and the runtime sums "
             'gradients of whole parameters. Use Adam, with sparse=False in the layer or sparse_gradients="dense"'
         )
-    if any(float(state.get("step", 1)) for state in optimizer.state.values()):
-        raise UsageError("the optimizer has state already: pass a new one (resuming is the checkpoint's business)")
+    if has_state(optimizer):
+        raise UsageError(
+            "the optimizer has state already, by load_state_dict() or a step() in front of run.prepare or run.steps, "
+            "and the job would begin without it. Leave that out, and let the job save and resume by itself: "
+            "everstep run --es-checkpoint=FOLDER"
+        )
     optimizer.state.clear()  # Adagrad makes it beforehand: ranks make that of the parts which they step
+
+
+def has_state(optimizer: AnyOptimizer) -> bool:
+    """Whether an optimizer has stepped, or was given the state of one that has."""
+    states = [state for part in parts_of(optimizer) for state in part.state.values()]
+    return any(float(state.get("step", 1)) for state in states)
 
 
 def master_type(live: torch.dtype, asked: str) -> torch.dtype:
@@ -167,22 +170,14 @@ class UserOptimizer:
         return [settings_of(group) for group in self.user.param_groups]
 
     def describe(self) -> str:
-        """The optimizer's type and settings, for comparison between ranks."""
+        """The optimizer's type and what is kept beside its state, for comparison between ranks."""
         masters = " with float32 masters" if self.masters() else ""
         average = f" with an average of decay {self.decay}" if self.decay is not None else ""
-        return f"{self.name}{masters}{average} {json.dumps(pack(self.hyper_parameters())['settings'])}"
+        return f"{self.name}{masters}{average}"
 
     def set_hyper_parameters(self, groups: Groups) -> None:
         """Give the user's groups these settings."""
-        for group, settings in zip(self.user.param_groups, groups, strict=True):
-            for name, value in settings.items():
-                present = group.get(name)
-                if name in group and same(plain(present), value):
-                    continue
-                if isinstance(present, Tensor):
-                    present.fill_(value)
-                else:
-                    group[name] = tuple(value) if isinstance(present, tuple) else value
+        give_settings(self.user.param_groups, groups)
 
     # ------------------------------------------------------------ shards
 

@@ -38,7 +38,8 @@ class Job:
     epochs: int = 0  # whose steps `steps` is; 0: it was given
     last_batch: str = "drop"
     loss_reduction: str = "mean"
-    optimizer: str = ""  # its type and settings, as text
+    optimizer: str = ""  # its type, and how gradients become one, as text
+    settings: str = ""  # of its parameter groups when the script handed it over, as text
     protection: str = "parity"  # parity | replay | replicate | none
     node_losses: int = 1  # how many nodes may be lost at once
     on_loss: str = "checkpoint"  # checkpoint | neighbors | stop
@@ -55,6 +56,7 @@ class Begun:
 
     samples: int  # in the dataset that the job trains on
     values: str  # a digest of the initial values of the model
+    settings: str  # of the optimizer's parameter groups at the start
 
 
 class Saved(NamedTuple):

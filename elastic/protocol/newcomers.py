@@ -51,10 +51,11 @@ def difference(state: State, theirs: e.Job, rank: int) -> str:
         odd = sorted(set(names) ^ set(others))[:3]
         shown = f" (for example {', '.join(odd)})" if odd else ""
         return f"rank {rank} built a different model than the others{shown}: build the same model on every rank"
-    if ours.optimizer != theirs.optimizer:
+    if (ours.optimizer, ours.settings) != (theirs.optimizer, theirs.settings):
+        there, here = (f"{job.optimizer} {job.settings}" for job in (theirs, ours))
         return (
-            f"rank {rank} built a different optimizer than the others ({theirs.optimizer}, not {ours.optimizer}): "
-            "build the same one on every rank"
+            f"rank {rank} built a different optimizer than the others ({there}, not {here}): build the same one on "
+            "every rank"
         )
     if ours.constants != theirs.constants:
         return (

@@ -37,7 +37,9 @@ def start_workers(state: State, node: str, only: e.WorkerId | None = None) -> e.
     first = state.nodes[names[0]]
     master = (first.host, first.stores.get(state.restarts, 0))
     place = (names.index(node), len(names))
-    begun = e.Begun(state.job.samples, state.job.values) if state.job is not None and state.layout is not None else None
+    begun, job = None, state.job
+    if job is not None and state.layout is not None:
+        begun = e.Begun(job.samples, job.values, job.settings)
     return e.StartWorkers(node, started, len(state.workers), state.restarts, master, *place, begun)
 
 

@@ -300,8 +300,8 @@ def test_if_every_replacement_sees_other_data_the_job_ends_and_says_why(folder: 
 
 
 def test_a_script_that_loads_its_own_checkpoint_survives_a_loss(folder: Path, tmp_path: Path) -> None:
-    """The replacement initialises its model from it; the job's own values take their place."""
-    reference = alone(tmp_path / "alone", folder, steps=MANY)
+    """The replacement loads it into its model and its optimizer; the job's own values and rates take their place."""
+    reference = alone(tmp_path / "alone", folder, steps=MANY, own=True)
     result = run_job(
         nproc=2, steps=MANY, script="data_job.py", faults=ONE_KILL, folder=str(folder), patient_from=5, own=True
     )
@@ -309,7 +309,8 @@ def test_a_script_that_loads_its_own_checkpoint_survives_a_loss(folder: Path, tm
     assert result.named("joined")
     assert {"replacement-values", "replacement-state"} <= warnings(result)
     shown = Counter(line for line in result.output.splitlines() if "[replacement-" in line)
-    assert len(shown) == 2, "on standard error, without asking for it"
+    assert len(shown) == 3, "on standard error, without asking for it"
+    assert any("gave its optimizer a state and other settings; lr of parameter group 0 is" in line for line in shown)
     assert set(shown.values()) == {1}
 
 

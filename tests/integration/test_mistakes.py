@@ -31,7 +31,7 @@ ANYWHERE = {
     "lbfgs": "LBFGS is not supported: it evaluates the loss of all data several times a step",
     "average_of_another": "run.average was called with another model than run.prepare or run.steps",
     "turns_on_a_stream": "Stream is a stream, and alternating updates of several optimizers need each batch several",
-    "optimizer_state": "the optimizer has state already",
+    "optimizer_state": "the optimizer has state already, by load_state_dict() or a step() in front of run.prepare",
     "nothing": "nothing returned without calling run.prepare(...) or run.steps(...)",
     "prepare_stages": "run.prepare drives one stage, and the job has stages=2: use run.steps(...)",
     "scheduler": "ExponentialLR was built on the optimizer, and its step() was not called for a micro-batch of step 0",

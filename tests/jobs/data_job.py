@@ -60,14 +60,20 @@ def train(run):
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     own = out / "last.pt"
     if config.get("own") and own.exists():
-        model.load_state_dict(torch.load(own))
+        saved = torch.load(own)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.9) if config.get("own") else None
     loss_fn = nn.functional.mse_loss
 
     def seen(step):
         if step >= config.get("patient_from", config["steps"]) and run.world_size < 2:
             time.sleep(0.02)  # so that there are steps left when a replacement is ready
+        if scheduler is not None:
+            scheduler.step()
         if config.get("own") and run.rank == 0 and step == 3:
-            torch.save(model.state_dict(), own.with_suffix(".new"))
+            saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            torch.save(saved, own.with_suffix(".new"))
             own.with_suffix(".new").rename(own)
         if config.get("grows") and run.rank == 0 and step == 2:
             for number, value in config["grows"].items():
