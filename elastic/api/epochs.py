@@ -35,10 +35,11 @@ class Epochs:
                 if course.stopped:
                     break
                 if not course.epoch_ended:
-                    raise UsageError(
-                        f"the loop over the batches of epoch {epoch} was left before its end, and run.epochs went on: "
-                        "leave that loop, too (break), or end training by run.stop(...), which ends both"
-                    )
+                    with self._parts.refusing():
+                        raise UsageError(
+                            f"the loop over the batches of epoch {epoch} was left before its end, and run.epochs went "
+                            "on: leave that loop, too (break), or end training by run.stop(...), which ends both"
+                        )
                 epoch += 1
         except GeneratorExit:
             course.end()

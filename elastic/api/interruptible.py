@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from everstep.comms.mesh.communicator import Aborted
@@ -22,6 +23,21 @@ class Interruptible:
         self._recovery = recovery
         self._membership = engine.membership
         self._progress = engine.progress
+        self._refused: UsageError | None = None
+
+    @contextlib.contextmanager
+    def refusing(self) -> Iterator[None]:
+        """Remember what the runtime refuses meanwhile: a script that catches the error must not go on."""
+        try:
+            yield
+        except UsageError as error:
+            self._refused = error
+            raise
+
+    def check(self) -> None:
+        """Raise again what the script has caught, such as by `except Exception: continue` around its turn."""
+        if self._refused is not None:
+            raise self._refused
 
     def do(self, action: Callable[..., None], *arguments: Any) -> None:
         """Do something that waits for others; if the generation ends, recover instead."""

@@ -89,8 +89,13 @@ class Batches:
         self._repeats = False  # the micro-batch last handed out was handed out before
 
     def __iter__(self) -> Iterator[Any]:
-        self.course.begin()
-        self.course.begin_batches()
+        with self._parts.refusing():
+            self._parts.check()
+            self.course.begin()
+            self.course.begin_batches()
+            yield from self._batches()
+
+    def _batches(self) -> Iterator[Any]:
         self._turns.schedulers.enter_batches()
         try:
             yield from self._micro_batches()
@@ -169,6 +174,7 @@ class Batches:
 
     def _end_turn(self) -> None:
         """The user's code requests the next micro-batch, so it has finished the last one."""
+        self._parts.check()
         if self._turn >= 0:
             self._engine.user_loop.leave_turn(self._engine.version)
         self._updates.end()
@@ -318,6 +324,10 @@ class Batches:
         self._end_micro_batch("run.skip()")
 
     def _end_micro_batch(self, call: str) -> None:
+        with self._parts.refusing():
+            self._take_micro_batch(call)
+
+    def _take_micro_batch(self, call: str) -> None:
         engine, span = self._engine, self._open
         if span is None and self._skipped:
             raise UsageError(f"{call} was called behind run.skip(): after it, continue with the next micro-batch")

@@ -329,6 +329,11 @@ class Run(Sharing, Gradients):
         return engine.data.order.epoch_of(step)
 
     def _run(self, engine: Engine, parts: Interruptible, course: Course) -> Iterator[Step]:
+        with parts.refusing():
+            parts.check()
+            yield from self._steps(engine, parts, course)
+
+    def _steps(self, engine: Engine, parts: Interruptible, course: Course) -> Iterator[Step]:
         course.begin()
         try:
             while True:
@@ -470,6 +475,7 @@ class Run(Sharing, Gradients):
 
     def _finish(self) -> None:
         """The user's function is over: help the others until they are there too, and training is over."""
+        self._parts_of_run().check()
         if self._batches is not None:
             self._batches.leave_last_turn()
         self._parts_of_run().finish(self._sharing())

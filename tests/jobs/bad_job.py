@@ -1,5 +1,6 @@
 """Scripts with one mistake each; the first argument selects it."""
 
+import contextlib
 import os
 import sys
 
@@ -131,6 +132,32 @@ def train_loop(run, model, optimizer=None, turn=lambda model, optimizer: None, *
         nn.functional.mse_loss(model(inputs), targets).backward()
         turn(model, optimizer)
         optimizer.step()
+
+
+def caught_in_its_turn(run):
+    """A script that leaves out batches that fail: the loop must not hand out the same one for ever."""
+    model = stack()
+    model, optimizer, batches = run.prepare(model, sgd(model), samples())
+    for inputs, targets in batches:
+        try:
+            nn.functional.mse_loss(model(inputs), targets).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+            optimizer.step()
+        except Exception as error:
+            print("this batch failed:", error)
+            continue
+
+
+def caught_around_the_loop(run):
+    with contextlib.suppress(Exception):
+        train_loop(run, stack(), turn=lambda model, _: nn.utils.clip_grad_norm_(model.parameters(), 1e-3))
+
+
+def caught_around_steps(run):
+    model = stack()
+    with contextlib.suppress(Exception):
+        for _ in run.steps(model, sgd(model), samples(), loss_fn=nn.functional.mse_loss):
+            model[0].weight.data.mul_(2.0)
 
 
 def scheduler(run):
