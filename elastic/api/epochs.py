@@ -29,7 +29,9 @@ class Epochs:
         engine, course = self._engine, self._course
         epoch = (engine.version - len(engine.user_loop.unseen)) // self._steps
         try:
-            while epoch < self._count and not course.stops_here():  # it may be with the last step of an epoch
+            while epoch < self._count and not self._left_by_others():
+                if course.stops_here():  # it may be with the last step of an epoch
+                    break
                 course.begin_epoch(epoch, end=(epoch + 1) * self._steps)
                 yield epoch
                 if course.stopped:
@@ -49,3 +51,17 @@ class Epochs:
         if not course.stopped:
             self._parts.until_whole()
         course.end()
+
+    def _left_by_others(self) -> bool:
+        """Whether this rank joined when the others had left both loops in the middle of an epoch, by `break`.
+
+        No batch is left to it, so it takes the script past both, too.
+        """
+        engine = self._engine
+        if engine.leave_at is None or engine.leave_at % self._steps == 0:
+            return False  # behind the batches of an epoch, its own code leaves the loop as theirs did
+        self._course.begin()
+        while engine.user_loop.unseen:
+            self._course.show()
+        engine.user_loop.end_turn()
+        return True

@@ -58,6 +58,21 @@ def test_everybody_leaves_at_one_step(tmp_path: Path, loop: bool) -> None:
             assert_same_state(state(out, rank), state(plain))
 
 
+def test_all_leave_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
+    """Both loops; a rank that is lost then is replaced, and its replacement finds nothing left to do in them."""
+    plain, killed = tmp_path / "plain", tmp_path / "killed"
+    for out, phases in ((plain, ()), (killed, ("commit",))):
+        faults: list[dict[str, object]] = [{"rank": 1, "phase": phase, "step": AT} for phase in phases]
+        ended = job(out, how="break", epochs=3, faults=faults)
+        assert ended.status == 0, ended.stderr
+        assert ("worker of rank 1 killed by SIGKILL" in ended.stderr) == bool(faults)
+        assert set(saved(out)) == {AT + 1}
+        for rank in (0, 1):
+            assert (out / f"left-{rank}").read_text() == str(AT + 1)
+            assert (out / f"steps-{rank}").read_text().split() == [str(step) for step in range(AT + 1)]
+            assert_same_state(state(out, rank), state(plain))
+
+
 @pytest.mark.parametrize(("how", "loop"), [("return", False), ("return", True), ("exit", False), ("exit", True)])
 def test_ways_to_leave(tmp_path: Path, how: str, loop: bool) -> None:
     """A return from the training function continues with the script; sys.exit(0) ends it, with success."""

@@ -74,13 +74,33 @@ def in_loop(run, model, optimizer, data):
             break
 
 
-@everstep.elastic(steps=config.get("steps", 30), global_batch_size=8, micro_batch_size=1)
+def in_epochs(run, model, optimizer, data):
+    model, optimizer, batches = run.prepare(model, optimizer, data)
+    left = False
+    for _ in run.epochs():
+        for inputs, wanted in batches:
+            torch.nn.functional.mse_loss(model(inputs), wanted).backward()
+            optimizer.step()
+            if left := leaves(run, run.step - 1):
+                if how == "return":
+                    return
+                break
+        if left:
+            break
+        run.barrier()
+
+
+length = {"epochs": config["epochs"]} if "epochs" in config else {"steps": config.get("steps", 30)}
+loops = {"epochs": in_epochs, True: in_loop, False: in_steps}
+
+
+@everstep.elastic(**length, global_batch_size=8, micro_batch_size=1)
 def train(run):
     model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     data = torch.utils.data.TensorDataset(features, targets)
     run.on_step(note)
-    (in_loop if config.get("loop") else in_steps)(run, model, optimizer, data)
+    loops["epochs" if "epochs" in config else config.get("loop", False)](run, model, optimizer, data)
     torch.save(run.full_state_dict(), out / f"state-{mine}.pt")
     (out / f"left-{mine}").write_text(str(run.step))
 
