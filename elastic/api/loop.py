@@ -28,6 +28,7 @@ from .course import Course
 from .gathering import BatchEmbeddings
 from .interruptible import Interruptible
 from .loop_scaler import LoopScaler
+from .other_loaders import OtherLoaders
 from .schedulers import Schedulers
 from .updates import Updates
 
@@ -71,6 +72,7 @@ class Batches:
         turns: Turns,
         parts: Interruptible,
         course: Course,
+        others: OtherLoaders,
     ) -> None:
         self._engine = engine
         self._turns = turns
@@ -78,6 +80,7 @@ class Batches:
         self._updates = turns.updates
         self._parts = parts
         self.course = course
+        self._others = others
         self._turn = -1  # the step of the last micro-batch that was handed out; -1: nothing to check of it
         self._open: Leg | None = None  # handed out, gradient not yet collected
         self._skipped = False  # the micro-batch last handed out was
@@ -139,7 +142,8 @@ class Batches:
                 course.go_on()  # before anything is computed: a newcomer's first turn begins with the same states
                 batch = self._hand_out()
                 if batch is not None:
-                    yield batch[0]
+                    with self._others.turn():
+                        yield batch[0]
             else:
                 course.go_on()
                 parts.do(engine.complete)
@@ -332,7 +336,10 @@ class Batches:
         if span is None and self._skipped:
             raise UsageError(f"{call} was called behind run.skip(): after it, continue with the next micro-batch")
         if span is None:
-            raise UsageError(f"{call} was called outside the loop over the prepared batches")
+            raise UsageError(
+                f"{call} was called outside the loop over the prepared batches: loop over what "
+                "run.prepare returned in place of the DataLoader"
+            )
         self._open, self._skipped = None, call == "run.skip()"
         engine.stream_states.leave()
         _, state = engine.current()

@@ -54,6 +54,7 @@ from .gradients import Gradients
 from .interruptible import Interruptible
 from .loop import Batches, ElasticOptimizer, Turns
 from .loop_scaler import LoopScaler
+from .other_loaders import OtherLoaders
 from .replacement import begin_as_others, note_variables
 from .schedulers import Schedulers, checked
 from .sharing import SharedState, Sharing
@@ -242,7 +243,9 @@ class Run(Sharing, Gradients):
         of_turn = Turns(
             self._gradients, self._schedulers, scales, taken, accumulates=accumulation > 1, embeddings=embeddings
         )
-        batches = self._batches = Batches(engine, of_turn, *self._course())
+        others = OtherLoaders(self._membership)
+        self.ends.enter_context(others.watch())
+        batches = self._batches = Batches(engine, of_turn, *self._course(), others)
         for one in [model] if isinstance(model, nn.Module) else model:
             if "module" not in one.__dict__ and "module" not in one._modules:
                 one.__dict__["module"] = one  # scripts for DDP write model.module; not a submodule of itself
@@ -506,7 +509,11 @@ class Run(Sharing, Gradients):
         turns: TakingTurns = ONE_EACH,
     ) -> Engine:
         if self._engine is not None:
-            raise UsageError("run.prepare or run.steps was called twice; a run trains one model")
+            raise UsageError(
+                "run.prepare or run.steps was called twice, and a run is one training over one loader: several models "
+                "and optimizers go into one call, as lists; a loader for evaluation stays as it is, or goes to "
+                "run.evaluate; another training is another job"
+            )
         settings = self.settings
         if self._context is not None and self._context.begun is not None:
             begin_as_others(self._membership, self._context.begun, optimizer)

@@ -25,9 +25,11 @@ class Notice(enum.StrEnum):
     WAITING = "waiting"  # ranks, or the job, have waited for long: for which rank, and where that is
     SETTING_IGNORED = "setting-ignored"  # a setting of the script has no effect here
     ATTRIBUTE_CHANGED = "attribute-changed"  # a forward changes a number in the module, which the next one may use
+    BUFFER_RESTORED = "buffer-restored"  # one with a rule (batch-norm statistics) was changed between steps, in vain
     TURN_NOT_REPEATABLE = "turn-not-repeatable"  # a micro-batch has another gradient when it is computed again
     DATA_GREW = "data-grew"  # a replacement's dataset has more samples than at the job's start
     DATA_NOT_REPEATABLE = "data-not-repeatable"  # the same index gives another sample when it is fetched again
+    OTHER_LOADER = "other-loader"  # the script takes batches of another DataLoader in its turns
     DATASET_CHANGED = "dataset-changed"  # by the script, while worker processes have it as it was
     DATA_WORKER_LOST = "data-worker-lost"  # a worker process of a DataLoader ended
     SAMPLE_SKIPPED = "sample-skipped"  # a sample of the dataset raised, and the next one takes its place

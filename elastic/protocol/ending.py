@@ -32,7 +32,7 @@ from .state import (
 ALONE_S = 1.0  # until a rank that left its loop alone is an error: it may be about to report an exception
 ALL_LEAVE = (
     "all ranks have to leave the loop at the same step: base the decision on values that are equal on all of them, "
-    "such as the step's loss, or agree on it"
+    "such as the step's loss, or call run.stop('why') in place of break, which ends all after the same step"
 )
 
 

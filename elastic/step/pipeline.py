@@ -22,6 +22,7 @@ from everstep.elastic.contract.progress import Progress, StepPhase
 from everstep.elastic.contract.telemetry import Spent
 from everstep.elastic.holding.buffer_rules import leaf
 from everstep.elastic.holding.stack import Held, LayerStack
+from everstep.elastic.holding.watch import content_of
 from everstep.elastic.protocol.liveness import Pace
 from everstep.resharding.legs import Await, Backward, Need
 from everstep.resharding.work import AssignedLeg, Leg
@@ -68,6 +69,8 @@ class Pipeline:
         self.loss_fn = loss_fn
         self.reduction = reduction
         self.base_statistics: dict[int, list[Tensor]] = {}
+        self._undisturbed: set[int] = set()  # layers whose buffers no forward of the step has had yet
+        self._warn = warn
         self._layer_times = LayerTimes(lambda number: stack.device_of(number).type == "cpu")
 
     def resend(self, state: StepState, started: Iterable[AssignedLeg]) -> None:
@@ -194,6 +197,9 @@ class Pipeline:
 
         A declared one is lent as a copy: the backward of another micro-batch may need what that forward has seen.
         """
+        if number in self._undisturbed:
+            self._undisturbed.remove(number)
+            self._compare_statistics(number)
         for held, base in zip(self._buffers(number), self.base_statistics.get(number, ()), strict=False):
             if held.places:
                 lent = base.clone()
@@ -201,6 +207,19 @@ class Pipeline:
                     module._buffers[local] = lent
             else:
                 held.tensor.data.copy_(base)  # not seen by autograd: no graph in flight uses a batch norm's statistics
+
+    def _compare_statistics(self, number: int) -> None:
+        """Warn where the script's code in front of the step has changed buffers, which now get their values again."""
+        for held, base in zip(self._buffers(number), self.base_statistics.get(number, ()), strict=False):
+            if content_of(_now(held)) != content_of(base):
+                name = self.stack.spec.parameters[held.index].name
+                text = (
+                    f"the script changed the buffer {name!r} in front of a step, as a forward in training mode does: "
+                    "the change is dropped, since a step begins with what the one before it made of its micro-batches. "
+                    "Call model.eval() before such a forward, or copy the model for it; behind the loop it stays"
+                )
+                self._warn(Notice.BUFFER_RESTORED, text)
+                return
 
     def take_statistics(self, number: int, micro_batch: int, size: StepSize) -> list[Tensor]:
         """What a micro-batch's forward made of the buffers of a layer, as their rules sum it."""
@@ -217,10 +236,12 @@ class Pipeline:
         """Record the batch-norm statistics from which every micro-batch of the step starts."""
         self.forget_statistics()
         self.extend_step()
+        self._undisturbed = set(self.base_statistics)
 
     def forget_statistics(self) -> None:
         """The step is computed: from here on the buffers are those of the next version."""
         self.base_statistics = {}
+        self._undisturbed.clear()
 
     def extend_step(self) -> None:
         """The same for layers that this rank gained in the middle of the step."""

@@ -1,0 +1,28 @@
+"""What a script does in its turns and between epochs without effect, or with one that depends on ranks, is named."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.jobs import JOBS
+from tests.jobs.interpreter import script
+
+NAMED = {
+    "zip": ["other-loader"],
+    "next": ["other-loader"],
+    "statistics": ["buffer-restored"],
+    "turns": [],  # an evaluation in a turn
+    "nothing": [],
+}
+
+
+@pytest.mark.parametrize("kind", list(NAMED))
+def test_it_is_named_once(kind: str, tmp_path: Path) -> None:
+    ended = script(JOBS / "between_job.py", json.dumps({"out": str(tmp_path), "kind": kind}))
+    assert ended.status == 0, ended.stderr
+    assert re.findall(r"\[([a-z-]+)\]$", ended.stderr, re.M) == NAMED[kind], ended.stderr
+    assert ("'1.running_mean'" in ended.stderr) == (kind == "statistics")
