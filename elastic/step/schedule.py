@@ -21,7 +21,7 @@ ANOTHER_RHYTHM = (
 
 
 class ScheduleState:
-    """A scheduler's state, without the attributes that the runtime added.
+    """A scheduler's state.
 
     `between_steps`: the script's code between two steps changes it, and does not run again for steps that are computed
     again.
@@ -34,7 +34,7 @@ class ScheduleState:
 
     def state_dict(self) -> dict[str, Any]:
         """The scheduler's state, as JSON values."""
-        return {name: value for name, value in self.scheduler.state_dict().items() if name != "step"}
+        return dict(self.scheduler.state_dict())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.scheduler.load_state_dict(dict(state))
@@ -51,7 +51,7 @@ class ScheduledRate(ScheduleState):
         self.called = False  # by the user's code, since this was last set to False
         optimizer: Any = scheduler.optimizer
         optimizer._opt_called = True  # its shards are stepped instead: suppress torch's warning that it never was
-        scheduler.step = self._already_stepped  # type: ignore[method-assign]
+        _replace_step(scheduler, self._already_stepped)
 
     def advance(self, step: int) -> None:
         """`step` of the job is committed."""
@@ -85,7 +85,7 @@ class EpochSchedule(ScheduleState):
             check(type(scheduler).__name__)
             step(*arguments, **named)
 
-        scheduler.step = checked  # type: ignore[method-assign]
+        _replace_step(scheduler, checked)
 
 
 def check_scheduler(scheduler: Any) -> None:
@@ -133,4 +133,15 @@ def refuse(schedulers: Iterable[LRScheduler], why: str) -> None:
         def step(*arguments: Any, name: str = name, **named: Any) -> NoReturn:
             raise UsageError(f"{name}.step() was called in the loop over run.prepare's batches: {why}")
 
-        scheduler.step = step  # type: ignore[method-assign]
+        _replace_step(scheduler, step)
+
+
+def _replace_step(scheduler: LRScheduler, step: Callable[..., None]) -> None:
+    """Give a scheduler another `step`. What it saves of itself, which is all its attributes, stays what torch saves."""
+    whole = scheduler.state_dict
+
+    def state_dict() -> dict[str, Any]:
+        return {name: value for name, value in whole().items() if name not in ("step", "state_dict")}
+
+    scheduler.step = step  # type: ignore[method-assign]
+    scheduler.state_dict = state_dict  # type: ignore[method-assign]
