@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from opcode import opmap
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from everstep.elastic.contract.errors import UsageError
+from everstep.elastic.contract.notices import Notice, warn
 from everstep.elastic.contract.progress import StepPhase
 from everstep.elastic.contract.telemetry import Spent
 from everstep.elastic.engine.engine import Engine
@@ -81,6 +84,8 @@ class Batches:
         self._parts = parts
         self.course = course
         self._others = others
+        self._passes = 0  # of loops over the batches that have begun
+        self._by_next = False  # the script takes the batches of the present one by next()
         self._turn = -1  # the step of the last micro-batch that was handed out; -1: nothing to check of it
         self._open: Leg | None = None  # handed out, gradient not yet collected
         self._skipped = False  # the micro-batch last handed out was
@@ -95,6 +100,7 @@ class Batches:
         with self._parts.refusing():
             self._parts.check()
             self.course.begin()
+            self._note_pass()
             self.course.begin_batches()
             yield from self._batches()
 
@@ -147,6 +153,32 @@ class Batches:
             else:
                 course.go_on()
                 parts.do(engine.complete)
+
+    def _note_pass(self) -> None:
+        """Warn of a loop over epochs that is the script's own: its first turn has the batches of all steps."""
+        self._passes += 1
+        self._by_next = not _in_for()
+        if self._passes == 2 and self.course.epoch is None and self._engine.ended():
+            self._warn(
+                Notice.LOOP_WITHOUT_BATCHES,
+                "the loop over the prepared batches began again, and has none: the first one had those of all steps. "
+                "For a loop over epochs around it: for epoch in run.epochs(), in a job with epochs=",
+            )
+
+    def finish(self) -> None:
+        """The script has ended."""
+        engine, steps = self._engine, self._engine.settings.steps
+        if self._by_next and not engine.ended() and not engine.stop_request.agreed(engine.agreement):
+            self._warn(
+                Notice.BATCHES_LEFT,
+                f"the script has ended after {engine.version} of {steps} steps, and takes batches by next(): each is a "
+                "micro-batch, and how many a step has on a rank changes with the number of ranks. To train all steps: "
+                "for batch in batches, or while run.step < run.settings.steps",
+            )
+        self.leave_last_turn()
+
+    def _warn(self, notice: Notice, text: str) -> None:
+        warn(self._engine.membership, notice, text, rank=self._engine.rank, step=self._engine.version)
 
     def leave_last_turn(self) -> None:
         """The script leaves the loop by itself, or has left it without its end."""
@@ -391,6 +423,14 @@ class Batches:
     def _complete(self) -> None:
         self._engine.comm.ready(())  # raises Aborted
         self._engine.complete()
+
+
+def _in_for() -> bool:
+    """Whether the code that asks for a batch is in a `for` statement."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and str(frame.f_globals.get("__name__", "")).startswith("everstep."):
+        frame = frame.f_back
+    return frame.f_lasti < 0 or frame.f_code.co_code[frame.f_lasti] == opmap["FOR_ITER"]
 
 
 class ElasticOptimizer(Optimizer):

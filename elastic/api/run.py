@@ -480,7 +480,7 @@ class Run(Sharing, Gradients):
         """The user's function is over: help the others until they are there too, and training is over."""
         self._parts_of_run().check()
         if self._batches is not None:
-            self._batches.leave_last_turn()
+            self._batches.finish()
         self._parts_of_run().finish(self._sharing())
 
     def _sharing(self) -> Calls:

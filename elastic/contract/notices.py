@@ -29,6 +29,8 @@ class Notice(enum.StrEnum):
     TURN_NOT_REPEATABLE = "turn-not-repeatable"  # a micro-batch has another gradient when it is computed again
     DATA_GREW = "data-grew"  # a replacement's dataset has more samples than at the job's start
     DATA_NOT_REPEATABLE = "data-not-repeatable"  # the same index gives another sample when it is fetched again
+    LOOP_WITHOUT_BATCHES = "loop-without-batches"  # a loop over the prepared batches began when none were left
+    BATCHES_LEFT = "batches-left"  # the script took a number of turns, and ended before the last step
     OTHER_LOADER = "other-loader"  # the script takes batches of another DataLoader in its turns
     DATASET_CHANGED = "dataset-changed"  # by the script, while worker processes have it as it was
     DATA_WORKER_LOST = "data-worker-lost"  # a worker process of a DataLoader ended

@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.jobs import JOBS
+from tests.jobs import JOBS, run_job
 from tests.jobs.interpreter import script
 
 NAMED = {
     "zip": ["other-loader"],
     "next": ["other-loader"],
     "statistics": ["buffer-restored"],
+    "range": ["loop-without-batches"],
+    "counted": ["batches-left"],
     "turns": [],  # an evaluation in a turn
     "nothing": [],
 }
@@ -26,3 +28,11 @@ def test_it_is_named_once(kind: str, tmp_path: Path) -> None:
     assert ended.status == 0, ended.stderr
     assert re.findall(r"\[([a-z-]+)\]$", ended.stderr, re.M) == NAMED[kind], ended.stderr
     assert ("'1.running_mean'" in ended.stderr) == (kind == "statistics")
+
+
+def test_turns_that_are_counted_in_a_job() -> None:
+    """The script's variables are gone when a worker ends its training."""
+    result = run_job(nproc=2, script="between_job.py", kind="counted")
+    assert result.status == 0, result.output
+    (text,) = {line["text"] for line in result.named("warning")}
+    assert text.startswith("the script has ended after 4 of 8 steps, and takes batches by next()")

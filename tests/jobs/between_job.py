@@ -15,7 +15,8 @@ config = json.loads(sys.argv[1])
 kind = config["kind"]
 samples = torch.randn(48, 4, generator=torch.Generator().manual_seed(1))
 others = DataLoader(TensorDataset(samples[:32].clone()), 4, shuffle=True, num_workers=int(kind == "next"))
-run = everstep.join(epochs=2, global_batch_size=12, micro_batch_size=3, seed=3)
+length = {"steps": 8} if kind in ("counted", "range") else {"epochs": 2}
+run = everstep.join(**length, global_batch_size=12, micro_batch_size=3, seed=3)
 loader = DataLoader(TensorDataset(samples, samples.sum(1, keepdim=True)), 12, num_workers=int(kind == "turns"))
 model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
 optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
@@ -40,7 +41,11 @@ def turn(inputs, targets, more):
 
 endless = itertools.cycle(others)
 evaluate()
-for _ in run.epochs():
+if kind == "counted":
+    iterator = iter(batches)
+    for _ in range(8):
+        turn(*next(iterator), None)
+for _ in () if kind == "counted" else range(2) if kind == "range" else run.epochs():
     if kind == "zip":
         for (inputs, targets), (more,) in zip(batches, endless, strict=False):
             turn(inputs, targets, more)
