@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from everstep.agents.coordinator.orders import MOST, OperatorOrders, take_text
+from everstep.agents.tools.orders import order
 from everstep.comms.control import everstep_pb2 as pb
 from everstep.elastic.protocol import coordinator
 from everstep.elastic.protocol import events as e
@@ -127,3 +128,22 @@ def test_orders_of_the_page_are_json(text: bytes, status: int, said: str) -> Non
     assert (found[0], said in found[1]) == (status, True), found
     event = orders.poll()
     assert event == (e.DrainRequested("n1", "a hot card") if status == 200 else None)
+
+
+def test_the_planner_may_choose_the_number_of_stages() -> None:
+    script = Script(workers=4, stages=2)
+    script.job = replace(script.job, steps=1000)
+    script.train()
+    orders = OperatorOrders()
+    answer = orders.take(pb.OrderRequest(relayout=pb.Relayout(stages=0)), script.state)
+    assert answer.text == "the job has as many stages as its planner finds best from now on"
+    script(orders.poll())
+    assert script.state.plans_stages
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "many", "1.5", str(1 << 31)])
+def test_a_number_of_stages_that_is_none_is_refused(text: str, capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        order("relayout", ["127.0.0.1:1", f"--stages={text}"])
+    assert ended.value.code == 2
+    assert f"--stages {text}: give a whole number of at least 1, or auto" in capsys.readouterr().err
