@@ -103,12 +103,25 @@ def test_the_last_rank_dies_while_another_joins(tmp_path: Path) -> None:
 @pytest.mark.parametrize("loop", [pytest.param(False, marks=pytest.mark.soak), True], ids=["steps", "loop"])
 def test_steps_are_computed_again(loop: bool, tmp_path: Path) -> None:
     """A node is lost, and the others go back to the last version that outlives it: what their code counted, too."""
-    expected = alone(tmp_path, loop=loop)
     fault = {"rank": 2, "phase": "update", "step": 5}
-    result = lose_a_node("sharing_job.py", fault, tmp_path, every=3, steps=STEPS, loop=loop)
+    _lose_a_node(fault, tmp_path, every=3, loop=loop)
+
+
+@pytest.mark.parametrize("loop", [False, True], ids=["steps", "loop"])
+def test_ranks_go_back_in_the_midst_of_a_call(loop: bool, tmp_path: Path) -> None:
+    """The lost rank is missed in a call behind a step; with what the others' code has set by then, it goes on later."""
+    again = _lose_a_node({"rank": 1, "phase": "commit", "step": 4}, tmp_path, every=50, loop=loop, ends=loop)
+    assert again == [True] * 5, "the step behind which they called, and all before it"
+
+
+def _lose_a_node(fault: dict[str, Any], folder: Path, *, every: int, **config: Any) -> list[bool]:
+    """Whether each of the steps that are computed again comes out as before."""
+    expected = alone(folder, **config)
+    result = lose_a_node("sharing_job.py", fault, folder, every=every, steps=STEPS, **config)
     assert [event["lost_steps"] > 0 for event in result.named("recovered")] == [True], result.output
     for path in result.out.glob("state-*.pt"):
         assert_same_shared(torch.load(path, weights_only=True), expected)
+    return [event["same"] for event in result.named("committed_again")]
 
 
 @pytest.mark.soak
