@@ -12,7 +12,7 @@ import torch
 
 from everstep.elastic.contract.errors import UsageError
 from everstep.elastic.contract.settings import WorkerContext
-from everstep.elastic.step.devices import own_device, seed_torch, to_device
+from everstep.elastic.step.devices import memory_for_state, own_device, seed_torch, to_device
 
 META = torch.device("meta")
 Pair = namedtuple("Pair", "left right")
@@ -133,3 +133,15 @@ def test_tensors_at_odd_addresses_are_copied_and_others_are_not() -> None:
     for found, view in ((moved["view"], whole[1:5]), (moved["more"][0][0], whole[3:7])):
         assert torch.equal(found, view)
         assert found.data_ptr() % 64 == 0
+
+
+@pytest.mark.parametrize(("workers", "devices", "size"), [(1, 1, 50), (4, 4, 50), (4, 2, 25), (3, 2, 25)])
+def test_half_of_a_devices_memory_is_for_parameters_and_states(workers, devices, size, monkeypatch) -> None:
+    """Workers that share a device divide it; on the CPU it is the worker's part of the node."""
+    module = SimpleNamespace(mem_get_info=lambda device: (7, 100))
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: devices)
+    assert memory_for_state(torch.device("cuda", 0), 1000, workers) == size
+    assert memory_for_state(torch.device("cpu"), 1000, workers) == 1000
+    monkeypatch.setattr(torch, "get_device_module", lambda device: SimpleNamespace())
+    assert memory_for_state(torch.device("cuda", 0), 1000, workers) == 0, "not known"
