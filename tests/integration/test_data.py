@@ -23,7 +23,7 @@ from everstep.elastic.contract.settings import Settings
 from everstep.elastic.step.data import DataSource
 from everstep.elastic.step.streams import StreamPlace
 from everstep.elastic.step.worker_processes import Lost
-from tests.jobs import JOBS, Result, assert_same_state, command, read_result, run_job
+from tests.jobs import JOBS, Result, assert_same_state, command, read_result, run_job, state_alone
 from tests.jobs.interpreter import script
 
 STEPS = 8
@@ -338,3 +338,15 @@ def test_going_on_with_other_data_has_to_be_asked_for(folder: Path, tmp_path: Pa
     assert went_on.status == 0, went_on.output
     assert [line["step"] for line in went_on.named("committed")] == [4, 5, 6, 7]
     assert "[resume-data]" in went_on.output
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("kind", ["workers", "stream"])
+def test_a_loader_of_torchdata(kind: str, tmp_path: Path) -> None:
+    """The library's own: a dataset with worker processes, and a stream that remembers where it is."""
+    expected = state_alone("torchdata_job.py", tmp_path / "alone", kind=kind)
+    kills = [*KILLS, {"rank": 1, "phase": "compute", "step": 20, "incarnation": 1}]
+    result = run_job(nproc=2, script="torchdata_job.py", kind=kind, faults=kills)
+    assert result.status == 0, result.output
+    assert len(result.named("worker_died")) == 3
+    assert_same_state(result.state(), expected)
