@@ -14,6 +14,9 @@ from .units import ModelSpec
 from .work import AssignedLeg, Work
 
 
+MUCH_MORE = 1.2  # times the layers and micro-batches that another stage has for each rank
+
+
 class LayoutError(ValueError):
     """A layout that violates one of its own rules."""
 
@@ -37,6 +40,11 @@ class Stage:
 
     def __contains__(self, layer: int) -> bool:
         return self.start <= layer < self.stop
+
+
+def _layers_to_do(stage: Stage) -> int:
+    """Layers times micro-batches in a step, of the rank of a stage that has most of them."""
+    return (stage.stop - stage.start) * max((block.stop - block.start for block in stage.blocks), default=0)
 
 
 @dataclass(frozen=True)
@@ -92,13 +100,18 @@ class Layout:
     def order(self) -> Mapping[int, int]:
         """The order in which every rank takes micro-batches: micro-batch -> its place in it.
 
-        Ranks of the stage that has the most take theirs in step with each other. So a stage that has fewer gets input
-        from all of them all the time; by number, it would first take all that one of them sends, while the others wait.
+        Ranks of one stage take theirs in step with each other: of the stage that has the most. So a stage that has
+        fewer gets input from all of them all the time; by number, it would first take all that one of them sends, while
+        the others wait. Where another stage has much more to do, as after a loss, and several ranks for it, all others
+        wait for these: then it is that one.
         """
-        widest = max(self.stages, key=lambda stage: len(stage.blocks))
+        leading = max(self.stages, key=lambda stage: (len(stage.blocks), _layers_to_do(stage)))
+        busiest = max(self.stages, key=lambda stage: (_layers_to_do(stage), len(stage.blocks)))
+        if len(busiest.blocks) > 1 and _layers_to_do(busiest) > MUCH_MORE * _layers_to_do(leading):
+            leading = busiest
         passed = {
             micro_batch: (micro_batch - block.start + 0.5) / (block.stop - block.start)
-            for block in widest.blocks
+            for block in leading.blocks
             for micro_batch in range(block.start, block.stop)
         }
         return {micro_batch: place for place, micro_batch in enumerate(sorted(passed, key=lambda m: (passed[m], m)))}

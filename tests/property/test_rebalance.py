@@ -165,6 +165,15 @@ def test_throughput_after_a_loss(lost: tuple[int, ...], least: float) -> None:
     assert step_time(whole, costs, {}) / step_time(after, costs, {}) / left < 0.9, "it was less before"
 
 
+@pytest.mark.parametrize("lost", [0, 5, 10, 15])
+def test_a_stage_that_has_lost_a_rank_does_not_wait_for_others(lost: int) -> None:
+    """4 stages x 4 ranks: three ranks do what four did, so a step takes 4/3 of the time, and little more."""
+    spec, costs = model([1.0] * 16), Costs.of(model([1.0] * 16))
+    whole = initial_layout(spec, range(16), 4, 64)
+    layout = change_layout(spec, whole, set(range(16)) - {lost}, 2)
+    assert step_time(layout, costs, {}) < 1.4 * step_time(whole, costs, {})
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_a_new_cut_of_the_layers_alone_is_not_faster(seed: int) -> None:
     """4 stages x 4 ranks, two of which are lost: what needs the least to move is always among what is forecast."""
