@@ -13,7 +13,6 @@ from .index import LayoutIndex
 from .units import ModelSpec
 from .work import AssignedLeg, Work
 
-
 MUCH_MORE = 1.2  # times the layers and micro-batches that another stage has for each rank
 
 

@@ -152,9 +152,11 @@ class _Search:
         ahead += sorted(rest, key=lambda item: (self._found[item], item))[:FINALISTS]
         while ahead:
             for candidate in ahead[: max(left, 1 - len(timed))]:
-                layout = self._layout(*candidate)
-                timed[candidate] = forecast(layout, self._costs, self._speeds), layout
-                left -= 1
+                for dealt in self._layouts(*candidate):
+                    time = forecast(dealt, self._costs, self._speeds)
+                    if candidate not in timed or time < timed[candidate][0]:
+                        timed[candidate] = time, dealt
+                    left -= 1
             best = min(timed, key=lambda item: (timed[item][0], item))
             ahead = [candidate for candidate in self._close(*best) if candidate not in timed] if left > 0 else []
         return timed
@@ -186,12 +188,25 @@ class _Search:
             self._slowest[ranks] = max((b.stop - b.start) / speed_of(self._speeds, b.rank) for b in blocks)
         return self._slowest[ranks]
 
-    def _layout(self, groups: Groups, bounds: Sequence[int]) -> Layout:
+    def _layouts(self, groups: Groups, bounds: Sequence[int]) -> Iterator[Layout]:
+        """With work for all ranks; and, if stages differ in width, for as many in each as the narrowest has.
+
+        Among many stages those of one width pass micro-batches on without a wait, which may be worth more than some
+        ranks that compute.
+        """
         micro_batches = self._old.micro_batches
         spans = zip(groups, bounds[:-1], bounds[1:], strict=True)
         home = tuple(Stage(start, stop, ranks) for ranks, start, stop in spans)
-        stages = tuple(replace(s, blocks=deal_micro_batches(micro_batches, s.ranks, self._speeds)) for s in home)
-        return Layout(self._generation, micro_batches, stages, (), home)
+        narrowest = min(map(len, groups))
+        for width in dict.fromkeys((max(map(len, groups)), narrowest)):
+            blocks = (deal_micro_batches(micro_batches, self._fastest(s.ranks, width), self._speeds) for s in home)
+            stages = tuple(replace(stage, blocks=dealt) for stage, dealt in zip(home, blocks, strict=True))
+            yield Layout(self._generation, micro_batches, stages, (), home)
+
+    def _fastest(self, ranks: tuple[int, ...], count: int) -> tuple[int, ...]:
+        """So many of these ranks, in their order."""
+        chosen = sorted(ranks, key=lambda rank: (-speed_of(self._speeds, rank), rank))[:count]
+        return tuple(rank for rank in ranks if rank in chosen)
 
     def _neighbours(self, groups: Groups) -> Iterator[Groups]:
         """The groups with one rank in another stage, or two that have changed places.

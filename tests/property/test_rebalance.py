@@ -174,6 +174,20 @@ def test_a_stage_that_has_lost_a_rank_does_not_wait_for_others(lost: int) -> Non
     assert step_time(layout, costs, {}) < 1.4 * step_time(whole, costs, {})
 
 
+def test_among_many_stages_ranks_may_have_no_work() -> None:
+    """12 stages x 8 ranks and one lost: with 7 ranks in each stage nothing waits, and seven ranks do nothing."""
+    spec, costs = model([1.0] * 48), Costs.of(model([1.0] * 48))
+    whole = initial_layout(spec, range(96), 12, 128)
+    layout = change_layout(spec, whole, set(range(96)) - {50}, 2)
+    proposal = rebalance(spec, layout, 3)
+    assert proposal is not None
+    proposal.layout.validate(spec)
+    assert proposal.layout.ranks == layout.ranks
+    assert {len(stage.blocks) for stage in proposal.layout.stages} == {7}
+    assert step_time(whole, costs, {}) / proposal.after > 0.89
+    assert step_time(whole, costs, {}) / proposal.before < 0.83
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_a_new_cut_of_the_layers_alone_is_not_faster(seed: int) -> None:
     """4 stages x 4 ranks, two of which are lost: what needs the least to move is always among what is forecast."""
