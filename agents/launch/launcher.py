@@ -95,7 +95,8 @@ def _run_node(command: Command, preloader: Preloader) -> NodeOutcome:
             agent = NodeAgent(_node_config(command, job, address), link, preloader, on_store)
             others = len(addresses) > (coordinator is not None)  # coordinators, that stay when this node goes
             _stop_on_signals(agent, _signals(command), leaves=signal.SIGTERM if others else None)
-            outcome = agent.run()
+            # A coordinator that ends with this node would only warn that the node is lost.
+            outcome = agent.run(lambda: None if coordinator is None or others else coordinator.close())
             if coordinator is not None and (outcome.unfit or (others and outcome.left)):
                 coordinator.close()  # so that another coordinator takes over
             elif coordinator is not None:

@@ -30,7 +30,7 @@ from everstep.elastic.protocol import events as e
 from everstep.elastic.protocol.events import Begun, WorkerId
 
 from . import checkup
-from .config import NodeConfig
+from .config import AgentError, NodeConfig
 from .crew import Crew, proto
 from .failures import pass_on
 from .gatherer import Gatherer
@@ -97,8 +97,8 @@ class NodeAgent:
 
     # ------------------------------------------------------------ life
 
-    def run(self) -> a.NodeOutcome:
-        """Serve until the job ends, then leave nothing behind."""
+    def run(self, on_error: Callable[[], None]) -> a.NodeOutcome:
+        """Serve until the job ends, then leave nothing behind. `on_error` is called before an error ends the node."""
         try:
             self._selector.register(self.link.wake_fd, selectors.EVENT_READ, self._link_woke)
             self.link.start(self.state.node)
@@ -116,6 +116,9 @@ class NodeAgent:
             if not outcome.succeeded and not outcome.detail:
                 return replace(outcome, detail=self._crew.failures.report())
             return outcome
+        except AgentError:
+            on_error()
+            raise
         finally:
             self._close()
 

@@ -192,6 +192,15 @@ def test_command_lines() -> None:
         assert text in ended[line].error(), (line, ended[line])
 
 
+def test_a_module_that_cannot_be_imported_after_the_node_has_joined(tmp_path: Path) -> None:
+    """The error is all that is said: not that a node is lost, which is this one."""
+    (tmp_path / "late_module.py").write_text("import time\ntime.sleep(3)\nimport no_such_module\n")
+    environment = {"PYTHONPATH": str(tmp_path)}
+    ended = command(["-m", "everstep", "run", "--es-preload=late_module", SCRIPT, "nothing"], environment)
+    assert ended.status == 2
+    assert ended.error() == "--es-preload: No module named 'no_such_module'"
+
+
 SETTINGS = {
     ("NODE_LOSSES", "-1"): "node_losses must be a whole number of at least 1, got -1",
     ("NODE_LOSSES", "few"): "EVERSTEP_NODE_LOSSES must be a whole number, got 'few'",
