@@ -33,16 +33,15 @@ def restage(
     layout: Layout,
     generation: int,
     *,
-    costs: Costs | None = None,
-    speeds: Mapping[int, float] | None = None,
-    memory: Memory | None = None,
-    least_gain: float = LEAST_GAIN,
+    costs: Costs | None,
+    speeds: Mapping[int, float],
+    memory: Memory,
 ) -> Proposal | None:
     """As `rebalance`, but the number of stages may change: by one, or to one. Pure, as it is."""
-    costs, speeds, memory = costs or Costs.of(spec), speeds or {}, memory or Memory.of(spec, (), ())
+    costs = costs or Costs.of(spec)
     before = present_time(layout, costs, speeds, memory)
-    best = rebalance(spec, layout, generation, costs=costs, speeds=speeds, memory=memory, least_gain=least_gain)
-    least = best.after if best is not None else (1 - least_gain) * before
+    best = rebalance(spec, layout, generation, costs=costs, speeds=speeds, memory=memory)
+    least = best.after if best is not None else (1 - LEAST_GAIN) * before
     for stages in sorted({1, len(layout.stages) - 1, len(layout.stages) + 1} - {0, len(layout.stages)}):
         if stages > min(len(layout.ranks), spec.layers):
             continue

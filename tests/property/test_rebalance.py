@@ -124,7 +124,8 @@ def test_another_number_of_stages_is_valid_faster_and_fits(found: Situation, lay
     spec, layout, speeds = found
     states, gradients = [256] * len(spec.shards), [128] * len(spec.shards)
     memory = Memory.of(spec, states, gradients, dict.fromkeys(layout.ranks, layers * 384))
-    proposal, kept = (search(spec, layout, 3, speeds=speeds, memory=memory) for search in (restage, rebalance))
+    measured = {"costs": None, "speeds": speeds, "memory": memory}
+    proposal, kept = (search(spec, layout, 3, **measured) for search in (restage, rebalance))
     if proposal is None:
         assert kept is None
         return
